@@ -1,0 +1,3432 @@
+# copilot_router 0.1.0 - SPDX-License-Identifier: MIT - Copyright (c) 2026 copilot_router contributors
+"""Call several LLM providers through one blocking ``chain.chat(...)`` that keeps answering when some of them fail.
+
+    from copilot_router import FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
+
+    chain = FailoverChain([
+        ProviderTier("local", LMStudioProvider()),
+        ProviderTier("cloud", OpenAIProvider(), models=["gpt-6-luna"]),
+    ])
+    print(chain.chat("Say hello.", timeout=25).text)
+
+Tiers are asked in order, one after the other, under one deadline. Each has a circuit breaker: after three failures in a
+row a tier is skipped at once, and after 15 seconds one single call tries it again. What happens after a failure is
+declared by its exception class; the table stands in the section "errors".
+
+Contents: defaults · errors · data · circuit breaker · provider interface · HTTP transport · Chat Completions wire
+format · OpenAI and LM Studio providers · scripted provider · tiers and chain · command line. Search for "# ====".
+
+Times
+    All times are seconds (float). For every limit None inherits the next outer one and ``math.inf`` means none. Deadlines
+    are wall clock: they cover connecting, dripping bytes, pauses, failover and escalation. A DNS look-up is the one thing
+    that cannot be interrupted; it is counted, and the call ends as soon as it returns.
+Threads and forks
+    Chains, tiers, breakers and providers may be shared by threads and used across a fork. No background thread is started
+    and nothing happens at import.
+Errors
+    Everything raised is a RouterError, but for a TypeError on an unknown option. Errors and responses pickle.
+Secrets
+    Keys, prompts and answers are never in a log, an event, or the str, repr or args of anything.
+Dependencies
+    ``requests``, imported when the first HTTP provider is built. Custom providers do not need it.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
+    # errors
+    "RouterError", "ProviderError", "ProviderUnavailable", "ServerError", "Overloaded", "ProviderTimeout", "InvalidResponse",
+    "EmptyResponse", "RateLimited", "QuotaExceeded", "AuthenticationError", "ModelNotFound", "ContextLengthExceeded",
+    "UnsupportedRequest", "BadRequest", "ContentFiltered", "StreamInterrupted", "CircuitOpen", "AllProvidersFailed",
+    "DeadlineExceeded", "EscalationFailed", "UnknownModel", "ConfigError",
+    # data
+    "LLMResponse", "ToolCall", "Usage", "Attempt", "Event",
+    # circuit breaker
+    "CircuitBreaker", "Ticket", "BreakerSnapshot",
+    # providers
+    "LLMProvider", "OpenAIProvider", "LMStudioProvider", "ScriptedProvider",
+    # chain
+    "ProviderTier", "FailoverChain", "TierHealth",
+]  # fmt: skip
+
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import sys
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import requests
+
+T = TypeVar("T")
+Message = Mapping[str, Any]
+Messages = str | Sequence[Message]
+Tools = Sequence[Mapping[str, Any]] | None
+
+_log = logging.getLogger("copilot_router")
+_log.addHandler(logging.NullHandler())
+
+# ==== defaults ========================================================================================================
+
+#: Seconds for a whole call of a chain, failover and escalation included: the SDKs' 600 s is too long for a person.
+_CALL_TIMEOUT = 300.0
+#: Seconds for TCP and TLS together, per request: what the vendors' SDKs use.
+_CONNECT_TIMEOUT = 5.0
+#: Seconds from sending to the first sign of generation: cloud models think, but not for longer without saying so.
+_FIRST_TOKEN_TIMEOUT = 12.0
+#: The same for servers on one's own machine, which may have to load the model first.
+_LOCAL_FIRST_TOKEN_TIMEOUT = 60.0
+#: Seconds of silence in the middle of an answer.
+_STALL_TIMEOUT = 20.0
+#: Silence limits are this much longer where nobody else could answer sooner (see FailoverChain).
+_PATIENCE = 5.0
+#: Bytes of one answer after decompression.
+_MAX_RESPONSE_BYTES = 32 * 1024 * 1024
+#: Seconds that a complete answer may still wait for its usage numbers and the end of the body.
+_TAIL_TIMEOUT = 2.0
+#: Seconds a tier stays parked after an error that only a person can mend (key, quota).
+_LONG_PARK = 600.0
+#: Seconds that a provider's own Retry-After may park a tier at most.
+_MAX_PARK = 3600.0
+#: The pause before the same tier is asked again, drawn evenly from this range so that clients do not move in step.
+_RETRY_PAUSE = (0.1, 0.3)
+#: What retry_after says at the most while a trial is under way, and for a tier that failed but is still closed.
+_SOON = 1.0
+#: A trial's lease doubles with each takeover up to this multiple, so that a slow provider can close its breaker in the end.
+_MAX_LEASE_GROWTH = 8
+#: Characters kept of a server's own error message.
+_MESSAGE_LIMIT = 300
+
+_never_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  #: objects with locks or sockets to renew in a forked child
+
+
+def _after_fork() -> None:
+    for item in list(_never_inherited):
+        item._renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+# ==== errors ==========================================================================================================
+
+
+class RouterError(Exception):
+    """The root of all errors here. ``.attempts``: what the call had done by then, a tuple of Attempt."""
+
+    attempts: tuple[Attempt, ...] = ()
+
+
+class ProviderError(RouterError):
+    """One provider could not answer. Raise it, or a subclass, in a custom provider.
+
+    The class attributes are the policy, for the chain and the breaker alike; a subclass may set its own.
+
+    =========  =====================================================================================================
+    then       ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise`` (to the caller)
+    breaker    ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened for ``retry_after``, else for the
+               recovery timeout) or ``park long`` (the same, but for 600 s at least)
+    =========  =====================================================================================================
+
+    ``retry_after``: seconds after which the provider wants to be asked again, None if it did not say. ``status``: the
+    HTTP status. ``code``: the provider's own code, or for a ProviderTimeout which limit was reached.
+    """
+
+    then: ClassVar[str] = "next"
+    breaker: ClassVar[str] = "failure"
+    usage: Usage | None = None  #: tokens that the failed request had used, where the provider said so
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        provider: str = "",
+        model: str = "",
+        status: int | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.provider = provider
+        self.model = model
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+        self.request_id = request_id
+
+
+class ProviderUnavailable(ProviderError):
+    """Refused, DNS, TLS, connect timeout, or a 404 that means a wrong path."""
+
+
+class ServerError(ProviderError):
+    """5xx, 409, 425, or closed or reset before the headers."""
+
+    then = "again"
+
+
+class Overloaded(ServerError):
+    """529, 498, or a 503 that says overloaded or loading."""
+
+
+class ProviderTimeout(ProviderError):
+    """408, or a limit was reached: ``.code`` is first_token_timeout, stall_timeout or attempt_timeout."""
+
+
+class InvalidResponse(ProviderError):
+    """Not the format that was asked for: a redirect, not JSON, truncated, garbled, too large."""
+
+
+class EmptyResponse(InvalidResponse):
+    """A success with neither text nor tool call. Neutral for the breaker if it was cut by length (code ``length``)."""
+
+
+class RateLimited(ProviderError):
+    """429."""
+
+    breaker = "park"
+
+
+class QuotaExceeded(RateLimited):
+    """Out of money, or at a spend limit."""
+
+    breaker = "park long"
+
+
+class AuthenticationError(ProviderError):
+    """401, 403, an invalid key, no permission."""
+
+    breaker = "park long"
+
+
+class ModelNotFound(ProviderError):
+    """404 or 410 that names the model."""
+
+    breaker = "neutral"
+
+
+class ContextLengthExceeded(ProviderError):
+    """The prompt does not fit, or can never pass the rate limit."""
+
+    breaker = "neutral"
+
+
+class UnsupportedRequest(ProviderError):
+    """The vendor or the model cannot do what the request asks for."""
+
+    breaker = "neutral"
+
+
+class BadRequest(ProviderError):
+    """Not accepted as it stands."""
+
+    breaker = "neutral"
+
+
+class ContentFiltered(ProviderError):
+    """Refused by a safety system, without text. Another provider is not asked: that would be evasion."""
+
+    then = "raise"
+    breaker = "neutral"
+
+
+class StreamInterrupted(ProviderError):
+    """A stream broke after text had been handed out. ``.partial``: that text. The breaker judges by ``__cause__``."""
+
+    then = "raise"
+    partial: str = ""
+
+
+class CircuitOpen(RouterError):
+    """A breaker said no. ``.retry_after``: seconds until it will let a call through, None if only ``reset()`` will."""
+
+    def __init__(self, message: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AllProvidersFailed(RouterError):
+    """No tier answered. The message names every tier and its reason.
+
+    ``.errors``: the exceptions, one for each tier that failed or was skipped, in order. ``.retry_after``: seconds until it
+    is sensible to try again, None if waiting will not help.
+    """
+
+    errors: tuple[BaseException, ...] = ()
+    retry_after: float | None = None
+
+    def explain(self) -> str:
+        """One ASCII line for an operator: what was tried, what happened, how long it took."""
+        return _explain(self.attempts, None)
+
+
+class DeadlineExceeded(AllProvidersFailed, TimeoutError):
+    """The call's own time was over."""
+
+
+class EscalationFailed(AllProvidersFailed):
+    """The stronger side failed or gave up too. ``.response``: the last answer that gave up or was refused, without marker."""
+
+    response: LLMResponse | None = None
+
+
+class UnknownModel(RouterError):
+    """No tier serves this model; the message names the near misses."""
+
+
+class ConfigError(RouterError, ValueError):
+    """A setting is wrong. The message says where, what it was and what to do."""
+
+
+class _UnknownOption(TypeError):
+    """An option that no provider knows: the caller's mistake, which no other tier could mend."""
+
+
+#: The caller's own mistakes and the interpreter's own troubles: they pass straight through a chain.
+_PASS_THROUGH: tuple[type[Exception], ...] = (
+    ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
+)  # fmt: skip
+#: The time limits of task queues, by module: they are Exceptions, but meant for the task and not for us.
+_TASK_LIMITS = (
+    ("billiard.exceptions", "SoftTimeLimitExceeded"),
+    ("celery.exceptions", "SoftTimeLimitExceeded"),
+    ("rq.timeouts", "BaseTimeoutException"),
+)
+
+
+def _passes_through(error: BaseException) -> bool:
+    if not isinstance(error, Exception) or isinstance(error, _PASS_THROUGH):
+        return True
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _TASK_LIMITS)
+    return any(isinstance(kind, type) and isinstance(error, kind) for kind in found)
+
+
+def _verdict(error: BaseException) -> tuple[str, float | None]:
+    """What an exception means for a breaker: ``(failure | neutral | park, seconds to park or None for the default)``."""
+    if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
+        return _verdict(error.__cause__)
+    if isinstance(error, ProviderError):
+        wanted = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
+        if error.breaker == "park long":
+            return "park", max(wanted or 0.0, _LONG_PARK)
+        if isinstance(error, EmptyResponse) and error.code == "length":
+            return "neutral", None
+        return error.breaker, wanted if error.breaker == "park" else None
+    return ("neutral" if _passes_through(error) else "failure"), None
+
+
+def _number(value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False) -> Any:
+    """A checked setting. The least value itself is allowed; NaN, booleans and text never are."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least or (finite and math.isinf(value)):
+        kind = "a whole number" if whole else "a finite number" if finite else "a number"
+        raise ConfigError(f"{where}={value!r}: give {kind} of at least {least:g}")
+    return value
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+# ==== data ============================================================================================================
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens. ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` includes reasoning."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        if not isinstance(other, Usage):
+            return NotImplemented
+        return Usage(*(mine + theirs for mine, theirs in zip(_usage_fields(self), _usage_fields(other), strict=True)))
+
+
+def _usage_fields(usage: Usage) -> tuple[int, ...]:
+    return (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.cache_write_tokens,
+            usage.reasoning_tokens)  # fmt: skip
+
+
+_NO_USAGE = Usage()
+
+
+class Attempt(NamedTuple):
+    """One request sent, or one tier passed over.
+
+    ``outcome``: ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or
+    None. ``status``: the HTTP status of a failure. ``latency``: seconds, 0.0 for a skip.
+    """
+
+    tier: str
+    model: str
+    outcome: str
+    error: str | None = None
+    status: int | None = None
+    latency: float = 0.0
+    usage: Usage = _NO_USAGE
+
+
+@dataclass
+class ToolCall:
+    """A tool that the model wants called. ``arguments`` is None when the model's JSON (``raw_arguments``) is no object."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] | None = field(default=None, repr=False)
+    raw_arguments: str = field(default="", repr=False)
+
+
+@dataclass
+class LLMResponse:
+    """An answer. A custom provider fills in what it knows; the chain adds provider, latency, cost and attempts."""
+
+    content: str | None = field(default=None, repr=False)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finish_reason: str = "stop"  #: stop | length | tool_calls | content_filter
+    usage: Usage = _NO_USAGE  #: of this answer alone
+    model: str = ""  #: the model that answered, as the provider reports it, else as asked
+    provider: str = ""  #: the name of the tier that answered
+    reasoning: str | None = field(default=None, repr=False)  #: thinking text
+    request_id: str | None = None
+    cost: float | None = None  #: USD over all attempts; None as soon as one that used tokens has no price
+    latency: float = 0.0  #: seconds of the whole call
+    attempts: tuple[Attempt, ...] = ()
+    escalation: str | None = field(default=None, repr=False)  #: why a weaker model gave up
+    raw: dict[str, Any] | None = field(default=None, repr=False)  #: whole JSON answers only
+
+    @property
+    def text(self) -> str:
+        """The content, "" if there is none."""
+        return self.content or ""
+
+    @property
+    def has_tool_calls(self) -> bool:
+        """Whether the model wants tools called."""
+        return bool(self.tool_calls)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant message to append to ``messages``: OpenAI form, JSON-able."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments_text(call)}}
+                for call in self.tool_calls
+            ]
+        return message
+
+    @property
+    def total_usage(self) -> Usage:
+        """Tokens summed over all attempts; this answer's own if there is no record of attempts."""
+        return functools.reduce(Usage.__add__, (a.usage for a in self.attempts)) if self.attempts else self.usage
+
+    def explain(self) -> str:
+        """One ASCII line for an operator: ``local: ProviderUnavailable: refused 2 ms -> cheap: ok 412 ms $0.0003``."""
+        return _explain(self.attempts, self.cost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able data, for a cache or the result of a task."""
+        plain = dict(vars(self))
+        plain["tool_calls"] = [dict(vars(call)) for call in self.tool_calls]
+        plain["usage"] = dict(vars(self.usage))
+        plain["attempts"] = [{**a._asdict(), "usage": dict(vars(a.usage))} for a in self.attempts]
+        return plain
+
+
+class Event(NamedTuple):
+    """A step of a call, for ``on_event``. ``data`` holds plain facts, never a key or a text; ``time`` is the chain's clock.
+
+    ``kind``: attempt, retry, resend, skip, failover, wait, escalation, breaker or done.
+    """
+
+    kind: str
+    tier: str
+    model: str
+    data: dict[str, Any]
+    time: float
+
+
+def _arguments_text(call: ToolCall) -> str:
+    if call.raw_arguments or call.arguments is None:
+        return call.raw_arguments
+    return json.dumps(call.arguments)
+
+
+def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
+    steps = []
+    for attempt in attempts:
+        what = attempt.outcome if attempt.error is None else attempt.error[:80]
+        if attempt.outcome in ("skipped", "escalated") and attempt.error:
+            what = f"{attempt.outcome} ({what})"
+        took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
+        steps.append(f"{attempt.tier}: {what}{took}")
+    line = " -> ".join(steps) + (f" ${cost:.4f}" if cost is not None else "")
+    return " ".join(line.encode("ascii", "backslashreplace").decode("ascii").split())
+
+
+def _error_text(error: BaseException) -> str:
+    """``RateLimited: slow down``: our own messages only, since a foreign exception's text could hold anything."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, RouterError) and str(error) else type(error).__name__
+
+
+# ==== circuit breaker =================================================================================================
+# One immutable record holds the whole state. A change is a pure function from the old record to the new one, applied under
+# the lock by compare and swap. Reads take no lock, so that signal handlers and finalizers may read at any time. The lock is
+# re-entrant for the same reason: a finalizer may settle a ticket in the middle of another change, which then starts again.
+# No user code (call, clock, listener) ever runs under the lock.
+
+
+class BreakerSnapshot(NamedTuple):
+    """A breaker at one moment; old as soon as it is read. Plain data.
+
+    ``retry_after``: seconds until a call may get through, None when closed or open until reset. ``opened``, ``rejected``,
+    ``stale``: how often it opened, said no, and dropped a late result.
+    """
+
+    state: str
+    generation: int
+    failures: int
+    retry_after: float | None
+    reason: str
+    opened: int
+    rejected: int
+    stale: int
+
+
+class _Record(NamedTuple):
+    state: str = "closed"  #: closed | open | half_open
+    generation: int = 0  #: grows at every transition and with every trial; a ticket of another one is stale
+    failures: int = 0  #: consecutive
+    deadline: float = 0.0  #: open: when a trial is due (inf: until reset); half-open: when the lease is over
+    trips: int = 0  #: openings since the last success, which is what doubles the open time
+    takeovers: int = 0  #: trials since the last verdict whose lease ran out
+    opened: int = 0
+    reason: str = ""
+
+
+class Ticket:
+    """Leave to make one call. Settle it once, by a method or by leaving its ``with`` block; the first verdict counts.
+
+    Safe to settle from any thread. A ticket that is never settled does no harm: a trial's lease runs out by itself.
+    """
+
+    __slots__ = ("_breaker", "_generation", "_settled", "is_trial")
+
+    def __init__(self, breaker: CircuitBreaker, generation: int, is_trial: bool) -> None:
+        self._breaker = breaker
+        self._generation = generation
+        self._settled = False
+        self.is_trial = is_trial
+
+    def success(self) -> None:
+        """The call worked: closes after a trial, resets the count of failures."""
+        record = self._breaker._record
+        if record.generation == self._generation and record.failures == 0 and not self.is_trial:
+            self._settled = True  # nothing to change: the path of every healthy call, without the lock
+        else:
+            self._breaker._settle(self, "success")
+
+    def failure(self, reason: str = "") -> None:
+        """The call failed: counted; after a trial the breaker opens again."""
+        self._breaker._settle(self, "failure", reason=reason)
+
+    def neutral(self) -> None:
+        """The call says nothing about the other side; a trial is handed on to the next caller."""
+        self._breaker._settle(self, "neutral")
+
+    def park(self, seconds: float | None = None, reason: str = "") -> None:
+        """The other side wants to be left alone for ``seconds`` (None: the recovery timeout)."""
+        if seconds is not None:
+            _number(seconds, "seconds")
+        self._breaker._settle(self, "park", seconds, reason)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._settle_by(error)
+
+    def _settle_by(self, error: BaseException | None) -> None:
+        if error is None:
+            self.success()
+        elif not self._settled:
+            outcome, seconds = _verdict(error)
+            self._breaker._settle(self, outcome, seconds, _error_text(error))
+
+    def _renew_after_trial(self) -> None:
+        """A stream's first item proves the other side: settle a trial now; what comes later counts as an ordinary call."""
+        if self.is_trial:
+            self.success()
+            record = self._breaker._record
+            if record.state == "closed":
+                self._generation, self.is_trial, self._settled = record.generation, False, False
+
+
+class CircuitBreaker:
+    """Stops calling what keeps failing, and finds out with one single call when it works again.
+
+    Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it refuses for
+    ``recovery_timeout`` seconds (0: not at all). Then exactly one caller gets a trial while the others are refused: success
+    closes, failure opens again, for the same time or, with ``max_recovery_timeout``, for twice as long up to that. A trial
+    is a lease: if it is not settled within ``trial_timeout`` seconds the next caller takes it over.
+
+    Use it as ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or through a Ticket's methods: all give the
+    same verdicts. A ProviderError's class says failure, neutral or park; any other Exception is a failure; what is not an
+    Exception (KeyboardInterrupt, a closed generator) is neutral.
+
+    ``on_change(name, old, new, reason)`` is called after every change of state, in order, outside the lock; what it raises
+    is logged. Thread-safe; a forked child goes on with its own copy. Raises ConfigError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        failure_threshold: int = 3,
+        recovery_timeout: float = 15.0,
+        *,
+        name: str = "",
+        max_recovery_timeout: float | None = None,
+        trial_timeout: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[str, str, str, str], None] | None = None,
+    ) -> None:
+        self.failure_threshold: int = _number(failure_threshold, "failure_threshold", least=1, whole=True)
+        self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
+        longest = recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
+        self.max_recovery_timeout: float = _number(longest, "max_recovery_timeout", least=recovery_timeout)
+        self.trial_timeout: float = _number(trial_timeout, "trial_timeout")
+        self.name = name
+        self._clock = clock
+        self._listeners: list[Callable[[str, str, str, str], None]] = [on_change] if on_change else []
+        self._record = _Record()  # guarded by _lock for writing, as are the next three
+        self._rejected = 0
+        self._stale = 0
+        self._changes: deque[tuple[str, str, str]] = deque()
+        self._lock = threading.RLock()
+        self._delivering = threading.Lock()
+        _never_inherited.add(self)
+
+    # -- reading
+
+    @property
+    def state(self) -> str:
+        """``closed``, ``open`` or ``half_open``. Reading changes nothing: open until somebody is admitted."""
+        return self._record.state
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everybody is let through."""
+        return self._record.state == "closed"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are refused, or the next one will be the trial."""
+        return self._record.state == "open"
+
+    @property
+    def is_half_open(self) -> bool:
+        """Whether a trial is under way."""
+        return self._record.state == "half_open"
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds until a call may get through; None when closed or open until reset; 1 at most during a trial."""
+        return self._remaining(self._record)
+
+    def snapshot(self) -> BreakerSnapshot:
+        """Everything at one moment, without the lock: safe in a signal handler."""
+        record = self._record
+        return BreakerSnapshot(
+            record.state, record.generation, record.failures, self._remaining(record), record.reason, record.opened,
+            self._rejected, self._stale,
+        )  # fmt: skip
+
+    def _remaining(self, record: _Record) -> float | None:
+        if record.state == "closed" or record.deadline == math.inf:
+            return None
+        left = max(0.0, record.deadline - self._clock())
+        return min(left, _SOON) if record.state == "half_open" else left
+
+    def _would_admit(self) -> bool:
+        record = self._record
+        return record.state == "closed" or self._clock() >= record.deadline
+
+    # -- guarding calls
+
+    def admit(self) -> Ticket:
+        """Leave to make one call, or CircuitOpen. Every ticket is to be settled."""
+        ticket = self._try_admit()
+        if ticket is None:
+            raise self._refusal()
+        return ticket
+
+    def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else whatever ``fn`` raises."""
+        ticket = self._try_admit()
+        if ticket is None:
+            raise self._refusal()
+        try:
+            result = fn(*args, **kwargs)
+        except BaseException as error:
+            ticket._settle_by(error)
+            raise
+        ticket.success()
+        return result
+
+    def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
+        """Decorate a function, or a generator function, which is then admitted at its first ``next()``."""
+        if inspect.isgeneratorfunction(fn):
+
+            @functools.wraps(fn)
+            def guarded_stream(*args: Any, **kwargs: Any) -> Any:
+                return self._guard_stream(fn, args, kwargs)
+
+            return guarded_stream
+
+        @functools.wraps(fn)
+        def guarded(*args: Any, **kwargs: Any) -> T:
+            return self.call(fn, *args, **kwargs)
+
+        return guarded
+
+    def _guard_stream(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any, Any, Any]:
+        with self.admit() as ticket:
+            stream = fn(*args, **kwargs)
+            step: Callable[[], Any] = functools.partial(next, stream)
+            while True:
+                try:
+                    item = step()
+                except StopIteration as end:
+                    return end.value
+                ticket._renew_after_trial()
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    ticket.success()  # an item was delivered, and the reader has had enough
+                    stream.close()
+                    raise
+                except BaseException as error:
+                    step = functools.partial(stream.throw, error)
+                else:
+                    step = functools.partial(stream.send, sent)
+
+    # -- by hand
+
+    def open(self, seconds: float | None = None, reason: str = "") -> None:
+        """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
+        length = math.inf if seconds is None else _number(seconds, "seconds")
+        deadline = self._clock() + length
+        self._swap(lambda old: _opened(old, deadline, old.trips, reason or "opened by hand"))
+
+    def reset(self) -> None:
+        """Close, forget everything counted, and ignore the results of calls that are still under way."""
+        self._swap(lambda old: _Record(generation=old.generation + 1, opened=old.opened, reason="reset"))
+
+    # -- the machine
+
+    def _try_admit(self) -> Ticket | None:
+        record = self._record
+        if record.state == "closed":
+            return Ticket(self, record.generation, False)
+        now = self._clock()
+        if now < record.deadline:
+            with self._lock:
+                self._rejected += 1
+            return None
+        return self._begin_trial(now)
+
+    def _begin_trial(self, now: float) -> Ticket | None:
+        granted: list[Ticket] = []
+
+        def step(old: _Record) -> _Record:
+            granted.clear()
+            if old.state == "closed":
+                granted.append(Ticket(self, old.generation, False))
+                return old
+            if now < old.deadline:
+                self._rejected += 1
+                return old
+            takeovers = old.takeovers + 1 if old.state == "half_open" else old.takeovers
+            lease = self.trial_timeout * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
+            granted.append(Ticket(self, old.generation + 1, True))
+            return old._replace(
+                state="half_open", generation=old.generation + 1, deadline=now + lease, takeovers=takeovers
+            )
+
+        self._swap(step)
+        return granted[0] if granted else None
+
+    def _refusal(self) -> CircuitOpen:
+        record, name = self._record, self.name or "circuit"
+        left = self._remaining(record)
+        when = "until reset" if record.deadline == math.inf else f"for {left or 0.0:.1f} s"
+        state = "trying again" if record.state == "half_open" else f"open {when}"
+        return CircuitOpen(f"{name} is {state}{f' ({record.reason})' if record.reason else ''}", left)
+
+    def _force_admit(self) -> Ticket | None:
+        """For a last resort: admitted also while open, unless that was ordered by hand. Its verdict then decides nothing."""
+        ticket = self._try_admit()
+        if ticket is None and self._record.deadline != math.inf:
+            ticket = Ticket(self, -1, False)
+        return ticket
+
+    def _settle(self, ticket: Ticket, outcome: str, seconds: float | None = None, reason: str = "") -> None:
+        now = self._clock()
+
+        def step(old: _Record) -> _Record:
+            if ticket._settled:
+                return old
+            if ticket._generation != old.generation and outcome != "park":
+                self._stale += 1
+                return old
+            if outcome == "success":
+                return self._succeeded(old, ticket, reason)
+            if outcome == "failure":
+                return self._failed(old, ticket, now, reason)
+            if outcome == "park":
+                return self._parked(old, now, seconds, reason)
+            return _opened(old, now, old.trips, old.reason, opened=False) if ticket.is_trial else old
+
+        self._swap(step, ticket)
+
+    def _succeeded(self, old: _Record, ticket: Ticket, reason: str) -> _Record:
+        if not ticket.is_trial:
+            return old._replace(failures=0, trips=0)
+        return _Record(generation=old.generation + 1, opened=old.opened, reason="recovered")
+
+    def _failed(self, old: _Record, ticket: Ticket, now: float, reason: str) -> _Record:
+        failures = old.failures + 1
+        if not ticket.is_trial and failures < self.failure_threshold:
+            return old._replace(failures=failures)
+        length = min(self.recovery_timeout * 2.0 ** min(old.trips, 64), self.max_recovery_timeout)
+        return _opened(old, now + length, old.trips + 1, reason or "failed", failures)
+
+    def _parked(self, old: _Record, now: float, seconds: float | None, reason: str) -> _Record:
+        deadline = now + (self.recovery_timeout if seconds is None else seconds)
+        if old.state == "open":
+            if deadline <= old.deadline:
+                return old
+            return old._replace(deadline=deadline, reason=reason or "parked")
+        return _opened(old, deadline, old.trips, reason or "parked")
+
+    def _swap(self, step: Callable[[_Record], _Record], ticket: Ticket | None = None) -> None:
+        """Apply a pure change under the lock, then tell the listeners outside it."""
+        with self._lock:
+            while True:
+                old = self._record
+                new = step(old)
+                if self._record is old:
+                    self._record = new
+                    break
+            if ticket is not None:
+                ticket._settled = True
+            if new.state != old.state:
+                self._changes.append((old.state, new.state, new.reason))
+        if self._changes:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Whoever finds the queue idle delivers, so that each listener sees the changes in order; nobody else waits."""
+        while self._changes and self._delivering.acquire(blocking=False):
+            try:
+                while self._changes:
+                    self._tell(*self._changes.popleft())
+            finally:
+                self._delivering.release()
+
+    def _tell(self, old: str, new: str, reason: str) -> None:
+        if new == "closed":
+            _log.info("%s: closed (%s)", self.name or "circuit", reason)
+        elif new == "open" and (old == "closed" or reason != "trial"):
+            _log.warning("%s: open (%s)", self.name or "circuit", reason)
+        else:
+            _log.debug("%s: trial", self.name or "circuit")
+        for listener in tuple(self._listeners):
+            try:
+                listener(self.name, old, new, reason)
+            except Exception:
+                _log.exception("%s: a listener failed", self.name or "circuit")
+
+    def _observe(self, error: BaseException | None) -> None:
+        """Take in a health probe: a failure counts, a good one makes an open breaker's trial due and no more."""
+        record = self._record
+        if error is not None:
+            Ticket(self, record.generation if record.state == "closed" else -1, False)._settle_by(error)
+        elif record.state == "open" and record.deadline != math.inf:
+            now = self._clock()
+            self._swap(lambda old: old._replace(deadline=min(old.deadline, now)) if old is record else old)
+
+    def _renew_after_fork(self) -> None:
+        self._lock, self._delivering = threading.RLock(), threading.Lock()
+        self._changes.clear()
+        if self._record.state == "half_open":  # the trial is the parent's; the child may make its own
+            self._record = _opened(self._record, self._clock(), self._record.trips, self._record.reason, opened=False)
+
+    def __repr__(self) -> str:
+        return f"<CircuitBreaker {self.name!r} {self._record.state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or keep its snapshot()")
+
+
+def _opened(
+    old: _Record, deadline: float, trips: int, reason: str, failures: int | None = None, opened: bool = True
+) -> _Record:
+    return _Record(
+        state="open",
+        generation=old.generation + 1,
+        failures=old.failures if failures is None else failures,
+        deadline=deadline,
+        trips=trips,
+        takeovers=old.takeovers if not opened else 0,
+        opened=old.opened + opened,
+        reason=reason,
+    )
+
+
+# ==== provider interface ==============================================================================================
+
+
+class LLMProvider(ABC):
+    """One provider. A custom one implements ``chat``, raising ProviderError classes; the rest is optional.
+
+    The chain passes ``messages`` always as a list of dicts in OpenAI form, and ``timeout=`` (seconds for this attempt) among
+    the keyword arguments: the deadline is kept only if it is obeyed. ``model`` is None where the tier lists no models.
+    """
+
+    @abstractmethod
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        """One whole answer, or a ProviderError."""
+
+    def stream(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> Generator[str, None, LLMResponse]:
+        """Yields deltas of text, returns the whole answer. By default the text of ``chat()`` as one delta."""
+        response = self.chat(messages, tools, model, **kwargs)
+        if response.content:
+            yield response.content
+        return response
+
+    def ping(self, timeout: float = 5.0) -> None:  # noqa: B027 - optional, not forgotten
+        """A cheap probe of health that raises ProviderError. By default it does nothing."""
+
+    def close(self) -> None:  # noqa: B027 - optional, not forgotten
+        """Free idle connections; the provider stays usable. By default there are none."""
+
+
+def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
+    """The messages as a list, checked as far as every provider needs it. Raises BadRequest; never shows a text."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    elif not isinstance(messages, (list, tuple)):
+        raise BadRequest(f"messages is a {type(messages).__name__}: give a list of dicts with 'role', or a str")
+    if not messages:
+        raise BadRequest("messages is empty: give at least one message")
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BadRequest(f"messages[{at}] is a {type(message).__name__}: give a dict with 'role' and 'content'")
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES:
+            shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
+            raise BadRequest(f"messages[{at}] has the role {shown!r}: give one of {', '.join(_ROLES)}")
+        if content is None and role != "assistant":
+            raise BadRequest(f"messages[{at}] ({role}) has no content: give a str or a list of parts")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            raise BadRequest(f"messages[{at}] ({role}) has content of type {type(content).__name__}: give a str or list")
+        if isinstance(content, (list, tuple)) and not all(isinstance(part, Mapping) for part in content):
+            raise BadRequest(f"messages[{at}] ({role}) has a part that is no dict: give {{'type': 'text', 'text': ...}}")
+    prefix: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*prefix, *messages]
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _checked_answer(response: LLMResponse) -> LLMResponse:
+    """The answer, or ContentFiltered or EmptyResponse if there is nothing in it."""
+    if response.tool_calls or (response.content and not response.content.isspace()):
+        return response
+    error: ProviderError
+    if response.finish_reason == "content_filter":
+        error = ContentFiltered("refused by a safety system", model=response.model, request_id=response.request_id)
+    else:
+        cut = response.finish_reason == "length"
+        why = "cut by the token limit before any text" if cut else "neither text nor tool call"
+        error = EmptyResponse(
+            why, model=response.model, request_id=response.request_id, code="length" if cut else None
+        )
+    error.usage = response.usage
+    raise error
+
+
+# ==== HTTP transport ==================================================================================================
+# The one place that touches sockets. A request carries its limits (_Limits) with it; the connection's socket is wrapped so
+# that every single read and write first sets its timeout to what the limits still allow. That is what bounds a server that
+# drips its headers or its body, without a thread per call. Everything that can go wrong comes out as a ProviderError.
+
+
+class _Limits:
+    """The time limits of one request, in real time. The clock that runs out first decides what the timeout is called."""
+
+    __slots__ = ("connect_by", "deadline", "fresh", "reused", "silence", "since", "started", "stall", "suspicious")
+
+    def __init__(self, timeout: float, connect: float, first_token: float, stall: float, suspicious: float) -> None:
+        now = time.monotonic()
+        self.deadline = now + timeout
+        self.connect_by = now + connect
+        self.since = now  #: since when the server has been silent while we wait
+        self.silence = first_token  #: how long it may be; the stall limit once generation has begun
+        self.stall = stall
+        self.suspicious = suspicious  #: the provider's own limit: silence as long as this counts against it in any case
+        self.started = False
+        self.fresh = False  #: insist on a new connection
+        self.reused = False  #: whether a kept connection was used
+
+    def left(self) -> float:
+        """Seconds that the next read or write may take; TimeoutError if there are none."""
+        now = time.monotonic()
+        left = min(self.deadline, self.since + self.silence) - now
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def connect_left(self) -> float:
+        """Seconds that connecting may still take; TimeoutError if there are none."""
+        left = min(self.connect_by, self.deadline) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def expired(self) -> ProviderTimeout | None:
+        """The error that these limits amount to by now, None if there is time left."""
+        now = time.monotonic() + 0.002  # a socket's timeout may fire that much early
+        silent = now - self.since
+        if silent >= min(self.silence, self.suspicious) and now >= min(self.deadline, self.since + self.silence):
+            code = "stall_timeout" if self.started else "first_token_timeout"
+            what = "no further data" if self.started else "no first token"
+            return ProviderTimeout(f"{what} for {silent:.1f} s", code=code)
+        if now >= self.deadline:
+            return ProviderTimeout("no complete answer in the time of this attempt", code="attempt_timeout")
+        return None
+
+    def progress(self) -> None:
+        """Generation goes on."""
+        if not self.started:
+            self.started = True
+            self.silence, self.suspicious = self.stall, min(self.stall, self.suspicious)
+
+    def waiting(self) -> None:
+        """The caller wants the next event: from here on silence is the server's."""
+        if self.started:
+            self.since = time.monotonic()
+
+
+_current = threading.local()  #: .limits of the request that this thread is sending, picked up by the connection
+
+
+class _LimitedSocket:
+    """A socket whose every operation respects the limits of the request being served."""
+
+    def __init__(self, sock: Any, limits: _Limits) -> None:
+        self._sock = sock
+        self.limits = limits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            self._sock.settimeout(self.limits.left())
+            view = view[self._sock.send(view) :]
+
+    def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
+        import io
+
+        raw = self._sock.makefile("rb", buffering=0)
+        owner = self
+
+        class LimitedReader(io.RawIOBase):
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int | None:
+                owner._sock.settimeout(owner.limits.left())
+                count: int | None = raw.readinto(buffer)
+                return count
+
+            def close(self) -> None:
+                raw.close()
+                super().close()
+
+        return io.BufferedReader(LimitedReader(), 16384)
+
+
+@functools.cache
+def _http() -> Any:
+    """requests, and our adapter for it, imported when first needed."""
+    import requests
+    import urllib3.connection
+    import urllib3.connectionpool
+    from requests.adapters import HTTPAdapter
+
+    class Limited:
+        """Mixed into urllib3's connections: bounded connecting, limited sockets, and a memory of being reused."""
+
+        sock: Any
+        timeout: Any
+        used = False
+
+        def connect(self) -> None:
+            limits = _current.limits
+            super().connect()  # type: ignore[misc]
+            self.sock = _LimitedSocket(self.sock, limits)
+
+        def _new_conn(self) -> Any:
+            limits = _current.limits
+            sock = _connect(self, limits)
+            sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
+            return sock
+
+        def request(self, *args: Any, **kwargs: Any) -> Any:
+            limits = _current.limits
+            if self.sock is not None and limits.fresh:
+                self.close()  # type: ignore[attr-defined]
+            limits.reused = self.used and self.sock is not None
+            if self.sock is not None:
+                self.sock.limits = limits
+            self.used = True
+            return super().request(*args, **kwargs)  # type: ignore[misc]
+
+    class HTTPConnection(Limited, urllib3.connection.HTTPConnection):
+        pass
+
+    class HTTPSConnection(Limited, urllib3.connection.HTTPSConnection):
+        pass
+
+    class HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
+        ConnectionCls = HTTPConnection
+
+    class HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
+        ConnectionCls = HTTPSConnection
+
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **kwargs)
+            manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+            return manager
+
+    def session() -> requests.Session:
+        made = requests.Session()
+        for scheme in ("http://", "https://"):
+            made.mount(scheme, Adapter(pool_connections=4, pool_maxsize=100, max_retries=0))
+        return made
+
+    return requests, session
+
+
+def _connect(connection: Any, limits: _Limits) -> Any:
+    """A TCP connection to the first address that answers; all addresses together have the connect limit."""
+    import socket
+
+    from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+    host = connection._dns_host
+    try:
+        addresses = socket.getaddrinfo(host, connection.port, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise NameResolutionError(host, connection, error) from error  # type: ignore[arg-type]
+    failure: Exception = OSError("no address")
+    for at, (family, kind, proto, _, address) in enumerate(addresses):
+        sock = None
+        try:
+            left = limits.connect_left()
+            sock = socket.socket(family, kind, proto)
+            sock.settimeout(left if at == len(addresses) - 1 else left / 2)  # leave time for the next address
+            for option in connection.socket_options or ():
+                sock.setsockopt(*option)
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            failure = error
+            if sock is not None:
+                sock.close()
+    if isinstance(failure, TimeoutError):
+        raise ConnectTimeoutError(connection, "connect timeout") from failure
+    raise NewConnectionError(connection, str(failure)) from failure
+
+
+class _Answer:
+    """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
+
+    def __init__(self, response: Any, limits: _Limits, most: int) -> None:
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        self.limits = limits
+        self._raw = response.raw
+        self._most = most
+        self._ended = False
+
+    def chunks(self) -> Iterator[bytes]:
+        """Decompressed bytes as they come, to the end of the body. Raises ProviderError for whatever breaks."""
+        inflate = self._decoder()
+        length = self._announced()
+        received = total = 0
+        while True:
+            data = self._read()
+            if not data:
+                break
+            received += len(data)
+            for piece in inflate(data) if inflate else (data,):
+                total += len(piece)
+                if total > self._most:
+                    raise InvalidResponse(f"the answer is larger than max_response_bytes={self._most}")
+                yield piece
+        if length is not None and received < length:
+            raise InvalidResponse(f"truncated: {received} of {length} bytes")
+        self._ended = True
+
+    def body(self) -> bytes:
+        """All of it."""
+        return b"".join(self.chunks())
+
+    def _announced(self) -> int | None:
+        text = self.headers.get("Content-Length", "")
+        return int(text) if text.isdigit() and "Transfer-Encoding" not in self.headers else None
+
+    def _read(self) -> bytes:
+        try:
+            data: bytes = self._raw.read1(65536, decode_content=False)
+            return data
+        except Exception as error:
+            failure = _transport_error(error, self.limits, "the answer")
+        raise failure
+
+    def _decoder(self) -> Callable[[bytes], Iterable[bytes]] | None:
+        coding = self.headers.get("Content-Encoding", "").strip().lower()
+        if coding in ("", "identity"):
+            return None
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise InvalidResponse(f"unknown Content-Encoding {coding[:20]!r}")
+        import zlib
+
+        machine = zlib.decompressobj(47)  # gzip or zlib, told apart by their headers
+
+        def inflate(data: bytes) -> Iterator[bytes]:
+            try:
+                while data and not machine.eof:
+                    yield machine.decompress(data, 65536)
+                    data = machine.unconsumed_tail
+            except zlib.error as error:
+                raise InvalidResponse("the compressed body is damaged") from error
+
+        return inflate
+
+    def finish(self) -> None:
+        """Read the little that may be left, so that the connection can serve the next request."""
+        limits = self.limits
+        limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT / 10)
+        try:
+            self._ended = self._ended or not self._read()
+        except ProviderError:
+            pass  # the answer is complete: only the connection is lost
+
+    def close(self) -> None:
+        """Give the connection back if the body was read to its end, else close it."""
+        if self._ended:
+            self._raw.release_conn()
+        else:
+            self._raw.close()
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and everything it wraps, as requests and urllib3 wrap things."""
+    seen: list[BaseException] = []
+    queue: list[Any] = [error]
+    while queue and len(seen) < 20:
+        item = queue.pop(0)
+        if isinstance(item, BaseException) and item not in seen:
+            seen.append(item)
+            queue += [getattr(item, "reason", None), item.__cause__, item.__context__, *item.args]
+            yield item
+
+
+def _transport_error(error: BaseException, limits: _Limits, what: str) -> ProviderError:
+    """What an exception of requests, urllib3, http.client or the socket means. Its own text is not repeated."""
+    causes = list(_causes(error))
+    names = {type(cause).__name__ for cause in causes}
+    if names & {"ConnectTimeoutError", "ConnectTimeout"}:
+        return limits.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
+    if any(isinstance(cause, TimeoutError) for cause in causes) or names & {"ReadTimeoutError", "ReadTimeout"}:
+        if time.monotonic() >= limits.connect_by and what == "connecting":
+            return limits.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
+        return limits.expired() or ProviderTimeout("timed out", code="attempt_timeout")
+    for kinds, answer in _TRANSPORT_ERRORS:
+        if names & kinds:
+            return ServerError("closed before the answer") if what != "the answer" and answer is None else (
+                InvalidResponse("truncated: the connection broke") if answer is None else answer[0](answer[1])
+            )
+    return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
+
+
+#: Names of exceptions anywhere in the chain of causes -> what they mean; None: it depends on whether the answer had begun.
+_TRANSPORT_ERRORS: tuple[tuple[set[str], tuple[type[ProviderError], str] | None], ...] = (
+    ({"NameResolutionError", "gaierror"}, (ProviderUnavailable, "the name cannot be resolved")),
+    ({"SSLError", "SSLCertVerificationError", "SSLZeroReturnError", "SSLEOFError"}, (ProviderUnavailable, "TLS failed")),
+    ({"ProxyError"}, (ProviderUnavailable, "the proxy failed")),
+    ({"ConnectionRefusedError"}, (ProviderUnavailable, "refused")),
+    ({"NewConnectionError"}, (ProviderUnavailable, "cannot connect")),
+    ({"RemoteDisconnected", "ConnectionResetError", "BrokenPipeError", "ConnectionAbortedError"}, None),
+    ({"BadStatusLine", "LineTooLong", "UnknownProtocol"}, (InvalidResponse, "not an HTTP answer")),
+    ({"IncompleteRead", "InvalidChunkLength"}, None),
+    ({"HTTPException", "HeaderParsingError", "DecodeError", "ContentDecodingError"}, (InvalidResponse, "garbled HTTP")),
+    ({"ProtocolError", "ChunkedEncodingError"}, None),
+    ({"InvalidURL", "LocationParseError", "MissingSchema", "InvalidSchema"}, (ProviderUnavailable, "the URL is not valid")),
+)
+
+
+class _SSE:
+    """Server-sent events by the book (WHATWG HTML, 9.2.6): lines end at CR, LF or CRLF, and at nothing else."""
+
+    def __init__(self) -> None:
+        self._open: list[bytes] = []  # pieces of a line whose end has not come
+        self._after_cr = False
+        self._first = True
+        self._event = ""
+        self._data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
+        """``(event name, data)`` for each event that this chunk completes."""
+        if self._after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+        self._after_cr = chunk.endswith(b"\r")
+        if b"\n" not in chunk and b"\r" not in chunk:
+            self._open.append(chunk)
+            return
+        if self._open:
+            chunk = b"".join((*self._open, chunk))
+            self._open.clear()
+        if self._first:
+            self._first = False
+            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
+        lines = chunk.splitlines()  # bytes: splits at CR, LF and CRLF only
+        if not chunk.endswith((b"\n", b"\r")):
+            self._open.append(lines.pop())
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif not line:
+                yield from self.end()
+            elif line.startswith(b"event:"):
+                self._event = line[6:].strip().decode("utf-8", "replace")
+            elif line.startswith(b"error:"):  # llama.cpp before 2025 sends errors without "data:"
+                yield "error", line[6:]
+
+    def end(self) -> Iterator[tuple[str, bytes]]:
+        """What stands before a blank line; at the end of the body also without one."""
+        if self._data:
+            data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+            self._data = []
+            yield self._event, data
+        self._event = ""
+
+    def close(self) -> Iterator[tuple[str, bytes]]:
+        """The body is over."""
+        if self._open:
+            yield from self.feed(b"\n")
+        yield from self.end()
+
+
+# -- what an error says ------------------------------------------------------------------------------------------------
+
+#: Specific codes and types of the vendors -> class (wire formats' own names, in lower case).
+_CODES: dict[str, type[ProviderError]] = {
+    **dict.fromkeys(("context_length_exceeded", "exceed_context_size_error"), ContextLengthExceeded),
+    **dict.fromkeys(
+        ("insufficient_quota", "credit_balance_exhausted", "organization_spend_limit_exceeded", "billing_error",
+         "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
+         "enforced_spend_limit_reached", "contract_spend_limit_reached", "insufficient_balance", "payment_required",
+         "weight_exceeds_budget"),
+        QuotaExceeded,
+    ),
+    **dict.fromkeys(("in_flight_budget_exhausted", "ramp_limit_exceeded", "rate_limit_exceeded"), RateLimited),
+    **dict.fromkeys(("invalid_api_key", "unsupported_country_region_territory", "api_key_invalid"), AuthenticationError),
+    **dict.fromkeys(("model_not_found", "deploymentnotfound"), ModelNotFound),
+    **dict.fromkeys(
+        ("content_filter", "content_policy_violation", "invalid_prompt", "cyber_policy", "responsibleaipolicyviolation"),
+        ContentFiltered,
+    ),
+    **dict.fromkeys(("slow_down", "server_is_overloaded", "overloaded_error", "capacity_exceeded"), Overloaded),
+    **dict.fromkeys(("tool_use_failed", "json_validate_failed"), InvalidResponse),
+    **dict.fromkeys(("unsupported_parameter", "unsupported_value", "not_supported_error"), UnsupportedRequest),
+    "string_above_max_length": BadRequest,
+}  # fmt: skip
+
+#: Phrases of messages, searched in this order in lower case -> class.
+_PHRASES: tuple[tuple[re.Pattern[str], type[ProviderError]], ...] = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
+         r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
+         r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
+        (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|"
+         r"spend limit", QuotaExceeded),
+        (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key", AuthenticationError),
+        (r"no models? loaded|model is unloaded|model .{0,120}(not found|does not exist|has been (retired|deprecated)|"
+         r"no longer available)|unknown model|^model: ", ModelNotFound),
+        (r"content management policy|content filtering policy|violating our usage policy|flagged as|moderation",
+         ContentFiltered),
+        (r"unexpected endpoint|invalid url", ProviderUnavailable),
+        (r"loading model|overloaded|server busy|maximum pending requests", Overloaded),
+        (r"does not support (tools|images|vision|thinking|chat)|(tools?|image).{0,60}not supported|"
+         r"requires --enable-auto-tool-choice|image input", UnsupportedRequest),
+    )
+)  # fmt: skip
+
+#: Generic types -> class; "invalid_request_error" says too little and stands last, after the status.
+_TYPES: dict[str, type[ProviderError]] = {
+    "authentication_error": AuthenticationError, "permission_error": AuthenticationError,
+    "rate_limit_error": RateLimited, "tokens": RateLimited, "requests": RateLimited,
+    "timeout_error": ProviderTimeout, "timeout": ProviderTimeout, "request_timeout": ProviderTimeout,
+    "server_error": ServerError, "api_error": ServerError, "internal_error": ServerError, "internal_server_error": ServerError,
+    "unavailable_error": Overloaded, "service_unavailable_error": Overloaded,
+}  # fmt: skip
+_LAST_TYPES: dict[str, type[ProviderError]] = {
+    "invalid_request_error": BadRequest, "badrequesterror": BadRequest, "not_found_error": ModelNotFound,
+    "notfounderror": ModelNotFound,
+}  # fmt: skip
+_STATUSES: dict[int, type[ProviderError]] = {
+    401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError, 404: ProviderUnavailable, 408: ProviderTimeout,
+    409: ServerError, 410: ProviderUnavailable, 425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
+}  # fmt: skip
+
+
+class _ErrorFacts(NamedTuple):
+    """What the body of a failure says, whatever its shape."""
+
+    message: str = ""
+    codes: tuple[str, ...] = ()  #: code, type and details' codes, as lower-case text
+    param: str = ""
+    number: int | None = None  #: an HTTP-like number among the codes
+    shaped: bool = False  #: whether there was an error at all
+
+
+def _error_facts(body: Any) -> _ErrorFacts:
+    """Reads {"error": {…}}, {"error": "…"}, {"message": …}, {"detail": […]}, {"object": "error"} and a list of one of them."""
+    if isinstance(body, list):
+        return _error_facts(body[0]) if body else _ErrorFacts()
+    if isinstance(body, str):
+        return _ErrorFacts(body, shaped=bool(body))
+    if not isinstance(body, dict):
+        return _ErrorFacts()
+    error = body.get("error")
+    if error and error is not True and isinstance(error, (dict, str, list)):
+        inner = _error_facts(error)
+        return inner._replace(shaped=True)
+    message = body.get("message") or body.get("detail") or body.get("error_description") or ""
+    if isinstance(message, list):
+        message = "; ".join(str(item.get("msg", "")) for item in message if isinstance(item, dict))
+    details = body.get("details") if isinstance(body.get("details"), dict) else {}
+    inner_error = body.get("innererror") if isinstance(body.get("innererror"), dict) else {}
+    metadata = body.get("metadata") if isinstance(body.get("metadata"), dict) else {}
+    values = [body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
+              body.get("type"), body.get("status")]  # fmt: skip
+    number = next((_int(value) for value in (*values, body.get("status_code")) if _int(value) is not None), None)
+    codes = tuple(value.lower() for value in values if isinstance(value, str) and not value.isdigit())
+    if metadata.get("reasons") or "flagged_input" in metadata:
+        codes = ("content_filter", *codes)
+    param = body.get("param")
+    shaped = bool(message or codes) or body.get("object") == "error"
+    return _ErrorFacts(str(message), codes, param if isinstance(param, str) else "", number, shaped)
+
+
+def _int(value: Any) -> int | None:
+    if isinstance(value, str) and value.isdigit() and len(value) < 10:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -> type[ProviderError]:
+    """The class of a failure: a specific code, then phrases, then the generic type, a number in the body, the status."""
+    text = facts.message.lower()
+    for code in facts.codes:
+        if code in _CODES:
+            kind = _CODES[code]
+            return RateLimited if kind is QuotaExceeded and status == 402 and waits else kind
+    for pattern, kind in _PHRASES:
+        if pattern.search(text) and not (kind is AuthenticationError and status >= 500):
+            return kind
+    number = status if status >= 300 else facts.number or status
+    if number in (404, 410) and (model and model.lower() in text or "model" in text):
+        return ModelNotFound
+    if number == 402 and waits:
+        return RateLimited
+    for code in facts.codes:
+        if code in _TYPES and not (_TYPES[code] is ServerError and number in (429, 503, 529)):
+            return _TYPES[code]
+    if number in _STATUSES:
+        return _STATUSES[number]
+    if number == 503 and waits:
+        return Overloaded
+    if 500 <= number < 600:
+        return ServerError
+    if 300 <= number < 400:
+        return InvalidResponse
+    if 400 <= number < 500:
+        return BadRequest
+    return next((_LAST_TYPES[code] for code in facts.codes if code in _LAST_TYPES), InvalidResponse)
+
+
+def _retry_hint(headers: Mapping[str, str], message: str, limited: bool) -> float | None:
+    """Seconds to wait by the server's own word, in any of its forms; None for nonsense, NaN and negative numbers."""
+    hints: list[float | None] = [_seconds(headers.get("retry-after-ms", ""), 0.001), _seconds(headers.get("retry-after", ""))]
+    if hints[1] is None and headers.get("retry-after", "").endswith("GMT"):
+        from email.utils import parsedate_to_datetime
+
+        try:
+            when = parsedate_to_datetime(headers["retry-after"]).timestamp()
+            hints[1] = max(0.0, when - time.time())
+        except (ValueError, TypeError, OverflowError):
+            pass
+    found = re.search(r"(?:try again|retry) (?:in|after) ([0-9hms.]+)", message)
+    hints.append(_duration(found.group(1)) if found else None)
+    if limited:
+        resets = [
+            _duration(headers.get(f"x-ratelimit-reset-{what}", ""))
+            for what in ("requests", "tokens")
+            if headers.get(f"x-ratelimit-remaining-{what}", "0").strip() in ("0", "")
+        ]
+        hints.append(max((reset for reset in resets if reset is not None), default=None))
+    return next((hint for hint in hints if hint is not None), None)
+
+
+def _seconds(text: str, unit: float = 1.0) -> float | None:
+    try:
+        value = float(text) * unit
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
+
+
+def _duration(text: str) -> float | None:
+    """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
+    text = text.strip().rstrip(".")
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return _seconds(text)
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+#: Anything that looks like a credential.
+_KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s+\S+|[\w-]{40,}")
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Every string in a request's messages and tools."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in ("role", "type"):
+                yield from _texts_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts_of(item)
+
+
+def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
+    """A server's message in one clipped line, without keys and without what it repeats of the request."""
+    message = " ".join(message[: 8 * _MESSAGE_LIMIT].split())
+    for secret in secrets:
+        if len(secret) >= 4:
+            message = message.replace(secret, "***")
+    message = _KEY_LIKE.sub("***", message)
+    if len(message) > _MESSAGE_LIMIT:
+        message = message[: _MESSAGE_LIMIT - 3] + "..."
+    known = "\n".join(" ".join(text.split()) for text in texts)
+    short = sorted({line for line in known.split("\n") if 4 <= len(line) < _ECHO}, key=len, reverse=True)
+    for line in short:
+        message = re.sub(rf"(?<!\w){re.escape(line)}(?!\w)", "***", message)
+    kept, at = [], 0
+    while at < len(message):
+        if message[at : at + _ECHO] in known and at + _ECHO <= len(message):
+            end = at + _ECHO
+            while end < len(message) and message[at : end + 1] in known:
+                end += 1
+            kept.append("***")
+            at = end
+        else:
+            kept.append(message[at])
+            at += 1
+    return "".join(kept)
+
+
+#: A run of this many characters that also stands in the request is taken for an echo of it.
+_ECHO = 16
+
+
+def _json(data: bytes | str, what: str) -> Any:
+    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, if it is none."""
+    text = data.decode("utf-8-sig", "replace") if isinstance(data, bytes) else data
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidResponse(f"{what} is not JSON") from None
+
+
+# -- the base of the HTTP providers ------------------------------------------------------------------------------------
+
+#: Portable options of chat() and stream(). Hints may be dropped where a vendor has none; the others never silently.
+_HINTS = frozenset({
+    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls", "user",
+})  # fmt: skip
+_OPTIONS = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body"}
+_LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend")
+
+
+class _Call(NamedTuple):
+    """One request to a provider, checked and unpacked."""
+
+    messages: list[Message]
+    tools: Tools
+    model: str | None
+    options: dict[str, Any]
+
+
+class _HTTPProvider(LLMProvider):
+    """What all HTTP providers share: the session, the limits, one corrected resend, and the reading of failures.
+
+    A vendor adds its name, address and headers, a pure encoder ``_encode`` and a pure decoder ``_decoder``.
+    """
+
+    _vendor: ClassVar[str]
+    _first_token_timeout: ClassVar[float] = _FIRST_TOKEN_TIMEOUT
+    _default_url: ClassVar[str]
+    _api_path: ClassVar[str]
+    _key_variable: ClassVar[str]
+    _url_variable: ClassVar[str]
+    _chat_path: ClassVar[str]
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        connect_timeout: float = _CONNECT_TIMEOUT,
+        first_token_timeout: float | None = None,
+        stall_timeout: float = _STALL_TIMEOUT,
+        max_response_bytes: int = _MAX_RESPONSE_BYTES,
+        stream_upstream: bool = True,
+        session: requests.Session | None = None,
+    ) -> None:
+        first = self._first_token_timeout if first_token_timeout is None else first_token_timeout
+        self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
+        self.first_token_timeout: float = _number(first, "first_token_timeout")
+        self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
+        self.max_response_bytes: int = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
+        self.stream_upstream = stream_upstream
+        key = os.environ.get(self._key_variable, "") if api_key is None else api_key
+        self._key = _sendable(key, f"{type(self).__name__}(api_key)")
+        self.base_url = self._full_url(base_url or os.environ.get(self._url_variable, "") or self._default_url)
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",  # compression would only delay the first token
+            "User-Agent": f"copilot-router/{__version__}",
+            **self._auth_headers(),
+            **{name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()},
+        }
+        self._fixes: dict[str | None, tuple[tuple[str, str, Any], ...]] = {}  # by model; replaced, never changed
+        self._requests, self._new_session = _http()
+        self._own_session = session is None
+        self._session = session
+        self._settings: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        if not self._key and self.base_url == self._default_url + self._api_path and base_url is None:
+            self._warn_without_key()
+        _never_inherited.add(self)
+
+    def _warn_without_key(self) -> None:
+        if self._default_url.startswith("https"):
+            import warnings
+
+            warnings.warn(
+                f"{type(self).__name__} has no key: set {self._key_variable} or pass api_key=", UserWarning, stacklevel=4
+            )
+
+    def _full_url(self, url: str) -> str:
+        """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
+        where = f"{type(self).__name__}(base_url)"
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
+            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
+        address, mark, query = url.strip().partition("?")
+        self._query = mark + query
+        address = address.rstrip("/").removesuffix(self._chat_path).rstrip("/")
+        has_path = "/" in address.partition("://")[2]
+        return address if has_path else address + self._api_path
+
+    # -- a vendor's own part
+
+    def _auth_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+
+    @abstractmethod
+    def _encode(self, call: _Call, streaming: bool) -> dict[str, Any]:
+        """The body for these messages, tools and options. Pure."""
+
+    @abstractmethod
+    def _decoder(self, call: _Call) -> _Decoder:
+        """A decoder for one answer. Pure."""
+
+    # -- the interface
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        """One whole answer. ``messages``: OpenAI form or a str. Options as in the README's table, else TypeError.
+
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises ProviderError classes.
+        """
+        events = self._events(messages, tools, model, kwargs)
+        while True:
+            try:
+                next(events)
+            except StopIteration as end:
+                response: LLMResponse = end.value
+                return response
+
+    def stream(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> Generator[str, None, LLMResponse]:
+        """Yields deltas of text as they come, returns the whole answer; arguments as for ``chat()``."""
+        events = self._events(messages, tools, model, kwargs, every_delta=True)
+        return (yield from events)
+
+    def ping(self, timeout: float = 5.0) -> None:
+        """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
+        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, timeout)
+        answer = self._send("GET", "/models", b"", limits)
+        try:
+            body = answer.body()
+            if answer.status >= 300:
+                raise self._failure(answer, body, _Call([], None, None, {}))
+            _json(body, "the list of models")
+        finally:
+            answer.close()
+
+    def close(self) -> None:
+        """Close idle connections; the provider stays usable. A session of the user's is left alone."""
+        if self._own_session:
+            with self._lock:
+                session, self._session = self._session, None
+            if session is not None:
+                session.close()
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        if self._own_session:
+            self._session = None  # its sockets are the parent's
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.base_url}>"
+
+    # -- one request
+
+    def _events(
+        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], every_delta: bool = False
+    ) -> Generator[str, None, LLMResponse]:
+        """One answer, with one corrected resend: yields deltas if wanted, returns the response."""
+        for name in kwargs:
+            if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
+                raise _UnknownOption(f"unknown option {name!r} for {type(self).__name__}.{_near(name, _OPTIONS)}"
+                                     " Fields of one vendor go into extra_body={}")  # fmt: skip
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
+        call = _Call(_checked_messages(messages), tools or None, model, options)
+        deadline = time.monotonic() + kwargs.get("timeout", math.inf)
+        resent = False
+        while True:
+            body = self._fixed(self._encode(call, self.stream_upstream), model)
+            limits = self._limits(kwargs, deadline)
+            answer = self._send("POST", self._chat_path, _dumped(body), limits)
+            try:
+                if 200 <= answer.status < 300:
+                    return (yield from self._read(answer, call, every_delta))
+                error = self._failure(answer, answer.body(), call)
+            except ProviderError as failure:
+                failure.model = failure.model or model or ""
+                failure.provider = failure.provider or self._vendor
+                failure.status = failure.status or answer.status
+                raise
+            finally:
+                answer.close()
+            if resent or not self._learn(error, body, model, kwargs.get("on_resend")):
+                raise error
+            resent = True
+
+    def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
+        first = kwargs.get("first_token_timeout")
+        stall = kwargs.get("stall_timeout")
+        return _Limits(
+            deadline - time.monotonic(),
+            self.connect_timeout,
+            self.first_token_timeout if first is None else first,
+            self.stall_timeout if stall is None else stall,
+            self.first_token_timeout,
+        )
+
+    def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
+        """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
+        while True:
+            _current.limits = limits
+            try:
+                response = self._dispatch(method, self.base_url + path + self._query, body)
+                return _Answer(response, limits, self.max_response_bytes)
+            except Exception as error:
+                failure = _transport_error(error, limits, "connecting")
+            finally:
+                _current.limits = None
+            if not (limits.reused and not limits.fresh and isinstance(failure, ServerError)):
+                failure.provider = self._vendor
+                raise failure  # outside the handler: what requests raised holds the headers and the body
+            limits.fresh = True
+
+    def _dispatch(self, method: str, url: str, body: bytes) -> Any:
+        session = self._session
+        if not self._own_session and session is not None:
+            request = self._requests.Request(method, url, headers=self._headers, data=body or None)
+            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
+            prepared = session.prepare_request(request)
+            settings = session.merge_environment_settings(url, {}, True, None, None)
+            return session.send(prepared, allow_redirects=False, timeout=self.stall_timeout, **settings)
+        if session is None:
+            session = self._open_session(url)
+        prepared = self._requests.PreparedRequest()
+        prepared.prepare_method(method)
+        prepared.url, prepared.body = url, body or None
+        prepared.headers = self._requests.structures.CaseInsensitiveDict(self._headers)
+        prepared.headers["Content-Length"] = str(len(body))
+        return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
+
+    def _open_session(self, url: str) -> Any:
+        """A session, with the proxies and certificates of the environment looked up once instead of at every call."""
+        with self._lock:
+            if self._session is None:
+                session = self._new_session()
+                self._settings = session.merge_environment_settings(url, {}, True, None, None)
+                self._session = session
+            return self._session
+
+    def _read(self, answer: _Answer, call: _Call, every_delta: bool) -> Generator[str, None, LLMResponse]:
+        """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
+        decoder = self._decoder(call)
+        decoder.request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
+        try:
+            if "event-stream" in answer.headers.get("Content-Type", ""):
+                yield from self._read_events(answer, decoder, every_delta)
+            else:
+                self._read_whole(answer, decoder)
+            return decoder.response(call.model)
+        except _InBandError as in_band:
+            raise self._reported(in_band.body, answer, call, decoder.usage) from None
+        except ProviderError as error:
+            error.usage = error.usage or decoder.usage
+            error.request_id = error.request_id or decoder.request_id
+            raise
+
+    def _read_events(self, answer: _Answer, decoder: _Decoder, every_delta: bool) -> Generator[str, None, None]:
+        parser, limits = _SSE(), answer.limits
+        feed = decoder.feed
+        for events in self._event_batches(answer, parser, decoder):
+            for name, data in events:
+                text = feed(name, data)
+                if decoder.alive:
+                    limits.progress()
+                if text and every_delta:
+                    yield text
+                if decoder.ended:
+                    answer.finish()
+                    return
+            limits.waiting()
+
+    @staticmethod
+    def _event_batches(answer: _Answer, parser: _SSE, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
+        limits = answer.limits
+        try:
+            for chunk in answer.chunks():
+                yield parser.feed(chunk)
+                if decoder.complete and limits.silence > _TAIL_TIMEOUT:  # all but usage and the end is here
+                    limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
+            yield parser.close()
+        except (ProviderTimeout, InvalidResponse):
+            if not decoder.complete:
+                raise
+
+    @staticmethod
+    def _read_whole(answer: _Answer, decoder: _Decoder) -> None:
+        body = answer.body()
+        if not body.strip():
+            raise InvalidResponse("an empty body")
+        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0][:40]
+        decoder.feed_whole(_json(body, f"the answer ({kind})"))
+
+    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> ProviderError:
+        """The error for an answer whose status is not 2xx."""
+        if 300 <= answer.status < 400:
+            return InvalidResponse("a redirect, which is not followed: correct the base_url", status=answer.status)
+        try:
+            parsed = json.loads(body.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError):
+            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
+            parsed = body.decode("utf-8", "replace") if plain else {"message": f"status {answer.status} without JSON"}
+        return self._reported(parsed, answer, call, None)
+
+    def _reported(self, body: Any, answer: _Answer, call: _Call, usage: Usage | None) -> ProviderError:
+        """The error that a body reports, at whatever status, with a message that is safe to show."""
+        facts = _error_facts(body)
+        hint = _retry_hint(answer.headers, facts.message, answer.status in (429, 503, 529))
+        waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
+        kind = _class_of(facts, answer.status, call.model, waits)
+        texts = [*_texts_of(call.messages), *_texts_of(call.tools)]
+        message = _masked(facts.message, (self._key, *self._headers.values()), texts)
+        request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
+        error = kind(
+            message or f"status {answer.status} without a message",
+            provider=self._vendor, model=call.model or "", status=answer.status, request_id=request_id,
+            code=facts.codes[0][:60] if facts.codes else None,
+            retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
+        )  # fmt: skip
+        error.usage = usage
+        error.__dict__["_facts"] = facts
+        return error
+
+    # -- what a model refuses is learned from its error
+
+    def _learn(self, error: ProviderError, body: dict[str, Any], model: str | None, told: Any) -> bool:
+        """Whether the error names one optional field that can be dropped, renamed or replaced; remembered per model."""
+        fix = _correction(error.__dict__.pop("_facts", _ErrorFacts()), error.status, body)
+        if fix is None:
+            return False
+        with self._lock:
+            known = self._fixes.get(model, ())
+            if fix in known:
+                return False
+            self._fixes[model] = (*known, fix)
+        if told is not None:
+            told({"change": fix[0], "field": fix[1]})
+        return True
+
+    def _fixed(self, body: dict[str, Any], model: str | None) -> dict[str, Any]:
+        for change, name, value in self._fixes.get(model, ()):
+            if name in body:
+                old = body.pop(name)
+                if change == "rename":
+                    body[value] = old
+                elif change == "replace":
+                    body[name] = value
+        return body
+
+
+_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
+
+
+class _InBandError(Exception):
+    """An error inside a 200: ``body`` is what it said."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+
+def _correction(facts: _ErrorFacts, status: int | None, body: dict[str, Any]) -> tuple[str, str, Any] | None:
+    """How to change one optional field that a 400 names: (drop | rename | replace, field, new name or value)."""
+    text = facts.message
+    if status not in (400, 422) or not _REFUSES.search(text + " " + " ".join(facts.codes)):
+        return None
+    refused = text.partition(" Use ")[0].partition(" use ")[0]
+    named = [
+        name
+        for name in (*_HINTS, "max_tokens", "max_completion_tokens", "stream_options")
+        if name in body and (facts.param == name or re.search(rf"(?<!\w){name}(?!\w)", refused))
+    ]
+    if facts.param in named:
+        named = [facts.param]
+    if len(named) != 1:
+        return None
+    name = named[0]
+    if name in ("max_tokens", "max_completion_tokens"):
+        other = "max_completion_tokens" if name == "max_tokens" else "max_tokens"
+        return ("rename", name, other) if other in text or "nsupported" in text or "nrecognized" in text else None
+    if name == "reasoning_effort" and re.search(r"set reasoning_effort to ['\"]?none", text):
+        return ("replace", name, "none")
+    return ("drop", name, None)
+
+
+_REFUSES = re.compile(
+    r"(?i)unsupported|not supported|does not support|unrecognized|unknown (?:name|field|parameter|argument)|"
+    r"extra inputs|not permitted|deprecated|not allowed|unexpected (?:field|keyword|parameter)"
+)
+
+
+def _sendable(value: Any, where: str) -> str:
+    """A header value without surrounding white space. ConfigError, without the value, if HTTP cannot carry it."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
+    value = value.strip()
+    bad = next((char for char in value if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
+    if bad is not None:
+        raise ConfigError(f"{where} holds the character U+{ord(bad):04X}, which HTTP cannot carry: copy it again")
+    return value
+
+
+def _dumped(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, TypeError) else "NaN, infinity or a cycle"
+        raise BadRequest(f"the request cannot be written as JSON: {reason}") from None
+
+
+# ==== Chat Completions wire format ====================================================================================
+# https://platform.openai.com/docs/api-reference/chat; spoken by LM Studio, llama.cpp, vLLM, Ollama, OpenRouter and others,
+# each with liberties of its own, which is why nothing here trusts the type of anything.
+
+
+class _ThinkSplitter:
+    """Takes a leading <think>…</think> block out of text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._state = "start"  # start | thinking | answer
+        self._held = ""
+        self.thought: list[str] = []
+
+    def feed(self, text: str) -> str:
+        """What of this piece belongs to the answer."""
+        if self._state == "answer":
+            return text
+        self._held += text
+        if self._state == "start":
+            begun = self._held.lstrip()
+            if begun.startswith("<think>"):
+                self._state, self._held = "thinking", begun[7:]
+            elif "<think>".startswith(begun):
+                return ""
+            else:
+                return self._release()
+        end = self._held.find("</think>")
+        if end < 0:
+            keep = max(0, len(self._held) - 7)
+            self.thought.append(self._held[:keep])
+            self._held = self._held[keep:]
+            return ""
+        self.thought.append(self._held[:end])
+        self._held = self._held[end + 8 :].lstrip()
+        return self._release()
+
+    def _release(self) -> str:
+        self._state, held, self._held = "answer", self._held, ""
+        return held
+
+    def close(self) -> str:
+        """The text is over: what was held back."""
+        if self._state == "thinking":
+            self.thought.append(self._held)
+            return ""
+        return self._release()
+
+
+class _Decoder(ABC):
+    """Turns the events of one answer into deltas of text and one LLMResponse. No I/O."""
+
+    def __init__(self) -> None:
+        self.alive = False  #: a sign of generation has come
+        self.complete = False  #: the answer has its finish reason
+        self.ended = False  #: the end marker has come: nothing follows
+        self.usage: Usage | None = None
+        self.request_id: str | None = None
+
+    @abstractmethod
+    def feed(self, name: str, data: bytes) -> str:
+        """Take one event; returns its text for the reader, "" if it has none."""
+
+    @abstractmethod
+    def feed_whole(self, body: Any) -> None:
+        """Take a whole JSON answer."""
+
+    @abstractmethod
+    def response(self, asked: str | None) -> LLMResponse:
+        """The answer. Raises InvalidResponse if it is not complete, EmptyResponse or ContentFiltered if empty."""
+
+
+class _ChatDecoder(_Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._think = _ThinkSplitter()
+        self._calls: list[dict[str, Any]] = []
+        self._by_index: dict[Any, dict[str, Any]] = {}
+        self._finish: str | None = None
+        self._refused = False
+        self._model = ""
+        self._raw: dict[str, Any] | None = None
+
+    def feed(self, name: str, data: bytes) -> str:
+        if data.strip() == b"[DONE]":
+            self.ended = True
+            return ""
+        chunk = _json(data, "an event")
+        if name == "error":
+            raise _InBandError(chunk if isinstance(chunk, dict) and "error" in chunk else {"error": chunk})
+        return self._take(chunk, "delta")
+
+    def feed_whole(self, body: Any) -> None:
+        self._take(body, "message")
+        if not isinstance(body.get("choices"), list) or not body["choices"]:
+            raise InvalidResponse("no choices")
+        self._raw = body
+        self.ended = True
+
+    def _take(self, body: Any, part: str) -> str:
+        """One chunk, or one whole answer: they differ only in the name of the part."""
+        if not isinstance(body, dict):
+            raise InvalidResponse(f"an object was expected, not {type(body).__name__}")
+        if body.get("error") or body.get("object") == "error":
+            raise _InBandError(body)
+        if isinstance(body.get("model"), str) and body["model"]:
+            self._model = body["model"]
+        if body.get("usage") is not None:
+            self.usage = _chat_usage(body["usage"]) or self.usage
+        choices = body.get("choices")
+        if choices is None and part == "delta" and "usage" in body:
+            return ""
+        if not isinstance(choices, list):
+            raise InvalidResponse("no choices")
+        if not choices:
+            return ""
+        choice = choices[0]
+        if not isinstance(choice, dict):
+            raise InvalidResponse("choices[0] is no object")
+        if choice.get("error"):
+            raise _InBandError(choice)
+        return self._take_choice(choice, part)
+
+    def _take_choice(self, choice: dict[str, Any], part: str) -> str:
+        message = choice.get(part)
+        text = ""
+        if isinstance(message, dict):
+            text = self._take_message(message)
+        elif isinstance(choice.get("text"), str):
+            text = self._take_text(choice["text"])
+        elif part == "message" or message is not None:
+            raise InvalidResponse(f"choices[0].{part} is no object")
+        finish = choice.get("finish_reason")
+        if finish is not None:
+            if not isinstance(finish, str):
+                raise InvalidResponse("finish_reason is no text")
+            if finish == "error":
+                raise _InBandError({"error": {"message": "the model reported an error"}})
+            self._finish, self.complete = finish, True
+        elif part == "message":
+            self._finish = self._finish or "stop"  # a whole JSON answer is complete by its nature
+        return text
+
+    def _take_message(self, message: dict[str, Any]) -> str:
+        for key in ("reasoning_content", "reasoning"):
+            if isinstance(message.get(key), str) and message[key]:
+                self._reasoning.append(message[key])
+                self.alive = True
+                break
+        else:
+            self._take_details(message.get("reasoning_details"))
+        calls = message.get("tool_calls")
+        if calls is not None:
+            if not isinstance(calls, list):
+                raise InvalidResponse("tool_calls is no list")
+            for call in calls:
+                self._take_call(call)
+        if isinstance(message.get("function_call"), dict):
+            self._take_call({"index": 0, "function": message["function_call"]})
+        if isinstance(message.get("refusal"), str) and message["refusal"]:
+            self._refused = self.alive = True
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(
+                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if content is not None and not isinstance(content, str):
+            raise InvalidResponse("content is no text")
+        return self._take_text(content) if content else ""
+
+    def _take_details(self, details: Any) -> None:
+        for item in details if isinstance(details, list) else ():
+            text = item.get("text") or item.get("summary") if isinstance(item, dict) else None
+            if isinstance(text, str) and text:
+                self._reasoning.append(text)
+                self.alive = True
+
+    def _take_text(self, text: str) -> str:
+        self.alive = True
+        text = self._think.feed(text)
+        if text:
+            self._text.append(text)
+        return text
+
+    def _take_call(self, call: Any) -> None:
+        """One piece of a tool call. Index, id and name may be missing, repeated, or all in one piece."""
+        if not isinstance(call, dict):
+            raise InvalidResponse("a tool call is no object")
+        function = call.get("function", call.get("custom"))
+        if function is not None and not isinstance(function, dict):
+            raise InvalidResponse("a tool call's function is no object")
+        function = function or {}
+        self.alive = True
+        key, call_id = call.get("index"), call.get("id")
+        known = self._by_index.get(key) if isinstance(key, (int, str)) else (self._calls[-1] if self._calls else None)
+        if known is None or (call_id and known["id"] and call_id != known["id"]):
+            known = {"id": "", "name": "", "arguments": []}
+            self._calls.append(known)
+        if isinstance(key, (int, str)):
+            self._by_index[key] = known
+        if isinstance(call_id, str) and call_id:
+            known["id"] = call_id
+        if isinstance(function.get("name"), str) and function["name"]:
+            known["name"] = function["name"]
+        arguments = function.get("arguments", function.get("input"))
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments)
+        if arguments is not None and not isinstance(arguments, str):
+            raise InvalidResponse("a tool call's arguments are no text")
+        if arguments:
+            known["arguments"].append(arguments)
+
+    def response(self, asked: str | None) -> LLMResponse:
+        if self._finish is None:
+            raise InvalidResponse("truncated: no finish reason" if not self.ended else "the answer has no finish reason")
+        rest = self._think.close()
+        if rest:
+            self._text.append(rest)
+        calls = [
+            ToolCall(call["id"] or f"call_{at}", call["name"], *_parsed_arguments("".join(call["arguments"])))
+            for at, call in enumerate(self._calls)
+        ]
+        if any(not call.name for call in calls):
+            raise InvalidResponse("a tool call has no name")
+        finish = _FINISH.get(self._finish, "stop")
+        if finish in ("stop", "tool_calls"):
+            finish = "tool_calls" if calls else "stop"
+        text = "".join(self._text)
+        if self._refused and not text and not calls:
+            finish = "content_filter"
+        return _checked_answer(LLMResponse(
+            text or None, calls, finish, self.usage or _NO_USAGE, self._model or asked or "",
+            reasoning="".join((*self._reasoning, *self._think.thought)).strip() or None,
+            request_id=self.request_id, raw=self._raw,
+        ))  # fmt: skip
+
+
+_FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls",
+           "content_filter": "content_filter", "sensitive": "content_filter"}  # fmt: skip
+
+
+def _parsed_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
+    """The arguments as an object, {} for empty text, None if the model wrote something else; and the text as it was."""
+    if not text.strip():
+        return {}, text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, text
+    return (value if isinstance(value, dict) else None), text
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _chat_usage(usage: Any) -> Usage | None:
+    """Numbers that make no sense count as 0: they must not cost an answer."""
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens_details")
+    completion = usage.get("completion_tokens_details")
+    prompt = prompt if isinstance(prompt, dict) else {}
+    completion = completion if isinstance(completion, dict) else {}
+    return Usage(
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        _count(prompt.get("cached_tokens")) or _count(usage.get("prompt_cache_hit_tokens")),
+        _count(prompt.get("cache_write_tokens")),
+        _count(completion.get("reasoning_tokens")),
+    )
+
+
+#: Keys of a message that are sent; anything else is another vendor's, or only ever an answer's.
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+
+
+def _chat_message(message: Message, at_openai: bool) -> dict[str, Any]:
+    """A message as it is sent. Local templates know neither the developer role nor lists of text parts."""
+    sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
+    if "content" not in sent:
+        sent["content"] = None if sent.get("tool_calls") else ""
+    if not at_openai:
+        if sent["role"] == "developer":
+            sent["role"] = "system"
+        parts = sent["content"]
+        if isinstance(parts, (list, tuple)) and parts and all(part.get("type") == "text" for part in parts):
+            sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
+    return sent
+
+
+def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
+    """The body of a Chat Completions request."""
+    options = dict(call.options)
+    extra = options.pop("extra_body", None) or {}
+    limit = options.pop("max_completion_tokens", None) or options.pop("max_tokens", None)
+    options.pop("max_tokens", None)
+    body: dict[str, Any] = {} if call.model is None else {"model": call.model}
+    body["messages"] = [_chat_message(message, at_openai) for message in call.messages]
+    if call.tools:
+        body["tools"] = list(call.tools)
+    else:
+        options.pop("tool_choice", None)  # both are refused without tools
+        options.pop("parallel_tool_calls", None)
+    body.update(options)
+    if limit is not None:
+        body["max_completion_tokens" if at_openai else "max_tokens"] = limit
+    if streaming:
+        body["stream"] = True
+        body["stream_options"] = {"include_usage": True}
+    return {**body, **extra}
+
+
+# ==== OpenAI and LM Studio providers ==================================================================================
+
+
+class OpenAIProvider(_HTTPProvider):
+    """Chat Completions at OpenAI, Azure, and every compatible server (llama.cpp, vLLM, OpenRouter, …) by its ``base_url``.
+
+    ``api_key``: None takes OPENAI_API_KEY, "" sends none. ``base_url``: None takes OPENAI_BASE_URL, else OpenAI's; without
+    a path ``/v1`` is added. ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
+    before the first token (None: 12), inside the answer, and for connecting. ``max_response_bytes``: after decompression.
+    ``stream_upstream=False`` asks for whole JSON. ``session``: your own ``requests.Session``, used as it is, and then its
+    time limits are yours. Safe to share between threads and across fork. Raises ConfigError for a key or URL that cannot
+    work. Facts: OpenAI's API reference.
+    """
+
+    _vendor = "openai"
+    _default_url = "https://api.openai.com"
+    _api_path = "/v1"
+    _chat_path = "/chat/completions"
+    _key_variable = "OPENAI_API_KEY"
+    _url_variable = "OPENAI_BASE_URL"
+
+    def _auth_headers(self) -> dict[str, str]:
+        if self._key and ".azure.com" in self.base_url:
+            return {"api-key": self._key}
+        return super()._auth_headers()
+
+    @property
+    def _at_openai(self) -> bool:
+        host = self.base_url.partition("://")[2].partition("/")[0].partition(":")[0]
+        return host == "api.openai.com" or host.endswith(".azure.com")
+
+    def _encode(self, call: _Call, streaming: bool) -> dict[str, Any]:
+        if call.model is None and self._at_openai:
+            raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
+        return _chat_body(call, streaming, self._at_openai)
+
+    def _decoder(self, call: _Call) -> _Decoder:
+        return _ChatDecoder()
+
+
+class LMStudioProvider(OpenAIProvider):
+    """LM Studio on this machine: ``http://localhost:1234/v1``, LM_API_TOKEN, LMSTUDIO_BASE_URL; else as OpenAIProvider.
+
+    No model need be named: the loaded one answers. The first token may take 60 seconds, since the model may have to be
+    loaded first.
+    """
+
+    _vendor = "lmstudio"
+    _default_url = "http://localhost:1234"
+    _key_variable = "LM_API_TOKEN"
+    _url_variable = "LMSTUDIO_BASE_URL"
+    _first_token_timeout = _LOCAL_FIRST_TOKEN_TIMEOUT
+
+
+# ==== scripted provider ===============================================================================================
+
+
+class ScriptedProvider(LLMProvider):
+    """A provider without a network, to test your own failover with.
+
+    Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of deltas (in which an exception
+    breaks the stream at that point), an exception class or instance (raised), or a callable that is given the call's
+    arguments and returns any of these. Past the end: ConfigError, or from the start again with ``repeat=True``.
+    ``.calls``: what it was given, a list of dicts with messages, tools, model, kwargs. Thread-safe.
+    """
+
+    def __init__(self, script: Iterable[Any], repeat: bool = False) -> None:
+        if isinstance(script, (str, bytes)) or not isinstance(script, Iterable):
+            raise ConfigError(f"script is a {type(script).__name__}: give a list of answers, such as ['hello']")
+        self._script = list(script)
+        self._repeat = repeat
+        self._turns = itertools.count()  # its next() is atomic
+        self.calls: list[dict[str, Any]] = []
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        """The next item of the script as a whole answer."""
+        stream = self.stream(messages, tools, model, **kwargs)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                response: LLMResponse = end.value
+                return response
+
+    def stream(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> Generator[str, None, LLMResponse]:
+        """The next item of the script as deltas."""
+        item = self._next(messages, tools, model, kwargs)
+        if callable(item) and not isinstance(item, type):
+            item = item(messages, tools=tools, model=model, **kwargs)
+        if isinstance(item, LLMResponse):
+            if item.content:
+                yield item.content
+            return item
+        text = ""
+        for delta in [item] if not isinstance(item, (list, tuple)) else item:
+            if isinstance(delta, BaseException) or (isinstance(delta, type) and issubclass(delta, BaseException)):
+                raise delta
+            if not isinstance(delta, str):
+                raise ConfigError(f"script holds a {type(delta).__name__}: give str, LLMResponse, exceptions or callables")
+            text += delta
+            yield delta
+        return LLMResponse(content=text, model=model or "")
+
+    def _next(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> Any:
+        self.calls.append({"messages": messages, "tools": tools, "model": model, "kwargs": kwargs})
+        at = next(self._turns)
+        if self._repeat and self._script:
+            at %= len(self._script)
+        if at >= len(self._script):
+            raise ConfigError(f"ScriptedProvider's script of {len(self._script)} items is over: add more, or repeat=True")
+        return self._script[at]
+
+
+# ==== tiers and chain =================================================================================================
+
+_ROLE_ORDER = ("primary", "secondary", "emergency")
+
+
+class TierHealth(NamedTuple):
+    """What a chain knows of one tier. ``calls`` and ``failures`` count requests, ``last_latency`` is in seconds."""
+
+    name: str
+    role: str
+    models: tuple[str, ...]
+    breaker: BreakerSnapshot
+    calls: int
+    failures: int
+    last_error: str | None
+    last_latency: float | None
+
+
+class ProviderTier:
+    """One provider in its place in a chain.
+
+    ``models``: ids, the first being the default, or a dict alias -> id; empty: any name is passed on as it is. ``role``:
+    primary, secondary or emergency (asked when all else failed, even when its breaker is open). ``breaker``: None lets the
+    chain make one. ``timeout``: seconds for one request, None inherits the call's. ``retries``: how often the same tier is
+    asked again after a ServerError; 0 never. ``max_concurrency``: requests under way at once in this process, None means no
+    limit. ``prices``: ``{model: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one tuple for
+    all models; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such requests. ``params``:
+    options under each call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        provider: LLMProvider,
+        models: Sequence[str] | Mapping[str, str] = (),
+        *,
+        role: str = "primary",
+        breaker: CircuitBreaker | None = None,
+        timeout: float | None = None,
+        retries: int = 1,
+        max_concurrency: int | None = None,
+        prices: Any = None,
+        supports_tools: bool = True,
+        supports_images: bool = True,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"name={name!r}: give the tier a name")
+        where = f"tier {name!r}"
+        if role not in _ROLE_ORDER:
+            raise ConfigError(f"{where}: role={role!r}: give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}")
+        if breaker is not None and not isinstance(breaker, CircuitBreaker):
+            raise ConfigError(f"{where}: breaker is a {type(breaker).__name__}: give a CircuitBreaker or None")
+        _check_provider(provider, where)
+        self.name = name
+        self.provider = provider
+        self.models = _checked_models(models, where)
+        self.role = role
+        self.breaker: CircuitBreaker = breaker  # type: ignore[assignment]  # the chain makes one for None
+        self.timeout: float | None = None if timeout is None else _number(timeout, f"{where}: timeout")
+        self.retries: int = _number(retries, f"{where}: retries", whole=True)
+        self.max_concurrency = max_concurrency
+        if max_concurrency is not None:
+            _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
+        self.prices = _checked_prices(prices, where)
+        self.supports_tools = supports_tools
+        self.supports_images = supports_images
+        self.params = dict(params or {})
+        self._ids = tuple(self.models.values())
+        self._speaks_http = isinstance(provider, _HTTPProvider)
+        self._calls = self._failures = 0  # these four are guarded by _lock
+        self._last_error: str | None = None
+        self._last_latency: float | None = None
+        self._renew_after_fork()
+        _never_inherited.add(self)
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._slots = None if self.max_concurrency is None else threading.BoundedSemaphore(self.max_concurrency)
+
+    def _id_of(self, model: str | None) -> str | None:
+        """The id to send for a name, None if this tier does not list it."""
+        if model is None:
+            return None
+        return self.models.get(model) or (model if model in self._ids else None)
+
+    @property
+    def _default(self) -> str | None:
+        return self._ids[0] if self._ids else None
+
+    def _count(self, error: str | None, latency: float) -> None:
+        with self._lock:
+            self._calls += 1
+            self._last_latency = latency
+            if error is not None:
+                self._failures += 1
+                self._last_error = error
+
+    def _price(self, models: Iterable[str | None]) -> tuple[float, ...] | None:
+        if self.prices is None or isinstance(self.prices, tuple):
+            return self.prices
+        return next((self.prices[model] for model in models if model in self.prices), None)
+
+    def _health(self) -> TierHealth:
+        with self._lock:
+            seen = (self._calls, self._failures, self._last_error, self._last_latency)
+        return TierHealth(self.name, self.role, tuple(self.models), self.breaker.snapshot(), *seen)
+
+    def __repr__(self) -> str:
+        return f"<ProviderTier {self.name!r} {self.role} {self.provider!r}>"
+
+
+def _check_provider(provider: Any, where: str) -> None:
+    chat = getattr(provider, "chat", None)
+    if isinstance(provider, type) or not callable(chat):
+        shown = provider.__name__ if isinstance(provider, type) else type(provider).__name__
+        raise ConfigError(f"{where}: provider is {shown}: give an object with a chat() method, such as OpenAIProvider()")
+    try:
+        inspect.signature(chat).bind([], tools=None, model=None, timeout=1.0)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where}: chat() of {type(provider).__name__} cannot be called ({error}): write"
+            " def chat(self, messages, tools=None, model=None, **kwargs)"
+        ) from None
+    except ValueError:
+        pass  # no signature to be had, as for some built-ins
+
+
+def _checked_models(models: Any, where: str) -> dict[str, str]:
+    if isinstance(models, (str, bytes)) or not isinstance(models, (Mapping, Sequence)):
+        raise ConfigError(f"{where}: models={models!r}: give a list, such as models=['gpt-6-luna'], or a dict alias -> id")
+    found = dict(models) if isinstance(models, Mapping) else {model: model for model in models}
+    for alias, model in found.items():
+        if not (isinstance(alias, str) and alias and isinstance(model, str) and model):
+            raise ConfigError(f"{where}: models holds {alias!r}: {model!r}: every model is a non-empty str")
+    return found
+
+
+def _checked_prices(prices: Any, where: str) -> Any:
+    if prices is None:
+        return None
+    table = prices if isinstance(prices, Mapping) else {"": prices}
+    for model, price in table.items():
+        if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
+            raise ConfigError(f"{where}: prices[{model!r}]={price!r}: give (prompt, completion[, cached[, cache_write]])")
+        for value in price:
+            _number(value, f"{where}: prices[{model!r}]")
+    fixed = {model: tuple(price) for model, price in table.items()}
+    return fixed if isinstance(prices, Mapping) else fixed[""]
+
+
+def _cost(usage: Usage, price: tuple[float, ...]) -> float:
+    """USD. Cached and cache-written tokens cost the prompt's price where they have none of their own."""
+    prompt, completion, cached, written = (*price, *(price[0],) * (4 - len(price)))
+    plain = max(0, usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens)
+    total = plain * prompt + usage.cached_tokens * cached + usage.cache_write_tokens * written
+    return (total + usage.completion_tokens * completion) / 1e6
+
+
+def _has_images(messages: Iterable[Message]) -> bool:
+    return any(
+        part.get("type") in ("image_url", "image", "input_image")
+        for message in messages
+        if isinstance(message.get("content"), (list, tuple))
+        for part in message["content"]
+    )
+
+
+def _instructed(messages: list[Message], instruction: str) -> list[Message]:
+    """A copy whose first system message ends with the instruction; one is added where there is none."""
+    for at, message in enumerate(messages):
+        if message["role"] in ("system", "developer"):
+            content = message["content"]
+            if isinstance(content, str):
+                content = f"{content}\n\n{instruction}"
+            else:
+                content = [*content, {"type": "text", "text": instruction}]
+            return [*messages[:at], {**message, "content": content}, *messages[at + 1 :]]
+    return [{"role": "system", "content": instruction}, *messages]
+
+
+_BEFORE_MARKER = re.compile(r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*", re.DOTALL)
+
+
+def _after_marker(text: str | None, marker: str) -> str | None:
+    """What follows the marker if the text begins with it, white space and decoration left out; None if it does not."""
+    if not text:
+        return None
+    start = _BEFORE_MARKER.match(text)
+    at = start.end() if start else 0
+    if text[at : at + len(marker)].lower() != marker.lower():
+        return None
+    return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
+
+
+class _State:
+    """What one call of a chain knows and has done; used by one thread."""
+
+    __slots__ = (
+        "attempts", "cost", "deadline", "errors", "escalating", "escalation", "images", "kwargs", "last", "messages", "model",
+        "naps", "observed", "order", "plain", "rung", "start", "tools", "wait",
+    )  # fmt: skip
+
+    def __init__(self, messages: list[Message], tools: Tools, model: str | None, kwargs: dict[str, Any]) -> None:
+        self.messages = messages
+        self.tools = tools
+        self.model = model
+        self.kwargs = kwargs
+        self.attempts: list[Attempt] = []
+        self.errors: list[tuple[ProviderTier, BaseException, bool]] = []  #: with whether a request was sent
+        self.cost: float | None = 0.0
+        self.plain = False  #: no escalation instruction
+        self.rung = 0  #: of the ladder: where the next escalation goes
+        self.escalating = False
+        self.escalation: str | None = None
+        self.last: LLMResponse | None = None  #: the last answer that gave up or was refused
+        self.naps = 0
+        self.images: bool | None = None
+        self.order: list[tuple[ProviderTier, str | None]]
+        self.start: float
+        self.deadline: float
+        self.wait: float
+        self.observed: bool
+
+
+_INSTRUCTION = (
+    "If this task is beyond your ability, or you are not confident that your answer is right, do not guess: reply with "
+    "{marker} as the very first characters, followed by one short sentence that says why. A stronger model will then answer "
+    "instead. Otherwise answer normally and never mention {marker}."
+)
+
+
+class FailoverChain(LLMProvider):
+    """Asks its tiers in order until one answers, within one deadline.
+
+    Tiers of the role primary come first, then secondary, then emergency, and within a role as listed. A failure goes on to
+    the next tier, after one more try on the same tier where the error's class says so. A tier that keeps failing is skipped
+    until its breaker lets a trial through. A Retry-After of at most ``max_retry_after`` seconds is waited out, once; a
+    longer one parks the tier.
+
+    Silence: a tier that has not begun to answer within its provider's ``first_token_timeout``, or goes silent for its
+    ``stall_timeout``, is given up. While a later tier is ready neither takes more than half of the time left; when none is,
+    when the caller named the model or set ``reasoning_effort``, and on escalation, both are five times as long.
+
+    ``escalation_model``: a name, or names, weakest first: an answer that begins with ``escalation_marker`` is asked again
+    there. ``escalation_prompt``: whether weaker models are told so; a str replaces the text. ``accept(response) -> bool``:
+    your own check; a refused answer escalates, or goes to the next tier. ``timeout``: seconds for a call. ``wait``: seconds
+    in all that a call may sleep until a tier is ready again (0: fail at once). ``failure_threshold``,
+    ``recovery_timeout``: for the breakers made here. ``on_error={Class: "next" | "raise"}`` overrides a class's policy.
+    ``on_event(event)`` is told of every step; what it raises is logged. ``clock`` and ``sleep`` drive everything but sockets.
+
+    Thread-safe, fork-safe, and itself a provider: a chain can be a tier of another. Raises ConfigError when built wrong.
+    """
+
+    def __init__(
+        self,
+        tiers: Iterable[ProviderTier],
+        *,
+        escalation_model: str | Sequence[str] | None = None,
+        escalation_marker: str = "[ESCALATE]",
+        escalation_prompt: bool | str = True,
+        accept: Callable[[LLMResponse], bool] | None = None,
+        timeout: float = _CALL_TIMEOUT,
+        wait: float = 0.0,
+        max_retry_after: float = 2.0,
+        failure_threshold: int = 3,
+        recovery_timeout: float = 15.0,
+        on_error: Mapping[type[Exception], str] | None = None,
+        on_event: Callable[[Event], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Any] = time.sleep,
+    ) -> None:
+        self.tiers = _checked_tiers(tiers)
+        self.timeout: float = _number(timeout, "timeout")
+        self.wait: float = _number(wait, "wait")
+        self.max_retry_after: float = _number(max_retry_after, "max_retry_after")
+        self._on_error = _checked_policy(on_error)
+        self._on_event = on_event
+        self._accept = accept
+        self._clock = clock
+        self._sleep = sleep
+        if not isinstance(escalation_marker, str) or not escalation_marker.strip():
+            raise ConfigError(f"escalation_marker={escalation_marker!r}: give a text such as '[ESCALATE]'")
+        self._marker = escalation_marker.strip()
+        text = _INSTRUCTION if escalation_prompt is True else escalation_prompt or ""
+        self._instruction = text.replace("{marker}", self._marker)
+        names = (escalation_model,) if isinstance(escalation_model, str) else tuple(escalation_model or ())
+        self._ladder: tuple[str, ...] = names
+        for name in names:
+            if not self._serving(name, self.tiers):
+                raise ConfigError(f"escalation_model={name!r}: no tier lists it.{_near(name, self._names())}")
+        for tier in self.tiers:
+            if tier.breaker is None:
+                tier.breaker = CircuitBreaker(failure_threshold, recovery_timeout, name=tier.name, clock=clock)
+            tier.breaker._listeners.append(functools.partial(self._breaker_changed, tier.name))
+
+    # -- public
+
+    def chat(  # noqa: PLR0913 - the whole contract of a call in one place
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        model: str | None = None,
+        *,
+        system: str | None = None,
+        timeout: float | None = None,
+        wait: float | None = None,
+        tiers: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> LLMResponse:
+        """One answer, from the first tier that gives one.
+
+        ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is modified. ``model``:
+        tiers that list it are asked first; None asks each for its default. ``system``: a system message put in front.
+        ``timeout``: seconds for everything, None: the chain's (plus ``wait``). ``tiers``: names; no other tier is asked,
+        nothing leaves them. Other keyword arguments go to the providers.
+
+        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one class of it holds for all
+        tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError, BadRequest and TypeError for wrong arguments.
+        """
+        state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
+        try:
+            response = self._run(state)
+        except RouterError as error:
+            error.attempts = tuple(state.attempts)
+            if isinstance(error, (ProviderError, AllProvidersFailed)):
+                _log.warning("call failed: %s", _explain(state.attempts, None))
+                self._emit("done", "", "", {"outcome": type(error).__name__, "latency": self._clock() - state.start})
+            raise
+        if state.observed:
+            self._emit("done", response.provider, response.model, {
+                "outcome": "ok", "latency": response.latency, "cost": response.cost, "attempts": len(response.attempts),
+                "prompt_tokens": response.usage.prompt_tokens, "completion_tokens": response.usage.completion_tokens,
+            })  # fmt: skip
+        return response
+
+    def health(self) -> list[TierHealth]:
+        """What is known of each tier, as plain data; asks nobody."""
+        return [tier._health() for tier in self.tiers]
+
+    def check(self, timeout: float = 5.0) -> list[TierHealth]:
+        """Ping every tier, at most ``timeout`` seconds each, and return the health.
+
+        A failed ping counts as a failure and stands in ``last_error``; a good one makes an open breaker's trial due and
+        clears ``last_error``. It closes nothing: a provider may list its models and answer nothing.
+        """
+        _number(timeout, "timeout")
+        for tier in self.tiers:
+            error: Exception | None = None
+            try:
+                ping = getattr(tier.provider, "ping", None)
+                if ping is not None:
+                    ping(timeout)
+            except Exception as failure:
+                error = failure
+            tier.breaker._observe(error)
+            with tier._lock:
+                tier._last_error = None if error is None else _error_text(error)
+        return self.health()
+
+    def ping(self, timeout: float = 5.0) -> None:
+        """Returns if any tier's ping does, raises the last one's error."""
+        failure: Exception | None = None
+        for tier in self.tiers:
+            try:
+                return tier.provider.ping(timeout)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def reset(self) -> None:
+        """Close all breakers and forget what they counted, for tests and operators."""
+        for tier in self.tiers:
+            tier.breaker.reset()
+
+    def close(self) -> None:
+        """Free idle connections; the chain stays usable."""
+        for tier in self.tiers:
+            close = getattr(tier.provider, "close", None)
+            if close is not None:
+                close()
+
+    def __enter__(self) -> FailoverChain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<FailoverChain {' -> '.join(tier.name for tier in self.tiers)}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a FailoverChain cannot be copied or pickled; build it where it is used")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> FailoverChain:
+        """A chain of what the environment names: LM Studio (LMSTUDIO_BASE_URL), then OpenAI (OPENAI_API_KEY or
+        OPENAI_BASE_URL), with the models in LMSTUDIO_MODEL and OPENAI_MODEL. Probes nothing. Other arguments are the chain's.
+        """
+        tiers = []
+        for name, kind in _PROVIDERS.items():
+            key, url = environ.get(kind._key_variable), environ.get(kind._url_variable)
+            if url or (key and kind._default_url.startswith("https")):
+                model = environ.get(f"{name.upper()}_MODEL", "")
+                tiers.append(ProviderTier(name, kind(key or "", url or None), [model] if model else []))
+        if not tiers:
+            raise ConfigError("the environment names no provider: set OPENAI_API_KEY or LMSTUDIO_BASE_URL")
+        return cls(tiers, **settings)
+
+    # -- before the first tier
+
+    def _begin(
+        self, messages: Any, tools: Tools, model: str | None, system: str | None, timeout: float | None,
+        wait: float | None, names: Sequence[str] | None, kwargs: dict[str, Any],
+    ) -> _State:  # fmt: skip
+        state = _State(_checked_messages(messages, system), tools or None, model, kwargs)
+        state.wait = self.wait if wait is None else _number(wait, "wait")
+        limit = self.timeout + state.wait if timeout is None else _number(timeout, "timeout")
+        state.order = self._order(model, names)
+        top = not self._ladder or not self._rungs_left(state, 0)
+        state.plain = top or not self._instruction or _wants_json(kwargs.get("response_format"))
+        state.observed = self._on_event is not None or _log.isEnabledFor(logging.DEBUG)
+        state.start = self._clock()
+        state.deadline = state.start + limit
+        return state
+
+    def _order(self, model: str | None, names: Sequence[str] | None) -> list[tuple[ProviderTier, str | None]]:
+        """Who is asked, in which order, with which model."""
+        tiers: Sequence[ProviderTier] = self.tiers
+        if names is not None:
+            tiers = self._restricted(names)
+        if model is None:
+            return [(tier, tier._default) for tier in tiers]
+        if not isinstance(model, str) or not model:
+            raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
+        if not self._serving(model, tiers):
+            raise UnknownModel(f"no tier serves the model {model!r}.{_near(model, self._names())}")
+        ids = [(tier, tier._id_of(model)) for tier in tiers]
+        first = [(tier, known) for tier, known in ids if known and tier.role != "emergency"]
+        rest = [
+            (tier, known or (tier._default if tier.models else model))
+            for tier, known in ids
+            if not known or tier.role == "emergency"
+        ]
+        return first + rest
+
+    def _restricted(self, names: Sequence[str]) -> list[ProviderTier]:
+        if isinstance(names, str) or not names:
+            raise ConfigError(f"tiers={names!r}: give a list of names, such as tiers=[{self.tiers[0].name!r}]")
+        known = [tier.name for tier in self.tiers]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"tiers={list(names)!r}: no tier is called {name!r}.{_near(name, known)}")
+        return [tier for tier in self.tiers if tier.name in names]
+
+    @staticmethod
+    def _serving(model: str, tiers: Iterable[ProviderTier]) -> list[tuple[ProviderTier, str | None]]:
+        """The tiers that list a model, else those that take any."""
+        listed = [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
+        return listed or [(tier, model) for tier in tiers if not tier.models]
+
+    def _names(self) -> list[str]:
+        return [name for tier in self.tiers for name in (*tier.models, *tier._ids)]
+
+    def _rungs_left(self, state: _State, rung: int) -> bool:
+        tiers = [tier for tier, _ in state.order]
+        return any(self._serving(name, tiers) for name in self._ladder[rung:])
+
+    # -- the loop
+
+    def _run(self, state: _State) -> LLMResponse:
+        """Ask one tier after the other; start again after a pause while ``wait`` allows; go up the ladder on escalation."""
+        plan, at = state.order, 0
+        while True:
+            if at == len(plan):
+                if not self._wait_for_a_tier(state, plan):
+                    raise self._failure(state, plan)
+                at = 0
+            tier, model = plan[at]
+            at += 1
+            if state.deadline <= self._clock():
+                raise self._out_of_time(state, plan[at - 1 :])
+            response = self._ask(state, tier, model, plan[at:])
+            if response is None:
+                continue
+            why = self._refused(state, response)
+            if why is None:
+                return self._finished(state, tier, response)
+            plan, at = self._next_after_refusal(state, tier, model, response, why, plan, at)
+
+    def _ask(
+        self, state: _State, tier: ProviderTier, model: str | None, later: list[tuple[ProviderTier, str | None]]
+    ) -> LLMResponse | None:
+        """Ask one tier, again if its error says so. None if the next tier is to be asked; raises what the caller must see."""
+        again, patience = tier.retries, True
+        while True:
+            why = self._unable(state, tier)
+            if why is not None:
+                return self._skip(state, tier, model, UnsupportedRequest(why))
+            ticket = tier.breaker._force_admit() if tier.role == "emergency" else tier.breaker._try_admit()
+            if ticket is None:
+                return self._skip(state, tier, model, tier.breaker._refusal())
+            if tier._slots is not None and not self._take_slot(state, tier, later):
+                ticket.neutral()
+                return self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy", _SOON))
+            start = self._clock()
+            try:
+                response = self._request(state, tier, model, later, start)
+            except BaseException as error:
+                pause = self._failed(state, tier, model, ticket, error, start, again > 0, patience)
+                if pause is None:
+                    if not later or state.deadline <= self._clock():
+                        return None
+                    self._told(state, "failover", tier, model, {"to": later[0][0].name}, logging.INFO)
+                    return None
+                limited = isinstance(error, RateLimited)
+                failed = error
+            else:
+                ticket.success()
+                self._record(state, tier, model, "ok", None, response, self._clock() - start)
+                return response
+            finally:
+                if tier._slots is not None:
+                    tier._slots.release()
+            if limited:
+                patience = False
+            else:
+                again -= 1
+            self._told(state, "retry", tier, model, {"pause": pause, "error": type(failed).__name__})
+            self._sleep(pause)
+            if not limited and not tier.breaker.is_closed:
+                return None
+
+    def _request(
+        self, state: _State, tier: ProviderTier, model: str | None, later: list[tuple[ProviderTier, str | None]], start: float
+    ) -> LLMResponse:
+        """One request to one provider, and the check that it is an answer."""
+        options = {**tier.params, **state.kwargs} if tier.params else state.kwargs
+        if None in options.values():
+            options = {name: value for name, value in options.items() if value is not None}
+        left = state.deadline - start
+        timeout = left if tier.timeout is None else min(left, tier.timeout)
+        if tier._speaks_http:
+            options = {**options, **self._silence(state, tier, options, later, left)}
+            if state.observed:
+                options["on_resend"] = lambda data: self._told(state, "resend", tier, model, data)
+        messages = state.messages
+        if not state.plain and not self._is_top(model, tier):
+            messages = _instructed(messages, self._instruction)
+        self._told(state, "attempt", tier, model, {"timeout": timeout})
+        response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
+        if not isinstance(response, LLMResponse):
+            raise ConfigError(f"tier {tier.name!r}: chat() of {type(tier.provider).__name__} returned"
+                              f" {type(response).__name__}: return an LLMResponse, or raise a ProviderError")  # fmt: skip
+        return response if response.content and not response.content.isspace() else _checked_answer(response)
+
+    def _silence(
+        self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
+        later: list[tuple[ProviderTier, str | None]], left: float,
+    ) -> dict[str, float]:  # fmt: skip
+        """The limits on silence for one request (class docstring, Silence)."""
+        provider: Any = tier.provider
+        ready = any(
+            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
+            for other, _ in later
+            if other is not tier
+        )
+        relaxed = not ready or state.escalating or state.model is not None or "reasoning_effort" in options
+        limits = {}
+        for name in ("first_token_timeout", "stall_timeout"):
+            limit = options.get(name, getattr(provider, name)) * (_PATIENCE if relaxed else 1.0)
+            limits[name] = min(limit, left / 2) if ready else limit
+        return limits
+
+    def _failed(
+        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket, error: BaseException, start: float,
+        again: bool, patience: bool,
+    ) -> float | None:  # fmt: skip
+        """Settle and record a failed request. Seconds to pause before the same tier is asked again, None for the next."""
+        now = self._clock()
+        if _passes_through(error):
+            ticket.neutral()
+            raise error
+        assert isinstance(error, Exception)
+        pause = self._pause(state, error, ticket, now, again, patience)
+        outcome, seconds = _verdict(error)
+        if isinstance(error, ProviderTimeout) or isinstance(error, DeadlineExceeded):
+            silent = isinstance(error, ProviderTimeout) and error.code in ("first_token_timeout", "stall_timeout")
+            if now >= state.deadline - 0.005 and not silent:
+                outcome = "neutral"  # it was our own time that was over
+        if isinstance(error, RateLimited) and pause is not None:
+            outcome = "neutral"
+        elif isinstance(error, ServerError) and pause is None and (error.retry_after or 0.0) > self.max_retry_after:
+            outcome, seconds = "park", min(error.retry_after or 0.0, _MAX_PARK)
+        text = _error_text(error)
+        tier.breaker._settle(ticket, outcome, seconds, text)
+        if isinstance(error, ProviderError):
+            error.provider, error.model = error.provider or tier.name, error.model or model or ""
+        if isinstance(error, (AllProvidersFailed, ProviderError)) and error.attempts:
+            self._join(state, tier, error.attempts, None)
+            tier._count(text, now - start)
+        else:
+            self._record(state, tier, model, "failed", error, None, now - start)
+        state.errors.append((tier, error, True))
+        if self._action(error) == "raise":
+            raise error
+        return pause
+
+    def _pause(
+        self, state: _State, error: Exception, ticket: Ticket, now: float, again: bool, patience: bool
+    ) -> float | None:
+        """Seconds to wait before asking the same tier again; None if it is not to be asked again."""
+        hint = getattr(error, "retry_after", None) if isinstance(error, ProviderError) else None
+        if isinstance(error, RateLimited):
+            wanted = hint is not None and patience and error.breaker == "park" and not ticket.is_trial
+            pause = hint
+        else:
+            wanted = again and self._action(error) == "again"
+            pause = random.uniform(*_RETRY_PAUSE) if hint is None else hint
+        if not wanted or pause is None or pause > self.max_retry_after or now + pause >= state.deadline:
+            return None
+        return float(pause)
+
+    def _action(self, error: Exception) -> str:
+        """again, next or raise: by ``on_error`` for the nearest class that it names, else by the class itself."""
+        if self._on_error:
+            for kind in type(error).__mro__:
+                if kind in self._on_error:
+                    return self._on_error[kind]
+        return error.then if isinstance(error, ProviderError) else "next"
+
+    def _unable(self, state: _State, tier: ProviderTier) -> str | None:
+        if state.tools and not tier.supports_tools:
+            return f"{tier.name} takes no tools"
+        if not tier.supports_images:
+            if state.images is None:
+                state.images = _has_images(state.messages)
+            if state.images:
+                return f"{tier.name} takes no images"
+        return None
+
+    def _take_slot(self, state: _State, tier: ProviderTier, later: list[tuple[ProviderTier, str | None]]) -> bool:
+        """One of the tier's max_concurrency places; waited for only when no later tier is ready."""
+        assert tier._slots is not None
+        if any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later):
+            return tier._slots.acquire(blocking=False)
+        left = max(0.0, state.deadline - self._clock())
+        return tier._slots.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+
+    # -- keeping the record
+
+    def _skip(self, state: _State, tier: ProviderTier, model: str | None, error: RouterError) -> None:
+        state.attempts.append(Attempt(tier.name, model or "", "skipped", _error_text(error)))
+        state.errors.append((tier, error, False))
+        self._told(state, "skip", tier, model, {"reason": str(error)})
+
+    def _record(
+        self, state: _State, tier: ProviderTier, model: str | None, outcome: str, error: Exception | None,
+        response: LLMResponse | None, latency: float,
+    ) -> None:  # fmt: skip
+        text = None if error is None else _error_text(error)
+        tier._count(text, latency)
+        if response is not None and response.attempts:
+            return self._join(state, tier, response.attempts, response.cost)
+        usage = (response.usage if response is not None else getattr(error, "usage", None)) or _NO_USAGE
+        answered = (response.model if response is not None else None) or model or ""
+        if state.cost is not None and (response is not None or usage.total_tokens):
+            price = tier._price((answered, model))
+            state.cost = None if price is None else state.cost + _cost(usage, price)
+        status = getattr(error, "status", None)
+        state.attempts.append(Attempt(tier.name, model or answered, outcome, text, status, latency, usage))
+        return None
+
+    @staticmethod
+    def _join(state: _State, tier: ProviderTier, attempts: Iterable[Attempt], cost: float | None) -> None:
+        """What a nested chain did becomes part of this call's record."""
+        attempts = list(attempts)
+        state.attempts += [attempt._replace(tier=f"{tier.name}/{attempt.tier}") for attempt in attempts]
+        used = cost is not None or any(attempt.usage.total_tokens for attempt in attempts)
+        if used and state.cost is not None:
+            state.cost = None if cost is None else state.cost + cost
+
+    def _finished(self, state: _State, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
+        """A copy for the caller (the provider may hand the same object to others) with what the chain knows."""
+        answer: LLMResponse = object.__new__(type(response))
+        answer.__dict__.update(response.__dict__)
+        answer.provider = tier.name if not response.attempts else f"{tier.name}/{response.provider}"
+        answer.attempts = tuple(state.attempts)
+        answer.cost = state.cost
+        answer.escalation = state.escalation if state.escalation is not None else response.escalation
+        answer.latency = self._clock() - state.start
+        if not answer.model:
+            answer.model = state.attempts[-1].model
+        if len(state.attempts) > 1:
+            _log.info("answered: %s", _explain(answer.attempts, answer.cost))
+        return answer
+
+    # -- escalation
+
+    def _is_top(self, model: str | None, tier: ProviderTier) -> bool:
+        return tier._id_of(self._ladder[-1]) == model if tier.models else model == self._ladder[-1]
+
+    def _refused(self, state: _State, response: LLMResponse) -> str | None:
+        """Why this answer is not for the caller, None if it is."""
+        if self._ladder:
+            reason = _after_marker(response.content, self._marker)
+            if reason is not None:
+                response = object.__new__(type(response)) if False else response
+                return reason or "no reason given"
+        if self._accept is not None and not self._accept(response):
+            return "refused by accept"
+        return None
+
+    def _next_after_refusal(
+        self, state: _State, tier: ProviderTier, model: str | None, response: LLMResponse, why: str,
+        plan: list[tuple[ProviderTier, str | None]], at: int,
+    ) -> tuple[list[tuple[ProviderTier, str | None]], int]:  # fmt: skip
+        """Where to go on: the next rung of the ladder, then the tiers after the one that gave up."""
+        marked = self._ladder and _after_marker(response.content, self._marker) is not None
+        label = "gave up" if marked else "refused by accept"
+        state.attempts[-1] = state.attempts[-1]._replace(outcome="escalated", error=label)
+        state.last = self._finished(state, tier, response)
+        if marked:
+            state.last.content = why if why != "no reason given" else None
+        state.escalation = why
+        if not self._ladder:
+            return plan, at
+        level = next((n for n, name in enumerate(self._ladder) if model is not None and tier._id_of(name) == model), -1)
+        rung = max(state.rung, level + 1)
+        tiers = [other for other, _ in state.order]
+        stronger = self._serving(self._ladder[rung], tiers) if rung < len(self._ladder) else []
+        if not stronger:
+            raise self._failure(state, plan)
+        state.rung, state.escalating = rung + 1, True
+        asked = {other.name for other, _ in stronger}
+        place = tiers.index(tier)
+        after = [(other, name) for other, name in state.order[place + 1 :] if other.name not in asked]
+        self._told(state, "escalation", tier, model, {"to": self._ladder[rung]}, logging.INFO)
+        state.errors.clear()
+        return stronger + after, 0
+
+    # -- waiting and failing
+
+    def _ready_in(self, state: _State, plan: Iterable[tuple[ProviderTier, str | None]]) -> float | None:
+        """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
+        hints: list[float] = []
+        last = {tier.name: (error, sent) for tier, error, sent in state.errors}
+        for tier, _ in plan:
+            error, _sent = last.get(tier.name, (None, False))
+            if isinstance(error, UnsupportedRequest) or (error is not None and _verdict(error)[0] == "neutral"
+                    and not isinstance(error, (CircuitOpen, ProviderTimeout, RateLimited))):  # fmt: skip
+                continue
+            left = tier.breaker.retry_after
+            if left is None and tier.breaker.is_closed:
+                left = getattr(error, "retry_after", None) or _SOON
+            if left is not None:
+                hints.append(left)
+        return min(hints, default=None)
+
+    def _wait_for_a_tier(self, state: _State, plan: list[tuple[ProviderTier, str | None]]) -> bool:
+        """Sleep until the first tier is worth asking again, if ``wait`` and the deadline allow it."""
+        if not state.wait:
+            return False
+        ready = self._ready_in(state, plan)
+        if ready is None:
+            return False
+        if any(tier.breaker.is_closed for tier, _ in plan):  # it failed just now: do not hammer it
+            ready *= min(2.0**state.naps, 8.0)
+        ready = max(ready, 0.01)
+        if ready > state.wait or self._clock() + ready >= state.deadline:
+            return False
+        state.naps += 1
+        state.wait -= ready
+        self._emit("wait", "", "", {"seconds": ready})
+        _log.info("all tiers failed: waiting %.1f s", ready)
+        self._sleep(ready)
+        state.errors.clear()
+        return True
+
+    def _out_of_time(self, state: _State, unasked: Iterable[tuple[ProviderTier, str | None]]) -> RouterError:
+        named = {tier.name for tier, _, _ in state.errors}
+        for tier, model in unasked:
+            if tier.name not in named:
+                self._skip(state, tier, model, CircuitOpen("no time left to ask it"))
+        return self._failure(state, state.order, late=True)
+
+    def _failure(
+        self, state: _State, plan: list[tuple[ProviderTier, str | None]], late: bool = False
+    ) -> RouterError:
+        """What the caller gets when nobody answered."""
+        late = late or self._clock() >= state.deadline
+        asked = [error for _, error, sent in state.errors if sent]
+        kinds = {type(error) for error in asked}
+        if state.last is None and not late and len(kinds) == 1 and _verdict(asked[0])[0] == "neutral":
+            only = asked[0]
+            if isinstance(only, ProviderError) and only.breaker == "neutral":
+                return only
+        if state.last is None and not asked and state.errors and all(
+            isinstance(error, UnsupportedRequest) for _, error, _ in state.errors
+        ):
+            return UnsupportedRequest("; ".join(str(error) for _, error, _ in state.errors))
+        error: AllProvidersFailed
+        reasons = "; ".join(self._reasons(state))
+        if state.last is not None:
+            error = EscalationFailed(f"no stronger answer: {reasons or 'nowhere to escalate to'}")
+            error.response = state.last
+        elif late:
+            error = DeadlineExceeded(f"the deadline passed: {reasons}")
+        else:
+            error = AllProvidersFailed(f"no tier answered: {reasons}")
+        error.errors = tuple(_bare(failure) for _, failure, _ in state.errors)
+        error.retry_after = self._ready_in(state, plan)
+        error.__cause__ = error.errors[0] if error.errors else None
+        return error
+
+    @staticmethod
+    def _reasons(state: _State) -> Iterator[str]:
+        for attempt in state.attempts:
+            yield f"{attempt.tier}: {attempt.error or attempt.outcome}"
+
+    # -- telling
+
+    def _told(
+        self, state: _State, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any], level: int = logging.DEBUG
+    ) -> None:
+        if state.observed or level > logging.DEBUG:
+            if _log.isEnabledFor(level):
+                _log.log(level, "%s %s %s %s", tier.name, kind, model or "", data)
+            self._emit(kind, tier.name, model or "", data)
+
+    def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(Event(kind, tier, model, data, self._clock()))
+        except Exception:
+            _log.exception("on_event failed")
+
+    def _breaker_changed(self, tier: str, name: str, old: str, new: str, reason: str) -> None:
+        self._emit("breaker", tier, "", {"old": old, "new": new, "reason": reason})
+
+
+def _bare(error: BaseException) -> BaseException:
+    """Without its traceback, whose frames hold the messages; and so for what it wraps."""
+    for item in _causes(error):
+        item.__traceback__ = None
+    return error
+
+
+def _wants_json(response_format: Any) -> bool:
+    return isinstance(response_format, Mapping) and response_format.get("type") in ("json_object", "json_schema")
+
+
+def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
+    if isinstance(tiers, (str, bytes, ProviderTier)) or not isinstance(tiers, Iterable):
+        raise ConfigError(f"tiers is a {type(tiers).__name__}: give a list of ProviderTier")
+    found = tuple(tiers)
+    if not found:
+        raise ConfigError("tiers is empty: give at least one ProviderTier")
+    names: set[str] = set()
+    for at, tier in enumerate(found):
+        if not isinstance(tier, ProviderTier):
+            raise ConfigError(f"tiers[{at}] is a {type(tier).__name__}: give a ProviderTier(name, provider, models)")
+        if tier.name in names:
+            raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: names of tiers are unique in a chain")
+        names.add(tier.name)
+    return tuple(sorted(found, key=lambda tier: _ROLE_ORDER.index(tier.role)))
+
+
+def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type, str]:
+    for kind, action in (on_error or {}).items():
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise ConfigError(f"on_error: {kind!r} is no exception class")
+        if action not in ("next", "raise"):
+            raise ConfigError(f"on_error[{kind.__name__}]={action!r}: give 'next' or 'raise'")
+    return dict(on_error or {})
+
+
+# ==== command line ====================================================================================================
+
+_PROVIDERS: dict[str, type[OpenAIProvider]] = {"lmstudio": LMStudioProvider, "openai": OpenAIProvider}
+
+_EXIT_CODES = "exit status: 0 answered, 1 every tier failed, 2 usage or configuration, 124 deadline, 130 interrupted"
+
+
+def _parser() -> Any:
+    import argparse
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--provider", choices=sorted(_PROVIDERS), help="speak to this one (default: what the environment names)")
+    common.add_argument("--base-url", help="its address, such as http://localhost:8080/v1")
+    common.add_argument("--model", help="the model to ask first")
+    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included (default 300)")
+    common.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens; -v shows each attempt")
+    parser = argparse.ArgumentParser(
+        prog="copilot-router", epilog=_EXIT_CODES, description="Ask LLM providers, one after the other, until one answers."
+    )
+    parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chat = commands.add_parser("chat", parents=[common], epilog=_EXIT_CODES, help="ask a question and print the answer",
+                               description="Ask a question and print the answer.")  # fmt: skip
+    chat.add_argument("prompt", nargs="?", default="-", help="the question; - or nothing reads standard input")
+    chat.add_argument("--escalation-model", help="who answers when the first model gives up")
+    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait in all for a tier to be ready again")
+    chat.add_argument("--tiers", help="ask only these, separated by commas")
+    commands.add_parser("check", parents=[common], epilog=_EXIT_CODES, help="ping every provider; exits 1 if one fails",
+                        description="Ping every provider.")  # fmt: skip
+    return parser
+
+
+def _chain_from(options: Any) -> FailoverChain:
+    ladder = getattr(options, "escalation_model", None)
+    if options.provider is None and options.base_url is None:
+        chain = FailoverChain.from_env(escalation_model=ladder)
+        if options.model:
+            chain._order(options.model, None)
+        return chain
+    kind = _PROVIDERS[options.provider or "openai"]
+    models = [name for name in (options.model, ladder) if name]
+    return FailoverChain(
+        [ProviderTier(options.provider or "openai", kind(base_url=options.base_url), models)], escalation_model=ladder
+    )
+
+
+def _chat_command(options: Any) -> int:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give it as an argument or on standard input")
+    names = None if options.tiers is None else [name.strip() for name in options.tiers.split(",")]
+    with _chain_from(options) as chain:
+        response = chain.chat(
+            prompt, model=options.model, system=options.system, timeout=options.timeout, wait=options.wait, tiers=names
+        )
+    print(json.dumps(response.to_dict()) if options.json else response.text)
+    if options.verbose:
+        print(response.explain(), file=sys.stderr)
+    return 0
+
+
+def _check_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        found = chain.check(options.timeout or 5.0)
+    if options.json:
+        print(json.dumps([{**tier._asdict(), "breaker": tier.breaker._asdict()} for tier in found]))
+    else:
+        width = max(len(tier.name) for tier in found)
+        for tier in found:
+            print(f"{tier.name:<{width}}  {tier.last_error or 'ok'}")
+    return 1 if any(tier.last_error for tier in found) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+        _log.setLevel(logging.DEBUG)
+    try:
+        status = _chat_command(options) if options.command == "chat" else _check_command(options)
+        sys.stdout.flush()
+        return status
+    except DeadlineExceeded as error:
+        print(f"copilot-router: {error}", file=sys.stderr)
+        return 124
+    except (AllProvidersFailed, ProviderError) as error:
+        print(f"copilot-router: {error}", file=sys.stderr)
+        if getattr(error, "retry_after", None) is not None:
+            print(f"copilot-router: try again in {error.retry_after:.0f} s", file=sys.stderr)
+        return 1
+    except (RouterError, TypeError) as error:
+        print(f"copilot-router: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has had enough: no traceback at exit
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
