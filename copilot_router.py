@@ -50,6 +50,7 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
     "ProviderTier", "FailoverChain", "TierHealth",
 ]  # fmt: skip
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -256,9 +257,7 @@ class StreamInterrupted(ProviderError):
 class CircuitOpen(RouterError):
     """A breaker said no. ``.retry_after``: seconds until it will let a call through, None if only ``reset()`` will."""
 
-    def __init__(self, message: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after: float | None = None
 
 
 class AllProvidersFailed(RouterError):
@@ -532,6 +531,9 @@ class _Record(NamedTuple):
     reason: str = ""
 
 
+_NO_GENERATION = -1  #: of tickets whose verdict decides nothing, except that a Retry-After is a fact
+
+
 class Ticket:
     """Leave to make one call. Settle it once, by a method or by leaving its ``with`` block; the first verdict counts.
 
@@ -628,6 +630,7 @@ class CircuitBreaker:
         self._record = _Record()  # guarded by _lock for writing, as are the next three
         self._rejected = 0
         self._stale = 0
+        self._reason: tuple[_Record | None, str] = (None, "")
         self._changes: deque[tuple[str, str, str]] = deque()
         self._lock = threading.RLock()
         self._delivering = threading.Lock()
@@ -689,15 +692,17 @@ class CircuitBreaker:
 
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else whatever ``fn`` raises."""
-        ticket = self._try_admit()
-        if ticket is None:
-            raise self._refusal()
+        record = self._record
+        if record.state != "closed":
+            with self.admit():
+                return fn(*args, **kwargs)
         try:
             result = fn(*args, **kwargs)
         except BaseException as error:
-            ticket._settle_by(error)
+            Ticket(self, record.generation, False)._settle_by(error)
             raise
-        ticket.success()
+        if record.failures or self._record is not record:  # else there is nothing to settle
+            Ticket(self, record.generation, False).success()
         return result
 
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
@@ -784,17 +789,25 @@ class CircuitBreaker:
         return granted[0] if granted else None
 
     def _refusal(self) -> CircuitOpen:
-        record, name = self._record, self.name or "circuit"
-        left = self._remaining(record)
-        when = "until reset" if record.deadline == math.inf else f"for {left or 0.0:.1f} s"
-        state = "trying again" if record.state == "half_open" else f"open {when}"
-        return CircuitOpen(f"{name} is {state}{f' ({record.reason})' if record.reason else ''}", left)
+        record = self._record
+        error = CircuitOpen(self._why(record))
+        error.retry_after = self._remaining(record)
+        return error
+
+    def _why(self, record: _Record) -> str:
+        """Why a call is refused; kept with the record it was made for, since an outage asks for it at every call."""
+        if self._reason[0] is not record:
+            state = "trying again with one call" if record.state == "half_open" else "open"
+            until = " until reset" if record.deadline == math.inf else ""
+            reason = f" ({record.reason})" if record.reason else ""
+            self._reason = (record, f"{self.name or 'circuit'} is {state}{until}{reason}")
+        return self._reason[1]
 
     def _force_admit(self) -> Ticket | None:
         """For a last resort: admitted also while open, unless that was ordered by hand. Its verdict then decides nothing."""
         ticket = self._try_admit()
         if ticket is None and self._record.deadline != math.inf:
-            ticket = Ticket(self, -1, False)
+            ticket = Ticket(self, _NO_GENERATION, False)
         return ticket
 
     def _settle(self, ticket: Ticket, outcome: str, seconds: float | None = None, reason: str = "") -> None:
@@ -804,7 +817,7 @@ class CircuitBreaker:
             if ticket._settled:
                 return old
             if ticket._generation != old.generation and outcome != "park":
-                self._stale += 1
+                self._stale += ticket._generation != _NO_GENERATION
                 return old
             if outcome == "success":
                 return self._succeeded(old, ticket, reason)
@@ -864,10 +877,10 @@ class CircuitBreaker:
     def _tell(self, old: str, new: str, reason: str) -> None:
         if new == "closed":
             _log.info("%s: closed (%s)", self.name or "circuit", reason)
-        elif new == "open" and (old == "closed" or reason != "trial"):
+        elif new == "open":
             _log.warning("%s: open (%s)", self.name or "circuit", reason)
         else:
-            _log.debug("%s: trial", self.name or "circuit")
+            _log.debug("%s: trying again with one call", self.name or "circuit")
         for listener in tuple(self._listeners):
             try:
                 listener(self.name, old, new, reason)
@@ -878,7 +891,7 @@ class CircuitBreaker:
         """Take in a health probe: a failure counts, a good one makes an open breaker's trial due and no more."""
         record = self._record
         if error is not None:
-            Ticket(self, record.generation if record.state == "closed" else -1, False)._settle_by(error)
+            Ticket(self, record.generation if record.state == "closed" else _NO_GENERATION, False)._settle_by(error)
         elif record.state == "open" and record.deadline != math.inf:
             now = self._clock()
             self._swap(lambda old: old._replace(deadline=min(old.deadline, now)) if old is record else old)
@@ -950,20 +963,21 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
     if not messages:
         raise BadRequest("messages is empty: give at least one message")
     for at, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if type(message) is not dict and not isinstance(message, Mapping):
             raise BadRequest(f"messages[{at}] is a {type(message).__name__}: give a dict with 'role' and 'content'")
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
             raise BadRequest(f"messages[{at}] has the role {shown!r}: give one of {', '.join(_ROLES)}")
+        if type(content) is str:
+            continue
         if content is None and role != "assistant":
             raise BadRequest(f"messages[{at}] ({role}) has no content: give a str or a list of parts")
         if content is not None and not isinstance(content, (str, list, tuple)):
             raise BadRequest(f"messages[{at}] ({role}) has content of type {type(content).__name__}: give a str or list")
         if isinstance(content, (list, tuple)) and not all(isinstance(part, Mapping) for part in content):
             raise BadRequest(f"messages[{at}] ({role}) has a part that is no dict: give {{'type': 'text', 'text': ...}}")
-    prefix: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return [*prefix, *messages]
+    return [*messages] if system is None else [{"role": "system", "content": system}, *messages]
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -1191,12 +1205,17 @@ class _Answer:
     """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
 
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
+        import http.client
+
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.limits = limits
         self._raw = response.raw
         self._most = most
         self._ended = False
+        direct = getattr(self._raw, "_original_response", None)  # urllib3's own read1 costs as much again as http.client's
+        plain = functools.partial(self._raw.read1, 65536, decode_content=False)
+        self._read1: Callable[[], bytes] = direct.read1 if isinstance(direct, http.client.HTTPResponse) else plain
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come, to the end of the body. Raises ProviderError for whatever breaks."""
@@ -1227,8 +1246,7 @@ class _Answer:
 
     def _read(self) -> bytes:
         try:
-            data: bytes = self._raw.read1(65536, decode_content=False)
-            return data
+            return self._read1()
         except Exception as error:
             failure = _transport_error(error, self.limits, "the answer")
         raise failure
@@ -1257,10 +1275,8 @@ class _Answer:
         """Read the little that may be left, so that the connection can serve the next request."""
         limits = self.limits
         limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT / 10)
-        try:
+        with contextlib.suppress(ProviderError):  # the answer is complete: only the connection would be lost
             self._ended = self._ended or not self._read()
-        except ProviderError:
-            pass  # the answer is complete: only the connection is lost
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
@@ -1326,14 +1342,14 @@ class _SSE:
         self._event = ""
         self._data: list[bytes] = []
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         """``(event name, data)`` for each event that this chunk completes."""
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
         self._after_cr = chunk.endswith(b"\r")
         if b"\n" not in chunk and b"\r" not in chunk:
             self._open.append(chunk)
-            return
+            return []
         if self._open:
             chunk = b"".join((*self._open, chunk))
             self._open.clear()
@@ -1343,29 +1359,24 @@ class _SSE:
         lines = chunk.splitlines()  # bytes: splits at CR, LF and CRLF only
         if not chunk.endswith((b"\n", b"\r")):
             self._open.append(lines.pop())
+        events: list[tuple[str, bytes]] = []
         for line in lines:
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line:
-                yield from self.end()
+                if self._data:
+                    events.append((self._event, b"\n".join(self._data)))
+                    self._data.clear()
+                self._event = ""
             elif line.startswith(b"event:"):
                 self._event = line[6:].strip().decode("utf-8", "replace")
             elif line.startswith(b"error:"):  # llama.cpp before 2025 sends errors without "data:"
-                yield "error", line[6:]
+                events.append(("error", line[6:]))
+        return events
 
-    def end(self) -> Iterator[tuple[str, bytes]]:
-        """What stands before a blank line; at the end of the body also without one."""
-        if self._data:
-            data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
-            self._data = []
-            yield self._event, data
-        self._event = ""
-
-    def close(self) -> Iterator[tuple[str, bytes]]:
-        """The body is over."""
-        if self._open:
-            yield from self.feed(b"\n")
-        yield from self.end()
+    def close(self) -> list[tuple[str, bytes]]:
+        """The body is over: what stands there without a blank line after it."""
+        return self.feed(b"\n\n")
 
 
 # -- what an error says ------------------------------------------------------------------------------------------------
@@ -1457,9 +1468,7 @@ def _error_facts(body: Any) -> _ErrorFacts:
     message = body.get("message") or body.get("detail") or body.get("error_description") or ""
     if isinstance(message, list):
         message = "; ".join(str(item.get("msg", "")) for item in message if isinstance(item, dict))
-    details = body.get("details") if isinstance(body.get("details"), dict) else {}
-    inner_error = body.get("innererror") if isinstance(body.get("innererror"), dict) else {}
-    metadata = body.get("metadata") if isinstance(body.get("metadata"), dict) else {}
+    details, inner_error, metadata = (_dict(body.get(name)) for name in ("details", "innererror", "metadata"))
     values = [body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
               body.get("type"), body.get("status")]  # fmt: skip
     number = next((_int(value) for value in (*values, body.get("status_code")) if _int(value) is not None), None)
@@ -1469,6 +1478,10 @@ def _error_facts(body: Any) -> _ErrorFacts:
     param = body.get("param")
     shaped = bool(message or codes) or body.get("object") == "error"
     return _ErrorFacts(str(message), codes, param if isinstance(param, str) else "", number, shaped)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _int(value: Any) -> int | None:
@@ -1488,7 +1501,7 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
         if pattern.search(text) and not (kind is AuthenticationError and status >= 500):
             return kind
     number = status if status >= 300 else facts.number or status
-    if number in (404, 410) and (model and model.lower() in text or "model" in text):
+    if number in (404, 410) and ((model and model.lower() in text) or "model" in text):
         return ModelNotFound
     if number == 402 and waits:
         return RateLimited
@@ -1599,9 +1612,9 @@ _ECHO = 16
 
 def _json(data: bytes | str, what: str) -> Any:
     """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, if it is none."""
-    text = data.decode("utf-8-sig", "replace") if isinstance(data, bytes) else data
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise InvalidResponse(f"{what} is not JSON") from None
 
@@ -2002,11 +2015,11 @@ def _sendable(value: Any, where: str) -> str:
     """A header value without surrounding white space. ConfigError, without the value, if HTTP cannot carry it."""
     if not isinstance(value, str):
         raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
-    value = value.strip()
-    bad = next((char for char in value if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
+    text: str = value.strip()
+    bad = next((char for char in text if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
     if bad is not None:
         raise ConfigError(f"{where} holds the character U+{ord(bad):04X}, which HTTP cannot carry: copy it again")
-    return value
+    return text
 
 
 def _dumped(body: dict[str, Any]) -> bytes:
@@ -2278,10 +2291,7 @@ def _chat_usage(usage: Any) -> Usage | None:
     """Numbers that make no sense count as 0: they must not cost an answer."""
     if not isinstance(usage, dict):
         return None
-    prompt = usage.get("prompt_tokens_details")
-    completion = usage.get("completion_tokens_details")
-    prompt = prompt if isinstance(prompt, dict) else {}
-    completion = completion if isinstance(completion, dict) else {}
+    prompt, completion = (_dict(usage.get(f"{side}_tokens_details")) for side in ("prompt", "completion"))
     return Usage(
         _count(usage.get("prompt_tokens")),
         _count(usage.get("completion_tokens")),
@@ -2449,6 +2459,7 @@ class ScriptedProvider(LLMProvider):
 # ==== tiers and chain =================================================================================================
 
 _ROLE_ORDER = ("primary", "secondary", "emergency")
+_Plan = Sequence[tuple["ProviderTier", "str | None"]]  #: who is asked, in which order, with which model
 
 
 class TierHealth(NamedTuple):
@@ -2519,6 +2530,7 @@ class ProviderTier:
         self._calls = self._failures = 0  # these four are guarded by _lock
         self._last_error: str | None = None
         self._last_latency: float | None = None
+        self._passed_over: tuple[_Record, str | None, Attempt, _Failure] | None = None  #: the last refusal's entries
         self._renew_after_fork()
         _never_inherited.add(self)
 
@@ -2641,13 +2653,39 @@ def _after_marker(text: str | None, marker: str) -> str | None:
     return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
 
 
+class _Failure(NamedTuple):
+    """Why a tier did not answer: an exception, or the record of the breaker that refused."""
+
+    tier: ProviderTier
+    error: BaseException | _Record
+    sent: bool
+
+    @property
+    def exception(self) -> BaseException:
+        """The exception; made only now for a refusal, since most refusals are never looked at."""
+        if not isinstance(self.error, _Record):
+            return self.error
+        refusal = CircuitOpen(self.tier.breaker._why(self.error))
+        refusal.retry_after = self.tier.breaker._remaining(self.error)
+        return refusal
+
+
 class _State:
     """What one call of a chain knows and has done; used by one thread."""
 
-    __slots__ = (
-        "attempts", "cost", "deadline", "errors", "escalating", "escalation", "images", "kwargs", "last", "messages", "model",
-        "naps", "observed", "order", "plain", "rung", "start", "tools", "wait",
-    )  # fmt: skip
+    cost: float | None = 0.0
+    plain = True  #: no escalation instruction
+    rung = 0  #: of the ladder: where the next escalation goes
+    escalating = False
+    escalation: str | None = None
+    last: LLMResponse | None = None  #: the last answer that gave up or was refused
+    naps = 0
+    images: bool | None = None
+    order: _Plan
+    start: float
+    deadline: float
+    wait: float
+    observed: bool
 
     def __init__(self, messages: list[Message], tools: Tools, model: str | None, kwargs: dict[str, Any]) -> None:
         self.messages = messages
@@ -2655,20 +2693,7 @@ class _State:
         self.model = model
         self.kwargs = kwargs
         self.attempts: list[Attempt] = []
-        self.errors: list[tuple[ProviderTier, BaseException, bool]] = []  #: with whether a request was sent
-        self.cost: float | None = 0.0
-        self.plain = False  #: no escalation instruction
-        self.rung = 0  #: of the ladder: where the next escalation goes
-        self.escalating = False
-        self.escalation: str | None = None
-        self.last: LLMResponse | None = None  #: the last answer that gave up or was refused
-        self.naps = 0
-        self.images: bool | None = None
-        self.order: list[tuple[ProviderTier, str | None]]
-        self.start: float
-        self.deadline: float
-        self.wait: float
-        self.observed: bool
+        self.errors: list[_Failure] = []
 
 
 _INSTRUCTION = (
@@ -2741,10 +2766,12 @@ class FailoverChain(LLMProvider):
             if tier.breaker is None:
                 tier.breaker = CircuitBreaker(failure_threshold, recovery_timeout, name=tier.name, clock=clock)
             tier.breaker._listeners.append(functools.partial(self._breaker_changed, tier.name))
+        self._plan: _Plan = [(tier, tier._default) for tier in self.tiers]
+        self._picky = not all(tier.supports_tools and tier.supports_images for tier in self.tiers)
 
     # -- public
 
-    def chat(  # noqa: PLR0913 - the whole contract of a call in one place
+    def chat(
         self,
         messages: Messages,
         tools: Tools = None,
@@ -2866,20 +2893,20 @@ class FailoverChain(LLMProvider):
         state.wait = self.wait if wait is None else _number(wait, "wait")
         limit = self.timeout + state.wait if timeout is None else _number(timeout, "timeout")
         state.order = self._order(model, names)
-        top = not self._ladder or not self._rungs_left(state, 0)
-        state.plain = top or not self._instruction or _wants_json(kwargs.get("response_format"))
+        if self._ladder and self._instruction and not _wants_json(kwargs.get("response_format")):
+            state.plain = not self._rungs_left(state, 0)
         state.observed = self._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         state.start = self._clock()
         state.deadline = state.start + limit
         return state
 
-    def _order(self, model: str | None, names: Sequence[str] | None) -> list[tuple[ProviderTier, str | None]]:
+    def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
         tiers: Sequence[ProviderTier] = self.tiers
         if names is not None:
             tiers = self._restricted(names)
         if model is None:
-            return [(tier, tier._default) for tier in tiers]
+            return [(tier, tier._default) for tier in tiers] if names is not None else self._plan
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not self._serving(model, tiers):
@@ -2891,7 +2918,7 @@ class FailoverChain(LLMProvider):
             for tier, known in ids
             if not known or tier.role == "emergency"
         ]
-        return first + rest
+        return [*first, *rest]
 
     def _restricted(self, names: Sequence[str]) -> list[ProviderTier]:
         if isinstance(names, str) or not names:
@@ -2903,7 +2930,7 @@ class FailoverChain(LLMProvider):
         return [tier for tier in self.tiers if tier.name in names]
 
     @staticmethod
-    def _serving(model: str, tiers: Iterable[ProviderTier]) -> list[tuple[ProviderTier, str | None]]:
+    def _serving(model: str, tiers: Iterable[ProviderTier]) -> _Plan:
         """The tiers that list a model, else those that take any."""
         listed = [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
         return listed or [(tier, model) for tier in tiers if not tier.models]
@@ -2920,6 +2947,7 @@ class FailoverChain(LLMProvider):
     def _run(self, state: _State) -> LLMResponse:
         """Ask one tier after the other; start again after a pause while ``wait`` allows; go up the ladder on escalation."""
         plan, at = state.order, 0
+        clock, deadline, picky = self._clock, state.deadline, self._picky
         while True:
             if at == len(plan):
                 if not self._wait_for_a_tier(state, plan):
@@ -2927,61 +2955,60 @@ class FailoverChain(LLMProvider):
                 at = 0
             tier, model = plan[at]
             at += 1
-            if state.deadline <= self._clock():
+            if deadline <= clock():
                 raise self._out_of_time(state, plan[at - 1 :])
-            response = self._ask(state, tier, model, plan[at:])
+            if picky and (unable := self._unable(state, tier)):
+                self._skip(state, tier, model, UnsupportedRequest(unable))
+                continue
+            ticket = tier.breaker._try_admit() if tier.role != "emergency" else tier.breaker._force_admit()
+            if ticket is None:
+                self._pass_over(state, tier, model)
+                continue
+            response = self._ask(state, tier, model, ticket, plan[at:])
             if response is None:
                 continue
-            why = self._refused(state, response)
+            why = self._refused(response)
             if why is None:
                 return self._finished(state, tier, response)
             plan, at = self._next_after_refusal(state, tier, model, response, why, plan, at)
 
     def _ask(
-        self, state: _State, tier: ProviderTier, model: str | None, later: list[tuple[ProviderTier, str | None]]
+        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket | None, later: _Plan
     ) -> LLMResponse | None:
         """Ask one tier, again if its error says so. None if the next tier is to be asked; raises what the caller must see."""
         again, patience = tier.retries, True
         while True:
-            why = self._unable(state, tier)
-            if why is not None:
-                return self._skip(state, tier, model, UnsupportedRequest(why))
-            ticket = tier.breaker._force_admit() if tier.role == "emergency" else tier.breaker._try_admit()
             if ticket is None:
-                return self._skip(state, tier, model, tier.breaker._refusal())
+                self._pass_over(state, tier, model)
+                return None
             if tier._slots is not None and not self._take_slot(state, tier, later):
                 ticket.neutral()
-                return self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy", _SOON))
+                self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy"))
+                return None
             start = self._clock()
             try:
                 response = self._request(state, tier, model, later, start)
-            except BaseException as error:
-                pause = self._failed(state, tier, model, ticket, error, start, again > 0, patience)
-                if pause is None:
-                    if not later or state.deadline <= self._clock():
-                        return None
-                    self._told(state, "failover", tier, model, {"to": later[0][0].name}, logging.INFO)
-                    return None
-                limited = isinstance(error, RateLimited)
-                failed = error
+            except BaseException as failure:
+                pause = self._failed(state, tier, model, ticket, failure, start, again > 0, patience)
+                limited = isinstance(failure, RateLimited)
             else:
                 ticket.success()
-                self._record(state, tier, model, "ok", None, response, self._clock() - start)
+                self._record(state, tier, model, None, response, self._clock() - start)
                 return response
             finally:
                 if tier._slots is not None:
                     tier._slots.release()
-            if limited:
-                patience = False
-            else:
-                again -= 1
-            self._told(state, "retry", tier, model, {"pause": pause, "error": type(failed).__name__})
-            self._sleep(pause)
-            if not limited and not tier.breaker.is_closed:
+            if pause is None:
+                if later and state.deadline > self._clock():
+                    self._told(state, "failover", tier, model, {"to": later[0][0].name}, logging.INFO)
                 return None
+            again, patience = (again, False) if limited else (again - 1, patience)
+            self._told(state, "retry", tier, model, {"pause": pause})
+            self._sleep(pause)
+            ticket = tier.breaker._try_admit() if tier.breaker.is_closed else None
 
     def _request(
-        self, state: _State, tier: ProviderTier, model: str | None, later: list[tuple[ProviderTier, str | None]], start: float
+        self, state: _State, tier: ProviderTier, model: str | None, later: _Plan, start: float
     ) -> LLMResponse:
         """One request to one provider, and the check that it is an answer."""
         options = {**tier.params, **state.kwargs} if tier.params else state.kwargs
@@ -2996,7 +3023,8 @@ class FailoverChain(LLMProvider):
         messages = state.messages
         if not state.plain and not self._is_top(model, tier):
             messages = _instructed(messages, self._instruction)
-        self._told(state, "attempt", tier, model, {"timeout": timeout})
+        if state.observed:
+            self._told(state, "attempt", tier, model, {"timeout": timeout})
         response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
         if not isinstance(response, LLMResponse):
             raise ConfigError(f"tier {tier.name!r}: chat() of {type(tier.provider).__name__} returned"
@@ -3005,7 +3033,7 @@ class FailoverChain(LLMProvider):
 
     def _silence(
         self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
-        later: list[tuple[ProviderTier, str | None]], left: float,
+        later: _Plan, left: float,
     ) -> dict[str, float]:  # fmt: skip
         """The limits on silence for one request (class docstring, Silence)."""
         provider: Any = tier.provider
@@ -3033,7 +3061,7 @@ class FailoverChain(LLMProvider):
         assert isinstance(error, Exception)
         pause = self._pause(state, error, ticket, now, again, patience)
         outcome, seconds = _verdict(error)
-        if isinstance(error, ProviderTimeout) or isinstance(error, DeadlineExceeded):
+        if isinstance(error, (ProviderTimeout, DeadlineExceeded)):
             silent = isinstance(error, ProviderTimeout) and error.code in ("first_token_timeout", "stall_timeout")
             if now >= state.deadline - 0.005 and not silent:
                 outcome = "neutral"  # it was our own time that was over
@@ -3049,8 +3077,8 @@ class FailoverChain(LLMProvider):
             self._join(state, tier, error.attempts, None)
             tier._count(text, now - start)
         else:
-            self._record(state, tier, model, "failed", error, None, now - start)
-        state.errors.append((tier, error, True))
+            self._record(state, tier, model, error, None, now - start)
+        state.errors.append(_Failure(tier, error, True))
         if self._action(error) == "raise":
             raise error
         return pause
@@ -3088,7 +3116,7 @@ class FailoverChain(LLMProvider):
                 return f"{tier.name} takes no images"
         return None
 
-    def _take_slot(self, state: _State, tier: ProviderTier, later: list[tuple[ProviderTier, str | None]]) -> bool:
+    def _take_slot(self, state: _State, tier: ProviderTier, later: _Plan) -> bool:
         """One of the tier's max_concurrency places; waited for only when no later tier is ready."""
         assert tier._slots is not None
         if any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later):
@@ -3098,24 +3126,38 @@ class FailoverChain(LLMProvider):
 
     # -- keeping the record
 
+    def _pass_over(self, state: _State, tier: ProviderTier, model: str | None) -> None:
+        """Note that a tier's breaker refused. An outage does this at every call, so it costs next to nothing."""
+        record, noted = tier.breaker._record, tier._passed_over
+        if noted is None or noted[0] is not record or noted[1] != model:
+            why = tier.breaker._why(record)
+            attempt = Attempt(tier.name, model or "", "skipped", f"CircuitOpen: {why}")
+            noted = tier._passed_over = (record, model, attempt, _Failure(tier, record, False))
+        state.attempts.append(noted[2])
+        state.errors.append(noted[3])
+        if state.observed:
+            self._told(state, "skip", tier, model, {"reason": noted[2].error})
+
     def _skip(self, state: _State, tier: ProviderTier, model: str | None, error: RouterError) -> None:
         state.attempts.append(Attempt(tier.name, model or "", "skipped", _error_text(error)))
-        state.errors.append((tier, error, False))
+        state.errors.append(_Failure(tier, error, False))
         self._told(state, "skip", tier, model, {"reason": str(error)})
 
     def _record(
-        self, state: _State, tier: ProviderTier, model: str | None, outcome: str, error: Exception | None,
-        response: LLMResponse | None, latency: float,
+        self, state: _State, tier: ProviderTier, model: str | None, error: Exception | None, response: LLMResponse | None,
+        latency: float,
     ) -> None:  # fmt: skip
         text = None if error is None else _error_text(error)
         tier._count(text, latency)
-        if response is not None and response.attempts:
+        if response is None:
+            usage, answered, outcome = getattr(error, "usage", None) or _NO_USAGE, model or "", "failed"
+        elif response.attempts:
             return self._join(state, tier, response.attempts, response.cost)
-        usage = (response.usage if response is not None else getattr(error, "usage", None)) or _NO_USAGE
-        answered = (response.model if response is not None else None) or model or ""
+        else:
+            usage, answered, outcome = response.usage, response.model or model or "", "ok"
         if state.cost is not None and (response is not None or usage.total_tokens):
-            price = tier._price((answered, model))
-            state.cost = None if price is None else state.cost + _cost(usage, price)
+            price = tier.prices and tier._price((answered, model))
+            state.cost = state.cost + _cost(usage, price) if price else None
         status = getattr(error, "status", None)
         state.attempts.append(Attempt(tier.name, model or answered, outcome, text, status, latency, usage))
         return None
@@ -3149,12 +3191,11 @@ class FailoverChain(LLMProvider):
     def _is_top(self, model: str | None, tier: ProviderTier) -> bool:
         return tier._id_of(self._ladder[-1]) == model if tier.models else model == self._ladder[-1]
 
-    def _refused(self, state: _State, response: LLMResponse) -> str | None:
+    def _refused(self, response: LLMResponse) -> str | None:
         """Why this answer is not for the caller, None if it is."""
         if self._ladder:
             reason = _after_marker(response.content, self._marker)
             if reason is not None:
-                response = object.__new__(type(response)) if False else response
                 return reason or "no reason given"
         if self._accept is not None and not self._accept(response):
             return "refused by accept"
@@ -3162,8 +3203,8 @@ class FailoverChain(LLMProvider):
 
     def _next_after_refusal(
         self, state: _State, tier: ProviderTier, model: str | None, response: LLMResponse, why: str,
-        plan: list[tuple[ProviderTier, str | None]], at: int,
-    ) -> tuple[list[tuple[ProviderTier, str | None]], int]:  # fmt: skip
+        plan: _Plan, at: int,
+    ) -> tuple[_Plan, int]:  # fmt: skip
         """Where to go on: the next rung of the ladder, then the tiers after the one that gave up."""
         marked = self._ladder and _after_marker(response.content, self._marker) is not None
         label = "gave up" if marked else "refused by accept"
@@ -3186,19 +3227,18 @@ class FailoverChain(LLMProvider):
         after = [(other, name) for other, name in state.order[place + 1 :] if other.name not in asked]
         self._told(state, "escalation", tier, model, {"to": self._ladder[rung]}, logging.INFO)
         state.errors.clear()
-        return stronger + after, 0
+        return [*stronger, *after], 0
 
     # -- waiting and failing
 
-    def _ready_in(self, state: _State, plan: Iterable[tuple[ProviderTier, str | None]]) -> float | None:
+    def _ready_in(self, state: _State, plan: _Plan) -> float | None:
         """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
         hints: list[float] = []
-        last = {tier.name: (error, sent) for tier, error, sent in state.errors}
+        last = {failure.tier.name: failure.error for failure in state.errors}
         for tier, _ in plan:
-            error, _sent = last.get(tier.name, (None, False))
-            if isinstance(error, UnsupportedRequest) or (error is not None and _verdict(error)[0] == "neutral"
-                    and not isinstance(error, (CircuitOpen, ProviderTimeout, RateLimited))):  # fmt: skip
-                continue
+            error = last.get(tier.name)
+            if isinstance(error, ProviderError) and error.breaker == "neutral":
+                continue  # it would say the same again
             left = tier.breaker.retry_after
             if left is None and tier.breaker.is_closed:
                 left = getattr(error, "retry_after", None) or _SOON
@@ -3206,7 +3246,7 @@ class FailoverChain(LLMProvider):
                 hints.append(left)
         return min(hints, default=None)
 
-    def _wait_for_a_tier(self, state: _State, plan: list[tuple[ProviderTier, str | None]]) -> bool:
+    def _wait_for_a_tier(self, state: _State, plan: _Plan) -> bool:
         """Sleep until the first tier is worth asking again, if ``wait`` and the deadline allow it."""
         if not state.wait:
             return False
@@ -3226,28 +3266,26 @@ class FailoverChain(LLMProvider):
         state.errors.clear()
         return True
 
-    def _out_of_time(self, state: _State, unasked: Iterable[tuple[ProviderTier, str | None]]) -> RouterError:
-        named = {tier.name for tier, _, _ in state.errors}
+    def _out_of_time(self, state: _State, unasked: _Plan) -> RouterError:
+        named = {failure.tier.name for failure in state.errors}
         for tier, model in unasked:
             if tier.name not in named:
                 self._skip(state, tier, model, CircuitOpen("no time left to ask it"))
         return self._failure(state, state.order, late=True)
 
     def _failure(
-        self, state: _State, plan: list[tuple[ProviderTier, str | None]], late: bool = False
+        self, state: _State, plan: _Plan, late: bool = False
     ) -> RouterError:
         """What the caller gets when nobody answered."""
         late = late or self._clock() >= state.deadline
-        asked = [error for _, error, sent in state.errors if sent]
-        kinds = {type(error) for error in asked}
-        if state.last is None and not late and len(kinds) == 1 and _verdict(asked[0])[0] == "neutral":
-            only = asked[0]
+        errors = [failure.exception for failure in state.errors]
+        asked = [failure.error for failure in state.errors if failure.sent]
+        if state.last is None and not late:
+            only = asked[0] if len({type(error) for error in asked}) == 1 else None
             if isinstance(only, ProviderError) and only.breaker == "neutral":
                 return only
-        if state.last is None and not asked and state.errors and all(
-            isinstance(error, UnsupportedRequest) for _, error, _ in state.errors
-        ):
-            return UnsupportedRequest("; ".join(str(error) for _, error, _ in state.errors))
+            if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
+                return UnsupportedRequest("; ".join(str(error) for error in errors))
         error: AllProvidersFailed
         reasons = "; ".join(self._reasons(state))
         if state.last is not None:
@@ -3257,7 +3295,7 @@ class FailoverChain(LLMProvider):
             error = DeadlineExceeded(f"the deadline passed: {reasons}")
         else:
             error = AllProvidersFailed(f"no tier answered: {reasons}")
-        error.errors = tuple(_bare(failure) for _, failure, _ in state.errors)
+        error.errors = tuple(_bare(failure) for failure in errors)
         error.retry_after = self._ready_in(state, plan)
         error.__cause__ = error.errors[0] if error.errors else None
         return error
