@@ -1,0 +1,492 @@
+"""The HTTP transport over real sockets: connections, deadlines, forks, TLS and proxies."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from copilot_router import (
+    FailoverChain,
+    InvalidResponse,
+    OpenAIProvider,
+    ProviderTier,
+    ProviderTimeout,
+    ProviderUnavailable,
+    ServerError,
+)
+
+KEY = "sk-test-transport-key-1234567890"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+def event(text: str | None = None, finish: str | None = None) -> bytes:
+    delta = {"content": text} if text else {}
+    return b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
+
+
+ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
+
+
+def chunked(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+STREAM = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*ANSWER.splitlines(keepends=True))
+
+
+class Peer:
+    """A raw server on loopback: ``serve(connection, request)`` answers; it counts connections and keeps requests."""
+
+    def __init__(self, serve: Callable[[Peer, socket.socket, bytes], bool]) -> None:
+        self.serve = serve
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.stopping = threading.Event()
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.stopping.is_set():
+                connection.close()
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections += 1
+            self._open.append(connection)
+            thread = threading.Thread(target=self._talk, args=(connection,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                while (request := self._request(connection)) and not self.stopping.is_set():
+                    self.requests.append(request)
+                    if not self.serve(self, connection, request):
+                        return
+            except OSError:
+                return
+
+    @staticmethod
+    def _request(connection: socket.socket) -> bytes:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            piece = connection.recv(65536)
+            if not piece:
+                return b""
+            data += piece
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+        while len(body) < length:
+            body += connection.recv(65536)
+        return head + b"\r\n\r\n" + body
+
+    def drip(self, connection: socket.socket, data: bytes, gap: float = 0.02) -> None:
+        for at in range(len(data)):
+            connection.sendall(data[at : at + 1])
+            if self.stopping.wait(gap):
+                return
+
+    def stop(self) -> None:
+        self.stopping.set()
+        with socket.socket() as waker:
+            waker.connect_ex(("127.0.0.1", self.port))
+        self._listener.close()
+        for connection in self._open:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for thread in self._threads:
+            thread.join(5)
+
+
+@contextmanager
+def peer(serve: Callable[[Peer, socket.socket, bytes], bool]) -> Iterator[Peer]:
+    server = Peer(serve)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def healthy(server: Peer, connection: socket.socket, request: bytes) -> bool:
+    connection.sendall(STREAM)
+    return True
+
+
+@contextmanager
+def provider(url: str, **settings: object) -> Iterator[OpenAIProvider]:
+    made = OpenAIProvider(KEY, url, **settings)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_twenty_calls_use_one_connection() -> None:
+    """A finished stream gives its connection back, because the body is read to its end and not only to [DONE]."""
+    with peer(healthy) as server, provider(server.url) as client:
+        for _ in range(20):
+            assert client.chat("hi", model="m", timeout=5).text == "good"
+        assert server.connections == 1
+
+
+def test_closing_leaves_the_provider_usable() -> None:
+    """close() drops the pool; the next call makes a new one."""
+    with peer(healthy) as server, provider(server.url) as client:
+        client.chat("hi", model="m", timeout=5)
+        client.close()
+        assert client.chat("hi", model="m", timeout=5).text == "good"
+        assert server.connections == 2
+
+
+def test_a_kept_connection_that_was_closed_is_replaced_unseen() -> None:
+    """The server closes after each answer without saying so: every call still succeeds, with no failed attempt."""
+
+    def answer_and_close(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(STREAM)
+        return False
+
+    with peer(answer_and_close) as server, provider(server.url) as client:
+        chain = FailoverChain([ProviderTier("only", client, ["m"])])
+        for _ in range(5):
+            response = chain.chat("hi", timeout=5)
+            assert [attempt.outcome for attempt in response.attempts] == ["ok"]
+
+
+def test_a_kept_connection_reset_after_sending_is_retried_once_on_a_new_one() -> None:
+    """The race of keep-alive: the server drops the connection on receiving the second request."""
+
+    def drop_the_second(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if len(server.requests) == 2:
+            return False
+        connection.sendall(STREAM)
+        return True
+
+    with peer(drop_the_second) as server, provider(server.url) as client:
+        assert client.chat("one", model="m", timeout=5).text == "good"
+        assert client.chat("two", model="m", timeout=5).text == "good"
+        assert (len(server.requests), server.connections) == (3, 2)
+
+
+def test_a_new_connection_that_closes_is_not_retried_by_the_transport() -> None:
+    """Only a reused connection earns the unseen retry; otherwise it is a ServerError and the policy's business."""
+    with peer(lambda *_: False) as server, provider(server.url) as client:
+        with pytest.raises(ServerError):
+            client.chat("hi", model="m", timeout=5)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [STREAM, HEAD + b"\r\n" + b": keep-alive\n\n" * 500, HEAD + b"\r\n" + event("x") * 200],
+    ids=["from the status line on", "keep-alives", "tokens"],
+)
+def test_a_dripping_server_cannot_hold_a_call(data: bytes) -> None:
+    """A byte every 20 ms, wherever it drips: the call ends at its deadline."""
+
+    def drip(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        server.drip(connection, data)
+        return False
+
+    with peer(drip) as server, provider(server.url) as client:
+        start = time.monotonic()
+        with pytest.raises(ProviderTimeout):
+            client.chat("hi", model="m", timeout=0.5)
+        assert time.monotonic() - start < 0.5 * 1.05 + 0.1
+
+
+def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
+    """The upload of a large body counts, too."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with provider(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            start = time.monotonic()
+            with pytest.raises(ProviderTimeout):
+                client.chat("x" * 20_000_000, model="m", timeout=0.6)
+            assert time.monotonic() - start < 1.2  # 20 MB of JSON are written before the first byte is sent
+
+
+def test_silence_is_judged_by_the_providers_own_limit() -> None:
+    """When the attempt's time is over, silence that had reached the provider's own limit is named for what it is."""
+
+    def silent(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        server.stopping.wait(5)
+        return False
+
+    with peer(silent) as server, provider(server.url, first_token_timeout=0.1) as client:
+        with pytest.raises(ProviderTimeout) as patient:
+            client.chat("hi", model="m", timeout=0.3, first_token_timeout=60)
+        assert patient.value.code == "first_token_timeout"
+    with peer(silent) as server, provider(server.url, first_token_timeout=5) as client:
+        with pytest.raises(ProviderTimeout) as hurried:
+            client.chat("hi", model="m", timeout=0.2)
+        assert hurried.value.code == "attempt_timeout"
+
+
+def test_the_callers_pauses_are_not_the_servers_silence() -> None:
+    """stall_timeout counts the server's silence, never the time the caller takes between deltas."""
+
+    def two_parts(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("one ") + event("two"))
+        paused.wait(5)
+        connection.sendall(event(finish="stop"))
+        return False
+
+    paused = threading.Event()
+    with peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
+        stream = client.stream("hi", model="m", timeout=5)
+        assert next(stream) == "one "
+        time.sleep(0.3)  # longer than the stall limit: this is the caller's own time
+        paused.set()
+        assert list(stream) == ["two"]
+
+
+def test_an_abandoned_stream_closes_its_connection() -> None:
+    """Closing a stream early closes the connection and leaks no descriptor; the next call opens a new one."""
+    with peer(healthy) as server, provider(server.url) as client:
+        client.chat("hi", model="m", timeout=5)
+        before = descriptors()
+        for _ in range(5):
+            stream = client.stream("hi", model="m", timeout=5)
+            next(stream)
+            stream.close()
+        assert client.chat("hi", model="m", timeout=5).text == "good"
+        assert descriptors() <= before + 1
+
+
+def test_a_stream_may_be_read_in_another_thread() -> None:
+    """The limits travel with the connection, not with the thread that opened it."""
+    got: list[str] = []
+    with peer(healthy) as server, provider(server.url) as client:
+        stream = client.stream("hi", model="m", timeout=5)
+        first = next(stream)
+        reader = threading.Thread(target=lambda: got.extend(stream))
+        reader.start()
+        reader.join(5)
+        assert [first, *got] == ["good"]
+
+
+def test_sixteen_threads_share_a_provider() -> None:
+    """Every caller gets the answer to its own question."""
+
+    def echo(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        body = json.loads(request.partition(b"\r\n\r\n")[2])
+        text = body["messages"][0]["content"]
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(event(text), event(finish="stop")))
+        return True
+
+    wrong: list[str] = []
+
+    def ask(client: OpenAIProvider, who: int) -> None:
+        barrier.wait(5)
+        for turn in range(10):
+            answer = client.chat(f"question {who}/{turn}", model="m", timeout=10).text
+            if answer != f"question {who}/{turn}":
+                wrong.append(answer)
+
+    barrier = threading.Barrier(16)
+    with peer(echo) as server, provider(server.url) as client:
+        threads = [threading.Thread(target=ask, args=(client, who)) for who in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not wrong
+        assert server.connections <= 16
+
+
+FORK = """
+import os, sys, threading
+from copilot_router import FailoverChain, OpenAIProvider, ProviderTier
+inside = threading.Event()
+chain = FailoverChain([ProviderTier("t", OpenAIProvider("k" * 20, sys.argv[1]), ["m"])],
+                      on_event=lambda event: inside.set() if event.kind == "attempt" else None)
+assert chain.chat("before").text == "good"
+inside.clear()
+busy = threading.Thread(target=lambda: chain.chat("slow", timeout=20))
+busy.start()
+inside.wait(10)
+child = os.fork()
+if child == 0:
+    ok = chain.chat("in the child", timeout=10).text == "good"
+    os._exit(0 if ok else 1)
+_, status = os.waitpid(child, 0)
+busy.join()
+assert chain.chat("after").text == "good"
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_uses_its_own_sockets() -> None:
+    """Fork while another thread's call is under way: the child's call works, and so does the parent's next one."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b'"slow"' in request:
+            server.stopping.wait(0.3)
+        connection.sendall(STREAM)
+        return True
+
+    root = str(Path(__file__).resolve().parent.parent)
+    with peer(serve) as server:
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+        environment["PYTHONPATH"] = os.pathsep.join((root, environment.get("PYTHONPATH", "")))
+        done = subprocess.run(
+            [sys.executable, "-c", FORK, server.url], env=environment, timeout=60, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert server.connections == 2  # one of the parent's, one of the child's own
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """http_proxy is honoured, and the key goes along."""
+    with peer(healthy) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        with provider("http://provider.invalid/v1") as client:
+            assert client.chat("hi", model="m", timeout=5).text == "good"
+        assert proxy.requests[0].startswith(b"POST http://provider.invalid/v1/chat/completions HTTP/1.1")
+        assert KEY.encode() in proxy.requests[0]
+
+
+def test_a_tunnel_through_a_proxy_that_refuses_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONNECT answered with 403: the provider cannot be reached."""
+
+    def refuse(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        return False
+
+    with peer(refuse) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        with provider("https://provider.invalid/v1") as client, pytest.raises(ProviderUnavailable):
+            client.chat("hi", model="m", timeout=5)
+        assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
+
+
+def test_a_server_without_tls_is_unavailable_over_https() -> None:
+    """A failed handshake is ProviderUnavailable, in time."""
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def talk_plain() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=talk_plain)
+        thread.start()
+        with provider(f"https://127.0.0.1:{listener.getsockname()[1]}") as client, pytest.raises(ProviderUnavailable):
+            client.chat("hi", model="m", timeout=5)
+        thread.join(5)
+
+
+def test_a_handshake_that_hangs_ends_at_the_connect_limit() -> None:
+    """TLS counts as connecting."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        with provider(url, connect_timeout=0.3) as client:
+            start = time.monotonic()
+            with pytest.raises((ProviderUnavailable, ProviderTimeout)):
+                client.chat("hi", model="m", timeout=5)
+            assert time.monotonic() - start < 0.6
+
+
+def test_names_that_do_not_resolve_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DNS failure says so."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable, match="resolved"):
+        client.chat("hi", model="m", timeout=5)
+
+
+def test_the_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several addresses share the connect limit."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        closed = unused.getsockname()[1]
+    with peer(healthy) as server:
+
+        def two(*_: object, **__: object) -> list[tuple[object, ...]]:
+            return [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (closed, server.port)
+            ]
+
+        monkeypatch.setattr(socket, "getaddrinfo", two)
+        with provider("http://two.invalid:1234") as client:
+            assert client.chat("hi", model="m", timeout=5).text == "good"
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_an_answer_is_the_same_however_it_is_cut(size: int) -> None:
+    """Chunks of any size, UTF-8 split between them."""
+    text = "Grüße, 世界 \u2028 \U0001f600"
+    body = event(text) + event(finish="stop") + b"data: [DONE]\n\n"
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*pieces))
+        return True
+
+    with peer(serve) as server, provider(server.url) as client:
+        assert client.chat("hi", model="m", timeout=5).text == text
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_compressed_answer_is_read(coding: str) -> None:
+    """We ask for none, but a server may compress all the same."""
+    import gzip
+    import zlib
+
+    data = gzip.compress(ANSWER) if coding == "gzip" else zlib.compress(ANSWER)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        head = HEAD + f"Content-Encoding: {coding}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        connection.sendall(head + data)
+        return True
+
+    with peer(serve) as server, provider(server.url) as client:
+        assert client.chat("hi", model="m", timeout=5).text == "good"
+
+
+def test_a_gzip_bomb_is_stopped_at_the_limit() -> None:
+    """max_response_bytes counts decompressed bytes, and memory stays bounded."""
+    import gzip
+
+    data = gzip.compress(b" " * 30_000_000)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        return False
+
+    with peer(serve) as server, provider(server.url, max_response_bytes=1_000_000) as client:
+        with pytest.raises(InvalidResponse, match="max_response_bytes"):
+            client.chat("hi", model="m", timeout=5)
