@@ -1,0 +1,50 @@
+# One command each. A virtual environment is made in $(VENV) when it is missing or when setup.cfg has changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo check lint types test bench-quick real dist clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
+
+$(VENV)/made: setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing (on Debian: apt-get install python3-venv)"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/made
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .[dev]
+	@touch $@
+
+demo: $(VENV)/made  ## a bad day of your providers, told in ten seconds
+	@$(RUN) examples/demo.py
+
+check: lint types test  ## lint, types, tests with full coverage, the README's code
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+test: $(VENV)/dev
+	$(RUN) -m coverage run -m pytest -q
+	$(RUN) -m coverage report
+
+bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a minute
+	$(RUN) benchmarks/quick.py
+
+real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
+	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
+
+dist: $(VENV)/dev  ## sdist and wheel in dist/
+	rm -rf dist
+	$(RUN) -m build --outdir dist .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) dist build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+../copilot_router.py
