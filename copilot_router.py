@@ -110,6 +110,8 @@ _RETRY_PAUSE = (0.1, 0.3)
 _SOON = 1.0
 #: A trial's lease doubles with each takeover up to this multiple, so that a slow provider can close its breaker in the end.
 _MAX_LEASE_GROWTH = 8
+#: What a socket can be told for "no limit": poll() counts milliseconds in 32 bits.
+_LONGEST_WAIT = 1e6
 #: Characters kept of a server's own error message.
 _MESSAGE_LIMIT = 300
 
@@ -1009,16 +1011,20 @@ def _checked_answer(response: LLMResponse) -> LLMResponse:
 class _Limits:
     """The time limits of one request, in real time. The clock that runs out first decides what the timeout is called."""
 
-    __slots__ = ("connect_by", "deadline", "fresh", "reused", "silence", "since", "started", "stall", "suspicious")
+    __slots__ = (
+        "connect_by", "deadline", "fresh", "own_stall", "reused", "silence", "since", "stall", "started", "suspicious",
+    )  # fmt: skip
 
-    def __init__(self, timeout: float, connect: float, first_token: float, stall: float, suspicious: float) -> None:
+    def __init__(
+        self, timeout: float, connect: float, first_token: float, stall: float, own: tuple[float, float]
+    ) -> None:
         now = time.monotonic()
         self.deadline = now + timeout
         self.connect_by = now + connect
         self.since = now  #: since when the server has been silent while we wait
         self.silence = first_token  #: how long it may be; the stall limit once generation has begun
         self.stall = stall
-        self.suspicious = suspicious  #: the provider's own limit: silence as long as this counts against it in any case
+        self.suspicious, self.own_stall = own  #: the provider's own limits: silence that long counts against it in any case
         self.started = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
@@ -1029,14 +1035,14 @@ class _Limits:
         left = min(self.deadline, self.since + self.silence) - now
         if left <= 0:
             raise TimeoutError
-        return left
+        return min(left, _LONGEST_WAIT)
 
     def connect_left(self) -> float:
         """Seconds that connecting may still take; TimeoutError if there are none."""
         left = min(self.connect_by, self.deadline) - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        return left
+        return min(left, _LONGEST_WAIT)
 
     def expired(self) -> ProviderTimeout | None:
         """The error that these limits amount to by now, None if there is time left."""
@@ -1054,7 +1060,7 @@ class _Limits:
         """Generation goes on."""
         if not self.started:
             self.started = True
-            self.silence, self.suspicious = self.stall, min(self.stall, self.suspicious)
+            self.silence, self.suspicious = self.stall, self.own_stall
 
     def waiting(self) -> None:
         """The caller wants the next event: from here on silence is the server's."""
@@ -1146,10 +1152,10 @@ def _http() -> Any:
         pass
 
     class HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
-        ConnectionCls = HTTPConnection
+        ConnectionCls = HTTPConnection  # pyright: ignore[reportAssignmentType]
 
     class HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
-        ConnectionCls = HTTPSConnection
+        ConnectionCls = HTTPSConnection  # pyright: ignore[reportAssignmentType]
 
     class Adapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -1246,6 +1252,7 @@ class _Answer:
 
     def _read(self) -> bytes:
         try:
+            self.limits.left()  # also where the socket is not ours: a session of the user's
             return self._read1()
         except Exception as error:
             failure = _transport_error(error, self.limits, "the answer")
@@ -1281,6 +1288,9 @@ class _Answer:
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
         if self._ended:
+            original = getattr(self._raw, "_original_response", None)
+            if original is not None:
+                original.close()  # http.client must know, or it refuses the next request on this connection
             self._raw.release_conn()
         else:
             self._raw.close()
@@ -1567,12 +1577,12 @@ _KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\b
 
 
 def _texts_of(value: Any) -> Iterator[str]:
-    """Every string in a request's messages and tools."""
+    """Every text in a request's messages; names, ids and images are none."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            if name not in ("role", "type"):
+            if name not in ("role", "type", "name", "id", "tool_call_id", "url", "data"):
                 yield from _texts_of(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -1688,17 +1698,15 @@ class _HTTPProvider(LLMProvider):
         self._session = session
         self._settings: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if not self._key and self.base_url == self._default_url + self._api_path and base_url is None:
+        if not self._key and self._default_url.startswith("https") and self.base_url.startswith(self._default_url):
             self._warn_without_key()
         _never_inherited.add(self)
 
     def _warn_without_key(self) -> None:
-        if self._default_url.startswith("https"):
-            import warnings
+        import warnings
 
-            warnings.warn(
-                f"{type(self).__name__} has no key: set {self._key_variable} or pass api_key=", UserWarning, stacklevel=4
-            )
+        text = f"{type(self).__name__} has no key: set {self._key_variable} or pass api_key="
+        warnings.warn(text, UserWarning, stacklevel=3)
 
     def _full_url(self, url: str) -> str:
         """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
@@ -1748,12 +1756,12 @@ class _HTTPProvider(LLMProvider):
 
     def ping(self, timeout: float = 5.0) -> None:
         """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
-        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, timeout)
+        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, (timeout, timeout))
         answer = self._send("GET", "/models", b"", limits)
         try:
             body = answer.body()
             if answer.status >= 300:
-                raise self._failure(answer, body, _Call([], None, None, {}))
+                raise self._failure(answer, body, _Call([], None, None, {}))[0]
             _json(body, "the list of models")
         finally:
             answer.close()
@@ -1786,7 +1794,8 @@ class _HTTPProvider(LLMProvider):
                                      " Fields of one vendor go into extra_body={}")  # fmt: skip
         options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
         call = _Call(_checked_messages(messages), tools or None, model, options)
-        deadline = time.monotonic() + kwargs.get("timeout", math.inf)
+        timeout = kwargs.get("timeout")
+        deadline = math.inf if timeout is None else time.monotonic() + _number(timeout, "timeout")
         resent = False
         while True:
             body = self._fixed(self._encode(call, self.stream_upstream), model)
@@ -1795,7 +1804,7 @@ class _HTTPProvider(LLMProvider):
             try:
                 if 200 <= answer.status < 300:
                     return (yield from self._read(answer, call, every_delta))
-                error = self._failure(answer, answer.body(), call)
+                error, facts = self._failure(answer, answer.body(), call)
             except ProviderError as failure:
                 failure.model = failure.model or model or ""
                 failure.provider = failure.provider or self._vendor
@@ -1803,7 +1812,7 @@ class _HTTPProvider(LLMProvider):
                 raise
             finally:
                 answer.close()
-            if resent or not self._learn(error, body, model, kwargs.get("on_resend")):
+            if resent or not self._learn(facts, answer.status, body, model, kwargs.get("on_resend")):
                 raise error
             resent = True
 
@@ -1815,7 +1824,7 @@ class _HTTPProvider(LLMProvider):
             self.connect_timeout,
             self.first_token_timeout if first is None else first,
             self.stall_timeout if stall is None else stall,
-            self.first_token_timeout,
+            (self.first_token_timeout, self.stall_timeout),
         )
 
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
@@ -1871,7 +1880,8 @@ class _HTTPProvider(LLMProvider):
                 self._read_whole(answer, decoder)
             return decoder.response(call.model)
         except _InBandError as in_band:
-            raise self._reported(in_band.body, answer, call, decoder.usage) from None
+            error, _ = self._reported(in_band.body, answer, call, decoder.usage)
+            raise error from None
         except ProviderError as error:
             error.usage = error.usage or decoder.usage
             error.request_id = error.request_id or decoder.request_id
@@ -1913,10 +1923,11 @@ class _HTTPProvider(LLMProvider):
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0][:40]
         decoder.feed_whole(_json(body, f"the answer ({kind})"))
 
-    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> ProviderError:
-        """The error for an answer whose status is not 2xx."""
+    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
+        """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
         if 300 <= answer.status < 400:
-            return InvalidResponse("a redirect, which is not followed: correct the base_url", status=answer.status)
+            redirect = InvalidResponse("a redirect, which is not followed: correct the base_url", status=answer.status)
+            return redirect, _ErrorFacts()
         try:
             parsed = json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
@@ -1924,14 +1935,15 @@ class _HTTPProvider(LLMProvider):
             parsed = body.decode("utf-8", "replace") if plain else {"message": f"status {answer.status} without JSON"}
         return self._reported(parsed, answer, call, None)
 
-    def _reported(self, body: Any, answer: _Answer, call: _Call, usage: Usage | None) -> ProviderError:
+    def _reported(
+        self, body: Any, answer: _Answer, call: _Call, usage: Usage | None
+    ) -> tuple[ProviderError, _ErrorFacts]:
         """The error that a body reports, at whatever status, with a message that is safe to show."""
         facts = _error_facts(body)
         hint = _retry_hint(answer.headers, facts.message, answer.status in (429, 503, 529))
         waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
         kind = _class_of(facts, answer.status, call.model, waits)
-        texts = [*_texts_of(call.messages), *_texts_of(call.tools)]
-        message = _masked(facts.message, (self._key, *self._headers.values()), texts)
+        message = _masked(facts.message, (self._key, *self._headers.values()), _texts_of(call.messages))
         request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
         error = kind(
             message or f"status {answer.status} without a message",
@@ -1940,14 +1952,13 @@ class _HTTPProvider(LLMProvider):
             retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
         )  # fmt: skip
         error.usage = usage
-        error.__dict__["_facts"] = facts
-        return error
+        return error, facts
 
     # -- what a model refuses is learned from its error
 
-    def _learn(self, error: ProviderError, body: dict[str, Any], model: str | None, told: Any) -> bool:
+    def _learn(self, facts: _ErrorFacts, status: int, body: dict[str, Any], model: str | None, told: Any) -> bool:
         """Whether the error names one optional field that can be dropped, renamed or replaced; remembered per model."""
-        fix = _correction(error.__dict__.pop("_facts", _ErrorFacts()), error.status, body)
+        fix = _correction(facts, status, body)
         if fix is None:
             return False
         with self._lock:
@@ -1981,7 +1992,7 @@ class _InBandError(Exception):
         self.body = body
 
 
-def _correction(facts: _ErrorFacts, status: int | None, body: dict[str, Any]) -> tuple[str, str, Any] | None:
+def _correction(facts: _ErrorFacts, status: int, body: dict[str, Any]) -> tuple[str, str, Any] | None:
     """How to change one optional field that a 400 names: (drop | rename | replace, field, new name or value)."""
     text = facts.message
     if status not in (400, 422) or not _REFUSES.search(text + " " + " ".join(facts.codes)):
@@ -2639,7 +2650,10 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return [{"role": "system", "content": instruction}, *messages]
 
 
-_BEFORE_MARKER = re.compile(r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*", re.DOTALL)
+#: What may stand before the marker: white space, quotes, markdown, a think block, the language of a code fence.
+_BEFORE_MARKER = re.compile(
+    r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*", re.DOTALL
+)
 
 
 def _after_marker(text: str | None, marker: str) -> str | None:
@@ -3072,16 +3086,16 @@ class FailoverChain(LLMProvider):
         text = _error_text(error)
         tier.breaker._settle(ticket, outcome, seconds, text)
         if isinstance(error, ProviderError):
-            error.provider, error.model = error.provider or tier.name, error.model or model or ""
-        if isinstance(error, (AllProvidersFailed, ProviderError)) and error.attempts:
+            error.provider, error.model = tier.name, error.model or model or ""
+        if isinstance(error, RouterError) and isinstance(tier.provider, FailoverChain):
             self._join(state, tier, error.attempts, None)
             tier._count(text, now - start)
         else:
             self._record(state, tier, model, error, None, now - start)
-        state.errors.append(_Failure(tier, error, True))
         if self._action(error) == "raise":
             raise error
-        return pause
+        state.errors.append(_Failure(tier, _bare(error), True))
+        return pause if tier.breaker.is_closed else None
 
     def _pause(
         self, state: _State, error: Exception, ticket: Ticket, now: float, again: bool, patience: bool
@@ -3215,8 +3229,8 @@ class FailoverChain(LLMProvider):
         state.escalation = why
         if not self._ladder:
             return plan, at
-        level = next((n for n, name in enumerate(self._ladder) if model is not None and tier._id_of(name) == model), -1)
-        rung = max(state.rung, level + 1)
+        levels = [n for n, name in enumerate(self._ladder) if (tier._id_of(name) if tier.models else name) == model]
+        rung = max([state.rung, *(level + 1 for level in levels)])
         tiers = [other for other, _ in state.order]
         stronger = self._serving(self._ladder[rung], tiers) if rung < len(self._ladder) else []
         if not stronger:
@@ -3226,7 +3240,6 @@ class FailoverChain(LLMProvider):
         place = tiers.index(tier)
         after = [(other, name) for other, name in state.order[place + 1 :] if other.name not in asked]
         self._told(state, "escalation", tier, model, {"to": self._ladder[rung]}, logging.INFO)
-        state.errors.clear()
         return [*stronger, *after], 0
 
     # -- waiting and failing
@@ -3248,7 +3261,7 @@ class FailoverChain(LLMProvider):
 
     def _wait_for_a_tier(self, state: _State, plan: _Plan) -> bool:
         """Sleep until the first tier is worth asking again, if ``wait`` and the deadline allow it."""
-        if not state.wait:
+        if not state.wait or (state.last is not None and not self._ladder):
             return False
         ready = self._ready_in(state, plan)
         if ready is None:
@@ -3263,7 +3276,6 @@ class FailoverChain(LLMProvider):
         self._emit("wait", "", "", {"seconds": ready})
         _log.info("all tiers failed: waiting %.1f s", ready)
         self._sleep(ready)
-        state.errors.clear()
         return True
 
     def _out_of_time(self, state: _State, unasked: _Plan) -> RouterError:
@@ -3374,12 +3386,13 @@ def _parser() -> Any:
     import argparse
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--provider", choices=sorted(_PROVIDERS), help="speak to this one (default: what the environment names)")
+    kinds = sorted(_PROVIDERS)
+    common.add_argument("--provider", choices=kinds, help="speak to this one; else to what the environment names")
     common.add_argument("--base-url", help="its address, such as http://localhost:8080/v1")
     common.add_argument("--model", help="the model to ask first")
     common.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included (default 300)")
     common.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens; -v shows each attempt")
+    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens")
     parser = argparse.ArgumentParser(
         prog="copilot-router", epilog=_EXIT_CODES, description="Ask LLM providers, one after the other, until one answers."
     )

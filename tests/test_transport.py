@@ -154,6 +154,21 @@ def test_twenty_calls_use_one_connection() -> None:
         assert server.connections == 1
 
 
+def test_whole_json_uses_one_connection_too() -> None:
+    """An answer with a Content-Length gives its connection back."""
+    body = b'{"choices": [{"message": {"content": "whole"}, "finish_reason": "stop"}]}'
+
+    def whole(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body)
+        return True
+
+    with peer(whole) as server, provider(server.url, stream_upstream=False) as client:
+        for _ in range(5):
+            assert client.chat("hi", model="m", timeout=5).text == "whole"
+        assert server.connections == 1
+
+
 def test_closing_leaves_the_provider_usable() -> None:
     """close() drops the pool; the next call makes a new one."""
     with peer(healthy) as server, provider(server.url) as client:
@@ -488,5 +503,6 @@ def test_a_gzip_bomb_is_stopped_at_the_limit() -> None:
         return False
 
     with peer(serve) as server, provider(server.url, max_response_bytes=1_000_000) as client:
-        with pytest.raises(InvalidResponse, match="max_response_bytes"):
+        too_large = pytest.raises(InvalidResponse, match="max_response_bytes")
+        with too_large:
             client.chat("hi", model="m", timeout=5)
