@@ -689,14 +689,17 @@ class CircuitBreaker:
         """Leave to make one call, or CircuitOpen. Every ticket is to be settled."""
         ticket = self._try_admit()
         if ticket is None:
-            raise self._refusal()
+            raise self._refusal(self._record)
         return ticket
 
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else whatever ``fn`` raises."""
         record = self._record
         if record.state != "closed":
-            with self.admit():
+            ticket = self._try_admit()
+            if ticket is None:
+                raise self._refusal(self._record)
+            with ticket:
                 return fn(*args, **kwargs)
         try:
             result = fn(*args, **kwargs)
@@ -790,8 +793,8 @@ class CircuitBreaker:
         self._swap(step)
         return granted[0] if granted else None
 
-    def _refusal(self) -> CircuitOpen:
-        record = self._record
+    def _refusal(self, record: _Record) -> CircuitOpen:
+        """The exception for a refusal: a new one each time, or its traceback would grow."""
         error = CircuitOpen(self._why(record))
         error.retry_after = self._remaining(record)
         return error
@@ -2677,11 +2680,7 @@ class _Failure(NamedTuple):
     @property
     def exception(self) -> BaseException:
         """The exception; made only now for a refusal, since most refusals are never looked at."""
-        if not isinstance(self.error, _Record):
-            return self.error
-        refusal = CircuitOpen(self.tier.breaker._why(self.error))
-        refusal.retry_after = self.tier.breaker._remaining(self.error)
-        return refusal
+        return self.tier.breaker._refusal(self.error) if isinstance(self.error, _Record) else self.error
 
 
 class _State:
@@ -3196,7 +3195,7 @@ class FailoverChain(LLMProvider):
         answer.latency = self._clock() - state.start
         if not answer.model:
             answer.model = state.attempts[-1].model
-        if len(state.attempts) > 1:
+        if len(state.attempts) > 1 and _log.isEnabledFor(logging.INFO):
             _log.info("answered: %s", _explain(answer.attempts, answer.cost))
         return answer
 
