@@ -8,6 +8,7 @@ prepared bytes, so that the client is what is measured. Exit status 1 if a targe
 from __future__ import annotations
 
 import json
+import os
 import py_compile
 import shutil
 import socket
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import timeit
+import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -82,9 +84,13 @@ def timed(statement: str, number: int, names: dict[str, Any]) -> Callable[[], fl
 
 
 def import_cost() -> Figure:
-    """A fresh interpreter that imports the module, against one that does nothing. Neither reads a virtual environment."""
-    python = getattr(sys, "_base_executable", None) or sys.executable
+    """A fresh interpreter that imports the module, against one that does nothing.
+
+    Both run in an empty virtual environment: what this one, or the machine, has installed may start things of its own.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        venv.create(os.path.join(folder, "empty"), symlinks=os.name != "nt")
+        python = os.path.join(folder, "empty", "Scripts" if os.name == "nt" else "bin", "python")
         copy = shutil.copy(copilot_router.__file__, folder)
         py_compile.compile(copy, doraise=True)  # as after the first import on any machine
 
@@ -103,8 +109,16 @@ class Refused(Exception):
     """The yardstick's error."""
 
 
+def refuse() -> int:
+    raise Refused("no")
+
+
 def answer() -> int:
     return 1
+
+
+RAISE_AND_CATCH = "try:\n    refuse()\nexcept Refused:\n    pass"
+YARDSTICK = {"refuse": refuse, "Refused": Refused}
 
 
 def breaker_closed() -> Figure:
@@ -113,15 +127,13 @@ def breaker_closed() -> Figure:
     return compare("breaker, closed", guarded, bare, 10.0, "a bare call", rounds=100)
 
 
-RAISE_AND_CATCH = "try:\n    raise Refused('no')\nexcept Refused:\n    pass"
-
-
 def breaker_open() -> Figure:
     breaker = CircuitBreaker()
     breaker.open(1e6)
-    names = {"call": breaker.call, "answer": answer, "CircuitOpen": CircuitOpen, "Refused": Refused}
+    names = {"call": breaker.call, "answer": answer, "CircuitOpen": CircuitOpen}
     guarded = timed("try:\n    call(answer)\nexcept CircuitOpen:\n    pass", 10_000, names)
-    return compare("breaker, open", guarded, timed(RAISE_AND_CATCH, 10_000, names), 6.0, "raise and catch", rounds=100)
+    bare = timed(RAISE_AND_CATCH, 10_000, YARDSTICK)
+    return compare("breaker, open", guarded, bare, 6.0, "raise and catch", rounds=100)
 
 
 # ---- chain, without a network
@@ -176,7 +188,7 @@ def open_tier() -> Figure:
         return timed("chat(messages)", 1_000, {"chat": made.chat, "messages": MESSAGES})
 
     one, eleven = chain(1), chain(11)
-    bare = timed(RAISE_AND_CATCH, 10_000, {"Refused": Refused})
+    bare = timed(RAISE_AND_CATCH, 10_000, YARDSTICK)
     return compare("chain, each open tier", lambda: (eleven() - one()) / 10, bare, 2.5, "try and except", rounds=60)
 
 
