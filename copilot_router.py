@@ -2014,7 +2014,7 @@ def _correction(facts: _ErrorFacts, status: int, body: dict[str, Any]) -> tuple[
     if name in ("max_tokens", "max_completion_tokens"):
         other = "max_completion_tokens" if name == "max_tokens" else "max_tokens"
         return ("rename", name, other) if other in text or "nsupported" in text or "nrecognized" in text else None
-    if name == "reasoning_effort" and re.search(r"set reasoning_effort to ['\"]?none", text):
+    if name == "reasoning_effort" and re.search(r"(?i)set reasoning_effort to ['\"]?none", text):
         return ("replace", name, "none")
     return ("drop", name, None)
 

@@ -1,30 +1,91 @@
-"""No test reaches beyond this machine, and none sees the environment of the person who runs it."""
+"""No test reaches beyond this machine, sees the environment of the person who runs it, or leaves threads behind."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 _real_connect = socket.socket.connect
-_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "requests_ca_bundle", "curl_ca_bundle", "netrc")
+_real_connect_ex = socket.socket.connect_ex
+_real_getaddrinfo = socket.getaddrinfo
+
+#: What a person may have set for their own use. Upper and lower case mean the same.
+_PREFIXES = ("OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_")
+_NAMES = ("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_COLOR", "FORCE_COLOR")
+#: Seconds that a thread has to end once its test is over.
+_GRACE = 5.0
 
 
-def _local(address: Any) -> bool:
-    return not isinstance(address, tuple) or address[0] in ("localhost", "::1", "") or address[0].startswith("127.")
+class ReachedOut(AssertionError):
+    """A test wanted to talk to another machine."""
 
 
-def _connect(self: socket.socket, address: Any) -> None:
-    if not _local(address):
-        raise AssertionError(f"a test wants to connect to {address!r}: only loopback is allowed")
-    _real_connect(self, address)
+def _is_local(host: Any) -> bool:
+    if isinstance(host, (bytes, bytearray)):
+        host = host.decode("ascii", "replace")
+    return host in (None, "", "localhost", "::1") or str(host).startswith("127.")
 
 
 @pytest.fixture(autouse=True)
-def _sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket.socket, "connect", _connect)
+def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sockets lead to this machine only; whoever tries otherwise fails, even if the code under test swallows the error."""
+    attempts: list[str] = []
+
+    def refuse(target: Any) -> None:
+        attempts.append(f"a test wants to reach {target!r}: only loopback is allowed")
+        raise ReachedOut(attempts[-1])
+
+    def check(address: Any) -> None:
+        if isinstance(address, tuple) and not _is_local(address[0]):
+            refuse(address)
+
+    def connect(self: socket.socket, address: Any) -> None:
+        check(address)
+        _real_connect(self, address)
+
+    def connect_ex(self: socket.socket, address: Any) -> int:
+        check(address)
+        return _real_connect_ex(self, address)
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(host).endswith(".invalid"):  # a name that never resolves (RFC 6761), without asking anybody
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        if not _is_local(host):
+            refuse(host)
+        return _real_getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield
+    if attempts:
+        pytest.fail("; ".join(attempts))
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, address, proxy or colour setting of the person who runs the tests."""
     for name in list(os.environ):
-        if name.lower() in _VARIABLES or name.startswith(("OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_")):
+        upper = name.upper()
+        if upper.endswith("_PROXY") or upper in _NAMES or upper.startswith(_PREFIXES):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_survives() -> Iterator[None]:
+    """A test that leaves a thread behind fails: it would run into the next one. A server's handlers may end by themselves."""
+    before = set(threading.enumerate())
+    yield
+    until = time.monotonic() + _GRACE
+    for thread in set(threading.enumerate()) - before:
+        if thread.daemon and "process_request_thread" in thread.name:
+            continue
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            pytest.fail(f"the thread {thread.name} is still running")

@@ -582,7 +582,7 @@ def test_cost_and_usage_tell_the_truth(clock: FakeClock) -> None:
     assert response.usage == Usage(1000, 500, 400, 100)
     assert response.total_usage == Usage(1100, 510, 400, 100)
     assert response.total_usage.total_tokens == 1610
-    assert response.explain() == "a: InvalidResponse: cut 0 ms -> b: ok 0 ms $0.0029"
+    assert response.explain() == "a: InvalidResponse: cut 0 ms -> b: ok 0 ms $0.0030"
     assert chain_of(clock, tier("a", failed), tier("b", answer, prices=prices)).chat("hi").cost is None
     assert chain_of(clock, tier("b", answer, prices={"other": (1, 2)})).chat("hi").cost is None
     assert chain_of(clock, tier("b", "x", prices=(1, 2))).chat("hi").cost == 0
@@ -609,6 +609,7 @@ def test_events_tell_every_step(clock: FakeClock) -> None:
     assert [event.kind for event in events][:3] == ["attempt", "breaker", "failover"]
     assert "wait" in [event.kind for event in events]
     json.dumps([event._asdict() for event in events])
+    chain.reset()
     events.clear()
     chain.tiers[0].breaker.open()
     chain.tiers[1].breaker.open()

@@ -1,0 +1,477 @@
+"""The Chat Completions wire format and the reading of failures: pure functions, no sockets."""
+
+from __future__ import annotations
+
+import json
+import time
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copilot_router import (
+    AuthenticationError,
+    BadRequest,
+    ContentFiltered,
+    ContextLengthExceeded,
+    EmptyResponse,
+    InvalidResponse,
+    LLMResponse,
+    ModelNotFound,
+    Overloaded,
+    ProviderError,
+    ProviderTimeout,
+    ProviderUnavailable,
+    QuotaExceeded,
+    RateLimited,
+    ServerError,
+    UnsupportedRequest,
+    Usage,
+    _Call,
+    _chat_body,
+    _chat_message,
+    _ChatDecoder,
+    _class_of,
+    _correction,
+    _duration,
+    _error_facts,
+    _InBandError,
+    _json,
+    _masked,
+    _retry_hint,
+    _SSE,
+    _texts_of,
+    _ThinkSplitter,
+)
+
+# -- server-sent events
+
+TRICKY = (
+    "\ufeffdata: one\n\n: comment\n\ndata:no space\r\n\r\ndata: two\rdata: lines\r\r"
+    "event: named\ndata: \u2028 in \u2029 data\n\nid: 7\nretry: 5\n\ndata\n\nerror: {\"old\": 1}\ndata: last"
+).encode()
+EVENTS = [
+    ("", b"one"),
+    ("", b"no space"),
+    ("", b"two\nlines"),
+    ("named", "\u2028 in \u2029 data".encode()),
+    ("error", b' {"old": 1}'),
+    ("", b"last"),
+]
+
+
+def parsed(*chunks: bytes) -> list[tuple[str, bytes]]:
+    parser = _SSE()
+    return [event for chunk in chunks for event in parser.feed(chunk)] + parser.close()
+
+
+def test_events_by_the_book() -> None:
+    """CR, LF, CRLF, BOM, comments, multi-line data, no space, U+2028 inside, no last blank line."""
+    assert parsed(TRICKY) == EVENTS
+
+
+@pytest.mark.parametrize("at", range(3, len(TRICKY)))
+def test_events_are_the_same_however_they_are_split(at: int) -> None:
+    """Every split in two; and byte by byte."""
+    assert parsed(TRICKY[:at], TRICKY[at:]) == EVENTS
+    assert parsed(*(TRICKY[n : n + 1] for n in range(3, len(TRICKY)))) == EVENTS
+
+
+def test_a_huge_line_is_not_quadratic() -> None:
+    """Thirty megabytes in small pieces take about a second, not minutes."""
+    start = time.monotonic()
+    parser = _SSE()
+    for _ in range(2000):
+        assert not parser.feed(b"x" * 16384)
+    assert time.monotonic() - start < 5
+
+
+# -- a leading think block
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>hm, well</think>\n\nThe answer", "hm, well", "The answer"),
+        ("  <think></think>x", "", "x"),
+        ("no thoughts <think>here</think>", "", "no thoughts <think>here</think>"),
+        ("<thinking>x", "", "<thinking>x"),
+        ("<think>never ends", "never ends", ""),
+        (" <th", "", " <th"),
+    ],
+)
+def test_a_leading_think_block_is_reasoning(text: str, thought: str, answer: str) -> None:
+    """Whole, and for every split into two and into single characters."""
+    for pieces in [[text], list(text), *[[text[:at], text[at:]] for at in range(1, len(text))]]:
+        splitter = _ThinkSplitter()
+        shown = "".join(splitter.feed(piece) for piece in pieces) + splitter.close()
+        assert (shown.lstrip() if thought else shown, "".join(splitter.thought)) == (answer, thought)
+
+
+# -- the decoder
+
+
+def decoded(*chunks: dict[str, Any], whole: bool = False) -> LLMResponse:
+    decoder = _ChatDecoder()
+    for chunk in chunks:
+        if whole:
+            decoder.feed_whole(chunk)
+        else:
+            decoder.feed("", json.dumps(chunk).encode())
+    return decoder.response("asked")
+
+
+def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
+
+
+def call(arguments: Any = None, name: str | None = None, **fields: Any) -> dict[str, Any]:
+    function = {key: value for key, value in {"name": name, "arguments": arguments}.items() if value is not None}
+    return delta(tool_calls=[{**fields, "function": function}])
+
+
+STOP = delta("stop")
+
+
+def test_18_usage_after_the_finish_reason() -> None:
+    """The usage chunk has no choices; the model is the one that the server reports."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": None}
+    response = decoded({**delta(content="Hi"), "model": "m-1"}, STOP, {"choices": [], "usage": usage}, {"usage": usage})
+    assert (response.text, response.usage, response.model) == ("Hi", Usage(9, 5, 4), "m-1")
+    assert decoded(delta(content="x"), STOP).model == "asked"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [call("", "f", index=0, id="a"), call('{"x"', index=0), call(": 1}", index=0)],
+        [call('{"x": 1}', "f", index=0, id="a")],
+        [call('{"x": 1}', "f", id="a")],
+        [call('{"x"', "f", id="a"), call(": 1}")],
+        [call('{"x"', "f", index=0, id="a"), call(": 1}", "f", index=0), call("", "", index=0)],
+        [call({"x": 1}, "f", index=0, id="a")],
+        [delta(function_call={"name": "f", "arguments": '{"x": 1}'})],
+    ],
+    ids=["pieces", "at once", "no index", "no index in pieces", "name repeated", "an object", "legacy"],
+)
+def test_19_tool_calls_in_all_their_forms(chunks: list[dict[str, Any]]) -> None:
+    """One call with its arguments; "stop" becomes tool_calls."""
+    response = decoded(*chunks, STOP)
+    assert [(one.name, one.arguments) for one in response.tool_calls] == [("f", {"x": 1})]
+    assert response.finish_reason == "tool_calls"
+
+
+def test_19_two_calls_under_one_index_are_told_apart_by_their_ids() -> None:
+    """A new id starts a new call; a missing one is made up."""
+    response = decoded(call("{}", "f", index=0, id="a"), call("{}", "g", index=0, id="b"), call("{}", "h", index=1), STOP)
+    assert [(one.id, one.name) for one in response.tool_calls] == [("a", "f"), ("b", "g"), ("call_2", "h")]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"), [("", {}), (" ", {}), ("null", None), ("[1]", None), ('{"a', None), ('{"a": 1}', {"a": 1})]
+)
+def test_20_arguments_never_raise(text: str, arguments: dict[str, Any] | None) -> None:
+    """None when the model's JSON is no object; the raw text is kept."""
+    (one,) = decoded(call(text, "f", index=0, id="a"), STOP).tool_calls
+    assert (one.arguments, one.raw_arguments) == (arguments, text)
+
+
+@pytest.mark.parametrize(
+    ("reason", "tools", "finish"),
+    [("stop", False, "stop"), ("stop", True, "tool_calls"), ("length", True, "length"), ("tool_calls", False, "stop"),
+     ("content_filter", False, "content_filter"), ("whatever", False, "stop"), ("function_call", True, "tool_calls")],
+)  # fmt: skip
+def test_21_finish_reasons(reason: str, tools: bool, finish: str) -> None:
+    """Length stays length; an unknown one is stop if there is content."""
+    chunks = [delta(content="x"), *([call("{}", "f", index=0, id="a")] if tools else []), delta(reason)]
+    assert decoded(*chunks).finish_reason == finish
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {"reasoning_details": [{"text": "hm"}, 5]},
+     {"reasoning_details": [{"summary": "hm"}]}, {"content": "<think>hm</think>"}],
+)  # fmt: skip
+def test_33_reasoning_under_all_its_names(fields: dict[str, Any]) -> None:
+    """Each lands in .reasoning, none in the content."""
+    response = decoded(delta(**fields), delta(content="fine"), STOP)
+    assert (response.text, response.reasoning) == ("fine", "hm")
+
+
+def test_a_whole_answer_through_the_same_code() -> None:
+    """Content as text or parts, a refusal, the raw JSON kept."""
+    body = {"choices": [{"message": {"content": [{"type": "text", "text": "a"}, 3, {"text": "b"}]}}]}
+    response = decoded(body, whole=True)
+    assert (response.text, response.raw, response.finish_reason) == ("ab", body, "stop")
+    assert decoded({"choices": [{"text": "legacy"}]}, whole=True).text == "legacy"
+    with pytest.raises(ContentFiltered):
+        decoded({"choices": [{"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}]}, whole=True)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        [], "x", 5, None, {}, {"choices": None}, {"choices": "x"}, {"choices": {}}, {"choices": [None]}, {"choices": ["x"]},
+        {"choices": [{"delta": 5}]}, {"choices": [{"delta": {"content": 5}}]}, {"choices": [{"delta": {"tool_calls": 5}}]},
+        {"choices": [{"delta": {"tool_calls": [5]}}]}, {"choices": [{"delta": {"tool_calls": [{"function": 5}]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}}]},
+        {"choices": [{"delta": {}, "finish_reason": 5}]},
+    ],
+)  # fmt: skip
+def test_wrong_types_anywhere_are_an_invalid_response(chunk: Any) -> None:
+    """In a chunk and in a whole answer."""
+    with pytest.raises(InvalidResponse):
+        decoded(chunk, STOP)
+    with pytest.raises(InvalidResponse):
+        decoded(json.loads(json.dumps(chunk).replace("delta", "message")), whole=True)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [{"error": "x"}, {"error": {"message": "x"}}, {"error": ["x"]}, {"object": "error", "message": "x"},
+     {"choices": [{"error": {"code": 502}}]}, delta("error")],
+)  # fmt: skip
+def test_16_errors_inside_a_200(chunk: dict[str, Any]) -> None:
+    """Wherever they stand; an event named error, too."""
+    with pytest.raises(_InBandError):
+        decoded(delta(content="x"), chunk)
+    for data in (b'{"message": "x"}', b'{"error": "x"}'):
+        with pytest.raises(_InBandError):
+            _ChatDecoder().feed("error", data)
+
+
+def test_17_no_finish_reason_is_no_answer() -> None:
+    """With or without [DONE]; nameless calls and empty answers neither."""
+    with pytest.raises(InvalidResponse, match="truncated"):
+        decoded(delta(content="x"))
+    decoder = _ChatDecoder()
+    decoder.feed("", b"[DONE]")
+    with pytest.raises(InvalidResponse, match="no finish reason"):
+        decoder.response(None)
+    with pytest.raises(InvalidResponse, match="no name"):
+        decoded(call("{}", index=0), STOP)
+    with pytest.raises(EmptyResponse):
+        decoded(STOP)
+    with pytest.raises(InvalidResponse, match="no choices"):
+        decoded({"choices": []}, whole=True)
+    with pytest.raises(InvalidResponse, match="not JSON"):
+        _ChatDecoder().feed("", b"{nope")
+
+
+@pytest.mark.parametrize("usage", ["x", 5, [], {"prompt_tokens": "9"}, {"prompt_tokens": -1, "completion_tokens": True}])
+def test_senseless_usage_does_not_cost_the_answer(usage: Any) -> None:
+    """It counts as nothing."""
+    assert decoded({**delta(content="x"), "usage": usage}, STOP).usage == Usage()
+
+
+# -- the encoder
+
+
+def test_12_the_token_limit_has_the_name_the_server_knows() -> None:
+    """max_completion_tokens at OpenAI, max_tokens elsewhere, whichever was given."""
+    for given_name in ("max_tokens", "max_completion_tokens"):
+        request = _Call([{"role": "user", "content": "x"}], None, "m", {given_name: 5})
+        assert _chat_body(request, False, True)["max_completion_tokens"] == 5
+        assert _chat_body(request, False, False)["max_tokens"] == 5
+
+
+def test_a_body_in_full() -> None:
+    """Options as given, choices of tools only with tools, extra_body last, streaming with usage."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3, "stream": True}}
+    body = _chat_body(_Call([{"role": "user", "content": "x"}], tools, "m", options), True, True)
+    assert body == {
+        "model": "m", "messages": [{"role": "user", "content": "x"}], "tools": tools, "temperature": 0, "tool_choice": "auto",
+        "stream": True, "stream_options": {"include_usage": True}, "top_k": 3,
+    }  # fmt: skip
+    assert "tool_choice" not in _chat_body(_Call([], None, None, options), False, True)
+    assert options == {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3, "stream": True}}
+
+
+@pytest.mark.parametrize(
+    ("message", "local", "openai"),
+    [
+        ({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}, {"role": "developer", "content": "x"}),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "a\nb"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        ),
+        ({"role": "assistant", "content": None, "refusal": None, "reasoning": "x"}, {"role": "assistant", "content": ""}, None),
+        ({"role": "assistant", "tool_calls": [1]}, {"role": "assistant", "tool_calls": [1], "content": None}, None),
+        ({"role": "user", "content": [{"type": "image_url"}]}, {"role": "user", "content": [{"type": "image_url"}]}, None),
+    ],
+)
+def test_37_messages_as_local_templates_take_them(message: Any, local: Any, openai: Any) -> None:
+    """Roles and parts; keys that only ever belong to an answer are not sent."""
+    assert _chat_message(message, False) == local
+    assert _chat_message(message, True) == (openai or local)
+
+
+# -- what an error says
+
+NO_JSON: Any = None
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (400, {"error": {"message": "bad", "type": "invalid_request_error", "code": None}}, BadRequest),
+        (400, {"error": {"message": "x", "code": "context_length_exceeded"}}, ContextLengthExceeded),
+        (400, {"error": {"message": "This model's maximum context length is 8 tokens", "code": 400}}, ContextLengthExceeded),
+        (500, {"error": {"message": "the request exceeds the available context size"}}, ContextLengthExceeded),
+        (400, {"error": {"code": "content_filter", "message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}, ContentFiltered),
+        (403, {"error": {"code": 403, "message": "x", "metadata": {"reasons": ["violence"]}}}, ContentFiltered),
+        (401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, AuthenticationError),
+        (400, [{"error": {"message": "API key not valid. Please pass", "status": "INVALID_ARGUMENT"}}], AuthenticationError),
+        (404, {"error": {"message": "The model `m` does not exist", "code": "model_not_found"}}, ModelNotFound),
+        (404, {"error": {"message": "nothing called my-model", "type": "x"}}, ModelNotFound),
+        (404, {"error": {"message": "File Not Found", "type": "not_found_error"}}, ProviderUnavailable),
+        (404, {"error": {"message": "No models loaded. Please load a model", "type": "invalid_request_error"}}, ModelNotFound),
+        (404, {"error": {"code": "DeploymentNotFound", "message": "x"}}, ModelNotFound),
+        (429, {"error": {"message": "x", "type": "insufficient_quota", "code": "project_spend_limit_exceeded"}}, QuotaExceeded),
+        (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}}, QuotaExceeded),
+        (429, {"error": {"message": "Request too large for m on tokens per min (TPM)", "code": "rate_limit_exceeded"}}, RateLimited),
+        (429, {"error": {"message": "Request too large for m on tokens per min (TPM)"}}, ContextLengthExceeded),
+        (429, {"error": {"message": "slow", "code": "slow_down"}}, Overloaded),
+        (402, {"error": {"message": "credits"}}, QuotaExceeded),
+        (503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}, Overloaded),
+        (503, {"error": {"message": "x"}}, ServerError),
+        (400, {"error": {"message": "Failed", "code": "tool_use_failed", "failed_generation": "secret"}}, InvalidResponse),
+        (400, {"error": {"message": "x does not support tools"}}, UnsupportedRequest),
+        (200, {"error": "Unexpected endpoint or method. (POST /x)"}, ProviderUnavailable),
+        (200, {"error": {"code": 502, "message": "upstream"}}, ServerError),
+        (200, {"error": {"message": "bad", "type": "invalid_request_error"}}, BadRequest),
+        (200, {"error": {"message": "", "code": 429}}, RateLimited),
+        (200, {"error": {"type": "overloaded_error"}}, Overloaded),
+        (200, {"error": {"message": "hm"}}, InvalidResponse),
+        (400, {"object": "error", "message": "x", "code": 400}, BadRequest),
+        (422, {"detail": [{"msg": "field required"}, 5]}, BadRequest),
+        (500, {"error": {"type": "server_error", "message": "x"}}, ServerError),
+        (504, {"error": {"type": "timeout_error", "message": "x"}}, ProviderTimeout),
+        (401, NO_JSON, AuthenticationError), (402, NO_JSON, QuotaExceeded), (403, NO_JSON, AuthenticationError),
+        (404, NO_JSON, ProviderUnavailable), (408, NO_JSON, ProviderTimeout), (409, NO_JSON, ServerError),
+        (410, NO_JSON, ProviderUnavailable), (413, NO_JSON, BadRequest), (418, NO_JSON, BadRequest), (425, NO_JSON, ServerError),
+        (429, NO_JSON, RateLimited), (498, NO_JSON, Overloaded), (500, NO_JSON, ServerError), (502, NO_JSON, ServerError),
+        (529, NO_JSON, Overloaded), (302, NO_JSON, InvalidResponse), (500, [], ServerError), (500, "text", ServerError),
+    ],
+)  # fmt: skip
+def test_classification(status: int, body: Any, kind: type[ProviderError]) -> None:
+    """Code, phrase, type, number, status: in this order."""
+    assert _class_of(_error_facts(body), status, "my-model", False) is kind
+
+
+def test_a_retry_hint_turns_money_into_time() -> None:
+    """402 with Retry-After is a rate limit; 503 with one is overload."""
+    assert _class_of(_error_facts({"error": {"message": "x"}}), 402, None, True) is RateLimited
+    assert _class_of(_error_facts({"error": {"code": "payment_required"}}), 402, None, True) is RateLimited
+    assert _class_of(_error_facts(None), 503, None, True) is Overloaded
+
+
+@pytest.mark.parametrize(
+    ("headers", "message", "seconds"),
+    [
+        ({"retry-after-ms": "1500"}, "", 1.5), ({"retry-after": "30"}, "", 30), ({"retry-after": "0.5"}, "", 0.5),
+        ({"retry-after": "0"}, "", 0), ({"retry-after": "-1"}, "", None), ({"retry-after": "nan"}, "", None),
+        ({"retry-after": "inf"}, "", None), ({"retry-after": "soon"}, "", None), ({"retry-after": "36000"}, "", 36000),
+        ({"retry-after": "never GMT"}, "", None), ({"retry-after": formatdate(0, usegmt=True)}, "", 0),
+        ({}, "Please try again in 6m0s.", 360), ({}, "try again in 1.5s", 1.5), ({}, "retry after 20 seconds", 20),
+        ({"x-ratelimit-reset-requests": "120ms", "x-ratelimit-reset-tokens": "1m2s"}, "", 62),
+        ({"x-ratelimit-reset-requests": "9s", "x-ratelimit-remaining-requests": "5"}, "", None),
+        ({}, "", None),
+    ],
+)  # fmt: skip
+def test_15_retry_hints_in_all_forms(headers: dict[str, str], message: str, seconds: float | None) -> None:
+    """Nonsense, negative and infinite ones are none."""
+    assert _retry_hint(headers, message, True) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_retry_date_is_a_distance() -> None:
+    """An HTTP date in the future."""
+    hint = _retry_hint({"retry-after": formatdate(time.time() + 60, usegmt=True)}, "", True)
+    assert hint is not None
+    assert 55 < hint <= 60
+    assert (_duration("1h2m3s"), _duration("x")) == (3723, None)
+
+
+def test_messages_of_servers_are_masked_and_clipped() -> None:
+    """Keys, what looks like one, and what the message repeats of the request."""
+    prompt = "please summarise the merger of Initech and Hooli"
+    texts = list(_texts_of([{"role": "user", "content": [{"type": "text", "text": prompt}]}, {"role": "user", "content": "Bond"}, 5]))
+    message = f"bad input '{prompt[:30]}' by Bond, key sk-abcdef123456 and my-own-key, Bearer abc, {'y' * 50}"
+    masked = _masked(message, ("my-own-key", "x"), texts)
+    for secret in (prompt[:16], "Bond", "sk-abcdef", "my-own-key", "abc,", "y" * 40):
+        assert secret not in masked
+    assert masked.startswith("bad input '***'")
+    assert len(_masked("a b " * 500, (), ())) == 300
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "body", "fix"),
+    [
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens",
+         {"max_tokens": 5}, ("rename", "max_tokens", "max_completion_tokens")),
+        ("Unrecognized request argument supplied: max_completion_tokens", "", {"max_completion_tokens": 5},
+         ("rename", "max_completion_tokens", "max_tokens")),
+        ("Unsupported value: 'temperature' does not support 0.2 with this model.", "temperature", {"temperature": 0.2},
+         ("drop", "temperature", None)),
+        ("temperature: Extra inputs are not permitted", "", {"temperature": 0.2, "top_p": 1}, ("drop", "temperature", None)),
+        ("Function tools with reasoning_effort are not supported. Set reasoning_effort to 'none'.", "reasoning_effort",
+         {"reasoning_effort": "high"}, ("replace", "reasoning_effort", "none")),
+        ("unknown field stream_options", "", {"stream_options": {}}, ("drop", "stream_options", None)),
+        ("temperature and top_p are not supported", "", {"temperature": 1, "top_p": 1}, None),
+        ("temperature and top_p are not supported", "top_p", {"temperature": 1, "top_p": 1}, ("drop", "top_p", None)),
+        ("tools are not supported", "tools", {"tools": []}, None),
+        ("temperature must be below 2", "temperature", {"temperature": 3}, None),
+        ("max_tokens is not allowed to be that large", "max_tokens", {"max_tokens": 10**9}, None),
+    ],
+)  # fmt: skip
+def test_one_field_can_be_corrected(message: str, param: str, body: Any, fix: Any) -> None:
+    """A hint is dropped, a limit renamed, an effort replaced; anything else is not touched."""
+    facts = _error_facts({"error": {"message": message, "param": param}})
+    assert _correction(facts, 400, body) == (fix and (fix[0], fix[1], fix[2]))
+    assert _correction(facts, 500, body) is None
+
+
+# -- nothing but ProviderErrors
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["choices", "delta", "message", "content", "tool_calls", "function", "name", "arguments", "error",
+                         "finish_reason", "usage", "code", "type", "index", "id", "detail", "details", "metadata"]),
+        inner, max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(JSON, max_size=4), st.booleans(), st.integers(200, 599))
+def test_whatever_comes_only_provider_errors_go_out(chunks: list[Any], whole: bool, status: int) -> None:
+    """The decoder and the classifier, fed with anything."""
+    for chunk in chunks:
+        kind = _class_of(_error_facts(chunk), status, "m", whole)
+        assert issubclass(kind, ProviderError)
+    try:
+        assert isinstance(decoded(*chunks, whole=whole), LLMResponse)
+    except (ProviderError, _InBandError):
+        pass
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200))
+def test_whatever_bytes_come(data: bytes) -> None:
+    """As server-sent events and as JSON."""
+    for name, event in parsed(data):
+        try:
+            _ChatDecoder().feed(name, event)
+        except (ProviderError, _InBandError):
+            pass
+    try:
+        _json(data, "x")
+    except InvalidResponse:
+        pass
