@@ -123,8 +123,7 @@ def _after_fork() -> None:
         item._renew_after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)  # Windows has no fork
 
 # ==== errors ==========================================================================================================
 
@@ -1222,9 +1221,11 @@ class _Answer:
         self._raw = response.raw
         self._most = most
         self._ended = False
-        direct = getattr(self._raw, "_original_response", None)  # urllib3's own read1 costs as much again as http.client's
-        plain = functools.partial(self._raw.read1, 65536, decode_content=False)
-        self._read1: Callable[[], bytes] = direct.read1 if isinstance(direct, http.client.HTTPResponse) else plain
+        original = getattr(self._raw, "_original_response", None)
+        self._original = original if isinstance(original, http.client.HTTPResponse) else None
+        self._read1: Callable[[], bytes] = (  # urllib3's own read1 costs as much again as http.client's
+            self._original.read1 if self._original else functools.partial(self._raw.read1, 65536, decode_content=False)
+        )
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come, to the end of the body. Raises ProviderError for whatever breaks."""
@@ -1291,9 +1292,8 @@ class _Answer:
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
         if self._ended:
-            original = getattr(self._raw, "_original_response", None)
-            if original is not None:
-                original.close()  # http.client must know, or it refuses the next request on this connection
+            if self._original is not None:
+                self._original.close()  # http.client must know, or it refuses the next request on this connection
             self._raw.release_conn()
         else:
             self._raw.close()
@@ -1929,8 +1929,8 @@ class _HTTPProvider(LLMProvider):
     def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
         """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
         if 300 <= answer.status < 400:
-            redirect = InvalidResponse("a redirect, which is not followed: correct the base_url", status=answer.status)
-            return redirect, _ErrorFacts()
+            text = "a redirect, which is not followed: correct the base_url"
+            return InvalidResponse(text, provider=self._vendor, model=call.model or "", status=answer.status), _ErrorFacts()
         try:
             parsed = json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
@@ -2552,10 +2552,8 @@ class ProviderTier:
         self._lock = threading.Lock()
         self._slots = None if self.max_concurrency is None else threading.BoundedSemaphore(self.max_concurrency)
 
-    def _id_of(self, model: str | None) -> str | None:
+    def _id_of(self, model: str) -> str | None:
         """The id to send for a name, None if this tier does not list it."""
-        if model is None:
-            return None
         return self.models.get(model) or (model if model in self._ids else None)
 
     @property
@@ -2848,14 +2846,13 @@ class FailoverChain(LLMProvider):
 
     def ping(self, timeout: float = 5.0) -> None:
         """Returns if any tier's ping does, raises the last one's error."""
-        failure: Exception | None = None
+        errors: list[Exception] = []
         for tier in self.tiers:
             try:
                 return tier.provider.ping(timeout)
             except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
+                errors.append(error)
+        raise errors[-1]
 
     def reset(self) -> None:
         """Close all breakers and forget what they counted, for tests and operators."""

@@ -32,6 +32,7 @@ from copilot_router import (
     RateLimited,
     ServerError,
     StreamInterrupted,
+    _after_fork,
 )
 
 
@@ -834,3 +835,58 @@ def test_91_dropped_breakers_are_not_kept() -> None:
     refs = [weakref.ref(CircuitBreaker()) for _ in range(1000)]
     gc.collect()
     assert all(ref() is None for ref in refs)
+
+
+def test_the_child_side_of_a_fork() -> None:
+    """In this process: a trial under way becomes one that is due, and the lock is a new one."""
+    clock = FakeClock()
+    breaker = tripped(clock)
+    clock.advance(15)
+    breaker.admit()
+    old = breaker._lock
+    _after_fork()
+    assert (breaker.state, breaker.retry_after) == ("open", 0)
+    assert breaker._lock is not old
+
+
+def test_a_race_for_the_trial_is_decided_under_the_lock(clock: FakeClock) -> None:
+    """Whoever comes second finds it closed again, or the lease taken."""
+    breaker = tripped(clock)
+    clock.advance(15)
+    assert breaker._begin_trial(clock.now) is not None
+    assert breaker._begin_trial(clock.now) is None
+    assert breaker.snapshot().rejected == 1
+    breaker.reset()
+    late = breaker._begin_trial(clock.now)
+    assert late is not None
+    assert not late.is_trial
+
+
+def test_a_change_that_is_overtaken_starts_again(clock: FakeClock) -> None:
+    """As when a finalizer settles a ticket in the middle of another change: neither is lost."""
+    breaker = made(clock)
+    seen: list[int] = []
+
+    def step(old: object) -> object:
+        seen.append(breaker._record.generation)
+        if len(seen) == 1:
+            breaker.reset()
+        return breaker._record._replace(failures=2)
+
+    breaker._swap(step)  # type: ignore[arg-type]
+    assert seen == [0, 1]
+    assert breaker.snapshot()[:3] == ("closed", 1, 2)
+
+
+def test_a_stream_whose_trial_was_taken_over(clock: FakeClock) -> None:
+    """Its first item comes too late to close anything."""
+    breaker = tripped(clock, trial_timeout=1)
+    clock.advance(15)
+
+    def slow() -> Generator[int, None, None]:
+        clock.advance(2)
+        breaker.admit()
+        yield 1
+
+    assert list(breaker(slow)()) == [1]
+    assert breaker.is_half_open

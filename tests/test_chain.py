@@ -849,3 +849,49 @@ def test_a_given_breaker_is_used_and_may_be_shared(clock: FakeClock) -> None:
     assert chains[1].chat("hi").attempts[0].outcome == "skipped"
     assert heard.count("breaker") == 2
     assert re.search("mine is open", str(chains[1].chat("hi").attempts[0].error))
+
+
+def test_a_tier_that_opens_during_the_pause_is_passed_over(clock: FakeClock) -> None:
+    """Another thread saw it fail meanwhile."""
+    chain = FailoverChain(
+        [tier("a", ServerError), tier("b", "x")], clock=clock, sleep=lambda seconds: chain.tiers[0].breaker.open()
+    )
+    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:skipped", "b:ok"]
+
+
+def test_on_error_leaves_other_classes_alone(clock: FakeClock) -> None:
+    """What it does not name goes by its own class."""
+    chain = chain_of(clock, tier("a", KeyError, ServerError, "fine"), tier("b", "x"), on_error={BadRequest: "raise"})
+    assert chain.chat("hi").provider == "b"
+    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:ok"]
+
+
+def test_images_are_looked_for_once(clock: FakeClock) -> None:
+    """Two tiers that take none; a text only is for everybody."""
+    chain = chain_of(clock, tier("a", "x", supports_images=False), tier("b", "x", supports_images=False))
+    with pytest.raises(UnsupportedRequest):
+        chain.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}])
+
+
+def test_the_deadline_in_a_second_round_names_each_tier_once(clock: FakeClock) -> None:
+    """Who failed before and was not asked again is not noted twice."""
+    slow = Slow(clock, 5, ProviderUnavailable("refused"))
+    chain = chain_of(clock, ProviderTier("a", slow), tier("b", ProviderUnavailable))
+    with pytest.raises(DeadlineExceeded) as late:
+        chain.chat("hi", timeout=10, wait=3)
+    assert outcomes(late.value.attempts) == ["a:failed", "b:failed", "a:failed"]
+
+
+def test_a_chat_without_a_signature_is_taken_as_it_is() -> None:
+    """Some built-ins have none to look at."""
+
+    class Odd:
+        chat = staticmethod(min)
+
+    assert ProviderTier("a", Odd()).name == "a"  # type: ignore[arg-type]
+
+
+def test_a_tool_call_is_no_marker(clock: FakeClock) -> None:
+    """An answer without text, with an escalation model."""
+    answer = LLMResponse(tool_calls=[ToolCall("1", "f", {})])
+    assert chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b-model").chat("hi").has_tool_calls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -39,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         text, model = body["messages"][-1]["content"], body.get("model")
         if text == "limit":
             return self.reply(429, {"error": {"message": "slow"}}, **{"Retry-After": "30"})
+        if text == "bad":
+            return self.reply(400, {"error": {"message": "no"}})
         if text == "silence":
             self.server.over.wait(5)  # type: ignore[attr-defined]
             return None
@@ -95,6 +98,7 @@ def test_chat_from_the_environment(url: str, capsys: pytest.CaptureFixture[str],
     ("arguments", "status", "message"),
     [
         (["limit"], 1, "try again in 30 s"),
+        (["bad"], 1, "copilot-router: no"),
         (["--timeout", "0.1", "silence"], 124, "the deadline passed"),
         ([" "], 2, "the prompt is empty"),
         (["--timeout", "-1", "hi"], 2, "timeout=-1"),
@@ -148,3 +152,15 @@ def test_as_a_module_and_as_a_file(how: list[str]) -> None:
         [sys.executable, *how, "--version"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == f"copilot-router {copilot_router.__version__}"
+
+
+def test_run_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is its own command."""
+    monkeypatch.setattr(sys, "argv", ["copilot_router.py", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(copilot_router.__file__, run_name="__main__")
+    assert end.value.code == 0
+    monkeypatch.setattr(sys, "argv", ["copilot_router.py", "chat", "hi"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(copilot_router.__file__, run_name="__main__")
+    assert end.value.code == 2

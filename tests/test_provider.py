@@ -25,6 +25,7 @@ from copilot_router import (
     QuotaExceeded,
     RateLimited,
     ServerError,
+    UnsupportedRequest,
 )
 
 KEY = "sk-test-provider-key-0987654321"
@@ -193,7 +194,7 @@ def test_bad_settings(settings: dict[str, Any]) -> None:
         (200, {"body": "<html>", "content_type": "text/html"}, InvalidResponse),
         (200, {"json": {"error": {"message": "out", "type": "insufficient_quota"}}}, QuotaExceeded),
         (200, {"body": b"x", "headers": {"Content-Encoding": "br"}}, InvalidResponse),
-        (200, {"body": b"x", "headers": {"Content-Encoding": "gzip"}}, InvalidResponse),
+        (200, {"body": b"this is not gzip", "headers": {"Content-Encoding": "gzip"}}, InvalidResponse),
         (200, {"body": requests.ConnectionError("boom")}, ProviderUnavailable),
     ],
 )
@@ -250,6 +251,7 @@ def test_one_corrected_resend_is_remembered(mocked: Any) -> None:
     chain.chat("hi", temperature=0.1)
     assert len(mocked.calls) == 3
     assert "temperature" not in sent(mocked)
+    assert chain.chat("hi", top_p=0.1).text == "fine"
 
 
 def test_a_correction_is_tried_once(mocked: Any) -> None:
@@ -270,7 +272,7 @@ def test_an_effort_is_replaced_and_a_known_fix_is_not_learned_again(mocked: Any)
     mocked.post(URL, status=400, json={"error": {"message": text, "param": "reasoning_effort"}})
     provider = OpenAIProvider(KEY, BASE)
     for requests_sent in (2, 3):
-        with pytest.raises(BadRequest):
+        with pytest.raises(UnsupportedRequest):
             provider.chat("hi", model="m", reasoning_effort="high")
         assert len(mocked.calls) == requests_sent
     assert sent(mocked)["reasoning_effort"] == "none"
@@ -297,3 +299,10 @@ def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
         {"OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m", "LMSTUDIO_BASE_URL": "http://lm"}, escalation_model="m"
     )
     assert [(tier.name, tuple(tier.models)) for tier in chain.tiers] == [("lmstudio", ()), ("openai", ("m",))]
+
+
+def test_a_session_is_opened_once() -> None:
+    """Two threads that both find none share the first one's."""
+    provider = OpenAIProvider(KEY, BASE)
+    assert provider._open_session(URL) is provider._open_session(URL)
+    provider.close()

@@ -506,3 +506,93 @@ def test_a_gzip_bomb_is_stopped_at_the_limit() -> None:
         too_large = pytest.raises(InvalidResponse, match="max_response_bytes")
         with too_large:
             client.chat("hi", model="m", timeout=5)
+
+
+def test_all_kept_connections_may_have_been_dropped() -> None:
+    """The unseen retry insists on a new connection, not on the next kept one."""
+    both = threading.Barrier(2)
+    old: list[socket.socket] = []
+
+    def one_answer_each(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if connection in old:
+            return False
+        if b'"first"' in request:
+            both.wait(5)
+        old.append(connection)
+        connection.sendall(STREAM)
+        return True
+
+    with peer(one_answer_each) as server, provider(server.url) as client:
+        threads = [threading.Thread(target=client.chat, args=("first",), kwargs={"model": "m"}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+        assert client.chat("second", model="m", timeout=5).text == "good"
+        assert server.connections == 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n" % 500 + event("half"),
+        HEAD + b"Connection: close\r\n\r\n" + event("half"),
+        HEAD + b"Content-Length: 500\r\n\r\n" + event("half"),
+        HEAD + b"Content-Length: 500\r\nContent-Type: application/json\r\n\r\n{}",
+    ],
+    ids=["chunked", "close", "length", "whole"],
+)
+def test_17_a_cut_answer_is_no_answer(data: bytes) -> None:
+    """However the body's end is told."""
+
+    def cut(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(data)
+        return False
+
+    with peer(cut) as server, provider(server.url) as client, pytest.raises(InvalidResponse, match="truncated"):
+        client.chat("hi", model="m", timeout=5)
+
+
+def test_a_complete_answer_survives_a_cut_afterwards() -> None:
+    """The finish reason has come; that the connection then breaks costs nothing. A role alone is no sign of life."""
+    role = b'data: {"choices": [{"delta": {"role": "assistant"}, "finish_reason": null}]}\n\n'
+    body = role + event("all") + event(finish="stop")
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n")
+        return False
+
+    with peer(serve) as server, provider(server.url) as client:
+        assert client.chat("hi", model="m", timeout=5).text == "all"
+
+
+def test_a_mid_stream_error_is_classified() -> None:
+    """An error object in the middle of a stream, with the usage so far."""
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 7}}\n\n'
+    error = b'data: {"error": {"message": "overloaded", "code": "server_is_overloaded"}}\n\n'
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("par") + usage + error)
+        return False
+
+    with peer(serve) as server, provider(server.url) as client, pytest.raises(ServerError) as raised:
+        client.chat("hi", model="m", timeout=5)
+    assert raised.value.usage is not None
+    assert raised.value.usage.prompt_tokens == 7
+
+
+def test_no_time_to_connect_and_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connect limit of 0, and a name without addresses."""
+    with provider("http://127.0.0.1:9", connect_timeout=0) as client, pytest.raises(ProviderUnavailable, match="timeout"):
+        client.chat("hi", model="m", timeout=5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
+    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable, match="cannot connect"):
+        client.chat("hi", model="m", timeout=5)
+
+
+def test_no_time_at_all_is_a_timeout() -> None:
+    """timeout=0: nothing is sent."""
+    with peer(healthy) as server, provider(server.url) as client:
+        with pytest.raises(ProviderTimeout):
+            client.chat("hi", model="m", timeout=0)
+        assert not server.requests

@@ -475,3 +475,8 @@ def test_whatever_bytes_come(data: bytes) -> None:
         _json(data, "x")
     except InvalidResponse:
         pass
+
+
+def test_odd_but_complete_chunks() -> None:
+    """A choice without delta, and a text that only began like a think block."""
+    assert decoded(delta(content=" <th"), {"choices": [{"finish_reason": "stop"}]}).text == " <th"
