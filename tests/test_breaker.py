@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import math
 import os
@@ -789,7 +790,7 @@ def test_65_a_slow_listener_holds_nobody_up() -> None:
     leave.set()
     slow.join(10)
     assert changes[0] == ("closed", "open")
-    assert all(new == old for (_, new), (old, _) in zip(changes, changes[1:], strict=False))
+    assert all(new == old for (_, new), (old, _) in itertools.pairwise(changes))
     assert len(changes) == 21
 
 

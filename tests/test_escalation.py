@@ -48,7 +48,8 @@ def test_a_marker_in_any_dress_escalates(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["I would [ESCALATE]", "[ESCALATE", "ESCALATE", "(ESCALATE)", "[ESCALATED]", "[ ESCALATE ]", "a [ESCALATE]", "1. [ESCALATE]",
+    ["I would [ESCALATE]", "[ESCALATE", "ESCALATE", "(ESCALATE)", "[ESCALATED]", "[ ESCALATE ]", "a [ESCALATE]",
+        "1. [ESCALATE]",
      "[NOTE] [ESCALATE]", "text\n[ESCALATE]", "[escalate please]", "{[ESCALATE]}", "<think>[ESCALATE]</think> fine"],
 )  # fmt: skip
 def test_look_alikes_are_answers(text: str) -> None:
@@ -86,7 +87,8 @@ def test_the_instruction_may_be_replaced_or_left_out() -> None:
     silent = FailoverChain(tiers, escalation_model="strong", escalation_prompt=False)
     silent.chat("hi")
     assert not told(silent, "weak")
-    custom = FailoverChain(tiers, escalation_model="strong", escalation_prompt="say {marker} if lost", escalation_marker="[UP]")
+    custom = FailoverChain(tiers, escalation_model="strong", escalation_prompt="say {marker} if lost",
+        escalation_marker="[UP]")
     custom.chat("hi")
     assert custom.tiers[0].provider.calls[-1]["messages"][0]["content"] == "say [UP] if lost"  # type: ignore[attr-defined]
 
@@ -108,7 +110,8 @@ def test_a_ladder_is_climbed_rung_by_rung() -> None:
 def test_the_tiers_after_the_one_that_gave_up_come_next() -> None:
     """When the stronger model cannot be reached, a later tier may still answer."""
     chain = FailoverChain(
-        [tier("before", ProviderUnavailable), tier("weak", MARKED), tier("strong", ProviderUnavailable), tier("after", "fine")],
+        [tier("before", ProviderUnavailable), tier("weak", MARKED), tier("strong", ProviderUnavailable),
+            tier("after", "fine")],
         escalation_model="strong",
     )
     assert [attempt.tier for attempt in chain.chat("hi").attempts] == ["before", "weak", "strong", "after"]
@@ -169,7 +172,8 @@ def test_accept_sends_a_bad_answer_on() -> None:
     assert [(attempt.outcome, attempt.error) for attempt in response.attempts] == [
         ("escalated", "refused by accept"), ("ok", None),
     ]  # fmt: skip
-    response = FailoverChain([tier("a", "bad"), tier("x", "bad"), tier("b", "good")], accept=accept, escalation_model="b").chat("hi")
+    response = FailoverChain([tier("a", "bad"), tier("x", "bad"), tier("b", "good")], accept=accept,
+        escalation_model="b").chat("hi")
     assert [attempt.tier for attempt in response.attempts] == ["a", "b"]
     assert tiers[0].breaker.snapshot().failures == 0
     with pytest.raises(EscalationFailed) as failed:
@@ -192,5 +196,6 @@ def test_costs_of_both_sides_add_up() -> None:
     """The weak answer was paid for, too."""
     weak = LLMResponse(MARKED, usage=Usage(10**6, 0))
     strong = LLMResponse("x", usage=Usage(10**6, 0))
-    chain = FailoverChain([tier("weak", weak, prices=(1, 1)), tier("strong", strong, prices=(5, 5))], escalation_model="strong")
+    chain = FailoverChain([tier("weak", weak, prices=(1, 1)), tier("strong", strong, prices=(5, 5))],
+        escalation_model="strong")
     assert chain.chat("hi").cost == 6.0

@@ -221,7 +221,8 @@ def test_a_rate_limit_in_full(mocked: Any) -> None:
     with pytest.raises(RateLimited) as raised:
         OpenAIProvider(KEY, BASE).chat("what is the prompt of this test", model="m")
     error = raised.value
-    assert (error.status, error.code, error.retry_after, error.request_id, error.model) == (429, "rate_limit_exceeded", 7, "r-9", "m")
+    assert (error.status, error.code, error.retry_after, error.request_id, error.model) == (429, "rate_limit_exceeded", 7,
+        "r-9", "m")
     assert str(error) == "Limit for key ***: you asked '***'"
 
 
@@ -239,7 +240,8 @@ def test_no_secret_in_debug_logs(mocked: Any, caplog: pytest.LogCaptureFixture) 
 
 def test_one_corrected_resend_is_remembered(mocked: Any) -> None:
     """Unseen by the breaker, part of the same attempt, an event; the next call is right at once."""
-    refusal = {"error": {"message": "Unsupported parameter: 'temperature' is not supported", "code": "unsupported_parameter", "param": "temperature"}}
+    refusal = {"error": {"message": "Unsupported parameter: 'temperature' is not supported", "code": "unsupported_parameter",
+        "param": "temperature"}}
     mocked.post(URL, status=400, json=refusal)
     mocked.post(URL, json=WHOLE)
     events: list[Any] = []
@@ -268,7 +270,7 @@ def test_a_correction_is_tried_once(mocked: Any) -> None:
 
 def test_an_effort_is_replaced_and_a_known_fix_is_not_learned_again(mocked: Any) -> None:
     """Set to none, as the error asks; when that is refused too, that is the answer."""
-    text = "Function tools with reasoning_effort are not supported for m. To use function tools, set reasoning_effort to 'none'."
+    text = "Function tools with reasoning_effort are not supported for m. To use them, set reasoning_effort to 'none'."
     mocked.post(URL, status=400, json={"error": {"message": text, "param": "reasoning_effort"}})
     provider = OpenAIProvider(KEY, BASE)
     for requests_sent in (2, 3):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copilot_router import (
+    _SSE,
     AuthenticationError,
     BadRequest,
     ContentFiltered,
@@ -41,7 +42,6 @@ from copilot_router import (
     _json,
     _masked,
     _retry_hint,
-    _SSE,
     _texts_of,
     _ThinkSplitter,
 )
@@ -137,7 +137,8 @@ STOP = delta("stop")
 
 def test_18_usage_after_the_finish_reason() -> None:
     """The usage chunk has no choices; the model is the one that the server reports."""
-    usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": None}
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": None}
     response = decoded({**delta(content="Hi"), "model": "m-1"}, STOP, {"choices": [], "usage": usage}, {"usage": usage})
     assert (response.text, response.usage, response.model) == ("Hi", Usage(9, 5, 4), "m-1")
     assert decoded(delta(content="x"), STOP).model == "asked"
@@ -299,7 +300,8 @@ def test_a_body_in_full() -> None:
             {"role": "user", "content": "a\nb"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         ),
-        ({"role": "assistant", "content": None, "refusal": None, "reasoning": "x"}, {"role": "assistant", "content": ""}, None),
+        ({"role": "assistant", "content": None, "refusal": None, "reasoning": "x"}, {"role": "assistant", "content": ""},
+            None),
         ({"role": "assistant", "tool_calls": [1]}, {"role": "assistant", "tool_calls": [1], "content": None}, None),
         ({"role": "user", "content": [{"type": "image_url"}]}, {"role": "user", "content": [{"type": "image_url"}]}, None),
     ],
@@ -322,7 +324,8 @@ NO_JSON: Any = None
         (400, {"error": {"message": "x", "code": "context_length_exceeded"}}, ContextLengthExceeded),
         (400, {"error": {"message": "This model's maximum context length is 8 tokens", "code": 400}}, ContextLengthExceeded),
         (500, {"error": {"message": "the request exceeds the available context size"}}, ContextLengthExceeded),
-        (400, {"error": {"code": "content_filter", "message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}, ContentFiltered),
+        (400, {"error": {"code": "content_filter", "message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}},
+            ContentFiltered),
         (403, {"error": {"code": 403, "message": "x", "metadata": {"reasons": ["violence"]}}}, ContentFiltered),
         (401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, AuthenticationError),
         (400, [{"error": {"message": "API key not valid. Please pass", "status": "INVALID_ARGUMENT"}}], AuthenticationError),
@@ -331,9 +334,11 @@ NO_JSON: Any = None
         (404, {"error": {"message": "File Not Found", "type": "not_found_error"}}, ProviderUnavailable),
         (404, {"error": {"message": "No models loaded. Please load a model", "type": "invalid_request_error"}}, ModelNotFound),
         (404, {"error": {"code": "DeploymentNotFound", "message": "x"}}, ModelNotFound),
-        (429, {"error": {"message": "x", "type": "insufficient_quota", "code": "project_spend_limit_exceeded"}}, QuotaExceeded),
+        (429, {"error": {"message": "x", "type": "insufficient_quota", "code": "project_spend_limit_exceeded"}},
+            QuotaExceeded),
         (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}}, QuotaExceeded),
-        (429, {"error": {"message": "Request too large for m on tokens per min (TPM)", "code": "rate_limit_exceeded"}}, RateLimited),
+        (429, {"error": {"message": "Request too large for m on tokens per min (TPM)", "code": "rate_limit_exceeded"}},
+            RateLimited),
         (429, {"error": {"message": "Request too large for m on tokens per min (TPM)"}}, ContextLengthExceeded),
         (429, {"error": {"message": "slow", "code": "slow_down"}}, Overloaded),
         (402, {"error": {"message": "credits"}}, QuotaExceeded),
@@ -353,7 +358,8 @@ NO_JSON: Any = None
         (504, {"error": {"type": "timeout_error", "message": "x"}}, ProviderTimeout),
         (401, NO_JSON, AuthenticationError), (402, NO_JSON, QuotaExceeded), (403, NO_JSON, AuthenticationError),
         (404, NO_JSON, ProviderUnavailable), (408, NO_JSON, ProviderTimeout), (409, NO_JSON, ServerError),
-        (410, NO_JSON, ProviderUnavailable), (413, NO_JSON, BadRequest), (418, NO_JSON, BadRequest), (425, NO_JSON, ServerError),
+        (410, NO_JSON, ProviderUnavailable), (413, NO_JSON, BadRequest), (418, NO_JSON, BadRequest),
+            (425, NO_JSON, ServerError),
         (429, NO_JSON, RateLimited), (498, NO_JSON, Overloaded), (500, NO_JSON, ServerError), (502, NO_JSON, ServerError),
         (529, NO_JSON, Overloaded), (302, NO_JSON, InvalidResponse), (500, [], ServerError), (500, "text", ServerError),
     ],
@@ -399,7 +405,8 @@ def test_a_retry_date_is_a_distance() -> None:
 def test_messages_of_servers_are_masked_and_clipped() -> None:
     """Keys, what looks like one, and what the message repeats of the request."""
     prompt = "please summarise the merger of Initech and Hooli"
-    texts = list(_texts_of([{"role": "user", "content": [{"type": "text", "text": prompt}]}, {"role": "user", "content": "Bond"}, 5]))
+    texts = list(_texts_of([{"role": "user", "content": [{"type": "text", "text": prompt}]},
+        {"role": "user", "content": "Bond"}, 5]))
     message = f"bad input '{prompt[:30]}' by Bond, key sk-abcdef123456 and my-own-key, Bearer abc, {'y' * 50}"
     masked = _masked(message, ("my-own-key", "x"), texts)
     for secret in (prompt[:16], "Bond", "sk-abcdef", "my-own-key", "abc,", "y" * 40):
@@ -411,7 +418,8 @@ def test_messages_of_servers_are_masked_and_clipped() -> None:
 @pytest.mark.parametrize(
     ("message", "param", "body", "fix"),
     [
-        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens",
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            "max_tokens",
          {"max_tokens": 5}, ("rename", "max_tokens", "max_completion_tokens")),
         ("Unrecognized request argument supplied: max_completion_tokens", "", {"max_completion_tokens": 5},
          ("rename", "max_completion_tokens", "max_tokens")),
