@@ -13,8 +13,9 @@ Tiers are asked in order, one after the other, under one deadline. Each has a ci
 row a tier is skipped at once, and after 15 seconds one single call tries it again. What happens after a failure is
 declared by its exception class; the table stands in the section "errors".
 
-Contents: defaults · errors · data · circuit breaker · provider interface · HTTP transport · Chat Completions wire
-format · OpenAI and LM Studio providers · scripted provider · tiers and chain · command line. Search for "# ====".
+Contents: defaults · errors · data · circuit breaker · provider interface · HTTP transport · wire formats: what they
+share · HTTP providers · OpenAI Chat Completions and Responses · Anthropic Messages · Gemini generateContent · Ollama ·
+scripted provider · tiers and chain · streams · command line. Search for "# ====".
 
 Times
     All times are seconds (float). For every limit None inherits the next outer one and ``math.inf`` means none. Deadlines
@@ -45,9 +46,10 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
     # circuit breaker
     "CircuitBreaker", "Ticket", "BreakerSnapshot",
     # providers
-    "LLMProvider", "OpenAIProvider", "LMStudioProvider", "ScriptedProvider",
+    "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider", "OllamaProvider",
+    "ScriptedProvider",
     # chain
-    "ProviderTier", "FailoverChain", "TierHealth",
+    "ProviderTier", "FailoverChain", "ChatStream", "TierHealth",
 ]  # fmt: skip
 
 import contextlib
@@ -65,10 +67,12 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -102,6 +106,8 @@ _MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 _TAIL_TIMEOUT = 2.0
 #: Seconds a tier stays parked after an error that only a person can mend (key, quota).
 _LONG_PARK = 600.0
+#: max_tokens for Anthropic, which wants one, where the caller names none.
+_ANTHROPIC_MAX_TOKENS = 8192
 #: Seconds that a provider's own Retry-After may park a tier at most.
 _MAX_PARK = 3600.0
 #: The pause before the same tier is asked again, drawn evenly from this range so that clients do not move in step.
@@ -376,6 +382,8 @@ def _usage_fields(usage: Usage) -> tuple[int, ...]:
 
 
 _NO_USAGE = Usage()
+#: The key of a message under which it keeps what only the same provider and model may see again.
+_CARRY = "copilot_router"
 
 
 class Attempt(NamedTuple):
@@ -421,6 +429,7 @@ class LLMResponse:
     attempts: tuple[Attempt, ...] = ()
     escalation: str | None = field(default=None, repr=False)  #: why a weaker model gave up
     raw: dict[str, Any] | None = field(default=None, repr=False)  #: whole JSON answers only
+    carry: dict[str, Any] | None = field(default=None, repr=False)  #: what ``message`` keeps for the same provider and model
 
     @property
     def text(self) -> str:
@@ -434,8 +443,14 @@ class LLMResponse:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The assistant message to append to ``messages``: OpenAI form, JSON-able."""
+        """The assistant message to append to ``messages``: OpenAI form, JSON-able.
+
+        Thinking blocks, signatures and the like that the same provider and model need back are kept under one more key,
+        which is never sent to any other.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.carry:
+            message[_CARRY] = self.carry
         if self.tool_calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments_text(call)}}
@@ -973,6 +988,8 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
         if role not in _ROLES:
             shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
             raise BadRequest(f"messages[{at}] has the role {shown!r}: give one of {', '.join(_ROLES)}")
+        if "tool_calls" in message:
+            _check_tool_calls(message["tool_calls"], f"messages[{at}].tool_calls")
         if type(content) is str:
             continue
         if content is None and role != "assistant":
@@ -985,6 +1002,13 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _check_tool_calls(calls: Any, where: str) -> None:
+    for at, call in enumerate(calls if isinstance(calls, (list, tuple)) else [calls]):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if calls is not None and not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+            raise BadRequest(f"{where}[{at}]: give {{'id': …, 'type': 'function', 'function': {{'name': …, 'arguments': …}}}}")
 
 
 def _checked_answer(response: LLMResponse) -> LLMResponse:
@@ -1268,8 +1292,6 @@ class _Answer:
             return None
         if coding not in ("gzip", "x-gzip", "deflate"):
             raise InvalidResponse(f"unknown Content-Encoding {coding[:20]!r}")
-        import zlib
-
         machine = zlib.decompressobj(47)  # gzip or zlib, told apart by their headers
 
         def inflate(data: bytes) -> Iterator[bytes]:
@@ -1345,18 +1367,24 @@ _TRANSPORT_ERRORS: tuple[tuple[set[str], tuple[type[ProviderError], str] | None]
 )
 
 
-class _SSE:
-    """Server-sent events by the book (WHATWG HTML, 9.2.6): lines end at CR, LF or CRLF, and at nothing else."""
+class _Lines:
+    """JSON objects in lines of their own (NDJSON). Lines end at CR, LF or CRLF, and at nothing else."""
 
     def __init__(self) -> None:
         self._open: list[bytes] = []  # pieces of a line whose end has not come
         self._after_cr = False
         self._first = True
-        self._event = ""
-        self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         """``(event name, data)`` for each event that this chunk completes."""
+        return [("", line) for line in self._split(chunk) if line.strip()]
+
+    def close(self) -> list[tuple[str, bytes]]:
+        """The body is over: what stands there without an end of line, or without a blank line after it."""
+        return self.feed(b"\n\n")
+
+    def _split(self, chunk: bytes) -> list[bytes]:
+        """The lines that this chunk completes."""
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
         self._after_cr = chunk.endswith(b"\r")
@@ -1372,8 +1400,20 @@ class _SSE:
         lines = chunk.splitlines()  # bytes: splits at CR, LF and CRLF only
         if not chunk.endswith((b"\n", b"\r")):
             self._open.append(lines.pop())
+        return lines
+
+
+class _SSE(_Lines):
+    """Server-sent events by the book (WHATWG HTML, 9.2.6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._event = ""
+        self._data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         events: list[tuple[str, bytes]] = []
-        for line in lines:
+        for line in self._split(chunk):
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line:
@@ -1383,13 +1423,9 @@ class _SSE:
                 self._event = ""
             elif line.startswith(b"event:"):
                 self._event = line[6:].strip().decode("utf-8", "replace")
-            elif line.startswith(b"error:"):  # llama.cpp before 2025 sends errors without "data:"
-                events.append(("error", line[6:]))
+            elif line.startswith((b"error:", b"{")):  # errors without "data:": llama.cpp before 2025, Gemini
+                events.append(("error", line[6:] if line.startswith(b"error:") else line))
         return events
-
-    def close(self) -> list[tuple[str, bytes]]:
-        """The body is over: what stands there without a blank line after it."""
-        return self.feed(b"\n\n")
 
 
 # -- what an error says ------------------------------------------------------------------------------------------------
@@ -1424,17 +1460,19 @@ _PHRASES: tuple[tuple[re.Pattern[str], type[ProviderError]], ...] = tuple(
         (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
          r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
          r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
-        (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|"
+        (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\\b|"
          r"spend limit", QuotaExceeded),
-        (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key", AuthenticationError),
+        (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key|"
+         r"location is not supported", AuthenticationError),
         (r"no models? loaded|model is unloaded|model .{0,120}(not found|does not exist|has been (retired|deprecated)|"
          r"no longer available)|unknown model|^model: ", ModelNotFound),
         (r"content management policy|content filtering policy|violating our usage policy|flagged as|moderation",
          ContentFiltered),
         (r"unexpected endpoint|invalid url", ProviderUnavailable),
         (r"loading model|overloaded|server busy|maximum pending requests", Overloaded),
-        (r"does not support (tools|images|vision|thinking|chat)|(tools?|image).{0,60}not supported|"
-         r"requires --enable-auto-tool-choice|image input", UnsupportedRequest),
+        (r"does not support (tools|images|vision|thinking|chat)|image input|requires --enable-auto-tool-choice|"
+         r"(tools?|image|response_format|json_schema).{0,60}not supported|"
+         r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
     )
 )  # fmt: skip
 
@@ -1444,11 +1482,12 @@ _TYPES: dict[str, type[ProviderError]] = {
     "rate_limit_error": RateLimited, "tokens": RateLimited, "requests": RateLimited,
     "timeout_error": ProviderTimeout, "timeout": ProviderTimeout, "request_timeout": ProviderTimeout,
     "server_error": ServerError, "api_error": ServerError, "internal_error": ServerError, "internal_server_error": ServerError,
-    "unavailable_error": Overloaded, "service_unavailable_error": Overloaded,
+    "unavailable_error": Overloaded, "service_unavailable_error": Overloaded, "unavailable": Overloaded,
+    "unauthenticated": AuthenticationError, "permission_denied": AuthenticationError, "internal": ServerError,
 }  # fmt: skip
 _LAST_TYPES: dict[str, type[ProviderError]] = {
     "invalid_request_error": BadRequest, "badrequesterror": BadRequest, "not_found_error": ModelNotFound,
-    "notfounderror": ModelNotFound,
+    "notfounderror": ModelNotFound, "not_found": ModelNotFound, "invalid_argument": BadRequest,
 }  # fmt: skip
 _STATUSES: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError, 404: ProviderUnavailable, 408: ProviderTimeout,
@@ -1463,7 +1502,7 @@ class _ErrorFacts(NamedTuple):
     codes: tuple[str, ...] = ()  #: code, type and details' codes, as lower-case text
     param: str = ""
     number: int | None = None  #: an HTTP-like number among the codes
-    shaped: bool = False  #: whether there was an error at all
+    delay: float | None = None  #: seconds to wait, where the body says so
 
 
 def _error_facts(body: Any) -> _ErrorFacts:
@@ -1471,26 +1510,41 @@ def _error_facts(body: Any) -> _ErrorFacts:
     if isinstance(body, list):
         return _error_facts(body[0]) if body else _ErrorFacts()
     if isinstance(body, str):
-        return _ErrorFacts(body, shaped=bool(body))
+        return _ErrorFacts(body)
     if not isinstance(body, dict):
         return _ErrorFacts()
     error = body.get("error")
     if error and error is not True and isinstance(error, (dict, str, list)):
-        inner = _error_facts(error)
-        return inner._replace(shaped=True)
+        return _error_facts(error)
     message = body.get("message") or body.get("detail") or body.get("error_description") or ""
     if isinstance(message, list):
         message = "; ".join(str(item.get("msg", "")) for item in message if isinstance(item, dict))
     details, inner_error, metadata = (_dict(body.get(name)) for name in ("details", "innererror", "metadata"))
-    values = [body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
+    found, delay = _google_details(body.get("details"))
+    values = [*found, body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
               body.get("type"), body.get("status")]  # fmt: skip
     number = next((_int(value) for value in (*values, body.get("status_code")) if _int(value) is not None), None)
     codes = tuple(value.lower() for value in values if isinstance(value, str) and not value.isdigit())
     if metadata.get("reasons") or "flagged_input" in metadata:
         codes = ("content_filter", *codes)
     param = body.get("param")
-    shaped = bool(message or codes) or body.get("object") == "error"
-    return _ErrorFacts(str(message), codes, param if isinstance(param, str) else "", number, shaped)
+    return _ErrorFacts(str(message), codes, param if isinstance(param, str) else "", number, delay)
+
+
+def _google_details(details: Any) -> tuple[list[Any], float | None]:
+    """The reasons among google.rpc details (a spent daily quota is one), and the delay that they ask for."""
+    found: list[Any] = []
+    delay = None
+    for item in details if isinstance(details, list) else ():
+        item = _dict(item)
+        found.append(item.get("reason"))
+        violations = item.get("violations")
+        for violation in violations if isinstance(violations, list) else ():
+            if "PerDay" in str(_dict(violation).get("quotaId")):
+                found.append("insufficient_quota")
+        if isinstance(item.get("retryDelay"), str):
+            delay = _duration(item["retryDelay"])
+    return found, delay
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -1534,27 +1588,44 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
     return next((_LAST_TYPES[code] for code in facts.codes if code in _LAST_TYPES), InvalidResponse)
 
 
-def _retry_hint(headers: Mapping[str, str], message: str, limited: bool) -> float | None:
+def _retry_hint(headers: Mapping[str, str], facts: _ErrorFacts, limited: bool) -> float | None:
     """Seconds to wait by the server's own word, in any of its forms; None for nonsense, NaN and negative numbers."""
-    hints: list[float | None] = [_seconds(headers.get("retry-after-ms", ""), 0.001), _seconds(headers.get("retry-after", ""))]
-    if hints[1] is None and headers.get("retry-after", "").endswith("GMT"):
-        from email.utils import parsedate_to_datetime
-
-        try:
-            when = parsedate_to_datetime(headers["retry-after"]).timestamp()
-            hints[1] = max(0.0, when - time.time())
-        except (ValueError, TypeError, OverflowError):
-            pass
-    found = re.search(r"(?:try again|retry) (?:in|after) ([0-9hms.]+)", message)
-    hints.append(_duration(found.group(1)) if found else None)
+    found = re.search(r"(?:try again|retry) (?:in|after) ([0-9hms.]+)", facts.message)
+    hints = [
+        _seconds(headers.get("retry-after-ms", ""), 0.001),
+        _seconds(headers.get("retry-after", "")),
+        _until(headers.get("retry-after", "")),
+        facts.delay,
+        _duration(found.group(1)) if found else None,
+    ]
     if limited:
-        resets = [
-            _duration(headers.get(f"x-ratelimit-reset-{what}", ""))
-            for what in ("requests", "tokens")
-            if headers.get(f"x-ratelimit-remaining-{what}", "0").strip() in ("0", "")
-        ]
+        resets = [_reset(headers, what) for what in ("requests", "tokens", "input-tokens", "output-tokens")]
         hints.append(max((reset for reset in resets if reset is not None), default=None))
     return next((hint for hint in hints if hint is not None), None)
+
+
+def _reset(headers: Mapping[str, str], what: str) -> float | None:
+    """Seconds until a rate limit that is used up is reset: as a duration at OpenAI, as a date at Anthropic."""
+    for name, remaining, read in (
+        (f"x-ratelimit-reset-{what}", f"x-ratelimit-remaining-{what}", _duration),
+        (f"anthropic-ratelimit-{what}-reset", f"anthropic-ratelimit-{what}-remaining", _until),
+    ):
+        if name in headers and headers.get(remaining, "0").strip() in ("0", ""):
+            return read(headers[name])
+    return None
+
+
+def _until(text: str) -> float | None:
+    """Seconds until an HTTP date or an RFC 3339 date; 0 if it is past, None if it is no date."""
+    import datetime
+    from email.utils import parsedate_to_datetime
+
+    try:
+        iso = text[:4].isdigit() and "T" in text
+        when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")) if iso else parsedate_to_datetime(text)
+        return max(0.0, when.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
 
 
 def _seconds(text: str, unit: float = 1.0) -> float | None:
@@ -1632,7 +1703,9 @@ def _json(data: bytes | str, what: str) -> Any:
         raise InvalidResponse(f"{what} is not JSON") from None
 
 
-# -- the base of the HTTP providers ------------------------------------------------------------------------------------
+# ==== wire formats: what they share ===================================================================================
+# An encoder is a pure function from messages, tools and options to a body; a decoder turns events into deltas of text and one
+# LLMResponse. Servers take liberties of their own, which is why nothing here trusts the type of anything.
 
 #: Portable options of chat() and stream(). Hints may be dropped where a vendor has none; the others never silently.
 _HINTS = frozenset({
@@ -1640,6 +1713,8 @@ _HINTS = frozenset({
 })  # fmt: skip
 _OPTIONS = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body"}
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend")
+#: What a conversation says where a vendor insists that the user speaks and the user has said nothing.
+_GO_ON = "Continue."
 
 
 class _Call(NamedTuple):
@@ -1649,342 +1724,34 @@ class _Call(NamedTuple):
     tools: Tools
     model: str | None
     options: dict[str, Any]
+    quirks: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses, learned from its errors (_correction)
+    identity: str = ""  #: provider and model: whose carried parts may be sent
+
+    def carried(self, message: Message) -> dict[str, Any]:
+        """What ``LLMResponse.message`` kept for this provider and model; {} for any other, or if the message was edited."""
+        kept = _dict(message.get(_CARRY))
+        ids = [call.get("id") for call in message.get("tool_calls") or ()]
+        untouched = kept.get("text") == message.get("content") and kept.get("ids") == ids
+        return kept if kept.get("for") == self.identity and untouched else {}
+
+    def limit(self) -> Any:
+        """The limit on completion tokens, under whichever name; None if there is none."""
+        named = self.options.get("max_completion_tokens")
+        return self.options.get("max_tokens") if named is None else named
+
+    def renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """The options that were given, of those named, under a vendor's names."""
+        return {theirs: self.options[ours] for ours, theirs in names.items() if ours in self.options}
+
+    def finished(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body with the caller's own fields of one vendor on top."""
+        return _merged(body, self.options.get("extra_body") or {})
 
 
-class _HTTPProvider(LLMProvider):
-    """What all HTTP providers share: the session, the limits, one corrected resend, and the reading of failures.
-
-    A vendor adds its name, address and headers, a pure encoder ``_encode`` and a pure decoder ``_decoder``.
-    """
-
-    _vendor: ClassVar[str]
-    _first_token_timeout: ClassVar[float] = _FIRST_TOKEN_TIMEOUT
-    _default_url: ClassVar[str]
-    _api_path: ClassVar[str]
-    _key_variable: ClassVar[str]
-    _url_variable: ClassVar[str]
-    _chat_path: ClassVar[str]
-
-    def __init__(
-        self,
-        api_key: str | None = None,
-        base_url: str | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        connect_timeout: float = _CONNECT_TIMEOUT,
-        first_token_timeout: float | None = None,
-        stall_timeout: float = _STALL_TIMEOUT,
-        max_response_bytes: int = _MAX_RESPONSE_BYTES,
-        stream_upstream: bool = True,
-        session: requests.Session | None = None,
-    ) -> None:
-        first = self._first_token_timeout if first_token_timeout is None else first_token_timeout
-        self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
-        self.first_token_timeout: float = _number(first, "first_token_timeout")
-        self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
-        self.max_response_bytes: int = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
-        self.stream_upstream = stream_upstream
-        key = os.environ.get(self._key_variable, "") if api_key is None else api_key
-        self._key = _sendable(key, f"{type(self).__name__}(api_key)")
-        self.base_url = self._full_url(base_url or os.environ.get(self._url_variable, "") or self._default_url)
-        self._headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json, text/event-stream",
-            "Accept-Encoding": "identity",  # compression would only delay the first token
-            "User-Agent": f"copilot-router/{__version__}",
-            **self._auth_headers(),
-            **{name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()},
-        }
-        self._fixes: dict[str | None, tuple[tuple[str, str, Any], ...]] = {}  # by model; replaced, never changed
-        self._requests, self._new_session = _http()
-        self._own_session = session is None
-        self._session = session
-        self._settings: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        if not self._key and self._default_url.startswith("https") and self.base_url.startswith(self._default_url):
-            self._warn_without_key()
-        _never_inherited.add(self)
-
-    def _warn_without_key(self) -> None:
-        import warnings
-
-        text = f"{type(self).__name__} has no key: set {self._key_variable} or pass api_key="
-        warnings.warn(text, UserWarning, stacklevel=3)
-
-    def _full_url(self, url: str) -> str:
-        """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
-        where = f"{type(self).__name__}(base_url)"
-        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
-            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
-        address, mark, query = url.strip().partition("?")
-        self._query = mark + query
-        address = address.rstrip("/").removesuffix(self._chat_path).rstrip("/")
-        has_path = "/" in address.partition("://")[2]
-        return address if has_path else address + self._api_path
-
-    # -- a vendor's own part
-
-    def _auth_headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
-
-    @abstractmethod
-    def _encode(self, call: _Call, streaming: bool) -> dict[str, Any]:
-        """The body for these messages, tools and options. Pure."""
-
-    @abstractmethod
-    def _decoder(self, call: _Call) -> _Decoder:
-        """A decoder for one answer. Pure."""
-
-    # -- the interface
-
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        """One whole answer. ``messages``: OpenAI form or a str. Options as in the README's table, else TypeError.
-
-        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises ProviderError classes.
-        """
-        events = self._events(messages, tools, model, kwargs)
-        while True:
-            try:
-                next(events)
-            except StopIteration as end:
-                response: LLMResponse = end.value
-                return response
-
-    def stream(
-        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
-    ) -> Generator[str, None, LLMResponse]:
-        """Yields deltas of text as they come, returns the whole answer; arguments as for ``chat()``."""
-        events = self._events(messages, tools, model, kwargs, every_delta=True)
-        return (yield from events)
-
-    def ping(self, timeout: float = 5.0) -> None:
-        """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
-        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, (timeout, timeout))
-        answer = self._send("GET", "/models", b"", limits)
-        try:
-            body = answer.body()
-            if answer.status >= 300:
-                raise self._failure(answer, body, _Call([], None, None, {}))[0]
-            _json(body, "the list of models")
-        finally:
-            answer.close()
-
-    def close(self) -> None:
-        """Close idle connections; the provider stays usable. A session of the user's is left alone."""
-        if self._own_session:
-            with self._lock:
-                session, self._session = self._session, None
-            if session is not None:
-                session.close()
-
-    def _renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
-        if self._own_session:
-            self._session = None  # its sockets are the parent's
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.base_url}>"
-
-    # -- one request
-
-    def _events(
-        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], every_delta: bool = False
-    ) -> Generator[str, None, LLMResponse]:
-        """One answer, with one corrected resend: yields deltas if wanted, returns the response."""
-        for name in kwargs:
-            if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
-                raise _UnknownOption(f"unknown option {name!r} for {type(self).__name__}.{_near(name, _OPTIONS)}"
-                                     " Fields of one vendor go into extra_body={}")  # fmt: skip
-        options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
-        call = _Call(_checked_messages(messages), tools or None, model, options)
-        timeout = kwargs.get("timeout")
-        deadline = math.inf if timeout is None else time.monotonic() + _number(timeout, "timeout")
-        resent = False
-        while True:
-            body = self._fixed(self._encode(call, self.stream_upstream), model)
-            limits = self._limits(kwargs, deadline)
-            answer = self._send("POST", self._chat_path, _dumped(body), limits)
-            try:
-                if 200 <= answer.status < 300:
-                    return (yield from self._read(answer, call, every_delta))
-                error, facts = self._failure(answer, answer.body(), call)
-            except ProviderError as failure:
-                failure.model = failure.model or model or ""
-                failure.provider = failure.provider or self._vendor
-                failure.status = failure.status or answer.status
-                raise
-            finally:
-                answer.close()
-            if resent or not self._learn(facts, answer.status, body, model, kwargs.get("on_resend")):
-                raise error
-            resent = True
-
-    def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
-        first = kwargs.get("first_token_timeout")
-        stall = kwargs.get("stall_timeout")
-        return _Limits(
-            deadline - time.monotonic(),
-            self.connect_timeout,
-            self.first_token_timeout if first is None else first,
-            self.stall_timeout if stall is None else stall,
-            (self.first_token_timeout, self.stall_timeout),
-        )
-
-    def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
-        """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
-        while True:
-            _current.limits = limits
-            try:
-                response = self._dispatch(method, self.base_url + path + self._query, body)
-                return _Answer(response, limits, self.max_response_bytes)
-            except Exception as error:
-                failure = _transport_error(error, limits, "connecting")
-            finally:
-                _current.limits = None
-            if not (limits.reused and not limits.fresh and isinstance(failure, ServerError)):
-                failure.provider = self._vendor
-                raise failure  # outside the handler: what requests raised holds the headers and the body
-            limits.fresh = True
-
-    def _dispatch(self, method: str, url: str, body: bytes) -> Any:
-        session = self._session
-        if not self._own_session and session is not None:
-            request = self._requests.Request(method, url, headers=self._headers, data=body or None)
-            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
-            prepared = session.prepare_request(request)
-            settings = session.merge_environment_settings(url, {}, True, None, None)
-            return session.send(prepared, allow_redirects=False, timeout=self.stall_timeout, **settings)
-        if session is None:
-            session = self._open_session(url)
-        prepared = self._requests.PreparedRequest()
-        prepared.prepare_method(method)
-        prepared.url, prepared.body = url, body or None
-        prepared.headers = self._requests.structures.CaseInsensitiveDict(self._headers)
-        prepared.headers["Content-Length"] = str(len(body))
-        return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
-
-    def _open_session(self, url: str) -> Any:
-        """A session, with the proxies and certificates of the environment looked up once instead of at every call."""
-        with self._lock:
-            if self._session is None:
-                session = self._new_session()
-                self._settings = session.merge_environment_settings(url, {}, True, None, None)
-                self._session = session
-            return self._session
-
-    def _read(self, answer: _Answer, call: _Call, every_delta: bool) -> Generator[str, None, LLMResponse]:
-        """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
-        decoder = self._decoder(call)
-        decoder.request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
-        try:
-            if "event-stream" in answer.headers.get("Content-Type", ""):
-                yield from self._read_events(answer, decoder, every_delta)
-            else:
-                self._read_whole(answer, decoder)
-            return decoder.response(call.model)
-        except _InBandError as in_band:
-            error, _ = self._reported(in_band.body, answer, call, decoder.usage)
-            raise error from None
-        except ProviderError as error:
-            error.usage = error.usage or decoder.usage
-            error.request_id = error.request_id or decoder.request_id
-            raise
-
-    def _read_events(self, answer: _Answer, decoder: _Decoder, every_delta: bool) -> Generator[str, None, None]:
-        parser, limits = _SSE(), answer.limits
-        feed = decoder.feed
-        for events in self._event_batches(answer, parser, decoder):
-            for name, data in events:
-                text = feed(name, data)
-                if decoder.alive:
-                    limits.progress()
-                if text and every_delta:
-                    yield text
-                if decoder.ended:
-                    answer.finish()
-                    return
-            limits.waiting()
-
-    @staticmethod
-    def _event_batches(answer: _Answer, parser: _SSE, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
-        limits = answer.limits
-        try:
-            for chunk in answer.chunks():
-                yield parser.feed(chunk)
-                if decoder.complete and limits.silence > _TAIL_TIMEOUT:  # all but usage and the end is here
-                    limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
-            yield parser.close()
-        except (ProviderTimeout, InvalidResponse):
-            if not decoder.complete:
-                raise
-
-    @staticmethod
-    def _read_whole(answer: _Answer, decoder: _Decoder) -> None:
-        body = answer.body()
-        if not body.strip():
-            raise InvalidResponse("an empty body")
-        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0][:40]
-        decoder.feed_whole(_json(body, f"the answer ({kind})"))
-
-    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
-        """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
-        if 300 <= answer.status < 400:
-            text = "a redirect, which is not followed: correct the base_url"
-            return InvalidResponse(text, provider=self._vendor, model=call.model or "", status=answer.status), _ErrorFacts()
-        try:
-            parsed = json.loads(body.decode("utf-8-sig", "replace"))
-        except (ValueError, RecursionError):
-            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
-            parsed = body.decode("utf-8", "replace") if plain else {"message": f"status {answer.status} without JSON"}
-        return self._reported(parsed, answer, call, None)
-
-    def _reported(
-        self, body: Any, answer: _Answer, call: _Call, usage: Usage | None
-    ) -> tuple[ProviderError, _ErrorFacts]:
-        """The error that a body reports, at whatever status, with a message that is safe to show."""
-        facts = _error_facts(body)
-        hint = _retry_hint(answer.headers, facts.message, answer.status in (429, 503, 529))
-        waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
-        kind = _class_of(facts, answer.status, call.model, waits)
-        message = _masked(facts.message, (self._key, *self._headers.values()), _texts_of(call.messages))
-        request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
-        error = kind(
-            message or f"status {answer.status} without a message",
-            provider=self._vendor, model=call.model or "", status=answer.status, request_id=request_id,
-            code=facts.codes[0][:60] if facts.codes else None,
-            retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
-        )  # fmt: skip
-        error.usage = usage
-        return error, facts
-
-    # -- what a model refuses is learned from its error
-
-    def _learn(self, facts: _ErrorFacts, status: int, body: dict[str, Any], model: str | None, told: Any) -> bool:
-        """Whether the error names one optional field that can be dropped, renamed or replaced; remembered per model."""
-        fix = _correction(facts, status, body)
-        if fix is None:
-            return False
-        with self._lock:
-            known = self._fixes.get(model, ())
-            if fix in known:
-                return False
-            self._fixes[model] = (*known, fix)
-        if told is not None:
-            told({"change": fix[0], "field": fix[1]})
-        return True
-
-    def _fixed(self, body: dict[str, Any], model: str | None) -> dict[str, Any]:
-        for change, name, value in self._fixes.get(model, ()):
-            if name in body:
-                old = body.pop(name)
-                if change == "rename":
-                    body[value] = old
-                elif change == "replace":
-                    body[name] = value
-        return body
-
-
-_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: _merged(base[name], top[name]) for name in base.keys() & top.keys()
+            if isinstance(base[name], Mapping) and isinstance(top[name], Mapping)}  # fmt: skip
+    return {**base, **top, **both}
 
 
 class _InBandError(Exception):
@@ -1995,58 +1762,195 @@ class _InBandError(Exception):
         self.body = body
 
 
-def _correction(facts: _ErrorFacts, status: int, body: dict[str, Any]) -> tuple[str, str, Any] | None:
-    """How to change one optional field that a 400 names: (drop | rename | replace, field, new name or value)."""
-    text = facts.message
-    if status not in (400, 422) or not _REFUSES.search(text + " " + " ".join(facts.codes)):
+# -- from the OpenAI form ----------------------------------------------------------------------------------------------
+
+
+def _media(url: str) -> tuple[str, str] | None:
+    """``(media type, base64)`` of a data URL, read leniently; None for any other URL."""
+    if url[:5].lower() != "data:":
         return None
-    refused = text.partition(" Use ")[0].partition(" use ")[0]
-    named = [
-        name
-        for name in (*_HINTS, "max_tokens", "max_completion_tokens", "stream_options")
-        if name in body and (facts.param == name or re.search(rf"(?<!\w){name}(?!\w)", refused))
-    ]
-    if facts.param in named:
-        named = [facts.param]
-    if len(named) != 1:
-        return None
-    name = named[0]
-    if name in ("max_tokens", "max_completion_tokens"):
-        other = "max_completion_tokens" if name == "max_tokens" else "max_tokens"
-        return ("rename", name, other) if other in text or "nsupported" in text or "nrecognized" in text else None
-    if name == "reasoning_effort" and re.search(r"(?i)set reasoning_effort to ['\"]?none", text):
-        return ("replace", name, "none")
-    return ("drop", name, None)
+    head, _, data = url[5:].partition(",")
+    kind = head.partition(";")[0].strip().lower() or "image/png"
+    return "image/jpeg" if kind == "image/jpg" else kind, "".join(data.split()).replace("-", "+").replace("_", "/")
 
 
-_REFUSES = re.compile(
-    r"(?i)unsupported|not supported|does not support|unrecognized|unknown (?:name|field|parameter|argument)|"
-    r"extra inputs|not permitted|deprecated|not allowed|unexpected (?:field|keyword|parameter)"
-)
+def _parts(content: Any, vendor: str) -> list[tuple[str, str, str]]:
+    """Content as ``(text, "", text)``, ``(data, media type, base64)``, ``(url, "", address)``; else UnsupportedRequest."""
+    if not isinstance(content, (list, tuple)):
+        return [("text", "", content)] if content else []
+    found = []
+    for part in content:
+        kind = part.get("type")
+        if kind in ("image_url", "input_image"):
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+        elif kind == "file":
+            url = _dict(part.get("file")).get("file_data")
+        else:
+            text = part.get("refusal" if kind == "refusal" else "text")
+            if not isinstance(text, str):
+                raise UnsupportedRequest(f"{vendor} cannot be sent a message part of the type {str(kind)[:40]!r}")
+            found += [("text", "", text)] if text else []
+            continue
+        if not isinstance(url, str) or not url:
+            raise BadRequest(f"a message part of the type {kind!r} has no URL: give a URL or a data URL")
+        media = _media(url)
+        found.append(("data", *media) if media else ("url", "", url))
+    return found
 
 
-def _sendable(value: Any, where: str) -> str:
-    """A header value without surrounding white space. ConfigError, without the value, if HTTP cannot carry it."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
-    text: str = value.strip()
-    bad = next((char for char in text if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
-    if bad is not None:
-        raise ConfigError(f"{where} holds the character U+{ord(bad):04X}, which HTTP cannot carry: copy it again")
-    return text
+def _joined(content: Any, vendor: str) -> str:
+    """Content that can only be text."""
+    parts = _parts(content, vendor)
+    if any(kind != "text" for kind, _, _ in parts):
+        raise UnsupportedRequest(f"{vendor} takes only text in this message")
+    return "\n".join(text for _, _, text in parts)
 
 
-def _dumped(body: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, TypeError) else "NaN, infinity or a cycle"
-        raise BadRequest(f"the request cannot be written as JSON: {reason}") from None
+def _functions(tools: Tools, vendor: str) -> list[Mapping[str, Any]]:
+    """The ``function`` objects of tools in OpenAI form."""
+    for at, tool in enumerate(tools or ()):
+        if tool.get("type", "function") != "function":
+            raise UnsupportedRequest(f"{vendor} cannot be sent tools[{at}] of the type {str(tool.get('type'))[:40]!r}")
+    return [tool["function"] for tool in tools or ()]
 
 
-# ==== Chat Completions wire format ====================================================================================
-# https://platform.openai.com/docs/api-reference/chat; spoken by LM Studio, llama.cpp, vLLM, Ollama, OpenRouter and others,
-# each with liberties of its own, which is why nothing here trusts the type of anything.
+def _checked_tools(tools: Any) -> Tools:
+    """The tools, or BadRequest that says which one is malformed. None for an empty list."""
+    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
+        raise BadRequest(f"tools is a {type(tools).__name__}: give a list of {{'type': 'function', 'function': {{…}}}}")
+    for at, tool in enumerate(tools or ()):
+        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+        function = tool.get("function") if kind == "function" else {"name": "-"}
+        if kind is None or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRequest(f"tools[{at}]: give {{'type': 'function', 'function': {{'name': …, 'parameters': …}}}}")
+    return tools or None
+
+
+def _choice(call: _Call) -> tuple[str, str | None]:
+    """tool_choice as ``(auto | none | required | named, name)``; auto if there is none."""
+    choice = call.options.get("tool_choice", "auto")
+    if choice in ("auto", "none", "required"):
+        return choice, None
+    name = _dict(_dict(choice).get("function")).get("name") or _dict(choice).get("name")
+    if not isinstance(name, str):
+        raise BadRequest("tool_choice: give auto, none, required or {'type': 'function', 'function': {'name': …}}")
+    return "named", name
+
+
+def _format(call: _Call) -> tuple[str, Any]:
+    """response_format as ``(text | json_object | json_schema, the schema's object)``."""
+    wanted = call.options.get("response_format") or {"type": "text"}
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    schema = _dict(_dict(wanted).get("json_schema"))
+    if kind not in ("text", "json_object", "json_schema") or (kind == "json_schema" and not schema):
+        raise BadRequest("response_format: give {'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}")
+    return kind, schema
+
+
+def _stops(call: _Call) -> list[str]:
+    stop = call.options.get("stop") or []
+    return [stop] if isinstance(stop, str) else list(stop)
+
+
+def _repaired(messages: list[Message]) -> list[Message]:
+    """Every tool call answered right after it, in its order and under an id of its own, as all vendors demand.
+
+    A call without a result gets one that says so; a result without its call becomes a user's text.
+    """
+    if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return messages
+    done: list[Message] = []
+    ids: set[str] = set()
+    rest = deque(messages)
+    while rest:
+        message = rest.popleft()
+        calls: list[Any] = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
+        results = []
+        while rest and calls and rest[0]["role"] == "tool":
+            results.append(rest.popleft())
+        answers = []
+        for at, call in enumerate(calls):
+            old = call.get("id") or ""
+            result = next((result for result in results if (result.get("tool_call_id") or "") == old), None)
+            if result is not None:
+                results.remove(result)
+            new = old if old and old not in ids else f"{old or 'call'}_{len(ids)}"
+            ids.add(new)
+            if new != old:
+                calls[at] = {**call, "id": new}
+            answer = {"role": "tool", "content": "no result: the call was interrupted"} if result is None else result
+            answers.append(answer if answer.get("tool_call_id") == new else {**answer, "tool_call_id": new})
+        if message["role"] == "tool":
+            results = [message]
+        elif calls:
+            done += [{**message, "tool_calls": calls}, *answers]
+        else:
+            done.append(message)
+        done += [{"role": "user", "content": _as_text(result["content"])} for result in results]
+    return done
+
+
+def _as_text(content: Any) -> Any:
+    """The result of an unknown tool call, as something a user can say."""
+    lead = "Result of a tool call:"
+    return f"{lead} {content}" if isinstance(content, str) else [{"type": "text", "text": lead}, *content]
+
+
+class _Turn:
+    """One side's whole turn, for vendors that insist on user and assistant taking turns."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role  #: user | assistant
+        self.parts: list[tuple[str, str, str]] = []
+        self.calls: list[tuple[str, str, dict[str, Any]]] = []  #: id, name, arguments
+        self.results: list[tuple[str, str, list[tuple[str, str, str]]]] = []  #: id, name, parts
+        self.carry: dict[str, Any] = {}
+
+
+def _conversation(call: _Call, vendor: str) -> tuple[str, list[_Turn]]:
+    """All system texts, and turns that alternate, begin with the user and end with the user."""
+    system: list[str] = []
+    turns: list[_Turn] = []
+    names: dict[str, str] = {}
+    for message in call.messages:
+        role, content = message["role"], message.get("content")
+        if role in ("system", "developer"):
+            system.append(_joined(content, vendor))
+            continue
+        parts, calls = _parts(content, vendor), message.get("tool_calls") or ()
+        if not (parts or calls or role == "tool"):
+            continue
+        side = "assistant" if role == "assistant" else "user"
+        fresh = not turns or turns[-1].role != side
+        turn = _Turn(side) if fresh else turns[-1]
+        turns += [turn] if fresh else []
+        turn.carry = call.carried(message) if fresh else {}
+        if role == "tool":
+            turn.results.append((message["tool_call_id"], names[message["tool_call_id"]], parts))
+        else:
+            turn.parts += parts
+        for item in calls:
+            name = item["function"]["name"]
+            turn.calls.append((item["id"], name, _argument_object(item["function"].get("arguments"))))
+            names[item["id"]] = name
+    for place in (0, -1):
+        if not turns or turns[place].role == "assistant":
+            filler = _Turn("user")
+            filler.parts.append(("text", "", _GO_ON))
+            turns.insert(0 if place == 0 else len(turns), filler)
+    return "\n\n".join(text for text in system if text.strip()), turns
+
+
+def _safe(text: str, bad: str, most: int) -> str:
+    """A name or id without the characters that a vendor refuses (``bad``: a pattern), still distinct from all others."""
+    clean = re.sub(bad, "_", text)
+    if clean == text and 0 < len(text) <= most:
+        return text
+    return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
+
+
+# -- to the answer -----------------------------------------------------------------------------------------------------
 
 
 class _ThinkSplitter:
@@ -2093,197 +1997,128 @@ class _ThinkSplitter:
 
 
 class _Decoder(ABC):
-    """Turns the events of one answer into deltas of text and one LLMResponse. No I/O."""
+    """Turns the events of one answer, or one whole JSON answer, into deltas of text and one LLMResponse. No I/O."""
 
-    def __init__(self) -> None:
+    #: A vendor's finish reasons -> ours; one that is not listed means "stop".
+    _finishes: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, call: _Call, names: Mapping[str, str] = MappingProxyType({})) -> None:
         self.alive = False  #: a sign of generation has come
         self.complete = False  #: the answer has its finish reason
         self.ended = False  #: the end marker has come: nothing follows
         self.usage: Usage | None = None
         self.request_id: str | None = None
-
-    @abstractmethod
-    def feed(self, name: str, data: bytes) -> str:
-        """Take one event; returns its text for the reader, "" if it has none."""
-
-    @abstractmethod
-    def feed_whole(self, body: Any) -> None:
-        """Take a whole JSON answer."""
-
-    @abstractmethod
-    def response(self, asked: str | None) -> LLMResponse:
-        """The answer. Raises InvalidResponse if it is not complete, EmptyResponse or ContentFiltered if empty."""
-
-
-class _ChatDecoder(_Decoder):
-    def __init__(self) -> None:
-        super().__init__()
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._think = _ThinkSplitter()
-        self._calls: list[dict[str, Any]] = []
-        self._by_index: dict[Any, dict[str, Any]] = {}
+        self._call = call
+        self._names = names  #: tools' names as they were sent -> as the caller knows them
         self._finish: str | None = None
         self._refused = False
         self._model = ""
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._think = _ThinkSplitter()
         self._raw: dict[str, Any] | None = None
+        self._carry: dict[str, Any] = {}
 
     def feed(self, name: str, data: bytes) -> str:
-        if data.strip() == b"[DONE]":
-            self.ended = True
-            return ""
-        chunk = _json(data, "an event")
-        if name == "error":
-            raise _InBandError(chunk if isinstance(chunk, dict) and "error" in chunk else {"error": chunk})
-        return self._take(chunk, "delta")
+        """Take one event; returns its text for the reader, "" if it has none. Raises InvalidResponse or _InBandError."""
+        body = _json(data, "an event")
+        if name == "error" and not (isinstance(body, dict) and body.get("error")):
+            raise _InBandError({"error": body})
+        return self._take_any(body, whole=False)
 
     def feed_whole(self, body: Any) -> None:
-        self._take(body, "message")
-        if not isinstance(body.get("choices"), list) or not body["choices"]:
-            raise InvalidResponse("no choices")
-        self._raw = body
+        """Take a whole JSON answer."""
+        self._take_any(body, whole=True)
+        self._raw = body if isinstance(body, dict) else None
         self.ended = True
 
-    def _take(self, body: Any, part: str) -> str:
-        """One chunk, or one whole answer: they differ only in the name of the part."""
-        if not isinstance(body, dict):
-            raise InvalidResponse(f"an object was expected, not {type(body).__name__}")
+    def _take_any(self, body: Any, whole: bool) -> str:
+        if isinstance(body, list):  # Gemini without alt=sse, and its errors
+            return "".join([self._take_any(item, whole) for item in body])
+        body = _object(body, "the answer")
         if body.get("error") or body.get("object") == "error":
             raise _InBandError(body)
-        if isinstance(body.get("model"), str) and body["model"]:
-            self._model = body["model"]
-        if body.get("usage") is not None:
-            self.usage = _chat_usage(body["usage"]) or self.usage
-        choices = body.get("choices")
-        if choices is None and part == "delta" and "usage" in body:
-            return ""
-        if not isinstance(choices, list):
-            raise InvalidResponse("no choices")
-        if not choices:
-            return ""
-        choice = choices[0]
-        if not isinstance(choice, dict):
-            raise InvalidResponse("choices[0] is no object")
-        if choice.get("error"):
-            raise _InBandError(choice)
-        return self._take_choice(choice, part)
+        return self._take(body, whole)
 
-    def _take_choice(self, choice: dict[str, Any], part: str) -> str:
-        message = choice.get(part)
-        text = ""
-        if isinstance(message, dict):
-            text = self._take_message(message)
-        elif isinstance(choice.get("text"), str):
-            text = self._take_text(choice["text"])
-        elif part == "message" or message is not None:
-            raise InvalidResponse(f"choices[0].{part} is no object")
-        finish = choice.get("finish_reason")
-        if finish is not None:
-            if not isinstance(finish, str):
-                raise InvalidResponse("finish_reason is no text")
-            if finish == "error":
-                raise _InBandError({"error": {"message": "the model reported an error"}})
-            self._finish, self.complete = finish, True
-        elif part == "message":
-            self._finish = self._finish or "stop"  # a whole JSON answer is complete by its nature
-        return text
+    @abstractmethod
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        """One event, or one whole answer, that is an object and no error; returns the text in it."""
 
-    def _take_message(self, message: dict[str, Any]) -> str:
-        for key in ("reasoning_content", "reasoning"):
-            if isinstance(message.get(key), str) and message[key]:
-                self._reasoning.append(message[key])
-                self.alive = True
-                break
-        else:
-            self._take_details(message.get("reasoning_details"))
-        calls = message.get("tool_calls")
-        if calls is not None:
-            if not isinstance(calls, list):
-                raise InvalidResponse("tool_calls is no list")
-            for call in calls:
-                self._take_call(call)
-        if isinstance(message.get("function_call"), dict):
-            self._take_call({"index": 0, "function": message["function_call"]})
-        if isinstance(message.get("refusal"), str) and message["refusal"]:
-            self._refused = self.alive = True
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(
-                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
-        if content is not None and not isinstance(content, str):
-            raise InvalidResponse("content is no text")
-        return self._take_text(content) if content else ""
-
-    def _take_details(self, details: Any) -> None:
-        for item in details if isinstance(details, list) else ():
-            text = item.get("text") or item.get("summary") if isinstance(item, dict) else None
-            if isinstance(text, str) and text:
-                self._reasoning.append(text)
-                self.alive = True
-
-    def _take_text(self, text: str) -> str:
+    def _add_text(self, text: str) -> str:
         self.alive = True
         text = self._think.feed(text)
         if text:
             self._text.append(text)
         return text
 
-    def _take_call(self, call: Any) -> None:
-        """One piece of a tool call. Index, id and name may be missing, repeated, or all in one piece."""
-        if not isinstance(call, dict):
-            raise InvalidResponse("a tool call is no object")
-        function = call.get("function", call.get("custom"))
-        if function is not None and not isinstance(function, dict):
-            raise InvalidResponse("a tool call's function is no object")
-        function = function or {}
-        self.alive = True
-        key, call_id = call.get("index"), call.get("id")
-        known = self._by_index.get(key) if isinstance(key, (int, str)) else (self._calls[-1] if self._calls else None)
-        if known is None or (call_id and known["id"] and call_id != known["id"]):
-            known = {"id": "", "name": "", "arguments": []}
-            self._calls.append(known)
-        if isinstance(key, (int, str)):
-            self._by_index[key] = known
-        if isinstance(call_id, str) and call_id:
-            known["id"] = call_id
-        if isinstance(function.get("name"), str) and function["name"]:
-            known["name"] = function["name"]
-        arguments = function.get("arguments", function.get("input"))
+    def _add_reasoning(self, text: Any) -> bool:
+        if isinstance(text, str) and text:
+            self._reasoning.append(text)
+            self.alive = True
+            return True
+        return False
+
+    def _add_call(self, call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+        """A new tool call; more arguments may be appended to it. An argument object is as good as its text."""
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments)
-        if arguments is not None and not isinstance(arguments, str):
-            raise InvalidResponse("a tool call's arguments are no text")
-        if arguments:
-            known["arguments"].append(arguments)
+        call = {"id": call_id if isinstance(call_id, str) else "", "name": name if isinstance(name, str) else "",
+                "arguments": [arguments] if arguments else []}  # fmt: skip
+        self._calls.append(call)
+        self.alive = True
+        return call
 
-    def response(self, asked: str | None) -> LLMResponse:
-        if self._finish is None:
-            raise InvalidResponse("truncated: no finish reason" if not self.ended else "the answer has no finish reason")
+    def _finished(self, reason: Any) -> None:
+        if not isinstance(reason, str):
+            raise InvalidResponse("the finish reason is no text")
+        self._finish, self.complete = self._finishes.get(reason, "stop"), True
+
+    def response(self) -> LLMResponse:
+        """The answer. Raises InvalidResponse if it is not complete, EmptyResponse or ContentFiltered if it is empty."""
+        finish = self._finish or ("stop" if self.ended else None)
+        if finish is None:
+            raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         rest = self._think.close()
         if rest:
             self._text.append(rest)
-        calls = [
-            ToolCall(call["id"] or f"call_{at}", call["name"], *_parsed_arguments("".join(call["arguments"])))
-            for at, call in enumerate(self._calls)
-        ]
-        if any(not call.name for call in calls):
-            raise InvalidResponse("a tool call has no name")
-        finish = _FINISH.get(self._finish, "stop")
+        calls = [self._tool_call(at, call) for at, call in enumerate(self._calls)]
         if finish in ("stop", "tool_calls"):
             finish = "tool_calls" if calls else "stop"
         text = "".join(self._text)
         if self._refused and not text and not calls:
             finish = "content_filter"
+        if self._carry:
+            self._carry.update(text=text or None, ids=[call.id for call in calls])
+            self._carry["for"] = self._call.identity
         return _checked_answer(LLMResponse(
-            text or None, calls, finish, self.usage or _NO_USAGE, self._model or asked or "",
+            text or None, calls, finish, self.usage or _NO_USAGE, self._model or self._call.model or "",
             reasoning="".join((*self._reasoning, *self._think.thought)).strip() or None,
-            request_id=self.request_id, raw=self._raw,
+            request_id=self.request_id, raw=self._raw, carry=self._carry or None,
         ))  # fmt: skip
 
+    def _tool_call(self, at: int, call: dict[str, Any]) -> ToolCall:
+        if not call["name"]:
+            raise InvalidResponse("a tool call has no name")
+        earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
+        name = self._names.get(call["name"], call["name"])
+        try:
+            parsed = _parsed_arguments("".join(call["arguments"]))
+        except TypeError:
+            raise InvalidResponse("a tool call's arguments are no text") from None
+        return ToolCall(call["id"] or f"call_{earlier + at}", name, *parsed)
 
-_FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls",
-           "content_filter": "content_filter", "sensitive": "content_filter"}  # fmt: skip
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidResponse(f"{what} is no object")
+    return value
+
+
+def _items(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidResponse(f"{what} is no list")
+    return value
 
 
 def _parsed_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
@@ -2298,11 +2133,553 @@ def _parsed_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def _count(value: Any) -> int:
+    """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
+def _argument_object(arguments: Any) -> dict[str, Any]:
+    """A tool call's arguments for vendors that take only an object; what is none goes under "_raw"."""
+    if isinstance(arguments, dict):
+        return arguments
+    parsed = _parsed_arguments(arguments or "")[0]
+    return {"_raw": arguments} if parsed is None else parsed
+
+
+# ==== HTTP providers ==================================================================================================
+
+
+class _HTTPProvider(LLMProvider):
+    """What all HTTP providers share: the session, the limits, one corrected resend, and the reading of failures.
+
+    A vendor adds its names and addresses, its headers, and ``_prepare``, which picks path, body and decoder.
+    """
+
+    _vendor: ClassVar[str]
+    _default_url: ClassVar[str]
+    _api_path: ClassVar[str]
+    _ping_path: ClassVar[str] = "/models"
+    _cut_paths: ClassVar[tuple[str, ...]] = ()  #: ends of a base URL that people copy along
+    _key_variables: ClassVar[tuple[str, ...]]
+    _url_variable: ClassVar[str] = ""
+    _needs_model: ClassVar[bool] = True
+    _first_token_timeout: ClassVar[float] = _FIRST_TOKEN_TIMEOUT
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        connect_timeout: float = _CONNECT_TIMEOUT,
+        first_token_timeout: float | None = None,
+        stall_timeout: float = _STALL_TIMEOUT,
+        max_response_bytes: int = _MAX_RESPONSE_BYTES,
+        stream_upstream: bool = True,
+        session: requests.Session | None = None,
+    ) -> None:
+        first = self._first_token_timeout if first_token_timeout is None else first_token_timeout
+        self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
+        self.first_token_timeout: float = _number(first, "first_token_timeout")
+        self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
+        self.max_response_bytes: int = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
+        self.stream_upstream = stream_upstream
+        key = self._from_environment(os.environ)[0] if api_key is None else api_key
+        self._key = _sendable(key, f"{type(self).__name__}(api_key)")
+        self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",  # compression would only delay the first token
+            "User-Agent": f"copilot-router/{__version__}",
+            **self._auth_headers(),
+            **{name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()},
+        }
+        self._quirks: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
+        self._requests, self._new_session = _http()
+        self._own_session = session is None
+        self._session = session
+        self._settings: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        if not self._key and self._default_url.startswith("https") and self.base_url.startswith(self._default_url):
+            self._warn_without_key()
+        _never_inherited.add(self)
+
+    @classmethod
+    def _from_environment(cls, environ: Mapping[str, str]) -> tuple[str, str]:
+        """The key and the base URL that an environment names, "" for neither."""
+        key = next((environ[name] for name in cls._key_variables if environ.get(name)), "")
+        return key, environ.get(cls._url_variable, "")
+
+    def _warn_without_key(self) -> None:
+        import warnings
+
+        text = f"{type(self).__name__} has no key: set {self._key_variables[0]} or pass api_key="
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+    def _full_url(self, url: str) -> str:
+        """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
+        where = f"{type(self).__name__}(base_url)"
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
+            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
+        address, _, self._query = url.strip().partition("?")
+        address = address.rstrip("/")
+        for end in self._cut_paths:
+            address = address.removesuffix(end).rstrip("/")
+        has_path = "/" in address.partition("://")[2]
+        return address if has_path else address + self._api_path
+
+    # -- a vendor's own part
+
+    def _auth_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+
+    @abstractmethod
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+        """The path, the body and the decoder for a call. Pure."""
+
+    # -- the interface
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        """One whole answer. ``messages``: OpenAI form or a str. Options as in the README's table, else TypeError.
+
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises ProviderError classes.
+        """
+        return _drained(self._events(messages, tools, model, kwargs))
+
+    def stream(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> Generator[str, None, LLMResponse]:
+        """Yields deltas of text as they come, returns the whole answer; arguments as for ``chat()``.
+
+        Time that the caller takes between deltas counts towards ``timeout``, but never as silence of the server.
+        """
+        return self._events(messages, tools, model, kwargs, every_delta=True)
+
+    def ping(self, timeout: float = 5.0) -> None:
+        """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
+        _number(timeout, "timeout")
+        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, (timeout, timeout))
+        answer = self._send("GET", self._ping_path, b"", limits)
+        try:
+            body = answer.body()
+            if answer.status >= 300:
+                raise self._failure(answer, body, _Call([], None, None, {}))[0]
+            _json(body, "the list of models")
+        finally:
+            answer.close()
+
+    def close(self) -> None:
+        """Close idle connections; the provider stays usable. A session of the user's is left alone."""
+        if self._own_session:
+            with self._lock:
+                session, self._session = self._session, None
+            if session is not None:
+                session.close()
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        if self._own_session:
+            self._session = None  # its sockets are the parent's
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.base_url}>"
+
+    # -- one request
+
+    def _events(
+        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], every_delta: bool = False
+    ) -> Generator[str, None, LLMResponse]:
+        """One answer, with one corrected resend: yields deltas if wanted, returns the response."""
+        asked = self._checked_call(messages, tools, model, kwargs)
+        timeout = kwargs.get("timeout")
+        deadline = math.inf if timeout is None else time.monotonic() + _number(timeout, "timeout")
+        resent = False
+        while True:
+            call = self._corrected(asked)
+            path, body, decoder = self._prepare(call, self.stream_upstream)
+            answer = self._send("POST", path, _dumped(body), self._limits(kwargs, deadline))
+            try:
+                if 200 <= answer.status < 300:
+                    return (yield from self._read(answer, call, decoder, every_delta))
+                error, facts = self._failure(answer, answer.body(), call)
+            except ProviderError as failure:
+                failure.model = failure.model or model or ""
+                failure.provider = failure.provider or self._vendor
+                failure.status = failure.status or answer.status
+                raise
+            finally:
+                answer.close()
+            if resent or not self._learn(facts, answer.status, call, kwargs.get("on_resend")):
+                raise error
+            resent = True
+
+    def _checked_call(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> _Call:
+        for name in kwargs:
+            if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
+                raise _UnknownOption(f"unknown option {name!r} for {type(self).__name__}.{_near(name, _OPTIONS)}"
+                                     " Fields of one vendor go into extra_body={}")  # fmt: skip
+        if model is None and self._needs_model:
+            raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
+        identity = f"{self._vendor} {self.base_url} {model or ''}"
+        return _Call(_repaired(_checked_messages(messages)), _checked_tools(tools), model, options, identity=identity)
+
+    def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
+        first = kwargs.get("first_token_timeout")
+        stall = kwargs.get("stall_timeout")
+        return _Limits(
+            deadline - time.monotonic(),
+            self.connect_timeout,
+            self.first_token_timeout if first is None else first,
+            self.stall_timeout if stall is None else stall,
+            (self.first_token_timeout, self.stall_timeout),
+        )
+
+    def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
+        """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
+        mark = "" if not self._query else "&" if "?" in path else "?"
+        url = f"{self.base_url}{path}{mark}{self._query}"
+        while True:
+            _current.limits = limits
+            try:
+                return _Answer(self._dispatch(method, url, body), limits, self.max_response_bytes)
+            except Exception as error:
+                failure = _transport_error(error, limits, "connecting")
+            finally:
+                _current.limits = None
+            if not (limits.reused and not limits.fresh and isinstance(failure, ServerError)):
+                failure.provider = self._vendor
+                raise failure  # outside the handler: what requests raised holds the headers and the body
+            limits.fresh = True
+
+    def _dispatch(self, method: str, url: str, body: bytes) -> Any:
+        session = self._session
+        if not self._own_session and session is not None:
+            request = self._requests.Request(method, url, headers=self._headers, data=body or None)
+            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
+            prepared = session.prepare_request(request)
+            settings = session.merge_environment_settings(url, {}, True, None, None)
+            return session.send(prepared, allow_redirects=False, timeout=self.stall_timeout, **settings)
+        if session is None:
+            session = self._open_session(url)
+        prepared = self._requests.PreparedRequest()
+        prepared.prepare_method(method)
+        prepared.url, prepared.body = url, body or None
+        prepared.headers = self._requests.structures.CaseInsensitiveDict(self._headers)
+        prepared.headers["Content-Length"] = str(len(body))
+        return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
+
+    def _open_session(self, url: str) -> Any:
+        """A session, with the proxies and certificates of the environment looked up once instead of at every call."""
+        with self._lock:
+            if self._session is None:
+                session = self._new_session()
+                self._settings = session.merge_environment_settings(url, {}, True, None, None)
+                self._session = session
+            return self._session
+
+    def _read(
+        self, answer: _Answer, call: _Call, decoder: _Decoder, every_delta: bool
+    ) -> Generator[str, None, LLMResponse]:
+        """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
+        decoder.request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
+        kind = answer.headers.get("Content-Type", "")
+        try:
+            if "event-stream" in kind or "ndjson" in kind:
+                parser = _Lines() if "ndjson" in kind else _SSE()
+                yield from self._read_events(answer, parser, decoder, every_delta)
+            else:
+                self._read_whole(answer, decoder)
+            return decoder.response()
+        except _InBandError as in_band:
+            error, _ = self._reported(in_band.body, answer, call, decoder.usage)
+            raise error from None
+        except ProviderError as error:
+            error.usage = error.usage or decoder.usage
+            error.request_id = error.request_id or decoder.request_id
+            raise
+
+    def _read_events(
+        self, answer: _Answer, parser: _Lines, decoder: _Decoder, every_delta: bool
+    ) -> Generator[str, None, None]:
+        limits = answer.limits
+        feed = decoder.feed
+        for events in self._event_batches(answer, parser, decoder):
+            for name, data in events:
+                text = feed(name, data)
+                if decoder.alive:
+                    limits.progress()
+                if text and every_delta:
+                    yield text
+                if decoder.ended:
+                    answer.finish()
+                    return
+            limits.waiting()
+
+    @staticmethod
+    def _event_batches(answer: _Answer, parser: _Lines, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
+        limits = answer.limits
+        try:
+            for chunk in answer.chunks():
+                yield parser.feed(chunk)
+                if decoder.complete and limits.silence > _TAIL_TIMEOUT:  # all but usage and the end is here
+                    limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
+            yield parser.close()
+        except (ProviderTimeout, InvalidResponse):
+            if not decoder.complete:
+                raise
+
+    @staticmethod
+    def _read_whole(answer: _Answer, decoder: _Decoder) -> None:
+        body = answer.body()
+        if not body.strip():
+            raise InvalidResponse("an empty body")
+        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0][:40]
+        decoder.feed_whole(_json(body, f"the answer ({kind})"))
+
+    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
+        """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
+        if 300 <= answer.status < 400:
+            text = "a redirect, which is not followed: correct the base_url"
+            return InvalidResponse(text, provider=self._vendor, model=call.model or "", status=answer.status), _ErrorFacts()
+        try:
+            parsed = json.loads(body.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError):
+            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
+            parsed = body.decode("utf-8", "replace") if plain else {"message": f"status {answer.status} without JSON"}
+        return self._reported(parsed, answer, call, None)
+
+    def _reported(
+        self, body: Any, answer: _Answer, call: _Call, usage: Usage | None
+    ) -> tuple[ProviderError, _ErrorFacts]:
+        """The error that a body reports, at whatever status, with a message that is safe to show."""
+        facts = _error_facts(body)
+        hint = _retry_hint(answer.headers, facts, answer.status in (429, 503, 529))
+        waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
+        kind = _class_of(facts, answer.status, call.model, waits)
+        message = _masked(facts.message, (self._key, *self._headers.values()), _texts_of(call.messages))
+        request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
+        error = kind(
+            message or f"status {answer.status} without a message",
+            provider=self._vendor, model=call.model or "", status=answer.status, request_id=request_id,
+            code=facts.codes[0][:60] if facts.codes else None,
+            retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
+        )  # fmt: skip
+        error.usage = usage
+        return error, facts
+
+    # -- what a model refuses is learned from its error
+
+    def _learn(self, facts: _ErrorFacts, status: int, call: _Call, told: Any) -> bool:
+        """Whether the error names one optional field that can be dropped, renamed or replaced; remembered per model."""
+        fix = _correction(facts, status, call, self._moves(facts))
+        if fix is None:
+            return False
+        name, value = fix
+        with self._lock:
+            known = self._quirks.get(call.model, {})
+            if name in known and known[name] == value:
+                return False
+            self._quirks[call.model] = {**known, name: value}
+        if told is not None:
+            told({"field": name, "change": "drop" if value is None else "replace"})
+        return True
+
+    def _moves(self, facts: _ErrorFacts) -> tuple[str, Any] | None:
+        """A correction of the vendor's own, if the error asks for it."""
+        return None
+
+    def _corrected(self, call: _Call) -> _Call:
+        """The call without what this model is known to refuse."""
+        quirks = self._quirks.get(call.model)
+        if not quirks:
+            return call
+        options = {name: quirks.get(name, value) for name, value in call.options.items()}
+        return call._replace(options={name: value for name, value in options.items() if value is not None}, quirks=quirks)
+
+
+def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
+    """What a stream returns in the end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            response: LLMResponse = end.value
+            return response
+
+
+_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
+
+#: Our options -> what vendors call them when they complain.
+_COMPLAINTS = {
+    **{name: name for name in _HINTS},
+    "top_p": "top_?p",
+    "presence_penalty": "presence_?penalty",
+    "frequency_penalty": "frequency_?penalty",
+    "reasoning_effort": r"reasoning_effort|reasoning\.effort|output_config(?:\.effort)?|effort|thinking[\w.]*|think",
+    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
+    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
+}
+_REFUSES = re.compile(
+    r"(?i)unsupported|not supported|does not support|unrecognized|unknown (?:name|field|parameter|argument)|"
+    r"extra inputs|not permitted|deprecated|not allowed|unexpected (?:field|keyword|parameter)|cannot be (?:set|used)"
+)
+
+
+def _correction(
+    facts: _ErrorFacts, status: int, call: _Call, moved: tuple[str, Any] | None
+) -> tuple[str, Any] | None:
+    """How to change the one optional field that a 400 names: an option and its new value (None: drop it), or ``token_limit``
+    or ``stream_options`` and what to do with that field of the body. None if there is nothing to correct."""
+    text = facts.message
+    if status not in (400, 422) or not (moved or _REFUSES.search(text + " " + " ".join(facts.codes))):
+        return None
+    if moved is not None:
+        return moved
+    limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
+    candidates = {name: _COMPLAINTS[name] for name in _HINTS if name in call.options}
+    candidates |= dict.fromkeys((*limits, "stream_options"), "")
+    refused = text.partition(" Use ")[0].partition(" use ")[0]
+    named = [
+        name
+        for name, pattern in candidates.items()
+        if facts.param == name or re.search(rf"(?i)(?<![\w.])(?:{pattern or name})(?!\w)", refused)
+    ]
+    if facts.param in named:
+        named = [facts.param]
+    if len(named) != 1:
+        return None
+    name = named[0]
+    if name in limits:
+        other = next(limit for limit in limits if limit != name)
+        return ("token_limit", other) if other in text or re.search("nsupported|nrecognized", text) else None
+    none = name == "reasoning_effort" and re.search(r"(?i)set reasoning_effort to ['\"]?none", text)
+    return name, "none" if none else None
+
+
+def _sendable(value: Any, where: str) -> str:
+    """A header value without surrounding white space. ConfigError, without the value, if HTTP cannot carry it."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
+    text: str = value.strip()
+    bad = next((char for char in text if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
+    if bad is not None:
+        raise ConfigError(f"{where} holds the character U+{ord(bad):04X}, which HTTP cannot carry: copy it again")
+    return text
+
+
+def _dumped(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, TypeError) else "NaN, infinity or a cycle"
+        raise BadRequest(f"the request cannot be written as JSON: {reason}") from None
+
+
+# ==== OpenAI Chat Completions and Responses ===========================================================================
+# https://platform.openai.com/docs/api-reference/chat; spoken by LM Studio, llama.cpp, vLLM, Ollama, OpenRouter and others.
+
+
+class _ChatDecoder(_Decoder):
+    _finishes: ClassVar[dict[str, str]] = {
+        "length": "length", "content_filter": "content_filter", "sensitive": "content_filter",
+    }  # fmt: skip
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__(call)
+        self._by_index: dict[Any, dict[str, Any]] = {}
+        self._returned: list[str] = []  # reasoning that a thinking DeepSeek wants back
+
+    def feed(self, name: str, data: bytes) -> str:
+        if data.strip() == b"[DONE]":
+            self.ended = True
+            return ""
+        return super().feed(name, data)
+
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        if isinstance(body.get("model"), str) and body["model"]:
+            self._model = body["model"]
+        usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
+        if usage is not None:
+            self.usage = _chat_usage(usage) or self.usage
+        choices = body.get("choices")
+        if choices is None and not whole and "usage" in body:
+            return ""
+        if not isinstance(choices, list) or (whole and not choices):
+            raise InvalidResponse("no choices")
+        if not choices:
+            return ""
+        choice = _object(choices[0], "choices[0]")
+        if choice.get("error"):
+            raise _InBandError(choice)
+        return self._take_choice(choice, "message" if whole else "delta")
+
+    def _take_choice(self, choice: dict[str, Any], part: str) -> str:
+        """One chunk, or one whole answer: they differ only in the name of the part."""
+        message = choice.get(part)
+        text = ""
+        if isinstance(message, dict):
+            text = self._take_message(message)
+        elif isinstance(choice.get("text"), str):
+            text = self._add_text(choice["text"])
+        elif part == "message" or message is not None:
+            raise InvalidResponse(f"choices[0].{part} is no object")
+        finish = choice.get("finish_reason")
+        if finish == "error":
+            raise _InBandError({"error": {"message": "the model reported an error"}})
+        if finish is not None:
+            self._finished(finish)
+        return text
+
+    def _take_message(self, message: dict[str, Any]) -> str:
+        if self._add_reasoning(message.get("reasoning_content")):
+            self._returned.append(message["reasoning_content"])
+        elif not self._add_reasoning(message.get("reasoning")):
+            details = message.get("reasoning_details")
+            for item in details if isinstance(details, list) else ():
+                self._add_reasoning(_dict(item).get("text") or _dict(item).get("summary"))
+        calls = message.get("tool_calls")
+        for call in _items(calls, "tool_calls") if calls is not None else ():
+            self._take_call(_object(call, "a tool call"))
+        if isinstance(message.get("function_call"), dict):
+            self._take_call({"index": 0, "function": message["function_call"]})
+        if isinstance(message.get("refusal"), str) and message["refusal"]:
+            self._refused = self.alive = True
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(
+                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if content is not None and not isinstance(content, str):
+            raise InvalidResponse("content is no text")
+        return self._add_text(content) if content else ""
+
+    def _take_call(self, call: dict[str, Any]) -> None:
+        """One piece of a tool call. Index, id and name may be missing, repeated, or all in one piece."""
+        function = call.get("function", call.get("custom"))
+        function = {} if function is None else _object(function, "a tool call's function")
+        key, call_id = call.get("index"), call.get("id")
+        arguments = function.get("arguments", function.get("input"))
+        if arguments is not None and not isinstance(arguments, (str, dict)):
+            raise InvalidResponse("a tool call's arguments are no text")
+        known = self._by_index.get(key) if isinstance(key, (int, str)) else (self._calls[-1] if self._calls else None)
+        if known is None or (call_id and known["id"] and call_id != known["id"]):
+            known = self._add_call(call_id, function.get("name"), arguments)
+        elif arguments:
+            known["arguments"].append(json.dumps(arguments) if isinstance(arguments, dict) else arguments)
+        if isinstance(key, (int, str)):
+            self._by_index[key] = known
+        for field_name, value in (("id", call_id), ("name", function.get("name"))):
+            if isinstance(value, str) and value:
+                known[field_name] = value
+
+    def response(self) -> LLMResponse:
+        if self._returned:
+            self._carry = {"reasoning_content": "".join(self._returned)}
+        return super().response()
+
+
 def _chat_usage(usage: Any) -> Usage | None:
-    """Numbers that make no sense count as 0: they must not cost an answer."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = (_dict(usage.get(f"{side}_tokens_details")) for side in ("prompt", "completion"))
@@ -2319,7 +2696,7 @@ def _chat_usage(usage: Any) -> Usage | None:
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
-def _chat_message(message: Message, at_openai: bool) -> dict[str, Any]:
+def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, Any]:
     """A message as it is sent. Local templates know neither the developer role nor lists of text parts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
     if "content" not in sent:
@@ -2330,32 +2707,149 @@ def _chat_message(message: Message, at_openai: bool) -> dict[str, Any]:
         parts = sent["content"]
         if isinstance(parts, (list, tuple)) and parts and all(part.get("type") == "text" for part in parts):
             sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
+        if _CARRY in message and (kept := call.carried(message).get("reasoning_content")):
+            sent["reasoning_content"] = kept
     return sent
 
 
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
     """The body of a Chat Completions request."""
-    options = dict(call.options)
-    extra = options.pop("extra_body", None) or {}
-    limit = options.pop("max_completion_tokens", None) or options.pop("max_tokens", None)
-    options.pop("max_tokens", None)
+    options = {name: value for name, value in call.options.items() if name not in _EXPRESSED}
     body: dict[str, Any] = {} if call.model is None else {"model": call.model}
-    body["messages"] = [_chat_message(message, at_openai) for message in call.messages]
+    body["messages"] = [_chat_message(call, message, at_openai) for message in call.messages]
     if call.tools:
         body["tools"] = list(call.tools)
     else:
         options.pop("tool_choice", None)  # both are refused without tools
         options.pop("parallel_tool_calls", None)
     body.update(options)
-    if limit is not None:
-        body["max_completion_tokens" if at_openai else "max_tokens"] = limit
+    if call.limit() is not None:
+        guess = "max_completion_tokens" if at_openai else "max_tokens"
+        body[call.quirks.get("token_limit", guess)] = call.limit()
     if streaming:
         body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
-    return {**body, **extra}
+        if "stream_options" not in call.quirks:
+            body["stream_options"] = {"include_usage": True}
+    return call.finished(body)
 
 
-# ==== OpenAI and LM Studio providers ==================================================================================
+_EXPRESSED = ("max_tokens", "max_completion_tokens", "extra_body")
+
+
+class _ResponsesDecoder(_Decoder):
+    _finishes: ClassVar[dict[str, str]] = {"max_output_tokens": "length", "content_filter": "content_filter"}
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__(call)
+        self._done: list[Any] = []
+
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        if whole:
+            return self._end(body)
+        kind = str(body.get("type"))
+        if kind in ("response.completed", "response.incomplete", "response.failed", "response.cancelled"):
+            return self._end(_object(body.get("response"), "response"))
+        if kind == "error":
+            raise _InBandError({"error": body})
+        if kind == "response.output_item.done":
+            self._done.append(body.get("item"))
+        elif kind == "response.output_text.delta" and isinstance(body.get("delta"), str):
+            return self._add_text(body["delta"])
+        self.alive = self.alive or kind.endswith(".delta") or kind == "response.output_item.added"
+        return ""
+
+    def _end(self, body: dict[str, Any]) -> str:
+        """The response object: its output is complete, whatever came as deltas before."""
+        status = body.get("status")
+        if status == "failed" or (status is None and not isinstance(body.get("output"), list)):
+            raise _InBandError({"error": body.get("error") or {"message": "the response failed"}})
+        if status not in ("completed", "incomplete", None):
+            raise InvalidResponse(f"the response is {str(status)[:20]}")
+        if isinstance(body.get("model"), str):
+            self._model = body["model"]
+        self.usage = _responses_usage(body.get("usage"))
+        items = body.get("output") or self._done
+        text = "".join([self._take_item(_object(item, "an output item")) for item in _items(items, "output")])
+        self._carry = {"items": items} if any(item.get("type") == "reasoning" for item in items) else {}
+        self._finished(_dict(body.get("incomplete_details")).get("reason", "length") if status == "incomplete" else "stop")
+        self.ended = True
+        return "" if self._text or not text else self._add_text(text)
+
+    def _take_item(self, item: dict[str, Any]) -> str:
+        kind, text = item.get("type"), ""
+        if kind == "reasoning":
+            for part in (*(item.get("summary") or ()), *(item.get("content") or ())):
+                self._add_reasoning(_dict(part).get("text"))
+        elif kind == "function_call":
+            self._add_call(item.get("call_id"), item.get("name"), item.get("arguments"))
+        elif kind == "message":
+            for part in _items(item.get("content"), "content"):
+                self._refused = self._refused or _dict(part).get("type") == "refusal"
+                found = _dict(part).get("text")
+                text += found if isinstance(found, str) else ""
+        return text
+
+
+def _responses_usage(usage: Any) -> Usage:
+    inside, outside = (_dict(_dict(usage).get(f"{side}_tokens_details")) for side in ("input", "output"))
+    return Usage(
+        _count(_dict(usage).get("input_tokens")), _count(_dict(usage).get("output_tokens")),
+        _count(inside.get("cached_tokens")), _count(inside.get("cache_write_tokens")), _count(outside.get("reasoning_tokens")),
+    )  # fmt: skip
+
+
+def _responses_items(call: _Call, message: Message) -> list[Any]:
+    """The input items of one message."""
+    role = message["role"]
+    if role == "tool":
+        output = _joined(message["content"], "the Responses API")
+        return [{"type": "function_call_output", "call_id": message["tool_call_id"], "output": output}]
+    if kept := call.carried(message).get("items"):
+        return list(kept)
+    speaks = "output_text" if role == "assistant" else "input_text"
+    content: list[dict[str, Any]] = []
+    for kind, media, data in _parts(message.get("content"), "the Responses API"):
+        if kind == "text":
+            content.append({"type": speaks, "text": data})
+        elif kind == "url" or media.startswith("image/"):
+            url = data if kind == "url" else f"data:{media};base64,{data}"
+            content.append({"type": "input_image", "image_url": url, "detail": "auto"})
+        else:
+            content.append({"type": "input_file", "filename": "file", "file_data": f"data:{media};base64,{data}"})
+    items: list[Any] = [{"role": role, "content": content}] if content else []
+    for item in message.get("tool_calls") or ():
+        arguments = item["function"].get("arguments") or "{}"
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        items.append({"type": "function_call", "call_id": item["id"], "name": item["function"]["name"], "arguments": text})
+    return items
+
+
+def _responses_body(call: _Call, streaming: bool) -> dict[str, Any]:
+    """The body of a Responses request. Nothing is stored; reasoning travels with the conversation, encrypted."""
+    if "stop" in call.options:
+        raise UnsupportedRequest("the Responses API knows no stop sequences")
+    body: dict[str, Any] = {"model": call.model, "store": False, "include": ["reasoning.encrypted_content"]}
+    body["input"] = [item for message in call.messages for item in _responses_items(call, message)]
+    if call.tools:
+        body["tools"] = [
+            {"type": "function", "parameters": {"type": "object", "properties": {}}, "strict": False, **function}
+            for function in _functions(call.tools, "the Responses API")
+        ]
+        kind, name = _choice(call)
+        if "tool_choice" in call.options:
+            body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
+        body |= call.renamed({"parallel_tool_calls": "parallel_tool_calls"})
+    body |= call.renamed({"temperature": "temperature", "top_p": "top_p", "user": "user"})
+    if call.limit() is not None:
+        body["max_output_tokens"] = call.limit()
+    if "reasoning_effort" in call.options:
+        body["reasoning"] = {"effort": call.options["reasoning_effort"], "summary": "auto"}
+    kind, schema = _format(call)
+    if kind != "text":
+        body["text"] = {"format": {"type": kind, **schema}}
+    if streaming:
+        body["stream"] = True
+    return call.finished(body)
 
 
 class OpenAIProvider(_HTTPProvider):
@@ -2365,34 +2859,41 @@ class OpenAIProvider(_HTTPProvider):
     a path ``/v1`` is added. ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
     before the first token (None: 12), inside the answer, and for connecting. ``max_response_bytes``: after decompression.
     ``stream_upstream=False`` asks for whole JSON. ``session``: your own ``requests.Session``, used as it is, and then its
-    time limits are yours. Safe to share between threads and across fork. Raises ConfigError for a key or URL that cannot
-    work. Facts: OpenAI's API reference.
+    time limits are yours. ``api``: "chat" speaks Chat Completions, "responses" the Responses API, "auto" the first until
+    the provider's own error says that a model needs the second for these tools, which is remembered. Safe to share between
+    threads and across fork. Raises ConfigError for a setting that cannot work. Facts: OpenAI's API reference.
     """
 
     _vendor = "openai"
     _default_url = "https://api.openai.com"
     _api_path = "/v1"
-    _chat_path = "/chat/completions"
-    _key_variable = "OPENAI_API_KEY"
+    _cut_paths = ("/chat/completions", "/responses")
+    _key_variables = ("OPENAI_API_KEY",)
     _url_variable = "OPENAI_BASE_URL"
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, *, api: str = "auto", **settings: Any
+    ) -> None:
+        if api not in ("auto", "chat", "responses"):
+            raise ConfigError(f"{type(self).__name__}(api={api!r}): give 'auto', 'chat' or 'responses'")
+        super().__init__(api_key, base_url, **settings)
+        self.api = api
+        host = self.base_url.partition("://")[2].partition("/")[0].partition(":")[0]
+        self._at_openai = host == "api.openai.com" or host.endswith(".azure.com")
+        self._needs_model = self._at_openai  # type: ignore[misc]  # other servers have a model of their own
 
     def _auth_headers(self) -> dict[str, str]:
         if self._key and ".azure.com" in self.base_url:
             return {"api-key": self._key}
         return super()._auth_headers()
 
-    @property
-    def _at_openai(self) -> bool:
-        host = self.base_url.partition("://")[2].partition("/")[0].partition(":")[0]
-        return host == "api.openai.com" or host.endswith(".azure.com")
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+        if self.api == "responses" or (self.api == "auto" and call.tools and "api" in call.quirks):
+            return "/responses", _responses_body(call, streaming), _ResponsesDecoder(call)
+        return "/chat/completions", _chat_body(call, streaming, self._at_openai), _ChatDecoder(call)
 
-    def _encode(self, call: _Call, streaming: bool) -> dict[str, Any]:
-        if call.model is None and self._at_openai:
-            raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
-        return _chat_body(call, streaming, self._at_openai)
-
-    def _decoder(self, call: _Call) -> _Decoder:
-        return _ChatDecoder()
+    def _moves(self, facts: _ErrorFacts) -> tuple[str, Any] | None:
+        return ("api", "responses") if self.api == "auto" and "/v1/responses" in facts.message else None
 
 
 class LMStudioProvider(OpenAIProvider):
@@ -2404,9 +2905,510 @@ class LMStudioProvider(OpenAIProvider):
 
     _vendor = "lmstudio"
     _default_url = "http://localhost:1234"
-    _key_variable = "LM_API_TOKEN"
+    _key_variables = ("LM_API_TOKEN",)
     _url_variable = "LMSTUDIO_BASE_URL"
     _first_token_timeout = _LOCAL_FIRST_TOKEN_TIMEOUT
+
+
+# ==== Anthropic Messages ==============================================================================================
+# https://docs.anthropic.com/en/api/messages
+
+
+class _AnthropicDecoder(_Decoder):
+    _finishes: ClassVar[dict[str, str]] = {
+        "max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length", "refusal": "content_filter",
+    }  # fmt: skip
+    #: Kind of a delta -> the field that grows.
+    _grows: ClassVar[dict[str, str]] = {
+        "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature", "input_json_delta": "partial_json",
+    }  # fmt: skip
+
+    def __init__(self, call: _Call, names: Mapping[str, str]) -> None:
+        super().__init__(call, names)
+        self._blocks: dict[Any, dict[str, Any]] = {}
+        self._pieces: dict[Any, dict[str, list[str]]] = {}
+        self._counts: dict[str, Any] = {}
+
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        kind = body.get("type")
+        if whole:
+            self._begin(body)
+            blocks = _items(body.get("content"), "content")
+            text = "".join([self._open(at, block) for at, block in enumerate(blocks)])
+            self._stop(body)
+            return text
+        if kind == "message_start":
+            self._begin(_object(body.get("message"), "message"))
+        elif kind == "content_block_start":
+            return self._open(body.get("index"), body.get("content_block"))
+        elif kind == "content_block_delta":
+            return self._grow(body.get("index"), _object(body.get("delta"), "delta"))
+        elif kind == "message_delta":
+            self._count(body.get("usage"))
+            self._stop(_object(body.get("delta"), "delta"))
+        elif kind == "message_stop":
+            self.ended = True
+        return ""
+
+    def _begin(self, message: dict[str, Any]) -> None:
+        if isinstance(message.get("model"), str):
+            self._model = message["model"]
+        self._count(message.get("usage"))
+
+    def _open(self, at: Any, block: Any) -> str:
+        block = dict(_object(block, "a content block"))
+        if not isinstance(at, int):
+            raise InvalidResponse("a content block has no index")
+        self._blocks[at] = block
+        self._pieces[at] = {name: [] for name in self._grows.values()}
+        self.alive = True
+        self._add_reasoning(block.get("thinking"))
+        text = block.get("text")
+        return self._add_text(text) if block.get("type") == "text" and isinstance(text, str) and text else ""
+
+    def _grow(self, at: Any, delta: dict[str, Any]) -> str:
+        name = self._grows.get(str(delta.get("type")))
+        if name is None:
+            return ""  # a citation, or something new
+        piece = delta.get(name)
+        if not isinstance(at, int) or at not in self._pieces or not isinstance(piece, str):
+            raise InvalidResponse("a delta without its block, or without its text")
+        self._pieces[at][name].append(piece)
+        self.alive = True
+        if name == "thinking":
+            self._add_reasoning(piece)
+        return self._add_text(piece) if name == "text" and piece else ""
+
+    def _stop(self, delta: dict[str, Any]) -> None:
+        if delta.get("stop_reason") is not None:
+            self._finished(delta["stop_reason"])
+
+    def _count(self, usage: Any) -> None:
+        """Counts are cumulative and may be repeated: the last of each is right. Input counts leave the cache out."""
+        self._counts.update({name: value for name, value in _dict(usage).items() if value is not None})
+        plain, read, written, out = (
+            _count(self._counts.get(name))
+            for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+        )
+        thought = _count(_dict(self._counts.get("output_tokens_details")).get("thinking_tokens"))
+        self.usage = Usage(plain + read + written, out, read, written, thought)
+
+    def response(self) -> LLMResponse:
+        blocks = []
+        for at, block in self._blocks.items():
+            grown = {name: "".join(pieces) for name, pieces in self._pieces[at].items() if pieces}
+            arguments = grown.pop("partial_json", "")
+            for name, text in grown.items():
+                block[name] = (block.get(name) or "") + text
+            if block.get("type") == "tool_use":
+                given = block.get("input")
+                self._add_call(block.get("id"), block.get("name"), arguments or (given if isinstance(given, dict) else None))
+                block["input"] = _parsed_arguments(arguments)[0] or {} if arguments else given
+            if block.get("type") in ("text", "tool_use", "thinking", "redacted_thinking") and block.get("text") != "":
+                blocks.append(block)
+        if any("thinking" in block["type"] for block in blocks):
+            self._carry = {"blocks": blocks}
+        return super().response()
+
+
+#: What tool ids and tool names must not hold.
+_NOT_PLAIN = r"[^a-zA-Z0-9_-]"
+
+
+def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> dict[str, Any]:
+    system, turns = _conversation(call, "Anthropic")
+    kind, schema = _format(call)
+    if kind == "json_object":
+        system = f"{system}\n\nAnswer with one JSON object and nothing else.".strip()
+    body: dict[str, Any] = {"model": call.model, "max_tokens": call.limit() or _ANTHROPIC_MAX_TOKENS}
+    if system:
+        body["system"] = system
+    body["messages"] = [{"role": turn.role, "content": _anthropic_content(turn, names)} for turn in turns]
+    body |= call.renamed({"temperature": "temperature", "top_p": "top_p"})
+    if "temperature" in body:
+        body["temperature"] = min(body["temperature"], 1)
+    if stops := [stop for stop in _stops(call) if stop.strip()]:
+        body["stop_sequences"] = stops
+    if "user" in call.options:
+        body["metadata"] = {"user_id": call.options["user"]}
+    body |= _anthropic_tools(call, turns, names)
+    output: dict[str, Any] = {"format": {"type": kind, "schema": schema.get("schema", {})}} if kind == "json_schema" else {}
+    effort = call.options.get("reasoning_effort")
+    if effort == "none":
+        body["thinking"] = {"type": "disabled"}
+    elif effort is not None:
+        output["effort"] = "low" if effort == "minimal" else effort
+    if output:
+        body["output_config"] = output
+    if streaming:
+        body["stream"] = True
+    return call.finished(body)
+
+
+def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The blocks of one turn: an assistant's own as they were, results before anything else the user says."""
+    if turn.carry.get("blocks"):
+        return list(turn.carry["blocks"])
+    blocks: list[dict[str, Any]] = [
+        {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
+         "content": [_anthropic_block(part) for part in parts] or "(empty)"}
+        for call_id, _, parts in turn.results
+    ]  # fmt: skip
+    blocks += [_anthropic_block(part) for part in turn.parts if part[0] != "text" or part[2].strip()]
+    blocks += [
+        {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": names[name], "input": arguments}
+        for call_id, name, arguments in turn.calls
+    ]
+    return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
+
+
+def _anthropic_block(part: tuple[str, str, str]) -> dict[str, Any]:
+    kind, media, data = part
+    if kind == "text":
+        return {"type": "text", "text": data}
+    source = {"type": "url", "url": data} if kind == "url" else {"type": "base64", "media_type": media, "data": data}
+    return {"type": "document" if media == "application/pdf" else "image", "source": source}
+
+
+def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) -> dict[str, Any]:
+    """tools and tool_choice. A history with tool calls needs its tools declared, even if none is to be called."""
+    anything = {"type": "object", "properties": {}}
+    tools: list[dict[str, Any]] = []
+    for function in _functions(call.tools, "Anthropic"):
+        tool = {"name": names[function["name"]], "input_schema": function.get("parameters") or anything}
+        tools.append({**tool, **{key: function[key] for key in ("description", "strict") if function.get(key) is not None}})
+    kind, name = _choice(call)
+    if not tools:
+        used = {names[name]: None for turn in turns for _, name, _ in turn.calls}
+        tools, kind = [{"name": name, "input_schema": anything} for name in used], "none"
+    if not tools:
+        return {}
+    choice: dict[str, Any] = {"type": {"required": "any", "named": "tool"}.get(kind, kind)}
+    if kind == "named":
+        choice["name"] = names.get(name or "", name)
+    if call.options.get("parallel_tool_calls") is False and kind != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, **({} if choice == {"type": "auto"} else {"tool_choice": choice})}
+
+
+def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
+    """Every tool name of a call -> the name that the vendor accepts for it."""
+    names = [function["name"] for function in _functions(call.tools, "this provider")]
+    names += [item["function"]["name"] for message in call.messages for item in message.get("tool_calls") or ()]
+    return {name: _safe(name, bad, most) for name in names}
+
+
+class AnthropicProvider(_HTTPProvider):
+    """Anthropic's Messages API: ``https://api.anthropic.com/v1``, ANTHROPIC_API_KEY, ANTHROPIC_BASE_URL.
+
+    Settings as for OpenAIProvider, without ``api``. The version header is 2023-06-01, which still knows temperature; pass
+    ``headers={"anthropic-version": …}`` for another. ``max_tokens`` is 8192 where a call names none, since one is required.
+    Thinking blocks go back to the same provider and model in ``response.message``, and to nobody else.
+    """
+
+    _vendor = "anthropic"
+    _default_url = "https://api.anthropic.com"
+    _api_path = "/v1"
+    _cut_paths = ("/messages",)
+    _ping_path = "/models?limit=1"
+    _key_variables = ("ANTHROPIC_API_KEY",)
+    _url_variable = "ANTHROPIC_BASE_URL"
+
+    def _auth_headers(self) -> dict[str, str]:
+        key = {"x-api-key": self._key} if self._key else {}
+        return {"anthropic-version": "2023-06-01", **key}
+
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+        names = _names_sent(call, _NOT_PLAIN, 128)
+        back = {theirs: ours for ours, theirs in names.items()}
+        return "/messages", _anthropic_body(call, streaming, names), _AnthropicDecoder(call, back)
+
+
+# ==== Gemini generateContent ==========================================================================================
+# https://ai.google.dev/api/generate-content
+
+#: What Google's documentation says to send in place of the signature of a call that another model has made.
+_FOREIGN_SIGNATURE = "skip_thought_signature_validator"
+
+
+class _GeminiDecoder(_Decoder):
+    _finishes: ClassVar[dict[str, str]] = {
+        "MAX_TOKENS": "length", "CONTINUATION": "length",
+        **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+                         "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
+                         "PUP_LIMITED_DISABLED"), "content_filter"),
+    }  # fmt: skip
+    #: The model's own failures: whatever text came with them is no answer.
+    _failures: ClassVar[tuple[str, ...]] = (
+        "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS", "OTHER", "NO_IMAGE",
+        "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE",
+    )  # fmt: skip
+
+    def __init__(self, call: _Call, names: Mapping[str, str]) -> None:
+        super().__init__(call, names)
+        self._kept: list[dict[str, Any]] = []
+
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        if isinstance(body.get("modelVersion"), str):
+            self._model = body["modelVersion"]
+        if self.request_id is None and isinstance(body.get("responseId"), str):
+            self.request_id = body["responseId"]
+        if body.get("usageMetadata") is not None:
+            self.usage = _gemini_usage(_dict(body["usageMetadata"]))
+        if _dict(body.get("promptFeedback")).get("blockReason"):
+            self._finished("SAFETY")
+        candidates = body.get("candidates")
+        if not candidates:
+            return ""
+        candidate = _object(_items(candidates, "candidates")[0], "a candidate")
+        parts = _dict(candidate.get("content")).get("parts") or []
+        text = "".join([self._take_part(_object(part, "a part")) for part in _items(parts, "parts")])
+        reason = candidate.get("finishReason")
+        if reason in self._failures:
+            raise InvalidResponse("the model's own answer failed", code=reason.lower())
+        if reason is not None and reason != "FINISH_REASON_UNSPECIFIED":
+            self._finished(reason)
+        return text
+
+    def _take_part(self, part: dict[str, Any]) -> str:
+        text, called = part.get("text"), part.get("functionCall")
+        self.alive = self.alive or "thoughtSignature" in part
+        if part.get("thought"):
+            self._add_reasoning(text)
+            return ""
+        if called is not None or text or "thoughtSignature" in part:
+            self._kept.append(part)
+        if called is not None:
+            called = _object(called, "a function call")
+            self._add_call(called.get("id"), called.get("name"), called.get("args"))
+        return self._add_text(text) if isinstance(text, str) and text else ""
+
+    def response(self) -> LLMResponse:
+        if any("thoughtSignature" in part for part in self._kept):
+            self._carry = {"parts": self._kept}
+        return super().response()
+
+
+def _gemini_usage(usage: dict[str, Any]) -> Usage:
+    names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
+    prompt, used, written, thought, cached = (_count(usage.get(f"{name}TokenCount")) for name in names)
+    return Usage(prompt + used, written + thought, cached, 0, thought)
+
+
+def _gemini_body(call: _Call, names: Mapping[str, str]) -> dict[str, Any]:
+    system, turns = _conversation(call, "Gemini")
+    body: dict[str, Any] = {"contents": []}
+    if system:
+        body["systemInstruction"] = {"parts": [{"text": system}]}
+    ids: list[str | None] = []
+    for turn in turns:
+        parts = _gemini_parts(turn, names, ids)
+        body["contents"].append({"role": "user" if turn.role == "user" else "model", "parts": parts})
+        ids = [_dict(part.get("functionCall")).get("id") for part in parts if "functionCall" in part]
+    if call.tools:
+        declared = [_gemini_function(function, names) for function in _functions(call.tools, "Gemini")]
+        body["tools"] = [{"functionDeclarations": declared}]
+        kind, name = _choice(call)
+        if "tool_choice" in call.options:
+            mode: dict[str, Any] = {"mode": {"required": "ANY", "named": "ANY"}.get(kind, kind.upper())}
+            if kind == "named":
+                mode["allowedFunctionNames"] = [names.get(name or "", name)]
+            body["toolConfig"] = {"functionCallingConfig": mode}
+    if config := _gemini_config(call):
+        body["generationConfig"] = config
+    return call.finished(body)
+
+
+def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A declaration; a schema without properties is left out, as Gemini refuses it."""
+    declared = {"name": names[function["name"]]}
+    if function.get("description"):
+        declared["description"] = function["description"]
+    if _dict(function.get("parameters")).get("properties"):
+        declared["parametersJsonSchema"] = function["parameters"]
+    return declared
+
+
+def _gemini_config(call: _Call) -> dict[str, Any]:
+    config = call.renamed({
+        "temperature": "temperature", "top_p": "topP", "seed": "seed", "presence_penalty": "presencePenalty",
+        "frequency_penalty": "frequencyPenalty",
+    })  # fmt: skip
+    if call.limit() is not None:
+        config["maxOutputTokens"] = call.limit()
+    if stops := _stops(call):
+        config["stopSequences"] = stops
+    kind, schema = _format(call)
+    if kind != "text":
+        config["responseMimeType"] = "application/json"
+    if kind == "json_schema":
+        config["responseJsonSchema"] = schema.get("schema", {})
+    if effort := call.options.get("reasoning_effort"):
+        level = {"none": "LOW", "max": "XHIGH"}.get(effort, str(effort).upper())
+        config["thinkingConfig"] = {"thinkingLevel": level, "includeThoughts": True}
+    return config
+
+
+def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) -> list[dict[str, Any]]:
+    """The parts of one turn. ``ids``: those that the model itself gave to the calls that this turn answers."""
+    if turn.carry.get("parts"):
+        return list(turn.carry["parts"])
+    parts: list[dict[str, Any]] = []
+    for at, (_, name, content) in enumerate(turn.results):
+        given = {"id": ids[at]} if at < len(ids) and ids[at] else {}
+        text = "\n".join(data for kind, _, data in content if kind == "text")
+        parsed = _parsed_arguments(text)[0] if text.strip() else None
+        parts.append({"functionResponse": {**given, "name": names[name], "response": parsed or {"output": text}}})
+    images = [part for _, _, content in turn.results for part in content if part[0] != "text"]
+    for kind, media, data in (*images, *turn.parts):
+        if kind == "url":
+            raise UnsupportedRequest("Gemini fetches no image by its URL: send it as a data URL")
+        parts.append({"text": data} if kind == "text" else {"inlineData": {"mimeType": media, "data": data}})
+    for at, (_, name, arguments) in enumerate(turn.calls):
+        signed = {"thoughtSignature": _FOREIGN_SIGNATURE} if at == 0 else {}
+        parts.append({"functionCall": {"name": names[name], "args": arguments}, **signed})
+    return parts
+
+
+class GeminiProvider(_HTTPProvider):
+    """Google's Gemini API: ``https://generativelanguage.googleapis.com/v1beta``, GOOGLE_API_KEY, else GEMINI_API_KEY.
+
+    Settings as for OpenAIProvider, without ``api``. A model may be given with or without ``models/``. Images must be data
+    URLs. Thought signatures go back to the same provider and model in ``response.message``, and to nobody else.
+    """
+
+    _vendor = "gemini"
+    _default_url = "https://generativelanguage.googleapis.com"
+    _api_path = "/v1beta"
+    _ping_path = "/models?pageSize=1"
+    _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+
+    def _auth_headers(self) -> dict[str, str]:
+        return {"x-goog-api-key": self._key} if self._key else {}
+
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+        names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
+        back = {theirs: ours for ours, theirs in names.items()}
+        method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
+        path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
+        return path, _gemini_body(call, names), _GeminiDecoder(call, back)
+
+
+# ==== Ollama ==========================================================================================================
+# https://github.com/ollama/ollama/blob/main/docs/api.md
+
+
+class _OllamaDecoder(_Decoder):
+    _finishes: ClassVar[dict[str, str]] = {"length": "length"}
+
+    def _take(self, body: dict[str, Any], whole: bool) -> str:
+        if isinstance(body.get("model"), str):
+            self._model = body["model"]
+        message = _object(body.get("message", {}), "message")
+        self._add_reasoning(message.get("thinking"))
+        for call in _items(message.get("tool_calls") or [], "tool_calls"):
+            function = _object(_object(call, "a tool call").get("function"), "a tool call's function")
+            self._add_call(call.get("id"), function.get("name"), function.get("arguments"))
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):
+            raise InvalidResponse("content is no text")
+        if body.get("done"):
+            self.usage = Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
+            reason = body.get("done_reason", "stop")
+            if not reason:
+                raise InvalidResponse("truncated: the server gave up")
+            self._finished(reason)
+            self.ended = True
+        elif whole:
+            raise InvalidResponse("truncated: not done")
+        return self._add_text(content) if content else ""
+
+
+def _ollama_message(message: Message, names: dict[str, str]) -> dict[str, Any]:
+    """One message: text and images apart, arguments as objects, results with the name of their tool."""
+    role = message["role"]
+    parts = _parts(message.get("content"), "Ollama")
+    sent: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    sent["content"] = "\n".join(data for kind, _, data in parts if kind == "text")
+    if any(kind == "url" or (kind == "data" and not media.startswith("image/")) for kind, media, _ in parts):
+        raise UnsupportedRequest("Ollama takes images only, and as data URLs")
+    if images := [data for kind, _, data in parts if kind == "data"]:
+        sent["images"] = images
+    if role == "tool":
+        sent |= {"tool_name": names[message["tool_call_id"]], "tool_call_id": message["tool_call_id"]}
+    if calls := message.get("tool_calls"):
+        names.update({item["id"]: item["function"]["name"] for item in calls})
+        sent["tool_calls"] = [{"id": item["id"], "function": {
+            "name": item["function"]["name"], "arguments": _argument_object(item["function"].get("arguments")),
+        }} for item in calls]  # fmt: skip
+    return sent
+
+
+def _ollama_body(call: _Call, streaming: bool) -> dict[str, Any]:
+    choice, _ = _choice(call)
+    if call.tools and choice in ("required", "named"):
+        raise UnsupportedRequest(f"Ollama cannot force a tool call (tool_choice={choice!r})")
+    names: dict[str, str] = {}
+    body: dict[str, Any] = {
+        "model": call.model,
+        "messages": [_ollama_message(message, names) for message in call.messages],
+        "stream": streaming,
+        "truncate": False,  # by default it drops what does not fit, without a word
+        "shift": False,
+    }
+    if call.tools and choice != "none":
+        body["tools"] = [{"type": "function", "function": function} for function in _functions(call.tools, "Ollama")]
+    options = call.renamed({
+        "temperature": "temperature", "top_p": "top_p", "seed": "seed", "presence_penalty": "presence_penalty",
+        "frequency_penalty": "frequency_penalty",
+    })  # fmt: skip
+    if call.limit() is not None:
+        options["num_predict"] = call.limit()
+    if stops := _stops(call):
+        options["stop"] = stops
+    if options:
+        body["options"] = options
+    kind, schema = _format(call)
+    if kind != "text":
+        body["format"] = "json" if kind == "json_object" else schema.get("schema", {})
+    if effort := call.options.get("reasoning_effort"):
+        body["think"] = {"none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
+    return call.finished(body)
+
+
+class OllamaProvider(_HTTPProvider):
+    """Ollama's own API: ``http://localhost:11434``, or OLLAMA_HOST in any form that Ollama itself accepts.
+
+    Settings as for OpenAIProvider, without ``api``. The first token may take 60 seconds, since the model may have to be
+    loaded first. A prompt that does not fit is an error instead of losing its beginning; ``extra_body={"options":
+    {"num_ctx": …}}`` makes room. It cannot force a tool call (UnsupportedRequest), and images must be data URLs.
+    """
+
+    _vendor = "ollama"
+    _default_url = "http://localhost:11434"
+    _api_path = ""
+    _cut_paths = ("/api/chat", "/api")
+    _ping_path = "/api/tags"
+    _key_variables = ("OLLAMA_API_KEY",)
+    _url_variable = "OLLAMA_HOST"
+    _first_token_timeout = _LOCAL_FIRST_TOKEN_TIMEOUT
+
+    def _full_url(self, url: str) -> str:
+        return super()._full_url(_ollama_host(url) if isinstance(url, str) else url)
+
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+        return "/api/chat", _ollama_body(call, streaming), _OllamaDecoder(call)
+
+
+def _ollama_host(text: str) -> str:
+    """OLLAMA_HOST as a URL: no scheme means http and port 11434, and an address to listen on means this machine."""
+    scheme, mark, rest = text.strip().rpartition("://")
+    host, slash, path = rest.partition("/")
+    name, colon, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
+    if not mark and not port:
+        colon, port = ":", "11434"
+    return f"{scheme or 'http'}://{name}{colon}{port}{slash}{path}"
 
 
 # ==== scripted provider ===============================================================================================
@@ -2431,13 +3433,7 @@ class ScriptedProvider(LLMProvider):
 
     def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
         """The next item of the script as a whole answer."""
-        stream = self.stream(messages, tools, model, **kwargs)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as end:
-                response: LLMResponse = end.value
-                return response
+        return _drained(self.stream(messages, tools, model, **kwargs))
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
@@ -2541,6 +3537,9 @@ class ProviderTier:
         self.params = dict(params or {})
         self._ids = tuple(self.models.values())
         self._speaks_http = isinstance(provider, _HTTPProvider)
+        self._open: Callable[..., Generator[str, None, LLMResponse]] = (
+            getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
+        )
         self._calls = self._failures = 0  # these four are guarded by _lock
         self._last_error: str | None = None
         self._last_latency: float | None = None
@@ -2661,11 +3660,24 @@ def _after_marker(text: str | None, marker: str) -> str | None:
     """What follows the marker if the text begins with it, white space and decoration left out; None if it does not."""
     if not text:
         return None
-    start = _BEFORE_MARKER.match(text)
-    at = start.end() if start else 0
+    at = _undecorated(text)
     if text[at : at + len(marker)].lower() != marker.lower():
         return None
     return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
+
+
+def _undecorated(text: str) -> int:
+    """Where a text begins, white space and decoration left out."""
+    decoration = _BEFORE_MARKER.match(text)
+    return decoration.end() if decoration else 0
+
+
+def _undecided(text: str, marker: str) -> bool:
+    """Whether a text begins with the marker, or may yet turn out to when more of it has come."""
+    at = _undecorated(text)
+    rest = text[at:].lower()
+    begins = rest.startswith(marker.lower()) or marker.lower().startswith(rest)
+    return begins or "<think>".startswith(rest[:7]) or (text[:at].endswith("```") and rest.isidentifier())
 
 
 class _Failure(NamedTuple):
@@ -2681,6 +3693,19 @@ class _Failure(NamedTuple):
         return self.tier.breaker._refusal(self.error) if isinstance(self.error, _Record) else self.error
 
 
+class _Live:
+    """A stream that has begun: its first text is in hand, and the rest is its reader's."""
+
+    tier: ProviderTier
+    model: str | None
+    ticket: Ticket
+    start: float
+
+    def __init__(self, stream: Generator[str, None, LLMResponse], held: str) -> None:
+        self.stream = stream
+        self.held = held
+
+
 class _State:
     """What one call of a chain knows and has done; used by one thread."""
 
@@ -2691,6 +3716,7 @@ class _State:
     escalation: str | None = None
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
     naps = 0
+    streaming = False
     images: bool | None = None
     order: _Plan
     start: float
@@ -2766,6 +3792,9 @@ class FailoverChain(LLMProvider):
         if not isinstance(escalation_marker, str) or not escalation_marker.strip():
             raise ConfigError(f"escalation_marker={escalation_marker!r}: give a text such as '[ESCALATE]'")
         self._marker = escalation_marker.strip()
+        self._core = self._marker[_undecorated(self._marker) :]  # decoration is left out on both sides
+        if not self._core:
+            raise ConfigError(f"escalation_marker={escalation_marker!r}: give more than decoration, such as '[ESCALATE]'")
         text = _INSTRUCTION if escalation_prompt is True else escalation_prompt or ""
         self._instruction = text.replace("{marker}", self._marker)
         names = (escalation_model,) if isinstance(escalation_model, str) else tuple(escalation_model or ())
@@ -2805,20 +3834,32 @@ class FailoverChain(LLMProvider):
         tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError, BadRequest and TypeError for wrong arguments.
         """
         state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
-        try:
-            response = self._run(state)
-        except RouterError as error:
-            error.attempts = tuple(state.attempts)
-            if isinstance(error, (ProviderError, AllProvidersFailed)):
-                _log.warning("call failed: %s", _explain(state.attempts, None))
-                self._emit("done", "", "", {"outcome": type(error).__name__, "latency": self._clock() - state.start})
-            raise
-        if state.observed:
-            self._emit("done", response.provider, response.model, {
-                "outcome": "ok", "latency": response.latency, "cost": response.cost, "attempts": len(response.attempts),
-                "prompt_tokens": response.usage.prompt_tokens, "completion_tokens": response.usage.completion_tokens,
-            })  # fmt: skip
+        response = self._answer(state)
+        assert isinstance(response, LLMResponse)  # live streams are for stream()
         return response
+
+    def stream(
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        model: str | None = None,
+        *,
+        system: str | None = None,
+        timeout: float | None = None,
+        wait: float | None = None,
+        tiers: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> ChatStream:
+        """The answer as deltas of text; arguments as for ``chat()``. Returns with the first delta, or the end, in hand.
+
+        Until then it raises what ``chat()`` raises, and fails over like it. After that a break, a stall or the deadline (the
+        caller's own time included) raises StreamInterrupted with ``.partial``. With ``accept`` the whole answer has to be
+        seen first: it comes as one delta.
+        """
+        state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
+        state.streaming = self._accept is None
+        found = self._answer(state)
+        return ChatStream(_whole(found) if isinstance(found, LLMResponse) else self._deltas(state, found))
 
     def health(self) -> list[TierHealth]:
         """What is known of each tier, as plain data; asks nobody."""
@@ -2885,7 +3926,7 @@ class FailoverChain(LLMProvider):
         """
         tiers = []
         for name, kind in _PROVIDERS.items():
-            key, url = environ.get(kind._key_variable), environ.get(kind._url_variable)
+            key, url = kind._from_environment(environ)
             if url or (key and kind._default_url.startswith("https")):
                 model = environ.get(f"{name.upper()}_MODEL", "")
                 tiers.append(ProviderTier(name, kind(key or "", url or None), [model] if model else []))
@@ -2954,7 +3995,20 @@ class FailoverChain(LLMProvider):
 
     # -- the loop
 
-    def _run(self, state: _State) -> LLMResponse:
+    def _answer(self, state: _State) -> LLMResponse | _Live:
+        """What the loop finds, or its error with the record of the call."""
+        try:
+            found = self._run(state)
+        except RouterError as error:
+            error.attempts = tuple(state.attempts)
+            if isinstance(error, (ProviderError, AllProvidersFailed)):
+                self._tell_failure(state, error)
+            raise
+        if isinstance(found, LLMResponse) and state.observed:
+            self._tell_answer(found)
+        return found
+
+    def _run(self, state: _State) -> LLMResponse | _Live:
         """Ask one tier after the other; start again after a pause while ``wait`` allows; go up the ladder on escalation."""
         plan, at = state.order, 0
         clock, deadline, picky = self._clock, state.deadline, self._picky
@@ -2977,6 +4031,8 @@ class FailoverChain(LLMProvider):
             response = self._ask(state, tier, model, ticket, plan[at:])
             if response is None:
                 continue
+            if isinstance(response, _Live):
+                return response
             why = self._refused(response)
             if why is None:
                 return self._finished(state, tier, response)
@@ -2984,9 +4040,10 @@ class FailoverChain(LLMProvider):
 
     def _ask(
         self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket | None, later: _Plan
-    ) -> LLMResponse | None:
+    ) -> LLMResponse | _Live | None:
         """Ask one tier, again if its error says so. None if the next tier is to be asked; raises what the caller must see."""
         again, patience = tier.retries, True
+        response: LLMResponse | _Live | None = None
         while True:
             if ticket is None:
                 self._pass_over(state, tier, model)
@@ -3002,11 +4059,15 @@ class FailoverChain(LLMProvider):
                 pause = self._failed(state, tier, model, ticket, failure, start, again > 0, patience)
                 limited = isinstance(failure, RateLimited)
             else:
+                if isinstance(response, _Live):
+                    ticket._renew_after_trial()
+                    response.tier, response.model, response.ticket, response.start = tier, model, ticket, start
+                    return response
                 ticket.success()
                 self._record(state, tier, model, None, response, self._clock() - start)
                 return response
             finally:
-                if tier._slots is not None:
+                if tier._slots is not None and not isinstance(response, _Live):
                     tier._slots.release()
             if pause is None:
                 if later and state.deadline > self._clock():
@@ -3019,8 +4080,8 @@ class FailoverChain(LLMProvider):
 
     def _request(
         self, state: _State, tier: ProviderTier, model: str | None, later: _Plan, start: float
-    ) -> LLMResponse:
-        """One request to one provider, and the check that it is an answer."""
+    ) -> LLMResponse | _Live:
+        """One request to one provider, and the check that it is an answer, or the beginning of one."""
         options = {**tier.params, **state.kwargs} if tier.params else state.kwargs
         if None in options.values():
             options = {name: value for name, value in options.items() if value is not None}
@@ -3035,11 +4096,39 @@ class FailoverChain(LLMProvider):
             messages = _instructed(messages, self._instruction)
         if state.observed:
             self._told(state, "attempt", tier, model, {"timeout": timeout})
-        response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
-        if not isinstance(response, LLMResponse):
-            raise ConfigError(f"tier {tier.name!r}: chat() of {type(tier.provider).__name__} returned"
-                              f" {type(response).__name__}: return an LLMResponse, or raise a ProviderError")  # fmt: skip
+        if state.streaming:
+            opened = tier._open(messages, tools=state.tools, model=model, timeout=timeout, **options)
+            response = self._first_delta(opened)
+        else:
+            response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
+        if isinstance(response, _Live):
+            return response
+        response = self._checked_type(tier, response)
         return response if response.content and not response.content.isspace() else _checked_answer(response)
+
+    @staticmethod
+    def _checked_type(tier: ProviderTier, response: Any) -> LLMResponse:
+        if not isinstance(response, LLMResponse):
+            raise ConfigError(f"tier {tier.name!r}: {type(tier.provider).__name__} returned {type(response).__name__}:"
+                              " return an LLMResponse, or raise a ProviderError")  # fmt: skip
+        return response
+
+    def _first_delta(self, stream: Generator[str, None, LLMResponse]) -> LLMResponse | _Live:
+        """Read on while the text is blank or may still be the marker: then the whole answer, else the live stream."""
+        held = ""
+        try:
+            while True:
+                delta = next(stream)
+                held += delta
+                if not held or held.isspace() or (len(held) > _ECHO and ">" not in delta and "<think>" in held[:_ECHO]):
+                    continue  # blank, or inside a think block that this delta does not end
+                if not self._ladder or not _undecided(held, self._core):
+                    return _Live(stream, held)
+        except StopIteration as end:
+            response: LLMResponse = end.value
+            return response
+        except StreamInterrupted as error:  # of a nested chain: its reader, this chain, has shown nothing
+            raise error.__cause__ or error from None
 
     def _silence(
         self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
@@ -3064,12 +4153,23 @@ class FailoverChain(LLMProvider):
         again: bool, patience: bool,
     ) -> float | None:  # fmt: skip
         """Settle and record a failed request. Seconds to pause before the same tier is asked again, None for the next."""
-        now = self._clock()
         if _passes_through(error):
             ticket.neutral()
             raise error
         assert isinstance(error, Exception)
-        pause = self._pause(state, error, ticket, now, again, patience)
+        pause = self._pause(state, error, ticket, self._clock(), again, patience)
+        self._judge(state, tier, model, ticket, error, start, pause)
+        if self._action(error) == "raise":
+            raise error
+        state.errors.append(_Failure(tier, _bare(error), True))
+        return pause if tier.breaker.is_closed else None
+
+    def _judge(
+        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket, error: Exception, start: float,
+        pause: float | None = None,
+    ) -> None:  # fmt: skip
+        """Settle a failed request by the policy of its error, and record it. ``pause``: the same tier will be asked again."""
+        now = self._clock()
         outcome, seconds = _verdict(error)
         if isinstance(error, (ProviderTimeout, DeadlineExceeded)):
             silent = isinstance(error, ProviderTimeout) and error.code in ("first_token_timeout", "stall_timeout")
@@ -3088,10 +4188,6 @@ class FailoverChain(LLMProvider):
             tier._count(text, now - start)
         else:
             self._record(state, tier, model, error, None, now - start)
-        if self._action(error) == "raise":
-            raise error
-        state.errors.append(_Failure(tier, _bare(error), True))
-        return pause if tier.breaker.is_closed else None
 
     def _pause(
         self, state: _State, error: Exception, ticket: Ticket, now: float, again: bool, patience: bool
@@ -3196,6 +4292,57 @@ class FailoverChain(LLMProvider):
             _log.info("answered: %s", _explain(answer.attempts, answer.cost))
         return answer
 
+    # -- streams
+
+    def _deltas(self, state: _State, live: _Live) -> Generator[str, None, LLMResponse]:
+        """The rest of a stream whose first text is in hand. However it ends, ticket, slot and connection are given back."""
+        clock, deadline, stream = self._clock, state.deadline, live.stream
+        taken: list[str] = []
+        delta = live.held
+        try:
+            yield ""  # taken by ChatStream at once: closing or losing this generator then runs what stands below
+            while True:
+                taken.append(delta)
+                yield delta
+                try:
+                    if clock() >= deadline:
+                        raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
+                    delta = next(stream)
+                except StopIteration as end:
+                    response = self._checked_type(live.tier, end.value)
+                    break
+                except BaseException as error:
+                    failure = self._interrupted(state, live, error, "".join(taken))
+                    raise failure from failure.__cause__
+        finally:
+            if taken:
+                live.ticket.success()  # unless it was settled otherwise
+            else:
+                live.ticket.neutral()
+            stream.close()
+            if live.tier._slots is not None:
+                live.tier._slots.release()
+        self._record(state, live.tier, live.model, None, response, clock() - live.start)
+        answer = self._finished(state, live.tier, response)
+        if state.observed:
+            self._tell_answer(answer)
+        return answer
+
+    def _interrupted(self, state: _State, live: _Live, error: BaseException, partial: str) -> StreamInterrupted:
+        """What the reader of a broken stream gets; its ticket takes the verdict of the cause."""
+        if _passes_through(error):
+            live.ticket.neutral()
+            raise error
+        assert isinstance(error, Exception)
+        self._judge(state, live.tier, live.model, live.ticket, error, live.start)
+        broken = StreamInterrupted(f"{live.tier.name} broke off: {_error_text(error)}", provider=live.tier.name)
+        for name in ("model", "status", "code", "retry_after", "request_id"):
+            setattr(broken, name, getattr(error, name, None))
+        broken.partial, broken.attempts = partial, tuple(state.attempts)
+        broken.__cause__ = _bare(error)
+        self._tell_failure(state, broken)
+        return broken
+
     # -- escalation
 
     def _is_top(self, model: str | None, tier: ProviderTier) -> bool:
@@ -3204,7 +4351,7 @@ class FailoverChain(LLMProvider):
     def _refused(self, response: LLMResponse) -> str | None:
         """Why this answer is not for the caller, None if it is."""
         if self._ladder:
-            reason = _after_marker(response.content, self._marker)
+            reason = _after_marker(response.content, self._core)
             if reason is not None:
                 return reason or "no reason given"
         if self._accept is not None and not self._accept(response):
@@ -3216,7 +4363,7 @@ class FailoverChain(LLMProvider):
         plan: _Plan, at: int,
     ) -> tuple[_Plan, int]:  # fmt: skip
         """Where to go on: the next rung of the ladder, then the tiers after the one that gave up."""
-        marked = self._ladder and _after_marker(response.content, self._marker) is not None
+        marked = self._ladder and _after_marker(response.content, self._core) is not None
         label = "gave up" if marked else "refused by accept"
         state.attempts[-1] = state.attempts[-1]._replace(outcome="escalated", error=label)
         state.last = self._finished(state, tier, response)
@@ -3315,6 +4462,16 @@ class FailoverChain(LLMProvider):
 
     # -- telling
 
+    def _tell_failure(self, state: _State, error: RouterError) -> None:
+        _log.warning("call failed: %s", _explain(state.attempts, None))
+        self._emit("done", "", "", {"outcome": type(error).__name__, "latency": self._clock() - state.start})
+
+    def _tell_answer(self, response: LLMResponse) -> None:
+        self._emit("done", response.provider, response.model, {
+            "outcome": "ok", "latency": response.latency, "cost": response.cost, "attempts": len(response.attempts),
+            "prompt_tokens": response.usage.prompt_tokens, "completion_tokens": response.usage.completion_tokens,
+        })  # fmt: skip
+
     def _told(
         self, state: _State, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any], level: int = logging.DEBUG
     ) -> None:
@@ -3369,6 +4526,73 @@ def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type
         if action not in ("next", "raise"):
             raise ConfigError(f"on_error[{kind.__name__}]={action!r}: give 'next' or 'raise'")
     return dict(on_error or {})
+
+
+# ==== streams =========================================================================================================
+
+
+class ChatStream(Generator[str, None, LLMResponse]):
+    """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
+
+    ``with chain.stream(...) as stream: for delta in stream: ...`` Closing it early, or dropping it, frees its connection and
+    counts as no failure. It may be read in another thread than it was opened in, but by one at a time.
+    """
+
+    def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
+        next(deltas)  # its first item is none: a generator that has started also ends properly when it is lost
+        self._deltas = deltas
+        self._taken: list[str] = []
+        self._response: LLMResponse | None = None
+
+    def __next__(self) -> str:
+        try:
+            delta = next(self._deltas)
+        except StopIteration as end:
+            self._response = self._response or end.value
+            raise
+        self._taken.append(delta)
+        return delta
+
+    def send(self, value: None) -> str:
+        """The next delta; a stream takes no values."""
+        return next(self)
+
+    def throw(self, *error: Any) -> str:
+        """Ends the stream, as an exception of its reader; raises it."""
+        return self._deltas.throw(*error)
+
+    def close(self) -> None:
+        """Give up what has not come yet, and free the connection. May be called at any time."""
+        self._deltas.close()
+
+    @property
+    def text(self) -> str:
+        """What has been handed out so far."""
+        return "".join(self._taken)
+
+    @property
+    def response(self) -> LLMResponse:
+        """The whole answer, with tool calls, usage, cost and attempts. RouterError before the stream is exhausted."""
+        if self._response is None:
+            raise RouterError("the stream is not exhausted: read it to its end before asking for .response")
+        return self._response
+
+    def __enter__(self) -> ChatStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ChatStream {'exhausted' if self._response else f'{len(self._taken)} deltas so far'}>"
+
+
+def _whole(response: LLMResponse) -> Generator[str, None, LLMResponse]:
+    """An answer that was complete before anything could be shown, as a stream."""
+    yield ""
+    if response.content:
+        yield response.content
+    return response
 
 
 # ==== command line ====================================================================================================

@@ -351,7 +351,7 @@ def test_a_provider_that_returns_something_else_is_a_config_error(clock: FakeClo
         def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
             return answer
 
-    with pytest.raises(ConfigError, match=r"tier 'w': chat\(\) of Wrong returned \w+: return an LLMResponse"):
+    with pytest.raises(ConfigError, match=r"tier 'w': Wrong returned \w+: return an LLMResponse"):
         chain_of(clock, ProviderTier("w", Wrong())).chat("hi")
 
 

@@ -113,14 +113,22 @@ def test_a_leading_think_block_is_reasoning(text: str, thought: str, answer: str
 # -- the decoder
 
 
+ASKED = _Call([{"role": "user", "content": "x"}], None, "asked", {})
+
+
+def new_decoder() -> _ChatDecoder:
+    return _ChatDecoder(ASKED)
+
+
+
 def decoded(*chunks: dict[str, Any], whole: bool = False) -> LLMResponse:
-    decoder = _ChatDecoder()
+    decoder = new_decoder()
     for chunk in chunks:
         if whole:
             decoder.feed_whole(chunk)
         else:
             decoder.feed("", json.dumps(chunk).encode())
-    return decoder.response("asked")
+    return decoder.response()
 
 
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -240,17 +248,17 @@ def test_16_errors_inside_a_200(chunk: dict[str, Any]) -> None:
         decoded(delta(content="x"), chunk)
     for data in (b'{"message": "x"}', b'{"error": "x"}'):
         with pytest.raises(_InBandError):
-            _ChatDecoder().feed("error", data)
+            new_decoder().feed("error", data)
 
 
 def test_17_no_finish_reason_is_no_answer() -> None:
-    """With or without [DONE]; nameless calls and empty answers neither."""
+    """Unless the end marker has come; nameless calls and empty answers are none either."""
     with pytest.raises(InvalidResponse, match="truncated"):
         decoded(delta(content="x"))
-    decoder = _ChatDecoder()
+    decoder = new_decoder()
     decoder.feed("", b"[DONE]")
-    with pytest.raises(InvalidResponse, match="no finish reason"):
-        decoder.response(None)
+    with pytest.raises(EmptyResponse):
+        decoder.response()
     with pytest.raises(InvalidResponse, match="no name"):
         decoded(call("{}", index=0), STOP)
     with pytest.raises(EmptyResponse):
@@ -258,7 +266,7 @@ def test_17_no_finish_reason_is_no_answer() -> None:
     with pytest.raises(InvalidResponse, match="no choices"):
         decoded({"choices": []}, whole=True)
     with pytest.raises(InvalidResponse, match="not JSON"):
-        _ChatDecoder().feed("", b"{nope")
+        new_decoder().feed("", b"{nope")
 
 
 @pytest.mark.parametrize("usage", ["x", 5, [], {"prompt_tokens": "9"}, {"prompt_tokens": -1, "completion_tokens": True}])
@@ -308,8 +316,8 @@ def test_a_body_in_full() -> None:
 )
 def test_37_messages_as_local_templates_take_them(message: Any, local: Any, openai: Any) -> None:
     """Roles and parts; keys that only ever belong to an answer are not sent."""
-    assert _chat_message(message, False) == local
-    assert _chat_message(message, True) == (openai or local)
+    assert _chat_message(ASKED, message, False) == local
+    assert _chat_message(ASKED, message, True) == (openai or local)
 
 
 # -- what an error says
@@ -391,12 +399,12 @@ def test_a_retry_hint_turns_money_into_time() -> None:
 )  # fmt: skip
 def test_15_retry_hints_in_all_forms(headers: dict[str, str], message: str, seconds: float | None) -> None:
     """Nonsense, negative and infinite ones are none."""
-    assert _retry_hint(headers, message, True) == (None if seconds is None else pytest.approx(seconds))
+    assert _retry_hint(headers, _error_facts(message), True) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_a_retry_date_is_a_distance() -> None:
     """An HTTP date in the future."""
-    hint = _retry_hint({"retry-after": formatdate(time.time() + 60, usegmt=True)}, "", True)
+    hint = _retry_hint({"retry-after": formatdate(time.time() + 60, usegmt=True)}, _error_facts(""), True)
     assert hint is not None
     assert 55 < hint <= 60
     assert (_duration("1h2m3s"), _duration("x")) == (3723, None)
@@ -416,31 +424,37 @@ def test_messages_of_servers_are_masked_and_clipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "param", "body", "fix"),
+    ("message", "param", "options", "fix"),
     [
         ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
-            "max_tokens",
-         {"max_tokens": 5}, ("rename", "max_tokens", "max_completion_tokens")),
+         "max_tokens", {"max_tokens": 5}, ("token_limit", "max_completion_tokens")),
         ("Unrecognized request argument supplied: max_completion_tokens", "", {"max_completion_tokens": 5},
-         ("rename", "max_completion_tokens", "max_tokens")),
+         ("token_limit", "max_tokens")),
         ("Unsupported value: 'temperature' does not support 0.2 with this model.", "temperature", {"temperature": 0.2},
-         ("drop", "temperature", None)),
-        ("temperature: Extra inputs are not permitted", "", {"temperature": 0.2, "top_p": 1}, ("drop", "temperature", None)),
+         ("temperature", None)),
+        ("temperature: Extra inputs are not permitted", "", {"temperature": 0.2, "top_p": 1}, ("temperature", None)),
+        ("`temperature` is deprecated for this model.", "", {"temperature": 0.2}, ("temperature", None)),
+        ('Unknown name "topP" at generation_config', "", {"top_p": 1}, ("top_p", None)),
+        ("\"thinking.type.disabled\" is not supported for this model", "", {"reasoning_effort": "none"},
+         ("reasoning_effort", None)),
         ("Function tools with reasoning_effort are not supported. Set reasoning_effort to 'none'.", "reasoning_effort",
-         {"reasoning_effort": "high"}, ("replace", "reasoning_effort", "none")),
-        ("unknown field stream_options", "", {"stream_options": {}}, ("drop", "stream_options", None)),
+         {"reasoning_effort": "high"}, ("reasoning_effort", "none")),
+        ("unknown field stream_options", "", {}, ("stream_options", None)),
         ("temperature and top_p are not supported", "", {"temperature": 1, "top_p": 1}, None),
-        ("temperature and top_p are not supported", "top_p", {"temperature": 1, "top_p": 1}, ("drop", "top_p", None)),
-        ("tools are not supported", "tools", {"tools": []}, None),
+        ("temperature and top_p are not supported", "top_p", {"temperature": 1, "top_p": 1}, ("top_p", None)),
+        ("tools are not supported", "tools", {}, None),
+        ("temperature is not supported", "temperature", {}, None),
         ("temperature must be below 2", "temperature", {"temperature": 3}, None),
         ("max_tokens is not allowed to be that large", "max_tokens", {"max_tokens": 10**9}, None),
     ],
 )  # fmt: skip
-def test_one_field_can_be_corrected(message: str, param: str, body: Any, fix: Any) -> None:
+def test_one_field_can_be_corrected(message: str, param: str, options: Any, fix: Any) -> None:
     """A hint is dropped, a limit renamed, an effort replaced; anything else is not touched."""
     facts = _error_facts({"error": {"message": message, "param": param}})
-    assert _correction(facts, 400, body) == (fix and (fix[0], fix[1], fix[2]))
-    assert _correction(facts, 500, body) is None
+    call = _Call([], None, "m", options)
+    assert _correction(facts, 400, call, None) == fix
+    assert _correction(facts, 500, call, None) is None
+    assert _correction(facts, 400, call, ("api", "responses")) == ("api", "responses")
 
 
 # -- nothing but ProviderErrors
@@ -476,7 +490,7 @@ def test_whatever_bytes_come(data: bytes) -> None:
     """As server-sent events and as JSON."""
     for name, event in parsed(data):
         try:
-            _ChatDecoder().feed(name, event)
+            new_decoder().feed(name, event)
         except (ProviderError, _InBandError):
             pass
     try:
