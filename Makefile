@@ -34,7 +34,7 @@ lint: $(VENV)/dev
 
 types: $(VENV)/dev
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(RUN)
 
 test: $(VENV)/dev
 	$(RUN) -m coverage run -m pytest -q

@@ -13,7 +13,7 @@ Tiers are asked in order, one after the other, under one deadline. Each has a ci
 row a tier is skipped at once, and after 15 seconds one single call tries it again. What happens after a failure is
 declared by its exception class; the table stands in the section "errors".
 
-Contents: defaults · errors · data · circuit breaker · provider interface · HTTP transport · wire formats: what they
+Contents: defaults · errors · data · circuit breaker · stores · provider interface · HTTP transport · wire formats: what they
 share · HTTP providers · OpenAI Chat Completions and Responses · Anthropic Messages · Gemini generateContent · Ollama ·
 scripted provider · tiers and chain · streams · command line. Search for "# ====".
 
@@ -44,7 +44,7 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
     # data
     "LLMResponse", "ToolCall", "Usage", "Attempt", "Event",
     # circuit breaker
-    "CircuitBreaker", "Ticket", "BreakerSnapshot",
+    "CircuitBreaker", "Ticket", "BreakerSnapshot", "BreakerRecord", "MemoryStore", "SQLiteStore", "RedisStore",
     # providers
     "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider", "OllamaProvider",
     "ScriptedProvider",
@@ -337,6 +337,11 @@ def _verdict(error: BaseException) -> tuple[str, float | None]:
     return ("neutral" if _passes_through(error) else "failure"), None
 
 
+def _is_local(error: BaseException) -> bool:
+    """Whether the trouble may be this machine's own: it could not connect, or its key is wrong."""
+    return isinstance(error, (ProviderUnavailable, AuthenticationError))
+
+
 def _number(value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False) -> Any:
     """A checked setting. The least value itself is allowed; NaN, booleans and text never are."""
     kinds = int if whole else (int, float)
@@ -536,18 +541,25 @@ class BreakerSnapshot(NamedTuple):
     stale: int
 
 
-class _Record(NamedTuple):
+class BreakerRecord(NamedTuple):
+    """The whole state of a breaker, as a store keeps it: plain values, JSON-able by ``_asdict()``.
+
+    ``deadline`` is in the breaker's own time, and in a store in the store's.
+    """
+
     state: str = "closed"  #: closed | open | half_open
-    generation: int = 0  #: grows at every transition and with every trial; a ticket of another one is stale
+    generation: int = 0  #: grows at every transition and with every trial, and in a store at every write: what it compares
+    era: int = 0  #: the generation in which this state, or this trial, began: a ticket of another era is stale
     failures: int = 0  #: consecutive
     deadline: float = 0.0  #: open: when a trial is due (inf: until reset); half-open: when the lease is over
+    span: float = 0.0  #: seconds that the deadline was away when it was set: no clock that jumps can make it longer
     trips: int = 0  #: openings since the last success, which is what doubles the open time
     takeovers: int = 0  #: trials since the last verdict whose lease ran out
     opened: int = 0
     reason: str = ""
 
 
-_NO_GENERATION = -1  #: of tickets whose verdict decides nothing, except that a Retry-After is a fact
+_NO_ERA = -1  #: of tickets whose verdict decides nothing, except that a Retry-After is a fact
 
 
 class Ticket:
@@ -556,18 +568,18 @@ class Ticket:
     Safe to settle from any thread. A ticket that is never settled does no harm: a trial's lease runs out by itself.
     """
 
-    __slots__ = ("_breaker", "_generation", "_settled", "is_trial")
+    __slots__ = ("_breaker", "_era", "_settled", "is_trial")
 
-    def __init__(self, breaker: CircuitBreaker, generation: int, is_trial: bool) -> None:
+    def __init__(self, breaker: CircuitBreaker, era: int, is_trial: bool) -> None:
         self._breaker = breaker
-        self._generation = generation
+        self._era = era
         self._settled = False
         self.is_trial = is_trial
 
     def success(self) -> None:
         """The call worked: closes after a trial, resets the count of failures."""
         record = self._breaker._record
-        if record.generation == self._generation and record.failures == 0 and not self.is_trial:
+        if record.era == self._era and record.failures == 0 and not self.is_trial:
             self._settled = True  # nothing to change: the path of every healthy call, without the lock
         else:
             self._breaker._settle(self, "success")
@@ -597,7 +609,7 @@ class Ticket:
             self.success()
         elif not self._settled:
             outcome, seconds = _verdict(error)
-            self._breaker._settle(self, outcome, seconds, _error_text(error))
+            self._breaker._settle(self, outcome, seconds, _error_text(error), _is_local(error))
 
     def _renew_after_trial(self) -> None:
         """A stream's first item proves the other side: settle a trial now; what comes later counts as an ordinary call."""
@@ -605,7 +617,7 @@ class Ticket:
             self.success()
             record = self._breaker._record
             if record.state == "closed":
-                self._generation, self.is_trial, self._settled = record.generation, False, False
+                self._era, self.is_trial, self._settled = record.era, False, False
 
 
 class CircuitBreaker:
@@ -633,6 +645,7 @@ class CircuitBreaker:
         max_recovery_timeout: float | None = None,
         trial_timeout: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
+        store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None,
     ) -> None:
         self.failure_threshold: int = _number(failure_threshold, "failure_threshold", least=1, whole=True)
@@ -643,41 +656,61 @@ class CircuitBreaker:
         self.name = name
         self._clock = clock
         self._listeners: list[Callable[[str, str, str, str], None]] = [on_change] if on_change else []
-        self._record = _Record()  # guarded by _lock for writing, as are the next three
+        self._store_listeners: list[Callable[[str], None]] = []
+        self._record = BreakerRecord()  # guarded by _lock for writing, as are the next four
         self._rejected = 0
         self._stale = 0
-        self._reason: tuple[_Record | None, str] = (None, "")
+        self._reason: tuple[BreakerRecord | None, str] = (None, "")
         self._changes: deque[tuple[str, str, str]] = deque()
+        self._shared: _SharedView | None = None
         self._lock = threading.RLock()
         self._delivering = threading.Lock()
+        if store is not None:
+            self._share(store)
         _never_inherited.add(self)
 
+    def _share(self, store: Any) -> None:
+        """Keep the record in a store from now on."""
+        if not self.name:
+            raise ConfigError("a CircuitBreaker with a store needs a name: CircuitBreaker(name='openai', store=...)")
+        for method in ("load", "swap"):
+            if not callable(getattr(store, method, None)):
+                known = "MemoryStore(), SQLiteStore(path) or RedisStore(url)"
+                raise ConfigError(f"store is a {type(store).__name__}, without {method}(): give {known}")
+        self._shared = _SharedView(self, store)
+
     # -- reading
+
+    def _look(self) -> BreakerRecord:
+        """The record, taken from the store if there is one and the last look was long enough ago."""
+        if self._shared is not None:
+            self._shared.refresh()
+        return self._record
 
     @property
     def state(self) -> str:
         """``closed``, ``open`` or ``half_open``. Reading changes nothing: open until somebody is admitted."""
-        return self._record.state
+        return self._look().state
 
     @property
     def is_closed(self) -> bool:
         """Whether everybody is let through."""
-        return self._record.state == "closed"
+        return self._look().state == "closed"
 
     @property
     def is_open(self) -> bool:
         """Whether calls are refused, or the next one will be the trial."""
-        return self._record.state == "open"
+        return self._look().state == "open"
 
     @property
     def is_half_open(self) -> bool:
         """Whether a trial is under way."""
-        return self._record.state == "half_open"
+        return self._look().state == "half_open"
 
     @property
     def retry_after(self) -> float | None:
         """Seconds until a call may get through; None when closed or open until reset; 1 at most during a trial."""
-        return self._remaining(self._record)
+        return self._remaining(self._look())
 
     def snapshot(self) -> BreakerSnapshot:
         """Everything at one moment, without the lock: safe in a signal handler."""
@@ -687,14 +720,14 @@ class CircuitBreaker:
             self._rejected, self._stale,
         )  # fmt: skip
 
-    def _remaining(self, record: _Record) -> float | None:
+    def _remaining(self, record: BreakerRecord) -> float | None:
         if record.state == "closed" or record.deadline == math.inf:
             return None
         left = max(0.0, record.deadline - self._clock())
         return min(left, _SOON) if record.state == "half_open" else left
 
     def _would_admit(self) -> bool:
-        record = self._record
+        record = self._look()
         return record.state == "closed" or self._clock() >= record.deadline
 
     # -- guarding calls
@@ -708,7 +741,7 @@ class CircuitBreaker:
 
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else whatever ``fn`` raises."""
-        record = self._record
+        record = self._record if self._shared is None else self._look()
         if record.state != "closed":
             ticket = self._try_admit()
             if ticket is None:
@@ -718,10 +751,10 @@ class CircuitBreaker:
         try:
             result = fn(*args, **kwargs)
         except BaseException as error:
-            Ticket(self, record.generation, False)._settle_by(error)
+            Ticket(self, record.era, False)._settle_by(error)
             raise
         if record.failures or self._record is not record:  # else there is nothing to settle
-            Ticket(self, record.generation, False).success()
+            Ticket(self, record.era, False).success()
         return result
 
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
@@ -766,19 +799,19 @@ class CircuitBreaker:
     def open(self, seconds: float | None = None, reason: str = "") -> None:
         """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
         length = math.inf if seconds is None else _number(seconds, "seconds")
-        deadline = self._clock() + length
-        self._swap(lambda old: _opened(old, deadline, old.trips, reason or "opened by hand"))
+        now = self._clock()
+        self._swap(lambda old: _opened(old, now, length, old.trips, reason or "opened by hand"))
 
     def reset(self) -> None:
         """Close, forget everything counted, and ignore the results of calls that are still under way."""
-        self._swap(lambda old: _Record(generation=old.generation + 1, opened=old.opened, reason="reset"))
+        self._swap(lambda old: _closed(old, "reset"))
 
     # -- the machine
 
     def _try_admit(self) -> Ticket | None:
-        record = self._record
+        record = self._record if self._shared is None else self._look()
         if record.state == "closed":
-            return Ticket(self, record.generation, False)
+            return Ticket(self, record.era, False)
         now = self._clock()
         if now < record.deadline:
             with self._lock:
@@ -789,31 +822,35 @@ class CircuitBreaker:
     def _begin_trial(self, now: float) -> Ticket | None:
         granted: list[Ticket] = []
 
-        def step(old: _Record) -> _Record:
+        def step(old: BreakerRecord) -> BreakerRecord:
             granted.clear()
             if old.state == "closed":
-                granted.append(Ticket(self, old.generation, False))
+                granted.append(Ticket(self, old.era, False))
                 return old
             if now < old.deadline:
-                self._rejected += 1
                 return old
             takeovers = old.takeovers + 1 if old.state == "half_open" else old.takeovers
             lease = self.trial_timeout * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
-            granted.append(Ticket(self, old.generation + 1, True))
+            at = old.generation + 1
+            granted.append(Ticket(self, at, True))
             return old._replace(
-                state="half_open", generation=old.generation + 1, deadline=now + lease, takeovers=takeovers
+                state="half_open", generation=at, era=at, deadline=now + lease, span=lease, takeovers=takeovers
             )
 
         self._swap(step)
-        return granted[0] if granted else None
+        if granted:
+            return granted[0]
+        with self._lock:
+            self._rejected += 1
+        return None
 
-    def _refusal(self, record: _Record) -> CircuitOpen:
+    def _refusal(self, record: BreakerRecord) -> CircuitOpen:
         """The exception for a refusal: a new one each time, or its traceback would grow."""
         error = CircuitOpen(self._why(record))
         error.retry_after = self._remaining(record)
         return error
 
-    def _why(self, record: _Record) -> str:
+    def _why(self, record: BreakerRecord) -> str:
         """Why a call is refused; kept with the record it was made for, since an outage asks for it at every call."""
         if self._reason[0] is not record:
             state = "trying again with one call" if record.state == "half_open" else "open"
@@ -826,63 +863,78 @@ class CircuitBreaker:
         """For a last resort: admitted also while open, unless that was ordered by hand. Its verdict then decides nothing."""
         ticket = self._try_admit()
         if ticket is None and self._record.deadline != math.inf:
-            ticket = Ticket(self, _NO_GENERATION, False)
+            ticket = Ticket(self, _NO_ERA, False)
         return ticket
 
-    def _settle(self, ticket: Ticket, outcome: str, seconds: float | None = None, reason: str = "") -> None:
-        now = self._clock()
-
-        def step(old: _Record) -> _Record:
+    def _settle(
+        self, ticket: Ticket, outcome: str, seconds: float | None = None, reason: str = "", local: bool = False
+    ) -> None:
+        """Take in a verdict. ``local``: the trouble is this machine's own, and not for a store that other machines read."""
+        with self._lock:
             if ticket._settled:
-                return old
-            if ticket._generation != old.generation and outcome != "park":
-                self._stale += ticket._generation != _NO_GENERATION
+                return
+            ticket._settled = True
+        now = self._clock()
+        stale = False
+
+        def step(old: BreakerRecord) -> BreakerRecord:
+            nonlocal stale
+            stale = ticket._era != old.era and outcome != "park"
+            if stale:
                 return old
             if outcome == "success":
-                return self._succeeded(old, ticket, reason)
+                return self._succeeded(old, ticket)
             if outcome == "failure":
                 return self._failed(old, ticket, now, reason)
             if outcome == "park":
                 return self._parked(old, now, seconds, reason)
-            return _opened(old, now, old.trips, old.reason, opened=False) if ticket.is_trial else old
+            return _opened(old, now, 0.0, old.trips, old.reason, opened=False) if ticket.is_trial else old
 
-        self._swap(step, ticket)
+        local = local and self._shared is not None and not self._shared.shares_local_errors
+        self._swap(step, local)
+        if stale and ticket._era != _NO_ERA:
+            with self._lock:
+                self._stale += 1
 
-    def _succeeded(self, old: _Record, ticket: Ticket, reason: str) -> _Record:
-        if not ticket.is_trial:
-            return old._replace(failures=0, trips=0)
-        return _Record(generation=old.generation + 1, opened=old.opened, reason="recovered")
+    def _succeeded(self, old: BreakerRecord, ticket: Ticket) -> BreakerRecord:
+        if ticket.is_trial:
+            return _closed(old, "recovered")
+        return old._replace(failures=0, trips=0) if old.failures else old
 
-    def _failed(self, old: _Record, ticket: Ticket, now: float, reason: str) -> _Record:
+    def _failed(self, old: BreakerRecord, ticket: Ticket, now: float, reason: str) -> BreakerRecord:
         failures = old.failures + 1
         if not ticket.is_trial and failures < self.failure_threshold:
             return old._replace(failures=failures)
         length = min(self.recovery_timeout * 2.0 ** min(old.trips, 64), self.max_recovery_timeout)
-        return _opened(old, now + length, old.trips + 1, reason or "failed", failures)
+        return _opened(old, now, length, old.trips + 1, reason or "failed", failures)
 
-    def _parked(self, old: _Record, now: float, seconds: float | None, reason: str) -> _Record:
-        deadline = now + (self.recovery_timeout if seconds is None else seconds)
-        if old.state == "open":
-            if deadline <= old.deadline:
-                return old
-            return old._replace(deadline=deadline, reason=reason or "parked")
-        return _opened(old, deadline, old.trips, reason or "parked")
+    def _parked(self, old: BreakerRecord, now: float, seconds: float | None, reason: str) -> BreakerRecord:
+        length = self.recovery_timeout if seconds is None else seconds
+        if old.state != "open":
+            return _opened(old, now, length, old.trips, reason or "parked")
+        if now + length <= old.deadline:
+            return old
+        return old._replace(deadline=now + length, span=length, reason=reason or "parked")
 
-    def _swap(self, step: Callable[[_Record], _Record], ticket: Ticket | None = None) -> None:
-        """Apply a pure change under the lock, then tell the listeners outside it."""
-        with self._lock:
-            while True:
-                old = self._record
-                new = step(old)
-                if self._record is old:
-                    self._record = new
-                    break
-            if ticket is not None:
-                ticket._settled = True
-            if new.state != old.state:
-                self._changes.append((old.state, new.state, new.reason))
+    def _swap(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool = False) -> None:
+        """Apply a pure change, to the store first if there is one, then tell the listeners outside all locks."""
+        if self._shared is None:
+            while not self._put(old := self._record, step(old)):
+                pass  # a finalizer came between
+        else:
+            self._shared.change(step, local)
         if self._changes:
             self._deliver()
+
+    def _put(self, old: BreakerRecord, new: BreakerRecord) -> bool:
+        """Replace the record, unless it is another by now."""
+        with self._lock:
+            if self._record is not old:
+                return False
+            self._record = new
+            if new.state != old.state:
+                self._changes.append((old.state, new.state, new.reason))
+            return True
 
     def _deliver(self) -> None:
         """Whoever finds the queue idle delivers, so that each listener sees the changes in order; nobody else waits."""
@@ -908,18 +960,22 @@ class CircuitBreaker:
 
     def _observe(self, error: BaseException | None) -> None:
         """Take in a health probe: a failure counts, a good one makes an open breaker's trial due and no more."""
-        record = self._record
+        record = self._look()
         if error is not None:
-            Ticket(self, record.generation if record.state == "closed" else _NO_GENERATION, False)._settle_by(error)
+            Ticket(self, record.era if record.state == "closed" else _NO_ERA, False)._settle_by(error)
         elif record.state == "open" and record.deadline != math.inf:
             now = self._clock()
-            self._swap(lambda old: old._replace(deadline=min(old.deadline, now)) if old is record else old)
+            due = min(record.deadline, now)
+            self._swap(lambda old: old._replace(deadline=due, span=0.0) if old.era == record.era else old)
 
     def _renew_after_fork(self) -> None:
         self._lock, self._delivering = threading.RLock(), threading.Lock()
         self._changes.clear()
-        if self._record.state == "half_open":  # the trial is the parent's; the child may make its own
-            self._record = _opened(self._record, self._clock(), self._record.trips, self._record.reason, opened=False)
+        old = self._record
+        if self._shared is not None:
+            self._shared.renew()
+        elif old.state == "half_open":  # the trial is the parent's; the child may make its own
+            self._record = _opened(old, self._clock(), 0.0, old.trips, old.reason, opened=False)
 
     def __repr__(self) -> str:
         return f"<CircuitBreaker {self.name!r} {self._record.state}>"
@@ -929,18 +985,419 @@ class CircuitBreaker:
 
 
 def _opened(
-    old: _Record, deadline: float, trips: int, reason: str, failures: int | None = None, opened: bool = True
-) -> _Record:
-    return _Record(
-        state="open",
-        generation=old.generation + 1,
-        failures=old.failures if failures is None else failures,
-        deadline=deadline,
-        trips=trips,
-        takeovers=old.takeovers if not opened else 0,
-        opened=old.opened + opened,
-        reason=reason,
-    )
+    old: BreakerRecord, now: float, length: float, trips: int, reason: str, failures: int | None = None, opened: bool = True
+) -> BreakerRecord:
+    """Open for ``length`` seconds; not ``opened``: a trial that is handed on, with all that was counted."""
+    at = old.generation + 1
+    return BreakerRecord(
+        state="open", generation=at, era=at, failures=old.failures if failures is None else failures, deadline=now + length,
+        span=length, trips=trips, takeovers=0 if opened else old.takeovers, opened=old.opened + opened, reason=reason,
+    )  # fmt: skip
+
+
+def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
+    at = old.generation + 1
+    return BreakerRecord(generation=at, era=at, opened=old.opened, reason=reason)
+
+
+# ==== stores ==========================================================================================================
+# A store keeps the records of breakers for several processes or machines. It is two methods, so that the state machine above
+# exists once: ``load(name) -> (record or None, the store's time)`` and ``swap(name, expected_generation, record) -> bool``,
+# which writes the record only if the stored one has that generation (None: if there is none) and says whether it did.
+# They may raise anything: a breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
+# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are counted together) and
+# ``shares_local_errors = False`` (whether one machine's trouble to connect, or with its key, is everybody's).
+
+#: How often a change that others keep overtaking is tried again, before it is kept for later.
+_STORE_TRIES = 20
+#: Seconds until a store that is down is tried again: the first pause and the longest, doubling, drawn from the upper half.
+_STORE_PAUSES = (1.0, 60.0)
+#: Seconds that a thread waits for another one's work on the same breaker's record, and that one operation of a store takes.
+_STORE_BUDGET = 0.1
+
+
+class _SharedView:
+    """What one breaker knows of its record in a store: reads that are kept a while, compare-and-set writes, and the peace to
+    go on alone when the store does not answer. Its lock is never held together with the breaker's while the store works."""
+
+    def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
+        self._breaker = breaker
+        self._store = store
+        self._refresh = getattr(store, "refresh", 1.0)
+        self._shared_counts = getattr(store, "shared_counts", False)
+        self.shares_local_errors = getattr(store, "shares_local_errors", False)
+        self._seen: int | None = None  #: the stored generation, as last seen
+        self._offset = 0.0  #: the store's time less the breaker's
+        self._next_read = -math.inf
+        self._unsaved = False  #: a change that was meant for the store has not reached it
+        self._alone = False  #: the breaker is not closed for reasons of this machine's own
+        self._down = False
+        self._pause = 0.0
+        self.renew()
+
+    def renew(self) -> None:
+        """New locks, for a forked child."""
+        self._lock = threading.RLock()
+        self._next_read = -math.inf
+
+    def refresh(self) -> None:
+        """Read the store if that is due; while one thread does, the others go on with what is known."""
+        if self._breaker._clock() >= self._next_read and self._lock.acquire(blocking=False):
+            try:
+                self._load()
+            finally:
+                self._lock.release()
+            if self._breaker._changes:
+                self._breaker._deliver()
+
+    def change(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool) -> None:
+        """Apply a change to the stored record and to the breaker's, or to the breaker's alone if it must be."""
+        breaker = self._breaker
+        if not self._lock.acquire(timeout=2 * _STORE_BUDGET):
+            self._put(step)  # another thread is waiting for the store: it, or the next look, will save this
+            self._unsaved = True
+            return
+        try:
+            if self._down or self._next_read == -math.inf:
+                self._load()
+            for _ in range(_STORE_TRIES):
+                old = breaker._record
+                if self._seen is None and old.generation < self._now_ms():
+                    breaker._put(old, old._replace(generation=self._now_ms()))  # never a number used before a loss
+                    old = breaker._record
+                new = step(old)
+                if new is old:
+                    return
+                if new.generation == old.generation:
+                    new = new._replace(generation=old.generation + 1)
+                counts_only = new.era == old.era and new.state == "closed" and not self._shared_counts
+                if local or self._alone or counts_only or self._down:
+                    break
+                saved = self._try(self._store.swap, breaker.name, self._seen, self._to_store(new))
+                if saved is None:
+                    break
+                if saved:
+                    self._seen = new.generation
+                    if not breaker._put(old, new):
+                        self._forget()
+                    return
+                self._forget()
+                self._load()  # somebody was quicker
+            self._go_alone(step, local)
+        finally:
+            self._lock.release()
+
+    def _go_alone(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool) -> None:
+        """Keep a change to this breaker. Trouble of this machine's own is not saved: a trial taken from others goes back."""
+        old, new = self._put(step)
+        if local and old.state == "half_open" and not self._alone and not self._down:
+            given_back = _opened(old, old.deadline, -old.span, old.trips, old.reason, opened=False)
+            if self._try(self._store.swap, self._breaker.name, self._seen, self._to_store(given_back)):
+                self._seen = given_back.generation
+        was_alone = self._alone
+        self._alone = new.state != "closed" and (local or was_alone)
+        if was_alone and not self._alone:
+            self._forget()
+        self._unsaved = self._unsaved or (self._down and not self._alone)
+
+    def _put(self, step: Callable[[BreakerRecord], BreakerRecord]) -> tuple[BreakerRecord, BreakerRecord]:
+        while True:
+            old = self._breaker._record
+            new = step(old)
+            if self._breaker._put(old, new):
+                return old, new
+
+    def _forget(self) -> None:
+        """What was seen of the store is out of date."""
+        self._seen, self._next_read = -1, -math.inf
+
+    def _load(self) -> None:
+        """Read the stored record and take it over, or save what could not be saved before."""
+        clock = self._breaker._clock
+        now = clock()
+        if self._down and now < self._next_read:
+            return
+        self._next_read = now + self._refresh
+        found = self._try(self._store.load, self._breaker.name)
+        if found is None:
+            return
+        record, store_now = found
+        self._offset = store_now - clock()
+        generation = None if record is None else record.generation
+        mine = self._breaker._record
+        if generation != self._seen:
+            self._seen = generation
+            if record is None:
+                self._unsaved = mine.state != "closed" and not self._alone
+            elif not self._unsaved or record.generation > mine.generation:
+                self._adopt(mine, record, store_now)
+        if self._unsaved:
+            newer = generation is None or mine.generation > generation
+            new = mine if newer else mine._replace(generation=(generation or 0) + 1)
+            saved = self._try(self._store.swap, self._breaker.name, generation, self._to_store(new))
+            if saved is None:
+                return
+            self._unsaved = not saved
+            self._seen = new.generation if saved else -1
+            if saved and new is not mine:
+                self._breaker._put(mine, new)
+        if self._down:
+            self._down, self._pause = False, 0.0
+            self._tell("the store is back")
+
+    def _adopt(self, mine: BreakerRecord, record: BreakerRecord, store_now: float) -> None:
+        if self._alone and record.state == "closed":
+            return
+        left = math.inf if record.deadline == math.inf else min(max(record.deadline - store_now, 0.0), record.span)
+        new = record._replace(deadline=0.0 if record.state == "closed" else self._breaker._clock() + left)
+        if not self._shared_counts and new.state == mine.state == "closed" and new.era == mine.era:
+            new = new._replace(failures=mine.failures)
+        self._alone = self._unsaved = False
+        if not self._breaker._put(mine, new):
+            self._forget()
+
+    def _to_store(self, record: BreakerRecord) -> BreakerRecord:
+        return record._replace(deadline=record.deadline + self._offset if record.state != "closed" else 0.0)
+
+    def _now_ms(self) -> int:
+        return int((self._breaker._clock() + self._offset) * 1000)
+
+    def _try(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """What the store says, None if it is down: then it is left alone for a while that grows."""
+        try:
+            return operation(*args)
+        except Exception as error:
+            first, longest = _STORE_PAUSES
+            self._pause = min(max(first, 2 * self._pause), longest)
+            self._next_read = self._breaker._clock() + self._pause * random.uniform(0.5, 1.0)
+            if not self._down:
+                self._down = True
+                self._tell(f"the store is down ({type(error).__name__}): going on alone")
+            return None
+
+    def _tell(self, what: str) -> None:
+        _log.log(logging.WARNING if self._down else logging.INFO, "%s: %s", self._breaker.name, what)
+        for listener in tuple(self._breaker._store_listeners):
+            listener(what)
+
+
+class MemoryStore:
+    """Records in this process: breakers of one name share one state. Never down. ``clock`` is its time. Thread-safe."""
+
+    refresh = 0.0
+    shared_counts = True
+    shares_local_errors = True
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._records: dict[str, BreakerRecord] = {}
+        self._renew_after_fork()
+        _never_inherited.add(self)
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.RLock()
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        """The record of a breaker, None if there is none, and the time."""
+        return self._records.get(name), self._clock()
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        """Write the record if the present one has the expected generation; None expects no record."""
+        with self._lock:
+            present = self._records.get(name)
+            if (None if present is None else present.generation) != expected_generation:
+                return False
+            self._records[name] = record
+            return True
+
+
+def _record_text(record: BreakerRecord) -> str:
+    return json.dumps(record._asdict())
+
+
+def _record_of(text: Any) -> BreakerRecord:
+    """A stored record. Raises ValueError, TypeError or KeyError for anything else."""
+    data = json.loads(text)
+    record = BreakerRecord(**{name: data[name] for name in BreakerRecord._fields})
+    for value, default in zip(record, BreakerRecord(), strict=True):
+        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) or value != value:
+            raise ValueError("not a breaker's record")
+    if record.state not in ("closed", "open", "half_open"):
+        raise ValueError("not a breaker's state")
+    return record
+
+
+class SQLiteStore:
+    """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs, scripts.
+
+    ``path``: the file; it is made when first needed, its folder must exist, and it must not be on a network drive. Failures
+    are counted together. ``timeout``: seconds that one operation may wait for other processes. A read serves for
+    ``refresh`` seconds. Its time is the wall clock. Thread-safe, and used across a fork. Nothing is opened when it is built.
+    """
+
+    shared_counts = True
+    shares_local_errors = True
+    _version: ClassVar[int] = 1  #: of the table, as PRAGMA user_version
+
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float = _STORE_BUDGET, refresh: float = 0.25) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not str(path):
+            raise ConfigError(f"SQLiteStore(path={path!r}): give the path of a file")
+        self.path = os.fspath(path)
+        self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
+        self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
+        self._inherited: list[Any] = []  # connections of a parent process: closing them could release its locks
+        self._connection: Any = None
+        self._file: tuple[int, int] | None = None
+        self._lock = threading.RLock()
+        _never_inherited.add(self)
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.RLock()
+        self._inherited.append(self._connection)
+        self._connection = None
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        """The record of a breaker, None if there is none, and the time."""
+        rows = self._run("SELECT record FROM breakers WHERE name = ?", name)[1]
+        return (_record_of(rows[0][0]) if rows else None), time.time()
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        """Write the record if the present one has the expected generation; None expects no record."""
+        values: tuple[Any, ...] = (record.generation, _record_text(record), name)
+        if expected_generation is None:
+            statement = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
+        else:
+            statement = "UPDATE breakers SET generation = ?, record = ? WHERE name = ? AND generation = ?"
+            values = (*values, expected_generation)
+        return bool(self._run(statement, *values)[0])
+
+    def close(self) -> None:
+        """Close the file; it is opened again when needed."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
+        """How many rows were changed, and those found. Raises sqlite3.Error, OSError or TimeoutError."""
+        if not self._lock.acquire(timeout=self.timeout):
+            raise TimeoutError
+        try:
+            cursor = self._open().execute(statement, values)
+            return cursor.rowcount, cursor.fetchall()
+        except Exception:
+            self.close()
+            raise
+        finally:
+            self._lock.release()
+
+    def _open(self) -> Any:
+        """The connection of this process; a new one if the file is another than it was."""
+        import sqlite3
+
+        if self._connection is not None and self._file == self._identity():
+            return self._connection
+        self.close()
+        connection = sqlite3.connect(self.path, self.timeout, isolation_level=None, check_same_thread=False)
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, self._version):
+                raise sqlite3.DatabaseError(f"{self.path} is of version {version}, this is version {self._version}")
+            if version == 0:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS breakers (name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
+                )
+                connection.execute(f"PRAGMA user_version = {self._version}")
+            connection.execute("PRAGMA synchronous = OFF")  # a record lost in a power cut is learned anew
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._file = connection, self._identity()
+        return connection
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def __repr__(self) -> str:
+        return f"<SQLiteStore {self.path}>"
+
+
+class RedisStore:
+    """Records in Redis, for many machines. Needs PyPI's ``redis`` (``pip install copilot-router[redis]``).
+
+    ``client_or_url``: a ``redis.Redis``, whose settings are used but for its time limits and retries, or a URL.
+    ``namespace``: a prefix of the keys; breakers of one name in one namespace share one state. ``shared_counts``: whether
+    failures are counted together, or each process needs its own ``failure_threshold`` of them. One machine's trouble to
+    connect, or with its key, opens only its own breaker. ``timeout``: seconds for one operation, without a retry. A read
+    serves for ``refresh`` seconds. Its time is the server's. Nothing is sent when it is built. Thread- and fork-safe.
+    """
+
+    shares_local_errors = False
+    #: Compare and set: KEYS[1]; expected generation ("" for none), new one, record, milliseconds to keep it.
+    _script: ClassVar[str] = """
+        if (redis.call('HGET', KEYS[1], 'generation') or '') ~= ARGV[1] then return 0 end
+        redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'record', ARGV[3])
+        redis.call('PEXPIRE', KEYS[1], ARGV[4])
+        return 1"""
+
+    def __init__(
+        self, client_or_url: Any, namespace: str = "copilot_router", *, shared_counts: bool = False,
+        timeout: float = _STORE_BUDGET, refresh: float = 1.0,
+    ) -> None:  # fmt: skip
+        try:
+            import redis
+        except ImportError:
+            raise ConfigError("RedisStore needs PyPI's redis: pip install copilot-router[redis]") from None
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self.shared_counts = shared_counts
+        self.refresh: float = _number(refresh, "RedisStore(refresh)")
+        limits: dict[str, Any] = {
+            "socket_timeout": _number(timeout, "RedisStore(timeout)", finite=True), "socket_connect_timeout": timeout,
+            "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
+        }  # fmt: skip
+        try:
+            if isinstance(client_or_url, str):
+                pool: Any = redis.ConnectionPool.from_url(client_or_url, **limits)
+            else:
+                theirs = client_or_url.connection_pool
+                pool = redis.ConnectionPool(theirs.connection_class, **{**theirs.connection_kwargs, **limits})
+        except (ValueError, AttributeError):
+            shown = type(client_or_url).__name__  # a URL may hold a password
+            raise ConfigError(f"RedisStore of a {shown}: give a redis.Redis or a URL like redis://localhost:6379/0") from None
+        self._client: Any = redis.Redis(connection_pool=pool)
+        self._namespace = namespace
+
+    def _key(self, name: str) -> str:
+        from urllib.parse import quote
+
+        return f"{quote(self._namespace, safe='')}:{quote(name, safe='')}"
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        """The record of a breaker, None if there is none, and the server's time."""
+        text, (seconds, micros) = self._client.pipeline(transaction=False).hget(self._key(name), "record").time().execute()
+        return (None if text is None else _record_of(text)), seconds + micros / 1e6
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        """Write the record if the present one has the expected generation; None expects no record."""
+        expected = "" if expected_generation is None else expected_generation
+        keep = int(1000 * (_REDIS_KEEPS + (record.span if record.span < math.inf else 365 * _REDIS_KEEPS)))
+        values = (expected, record.generation, _record_text(record), keep)
+        return bool(self._client.eval(self._script, 1, self._key(name), *values))
+
+    def close(self) -> None:
+        """Close idle connections; the store stays usable."""
+        self._client.connection_pool.disconnect()
+
+
+#: Seconds that Redis keeps a record that nobody changes, beyond its deadline.
+_REDIS_KEEPS = 86400.0
 
 
 # ==== provider interface ==============================================================================================
@@ -2358,7 +2815,7 @@ class _HTTPProvider(LLMProvider):
             request = self._requests.Request(method, url, headers=self._headers, data=body or None)
             request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
             prepared = session.prepare_request(request)
-            settings = session.merge_environment_settings(url, {}, True, None, None)
+            settings: Any = session.merge_environment_settings(url, {}, True, None, None)
             return session.send(prepared, allow_redirects=False, timeout=self.stall_timeout, **settings)
         if session is None:
             session = self._open_session(url)
@@ -3543,7 +4000,7 @@ class ProviderTier:
         self._calls = self._failures = 0  # these four are guarded by _lock
         self._last_error: str | None = None
         self._last_latency: float | None = None
-        self._passed_over: tuple[_Record, str | None, Attempt, _Failure] | None = None  #: the last refusal's entries
+        self._passed_over: tuple[BreakerRecord, str | None, Attempt, _Failure] | None = None  #: the last refusal's entries
         self._renew_after_fork()
         _never_inherited.add(self)
 
@@ -3684,13 +4141,13 @@ class _Failure(NamedTuple):
     """Why a tier did not answer: an exception, or the record of the breaker that refused."""
 
     tier: ProviderTier
-    error: BaseException | _Record
+    error: BaseException | BreakerRecord
     sent: bool
 
     @property
     def exception(self) -> BaseException:
         """The exception; made only now for a refusal, since most refusals are never looked at."""
-        return self.tier.breaker._refusal(self.error) if isinstance(self.error, _Record) else self.error
+        return self.tier.breaker._refusal(self.error) if isinstance(self.error, BreakerRecord) else self.error
 
 
 class _Live:
@@ -3756,8 +4213,10 @@ class FailoverChain(LLMProvider):
     there. ``escalation_prompt``: whether weaker models are told so; a str replaces the text. ``accept(response) -> bool``:
     your own check; a refused answer escalates, or goes to the next tier. ``timeout``: seconds for a call. ``wait``: seconds
     in all that a call may sleep until a tier is ready again (0: fail at once). ``failure_threshold``,
-    ``recovery_timeout``: for the breakers made here. ``on_error={Class: "next" | "raise"}`` overrides a class's policy.
-    ``on_event(event)`` is told of every step; what it raises is logged. ``clock`` and ``sleep`` drive everything but sockets.
+    ``recovery_timeout``: for the breakers made here. ``store``: where the breakers keep their state, to share it with other
+    processes (SQLiteStore) or machines (RedisStore); None: in this chain alone. ``on_error={Class: "next" | "raise"}``
+    overrides a class's policy. ``on_event(event)`` is told of every step; what it raises is logged. ``clock`` and ``sleep``
+    drive everything but sockets.
 
     Thread-safe, fork-safe, and itself a provider: a chain can be a tier of another. Raises ConfigError when built wrong.
     """
@@ -3775,6 +4234,7 @@ class FailoverChain(LLMProvider):
         max_retry_after: float = 2.0,
         failure_threshold: int = 3,
         recovery_timeout: float = 15.0,
+        store: Any = None,
         on_error: Mapping[type[Exception], str] | None = None,
         on_event: Callable[[Event], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -3805,6 +4265,10 @@ class FailoverChain(LLMProvider):
         for tier in self.tiers:
             if tier.breaker is None:
                 tier.breaker = CircuitBreaker(failure_threshold, recovery_timeout, name=tier.name, clock=clock)
+            if store is not None and tier.breaker._shared is None:
+                tier.breaker.name = tier.breaker.name or tier.name
+                tier.breaker._share(store)
+            tier.breaker._store_listeners.append(functools.partial(self._store_changed, tier.name))
             tier.breaker._listeners.append(functools.partial(self._breaker_changed, tier.name))
         self._plan: _Plan = [(tier, tier._default) for tier in self.tiers]
         self._picky = not all(tier.supports_tools and tier.supports_images for tier in self.tiers)
@@ -3863,7 +4327,7 @@ class FailoverChain(LLMProvider):
 
     def health(self) -> list[TierHealth]:
         """What is known of each tier, as plain data; asks nobody."""
-        return [tier._health() for tier in self.tiers]
+        return [tier._health() for tier in self.tiers if tier.breaker._look()]
 
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
@@ -4180,7 +4644,7 @@ class FailoverChain(LLMProvider):
         elif isinstance(error, ServerError) and pause is None and (error.retry_after or 0.0) > self.max_retry_after:
             outcome, seconds = "park", min(error.retry_after or 0.0, _MAX_PARK)
         text = _error_text(error)
-        tier.breaker._settle(ticket, outcome, seconds, text)
+        tier.breaker._settle(ticket, outcome, seconds, text, _is_local(error))
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or model or ""
         if isinstance(error, RouterError) and isinstance(tier.provider, FailoverChain):
@@ -4487,6 +4951,9 @@ class FailoverChain(LLMProvider):
             self._on_event(Event(kind, tier, model, data, self._clock()))
         except Exception:
             _log.exception("on_event failed")
+
+    def _store_changed(self, tier: str, what: str) -> None:
+        self._emit("breaker", tier, "", {"store": what})
 
     def _breaker_changed(self, tier: str, name: str, old: str, new: str, reason: str) -> None:
         self._emit("breaker", tier, "", {"old": old, "new": new, "reason": reason})
