@@ -172,7 +172,7 @@ def main() -> int:
             os.nice(15)
             found = {"weights": str(weights(where)), "server": str(server(where))}
             found["version"] = version(Path(found["server"]))
-            found["sha256"] = WEIGHTS_SHA256
+            found.update(package=SERVER, sha256=WEIGHTS_SHA256)
             manifest = where / "real.json"
             manifest.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except (Impossible, OSError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
