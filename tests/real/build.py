@@ -67,13 +67,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tail(path: Path, lines: int = 15) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"    {line[:200]}" for line in text[-lines:])
+def told(log: Path) -> str:
+    """What a log says of the failure: the first errors, with what follows them, and its end."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [at for at, line in enumerate(lines) if re.search(r"CMake Error|\berror:|^ERROR", line)][:3]
+    shown = sorted({*(at + more for at in errors for more in range(4)), *range(len(lines) - 8, len(lines))})
+    return "\n".join(f"    {lines[at][:200]}" for at in shown if 0 <= at < len(lines))
 
 
 def run(command: list[str], log: Path, what: str, environ: dict[str, str] | None = None) -> None:
-    """Run it, its output in a log; say every 20 seconds how far it is; its end on stderr if it fails."""
+    """Run it, its output in a log; say every 20 seconds how far it is; what its log says of it if it fails."""
     start = time.monotonic()
     with open(log, "wb") as output:
         process = subprocess.Popen(
@@ -95,7 +98,7 @@ def run(command: list[str], log: Path, what: str, environ: dict[str, str] | None
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if status:
-        raise Impossible(f"{what} failed with status {status}; the end of {log}:\n{tail(log)}")
+        raise Impossible(f"{what} failed with status {status}; its log {log} says:\n{told(log)}")
 
 
 def server(where: Path) -> Path:
