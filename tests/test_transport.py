@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from faults import Peer, chunked, descriptors, event, peer
 
 from copilot_router import (
     FailoverChain,
@@ -29,103 +30,10 @@ KEY = "sk-test-transport-key-1234567890"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
-def event(text: str | None = None, finish: str | None = None) -> bytes:
-    delta = {"content": text} if text else {}
-    return b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
-
-
 ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
 
 
-def chunked(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
-
-
 STREAM = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*ANSWER.splitlines(keepends=True))
-
-
-class Peer:
-    """A raw server on loopback: ``serve(connection, request)`` answers; it counts connections and keeps requests."""
-
-    def __init__(self, serve: Callable[[Peer, socket.socket, bytes], bool]) -> None:
-        self.serve = serve
-        self.connections = 0
-        self.requests: list[bytes] = []
-        self.stopping = threading.Event()
-        self._open: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-        self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.stopping.is_set():
-                connection.close()
-                return
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.connections += 1
-            self._open.append(connection)
-            thread = threading.Thread(target=self._talk, args=(connection,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _talk(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                while (request := self._request(connection)) and not self.stopping.is_set():
-                    self.requests.append(request)
-                    if not self.serve(self, connection, request):
-                        return
-            except OSError:
-                return
-
-    @staticmethod
-    def _request(connection: socket.socket) -> bytes:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            piece = connection.recv(65536)
-            if not piece:
-                return b""
-            data += piece
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
-        while len(body) < length:
-            body += connection.recv(65536)
-        return head + b"\r\n\r\n" + body
-
-    def drip(self, connection: socket.socket, data: bytes, gap: float = 0.02) -> None:
-        for at in range(len(data)):
-            connection.sendall(data[at : at + 1])
-            if self.stopping.wait(gap):
-                return
-
-    def stop(self) -> None:
-        self.stopping.set()
-        with socket.socket() as waker:
-            waker.connect_ex(("127.0.0.1", self.port))
-        self._listener.close()
-        for connection in self._open:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-        for thread in self._threads:
-            thread.join(5)
-
-
-@contextmanager
-def peer(serve: Callable[[Peer, socket.socket, bytes], bool]) -> Iterator[Peer]:
-    server = Peer(serve)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 def healthy(server: Peer, connection: socket.socket, request: bytes) -> bool:
@@ -140,10 +48,6 @@ def provider(url: str, **settings: object) -> Iterator[OpenAIProvider]:
         yield made
     finally:
         made.close()
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 def test_twenty_calls_use_one_connection() -> None:
