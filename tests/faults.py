@@ -243,8 +243,11 @@ def answer_to(prompt: str) -> str:
 class Exchange:
     """One request, and the means to answer it well or badly."""
 
-    def __init__(self, server: FaultServer, connection: socket.socket, dialect: Dialect, prompt: str, stream: bool) -> None:
+    def __init__(
+        self, server: FaultServer, connection: socket.socket, dialect: Dialect, prompt: str, stream: bool, key: str
+    ) -> None:
         self.server = server
+        self.key = key  #: what the client authenticated itself with
         self.connection = connection
         self.dialect = dialect
         self.prompt = prompt
@@ -366,6 +369,14 @@ class FaultServer(Peer):
         """How many requests were for this fault."""
         return sum(entry.fault == name for entry in self.log)
 
+    @staticmethod
+    def _key_in(head: bytes) -> str:
+        for line in head.decode("latin-1").split("\r\n"):
+            name, _, value = line.partition(":")
+            if name.lower() in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
+                return value.strip().removeprefix("Bearer ")
+        return ""
+
     def _exchange(self, connection: socket.socket, request: bytes) -> bool:
         now = time.monotonic()
         self.requests.clear()  # the log is enough, and takes less room
@@ -377,7 +388,7 @@ class FaultServer(Peer):
             return True
         model, prompt, stream = self.dialect.asked(path, json.loads(body))
         known = FAULTS[self._pick(model) if self._pick else model]
-        exchange = Exchange(self, connection, self.dialect, prompt, stream)
+        exchange = Exchange(self, connection, self.dialect, prompt, stream, self._key_in(head))
         with self._numbering:
             exchange.number = self._seen[known.name] = self._seen.get(known.name, 0) + 1
             self.log.append(Entry(now, known.name, prompt, connection.getpeername()[1]))
@@ -718,10 +729,11 @@ def dropped_on_reuse(x: Exchange) -> None:
 
 @fault
 def a_second_answer(x: Exchange) -> None:
-    """A good answer, and another one that nobody asked for."""
-    x.ok()
-    body = x.dialect.whole("the answer to something else")
-    x.reply("200 OK", body)
+    """A good answer, and in the same breath another one that nobody asked for."""
+    other = x.dialect.whole("the answer to something else")
+    head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
+    x.send(b"".join(head.format(kind, len(body)).encode() + body for kind, body in ((x.kind, x.body), (x.kind, other))))
+    x.keep = True
 
 
 # -- garbled HTTP
@@ -772,6 +784,20 @@ def empty_body(x: Exchange) -> None:
     x.reply("200 OK", b"")
 
 
+@fault
+def strange_content_length(x: Exchange) -> None:
+    """A superscript two, which is a digit to some and a number to none."""
+    x.head("Content-Length: \xb2", "Connection: close")
+    x.send(x.body)
+
+
+@fault
+def enormous_content_length(x: Exchange) -> None:
+    """More digits than anybody converts."""
+    x.head("Content-Length: " + "9" * 6000, "Connection: close")
+    x.send(x.part)
+
+
 # -- redirects
 
 
@@ -797,28 +823,28 @@ def redirect_without_location(x: Exchange) -> None:
 def endless_body(x: Exchange) -> None:
     """White space for ever, as fast as the client takes it."""
     x.head("Connection: close")
-    x.gush((x.keep_alive * 65536)[:65536], 0.001)
+    x.gush((x.keep_alive * 65536)[:65536], 0.01)
 
 
 @fault
 def endless_line(x: Exchange) -> None:
     x.head("Connection: close")
     x.send(x.part)
-    x.gush(b"x" * 65536, 0.001)
+    x.gush(b"x" * 65536, 0.01)
 
 
 @fault
 def endless_text(x: Exchange) -> None:
     """A model that never stops."""
     x.head("Connection: close")
-    x.gush(x.dialect.text("again and again " * 1000) if x.stream else b" " * 65536, 0.001)
+    x.gush(x.dialect.text("again and again " * 4000) if x.stream else b" " * 65536, 0.01)
 
 
 @fault
 def endless_refusal(x: Exchange) -> None:
     """An error body without end."""
     x.head("Connection: close", status="500 Oops")
-    x.gush(b" " * 65536, 0.001)
+    x.gush(b" " * 65536, 0.01)
 
 
 _BOMB = gzip.compress(b"\n" * 40_000_000)
@@ -995,6 +1021,9 @@ REFUSALS: dict[str, tuple[int, Any]] = {
     "capacity": (498, {"error": {"message": "x", "code": "capacity_exceeded"}}),
     "server_error": (500, {"error": {"message": "The server had an error", "type": "server_error", "code": None}}),
     "nothing_said": (500, {}),
+    "code_superscript": (500, {"error": {"message": "x", "code": "\xb2", "status_code": "\xb2"}}),
+    "message_to_search_for_ever": (400, {"error": {"message": "n_keep " * 30_000}}),
+    "message_is_an_object": (400, {"error": {"message": {"a": ["b"]}, "code": {"c": 1}, "type": [], "param": 4}}),
     "error_200": (200, {"error": {"code": 502, "message": "upstream broke"}}),
     "error_200_text": (200, {"error": "something broke"}),
     "error_200_list": (200, [{"error": {"code": 429, "message": "slower, please"}}]),
@@ -1066,6 +1095,25 @@ WRONG_EVENTS: dict[str, bytes] = {
 }
 for _name, _event in WRONG_EVENTS.items():
     fault(lambda x, odd=_event: x.ok(x.part + odd + x.body[len(x.part) :] if x.stream else x.part), name=_name, only=Chat)
+
+
+@fault(only=Chat)
+def echoes_the_request(x: Exchange) -> None:
+    """Repeats the key and the prompt wherever there is room."""
+    echo = f"{x.key} {x.prompt}"
+    error = {"message": f"You sent {echo}", "type": echo, "code": echo, "param": echo}
+    x.reply("400 Bad Request", json.dumps({"error": error}).encode(), f"X-Echo: {echo}", kind=f"application/json; of={x.key}")
+
+
+@fault(only=Chat)
+def echoes_the_request_in_headers(x: Exchange) -> None:
+    """The same where a content type and a coding should stand."""
+    x.reply("200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key)
+
+
+@fault(only=Chat)
+def echoes_the_key_as_coding(x: Exchange) -> None:
+    x.reply("200 OK", x.body, f"Content-Encoding: {x.key}")
 
 
 @fault(only=Chat)
