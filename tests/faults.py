@@ -970,7 +970,7 @@ for _name, _header in HINTS.items():
 
 @fault
 def hint_date(x: Exchange) -> None:
-    x.refuse("rate_limited", f"Retry-After: {formatdate(time.time() + 30.9, usegmt=True)}")
+    x.refuse("rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}")
 
 
 #: Pages of gateways: name -> status and reason.
