@@ -1595,14 +1595,27 @@ class _LimitedSocket:
 @functools.cache
 def _http() -> Any:
     """requests, and our adapter for it, imported when first needed."""
+    import http.client
+
     import requests
     import urllib3.connection
     import urllib3.connectionpool
     from requests.adapters import HTTPAdapter
 
+    class Response(http.client.HTTPResponse):
+        """Passes over interim answers such as 103: http.client takes all but 100 for the final one."""
+
+        def _read_status(self) -> Any:
+            while True:
+                found = super()._read_status()  # type: ignore[misc]
+                if not 101 < found[1] < 200:
+                    return found
+                http.client.parse_headers(self.fp)
+
     class Limited:
         """Mixed into urllib3's connections: bounded connecting, limited sockets, and a memory of being reused."""
 
+        response_class: Any = Response
         sock: Any
         timeout: Any
         used = False
@@ -1725,7 +1738,7 @@ class _Answer:
                 yield piece
         if length is not None and received < length:
             raise InvalidResponse(f"truncated: {received} of {length} bytes")
-        self._ended = True
+        self._ended = self.status >= 200  # after an interim answer another one could follow
 
     def body(self) -> bytes:
         """All of it."""
