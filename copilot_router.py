@@ -2473,7 +2473,7 @@ class _Decoder(ABC):
     _finishes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, call: _Call, names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.alive = False  #: a sign of generation has come
+        self.alive = False  #: a sign of generation has come; the reader takes it back after each event
         self.complete = False  #: the answer has its finish reason
         self.ended = False  #: the end marker has come: nothing follows
         self.usage: Usage | None = None
@@ -2875,16 +2875,19 @@ class _HTTPProvider(LLMProvider):
         limits = answer.limits
         feed = decoder.feed
         for events in self._event_batches(answer, parser, decoder):
+            moved = False
             for name, data in events:
                 text = feed(name, data)
                 if decoder.alive:
+                    moved, decoder.alive = True, False
                     limits.progress()
                 if text and every_delta:
                     yield text
                 if decoder.ended:
                     answer.finish()
                     return
-            limits.waiting()
+            if moved:
+                limits.waiting()
 
     @staticmethod
     def _event_batches(answer: _Answer, parser: _Lines, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
