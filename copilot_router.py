@@ -1746,7 +1746,7 @@ class _Answer:
 
     def _announced(self) -> int | None:
         text = self.headers.get("Content-Length", "")
-        return int(text) if text.isdigit() and "Transfer-Encoding" not in self.headers else None
+        return int(text) if text.isdecimal() and len(text) < 20 and "Transfer-Encoding" not in self.headers else None
 
     def _read(self) -> bytes:
         try:
@@ -1994,7 +1994,7 @@ def _error_facts(body: Any) -> _ErrorFacts:
     values = [*found, body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
               body.get("type"), body.get("status")]  # fmt: skip
     number = next((_int(value) for value in (*values, body.get("status_code")) if _int(value) is not None), None)
-    codes = tuple(value.lower() for value in values if isinstance(value, str) and not value.isdigit())
+    codes = tuple(value.lower() for value in values if isinstance(value, str) and not value.isdecimal())
     if metadata.get("reasons") or "flagged_input" in metadata:
         codes = ("content_filter", *codes)
     param = body.get("param")
@@ -2022,7 +2022,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _int(value: Any) -> int | None:
-    if isinstance(value, str) and value.isdigit() and len(value) < 10:
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
