@@ -120,6 +120,8 @@ _MAX_LEASE_GROWTH = 8
 _LONGEST_WAIT = 1e6
 #: Characters kept of a server's own error message.
 _MESSAGE_LIMIT = 300
+#: Characters of it that are searched for what it means: patterns take long over a long text.
+_SEARCHED = 8000
 
 _never_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  #: objects with locks or sockets to renew in a forked child
 
@@ -1980,7 +1982,7 @@ def _error_facts(body: Any) -> _ErrorFacts:
     if isinstance(body, list):
         return _error_facts(body[0]) if body else _ErrorFacts()
     if isinstance(body, str):
-        return _ErrorFacts(body)
+        return _ErrorFacts(body[:_SEARCHED])
     if not isinstance(body, dict):
         return _ErrorFacts()
     error = body.get("error")
@@ -1998,7 +2000,7 @@ def _error_facts(body: Any) -> _ErrorFacts:
     if metadata.get("reasons") or "flagged_input" in metadata:
         codes = ("content_filter", *codes)
     param = body.get("param")
-    return _ErrorFacts(str(message), codes, param if isinstance(param, str) else "", number, delay)
+    return _ErrorFacts(str(message)[:_SEARCHED], codes, param if isinstance(param, str) else "", number, delay)
 
 
 def _google_details(details: Any) -> tuple[list[Any], float | None]:
