@@ -1763,7 +1763,8 @@ class _Answer:
         if coding in ("", "identity"):
             return None
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise InvalidResponse(f"unknown Content-Encoding {coding[:20]!r}")
+            shown = f" {coding!r}" if coding.isalpha() and len(coding) < 10 else ""
+            raise InvalidResponse(f"unknown Content-Encoding{shown}")
         machine = zlib.decompressobj(47)  # gzip or zlib, told apart by their headers
 
         def inflate(data: bytes) -> Iterator[bytes]:
@@ -2909,8 +2910,8 @@ class _HTTPProvider(LLMProvider):
         body = answer.body()
         if not body.strip():
             raise InvalidResponse("an empty body")
-        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0][:40]
-        decoder.feed_whole(_json(body, f"the answer ({kind})"))
+        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
+        decoder.feed_whole(_json(body, f"the answer ({kind if _MEDIA_TYPE.fullmatch(kind) else 'of an odd type'})"))
 
     def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
         """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
@@ -2983,6 +2984,8 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
             return response
 
 
+#: What is shown of a Content-Type: a server may echo a key in any header.
+_MEDIA_TYPE = re.compile(r"(text|application|image)/[a-z-]{1,15}|no content type")
 _REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
 
 #: Our options -> what vendors call them when they complain.
