@@ -26,7 +26,7 @@ from email.utils import formatdate
 from typing import Any, NamedTuple
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
-PATIENCE = 15.0
+PATIENCE = 30.0
 
 
 def event(text: str | None = None, finish: str | None = None) -> bytes:
@@ -188,13 +188,17 @@ class Chat(Dialect):
 
     path = "/chat/completions"
     end = b"data: [DONE]\n\n"
-    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}  # noqa: RUF012
+
+    def __init__(self, model: str = "a-model", prompt_tokens: int = 11, completion_tokens: int = 7) -> None:
+        self.model = model  #: as the server reports it
+        self.usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
 
     def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
         return body.get("model", ""), body["messages"][-1]["content"], bool(body.get("stream"))
 
     def begin(self) -> bytes:
-        return self.chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        choice = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return b"data: " + json.dumps({"model": self.model, "choices": [choice]}).encode() + b"\n\n"
 
     def text(self, text: str) -> bytes:
         return event(text)
@@ -205,7 +209,7 @@ class Chat(Dialect):
 
     def whole(self, text: str) -> bytes:
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return json.dumps({"object": "chat.completion", "choices": [choice], "usage": self.usage}).encode()
+        return json.dumps({"model": self.model, "choices": [choice], "usage": self.usage}).encode()
 
     def error(self, kind: str) -> tuple[int, bytes]:
         status, name, code = {
@@ -216,11 +220,6 @@ class Chat(Dialect):
             "overloaded": (503, "service_unavailable_error", "server_is_overloaded"),
         }[kind]
         return status, json.dumps({"error": {"message": f"this is {kind}", "type": name, "code": code}}).encode()
-
-    @staticmethod
-    def chunk(choice: dict[str, Any]) -> bytes:
-        """One event with this choice."""
-        return b"data: " + json.dumps({"object": "chat.completion.chunk", "choices": [choice]}).encode() + b"\n\n"
 
 
 # -- one request and what may be done to it
@@ -244,8 +243,10 @@ class Exchange:
     """One request, and the means to answer it well or badly."""
 
     def __init__(
-        self, server: FaultServer, connection: socket.socket, dialect: Dialect, prompt: str, stream: bool, key: str
+        self, server: FaultServer, connection: socket.socket, prompt: str, stream: bool, asked: dict[str, Any], key: str
     ) -> None:
+        dialect = server.dialect
+        self.asked = asked  #: the body of the request
         self.server = server
         self.key = key  #: what the client authenticated itself with
         self.connection = connection
@@ -386,9 +387,10 @@ class FaultServer(Peer):
             stolen = b'{"choices": [{"message": {"content": "from somewhere else"}}], "data": []}'
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(stolen) + stolen)
             return True
-        model, prompt, stream = self.dialect.asked(path, json.loads(body))
+        asked = json.loads(body)
+        model, prompt, stream = self.dialect.asked(path, asked)
         known = FAULTS[self._pick(model) if self._pick else model]
-        exchange = Exchange(self, connection, self.dialect, prompt, stream, self._key_in(head))
+        exchange = Exchange(self, connection, prompt, stream, asked, self._key_in(head))
         with self._numbering:
             exchange.number = self._seen[known.name] = self._seen.get(known.name, 0) + 1
             self.log.append(Entry(now, known.name, prompt, connection.getpeername()[1]))
@@ -595,6 +597,22 @@ def stall(x: Exchange) -> None:
 
 
 @fault
+def late_first_token(x: Exchange) -> None:
+    """Headers at once, and the answer after twenty seconds."""
+    x.head("Connection: close")
+    if x.wait(20):
+        x.send(x.body)
+
+
+@fault
+def stall_after_20_tokens(x: Exchange) -> None:
+    """An answer of sixty that stops."""
+    x.head("Connection: close")
+    x.send(x.dialect.begin() + b"".join(x.dialect.text(f"{number} ") for number in range(20)) if x.stream else x.part)
+    x.hang()
+
+
+@fault
 def long_content_length(x: Exchange) -> None:
     """The connection stays open, but half of what was promised does not come."""
     x.head(f"Content-Length: {2 * len(x.body)}")
@@ -674,6 +692,13 @@ def cut_until_closed(x: Exchange) -> None:
     """No exception in the world tells this from a good end."""
     x.head("Connection: close")
     x.send(x.part)
+
+
+@fault
+def cut_after_40_tokens(x: Exchange) -> None:
+    """An answer of sixty that ends."""
+    x.head("Connection: close")
+    x.send(x.dialect.begin() + b"".join(x.dialect.text(f"{number} ") for number in range(40)) if x.stream else x.part)
 
 
 @fault
@@ -936,6 +961,12 @@ def rate_limited_once(x: Exchange) -> None:
 
 
 @fault
+def rate_limited_for_two_seconds(x: Exchange) -> None:
+    """As much as anybody waits for."""
+    x.refuse("rate_limited", "Retry-After: 2") if x.number == 1 else x.ok()
+
+
+@fault
 def error_in_a_stream(x: Exchange) -> None:
     """At status 200, after some text."""
     x.ok(x.part + x.dialect.error_event("overloaded") if x.stream else x.dialect.error("overloaded")[1])
@@ -1134,6 +1165,15 @@ def stream_by_the_book(x: Exchange) -> None:
         body = body.replace(b"data: [DONE]\n\n", b"data:[DONE]\r\r").replace(b"data: {", b": \xe2\x80\xa8\ndata:{")
         body = body.replace(b"answer", "ans\u2028er".encode())
     x.ok(body)
+
+
+@fault(only=Chat)
+def healthy_without_prefill(x: Exchange) -> None:
+    """Answers, but never goes on with somebody else's answer."""
+    if x.asked["messages"][-1]["role"] == "assistant":
+        body = {"error": {"message": "No assistant message prefill here.", "type": "invalid_request_error"}}
+        return x.reply("400 Bad Request", json.dumps(body).encode())
+    x.ok()
 
 
 @fault(only=Chat)
