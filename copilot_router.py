@@ -15,7 +15,7 @@ declared by its exception class; the table stands in the section "errors".
 
 Contents: defaults · errors · data · circuit breaker · stores · provider interface · HTTP transport · wire formats: what they
 share · HTTP providers · OpenAI Chat Completions and Responses · Anthropic Messages · Gemini generateContent · Ollama ·
-scripted provider · tiers and chain · streams · command line. Search for "# ====".
+scripted provider · tiers and chain · streams · configuration · command line. Search for "# ====".
 
 Times
     All times are seconds (float). For every limit None inherits the next outer one and ``math.inf`` means none. Deadlines
@@ -2656,6 +2656,7 @@ class _HTTPProvider(LLMProvider):
         self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
         self.max_response_bytes: int = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
         self.stream_upstream = stream_upstream
+        self._wants_model = self._needs_model
         key = self._from_environment(os.environ)[0] if api_key is None else api_key
         self._key = _sendable(key, f"{type(self).__name__}(api_key)")
         self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
@@ -2791,7 +2792,7 @@ class _HTTPProvider(LLMProvider):
             if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
                 raise _UnknownOption(f"unknown option {name!r} for {type(self).__name__}.{_near(name, _OPTIONS)}"
                                      " Fields of one vendor go into extra_body={}")  # fmt: skip
-        if model is None and self._needs_model:
+        if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
         options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
         identity = f"{self._vendor} {self.base_url} {model or ''}"
@@ -3358,7 +3359,7 @@ class OpenAIProvider(_HTTPProvider):
         self.api = api
         host = self.base_url.partition("://")[2].partition("/")[0].partition(":")[0]
         self._at_openai = host == "api.openai.com" or host.endswith(".azure.com")
-        self._needs_model = self._at_openai  # type: ignore[misc]  # other servers have a model of their own
+        self._wants_model = self._at_openai  # other servers have a model of their own
 
     def _auth_headers(self) -> dict[str, str]:
         if self._key and ".azure.com" in self.base_url:
@@ -3382,6 +3383,7 @@ class LMStudioProvider(OpenAIProvider):
     """
 
     _vendor = "lmstudio"
+    _needs_model = False
     _default_url = "http://localhost:1234"
     _key_variables = ("LM_API_TOKEN",)
     _url_variable = "LMSTUDIO_BASE_URL"
@@ -4265,6 +4267,9 @@ class FailoverChain(LLMProvider):
         self.timeout: float = _number(timeout, "timeout")
         self.wait: float = _number(wait, "wait")
         self.max_retry_after: float = _number(max_retry_after, "max_retry_after")
+        for where, function in (("accept", accept), ("on_event", on_event)):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{where}={function!r}: give a function, or None")
         self._on_error = _checked_policy(on_error)
         self._on_event = on_event
         self._accept = accept
@@ -4405,19 +4410,26 @@ class FailoverChain(LLMProvider):
         raise TypeError("a FailoverChain cannot be copied or pickled; build it where it is used")
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> FailoverChain:
-        """A chain of what the environment names: LM Studio (LMSTUDIO_BASE_URL), then OpenAI (OPENAI_API_KEY or
-        OPENAI_BASE_URL), with the models in LMSTUDIO_MODEL and OPENAI_MODEL. Probes nothing. Other arguments are the chain's.
+    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> FailoverChain:
+        """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
+
+        ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and ``[tier.breaker]``, and ``[store]``
+        (``type``: memory, sqlite or redis) take the arguments of their classes under the same names. ``api_key_env``,
+        ``url_env`` and ``headers_env`` name environment variables; a file must not hold a key itself. A mapping may, and may
+        hold objects where a file has tables. Raises ConfigError that says where, what and what to do.
         """
-        tiers = []
-        for name, kind in _PROVIDERS.items():
-            key, url = kind._from_environment(environ)
-            if url or (key and kind._default_url.startswith("https")):
-                model = environ.get(f"{name.upper()}_MODEL", "")
-                tiers.append(ProviderTier(name, kind(key or "", url or None), [model] if model else []))
-        if not tiers:
-            raise ConfigError("the environment names no provider: set OPENAI_API_KEY or LMSTUDIO_BASE_URL")
-        return cls(tiers, **settings)
+        return _chain_from_config(cls, config)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> FailoverChain:
+        """A chain of what the environment names; nothing is probed. Other arguments are the chain's.
+
+        A tier for each of LM Studio (LMSTUDIO_BASE_URL), Ollama (OLLAMA_HOST), Gemini (GOOGLE_API_KEY or GEMINI_API_KEY),
+        OpenAI (OPENAI_API_KEY or OPENAI_BASE_URL) and Anthropic (ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), in this order, with
+        the model in LMSTUDIO_MODEL, OLLAMA_MODEL and so on; without one a call has to name it. The log says at INFO what was
+        found and what was not. Raises ConfigError if nothing was.
+        """
+        return cls(_tiers_from_env(environ), **settings)
 
     # -- before the first tier
 
@@ -5083,53 +5095,308 @@ def _whole(response: LLMResponse) -> Generator[str, None, LLMResponse]:
     return response
 
 
+# ==== configuration ===================================================================================================
+
+_PROVIDERS: dict[str, type[_HTTPProvider]] = {
+    "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider, "openai": OpenAIProvider,
+    "anthropic": AnthropicProvider,
+}  # fmt: skip
+_STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
+#: Headers that carry a key.
+_KEY_HEADERS = re.compile(r"(?i)authorization|cookie|.*(api-?key|token|secret)")
+
+
+def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
+    tiers, missing = [], []
+    for name, kind in _PROVIDERS.items():
+        key, url = kind._from_environment(environ)
+        local = not kind._default_url.startswith("https")
+        variables = [name for name in (*(() if local else kind._key_variables), kind._url_variable) if name]
+        if url or (key and not local):
+            model = environ.get(f"{name.upper()}_MODEL", "")
+            tiers.append(ProviderTier(name, kind(key, url or kind._default_url), [model] if model else []))
+            _log.info("from_env: %s with %s", name, model or f"no model: {name.upper()}_MODEL is not set")
+        else:
+            missing.append(" or ".join(variables))
+    if not tiers:
+        raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
+    _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
+    return tiers
+
+
+def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
+    in_file = not isinstance(config, Mapping)
+    table = _read_toml(config) if in_file else config
+    where = f"{config}: " if in_file else ""
+    for name in table:
+        if name not in ("chain", "tier", "store"):
+            near = _near(name, ("chain", "tier", "store"))
+            raise ConfigError(f"{where}unknown section {name!r}.{near} Known: chain, tier, store")
+    tiers = table.get("tier", ())
+    if not isinstance(tiers, (list, tuple)) or not tiers:
+        raise ConfigError(f"{where}no tiers: give at least one [[tier]] with a name and a [tier.provider]")
+    store = table.get("store")
+    settings = _settings(table.get("chain", {}), f"{where}[chain]", in_file)
+    if isinstance(settings.get("on_error"), Mapping):
+        settings["on_error"] = {_error_class(name, where): then for name, then in settings["on_error"].items()}
+    settings["tiers"] = [_tier_from(tier, f"{where}[[tier]] {at + 1}", in_file) for at, tier in enumerate(tiers)]
+    if store is not None:
+        settings["store"] = _typed(store, _STORES, f"{where}[store]", in_file)
+    chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
+    return chain
+
+
+def _read_toml(path: Any) -> Any:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"the configuration is a {type(path).__name__}: give a mapping, or the path of a TOML file")
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef]
+        except ImportError:
+            raise ConfigError("TOML needs Python 3.11 or PyPI's tomli: pip install tomli, or give a mapping") from None
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a TOML file") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _error_class(name: Any, where: str) -> Any:
+    if isinstance(name, str):
+        found = ((kind, globals()[kind]) for kind in __all__)
+        known = {kind: item for kind, item in found if isinstance(item, type) and issubclass(item, Exception)}
+        if name not in known:
+            raise ConfigError(f"{where}[chain] on_error: no error is called {name!r}.{_near(name, known)}")
+        return known[name]
+    return name
+
+
+def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
+    """A table whose ``…_env`` entries are replaced by what the environment holds. In a file a key of one's own is refused."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
+    if in_file:
+        _refuse_keys(table, where)
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if name in ("api_key_env", "url_env"):
+            found[name.removesuffix("_env")] = _variable(value, f"{where} {name}")
+        elif name != "headers_env":
+            found[name] = value
+    if "headers_env" in table:
+        named = {header: _variable(value, f"{where} headers_env") for header, value in dict(table["headers_env"]).items()}
+        found["headers"] = {**found.get("headers", {}), **named}
+    return found
+
+
+def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
+    for name in table.get("headers", ()) if isinstance(table.get("headers"), Mapping) else ():
+        if _KEY_HEADERS.fullmatch(name):
+            cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
+            raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
+    if "api_key" in table:
+        raise ConfigError(f'{where}: a file must not hold an api_key: write api_key_env = "VARIABLE"')
+    if re.search(r"://[^/@]*:[^/@]+@", str(table.get("url", ""))):
+        raise ConfigError(f'{where}: a file must not hold a password in a url: write url_env = "VARIABLE"')
+
+
+def _variable(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
+    if not os.environ.get(name):
+        raise ConfigError(f"{where}: the environment variable {name!r} is not set: set it, or remove this entry")
+    return os.environ[name]
+
+
+def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
+    settings = _settings(table, where, in_file)
+    where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
+    if "provider" not in settings:
+        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai" or another')
+    settings["provider"] = _typed(settings["provider"], _PROVIDERS, f"{where} [tier.provider]", in_file)
+    if isinstance(settings.get("breaker"), Mapping):
+        breaker = {"name": settings.get("name", ""), **_settings(settings["breaker"], f"{where} [tier.breaker]", in_file)}
+        settings["breaker"] = _built(CircuitBreaker, breaker, f"{where} [tier.breaker]")
+    tier: ProviderTier = _built(ProviderTier, settings, where)
+    return tier
+
+
+def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> Any:
+    """An object of the class that a table's ``type`` names; an object that is there already is taken as it is."""
+    if not isinstance(table, Mapping) and not in_file:
+        return table
+    settings = _settings(table, where, in_file)
+    name = settings.pop("type", None)
+    if name not in kinds:
+        raise ConfigError(f"{where}: type={name!r}: give one of {', '.join(kinds)}.{_near(str(name), kinds)}")
+    if "url" in settings:  # Redis has one argument for a client and for a URL
+        settings["client_or_url"] = settings.pop("url")
+    return _built(kinds[name], settings, where)
+
+
+def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
+    """``kind(**settings)``, with errors that say where."""
+    makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
+    items = [item for base in makers for item in inspect.signature(base.__init__).parameters.values()]
+    known = [item.name for item in items if item.name != "self" and item.kind != item.VAR_KEYWORD]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}.{_near(name, known)} Known: {', '.join(dict.fromkeys(known))}")
+    try:
+        return kind(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).partition('() ')[2] or error}") from None
+
+
 # ==== command line ====================================================================================================
 
-_PROVIDERS: dict[str, type[OpenAIProvider]] = {"lmstudio": LMStudioProvider, "openai": OpenAIProvider}
-
 _EXIT_CODES = "exit status: 0 answered, 1 every tier failed, 2 usage or configuration, 124 deadline, 130 interrupted"
+
+#: What ``init`` writes above the tiers.
+_TEMPLATE = """\
+# copilot_router: tiers are asked from top to bottom until one answers. Try it: copilot-router chat --config {path} "Hello"
+# Every argument of FailoverChain, ProviderTier, CircuitBreaker, the providers and the stores may stand here by its name.
+# Keys never do: api_key_env names the environment variable that holds one.
+
+[chain]
+timeout = 60.0              # seconds for a whole call, failover included
+# wait = 120.0              # seconds that a call may sleep in all until a tier is ready again (cron jobs)
+# escalation_model = "…"    # who answers when a weaker model begins with [ESCALATE]
+failure_threshold = 3       # failures in a row that open a tier's breaker
+recovery_timeout = 15.0     # seconds until one call tries it again
+
+# [store]                   # share the breakers: type = "sqlite" with a path, or "redis" with a url or url_env
+# type = "sqlite"
+# path = "copilot-router.db"
+"""
+_TIER_TEMPLATE = """
+{mark}[[tier]]
+{mark}name = "{name}"
+{mark}models = [{model}]
+{mark}# prices = [0.1, 0.5]     # USD per million tokens: prompt, completion[, cached[, cache write]]
+{mark}[tier.provider]
+{mark}type = "{name}"
+{mark}{access}
+"""
+
+
+def _config_text(path: str, environ: Mapping[str, str]) -> str:
+    """A commented configuration: the tiers whose key or address and model the environment holds are switched on, LM Studio,
+    which needs neither, if there are none."""
+    blocks = {}
+    for name, kind in _PROVIDERS.items():
+        key, url = kind._from_environment(environ)
+        local = not kind._default_url.startswith("https")
+        model = environ.get(f"{name.upper()}_MODEL", "")
+        variable = next((variable for variable in kind._key_variables if environ.get(variable)), kind._key_variables[0])
+        access = f"base_url = {json.dumps(url or kind._default_url)}" if local else f'api_key_env = "{variable}"'
+        on = bool((url if local else key) and (model or not kind._needs_model))
+        blocks[name] = (on, {"name": name, "model": json.dumps(model or "name of a model"), "access": access})
+    if not any(on for on, _ in blocks.values()):
+        blocks["lmstudio"] = (True, {**blocks["lmstudio"][1], "model": ""})
+    tiers = [_TIER_TEMPLATE.format(mark="" if on else "# ", **words) for on, words in blocks.values()]
+    return _TEMPLATE.format(path=path) + "".join(tiers)
 
 
 def _parser() -> Any:
     import argparse
 
-    common = argparse.ArgumentParser(add_help=False)
-    kinds = sorted(_PROVIDERS)
-    common.add_argument("--provider", choices=kinds, help="speak to this one; else to what the environment names")
-    common.add_argument("--base-url", help="its address, such as http://localhost:8080/v1")
-    common.add_argument("--model", help="the model to ask first")
-    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included (default 300)")
-    common.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    common.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens")
     parser = argparse.ArgumentParser(
         prog="copilot-router", epilog=_EXIT_CODES, description="Ask LLM providers, one after the other, until one answers."
     )
     parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    chat = commands.add_parser("chat", parents=[common], epilog=_EXIT_CODES, help="ask a question and print the answer",
-                               description="Ask a question and print the answer.")  # fmt: skip
+    which = argparse.ArgumentParser(add_help=False)
+    which.add_argument("--config", metavar="FILE", help="a TOML file (init writes one); else what the environment names")
+    which.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    which.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens")
+
+    aim = argparse.ArgumentParser(add_help=False, parents=[which])
+    aim.add_argument("--provider", choices=sorted(_PROVIDERS), help="ask this one instead")
+    aim.add_argument("--base-url", metavar="URL", help="its address, such as http://localhost:8080/v1")
+    aim.add_argument("--model", help="the model to ask first")
+
+    def command(name: str, says: str, run: Callable[[Any], int], *parents: Any) -> Any:
+        text = f"{says[0].upper()}{says[1:]}."
+        made = commands.add_parser(name, help=says, description=text, epilog=_EXIT_CODES, parents=parents)
+        made.set_defaults(run=run)
+        return made
+
+    chat = command("chat", "ask a question and print the answer as it comes", _chat_command, aim)
     chat.add_argument("prompt", nargs="?", default="-", help="the question; - or nothing reads standard input")
-    chat.add_argument("--escalation-model", help="who answers when the first model gives up")
-    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--escalation-model", metavar="MODEL", help="who answers when the first model gives up")
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included")
     chat.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait in all for a tier to be ready again")
-    chat.add_argument("--tiers", help="ask only these, separated by commas")
-    commands.add_parser("check", parents=[common], epilog=_EXIT_CODES, help="ping every provider; exits 1 if one fails",
-                        description="Ping every provider.")  # fmt: skip
+    chat.add_argument("--tiers", metavar="NAMES", help="ask only these, separated by commas")
+    chat.add_argument("--no-stream", action="store_true", help="print the answer at once when it is complete")
+    command("status", "show the state of every tier, as its store has it", _status_command, which)
+    check = command("check", "ping every tier; exits 1 if one fails", _check_command, aim)
+    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each (default 5)")
+    reset = command("reset", "close the breaker of a tier", _reset_command, which)
+    reset.add_argument("tier", metavar="TIER", help="its name")
+    init = command("init", "write a commented configuration", _init_command)
+    init.add_argument("path", nargs="?", default="copilot-router.toml", metavar="FILE", help="default: copilot-router.toml")
     return parser
 
 
 def _chain_from(options: Any) -> FailoverChain:
+    """The chain that the flags, the configuration or the environment describe."""
     ladder = getattr(options, "escalation_model", None)
-    if options.provider is None and options.base_url is None:
-        chain = FailoverChain.from_env(escalation_model=ladder)
-        if options.model:
-            chain._order(options.model, None)
-        return chain
-    kind = _PROVIDERS[options.provider or "openai"]
-    models = [name for name in (options.model, ladder) if name]
-    return FailoverChain(
-        [ProviderTier(options.provider or "openai", kind(base_url=options.base_url), models)], escalation_model=ladder
-    )
+    provider, base_url = getattr(options, "provider", None), getattr(options, "base_url", None)
+    if provider or base_url:
+        if options.config:
+            raise ConfigError("--config and --provider or --base-url: give one or the other")
+        models = [name for name in (options.model, ladder) if name]
+        kind = _PROVIDERS[provider or "openai"]
+        return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], escalation_model=ladder)
+    overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
+    if options.config is None:
+        return FailoverChain.from_env(**overrides)
+    return _chain_from_config(FailoverChain, options.config, **overrides)
+
+
+class _Progress:
+    """On a terminal, after a second of silence: which tier is being asked, and for how long already. A thread of the command
+    line's own; the library has none."""
+
+    def __init__(self) -> None:
+        self._tier = ""
+        self._over = threading.Event()
+        self._shown = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __call__(self, event: Event) -> None:
+        self._tier = event.tier or self._tier
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._over.wait(1.0):
+            self._shown = True
+            print(f"\r\033[K{self._tier}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """The answer begins: clear the line."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 def _chat_command(options: Any) -> int:
@@ -5137,46 +5404,95 @@ def _chat_command(options: Any) -> int:
     if not prompt.strip():
         raise ConfigError("the prompt is empty: give it as an argument or on standard input")
     names = None if options.tiers is None else [name.strip() for name in options.tiers.split(",")]
-    with _chain_from(options) as chain:
-        response = chain.chat(
-            prompt, model=options.model, system=options.system, timeout=options.timeout, wait=options.wait, tiers=names
-        )
-    print(json.dumps(response.to_dict()) if options.json else response.text)
+    asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
+    asked["tiers"] = names
+    with _Progress() as options.on_event, _chain_from(options) as chain:
+        if options.json or options.no_stream:
+            response = chain.chat(prompt, **asked)
+            options.on_event.stop()
+            print(json.dumps(response.to_dict()) if options.json else response.text)
+        else:
+            with chain.stream(prompt, **asked) as stream:
+                options.on_event.stop()
+                for delta in stream:
+                    print(delta, end="", flush=True)
+            print()
+            response = stream.response
     if options.verbose:
         print(response.explain(), file=sys.stderr)
     return 0
 
 
-def _check_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        found = chain.check(options.timeout or 5.0)
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _print_health(options: Any, found: list[TierHealth], rows: list[list[str]]) -> None:
     if options.json:
         print(json.dumps([{**tier._asdict(), "breaker": tier.breaker._asdict()} for tier in found]))
     else:
-        width = max(len(tier.name) for tier in found)
-        for tier in found:
-            print(f"{tier.name:<{width}}  {tier.last_error or 'ok'}")
+        print(_table(rows))
+
+
+def _status_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        found = chain.health()
+        if not any(tier.breaker._shared for tier in chain.tiers):
+            print("copilot-router: no [store] is configured: other processes' breakers cannot be seen", file=sys.stderr)
+    rows = [["TIER", "ROLE", "STATE", "FAILURES", "RETRY IN", "LAST REASON"]]
+    for tier in found:
+        seen = tier.breaker
+        left = "-" if seen.retry_after is None else f"{seen.retry_after:.0f} s"
+        rows.append([tier.name, tier.role, seen.state, str(seen.failures), left, seen.reason or "-"])
+    _print_health(options, found, rows)
+    return 0
+
+
+def _check_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        found = chain.check(options.timeout)
+    _print_health(options, found, [[tier.name, tier.last_error or "ok"] for tier in found])
     return 1 if any(tier.last_error for tier in found) else 0
+
+
+def _reset_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        tier = chain._restricted([options.tier])[0]
+        old = tier.breaker.state
+        tier.breaker.reset()
+    print(json.dumps({"tier": tier.name, "was": old}) if options.json else f"{tier.name}: was {old}, is closed")
+    return 0
+
+
+def _init_command(options: Any) -> int:
+    try:
+        with open(options.path, "x", encoding="utf-8") as file:
+            file.write(_config_text(options.path, os.environ))
+    except OSError as error:
+        raise ConfigError(f"{options.path}: cannot be written ({error.strerror}): name another file") from None
+    print(f"{options.path} is written: read it, then try copilot-router chat --config {options.path} Hello")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    if options.verbose:
+    if getattr(options, "verbose", False):
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
         _log.setLevel(logging.DEBUG)
     try:
-        status = _chat_command(options) if options.command == "chat" else _check_command(options)
+        status: int = options.run(options)
         sys.stdout.flush()
         return status
-    except DeadlineExceeded as error:
-        print(f"copilot-router: {error}", file=sys.stderr)
-        return 124
     except (AllProvidersFailed, ProviderError) as error:
+        if isinstance(error, StreamInterrupted):
+            print(flush=True)  # after the text so far
         print(f"copilot-router: {error}", file=sys.stderr)
         if getattr(error, "retry_after", None) is not None:
             print(f"copilot-router: try again in {error.retry_after:.0f} s", file=sys.stderr)
-        return 1
+        late = isinstance(error, StreamInterrupted) and error.code == "attempt_timeout"
+        return 124 if late or isinstance(error, DeadlineExceeded) else 1
     except (RouterError, TypeError) as error:
         print(f"copilot-router: {error}", file=sys.stderr)
         return 2

@@ -115,7 +115,7 @@ def test_exit_statuses(url: str, capsys: pytest.CaptureFixture[str], arguments: 
 def test_no_provider_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     """The message says what to set."""
     assert main(["chat", "hi"]) == 2
-    assert "set OPENAI_API_KEY" in capsys.readouterr().err
+    assert "OPENAI_API_KEY or OPENAI_BASE_URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
@@ -125,7 +125,7 @@ def test_interruptions(url: str, monkeypatch: pytest.MonkeyPatch, error: type[Ba
     def interrupt(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(OpenAIProvider, "chat", interrupt)
+    monkeypatch.setattr(OpenAIProvider, "stream", interrupt)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     if error is BrokenPipeError:
         monkeypatch.setattr(copilot_router, "_chat_command", interrupt)
