@@ -53,7 +53,6 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
 ]  # fmt: skip
 
 import contextlib
-import difflib
 import functools
 import inspect
 import itertools
@@ -61,7 +60,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import sys
 import threading
@@ -353,8 +351,17 @@ def _number(value: Any, where: str, *, least: float = 0.0, finite: bool = False,
     return value
 
 
+def _drawn(least: float, most: float) -> float:
+    """A number at random, so that clients do not move in step."""
+    import random
+
+    return random.uniform(least, most)
+
+
 def _near(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
+    import difflib
+
     close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -1171,7 +1178,7 @@ class _SharedView:
         except Exception as error:
             first, longest = _STORE_PAUSES
             self._pause = min(max(first, 2 * self._pause), longest)
-            self._next_read = self._breaker._clock() + self._pause * random.uniform(0.5, 1.0)
+            self._next_read = self._breaker._clock() + _drawn(self._pause / 2, self._pause)
             if not self._down:
                 self._down = True
                 self._tell(f"the store is down ({type(error).__name__}): going on alone")
@@ -1927,26 +1934,23 @@ _CODES: dict[str, type[ProviderError]] = {
 }  # fmt: skip
 
 #: Phrases of messages, searched in this order in lower case -> class.
-_PHRASES: tuple[tuple[re.Pattern[str], type[ProviderError]], ...] = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
-         r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
-         r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
-        (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\\b|"
-         r"spend limit", QuotaExceeded),
-        (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key|"
-         r"location is not supported", AuthenticationError),
-        (r"no models? loaded|model is unloaded|model .{0,120}(not found|does not exist|has been (retired|deprecated)|"
-         r"no longer available)|unknown model|^model: ", ModelNotFound),
-        (r"content management policy|content filtering policy|violating our usage policy|flagged as|moderation",
-         ContentFiltered),
-        (r"unexpected endpoint|invalid url", ProviderUnavailable),
-        (r"loading model|overloaded|server busy|maximum pending requests", Overloaded),
-        (r"does not support (tools|images|vision|thinking|chat)|image input|requires --enable-auto-tool-choice|"
-         r"(tools?|image|response_format|json_schema).{0,60}not supported|"
-         r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
-    )
+_PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
+    (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
+     r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
+     r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
+    (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\\b|"
+     r"spend limit", QuotaExceeded),
+    (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key|"
+     r"location is not supported", AuthenticationError),
+    (r"no models? loaded|model is unloaded|model .{0,120}(not found|does not exist|has been (retired|deprecated)|"
+     r"no longer available)|unknown model|^model: ", ModelNotFound),
+    (r"content management policy|content filtering policy|violating our usage policy|flagged as|moderation",
+     ContentFiltered),
+    (r"unexpected endpoint|invalid url", ProviderUnavailable),
+    (r"loading model|overloaded|server busy|maximum pending requests", Overloaded),
+    (r"does not support (tools|images|vision|thinking|chat)|image input|requires --enable-auto-tool-choice|"
+     r"(tools?|image|response_format|json_schema).{0,60}not supported|"
+     r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
 )  # fmt: skip
 
 #: Generic types -> class; "invalid_request_error" says too little and stands last, after the status.
@@ -2038,7 +2042,7 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
             kind = _CODES[code]
             return RateLimited if kind is QuotaExceeded and status == 402 and waits else kind
     for pattern, kind in _PHRASES:
-        if pattern.search(text) and not (kind is AuthenticationError and status >= 500):
+        if re.search(pattern, text) and not (kind is AuthenticationError and status >= 500):
             return kind
     number = status if status >= 300 else facts.number or status
     if number in (404, 410) and ((model and model.lower() in text) or "model" in text):
@@ -2120,7 +2124,7 @@ def _duration(text: str) -> float | None:
 
 
 #: Anything that looks like a credential.
-_KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s+\S+|[\w-]{40,}")
+_KEY_LIKE = r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s+\S+|[\w-]{40,}"
 
 
 def _texts_of(value: Any) -> Iterator[str]:
@@ -2142,7 +2146,7 @@ def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
     for secret in secrets:
         if len(secret) >= 4:
             message = message.replace(secret, "***")
-    message = _KEY_LIKE.sub("***", message)
+    message = re.sub(_KEY_LIKE, "***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
     known = "\n".join(" ".join(text.split()) for text in texts)
@@ -2912,7 +2916,7 @@ class _HTTPProvider(LLMProvider):
         if not body.strip():
             raise InvalidResponse("an empty body")
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-        decoder.feed_whole(_json(body, f"the answer ({kind if _MEDIA_TYPE.fullmatch(kind) else 'of an odd type'})"))
+        decoder.feed_whole(_json(body, f"the answer ({kind if re.fullmatch(_MEDIA_TYPE, kind) else 'of an odd type'})"))
 
     def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
         """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
@@ -2986,7 +2990,7 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
 
 
 #: What is shown of a Content-Type: a server may echo a key in any header.
-_MEDIA_TYPE = re.compile(r"(text|application|image)/[a-z-]{1,15}|no content type")
+_MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}|no content type"
 _REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
 
 #: Our options -> what vendors call them when they complain.
@@ -2999,7 +3003,7 @@ _COMPLAINTS = {
     "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
 }
-_REFUSES = re.compile(
+_REFUSES = (
     r"(?i)unsupported|not supported|does not support|unrecognized|unknown (?:name|field|parameter|argument)|"
     r"extra inputs|not permitted|deprecated|not allowed|unexpected (?:field|keyword|parameter)|cannot be (?:set|used)"
 )
@@ -3011,7 +3015,7 @@ def _correction(
     """How to change the one optional field that a 400 names: an option and its new value (None: drop it), or ``token_limit``
     or ``stream_options`` and what to do with that field of the body. None if there is nothing to correct."""
     text = facts.message
-    if status not in (400, 422) or not (moved or _REFUSES.search(text + " " + " ".join(facts.codes))):
+    if status not in (400, 422) or not (moved or re.search(_REFUSES, text + " " + " ".join(facts.codes))):
         return None
     if moved is not None:
         return moved
@@ -4017,6 +4021,7 @@ class ProviderTier:
         self.params = dict(params or {})
         self._ids = tuple(self.models.values())
         self._speaks_http = isinstance(provider, _HTTPProvider)
+        self._passes_carry = isinstance(provider, (_HTTPProvider, FailoverChain))  # they know what to leave out
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
@@ -4131,9 +4136,7 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
 
 
 #: What may stand before the marker: white space, quotes, markdown, a think block, the language of a code fence.
-_BEFORE_MARKER = re.compile(
-    r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*", re.DOTALL
-)
+_BEFORE_MARKER = r"(?s)(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*"
 
 
 def _after_marker(text: str | None, marker: str) -> str | None:
@@ -4148,7 +4151,7 @@ def _after_marker(text: str | None, marker: str) -> str | None:
 
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
-    decoration = _BEFORE_MARKER.match(text)
+    decoration = re.match(_BEFORE_MARKER, text)
     return decoration.end() if decoration else 0
 
 
@@ -4184,6 +4187,7 @@ class _Live:
     def __init__(self, stream: Generator[str, None, LLMResponse], held: str) -> None:
         self.stream = stream
         self.held = held
+        self.close: Callable[[], Any] = getattr(stream, "close", lambda: None)  # a custom provider's may be a plain iterator
 
 
 class _State:
@@ -4211,6 +4215,12 @@ class _State:
         self.kwargs = kwargs
         self.attempts: list[Attempt] = []
         self.errors: list[_Failure] = []
+
+    def bare_messages(self) -> list[Message]:
+        """The messages without what they keep for the provider that they came from."""
+        if not any(_CARRY in message for message in self.messages):
+            return self.messages
+        return [{name: item for name, item in message.items() if name != _CARRY} for message in self.messages]
 
 
 _INSTRUCTION = (
@@ -4588,7 +4598,7 @@ class FailoverChain(LLMProvider):
             options = {**options, **self._silence(state, tier, options, later, left)}
             if state.observed:
                 options["on_resend"] = lambda data: self._told(state, "resend", tier, model, data)
-        messages = state.messages
+        messages = state.messages if tier._passes_carry else state.bare_messages()
         if not state.plain and not self._is_top(model, tier):
             messages = _instructed(messages, self._instruction)
         if state.observed:
@@ -4696,7 +4706,7 @@ class FailoverChain(LLMProvider):
             pause = hint
         else:
             wanted = again and self._action(error) == "again"
-            pause = random.uniform(*_RETRY_PAUSE) if hint is None else hint
+            pause = _drawn(*_RETRY_PAUSE) if hint is None else hint
         if not wanted or pause is None or pause > self.max_retry_after or now + pause >= state.deadline:
             return None
         return float(pause)
@@ -4816,7 +4826,7 @@ class FailoverChain(LLMProvider):
                 live.ticket.success()  # unless it was settled otherwise
             else:
                 live.ticket.neutral()
-            stream.close()
+            live.close()
             if live.tier._slots is not None:
                 live.tier._slots.release()
         self._record(state, live.tier, live.model, None, response, clock() - live.start)
@@ -5103,7 +5113,7 @@ _PROVIDERS: dict[str, type[_HTTPProvider]] = {
 }  # fmt: skip
 _STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
 #: Headers that carry a key.
-_KEY_HEADERS = re.compile(r"(?i)authorization|cookie|.*(api-?key|token|secret)")
+_KEY_HEADERS = r"(?i)authorization|cookie|.*(api-?key|token|secret)"
 
 
 def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
@@ -5195,7 +5205,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
     for name in table.get("headers", ()) if isinstance(table.get("headers"), Mapping) else ():
-        if _KEY_HEADERS.fullmatch(name):
+        if re.fullmatch(_KEY_HEADERS, name):
             cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
             raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
     if "api_key" in table:
