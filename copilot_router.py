@@ -2518,6 +2518,11 @@ class _Decoder(ABC):
             raise _InBandError(body)
         return self._take(body, whole)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether any text of the answer has been returned."""
+        return bool(self._text)
+
     @abstractmethod
     def _take(self, body: dict[str, Any], whole: bool) -> str:
         """One event, or one whole answer, that is an object and no error; returns the text in it."""
@@ -2866,9 +2871,14 @@ class _HTTPProvider(LLMProvider):
             if "event-stream" in kind or "ndjson" in kind:
                 parser = _Lines() if "ndjson" in kind else _SSE()
                 yield from self._read_events(answer, parser, decoder, every_delta)
+                shown = decoder.has_text
             else:
                 self._read_whole(answer, decoder)
-            return decoder.response()
+                shown = False
+            response = decoder.response()
+            if every_delta and not shown and response.content:
+                yield response.content  # whole JSON, or what might have become a think block
+            return response
         except _InBandError as in_band:
             error, _ = self._reported(in_band.body, answer, call, decoder.usage)
             raise error from None
