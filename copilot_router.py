@@ -3271,8 +3271,9 @@ class _ResponsesDecoder(_Decoder):
     def _take_item(self, item: dict[str, Any]) -> str:
         kind, text = item.get("type"), ""
         if kind == "reasoning":
-            for part in (*(item.get("summary") or ()), *(item.get("content") or ())):
-                self._add_reasoning(_dict(part).get("text"))
+            for parts in (item.get("summary"), item.get("content")):
+                for part in parts if isinstance(parts, list) else ():
+                    self._add_reasoning(_dict(part).get("text"))
         elif kind == "function_call":
             self._add_call(item.get("call_id"), item.get("name"), item.get("arguments"))
         elif kind == "message":
@@ -3493,11 +3494,12 @@ class _AnthropicDecoder(_Decoder):
             grown = {name: "".join(pieces) for name, pieces in self._pieces[at].items() if pieces}
             arguments = grown.pop("partial_json", "")
             for name, text in grown.items():
-                block[name] = (block.get(name) or "") + text
+                begun = block.get(name)
+                block[name] = (begun if isinstance(begun, str) else "") + text
             if block.get("type") == "tool_use":
                 given = block.get("input")
                 self._add_call(block.get("id"), block.get("name"), arguments or (given if isinstance(given, dict) else None))
-                block["input"] = _parsed_arguments(arguments)[0] or {} if arguments else given
+                block["input"] = _parsed_arguments(arguments)[0] or {} if arguments else _dict(given)
             if block.get("type") in ("text", "tool_use", "thinking", "redacted_thinking") and block.get("text") != "":
                 blocks.append(block)
         if any("thinking" in block["type"] for block in blocks):
