@@ -2434,13 +2434,17 @@ class _ThinkSplitter:
     """Takes a leading <think>…</think> block out of text that comes in pieces."""
 
     def __init__(self) -> None:
-        self._state = "start"  # start | thinking | answer
+        self._state = "start"  # start | thinking | gap | answer
         self._held = ""
         self.thought: list[str] = []
 
     def feed(self, text: str) -> str:
         """What of this piece belongs to the answer."""
         if self._state == "answer":
+            return text
+        if self._state == "gap":
+            text = text.lstrip()
+            self._state = "answer" if text else "gap"
             return text
         self._held += text
         if self._state == "start":
@@ -2458,8 +2462,8 @@ class _ThinkSplitter:
             self._held = self._held[keep:]
             return ""
         self.thought.append(self._held[:end])
-        self._held = self._held[end + 8 :].lstrip()
-        return self._release()
+        self._state, rest, self._held = "gap", self._held[end + 8 :], ""
+        return self.feed(rest)
 
     def _release(self) -> str:
         self._state, held, self._held = "answer", self._held, ""
