@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from dialects import DIALECTS, Answer, Dialect, answers, chunk, found_in, head, parsed, reply, streamed, texts_in
-from test_transport import Peer, peer
+from faults import Peer, peer
 
 from copilot_router import (
     AuthenticationError,
@@ -168,7 +168,7 @@ def test_reasoning_is_kept_apart(dialect: Dialect, streaming: bool) -> None:
 
 def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -> None:
     """Thinking inside the text, cut in the middle of its tags."""
-    answer = Answer(text=("<thi", "nk>Let me th", "ink.</th", "ink>\n\nHello, ", "<think>world"))
+    answer = Answer(text=("<thi", "nk>Let me th", "ink.</th", "ink>\n", "\nHello, ", "<think>world"))
     with served(dialect, answer, stream_upstream=streaming) as (_, client):
         deltas, response = drained(client.stream("hi", model="m", timeout=5))
     assert (response.reasoning, response.content) == ("Let me think.", "Hello, <think>world")
