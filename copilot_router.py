@@ -4174,9 +4174,9 @@ def _undecorated(text: str) -> int:
 def _undecided(text: str, marker: str) -> bool:
     """Whether a text begins with the marker, or may yet turn out to when more of it has come."""
     at = _undecorated(text)
-    rest = text[at:].lower()
-    begins = rest.startswith(marker.lower()) or marker.lower().startswith(rest)
-    return begins or "<think>".startswith(rest[:7]) or (text[:at].endswith("```") and rest.isidentifier())
+    rest = text[at:]
+    begins = rest.lower().startswith(marker.lower()) or marker.lower().startswith(rest.lower())
+    return begins or "<think>".startswith(rest[:7]) or (text[:at].endswith("```") and re.fullmatch(r"\w+", rest) is not None)
 
 
 class _Failure(NamedTuple):
@@ -4643,8 +4643,10 @@ class FailoverChain(LLMProvider):
             while True:
                 delta = next(stream)
                 held += delta
-                if not held or held.isspace() or (len(held) > _ECHO and ">" not in delta and "<think>" in held[:_ECHO]):
-                    continue  # blank, or inside a think block that this delta does not end
+                if not held or held.isspace():
+                    continue
+                if len(held) > _ECHO and ">" not in delta and "<think>" in held[:_ECHO] and "</think>" not in held:
+                    continue  # inside a think block that this delta does not end
                 if not self._ladder or not _undecided(held, self._core):
                     return _Live(stream, held)
         except StopIteration as end:
