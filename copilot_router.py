@@ -4653,7 +4653,10 @@ class FailoverChain(LLMProvider):
             response: LLMResponse = end.value
             return response
         except StreamInterrupted as error:  # of a nested chain: its reader, this chain, has shown nothing
-            raise error.__cause__ or error from None
+            cause = error.__cause__ or error
+            if isinstance(cause, RouterError):
+                cause.attempts = error.attempts
+            raise cause from None
 
     def _silence(
         self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
