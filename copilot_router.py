@@ -4050,7 +4050,13 @@ class ProviderTier:
 
     def _renew_after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._slots = None if self.max_concurrency is None else threading.BoundedSemaphore(self.max_concurrency)
+        self._slots: Any = None
+        if self.max_concurrency is not None:
+            import queue
+
+            self._slots = queue.SimpleQueue()  # unlike a semaphore it may be put to by a finalizer, at any moment
+            for _ in range(self.max_concurrency):
+                self._slots.put(None)
 
     def _id_of(self, model: str) -> str | None:
         """The id to send for a name, None if this tier does not list it."""
@@ -4591,7 +4597,7 @@ class FailoverChain(LLMProvider):
                 return response
             finally:
                 if tier._slots is not None and not isinstance(response, _Live):
-                    tier._slots.release()
+                    tier._slots.put(None)
             if pause is None:
                 if later and state.deadline > self._clock():
                     self._told(state, "failover", tier, model, {"to": later[0][0].name}, logging.INFO)
@@ -4752,11 +4758,15 @@ class FailoverChain(LLMProvider):
 
     def _take_slot(self, state: _State, tier: ProviderTier, later: _Plan) -> bool:
         """One of the tier's max_concurrency places; waited for only when no later tier is ready."""
-        assert tier._slots is not None
-        if any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later):
-            return tier._slots.acquire(blocking=False)
+        import queue
+
+        waits = not any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later)
         left = max(0.0, state.deadline - self._clock())
-        return tier._slots.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+        try:
+            tier._slots.get(waits, min(left, _LONGEST_WAIT))
+        except queue.Empty:
+            return False
+        return True
 
     # -- keeping the record
 
@@ -4824,7 +4834,7 @@ class FailoverChain(LLMProvider):
 
     def _deltas(self, state: _State, live: _Live) -> Generator[str, None, LLMResponse]:
         """The rest of a stream whose first text is in hand. However it ends, ticket, slot and connection are given back."""
-        clock, deadline, stream = self._clock, state.deadline, live.stream
+        clock, deadline, stream, slots = self._clock, state.deadline, live.stream, live.tier._slots
         taken: list[str] = []
         delta = live.held
         try:
@@ -4847,9 +4857,9 @@ class FailoverChain(LLMProvider):
                 live.ticket.success()  # unless it was settled otherwise
             else:
                 live.ticket.neutral()
-            live.close()
-            if live.tier._slots is not None:
-                live.tier._slots.release()
+            if slots is not None:
+                slots.put(None)
+            live.close()  # last: a provider's own generator may raise here
         self._record(state, live.tier, live.model, None, response, clock() - live.start)
         answer = self._finished(state, live.tier, response)
         if state.observed:
