@@ -23,16 +23,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from copilot_router import AnthropicProvider, GeminiProvider, LLMProvider, OllamaProvider, OpenAIProvider
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
 PATIENCE = 30.0
-
-
-def event(text: str | None = None, finish: str | None = None) -> bytes:
-    """One event of a Chat Completions stream."""
-    delta = {"content": text} if text else {}
-    return b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
 
 
 def chunked(*pieces: bytes) -> bytes:
@@ -145,81 +141,308 @@ def peer(serve: Callable[[Any, socket.socket, bytes], bool]) -> Iterator[Peer]:
 # -- wire formats
 
 
-class Dialect:
-    """How a vendor says what every healthy answer says. Pure; one subclass a wire format."""
+def event(text: str | None = None, finish: str | None = None) -> bytes:
+    """One event of a Chat Completions stream."""
+    delta = {"content": text} if text else {}
+    return b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
 
-    path: str  #: of the requests that faults are for; any other request gets a healthy list of models
+
+class Dialect:
+    """How a vendor says what every healthy answer says, as plain objects. Pure; one subclass a wire format."""
+
+    name: str
+    path: str  #: found in the path of the requests that faults are for; any other gets a healthy list of models
     stream_type = "text/event-stream"
     keep_alive = b": keep-alive\n\n"  #: what a stream may say without saying anything
-    garbled = b'data: {"choices": [{"delta": {"content": "half an ev\n\n'  #: an event that cannot be read
     end = b""  #: the end marker
+    ends_twice = False  #: whether the end marker alone completes an answer, too
+    #: A refusal's kind -> its status and the vendor's name for it.
+    refusals: ClassVar[dict[str, tuple[int, str]]]
+
+    def __init__(self, model: str = "a-model", prompt_tokens: int = 11, completion_tokens: int = 7) -> None:
+        self.model = model  #: as the server reports it
+        self.tokens = (prompt_tokens, completion_tokens)
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        """The provider that speaks it."""
+        raise NotImplementedError
 
     def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
         """Model, text of the last message, and whether a stream is wanted."""
+        return body["model"], body["messages"][-1]["content"], bool(body.get("stream"))
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What opens a stream, without any sign of generation."""
+        return []
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Events with these pieces of text, the last of them one piece; always the first content of an answer."""
         raise NotImplementedError
 
-    def begin(self) -> bytes:
-        """What opens a stream, without any text yet."""
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        """What follows when that content is over."""
+        return []
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        """Events of one tool call, the at-th piece of content."""
         raise NotImplementedError
 
-    def text(self, text: str) -> bytes:
-        """One event with text."""
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        """What makes the answer complete, before the end marker."""
         raise NotImplementedError
 
-    def finish(self) -> bytes:
-        """The events that make the answer complete, before the end marker."""
-        raise NotImplementedError
-
-    def whole(self, text: str) -> bytes:
+    def document(self, text: str) -> dict[str, Any]:
         """The same answer in one JSON document."""
         raise NotImplementedError
 
-    def error(self, kind: str) -> tuple[int, bytes]:
-        """Status and body of a refusal: bad_request, unauthorized, rate_limited, server_error, overloaded."""
-        raise NotImplementedError
+    def refusal(self, kind: str) -> dict[str, Any]:
+        """The body of a refusal: bad_request, unauthorized, rate_limited, server_error, overloaded."""
+        return {"error": {"message": f"this is {kind}", "type": self.refusals[kind][1], "code": None}}
 
-    def error_event(self, kind: str) -> bytes:
-        """The same inside a stream."""
-        return b"data: " + self.error(kind)[1] + b"\n\n"
+    def frame(self, item: Any) -> bytes:
+        """One event as it is sent."""
+        return b"data: " + json.dumps(item).encode() + b"\n\n"
+
+    def frames(self, items: list[dict[str, Any]]) -> bytes:
+        return b"".join(map(self.frame, items))
 
 
 class Chat(Dialect):
     """Chat Completions."""
 
+    name = "chat"
     path = "/chat/completions"
     end = b"data: [DONE]\n\n"
+    ends_twice = True
+    refusals: ClassVar = {
+        "bad_request": (400, "invalid_request_error"), "unauthorized": (401, "authentication_error"),
+        "rate_limited": (429, "requests"), "server_error": (500, "server_error"), "overloaded": (503, "unavailable_error"),
+    }  # fmt: skip
 
-    def __init__(self, model: str = "a-model", prompt_tokens: int = 11, completion_tokens: int = 7) -> None:
-        self.model = model  #: as the server reports it
-        self.usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OpenAIProvider(key, url, api="chat", **settings)
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {"model": self.model, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        return {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1]}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._chunk({"content": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        head = {"index": at, "id": f"id-{at}", "type": "function", "function": {"name": name, "arguments": ""}}
+        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
+        rest = [{"index": at, "function": {"arguments": piece}} for piece in pieces]
+        return [self._chunk({"tool_calls": [piece]}) for piece in (head, *rest)]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [self._chunk({}, "tool_calls" if called else "stop"), {"choices": [], "usage": self._usage}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return {"model": self.model, "choices": [choice], "usage": self._usage}
+
+
+class Responses(Dialect):
+    """OpenAI's Responses API."""
+
+    name = "responses"
+    path = "/responses"
+    refusals = Chat.refusals
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OpenAIProvider(key, url, api="responses", **settings)
 
     def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        return body.get("model", ""), body["messages"][-1]["content"], bool(body.get("stream"))
+        content = body["input"][-1]["content"]
+        return body["model"], content if isinstance(content, str) else content[-1]["text"], bool(body.get("stream"))
 
-    def begin(self) -> bytes:
-        choice = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return b"data: " + json.dumps({"model": self.model, "choices": [choice]}).encode() + b"\n\n"
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"type": "response.created", "response": {"status": "in_progress"}}]
 
-    def text(self, text: str) -> bytes:
-        return event(text)
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [{"type": "response.output_text.delta", "output_index": 0, "delta": text} for text in texts]
 
-    def finish(self) -> bytes:
-        usage = {"choices": [], "usage": self.usage}
-        return event(finish="stop") + b"data: " + json.dumps(usage).encode() + b"\n\n"
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "".join(texts)}]}
+        return [{"type": "response.output_item.done", "output_index": 0, "item": item}]
 
-    def whole(self, text: str) -> bytes:
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return json.dumps({"model": self.model, "choices": [choice], "usage": self.usage}).encode()
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        item = {"type": "function_call", "call_id": f"id-{at}", "name": name, "arguments": arguments}
+        return [
+            {"type": "response.function_call_arguments.delta", "output_index": at, "delta": arguments},
+            {"type": "response.output_item.done", "output_index": at, "item": item},
+        ]
 
-    def error(self, kind: str) -> tuple[int, bytes]:
-        status, name, code = {
-            "bad_request": (400, "invalid_request_error", None),
-            "unauthorized": (401, "invalid_request_error", "invalid_api_key"),
-            "rate_limited": (429, "requests", "rate_limit_exceeded"),
-            "server_error": (500, "server_error", None),
-            "overloaded": (503, "service_unavailable_error", "server_is_overloaded"),
-        }[kind]
-        return status, json.dumps({"error": {"message": f"this is {kind}", "type": name, "code": code}}).encode()
+    def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
+        return {"object": "response", "status": "completed", "model": self.model, "output": items, "usage": usage}
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [{"type": "response.completed", "response": self._response([])}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        part = {"type": "output_text", "text": text}
+        return self._response([{"type": "message", "role": "assistant", "content": [part]}])
+
+
+class Anthropic(Dialect):
+    """Anthropic's Messages."""
+
+    name = "anthropic"
+    path = "/messages"
+    keep_alive = b'event: ping\ndata: {"type": "ping"}\n\n'
+    end = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+    ends_twice = True
+    refusals: ClassVar = {
+        "bad_request": (400, "invalid_request_error"), "unauthorized": (401, "authentication_error"),
+        "rate_limited": (429, "rate_limit_error"), "server_error": (500, "api_error"), "overloaded": (529, "overloaded_error"),
+    }  # fmt: skip
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return AnthropicProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        content = body["messages"][-1]["content"]
+        return body["model"], content if isinstance(content, str) else content[-1]["text"], bool(body.get("stream"))
+
+    def opening(self) -> list[dict[str, Any]]:
+        message = {"type": "message", "role": "assistant", "model": self.model, "content": [],
+                   "usage": {"input_tokens": self.tokens[0], "output_tokens": 1}}  # fmt: skip
+        return [{"type": "message_start", "message": message}, {"type": "ping"}]
+
+    def _block(self, at: int, block: dict[str, Any], deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        grown = [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
+        opened = {"type": "content_block_start", "index": at, "content_block": block}
+        return [opened, *grown]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return self._block(0, {"type": "text", "text": ""}, [{"type": "text_delta", "text": text} for text in texts])
+
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [{"type": "content_block_stop", "index": 0}]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
+        block = {"type": "tool_use", "id": f"id-{at}", "name": name, "input": {}}
+        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+        return [*self._block(at, block, deltas), {"type": "content_block_stop", "index": at}]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        delta = {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
+        return [{"type": "message_delta", "delta": delta, "usage": {"output_tokens": self.tokens[1]}}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
+        return {"type": "message", "role": "assistant", "model": self.model, "content": [{"type": "text", "text": text}],
+                "stop_reason": "end_turn", "usage": usage}  # fmt: skip
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        return {"type": "error", "error": {"type": self.refusals[kind][1], "message": f"this is {kind}"}}
+
+    def frame(self, item: Any) -> bytes:
+        name = item.get("type", "error") if isinstance(item, dict) else "message"
+        return f"event: {name}\ndata: {json.dumps(item)}\n\n".encode()
+
+
+class Gemini(Dialect):
+    """Google's generateContent."""
+
+    name = "gemini"
+    path = "enerateContent"
+    refusals: ClassVar = {
+        "bad_request": (400, "INVALID_ARGUMENT"), "unauthorized": (401, "UNAUTHENTICATED"),
+        "rate_limited": (429, "RESOURCE_EXHAUSTED"), "server_error": (500, "INTERNAL"), "overloaded": (503, "UNAVAILABLE"),
+    }  # fmt: skip
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return GeminiProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        model = path.rpartition("/")[2].partition(":")[0]
+        return model, body["contents"][-1]["parts"][-1]["text"], "streamGenerateContent" in path
+
+    def _part(self, part: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0, **fields}
+        return {"candidates": [candidate], "modelVersion": self.model}
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        return {"promptTokenCount": self.tokens[0], "candidatesTokenCount": self.tokens[1]}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"modelVersion": self.model, "responseId": "a-response"}]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._part({"text": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        return [self._part({"functionCall": {"id": f"id-{at}", "name": name, "args": json.loads(arguments)}})]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [{**self._part({"text": ""}, finishReason="STOP"), "usageMetadata": self._usage}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        return {**self._part({"text": text}, finishReason="STOP"), "usageMetadata": self._usage}
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        status, name = self.refusals[kind]
+        return {"error": {"code": status, "message": f"this is {kind}", "status": name}}
+
+
+class Ollama(Dialect):
+    """Ollama's own: a JSON document a line."""
+
+    name = "ollama"
+    path = "/api/chat"
+    stream_type = "application/x-ndjson"
+    keep_alive = b"\n"
+    refusals: ClassVar = {
+        "bad_request": (400, ""), "unauthorized": (401, ""), "rate_limited": (429, ""), "server_error": (500, ""),
+        "overloaded": (503, ""),
+    }  # fmt: skip
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OllamaProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        return body["model"], body["messages"][-1]["content"], body.get("stream", True)
+
+    def _line(self, message: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        return {"model": self.model, "message": {"role": "assistant", **message}, "done": False, **fields}
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._line({"content": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        function = {"name": name, "arguments": json.loads(arguments)}
+        return [self._line({"content": "", "tool_calls": [{"id": f"id-{at}", "function": function}]})]
+
+    @property
+    def _done(self) -> dict[str, Any]:
+        return {"done": True, "done_reason": "stop", "prompt_eval_count": self.tokens[0], "eval_count": self.tokens[1]}
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [self._line({"content": ""}, **self._done)]
+
+    def document(self, text: str) -> dict[str, Any]:
+        return self._line({"content": text}, **self._done)
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        text = {"overloaded": "server busy, please try again. maximum pending requests exceeded"}.get(kind, f"this is {kind}")
+        return {"error": text}
+
+    def frame(self, item: Any) -> bytes:
+        return json.dumps(item).encode() + b"\n"
+
+
+DIALECTS: tuple[type[Dialect], ...] = (Chat, Responses, Anthropic, Gemini, Ollama)
 
 
 # -- one request and what may be done to it
@@ -259,16 +482,32 @@ class Exchange:
         self.until = time.monotonic() + PATIENCE
         text = answer_to(prompt)
         self.texts = [text[at : at + 9] for at in range(0, len(text), 9)]
+        self.whole = json.dumps(dialect.document(text)).encode()
         if stream:
-            told = b"".join(map(dialect.text, self.texts))
             self.kind = dialect.stream_type
-            self.complete = dialect.begin() + told + dialect.finish()  #: all but the end marker
+            self.opening = dialect.frames(dialect.opening())  #: no text yet
+            self.part = self.told(self.texts[:4])  #: some text, and no end
+            rest = [*dialect.texts_end(self.texts), *dialect.closing()]
+            self.complete = self.told(self.texts) + dialect.frames(rest)  #: all but the end marker
             self.body = self.complete + dialect.end
-            self.part = dialect.begin() + b"".join(map(dialect.text, self.texts[:4]))  #: some text, and no end
         else:
             self.kind = "application/json"
-            self.complete = self.body = dialect.whole(text)
-            self.part = self.body[: len(self.body) * 2 // 3]
+            self.opening = b"{"
+            self.complete = self.body = self.whole
+            self.part = self.whole[: len(self.whole) * 2 // 3]
+
+    def told(self, texts: list[str]) -> bytes:
+        """The beginning of a stream, as far as these texts."""
+        return self.opening + self.dialect.frames(self.dialect.texts(texts))
+
+    def more(self, text: str) -> bytes:
+        """One more event with text, after ``part``."""
+        return self.dialect.frame(self.dialect.texts([text])[-1])
+
+    def error(self, kind: str) -> bytes:
+        """An error where an answer should be: an event, or a document."""
+        body = self.dialect.refusal(kind)
+        return self.dialect.frame(body) if self.stream else json.dumps(body).encode()
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
@@ -303,8 +542,8 @@ class Exchange:
 
     def refuse(self, kind: str, *headers: str) -> None:
         """A refusal in the dialect's own words."""
-        status, body = self.dialect.error(kind)
-        self.reply(f"{status} No", body, *headers)
+        body = json.dumps(self.dialect.refusal(kind)).encode()
+        self.reply(f"{self.dialect.refusals[kind][0]} No", body, *headers)
 
     def wait(self, seconds: float) -> bool:
         """Wait; False when it is time to give up."""
@@ -423,10 +662,10 @@ def healthy_without_end_marker(x: Exchange) -> None:
     x.ok(x.complete)
 
 
-@fault
+@fault(only=Chat)
 def healthy_without_finish_reason(x: Exchange) -> None:
     """An end marker is as good as a finish reason."""
-    x.ok(x.body.replace(x.dialect.finish(), b""))
+    x.ok(x.told(x.texts) + x.dialect.end if x.stream else x.body)
 
 
 @fault
@@ -564,7 +803,7 @@ def keep_alives_in_the_middle(x: Exchange) -> None:
 def nothing_but_a_beginning(x: Exchange) -> None:
     """Opening events again and again, without any text."""
     x.head("Connection: close")
-    x.gush(x.dialect.begin() if x.stream else b" ", 0.02)
+    x.gush(x.opening if x.stream else b" ", 0.02)
 
 
 @fault
@@ -584,7 +823,7 @@ def silence_after_headers(x: Exchange) -> None:
 def silence_after_the_beginning(x: Exchange) -> None:
     """The opening events, then nothing."""
     x.head("Connection: close")
-    x.send(x.dialect.begin() if x.stream else b"{")
+    x.send(x.opening)
     x.hang()
 
 
@@ -608,7 +847,7 @@ def late_first_token(x: Exchange) -> None:
 def stall_after_20_tokens(x: Exchange) -> None:
     """An answer of sixty that stops."""
     x.head("Connection: close")
-    x.send(x.dialect.begin() + b"".join(x.dialect.text(f"{number} ") for number in range(20)) if x.stream else x.part)
+    x.send(x.told([f"{number} " for number in range(20)]) if x.stream else x.part)
     x.hang()
 
 
@@ -624,7 +863,8 @@ def long_content_length(x: Exchange) -> None:
 def slow_tokens(x: Exchange) -> None:
     """Text all the time, but too slowly for any deadline."""
     x.head("Connection: close")
-    x.gush(x.dialect.text("more ") if x.stream else b" ", 0.05)
+    x.send(x.part)
+    x.gush(x.more("more ") if x.stream else b" ", 0.05)
 
 
 @fault
@@ -698,7 +938,7 @@ def cut_until_closed(x: Exchange) -> None:
 def cut_after_40_tokens(x: Exchange) -> None:
     """An answer of sixty that ends."""
     x.head("Connection: close")
-    x.send(x.dialect.begin() + b"".join(x.dialect.text(f"{number} ") for number in range(40)) if x.stream else x.part)
+    x.send(x.told([f"{number} " for number in range(40)]) if x.stream else x.part)
 
 
 @fault
@@ -755,7 +995,7 @@ def dropped_on_reuse(x: Exchange) -> None:
 @fault
 def a_second_answer(x: Exchange) -> None:
     """A good answer, and in the same breath another one that nobody asked for."""
-    other = x.dialect.whole("the answer to something else")
+    other = json.dumps(x.dialect.document("the answer to something else")).encode()
     head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
     x.send(b"".join(head.format(kind, len(body)).encode() + body for kind, body in ((x.kind, x.body), (x.kind, other))))
     x.keep = True
@@ -862,7 +1102,8 @@ def endless_line(x: Exchange) -> None:
 def endless_text(x: Exchange) -> None:
     """A model that never stops."""
     x.head("Connection: close")
-    x.gush(x.dialect.text("again and again " * 4000) if x.stream else b" " * 65536, 0.01)
+    x.send(x.part)
+    x.gush(x.more("again and again " * 4000) if x.stream else b" " * 65536, 0.01)
 
 
 @fault
@@ -915,7 +1156,7 @@ def html_as_stream(x: Exchange) -> None:
 @fault
 def json_as_stream(x: Exchange) -> None:
     """A whole answer, cut, that calls itself a stream."""
-    x.reply("200 OK", x.dialect.whole(answer_to(x.prompt))[:-9], kind=x.dialect.stream_type)
+    x.reply("200 OK", x.whole[:-9], kind=x.dialect.stream_type)
 
 
 @fault
@@ -938,7 +1179,8 @@ def deep_json(x: Exchange) -> None:
 @fault
 def garbled_event(x: Exchange) -> None:
     """One event in the middle that cannot be read: it may have held text."""
-    x.ok(x.body[: len(x.part)] + x.dialect.garbled + x.body[len(x.part) :] if x.stream else x.body[:-7])
+    half = x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2
+    x.ok(x.part + half + x.body[len(x.part) :] if x.stream else x.body[:-7])
 
 
 # -- refusals, in the dialect's words
@@ -969,13 +1211,13 @@ def rate_limited_for_two_seconds(x: Exchange) -> None:
 @fault
 def error_in_a_stream(x: Exchange) -> None:
     """At status 200, after some text."""
-    x.ok(x.part + x.dialect.error_event("overloaded") if x.stream else x.dialect.error("overloaded")[1])
+    x.ok(x.part + x.error("overloaded") if x.stream else x.error("overloaded"))
 
 
 @fault
 def error_instead_of_a_stream(x: Exchange) -> None:
     """At status 200, as the first thing."""
-    x.ok(x.dialect.error_event("rate_limited") if x.stream else x.dialect.error("rate_limited")[1])
+    x.ok(x.error("overloaded"))
 
 
 #: Name -> a kind of refusal and its headers: the retry hints that a header can give.

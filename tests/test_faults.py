@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from faults import FAULTS, FaultServer, answer_to, descriptors, fault_server
+from faults import DIALECTS, FAULTS, Dialect, FaultServer, answer_to, descriptors, fault_server
 
 from copilot_router import (
     AllProvidersFailed,
@@ -161,7 +161,7 @@ ROWS = [
     Row("rate_limited_once", ANSWER, RAW, 2, "closed 0"),
     Row("rate_limited_for_two_seconds", ANSWER, RAW, 2, "closed 0", within=3.0, alone=RateLimited),
     Row("error_in_a_stream", Overloaded, RAW, 2, "closed 2"),
-    Row("error_instead_of_a_stream", RateLimited, RAW, 1, "open 15"),
+    Row("error_instead_of_a_stream", Overloaded, RAW, 2, "closed 2"),
     Row("hint_seconds", RateLimited, RAW, 1, "open 30"),
     Row("hint_float", RateLimited, RAW, 1, "open 30"),
     Row("hint_milliseconds", RateLimited, RAW, 1, "open 30"),
@@ -377,6 +377,38 @@ def test_alone_it_fails_in_time(row: Row) -> None:
             assert failure.attempts[0].tier == "ill"
             assert prompt not in f"{failure} {failure!r} {failure.attempts}"
             assert KEY not in f"{failure} {failure!r} {failure.attempts}"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS[1:], ids=lambda dialect: dialect.name)
+def test_every_wire_format_is_as_safe(dialect: type[Dialect]) -> None:
+    """What HTTP does to Chat Completions it does to all: the same outcome for every fault that is not the format's own."""
+    rows = [row for row in ROWS if FAULTS[row.fault].only is None]
+
+    def run(row: Row) -> str:
+        with fault_server(dialect()) as ill, fault_server(dialect()) as well:
+            tiers = [
+                ProviderTier("ill", dialect().client(KEY, ill.url, **LIMITS), [row.fault], timeout=row.timeout),
+                ProviderTier("well", dialect().client(KEY, well.url), ["healthy"]),
+            ]
+            with FailoverChain(tiers) as chain:
+                for call in range(row.calls):
+                    prompt = f"{PROMPT}{row.fault} {call}"
+                    start = time.monotonic()
+                    response = chain.chat(prompt, timeout=5)
+                    taken = time.monotonic() - start
+                    text = row.told(answer_to(prompt)) if response.provider == "ill" else answer_to(prompt)
+                    assert response.text == text, row.fault
+                assert taken < row.within + 1, row.fault  # eight at a time
+                assert response.provider == ("ill" if row.expect is ANSWER else "well"), row.fault
+                if row.expect is not ANSWER:
+                    classes = {(attempt.error or "").partition(":")[0] for attempt in response.attempts[:-1]}
+                    assert classes == {row.expect.__name__}, row.fault
+                assert ill.count(row.fault) == row.requests, row.fault
+                assert stands(chain, row.breaker), row.fault
+        return row.fault
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(run, rows))) > 90
 
 
 def naive(server: FaultServer, model: str) -> str:
