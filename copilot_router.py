@@ -2120,7 +2120,8 @@ def _duration(text: str) -> float | None:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         return _seconds(text)
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    return sum(float(number) * units[unit] for number, unit in parts)
+    total = sum(float(number) * units[unit] for number, unit in parts)
+    return total if total < math.inf else None
 
 
 #: Anything that looks like a credential.
