@@ -1,0 +1,1181 @@
+"""Fake vendors on loopback that enforce the vendors' own rules, so that no encoder passes by luck.
+
+Each answers a violation with its vendor's own status and error body, and a legal request with the next item of its script
+(a ``Reply``, a ``Raw`` answer, or a function of the request's body that returns one), streamed in the vendor's own format
+where the request asks for a stream. What it issued itself (tool ids, signatures) it remembers, and takes back only unchanged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import requests
+from requests.adapters import HTTPAdapter
+
+KEY = "sk-test-vendors-key-1234567890"
+
+
+@dataclass
+class Reply:
+    """What the model says; each vendor puts it into its own form."""
+
+    text: str = ""
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    thinking: str = ""
+    finish: str = ""  #: the vendor's own finish reason; "" for the one that fits
+
+
+@dataclass
+class Raw:
+    """An answer as it stands. A streamed one without length ends by closing the connection."""
+
+    body: Any = b""
+    status: int = 200
+    kind: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def data(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+
+class Request(NamedTuple):
+    """What came in."""
+
+    path: str
+    headers: dict[str, str]  #: names in lower case
+    body: Any
+
+
+class Refused(Exception):
+    """A broken rule: the status and the body to answer."""
+
+    def __init__(self, status: int, body: Any) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+def sse(*events: Any, done: bool = False) -> bytes:
+    """Server-sent events without names."""
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + (["data: [DONE]\n\n"] if done else [])
+    return "".join(lines).encode()
+
+
+def stream(*events: Any, done: bool = False) -> Raw:
+    """A scripted event stream."""
+    return Raw(sse(*events, done=done), kind="text/event-stream")
+
+
+def halves(text: str) -> list[str]:
+    """A text as two deltas."""
+    middle = (len(text) + 1) // 2
+    return [piece for piece in (text[:middle], text[middle:]) if piece]
+
+
+def digest(*things: Any) -> str:
+    """A signature over anything that is JSON."""
+    return base64.b64encode(hashlib.sha256(json.dumps(things, sort_keys=True).encode()).digest()).decode()
+
+
+# -- shapes: a dict for an object ("name!" is required), a list for a list, a frozenset of values, a pattern, types, a function
+
+Check = Callable[["Vendor", Any, str], None]
+NUMBER = (int, float)
+
+
+def either(*specs: Any) -> Check:
+    """One of several shapes, that for a text first; the complaint is of the one that was meant."""
+
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        complaints = []
+        for spec in specs:
+            try:
+                return vendor.match(value, spec, where)
+            except Refused as refused:
+                complaints.append(refused)
+        raise complaints[0 if isinstance(value, str) else -1]
+
+    return check
+
+
+def tagged(key: str, shapes: dict[str, Any]) -> Check:
+    """An object whose shape depends on one of its values."""
+
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        if not isinstance(value, dict) or value.get(key) not in shapes:
+            vendor.wrong(where, f"an object with {key} one of {', '.join(shapes)}")
+        vendor.match(value, {f"{key}!": str, **shapes[value[key]]}, where)
+
+    return check
+
+
+def between(least: float, most: float, kinds: Any = NUMBER) -> Check:
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        vendor.match(value, kinds, where)
+        if not least <= value <= most:
+            vendor.wrong(where, f"between {least} and {most}")
+
+    return check
+
+
+def encoded(vendor: Vendor, value: Any, where: str) -> None:
+    """Base64, neither empty nor with a ``data:`` prefix."""
+    try:
+        if base64.b64decode(value, validate=True):
+            return
+    except (binascii.Error, TypeError, ValueError):
+        pass
+    vendor.wrong(where, "base64")
+
+
+def address(vendor: Vendor, value: Any, where: str) -> None:
+    """A web address, or a data URL of an image."""
+    vendor.match(value, str, where)
+    if value.startswith("data:"):
+        head, _, data = value.partition(";base64,")
+        if not re.fullmatch(r"data:(image/(png|jpeg|gif|webp)|application/pdf)", head):
+            vendor.wrong(where, "a data URL of png, jpeg, gif or webp")
+        encoded(vendor, data, where)
+    elif not re.fullmatch(r"https?://\S+", value):
+        vendor.wrong(where, "a URL")
+
+
+def written(vendor: Vendor, value: Any, where: str) -> None:
+    """Text that is not blank."""
+    vendor.match(value, str, where)
+    if not value.strip():
+        vendor.fail(f"{where}: text content blocks must contain non-whitespace text")
+
+
+def schema(vendor: Vendor, value: Any, where: str) -> None:
+    """A JSON schema of an object."""
+    vendor.match(value, dict, where)
+    if value.get("type") != "object":
+        vendor.wrong(f"{where}.type", "'object'")
+
+
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+class Vendor:
+    """A fake of one vendor. ``url`` is the base URL for a provider; ``requests`` are the ones with a body, in their order."""
+
+    base = ""
+    prefix = ""  #: of the ids it issues
+
+    def __init__(self, *script: Any, models: tuple[str, ...] = ("m-1", "m-2")) -> None:
+        self.script = deque(script)
+        self.models = models
+        self.requests: list[Request] = []
+        self.refusals: list[Refused] = []
+        self.issued: dict[str, Any] = {}
+        self._count = 0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.vendor = self  # type: ignore[attr-defined]
+        self.port = self._server.server_address[1]
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = self.root + self.base
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [request.body for request in self.requests]
+
+    def new_id(self) -> str:
+        self._count += 1
+        return f"{self.prefix}{self.port}_{self._count}"
+
+    # -- the rules' vocabulary
+
+    def error(self, message: str, status: int, **more: Any) -> Any:
+        raise NotImplementedError
+
+    def fail(self, message: str, status: int = 400, **more: Any) -> NoReturn:
+        raise Refused(status, self.error(message, status, **more))
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f"Unknown parameter: '{where}'.")
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"Missing required parameter: '{where}'.")
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"Invalid value for '{where}': expected {wanted}.")
+
+    def match(self, value: Any, spec: Any, where: str = "") -> None:
+        if isinstance(spec, dict):
+            self._match_object(value, spec, where)
+        elif isinstance(spec, list):
+            if not isinstance(value, list):
+                self.wrong(where, "a list")
+            for at, item in enumerate(value):
+                self.match(item, spec[0], f"{where}[{at}]")
+        elif isinstance(spec, frozenset):
+            if not isinstance(value, (str, bool)) or value not in spec:
+                self.wrong(where, f"one of {sorted(map(str, spec))}")
+        elif isinstance(spec, re.Pattern):
+            if not isinstance(value, str) or not spec.fullmatch(value):
+                self.wrong(where, f"text that matches {spec.pattern}")
+        elif isinstance(spec, (type, tuple)):
+            kinds = spec if isinstance(spec, tuple) else (spec,)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
+                self.wrong(where, " or ".join(kind.__name__ for kind in kinds))
+        else:
+            spec(self, value, where)
+
+    def _match_object(self, value: Any, spec: dict[str, Any], where: str) -> None:
+        if not isinstance(value, dict):
+            self.wrong(where or "the body", "an object")
+        names = {name.rstrip("!"): inner for name, inner in spec.items()}
+        for name in value:
+            if name not in names:
+                self.unknown(f"{where}.{name}" if where else name)
+        for name in spec:
+            if name.endswith("!") and name[:-1] not in value:
+                self.missing(f"{where}.{name[:-1]}" if where else name[:-1])
+        for name, item in value.items():
+            self.match(item, names[name], f"{where}.{name}" if where else name)
+
+    def unique(self, names: list[str], where: str) -> None:
+        if len(set(names)) != len(names):
+            self.fail(f"{where}: names and ids must be unique")
+
+    # -- a vendor's own part
+
+    def check(self, request: Request) -> None:
+        """Refuse the request or let it pass."""
+        raise NotImplementedError
+
+    def streams(self, request: Request) -> bool:
+        return bool(request.body.get("stream"))
+
+    def models_path(self) -> tuple[str, Any]:
+        raise NotImplementedError
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        raise NotImplementedError
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        """The content type and the stream."""
+        raise NotImplementedError
+
+    # -- serving
+
+    def answer(self, request: Request) -> Raw:
+        self.requests.append(request)
+        try:
+            self.check(request)
+        except Refused as refused:
+            self.refusals.append(refused)
+            return Raw(refused.body, refused.status)
+        item = self.script.popleft() if self.script else Reply("ok")
+        if callable(item):
+            item = item(request.body)
+        if isinstance(item, Raw):
+            return item
+        if not self.streams(request):
+            return Raw(self.whole(item, request))
+        kind, data = self.events(item, request)
+        return Raw(data, kind=kind)
+
+    def ping(self, request: Request) -> Raw:
+        path, answer = self.models_path()
+        return Raw(answer) if request.path == path else Raw(self.error("no such path", 404), 404)
+
+    def __enter__(self) -> Vendor:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._server.shutdown()
+        self._thread.join(5)
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 65536
+    timeout = 10
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        vendor: Vendor = self.server.vendor  # type: ignore[attr-defined]
+        self._send(vendor.ping(Request(self.path, self._lower(), None)))
+
+    def do_POST(self) -> None:
+        vendor: Vendor = self.server.vendor  # type: ignore[attr-defined]
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._send(vendor.answer(Request(self.path, self._lower(), json.loads(data))))
+
+    def _lower(self) -> dict[str, str]:
+        return {name.lower(): value for name, value in self.headers.items()}
+
+    def _send(self, raw: Raw) -> None:
+        data = raw.data()
+        streamed = "stream" in raw.kind or "ndjson" in raw.kind
+        self.send_response(raw.status)
+        self.send_header("Content-Type", raw.kind)
+        for name, value in raw.headers.items():
+            self.send_header(name, value)
+        if streamed:
+            self.close_connection = True
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class _Detour(HTTPAdapter):
+    """Requests for one host go to another."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self.root = root
+
+    def send(self, request: Any, *args: Any, **settings: Any) -> Any:
+        request.url = self.root + "/" + request.url.split("/", 3)[3]
+        return super().send(request, *args, **settings)
+
+
+@contextmanager
+def detour(vendor: Vendor) -> Iterator[requests.Session]:
+    """A session in which every https address leads to the fake, so that a provider can be built with the vendor's own."""
+    with requests.Session() as session:
+        session.trust_env = False
+        session.mount("https://", _Detour(vendor.root))
+        yield session
+
+
+# ==== OpenAI Chat Completions =========================================================================================
+
+EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+
+
+def _chat_call() -> Any:
+    return {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
+            "function!": {"name!": TOOL_NAME, "arguments!": str}}  # fmt: skip
+
+
+class Chat(Vendor):
+    """Chat Completions. ``local``: a server of one's own, with the templates' and the older servers' limits."""
+
+    base = "/v1"
+    prefix = "call_"
+
+    def __init__(self, *script: Any, local: bool = False, thinking: bool = False, **settings: Any) -> None:
+        super().__init__(*script, **settings)
+        self.local = local
+        self.needs_reasoning = thinking  #: as DeepSeek in thinking mode: reasoning_content must come back
+
+    def error(self, message: str, status: int, code: Any = None, param: Any = None, **_: Any) -> Any:
+        return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f"Unknown parameter: '{where}'.", code="unknown_parameter", param=where)
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"Missing required parameter: '{where}'.", code="missing_required_parameter", param=where)
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"Invalid value for '{where}': expected {wanted}.", code="invalid_value", param=where)
+
+    def models_path(self) -> tuple[str, Any]:
+        return "/v1/models", {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+
+    # -- rules
+
+    def check_access(self, request: Request, path: str) -> Any:
+        if request.path != path:
+            self.fail(f"Invalid URL (POST {request.path})", 404)
+        if request.headers.get("authorization") != f"Bearer {KEY}":
+            self.fail("Incorrect API key provided", 401, code="invalid_api_key")
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            self.fail("you must use the content type application/json", 415)
+        if isinstance(request.body, dict) and request.body.get("model", "m-1") not in self.models:
+            self.fail("The model `x` does not exist or you do not have access to it.", 404, code="model_not_found")
+        return request.body
+
+    def shape(self) -> dict[str, Any]:
+        content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
+        parts = tagged("type", {
+            "text": {"text!": str},
+            "image_url": {"image_url!": {"url!": address, "detail": frozenset({"auto", "low", "high"})}},
+            "file": {"file!": {"filename!": str, "file_data!": str}},
+            "input_audio": {"input_audio!": {"data!": encoded, "format!": frozenset({"wav", "mp3"})}},
+        })  # fmt: skip
+        said = {"name": str, "content!": content}
+        roles: dict[str, Any] = {
+            "system": said, "user": {"name": str, "content!": either(str, [parts])},
+            "assistant": {"name": str, "content": either(content, type(None)), "tool_calls": [_chat_call()]},
+            "tool": {"tool_call_id!": str, "content!": content},
+        }  # fmt: skip
+        if self.local:
+            roles["assistant"]["reasoning_content"] = str
+        else:
+            roles["developer"] = said
+        named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
+        json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
+        return {
+            "model" if self.local else "model!": str,
+            "messages!": [tagged("role", roles)],
+            "tools": [{"type!": frozenset({"function"}), "function!": {
+                "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
+            }}],
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+            "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1), "seed": int, "n": int,
+            "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
+            "stop": either(str, [str]), "reasoning_effort": EFFORTS, "stream": bool,
+            "stream_options": {"include_usage": bool},
+            "response_format": tagged("type", {"text": {}, "json_object": {}, "json_schema": {"json_schema!": json_schema}}),
+            "max_tokens" if self.local else "max_completion_tokens": between(1, 10**6, int),
+        }  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        body = self.check_access(request, "/v1/chat/completions")
+        if isinstance(body, dict) and not self.local and "max_tokens" in body:
+            self.fail("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                      "Use 'max_completion_tokens' instead.", code="unsupported_parameter", param="max_tokens")  # fmt: skip
+        self.match(body, self.shape())
+        if not body["messages"]:
+            self.fail("Invalid 'messages': empty array. Expected an array with minimum length 1.", code="empty_array")
+        self.check_messages(body["messages"])
+        self.check_tools(body)
+        if body.get("stream_options") and not body.get("stream"):
+            self.fail("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+        if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
+            self.wrong("stop", "one to four texts")
+        if body.get("response_format", {}).get("type") == "json_object" and "json" not in str(body["messages"]).lower():
+            self.fail("'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'.")
+
+    def check_tools(self, body: Any) -> None:
+        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        if body.get("tools") == []:
+            self.fail("[] is too short - 'tools'")
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if name in body and not names:
+                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and choice["function"]["name"] not in names:
+            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
+        if names and not self.local:
+            self.check_tools_of_reasoners(body)
+
+    def check_tools_of_reasoners(self, body: Any) -> None:
+        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in /v1/chat/completions. "
+                "To use function tools, use /v1/responses")  # fmt: skip
+        if body["model"] == "gpt-6-astra":
+            self.fail(text + ".", param="reasoning_effort")
+        if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
+            self.fail(text + " or set reasoning_effort to 'none'.", param="reasoning_effort")
+
+    def check_messages(self, messages: list[Any]) -> None:
+        open_ids: list[str] = []
+        seen: list[str] = []
+        for at, message in enumerate(messages):
+            if message["role"] == "tool":
+                if message["tool_call_id"] not in open_ids:
+                    self.fail("Invalid parameter: messages with role 'tool' must be a response to a preceding message with "
+                              "'tool_calls'.", param=f"messages.[{at}].role")  # fmt: skip
+                open_ids.remove(message["tool_call_id"])
+                continue
+            if open_ids:
+                self.unanswered(open_ids)
+            calls = message.get("tool_calls")
+            if calls == [] or (message["role"] == "assistant" and message.get("content") is None and not calls):
+                self.wrong(f"messages[{at}].content", "a text where there are no tool calls")
+            open_ids = [call["id"] for call in calls or ()]
+            seen += open_ids
+            if self.needs_reasoning and message["role"] == "assistant" and not message.get("reasoning_content"):
+                self.fail("The reasoning_content in the thinking mode must be passed back to the API.")
+        if open_ids:
+            self.unanswered(open_ids)
+        self.unique(seen, "messages.tool_calls.id")
+
+    def unanswered(self, ids: list[str]) -> NoReturn:
+        self.fail("An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+                  f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(ids)}")  # fmt: skip
+
+    # -- answers
+
+    def calls(self, reply: Reply) -> list[dict[str, Any]]:
+        return [{"id": self.new_id(), "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+                for name, arguments in reply.calls]  # fmt: skip
+
+    usage: ClassVar[dict[str, Any]] = {
+        "prompt_tokens": 20, "completion_tokens": 15, "total_tokens": 35,
+        "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 6},
+    }  # fmt: skip
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
+        if calls := self.calls(reply):
+            message["tool_calls"] = calls
+        if reply.thinking:
+            message["reasoning_content"] = reply.thinking
+        finish = reply.finish or ("tool_calls" if calls else "stop")
+        return {"id": "chatcmpl-1", "object": "chat.completion", "model": request.body.get("model", "m-1"),
+                "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
+                "usage": self.usage}  # fmt: skip
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+        deltas += [{"reasoning_content": piece} for piece in halves(reply.thinking)]
+        deltas += [{"content": piece} for piece in halves(reply.text)]
+        for at, call in enumerate(self.calls(reply)):
+            arguments = call["function"]["arguments"]
+            deltas.append({"tool_calls": [{**call, "index": at, "function": {**call["function"], "arguments": ""}}]})
+            deltas += [{"tool_calls": [{"index": at, "function": {"arguments": piece}}]} for piece in halves(arguments)]
+        finish = reply.finish or ("tool_calls" if reply.calls else "stop")
+        head = {"id": "c", "object": "chat.completion.chunk", "model": request.body.get("model", "m-1")}
+        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+        if request.body.get("stream_options"):
+            chunks.append({**head, "choices": [], "usage": self.usage})
+        return "text/event-stream", sse(*chunks, done=True)
+
+
+# ==== OpenAI Responses ================================================================================================
+
+
+class Responses(Chat):
+    """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
+
+    def shape(self) -> dict[str, Any]:
+        said = [tagged("type", {
+            "input_text": {"text!": str},
+            "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
+            "input_file": {"filename!": str, "file_data!": str},
+        })]  # fmt: skip
+        spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
+        call_id = re.compile(r".{1,64}", re.DOTALL)
+        message = tagged("role", {
+            "user": {"content!": either(str, said), "type": frozenset({"message"})},
+            "system": {"content!": either(str, said), "type": frozenset({"message"})},
+            "developer": {"content!": either(str, said), "type": frozenset({"message"})},
+            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}), "id": str, "status": str},
+        })  # fmt: skip
+        item = tagged("type", {
+            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str, "status": str},
+            "function_call_output": {"call_id!": call_id, "output!": str},
+            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str},
+        })  # fmt: skip
+
+        def items(vendor: Vendor, value: Any, where: str) -> None:
+            own = isinstance(value, dict) and value.get("type", "message") != "message"
+            vendor.match(value, item if own else message, where)
+
+        named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
+        return {
+            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool, "include": [str],
+            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str, "parameters!": schema,
+                       "strict!": bool}],
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named), "parallel_tool_calls": bool,
+            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2), "top_p": between(0, 1), "user": str,
+            "reasoning": {"effort": EFFORTS, "summary": frozenset({"auto"})}, "stream": bool,
+            "text": {"format!": tagged("type", {"text": {}, "json_object": {}, "json_schema": {
+                "name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}})},
+        }  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        if request.path.endswith("/chat/completions"):
+            chat = super().shape()
+            self_shape, self.shape = self.shape, lambda: chat  # type: ignore[method-assign]
+            try:
+                return super().check(request)
+            finally:
+                self.shape = self_shape  # type: ignore[method-assign]
+        body = self.check_access(request, "/v1/responses")
+        self.match(body, self.shape())
+        names = [tool["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if name in body and not names:
+                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and choice["name"] not in names:
+            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
+        if body["input"] in ([], ""):
+            self.missing("input")
+        if isinstance(body["input"], list):
+            self.check_items(body["input"], body["model"])
+        return None
+
+    def check_items(self, items: list[Any], model: str) -> None:
+        answered = {item["call_id"] for item in items if item.get("type") == "function_call_output"}
+        called: list[str] = []
+        for at, item in enumerate(items):
+            kind = item.get("type", "message")
+            if kind == "function_call":
+                called.append(item["call_id"])
+                if item["call_id"] not in answered:
+                    self.fail(f"No tool output found for function call {item['call_id']}.", param="input")
+                own = self.issued.get(item["call_id"])
+                if own and own[0] == model and own[1] not in items[:at]:
+                    self.fail(f"Item '{item.get('id')}' of type 'function_call' was provided without its required "
+                              "'reasoning' item", param="input")  # fmt: skip
+            elif kind == "function_call_output" and item["call_id"] not in called:
+                self.fail(f"No tool call found for function call output with call_id {item['call_id']}.", param="input")
+            elif kind == "reasoning":
+                if item["encrypted_content"] != digest(model, item["id"], item["summary"], self.port):
+                    self.fail("The encrypted content could not be verified.", code="invalid_encrypted_content", param="input")
+                follower = items[at + 1] if at + 1 < len(items) else {}
+                if follower.get("type") not in ("function_call", "message"):
+                    self.fail(f"Item '{item['id']}' of type 'reasoning' was provided without its required following item.")
+        self.unique(called, "input.call_id")
+
+    def output(self, reply: Reply, model: str) -> list[dict[str, Any]]:
+        output: list[dict[str, Any]] = []
+        if reply.thinking:
+            own, summary = f"rs_{self.new_id()}", [{"type": "summary_text", "text": reply.thinking}]
+            output.append({"type": "reasoning", "id": own, "summary": summary,
+                           "encrypted_content": digest(model, own, summary, self.port)})  # fmt: skip
+        if reply.text:
+            output.append({"type": "message", "id": f"msg_{self.new_id()}", "role": "assistant", "status": "completed",
+                           "content": [{"type": "output_text", "text": reply.text, "annotations": []}]})  # fmt: skip
+        for name, arguments in reply.calls:
+            call_id = self.new_id()
+            if reply.thinking:
+                self.issued[call_id] = (model, output[0])
+            output.append({"type": "function_call", "id": f"fc_{call_id}", "call_id": call_id, "name": name,
+                           "arguments": json.dumps(arguments), "status": "completed"})  # fmt: skip
+        return output
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        if request.path.endswith("/chat/completions"):
+            return super().whole(reply, request)
+        return {"id": "resp_1", "object": "response", "model": request.body["model"], "error": None,
+                "status": "incomplete" if reply.finish else "completed",
+                "incomplete_details": {"reason": reply.finish} if reply.finish else None,
+                "output": self.output(reply, request.body["model"]),
+                "usage": {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 15,
+                          "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 35}}  # fmt: skip
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        if request.path.endswith("/chat/completions"):
+            return super().events(reply, request)
+        response = self.whole(reply, request)
+        events: list[dict[str, Any]] = [{"type": "response.created", "response": {"status": "in_progress", "output": []}}]
+        for at, item in enumerate(response["output"]):
+            events.append({"type": "response.output_item.added", "output_index": at, "item": {**item, "content": []}})
+            if item["type"] == "message":
+                events += [{"type": "response.output_text.delta", "output_index": at, "delta": piece}
+                           for piece in halves(reply.text)]  # fmt: skip
+            elif item["type"] == "function_call":
+                events += [{"type": "response.function_call_arguments.delta", "item_id": item["id"], "delta": piece}
+                           for piece in halves(item["arguments"])]  # fmt: skip
+            else:
+                events += [{"type": "response.reasoning_summary_text.delta", "delta": piece}
+                           for piece in halves(reply.thinking)]  # fmt: skip
+            events.append({"type": "response.output_item.done", "output_index": at, "item": item})
+        events.append({"type": f"response.{response['status']}", "response": response})
+        return "text/event-stream", named_events(events)
+
+
+def named_events(events: list[dict[str, Any]]) -> bytes:
+    """Server-sent events that bear their type as their name."""
+    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events).encode()
+
+
+# ==== Anthropic Messages ==============================================================================================
+
+PLAIN_ID = re.compile(r"[a-zA-Z0-9_-]+")
+#: Models of the vendor's table that take no sampling parameters; no forced tools.
+NO_SAMPLING = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+NO_FORCE = ("claude-opus-5-5", "claude-sonnet-5-5")
+
+
+class Anthropic(Vendor):
+    """The Messages API. Signatures are bound to the model and to all that stands before them."""
+
+    base = "/v1"
+    prefix = "toolu_"
+
+    def error(self, message: str, status: int, kind: str = "", **_: Any) -> Any:
+        kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+        return {"type": "error", "error": {"type": kind or kinds[status], "message": message}, "request_id": "req_1"}
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f"{where}: Extra inputs are not permitted")
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"{where}: Field required")
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"{where}: Input should be {wanted}")
+
+    def models_path(self) -> tuple[str, Any]:
+        return "/v1/models?limit=1", {"data": [{"type": "model", "id": self.models[0]}], "has_more": False}
+
+    def shape(self) -> dict[str, Any]:
+        text = {"text!": written, "citations": type(None)}
+        base64_source = {"media_type!": frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"}), "data!": encoded}
+        web = {"url!": re.compile(r"https?://\S+")}
+        image = {"source!": tagged("type", {"base64": base64_source, "url": web})}
+        pdf = {"source!": tagged("type", {
+            "base64": {"media_type!": frozenset({"application/pdf"}), "data!": encoded}, "url": web})}  # fmt: skip
+        shown = [tagged("type", {"text": text, "image": image})]
+        result = {"tool_use_id!": PLAIN_ID, "content": either(str, shown), "is_error": bool}
+        name = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+        user = [tagged("type", {"text": text, "image": image, "document": pdf, "tool_result": result})]
+        assistant = [tagged("type", {
+            "text": text, "tool_use": {"id!": PLAIN_ID, "name!": name, "input!": dict},
+            "thinking": {"thinking!": str, "signature!": str}, "redacted_thinking": {"data!": str},
+        })]  # fmt: skip
+        parallel = {"disable_parallel_tool_use": bool}
+        return {
+            "model!": str, "max_tokens!": between(1, 128000, int),
+            "system": either(written, [tagged("type", {"text": text})]),
+            "messages!": [tagged("role", {"user": {"content!": either(written, user)},
+                                          "assistant": {"content!": either(written, assistant)}})],
+            "tools": [{"name!": name, "description": str, "input_schema!": schema, "strict": bool}],
+            "tool_choice": tagged(
+                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel}, "none": {}}
+            ),
+            "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int, "stop_sequences": [written], "stream": bool,
+            "metadata": {"user_id": str},
+            "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
+                                        "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
+            "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
+                              "format": tagged("type", {"json_schema": {"schema!": dict}})},
+        }  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        body, version = request.body, request.headers.get("anthropic-version")
+        if request.path != "/v1/messages":
+            self.fail("Not found", 404)
+        if KEY not in (request.headers.get("x-api-key"), request.headers.get("authorization", "")[7:]):
+            self.fail("invalid x-api-key", 401)
+        if version not in ("2023-06-01", "2026-10-21"):
+            self.fail("anthropic-version: header is required" if version is None else "anthropic-version: unknown version")
+        model = body.get("model") if isinstance(body, dict) else None
+        for name in ("temperature", "top_p", "top_k"):
+            if isinstance(body, dict) and name in body and (model in NO_SAMPLING or version == "2026-10-21"):
+                self.unknown(name)
+        self.match(body, self.shape())
+        if model not in self.models:
+            self.fail(f"model: {model}", 404)
+        if body.get("thinking", {}).get("type") == "disabled" and model in NO_FORCE:
+            self.fail('"thinking.type.disabled" is not supported for this model')
+        self.check_tools(body, model)
+        self.check_messages(body)
+
+    def check_tools(self, body: Any, model: Any) -> None:
+        names = [tool["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        used = any(block["type"] in ("tool_use", "tool_result") for message in body["messages"]
+                   if isinstance(message["content"], list) for block in message["content"])  # fmt: skip
+        if used and not names:
+            self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools.")
+        choice = body.get("tool_choice")
+        if choice is None:
+            return
+        if not names:
+            self.fail("tool_choice: tool_choice may only be specified while providing tools.")
+        if choice["type"] == "tool" and choice["name"] not in names:
+            self.fail(f"tool_choice: Tool '{choice['name']}' not found in provided tools.")
+        if choice["type"] in ("any", "tool"):
+            if model in NO_FORCE:
+                self.fail(f"tool_choice.type: \"{choice['type']}\" is not supported for this model")
+            if body.get("thinking", {}).get("type") in ("enabled", "adaptive"):
+                self.fail("Thinking may not be enabled when tool_choice forces tool use.")
+
+    def check_messages(self, body: Any) -> None:
+        messages = body["messages"]
+        if not messages:
+            self.fail("messages: at least one message is required")
+        open_ids: list[str] = []
+        seen: list[str] = []
+        for at, message in enumerate(messages):
+            where, content = f"messages.{at}", message["content"]
+            if message["role"] != ("user", "assistant")[at % 2]:
+                self.fail('messages: roles must alternate between "user" and "assistant", and begin with "user"')
+            blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            if not blocks:
+                self.fail(f"{where}: content must not be empty")
+            self.check_results(blocks, open_ids, where)
+            open_ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            seen += open_ids
+            if message["role"] == "assistant":
+                self.check_thinking(blocks, body, at)
+        self.unique(seen, "messages.tool_use.id")
+        if messages[-1]["role"] == "assistant":
+            self.fail("This model does not support assistant message prefill. "
+                      "The conversation must end with a user message.")  # fmt: skip
+
+    def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
+        results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+        for one in results:
+            if one not in open_ids:
+                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result` blocks: {one}. "
+                          "Each must have a corresponding `tool_use` block in the previous message.")  # fmt: skip
+        lost = [one for one in open_ids if one not in results]
+        if lost:
+            self.fail(f"{where}: `tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(lost)}.")
+        self.unique(results, f"{where}.tool_result")
+        if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
+            self.fail(f"{where}: `tool_result` blocks must come before any other content")
+
+    def signature(self, body: Any, at: int, thought: str) -> str:
+        return digest("anthropic", self.port, body["model"], thought, body.get("system"), body.get("tools"),
+                      body["messages"][:at])  # fmt: skip
+
+    def check_thinking(self, blocks: list[Any], body: Any, at: int) -> None:
+        for block in blocks:
+            if block["type"] == "thinking" and block["signature"] != self.signature(body, at, block["thinking"]):
+                self.fail(f"messages.{at}.content.0: Invalid `signature` in `thinking` block. "
+                          "The block is bound to a different conversation.")  # fmt: skip
+            if block["type"] == "redacted_thinking":
+                self.fail(f"messages.{at}.content.0: Invalid `data` in `redacted_thinking` block")
+            own = self.issued.get(block.get("id", ""))
+            if own and own[0] == body["model"] and own[1] != blocks:
+                self.fail(f"messages.{at}.content.0: `thinking` or `redacted_thinking` blocks in the latest assistant message "
+                          "cannot be modified. Expected `thinking`.")  # fmt: skip
+
+    # -- answers
+
+    usage: ClassVar[dict[str, Any]] = {"input_tokens": 10, "cache_creation_input_tokens": 6, "cache_read_input_tokens": 4,
+                  "output_tokens": 15, "output_tokens_details": {"thinking_tokens": 6}}  # fmt: skip
+
+    def blocks(self, reply: Reply, body: Any) -> list[dict[str, Any]]:
+        blocks: list[dict[str, Any]] = []
+        if reply.thinking:
+            signature = self.signature(body, len(body["messages"]), reply.thinking)
+            blocks.append({"type": "thinking", "thinking": reply.thinking, "signature": signature})
+        if reply.text:
+            blocks.append({"type": "text", "text": reply.text})
+        for name, arguments in reply.calls:
+            blocks.append({"type": "tool_use", "id": self.new_id(), "name": name, "input": arguments})
+        for block in blocks:
+            if reply.thinking and block["type"] == "tool_use":
+                self.issued[block["id"]] = (body["model"], blocks)
+        return blocks
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        finish = reply.finish or ("tool_use" if reply.calls else "end_turn")
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": request.body["model"],
+                "content": self.blocks(reply, request.body), "stop_reason": finish, "stop_sequence": None,
+                "usage": self.usage}  # fmt: skip
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        whole = self.whole(reply, request)
+        start = {**whole, "content": [], "stop_reason": None, "usage": {**self.usage, "output_tokens": 1}}
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": start}, {"type": "ping"}]
+        for at, block in enumerate(whole["content"]):
+            kind = block["type"]
+            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}[kind]
+            events.append({"type": "content_block_start", "index": at, "content_block": {**block, **empty}})
+            deltas: list[dict[str, Any]]
+            if kind == "tool_use":
+                arguments = json.dumps(block["input"]) if block["input"] else ""
+                deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in ["", *halves(arguments)]]
+            else:
+                deltas = [{"type": f"{kind}_delta", kind: piece} for piece in halves(block[kind])]
+            if kind == "thinking":
+                deltas.append({"type": "signature_delta", "signature": block["signature"]})
+            events += [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
+            events.append({"type": "content_block_stop", "index": at})
+        events.append({"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None},
+                       "usage": self.usage})  # fmt: skip
+        events.append({"type": "message_stop"})
+        return "text/event-stream", named_events(events)
+
+
+# ==== Gemini generateContent ==========================================================================================
+
+SKIP_SIGNATURE = "skip_thought_signature_validator"
+
+
+class Gemini(Vendor):
+    """generateContent and streamGenerateContent. Signatures are bound to the model and to their part."""
+
+    base = "/v1beta"
+    prefix = "g"
+
+    def error(self, message: str, status: int, details: Any = None, **_: Any) -> Any:
+        states = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND"}
+        more = {} if details is None else {"details": details}
+        return {"error": {"code": status, "message": message, "status": states[status], **more}}
+
+    def unknown(self, where: str) -> NoReturn:
+        parent, _, name = where.rpartition(".")
+        self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': Cannot find field.")
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"* {where}: required field must be set")
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"Invalid value at '{where}': wanted {wanted}")
+
+    def models_path(self) -> tuple[str, Any]:
+        return "/v1beta/models?pageSize=1", {"models": [{"name": f"models/{self.models[0]}"}]}
+
+    def streams(self, request: Request) -> bool:
+        return ":streamGenerateContent" in request.path
+
+    def shape(self) -> dict[str, Any]:
+        name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
+        blob = {"mimeType!": re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)"), "data!": encoded}
+        part = {
+            "text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
+            "functionCall": {"id": str, "name!": name, "args": dict},
+            "functionResponse": {"id": str, "name!": name, "response!": dict},
+        }  # fmt: skip
+        modes = frozenset({"AUTO", "ANY", "NONE"})
+        return {
+            "contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
+            "systemInstruction": {"parts!": [{"text!": written}], "role": str},
+            "tools": [{"functionDeclarations!": [{
+                "name!": name, "description": written, "parameters": dict, "parametersJsonSchema": dict}]}],
+            "toolConfig": {"functionCallingConfig": {"mode!": modes, "allowedFunctionNames": [name]}},
+            "generationConfig": {
+                "temperature": between(0, 2), "topP": between(0, 1), "topK": int, "candidateCount": int,
+                "maxOutputTokens": between(1, 10**6, int), "stopSequences": [str], "seed": int,
+                "presencePenalty": between(-2, 2), "frequencyPenalty": between(-2, 2),
+                "responseMimeType": frozenset({"text/plain", "application/json"}), "responseJsonSchema": dict,
+                "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
+                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH", "XHIGH"})},
+            },
+            "safetySettings": list, "cachedContent": str,
+        }  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        if request.headers.get("x-goog-api-key") != KEY:
+            reason = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+            self.fail("API key not valid. Please pass a valid API key.", details=[reason])
+        found = re.fullmatch(r"/v1beta/models/([^/:]+):(generateContent|streamGenerateContent)(\?alt=sse)?", request.path)
+        if not found or found[1] not in self.models:
+            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, or is not supported for "
+                      "generateContent.", 404)  # fmt: skip
+        body = request.body
+        self.match(body, self.shape())
+        self.check_contents(body["contents"], found[1])
+        self.check_tools(body)
+        config = body.get("generationConfig", {})
+        if "responseJsonSchema" in config and config.get("responseMimeType") != "application/json":
+            self.fail("responseJsonSchema is only supported with responseMimeType application/json")
+        if len(config.get("stopSequences", ())) > 5:
+            self.fail("The number of stop sequences must be at most 5")
+        if {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys():
+            self.fail("You can only set one of thinking_budget and thinking_level.")
+
+    def check_tools(self, body: Any) -> None:
+        declared = [function for tool in body.get("tools", ()) for function in tool["functionDeclarations"]]
+        self.unique([function["name"] for function in declared], "tools")
+        for function in declared:
+            if "parameters" in function and "parametersJsonSchema" in function:
+                self.fail("parameters and parametersJsonSchema are mutually exclusive")
+            for name in ("parameters", "parametersJsonSchema"):
+                given = function.get(name)
+                if given is not None and not given.get("properties") and not given.keys() & {"$ref", "anyOf",
+                        "additionalProperties"}:  # fmt: skip
+                    self.fail(f"* function_declarations.{name}.properties: should be non-empty for OBJECT type")
+        config = body.get("toolConfig", {}).get("functionCallingConfig")
+        if config is None:
+            return
+        if not declared:
+            self.fail("Function calling config is set without function_declarations.")
+        allowed = config.get("allowedFunctionNames")
+        if allowed is not None and config["mode"] != "ANY":
+            self.fail("allowed_function_names should only be set when the mode is ANY")
+        if not set(allowed or ()) <= {function["name"] for function in declared}:
+            self.fail("allowed_function_names holds a name that is not declared")
+
+    def check_contents(self, contents: list[Any], model: str) -> None:
+        if not contents:
+            self.fail("* GenerateContentRequest.contents: contents is not specified")
+        open_calls: list[Any] = []
+        for at, content in enumerate(contents):
+            where, parts = f"contents[{at}]", content["parts"]
+            if content["role"] != ("user", "model")[at % 2]:
+                self.fail("Please ensure that multiturn requests alternate between user and model and begin with user.")
+            if not parts:
+                self.fail(f"* GenerateContentRequest.{where}.parts: contents.parts must not be empty.")
+            for part in parts:
+                if len(part.keys() & {"text", "inlineData", "functionCall", "functionResponse"}) != 1:
+                    self.fail(f"* {where}.parts: required oneof field 'data' must have one initialized field")
+                if ("functionCall" in part) != ("functionCall" in part and content["role"] == "model") or (
+                        "functionResponse" in part and content["role"] != "user"):  # fmt: skip
+                    self.fail(f"{where}: function call in a user turn, or function response in a model turn")
+            self.check_responses([part["functionResponse"] for part in parts if "functionResponse" in part], open_calls)
+            open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
+            if content["role"] == "model":
+                self.check_signatures(parts, model)
+        if contents[-1]["role"] != "user":
+            self.fail("Please ensure that the last turn is a user turn or a function response turn.")
+
+    def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
+        if len(responses) != len(calls):
+            self.fail("Please ensure that the number of function response parts is equal to the number of function call parts "
+                      "of the function call turn.")  # fmt: skip
+        for call, response in zip(calls, responses, strict=True):
+            if (call["name"], call.get("id")) != (response["name"], response.get("id")):
+                self.fail("Please ensure that function response parts have the name, id and order of their function calls.")
+
+    def check_signatures(self, parts: list[Any], model: str) -> None:
+        first = next((part for part in parts if "functionCall" in part), None)
+        if first is not None and "thoughtSignature" not in first:
+            self.fail("Function call is missing a thought_signature in functionCall parts. This is required for tools to work "
+                      f"correctly. Additional data, function call `default_api:{first['functionCall']['name']}`")  # fmt: skip
+        for part in parts:
+            own = part.get("functionCall", {}).get("id")
+            if own is not None and self.issued.get(own) != (model, part):
+                self.fail("Function call id is not one of this model's, or its part was changed.")
+            signature = part.get("thoughtSignature", SKIP_SIGNATURE)
+            bare = {name: value for name, value in part.items() if name != "thoughtSignature"}
+            if signature not in (SKIP_SIGNATURE, digest("gemini", self.port, model, bare)):
+                self.fail("Thought signature is not valid.")
+
+    # -- answers
+
+    usage: ClassVar[dict[str, Any]] = {
+        "promptTokenCount": 20, "candidatesTokenCount": 9, "thoughtsTokenCount": 6, "cachedContentTokenCount": 4,
+        "totalTokenCount": 35,
+    }  # fmt: skip
+
+    def parts(self, reply: Reply, model: str) -> list[dict[str, Any]]:
+        thoughts: list[dict[str, Any]] = [{"text": reply.thinking, "thought": True}] if reply.thinking else []
+        parts: list[dict[str, Any]] = [{"text": piece} for piece in halves(reply.text)]
+        calls = [{"functionCall": {"id": self.new_id(), "name": name, "args": arguments}} for name, arguments in reply.calls]
+        signed = (calls or parts)[:1] if reply.thinking or calls else []
+        for part in signed:
+            part["thoughtSignature"] = digest("gemini", self.port, model, part)
+        for part in calls:
+            self.issued[part["functionCall"]["id"]] = (model, part)
+        return [*thoughts, *parts, *calls]
+
+    def chunk(self, parts: list[Any], finish: str | None, request: Request) -> dict[str, Any]:
+        candidate: dict[str, Any] = {"index": 0, "content": {"role": "model", "parts": parts}}
+        if finish:
+            candidate["finishReason"] = finish
+        model = request.path.partition("/models/")[2].partition(":")[0]
+        return {"candidates": [candidate], "usageMetadata": self.usage, "modelVersion": model, "responseId": "r-1"}
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        model = request.path.partition("/models/")[2].partition(":")[0]
+        return self.chunk(self.parts(reply, model), reply.finish or "STOP", request)
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        whole = self.whole(reply, request)
+        parts = whole["candidates"][0]["content"]["parts"]
+        chunks = [self.chunk([part], None, request) for part in parts]
+        chunks.append(self.chunk([{"text": ""}], reply.finish or "STOP", request))
+        if not request.path.endswith("?alt=sse"):
+            return "application/json-stream", json.dumps(chunks).encode()
+        return "text/event-stream", sse(*chunks).replace(b"\n", b"\r\n")
+
+
+# ==== Ollama ==========================================================================================================
+
+
+class Ollama(Vendor):
+    """The native /api/chat, stricter than the server itself: what that ignores in silence is refused."""
+
+    prefix = "call_o"
+
+    def error(self, message: str, status: int, **_: Any) -> Any:
+        return {"error": message}
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f'json: unknown field "{where}"')
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"{where} is required")
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"json: cannot unmarshal into Go struct field ChatRequest.{where} of type {wanted}")
+
+    def models_path(self) -> tuple[str, Any]:
+        return "/api/tags", {"models": [{"name": name, "model": name} for name in self.models]}
+
+    def streams(self, request: Request) -> bool:
+        return bool(request.body.get("stream", True))
+
+    def shape(self) -> dict[str, Any]:
+        call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
+        numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty"),
+                                NUMBER)  # fmt: skip
+        return {
+            "model!": re.compile(r".+"),
+            "messages": [tagged("role", {
+                "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
+                "assistant": {"content!": str, "thinking": str, "images": [encoded], "tool_calls": [call]},
+                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str, "images": [encoded]},
+            })],
+            "stream": bool, "truncate": bool, "shift": bool, "format": either(frozenset({"json"}), schema),
+            "keep_alive": either(str, NUMBER), "think": frozenset({True, False, "low", "medium", "high", "max"}),
+            "tools": [{"type!": frozenset({"function"}), "function!": {
+                "name!": str, "description": str, "parameters": schema, "strict": bool}}],
+            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int, "stop": [str]},
+        }  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        body = request.body
+        if request.path != "/api/chat":
+            self.fail("404 page not found", 404)
+        self.match(body, self.shape())
+        if body["model"] not in self.models:
+            self.fail(f"model '{body['model']}' not found", 404)
+        if body["model"] == "plain" and "think" in body:
+            self.fail('"plain" does not support thinking')
+        if body["model"] == "plain" and "tools" in body:
+            self.fail("registry.ollama.ai/library/plain does not support tools")
+        open_calls: list[tuple[str, str | None]] = []
+        seen: list[str] = []
+        for message in body.get("messages", ()):
+            if message["role"] == "tool":
+                key = (message["tool_name"], message.get("tool_call_id"))
+                if key not in open_calls:
+                    self.fail("tool result without its tool call")
+                open_calls.remove(key)
+                continue
+            if open_calls:
+                self.fail("tool call without its result")
+            open_calls = [(call["function"]["name"], call.get("id")) for call in message.get("tool_calls", ())]
+            seen += [call_id for _, call_id in open_calls if call_id is not None]
+        if open_calls:
+            self.fail("tool call without its result")
+        self.unique(seen, "messages.tool_calls.id")
+
+    def whole(self, reply: Reply, request: Request) -> Any:
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+        if reply.thinking:
+            message["thinking"] = reply.thinking
+        if reply.calls:
+            message["tool_calls"] = [
+                {"id": self.new_id(), "function": {"index": at, "name": name, "arguments": arguments}}
+                for at, (name, arguments) in enumerate(reply.calls)
+            ]
+        loaded = not request.body.get("messages")
+        return {"model": request.body["model"], "created_at": "2026-11-01T10:00:00.123456789Z",
+                "message": {"role": "assistant", "content": ""} if loaded else message, "done": True,
+                "done_reason": "load" if loaded else reply.finish or "stop", "total_duration": 1, "prompt_eval_count": 20,
+                "eval_count": 15}  # fmt: skip
+
+    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
+        whole = self.whole(reply, request)
+        message = whole["message"]
+        deltas: list[dict[str, Any]] = [{"content": "", "thinking": piece} for piece in halves(message.get("thinking", ""))]
+        deltas += [{"content": piece} for piece in halves(message["content"])]
+        if "tool_calls" in message:
+            deltas.append({"content": "", "tool_calls": message["tool_calls"]})
+        lines: list[dict[str, Any]] = [
+            {"model": whole["model"], "message": {"role": "assistant", **delta}, "done": False} for delta in deltas
+        ]
+        lines.append({**whole, "message": {"role": "assistant", "content": ""}})
+        return "application/x-ndjson", "".join(json.dumps(line) + "\n" for line in lines).encode()
