@@ -1064,7 +1064,7 @@ class _SharedView:
         breaker = self._breaker
         if not self._lock.acquire(timeout=2 * _STORE_BUDGET):
             self._put(step)  # another thread is waiting for the store: it, or the next look, will save this
-            self._unsaved = True
+            self._unsaved = self._unsaved or not local
             return
         try:
             if self._down or self._next_read == -math.inf:
@@ -4578,8 +4578,7 @@ class FailoverChain(LLMProvider):
             if ticket is None:
                 self._pass_over(state, tier, model)
                 return None
-            if tier._slots is not None and not self._take_slot(state, tier, later):
-                ticket.neutral()
+            if tier._slots is not None and not self._take_slot(state, tier, later, ticket):
                 self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy"))
                 return None
             start = self._clock()
@@ -4757,16 +4756,19 @@ class FailoverChain(LLMProvider):
                 return f"{tier.name} takes no images"
         return None
 
-    def _take_slot(self, state: _State, tier: ProviderTier, later: _Plan) -> bool:
-        """One of the tier's max_concurrency places; waited for only when no later tier is ready."""
+    def _take_slot(self, state: _State, tier: ProviderTier, later: _Plan, ticket: Ticket) -> bool:
+        """One of the tier's max_concurrency places; waited for only when no later tier is ready. Without one, no ticket."""
         import queue
 
         waits = not any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later)
         left = max(0.0, state.deadline - self._clock())
         try:
             tier._slots.get(waits, min(left, _LONGEST_WAIT))
-        except queue.Empty:
-            return False
+        except BaseException as error:
+            ticket.neutral()
+            if isinstance(error, queue.Empty):
+                return False
+            raise
         return True
 
     # -- keeping the record
