@@ -1640,6 +1640,13 @@ def _http() -> Any:
             sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
             return sock
 
+        def _tunnel(self) -> None:
+            plain, self.sock = self.sock, _LimitedSocket(self.sock, _current.limits)
+            try:
+                super()._tunnel()  # type: ignore[misc]
+            finally:
+                self.sock = plain if self.sock is not None else None  # TLS wraps the socket itself
+
         def request(self, *args: Any, **kwargs: Any) -> Any:
             limits = _current.limits
             if self.sock is not None and limits.fresh:

@@ -307,6 +307,22 @@ def test_a_tunnel_through_a_proxy_that_refuses_is_unavailable(monkeypatch: pytes
         assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
 
 
+def test_a_dripping_proxy_cannot_hold_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer to CONNECT, a byte every 20 ms, is under the same deadline as everything else."""
+
+    def drip(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        server.drip(connection, b"HTTP/1.1 200 OK\r\n" + b"X-Padding: padding\r\n" * 50 + b"\r\n")
+        return False
+
+    with peer(drip) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        with provider("https://provider.invalid/v1") as client:
+            start = time.monotonic()
+            with pytest.raises(ProviderTimeout):
+                client.chat("hi", model="m", timeout=0.5)
+            assert time.monotonic() - start < 0.5 * 1.05 + 0.1
+
+
 def test_a_server_without_tls_is_unavailable_over_https() -> None:
     """A failed handshake is ProviderUnavailable, in time."""
 
