@@ -2739,7 +2739,9 @@ class _HTTPProvider(LLMProvider):
 
         ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises ProviderError classes.
         """
-        return _drained(self._events(messages, tools, model, kwargs))
+        events = self._events(messages, tools, model, kwargs)
+        del messages, tools, kwargs  # or a traceback with locals would show them
+        return _drained(_sealed(events))
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
@@ -2748,7 +2750,7 @@ class _HTTPProvider(LLMProvider):
 
         Time that the caller takes between deltas counts towards ``timeout``, but never as silence of the server.
         """
-        return self._events(messages, tools, model, kwargs, every_delta=True)
+        return _sealed(self._events(messages, tools, model, kwargs, every_delta=True))
 
     def ping(self, timeout: float = 5.0) -> None:
         """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
@@ -2999,6 +3001,14 @@ class _HTTPProvider(LLMProvider):
             return call
         options = {name: quirks.get(name, value) for name, value in call.options.items()}
         return call._replace(options={name: value for name, value in options.items() if value is not None}, quirks=quirks)
+
+
+def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
+    """The same stream; its errors come without the frames in which they arose: those hold the request."""
+    try:
+        return (yield from stream)
+    except ProviderError as error:
+        raise _bare(error)  # noqa: B904 - it is the same error
 
 
 def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
@@ -4364,6 +4374,7 @@ class FailoverChain(LLMProvider):
         tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError, BadRequest and TypeError for wrong arguments.
         """
         state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
+        del messages, tools, system, kwargs  # or a traceback with locals would show them
         response = self._answer(state)
         assert isinstance(response, LLMResponse)  # live streams are for stream()
         return response
@@ -4387,6 +4398,7 @@ class FailoverChain(LLMProvider):
         seen first: it comes as one delta.
         """
         state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
+        del messages, tools, system, kwargs
         state.streaming = self._accept is None
         found = self._answer(state)
         return ChatStream(_whole(found) if isinstance(found, LLMResponse) else self._deltas(state, found))
@@ -4540,7 +4552,7 @@ class FailoverChain(LLMProvider):
             error.attempts = tuple(state.attempts)
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self._tell_failure(state, error)
-            raise
+            raise _bare(error)  # noqa: B904 - it is the same error
         if isinstance(found, LLMResponse) and state.observed:
             self._tell_answer(found)
         return found
