@@ -2879,7 +2879,7 @@ class _HTTPProvider(LLMProvider):
         self, answer: _Answer, call: _Call, decoder: _Decoder, every_delta: bool
     ) -> Generator[str, None, LLMResponse]:
         """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
-        decoder.request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
+        decoder.request_id = self._request_id(answer)
         kind = answer.headers.get("Content-Type", "")
         try:
             if "event-stream" in kind or "ndjson" in kind:
@@ -2963,15 +2963,22 @@ class _HTTPProvider(LLMProvider):
         waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
         kind = _class_of(facts, answer.status, call.model, waits)
         message = _masked(facts.message, (self._key, *self._headers.values()), _texts_of(call.messages))
-        request_id = next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), None)
         error = kind(
             message or f"status {answer.status} without a message",
-            provider=self._vendor, model=call.model or "", status=answer.status, request_id=request_id,
-            code=facts.codes[0][:60] if facts.codes else None,
+            provider=self._vendor, model=call.model or "", status=answer.status,
+            request_id=self._request_id(answer), code=self._token(facts.codes[0]) if facts.codes else None,
             retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
         )  # fmt: skip
         error.usage = usage
         return error, facts
+
+    def _request_id(self, answer: _Answer) -> str | None:
+        return self._token(next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), ""))
+
+    def _token(self, text: str) -> str | None:
+        """A server's code or id; None for what is none, or repeats the key."""
+        is_one = re.fullmatch(r"[\w.:/+=-]{1,100}", text) and not (self._key and self._key.lower() in text.lower())
+        return text if is_one else None
 
     # -- what a model refuses is learned from its error
 
