@@ -1945,7 +1945,7 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
     (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
      r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
      r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
-    (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\\b|"
+    (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\b|"
      r"spend limit", QuotaExceeded),
     (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key|"
      r"location is not supported", AuthenticationError),
