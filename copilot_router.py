@@ -3927,13 +3927,14 @@ class OllamaProvider(_HTTPProvider):
 
 def _ollama_host(text: str) -> str:
     """OLLAMA_HOST as a URL: no scheme means http and port 11434, and an address to listen on means this machine."""
-    scheme, mark, rest = text.strip().rpartition("://")
+    scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
     host, slash, path = rest.partition("/")
-    name, colon, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
+    found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
+    name, port = found.groups() if found else (f"[{host}]", "")  # an IPv6 address without its brackets
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
     if not mark and not port:
-        colon, port = ":", "11434"
-    return f"{scheme or 'http'}://{name}{colon}{port}{slash}{path}"
+        port = "11434"
+    return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
 
 
 # ==== scripted provider ===============================================================================================
