@@ -2200,6 +2200,8 @@ _OPTIONS = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend")
 #: What a conversation says where a vendor insists that the user speaks and the user has said nothing.
 _GO_ON = "Continue."
+#: What stands for the result of a tool call that has none.
+_NO_RESULT = "no result: the call was interrupted"
 
 
 class _Call(NamedTuple):
@@ -2364,7 +2366,7 @@ def _repaired(messages: list[Message]) -> list[Message]:
             ids.add(new)
             if new != old:
                 calls[at] = {**call, "id": new}
-            answer = {"role": "tool", "content": "no result: the call was interrupted"} if result is None else result
+            answer = {"role": "tool", "content": _NO_RESULT} if result is None else result
             answers.append(answer if answer.get("tool_call_id") == new else {**answer, "tool_call_id": new})
         if message["role"] == "tool":
             results = [message]
@@ -3529,7 +3531,8 @@ class _AnthropicDecoder(_Decoder):
                 given = block.get("input")
                 self._add_call(block.get("id"), block.get("name"), arguments or (given if isinstance(given, dict) else None))
                 block["input"] = _parsed_arguments(arguments)[0] or {} if arguments else _dict(given)
-            if block.get("type") in ("text", "tool_use", "thinking", "redacted_thinking") and block.get("text") != "":
+            blank = block.get("type") == "text" and not str(block.get("text") or "").strip()  # refused when it comes back
+            if block.get("type") in ("text", "tool_use", "thinking", "redacted_thinking") and not blank:
                 blocks.append(block)
         if any("thinking" in block["type"] for block in blocks):
             self._carry = {"blocks": blocks}
@@ -3576,15 +3579,21 @@ def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, 
         return list(turn.carry["blocks"])
     blocks: list[dict[str, Any]] = [
         {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
-         "content": [_anthropic_block(part) for part in parts] or "(empty)"}
+         "content": _anthropic_blocks(parts) or "(empty)",
+         **({"is_error": True} if parts == [("text", "", _NO_RESULT)] else {})}
         for call_id, _, parts in turn.results
     ]  # fmt: skip
-    blocks += [_anthropic_block(part) for part in turn.parts if part[0] != "text" or part[2].strip()]
+    blocks += _anthropic_blocks(turn.parts)
     blocks += [
         {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": names[name], "input": arguments}
         for call_id, name, arguments in turn.calls
     ]
     return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
+
+
+def _anthropic_blocks(parts: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Without blank texts, which are refused."""
+    return [_anthropic_block(part) for part in parts if part[0] != "text" or part[2].strip()]
 
 
 def _anthropic_block(part: tuple[str, str, str]) -> dict[str, Any]:
@@ -3783,7 +3792,8 @@ def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) 
         given = {"id": ids[at]} if at < len(ids) and ids[at] else {}
         text = "\n".join(data for kind, _, data in content if kind == "text")
         parsed = _parsed_arguments(text)[0] if text.strip() else None
-        parts.append({"functionResponse": {**given, "name": names[name], "response": parsed or {"output": text}}})
+        key = "error" if text == _NO_RESULT else "output"
+        parts.append({"functionResponse": {**given, "name": names[name], "response": parsed or {key: text}}})
     images = [part for _, _, content in turn.results for part in content if part[0] != "text"]
     for kind, media, data in (*images, *turn.parts):
         if kind == "url":
