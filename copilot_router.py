@@ -4914,8 +4914,10 @@ class FailoverChain(LLMProvider):
         assert isinstance(error, Exception)
         self._judge(state, live.tier, live.model, live.ticket, error, live.start)
         broken = StreamInterrupted(f"{live.tier.name} broke off: {_error_text(error)}", provider=live.tier.name)
-        for name in ("model", "status", "code", "retry_after", "request_id"):
-            setattr(broken, name, getattr(error, name, None))
+        broken.model = live.model or ""
+        if isinstance(error, ProviderError):
+            for name in ("model", "status", "code", "retry_after", "request_id"):
+                setattr(broken, name, getattr(error, name))
         broken.partial, broken.attempts = partial, tuple(state.attempts)
         broken.__cause__ = _bare(error)
         self._tell_failure(state, broken)
