@@ -1752,6 +1752,8 @@ class _Answer:
                 if total > self._most:
                     raise InvalidResponse(f"the answer is larger than max_response_bytes={self._most}")
                 yield piece
+                if inflate and (late := self.limits.expired()):  # one read may hold megabytes of work
+                    raise late
         if length is not None and received < length:
             raise InvalidResponse(f"truncated: {received} of {length} bytes")
         self._ended = self.status >= 200  # after an interim answer another one could follow
