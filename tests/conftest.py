@@ -1,7 +1,8 @@
-"""No test reaches beyond this machine, sees the environment of the person who runs it, or leaves threads behind."""
+"""No test reaches beyond this machine, sees its environment, leaves threads behind, or shows a secret."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from leaks import MARKS, LeakWatch
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex
@@ -89,3 +91,28 @@ def _no_thread_survives() -> Iterator[None]:
         thread.join(max(0.0, until - time.monotonic()))
         if thread.is_alive():
             pytest.fail(f"the thread {thread.name} is still running")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quiet: run without the library's log at DEBUG, as most programs do")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A key, a prompt or an answer in a log, an event, an error or a repr fails the test that saw it."""
+    watch = LeakWatch()
+    watch.install(monkeypatch, None if request.node.get_closest_marker("quiet") else logging.DEBUG)
+    yield
+    if watch.found:
+        pytest.fail("leaked: " + "; ".join(watch.found[:3]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """What a test printed is looked at, too."""
+    report = yield
+    printed = MARKS.search("\n".join(text for _, text in report.sections))
+    if printed and report.passed:
+        report.outcome = "failed"
+        report.longrepr = f"leaked: {printed.group()!r} was printed or logged"
+    return report

@@ -14,6 +14,7 @@ from faults import Chat, FaultServer, answer_to, fault_server
 
 from copilot_router import ContentFiltered, FailoverChain, LLMResponse, OpenAIProvider, ProviderTier
 
+pytestmark = pytest.mark.quiet
 KEY = "sk-test-defaults-key-1357924680"
 PROMPT = "the secret question of a bad day"
 

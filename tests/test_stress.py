@@ -12,10 +12,12 @@ import threading
 import time
 from collections import Counter
 
+import pytest
 from faults import FAULTS, answer_to, descriptors, fault_server
 
 from copilot_router import FailoverChain, OpenAIProvider, ProviderTier
 
+pytestmark = pytest.mark.quiet
 KEY = "sk-test-stress-key-9081726354"
 PROMPT = "the secret question with the nonce "
 CALLS = int(os.environ.get("COPILOT_ROUTER_STRESS", "400"))
