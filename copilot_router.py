@@ -3238,11 +3238,24 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, A
     return sent
 
 
+def _short_ids(messages: list[Message], most: int) -> list[Message]:
+    """Messages whose tool ids OpenAI takes: other servers' are longer, or hold packed data."""
+    short: list[Message] = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message = {**message, "tool_calls": [{**item, "id": _safe(item["id"], "$^", most)} for item in calls]}
+        elif "tool_call_id" in message:
+            message = {**message, "tool_call_id": _safe(message["tool_call_id"], "$^", most)}
+        short.append(message)
+    return short
+
+
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
     """The body of a Chat Completions request."""
     options = {name: value for name, value in call.options.items() if name not in _EXPRESSED}
     body: dict[str, Any] = {} if call.model is None else {"model": call.model}
-    body["messages"] = [_chat_message(call, message, at_openai) for message in call.messages]
+    messages = _short_ids(call.messages, 40) if at_openai else call.messages
+    body["messages"] = [_chat_message(call, message, at_openai) for message in messages]
     if call.tools:
         body["tools"] = list(call.tools)
     else:
@@ -3356,7 +3369,7 @@ def _responses_body(call: _Call, streaming: bool) -> dict[str, Any]:
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
     body: dict[str, Any] = {"model": call.model, "store": False, "include": ["reasoning.encrypted_content"]}
-    body["input"] = [item for message in call.messages for item in _responses_items(call, message)]
+    body["input"] = [item for message in _short_ids(call.messages, 64) for item in _responses_items(call, message)]
     if call.tools:
         body["tools"] = [
             {"type": "function", "parameters": {"type": "object", "properties": {}}, "strict": False, **function}
