@@ -3768,12 +3768,16 @@ def _gemini_body(call: _Call, names: Mapping[str, str]) -> dict[str, Any]:
     return call.finished(body)
 
 
+#: Keys of a schema that leave an object as empty as it is without them.
+_NO_ARGUMENTS = ("type", "title", "description", "required", "$schema", "$id", "$defs", "definitions")
+
+
 def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A declaration; a schema without properties is left out, as Gemini refuses it."""
+    """A declaration; a schema that allows no arguments is left out, as Gemini refuses it."""
     declared = {"name": names[function["name"]]}
     if function.get("description"):
         declared["description"] = function["description"]
-    if _dict(function.get("parameters")).get("properties"):
+    if any(value for key, value in _dict(function.get("parameters")).items() if key not in _NO_ARGUMENTS):
         declared["parametersJsonSchema"] = function["parameters"]
     return declared
 
