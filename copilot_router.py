@@ -1455,6 +1455,8 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
             shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
             raise BadRequest(f"messages[{at}] has the role {shown!r}: give one of {', '.join(_ROLES)}")
         if "tool_calls" in message:
+            if role != "assistant" and message["tool_calls"]:
+                raise BadRequest(f"messages[{at}] ({role}) has tool_calls: only the assistant calls tools")
             _check_tool_calls(message["tool_calls"], f"messages[{at}].tool_calls")
         if type(content) is str:
             continue
@@ -1473,7 +1475,10 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 def _check_tool_calls(calls: Any, where: str) -> None:
     for at, call in enumerate(calls if isinstance(calls, (list, tuple)) else [calls]):
         function = call.get("function") if isinstance(call, Mapping) else None
-        if calls is not None and not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+        if calls is not None and not (
+            isinstance(function, Mapping) and isinstance(function.get("name"), str)
+            and isinstance(call.get("id"), (str, type(None))) and isinstance(function.get("arguments"), (str, dict, type(None)))
+        ):  # fmt: skip
             raise BadRequest(f"{where}[{at}]: give {{'id': …, 'type': 'function', 'function': {{'name': …, 'arguments': …}}}}")
 
 
@@ -2234,7 +2239,10 @@ class _Call(NamedTuple):
 
     def finished(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body with the caller's own fields of one vendor on top."""
-        return _merged(body, self.options.get("extra_body") or {})
+        extra = self.options.get("extra_body") or {}
+        if not isinstance(extra, Mapping):
+            raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
+        return _merged(body, extra)
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -2339,7 +2347,10 @@ def _format(call: _Call) -> tuple[str, Any]:
 
 def _stops(call: _Call) -> list[str]:
     stop = call.options.get("stop") or []
-    return [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(text, str) for text in stops):
+        raise BadRequest("stop: give a str or a list of them")
+    return list(stops)
 
 
 def _repaired(messages: list[Message]) -> list[Message]:
@@ -3244,7 +3255,7 @@ def _short_ids(messages: list[Message], most: int) -> list[Message]:
     for message in messages:
         if calls := message.get("tool_calls"):
             message = {**message, "tool_calls": [{**item, "id": _safe(item["id"], "$^", most)} for item in calls]}
-        elif "tool_call_id" in message:
+        elif message["role"] == "tool":
             message = {**message, "tool_call_id": _safe(message["tool_call_id"], "$^", most)}
         short.append(message)
     return short
@@ -3568,7 +3579,7 @@ def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> d
         body["system"] = system
     body["messages"] = [{"role": turn.role, "content": _anthropic_content(turn, names)} for turn in turns]
     body |= call.renamed({"temperature": "temperature", "top_p": "top_p"})
-    if "temperature" in body:
+    if isinstance(body.get("temperature"), (int, float)):
         body["temperature"] = min(body["temperature"], 1)
     if stops := [stop for stop in _stops(call) if stop.strip()]:
         body["stop_sequences"] = stops
