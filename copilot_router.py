@@ -3357,11 +3357,12 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
         return [{"type": "function_call_output", "call_id": message["tool_call_id"], "output": output}]
     if kept := call.carried(message).get("items"):
         return list(kept)
-    speaks = "output_text" if role == "assistant" else "input_text"
-    content: list[dict[str, Any]] = []
-    for kind, media, data in _parts(message.get("content"), "the Responses API"):
+    content: Any = []
+    if role == "assistant":  # parts would need the ids that the API gave them
+        content = _joined(message.get("content"), "the Responses API")
+    for kind, media, data in _parts(message.get("content"), "the Responses API") if role != "assistant" else ():
         if kind == "text":
-            content.append({"type": speaks, "text": data})
+            content.append({"type": "input_text", "text": data})
         elif kind == "url" or media.startswith("image/"):
             url = data if kind == "url" else f"data:{media};base64,{data}"
             content.append({"type": "input_image", "image_url": url, "detail": "auto"})
