@@ -6,7 +6,7 @@ RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test bench-quick real dist clean
+.PHONY: help demo check lint types test bench-quick real sdk dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -45,6 +45,10 @@ bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a min
 
 real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
 	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
+
+sdk: $(VENV)/dev  ## bodies against the vendors' own packages: their types, and what their clients send
+	$(PIP) -e '.[sdk]'
+	$(RUN) -m pytest tests/sdk -q
 
 dist: $(VENV)/dev  ## sdist and wheel in dist/
 	rm -rf dist
