@@ -46,7 +46,7 @@ bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a min
 real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
 	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
 
-sdk: $(VENV)/dev  ## bodies against the vendors' own packages: their types, and what their clients send
+sdk: $(VENV)/made  ## bodies against the vendors' own packages: their types, and what their clients send
 	$(PIP) -e '.[sdk]'
 	$(RUN) -m pytest tests/sdk -q
 
