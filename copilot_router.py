@@ -4773,8 +4773,11 @@ class FailoverChain(LLMProvider):
         """Settle a failed request by the policy of its error, and record it. ``pause``: the same tier will be asked again."""
         now = self._clock()
         outcome, seconds = _verdict(error)
-        if isinstance(error, (ProviderTimeout, DeadlineExceeded)):
-            silent = isinstance(error, ProviderTimeout) and error.code in ("first_token_timeout", "stall_timeout")
+        cause = error
+        while isinstance(cause, StreamInterrupted) and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__  # of a nested chain
+        if isinstance(cause, (ProviderTimeout, DeadlineExceeded)):
+            silent = isinstance(cause, ProviderTimeout) and cause.code in ("first_token_timeout", "stall_timeout")
             if now >= state.deadline - 0.005 and not silent:
                 outcome = "neutral"  # it was our own time that was over
         if isinstance(error, RateLimited) and pause is not None:
