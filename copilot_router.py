@@ -4272,6 +4272,7 @@ class _Live:
     model: str | None
     ticket: Ticket
     start: float
+    idle = 0.0  #: seconds that its reader has taken between deltas
 
     def __init__(self, stream: Generator[str, None, LLMResponse], held: str) -> None:
         self.stream = stream
@@ -4910,14 +4911,16 @@ class FailoverChain(LLMProvider):
         """The rest of a stream whose first text is in hand. However it ends, ticket, slot and connection are given back."""
         clock, deadline, stream, slots = self._clock, state.deadline, live.stream, live.tier._slots
         taken: list[str] = []
-        delta = live.held
+        delta, given = live.held, clock()
         try:
             yield ""  # taken by ChatStream at once: closing or losing this generator then runs what stands below
             while True:
                 taken.append(delta)
                 yield delta
+                now = clock()
+                live.idle += now - given
                 try:
-                    if clock() >= deadline:
+                    if now >= deadline:
                         raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
                     delta = next(stream)
                 except StopIteration as end:
@@ -4926,6 +4929,7 @@ class FailoverChain(LLMProvider):
                 except BaseException as error:
                     failure = self._interrupted(state, live, error, "".join(taken))
                     raise failure from failure.__cause__
+                given = clock()
         finally:
             if taken:
                 live.ticket.success()  # unless it was settled otherwise
@@ -4946,6 +4950,9 @@ class FailoverChain(LLMProvider):
             live.ticket.neutral()
             raise error
         assert isinstance(error, Exception)
+        limit, used = live.tier.timeout, self._clock() - live.start - live.idle
+        if limit is not None and used < limit and getattr(error, "code", None) == "attempt_timeout":
+            live.ticket.neutral()  # it would have been in time, had its reader not taken so long
         self._judge(state, live.tier, live.model, live.ticket, error, live.start)
         broken = StreamInterrupted(f"{live.tier.name} broke off: {_error_text(error)}", provider=live.tier.name)
         broken.model = live.model or ""
