@@ -1776,6 +1776,8 @@ class _Answer:
             self.limits.left()  # also where the socket is not ours: a session of the user's
             return self._read1()
         except Exception as error:
+            if _passes_through(error):
+                raise
             failure = _transport_error(error, self.limits, "the answer")
         raise failure
 
@@ -2856,6 +2858,8 @@ class _HTTPProvider(LLMProvider):
             try:
                 return _Answer(self._dispatch(method, url, body), limits, self.max_response_bytes)
             except Exception as error:
+                if _passes_through(error):
+                    raise
                 failure = _transport_error(error, limits, "connecting")
             finally:
                 _current.limits = None
