@@ -1070,8 +1070,8 @@ class _SharedView:
             if self._down or self._next_read == -math.inf:
                 self._load()
             for _ in range(_STORE_TRIES):
-                old = breaker._record
-                if self._seen is None and old.generation < self._now_ms():
+                seen, old = self._seen, breaker._record  # as they are before a finalizer comes between
+                if seen is None and old.generation < self._now_ms():
                     breaker._put(old, old._replace(generation=self._now_ms()))  # never a number used before a loss
                     old = breaker._record
                 new = step(old)
@@ -1082,7 +1082,7 @@ class _SharedView:
                 counts_only = new.era == old.era and new.state == "closed" and not self._shared_counts
                 if local or self._alone or counts_only or self._down:
                     break
-                saved = self._try(self._store.swap, breaker.name, self._seen, self._to_store(new))
+                saved = self._try(self._store.swap, breaker.name, seen, self._to_store(new))
                 if saved is None:
                     break
                 if saved:
@@ -1476,9 +1476,11 @@ def _check_tool_calls(calls: Any, where: str) -> None:
     for at, call in enumerate(calls if isinstance(calls, (list, tuple)) else [calls]):
         function = call.get("function") if isinstance(call, Mapping) else None
         if calls is not None and not (
-            isinstance(function, Mapping) and isinstance(function.get("name"), str)
-            and isinstance(call.get("id"), (str, type(None))) and isinstance(function.get("arguments"), (str, dict, type(None)))
-        ):  # fmt: skip
+            isinstance(function, Mapping)
+            and isinstance(function.get("name"), str)
+            and isinstance(call.get("id") or "", str)
+            and isinstance(function.get("arguments") or "", (str, dict))
+        ):
             raise BadRequest(f"{where}[{at}]: give {{'id': …, 'type': 'function', 'function': {{'name': …, 'arguments': …}}}}")
 
 
