@@ -1562,9 +1562,8 @@ class _Limits:
             self.silence, self.suspicious = self.stall, self.own_stall
 
     def waiting(self) -> None:
-        """The caller wants the next event: from here on silence is the server's."""
-        if self.started:
-            self.since = time.monotonic()
+        """Generation goes on, and the caller wants the next event: from here on silence is the server's."""
+        self.since = time.monotonic()
 
 
 _current = threading.local()  #: .limits of the request that this thread is sending, picked up by the connection
