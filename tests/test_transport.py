@@ -24,6 +24,7 @@ from copilot_router import (
     ProviderTimeout,
     ProviderUnavailable,
     ServerError,
+    _Limits,
 )
 
 KEY = "sk-test-transport-key-1234567890"
@@ -450,6 +451,25 @@ def test_all_kept_connections_may_have_been_dropped() -> None:
             thread.join(5)
         assert client.chat("second", model="m", timeout=5).text == "good"
         assert server.connections == 3
+
+
+def test_a_new_connection_is_insisted_on() -> None:
+    """After a kept connection failed, no other kept one is trusted, whoever put it back meanwhile."""
+    with peer(healthy) as server, provider(server.url) as client:
+        client.chat("hi", model="m", timeout=5)
+        limits = _Limits(5.0, 5.0, 5.0, 5.0, (5.0, 5.0))
+        limits.fresh = True
+        client._send("POST", "/chat/completions", b'{"messages": [{"content": "x"}]}', limits).close()
+        assert not limits.reused
+        assert server.connections == 2
+
+
+def test_no_time_is_left_for_a_read() -> None:
+    """The limits say so before the socket is asked."""
+    limits = _Limits(0.0, 5.0, 5.0, 5.0, (5.0, 5.0))
+    for left in (limits.left, limits.connect_left):
+        with pytest.raises(TimeoutError):
+            left()
 
 
 @pytest.mark.parametrize(
