@@ -13,19 +13,22 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from vendors import KEY, Anthropic, Gemini, Ollama, Raw, Reply, Responses, Vendor, detour
+from vendors import KEY, Anthropic, Chat, Gemini, Ollama, Raw, Reply, Responses, Vendor, detour
 
 from copilot_router import (
     AnthropicProvider,
     BadRequest,
     ConfigError,
+    ContentFiltered,
     FailoverChain,
     GeminiProvider,
+    InvalidResponse,
     LLMResponse,
     OllamaProvider,
     OpenAIProvider,
     ProviderTier,
     UnsupportedRequest,
+    Usage,
     _Call,
     _conversation,
     _google_details,
@@ -504,3 +507,182 @@ def test_a_limit_that_is_not_used_up_is_nothing_to_wait_for() -> None:
     assert _reset({openai: "1m0s"}, "requests") is None
     assert 50 < (_reset({anthropic: in_a_minute, "anthropic-ratelimit-tokens-remaining": "0"}, "tokens") or 0) <= 60
     assert _reset({anthropic: in_a_minute, "anthropic-ratelimit-tokens-remaining": "5"}, "tokens") is None
+
+
+# -- what is malformed, and what cannot be expressed
+
+
+def calling(**fields: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}, **fields}]}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "options", "message"),
+    [
+        ("q", "weather", {}, "tools is a str"), ("q", TOOLS[0], {}, "tools is a dict"), ("q", 5, {}, "tools is a int"),
+        ("q", [5], {}, r"tools\[0\]: give"), ("q", [*TOOLS, {"type": "function"}], {}, r"tools\[2\]: give"),
+        ("q", [{"function": {"name": 5}}], {}, r"tools\[0\]: give"),
+        ("q", TOOLS, {"tool_choice": "always"}, "tool_choice: give"), ("q", TOOLS, {"tool_choice": {}}, "tool_choice: give"),
+        ("q", None, {"response_format": "json"}, "response_format: give"),
+        ("q", None, {"response_format": {"type": "xml"}}, "response_format: give"),
+        ("q", None, {"response_format": {"type": "json_schema"}}, "response_format: give"),
+        ("q", None, {"stop": 5}, "stop: give"), ("q", None, {"stop": ["a", 5]}, "stop: give"),
+        ("q", None, {"extra_body": "x"}, "extra_body is a str"),
+        (calling(id=5), TOOLS, {}, r"messages\[1\].tool_calls\[0\]: give"), (calling(function={}), TOOLS, {}, "tool_calls"),
+        (calling(function={"name": "f", "arguments": 5}), TOOLS, {}, "tool_calls"),
+        ([{**calling()[1], "role": "user", "content": "x"}], TOOLS, {}, r"messages\[0\] \(user\) has tool_calls"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["anthropic", "gemini", "ollama"])
+def test_malformed_requests_are_the_callers_fault(
+    name: str, messages: Any, tools: Any, options: dict[str, Any], message: str
+) -> None:
+    """BadRequest that says what to give, before anything is sent, and neutral to the breaker."""
+    with at(name) as (server, provider):
+        chain = FailoverChain([ProviderTier("a", provider, ["m-1"])], failure_threshold=1)
+        with pytest.raises(BadRequest, match=message):
+            chain.chat(messages, tools, **options)
+        assert not server.requests
+        assert chain.tiers[0].breaker.is_closed
+
+
+WEB_IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/x.png"}}]}]
+PDF = {"type": "file", "file": {"filename": "f", "file_data": "data:application/pdf;base64,QQ=="}}
+CUSTOM = [{"type": "custom", "custom": {"name": "x"}}]
+
+
+def test_what_a_vendor_cannot_express() -> None:
+    """UnsupportedRequest before anything is sent; where it can, it is."""
+    paper = [{"role": "user", "content": [PDF]}]
+    sound = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "QQ==", "format": "wav"}}]}]
+    table: list[tuple[str, list[tuple[Any, Any]], list[Any]]] = [
+        ("gemini", [(WEB_IMAGE, None), ("q", CUSTOM), (sound, None)], [paper]),
+        ("ollama", [(WEB_IMAGE, None), ("q", CUSTOM), (sound, None), (paper, None)], []),
+        ("anthropic", [("q", CUSTOM), (sound, None)], [WEB_IMAGE, paper]),
+        ("responses", [("q", CUSTOM), (sound, None)], [WEB_IMAGE, paper]),
+        ("openai", [], [WEB_IMAGE, paper, sound]),
+    ]
+    for name, unable, able in table:
+        with at(name) as (server, provider):
+            for messages, tools in unable:
+                with pytest.raises(UnsupportedRequest):
+                    provider.chat(messages, tools, "m-1")
+            assert not server.requests
+            for messages in able:
+                assert provider.chat(messages, None, "m-1").text == "ok"
+            assert not server.refusals
+
+
+def test_images_of_tool_results() -> None:
+    """A tool may answer with a picture where the vendor has a place for it; where it has none, that is said."""
+    answer = {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "here"}, IMAGE]}
+    for name in NAMES:
+        with at(name) as (server, provider):
+            history = [*calling(type="function", function={"name": "weather", "arguments": {"city": "Oslo"}}), answer]
+            if name == "openai":  # which gets messages as they are, and refuses this one itself
+                history[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
+            if name in ("openai", "responses"):
+                with pytest.raises((UnsupportedRequest, BadRequest)):
+                    provider.chat(history, TOOLS, "m-1")
+                continue
+            assert provider.chat(history, TOOLS, "m-1").text == "ok"
+            assert "iVBORw0KGgo=" in json.dumps(server.bodies[0])
+
+
+def test_schemas_for_gemini() -> None:
+    """Left out if they allow no arguments; kept if the properties stand behind a reference or the object is a free map."""
+    shared = {"type": "object", "$defs": {"X": {"type": "object", "properties": {"a": {}}}}}
+    schemas: list[tuple[Any, bool]] = [
+        (None, False), ({}, False), ({"type": "object", "properties": {}}, False), ({**shared, "required": []}, False),
+        (SCHEMA, True), ({**shared, "$ref": "#/$defs/X"}, True), ({"anyOf": [SCHEMA]}, True),
+        ({"type": "object", "additionalProperties": {"type": "string"}}, True),
+    ]  # fmt: skip
+    tools = [{"function": {"name": f"f{n}", "parameters": given}} for n, (given, _) in enumerate(schemas)]
+    with at("gemini") as (server, provider):
+        assert provider.chat("q", tools, "m-1").text == "ok"
+        declared = server.bodies[0]["tools"][0]["functionDeclarations"]
+        assert ["parametersJsonSchema" in one for one in declared] == [kept for _, kept in schemas]
+
+
+# -- what servers get wrong
+
+
+GARBLED: list[tuple[str, Any]] = [
+    ("ollama", {"message": {"content": 5}, "done": True}), ("ollama", {"message": {"content": "x"}}),
+    ("ollama", {"message": "x"}),
+    ("ollama", {"message": {"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}, "done": True}),
+    ("ollama", {"message": {"tool_calls": [{"function": {"arguments": {}}}]}, "done": True}),
+    ("ollama", {"message": {"tool_calls": "x"}, "done": True}),
+    ("anthropic", {"content": "x", "stop_reason": "end_turn"}), ("anthropic", {"content": ["x"], "stop_reason": "end_turn"}),
+    ("anthropic", [{"type": "content_block_start", "content_block": {}}]), ("anthropic", [{"type": "message_start"}]),
+    ("anthropic", [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x"}}]),
+    ("anthropic", [{"type": "content_block_start", "index": 0, "content_block": {"type": "text"}},
+                   {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta"}}]),
+    ("anthropic", [{"type": "message_delta", "delta": {"stop_reason": 5}}]),
+    ("gemini", {"candidates": "x"}), ("gemini", {"candidates": ["x"]}),
+    ("gemini", {"candidates": [{"content": {"parts": "x"}}]}),
+    ("gemini", {"candidates": [{"content": {"parts": [{"functionCall": "x"}]}}]}),
+    ("gemini", {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "OTHER"}]}),
+    ("responses", {"status": "queued", "output": []}), ("responses", {"status": "completed", "output": "x"}),
+    ("responses", {"status": "completed", "output": [None]}), ("responses", [{"type": "response.completed", "response": "x"}]),
+    ("responses", {"output": [{"type": "message", "content": "x"}]}),
+    ("responses", {"error": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "answer"), GARBLED)
+def test_answers_of_the_wrong_shape(name: str, answer: Any) -> None:
+    """InvalidResponse, never an exception of another kind."""
+    raw = Raw(b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in answer), kind="text/event-stream")
+    with at(name, raw if isinstance(answer, list) else Raw(answer)) as (_, provider), pytest.raises(InvalidResponse):
+        provider.chat("q", TOOLS, "m-1")
+
+
+def test_odd_answers_that_are_answers() -> None:
+    """Unknown items and blocks beside the text, no model's name, summaries that are none, arguments as an object."""
+    usage = {"input_tokens": 1, "output_tokens": 2}
+    output = [{"type": "web_search_call"}, {"type": "reasoning", "summary": "x", "content": [{"type": "y", "text": "hm"}]},
+              {"type": "message", "content": [{"type": "output_text", "text": "fine"}, {"type": "output_text"}]},
+              {"type": "function_call", "call_id": "a", "name": "f", "arguments": {"x": 1}}]  # fmt: skip
+    refusal = {"status": "completed", "output": [{"type": "message", "content": [{"type": "refusal", "refusal": "no"}]}]}
+    with at("responses", Raw({"output": output, "usage": usage}), Raw(refusal)) as (_, provider):
+        response = provider.chat("q", TOOLS, "m-1")
+        assert (response.text, response.reasoning, response.model, response.usage) == ("fine", "hm", "m-1", Usage(1, 2))
+        assert response.tool_calls[0].arguments == {"x": 1}
+        with pytest.raises(ContentFiltered):
+            provider.chat("q", TOOLS, "m-1")
+    parts = [{"functionCall": {"name": "f"}}, {"executableCode": {}}, {"text": "", "thoughtSignature": "s"}]
+    with at("gemini", Raw({"candidates": [{"content": {"parts": parts}, "finishReason": "NEWS"}]})) as (_, provider):
+        response = provider.chat("q", TOOLS, "m-1")
+        assert ([call.arguments for call in response.tool_calls], response.finish_reason) == ([{}], "tool_calls")
+        assert response.message["copilot_router"]["parts"] == [parts[0], parts[2]]
+    vague = {"content": {"parts": [{"text": "x"}]}, "finishReason": "FINISH_REASON_UNSPECIFIED"}
+    with at("gemini", Raw({"candidates": [vague], "responseId": 5})) as (_, provider):
+        assert provider.chat("q", TOOLS, "m-1").finish_reason == "stop"
+
+
+def test_stream_options_that_a_server_does_not_know() -> None:
+    """Left out after its own 400, remembered."""
+    unknown = Raw({"error": {"message": "unknown field stream_options", "type": "invalid_request_error"}}, 400)
+    with Chat(unknown, local=True) as server:
+        provider = OpenAIProvider(KEY, server.url)
+        for _ in range(2):
+            assert provider.chat("q", model="m-1").text == "ok"
+        assert ["stream_options" in body for body in server.bodies] == [True, False, False]
+        provider.close()
+
+
+def test_a_session_of_the_users_is_left_alone() -> None:
+    """Neither closed nor replaced after a fork; one's own is opened anew."""
+    with at("openai") as (server, provider):
+        session = provider._session
+        provider.close()
+        provider._renew_after_fork()
+        assert provider._session is session
+        assert provider.chat("q", model="m-1").text == "ok"
+    with at("ollama") as (server, provider):
+        provider.chat("q", model="m-1")
+        provider._renew_after_fork()
+        assert provider._session is None
+        assert provider.chat("q", model="m-1").text == "ok"
+        assert len(server.requests) == 2
