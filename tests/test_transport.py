@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +185,38 @@ def test_the_callers_pauses_are_not_the_servers_silence() -> None:
         time.sleep(0.3)  # longer than the stall limit: this is the caller's own time
         paused.set()
         assert list(stream) == ["two"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to a thread")
+@pytest.mark.parametrize("sent", [b"", HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(event("half"))])
+def test_a_tasks_time_limit_is_no_fault_of_the_server(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's exception out of the middle of a request, before or after the headers, reaches the task; nobody is blamed."""
+
+    class JobTimeout(Exception):
+        """As RQ and Celery raise it."""
+
+    def stop(*_: object) -> None:
+        raise JobTimeout
+
+    def silent(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(sent)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        connection.recv(1)  # until the client is gone
+        return False
+
+    module = types.ModuleType("rq.timeouts")
+    module.BaseTimeoutException = JobTimeout  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rq.timeouts", module)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with peer(silent) as server, provider(server.url) as client:
+            chain = FailoverChain([ProviderTier("only", client, ["m"]), ProviderTier("next", client, ["m"])])
+            with pytest.raises(JobTimeout):
+                chain.chat("hi", timeout=5)
+            assert len(server.requests) == 1
+            assert chain.tiers[0].breaker.snapshot().failures == 0
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_abandoned_stream_closes_its_connection() -> None:

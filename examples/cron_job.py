@@ -1,0 +1,48 @@
+"""A cron job: sums up a log file, waits up to ten minutes for a provider, and remembers between runs who is down.
+
+    17 * * * *  python cron_job.py /var/log/shop.log | mail -s "The last hour" you@example.com
+
+The breakers live in a SQLite file: a provider that failed three runs in a row is not asked again by the fourth until its
+breaker's time is over. Exit status: 0 a summary was printed, 75 (EX_TEMPFAIL) nobody answered, try again later.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier, SQLiteStore
+
+STATE = os.environ.get("BREAKERS", "breakers.db")
+TAIL = 50_000  #: characters: the end of a log is what matters
+
+
+def make_chain(**settings: Any) -> FailoverChain:
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+        ],
+        store=SQLiteStore(STATE),
+        recovery_timeout=2 * 3600,  # of a job that runs every hour
+        wait=600,  # sleep at most so long, in all, until a tier is ready again
+        **settings,
+    )
+
+
+def main(arguments: list[str], **settings: Any) -> int:
+    log = Path(arguments[0]).read_text(encoding="utf-8", errors="replace")[-TAIL:]
+    try:
+        with make_chain(**settings) as chain:
+            response = chain.chat(log, system="Sum up this log in five lines. Name what an operator should look at.")
+    except AllProvidersFailed as error:
+        print(error.explain(), file=sys.stderr)
+        return 75
+    print(response.text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

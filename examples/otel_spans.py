@@ -1,0 +1,78 @@
+"""OpenTelemetry: a span for every request to a provider, with the attribute names of the GenAI semantic conventions.
+
+    python examples/otel_spans.py "Why is the sky blue?"      # prints the spans
+
+The spans are children of the one that is current where the chain is called, such as a web framework's. They hold no
+prompts and no answers: an event has none.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind, StatusCode
+
+from copilot_router import Event, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
+
+ENDS_A_REQUEST = ("retry", "failover", "escalation", "wait", "skip", "attempt", "done")
+
+
+class Spans:
+    """``on_event`` is called in the thread of its call, so that each thread has one request under way at most.
+
+    ``providers``: tier -> the convention's name for who serves it, where the tier is not called so.
+    """
+
+    def __init__(self, tracer: trace.Tracer | None = None, providers: Mapping[str, str] | None = None) -> None:
+        self._tracer = tracer or trace.get_tracer("copilot_router")
+        self._providers = providers or {}
+        self._here = threading.local()
+
+    def __call__(self, event: Event) -> None:
+        span = getattr(self._here, "span", None)
+        if span is not None and event.kind in ENDS_A_REQUEST:
+            self._end(span, event)
+            self._here.span = None
+        elif span is not None:
+            span.add_event(event.kind, {name: str(value) for name, value in event.data.items()})  # resend, breaker
+        if event.kind == "attempt":
+            self._here.span = self._begin(event)
+
+    def _begin(self, event: Event) -> trace.Span:
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": self._providers.get(event.tier, event.tier),
+        }
+        if event.model:
+            attributes["gen_ai.request.model"] = event.model
+        return self._tracer.start_span(f"chat {event.model}".strip(), kind=SpanKind.CLIENT, attributes=attributes)
+
+    @staticmethod
+    def _end(span: trace.Span, event: Event) -> None:
+        if event.kind == "done" and event.data["outcome"] == "ok":
+            span.set_attribute("gen_ai.response.model", event.model)
+            span.set_attribute("gen_ai.usage.input_tokens", event.data["prompt_tokens"])
+            span.set_attribute("gen_ai.usage.output_tokens", event.data["completion_tokens"])
+        elif event.kind != "escalation":  # an answer too, if a weak one
+            span.set_attribute("error.type", event.data.get("outcome", "_OTHER"))
+            span.set_status(StatusCode.ERROR)
+        span.end()
+
+
+def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
+    tiers = [ProviderTier("local", LMStudioProvider()), ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"])]
+    return FailoverChain(tiers, on_event=on_event)
+
+
+if __name__ == "__main__":
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter()))
+    spans = Spans(provider.get_tracer("copilot_router"), {"local": "lmstudio", "cloud": "openai"})
+    print(make_chain(spans).chat(sys.argv[1]).text)

@@ -1,0 +1,55 @@
+"""Testing your own application under pytest: ScriptedProvider plays the providers, a clock moved by hand plays the time.
+
+    pytest examples/test_your_app.py
+
+No network, no key, no waiting: what your users see when a provider fails is an ordinary test.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from copilot_router import AllProvidersFailed, FailoverChain, ProviderTier, RateLimited, ScriptedProvider, ServerError
+
+
+def label(chain: FailoverChain, ticket: str) -> str:
+    """The application: a support ticket gets a label, or goes to a person."""
+    try:
+        return chain.chat(ticket, system="Answer with one word: billing, bug or other.").text.strip().lower()
+    except AllProvidersFailed:
+        return "a person"
+
+
+def chain_of(local: ScriptedProvider, cloud: ScriptedProvider, **settings: object) -> FailoverChain:
+    tiers = [ProviderTier("local", local, retries=0), ProviderTier("cloud", cloud, ["gpt-6-luna"], retries=0)]
+    return FailoverChain(tiers, **settings)  # type: ignore[arg-type]
+
+
+def test_a_ticket_gets_its_label() -> None:
+    """The answer is used, and the instruction was sent."""
+    local = ScriptedProvider(["Billing\n"])
+    assert label(chain_of(local, ScriptedProvider([])), "I was charged twice") == "billing"
+    assert local.calls[0]["messages"][0]["role"] == "system"
+
+
+def test_the_cloud_answers_when_the_local_server_is_down() -> None:
+    """A failure that the user does not see."""
+    assert label(chain_of(ScriptedProvider([ServerError("down")]), ScriptedProvider(["bug"])), "It crashes") == "bug"
+
+
+@pytest.mark.parametrize("failure", [ServerError("down"), RateLimited("slow down", retry_after=30)])
+def test_a_person_is_asked_when_nobody_answers(failure: Exception) -> None:
+    """No error page, whatever the providers do; ``repeat`` plays the same failure for ever."""
+    down = ScriptedProvider([failure], repeat=True)
+    assert label(chain_of(down, down), "Hello?") == "a person"
+
+
+def test_the_local_server_is_used_again_after_its_outage() -> None:
+    """Three failures open its breaker; fifteen seconds later it gets its trial. Nobody waits: time is a parameter."""
+    now = [0.0]
+    local = ScriptedProvider([ServerError("down")] * 3 + ["bug"])
+    chain = chain_of(local, ScriptedProvider(["other"], repeat=True), clock=lambda: now[0])
+    assert [label(chain, "?") for _ in range(4)] == ["other"] * 4
+    assert len(local.calls) == 3
+    now[0] += 15
+    assert label(chain, "?") == "bug"

@@ -1,0 +1,95 @@
+"""A custom provider around a vendor's own SDK (openai here), for what only the SDK can do: its own sign-in, its own proxies.
+
+    python examples/vendor_sdk.py "Why is the sky blue?"
+
+All there is to it: call the SDK without retries of its own, obey ``timeout``, and say what went wrong in the words of
+copilot_router, because the class of an error decides what happens next. A provider must not let messages or keys into its
+errors, so that an SDK's own text is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import openai
+
+from copilot_router import (
+    AuthenticationError,
+    BadRequest,
+    FailoverChain,
+    LLMProvider,
+    LLMResponse,
+    LMStudioProvider,
+    ModelNotFound,
+    ProviderError,
+    ProviderTier,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RateLimited,
+    ServerError,
+    ToolCall,
+    Usage,
+)
+
+#: The SDK's errors in our words; the first that fits counts.
+KINDS: list[tuple[type[Exception], type[ProviderError]]] = [
+    (openai.APITimeoutError, ProviderTimeout),
+    (openai.APIConnectionError, ProviderUnavailable),
+    (openai.RateLimitError, RateLimited),
+    (openai.AuthenticationError, AuthenticationError),
+    (openai.PermissionDeniedError, AuthenticationError),
+    (openai.NotFoundError, ModelNotFound),
+    (openai.InternalServerError, ServerError),
+    (openai.APIStatusError, BadRequest),
+]
+
+
+class SDKProvider(LLMProvider):
+    def __init__(self, client: openai.OpenAI) -> None:
+        self._client = client.with_options(max_retries=0)  # the chain has its own, within its deadline
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, *, timeout: float, **kwargs: Any) -> LLMResponse:
+        if tools:
+            kwargs["tools"] = tools
+        try:  # the SDK's timeout is for each read: a server that drips can overstep the deadline; OpenAIProvider's cannot
+            answer = self._client.chat.completions.create(model=model, messages=messages, timeout=timeout, **kwargs)
+        except openai.APIError as error:
+            raise self._translated(error) from None
+        choice, usage = answer.choices[0], answer.usage
+        calls = [self._tool_call(call) for call in choice.message.tool_calls or ()]
+        return LLMResponse(
+            content=choice.message.content, tool_calls=calls, finish_reason=choice.finish_reason, model=answer.model,
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens) if usage else Usage(),
+        )  # fmt: skip
+
+    @staticmethod
+    def _tool_call(call: Any) -> ToolCall:
+        text = call.function.arguments
+        try:
+            arguments = json.loads(text or "{}")
+        except ValueError:
+            arguments = None
+        return ToolCall(call.id, call.function.name, arguments if isinstance(arguments, dict) else None, text)
+
+    @staticmethod
+    def _translated(error: openai.APIError) -> ProviderError:
+        kind = next((ours for theirs, ours in KINDS if isinstance(error, theirs)), ServerError)
+        response = getattr(error, "response", None)
+        wait = response.headers.get("retry-after", "") if response is not None else ""
+        return kind(
+            type(error).__name__, status=getattr(error, "status_code", None), code=error.code,
+            retry_after=float(wait) if wait.isdecimal() else None,
+        )  # fmt: skip
+
+
+def make_chain() -> FailoverChain:
+    return FailoverChain([
+        ProviderTier("sdk", SDKProvider(openai.OpenAI()), ["gpt-6-luna"]),  # OPENAI_API_KEY, OPENAI_BASE_URL
+        ProviderTier("local", LMStudioProvider(), role="emergency"),
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(make_chain().chat(sys.argv[1]).text)
