@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -237,6 +238,7 @@ from celery_task import app
 from pathlib import Path
 here = Path(__file__).parent
 folders = {"data_folder_in": str(here / "queue"), "data_folder_out": str(here / "queue"), "control_folder": str(here)}
+folders["polling_interval"] = 0.05
 app.conf.update(broker_transport_options=folders, worker_hijack_root_logger=False)
 celery_task.answer.soft_time_limit = 1
 """
@@ -286,12 +288,13 @@ def test_a_soft_time_limit_ends_the_task_and_blames_nobody(machine: Machine, tmp
     path = os.pathsep.join(map(str, (Path(copilot_router.__file__).parent, EXAMPLES, tmp_path)))
     command = [sys.executable, "-m", "celery", "-A", "worker_app", "worker", "-c", "1", "--without-mingle", "--without-gossip"]
     with open(tmp_path / "log", "w+") as log:
-        worker = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **url, "PYTHONPATH": path}, stdout=log, stderr=log)
+        environment = {**os.environ, **url, "PYTHONPATH": path}
+        worker = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             done = run("-c", CLIENT, cwd=tmp_path, **url)
         finally:
             over.set()
-            worker.terminate()
+            os.killpg(worker.pid, signal.SIGKILL)  # the worker and its child: a warm shutdown takes seconds
             worker.wait(20)
         log.seek(0)
         assert done.stdout.splitlines() == ["out of time None", "stop local"], done.stderr + log.read()
