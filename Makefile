@@ -6,7 +6,7 @@ RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test bench-quick real sdk dist clean
+.PHONY: help demo check lint types test fuzz stress bench-quick real sdk dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -39,6 +39,12 @@ types: $(VENV)/dev
 test: $(VENV)/dev
 	$(RUN) -m coverage run -m pytest -q
 	$(RUN) -m coverage report
+
+fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the decoders
+	COPILOT_ROUTER_FUZZ=full $(RUN) -m pytest tests/test_fuzz.py -q -s
+
+stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
+	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest tests/test_stress.py -q -s
 
 bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a minute
 	$(RUN) benchmarks/quick.py

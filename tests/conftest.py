@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -102,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _nothing_leaks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A key, a prompt or an answer in a log, an event, an error or a repr fails the test that saw it."""
     watch = LeakWatch()
-    watch.install(monkeypatch, None if request.node.get_closest_marker("quiet") else logging.DEBUG)
+    watch.install(monkeypatch, quiet=request.node.get_closest_marker("quiet") is not None)
     yield
     if watch.found:
         pytest.fail("leaked: " + "; ".join(watch.found[:3]))

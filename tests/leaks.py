@@ -101,13 +101,17 @@ class LeakWatch(logging.Handler):
             self.look_at_error(error, where)
             raise
 
-    def install(self, patch: pytest.MonkeyPatch, level: int | None) -> None:
-        """Watch until ``patch`` is undone. ``level``: of the logger, None to leave it."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As a filter of the logger: sees every record, and lets through what the test's own level lets through."""
+        self.emit(record)
+        return record.levelno >= logging.getLogger("copilot_router").getEffectiveLevel()
+
+    def install(self, patch: pytest.MonkeyPatch, quiet: bool) -> None:
+        """Watch until ``patch`` is undone. ``quiet``: leave it to the test how much is logged."""
         logger = logging.getLogger("copilot_router")
-        patch.setattr(logger, "handlers", [*logger.handlers, self])
-        if level is not None:
-            patch.setattr(logger, "level", level)
-            logger.manager._clear_cache()  # type: ignore[attr-defined]
+        patch.setattr(logger, "filters", [*logger.filters, self])
+        if not quiet:
+            patch.setattr(logger, "isEnabledFor", lambda level: True)  # and the level stays: nobody else need keep it all
         for kind, names in (
             (FailoverChain, ("chat", "stream", "check")),
             (copilot_router._HTTPProvider, ("chat", "stream", "ping")),

@@ -34,7 +34,14 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 every_dialect = pytest.mark.parametrize("dialect", [kind() for kind in DIALECTS], ids=lambda dialect: dialect.name)
-tried = 0  #: examples so far
+tried = 0  #: answers read so far
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _figures() -> Iterator[None]:
+    """Says how much was tried, for ``pytest -s``."""
+    yield
+    print(f"\n{tried} bodies and streams were read")
 
 
 # -- the one place that knows the module's inside
