@@ -253,6 +253,58 @@ CHOICES = ["auto", "none", "required", {"type": "function", "function": {"name":
 FORMATS = [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}]
 
 
+FORMS: dict[str, list[Any]] = {  #: of tool_choice, in the order of CHOICES
+    "openai": CHOICES, "responses": [*CHOICES[:3], {"type": "function", "name": "time"}],
+    "anthropic": [None, {"type": "none"}, {"type": "any"}, {"type": "tool", "name": "time"}],
+    "gemini": [{"functionCallingConfig": {"mode": mode}} for mode in ("AUTO", "NONE", "ANY")] + [
+        {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["time"]}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_tool_choice_in_all_its_forms(name: str) -> None:
+    """As each vendor writes it; parallel calls are switched off where there is a switch."""
+    key = "toolConfig" if name == "gemini" else "tool_choice"
+    with at(name) as (server, provider):
+        for choice in CHOICES:
+            provider.chat("q", TOOLS, "m-1", tool_choice=choice)
+        assert [body.get(key) for body in server.bodies] == FORMS[name]
+        for choice in CHOICES if name == "anthropic" else ():
+            provider.chat("q", TOOLS, "m-1", tool_choice=choice, parallel_tool_calls=False)
+            off = {} if choice == "none" else {"disable_parallel_tool_use": True}
+            assert server.bodies[-1][key] == {"type": "auto", **(FORMS[name][CHOICES.index(choice)] or {}), **off}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_usage_in_one_vocabulary(name: str) -> None:
+    """The same numbers from each, whatever the vendor's own arithmetic, streamed and whole."""
+    for streaming in (False, True):
+        with at(name, stream_upstream=streaming) as (_, provider):
+            usage = provider.chat("q", model="m-1").usage
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (20, 15, 35)
+        assert (usage.cached_tokens, usage.reasoning_tokens) == ((0, 0) if name == "ollama" else (4, 6))
+        assert usage.cache_write_tokens == (6 if name == "anthropic" else 0)
+
+
+def test_anthropics_temperature_ends_at_one() -> None:
+    """What goes up to two elsewhere is brought down to it."""
+    with at("anthropic") as (server, provider):
+        for given in (0, 0.7, 1, 1.5):
+            provider.chat("q", model="m-1", temperature=given)
+        assert [body["temperature"] for body in server.bodies] == [0, 0.7, 1, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_blank_text_beside_thinking_is_not_sent_back(streaming: bool) -> None:
+    """Anthropic's models write one now and then, and its API refuses it."""
+    reply = Reply("\n\n", [("time", {"city": "Oslo"})], "a thought")
+    with at("anthropic", reply, stream_upstream=streaming) as (server, provider):
+        response = provider.chat([USER], TOOLS, "m-1")
+        answer = {"role": "tool", "tool_call_id": response.tool_calls[0].id, "content": "late"}
+        assert provider.chat([USER, response.message, answer], TOOLS, "m-1").text == "ok"
+        assert [one["type"] for one in server.bodies[1]["messages"][1]["content"]] == ["thinking", "tool_use"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_at_every_vendor(name: str) -> None:
     """Accepted by the server in the first request, in each form of tool_choice, format and effort, or refused here."""
@@ -346,6 +398,16 @@ def test_turns_alternate() -> None:
     assert conversation({"role": "system", "content": "s"}) == ("s", [("user", ["Continue."], [], [])])
     with pytest.raises(UnsupportedRequest, match="only text"):
         conversation({"role": "system", "content": [IMAGE]})
+
+
+def test_what_is_carried_never_replaces_what_came_before() -> None:
+    """Two of the assistant's messages in a row: the second one's blocks must not stand for both."""
+    kept = {"for": "me", "text": "2", "ids": [], "blocks": [{"type": "text", "text": "2"}]}
+    carrying = {"role": "assistant", "content": "2", "copilot_router": kept}
+    for before, carried in ((USER, kept), ({"role": "assistant", "content": "1"}, {})):
+        _, found = _conversation(_Call([USER, before, carrying], None, "m", {}, identity="me"), "X")
+        assert found[1].carry == carried
+        assert [text for turn in found[:2] for _, _, text in turn.parts][-1] == "2"
 
 
 def test_parts_of_all_kinds() -> None:

@@ -861,9 +861,10 @@ class Anthropic(Vendor):
             blocks.append({"type": "text", "text": reply.text})
         for name, arguments in reply.calls:
             blocks.append({"type": "tool_use", "id": self.new_id(), "name": name, "input": arguments})
+        returned = [block for block in blocks if block["type"] != "text" or block["text"].strip()]  # blank ones are refused
         for block in blocks:
             if reply.thinking and block["type"] == "tool_use":
-                self.issued[block["id"]] = (body["model"], blocks)
+                self.issued[block["id"]] = (body["model"], returned)
         return blocks
 
     def whole(self, reply: Reply, request: Request) -> Any:
