@@ -126,7 +126,7 @@ def grows(at: int, kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": "content_block_delta", "index": at, "delta": {"type": kind, **fields}}
 
 
-def stops(reason: str | None, **usage: int) -> dict[str, Any]:
+def stops(reason: str | None, **usage: int | None) -> dict[str, Any]:
     return {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage}
 
 
@@ -264,11 +264,12 @@ def test_trap_08_anthropic_counts_the_cache_apart() -> None:
 
 
 def test_trap_09_usage_in_message_delta_is_cumulative() -> None:
-    """5, then 9: that is 9; the counts of the prompt may be repeated."""
-    events = [started(input_tokens=10, output_tokens=1), block(0, type="text", text="x"), stops(None, output_tokens=5),
-              stops("end_turn", input_tokens=10, output_tokens=9), END]  # fmt: skip
-    with met(Anthropic, message_stream(*events)) as (_, provider):
-        assert provider.chat("q", model="m-1").usage == Usage(10, 9)
+    """5, then 9: that is 9; the counts of the prompt may be repeated, or null."""
+    for again in (10, None):
+        events = [started(input_tokens=10, output_tokens=1), block(0, type="text", text="x"), stops(None, output_tokens=5),
+                  stops("end_turn", input_tokens=again, output_tokens=9), END]  # fmt: skip
+        with met(Anthropic, message_stream(*events)) as (_, provider):
+            assert provider.chat("q", model="m-1").usage == Usage(10, 9)
 
 
 def test_trap_10_an_error_event_inside_a_stream() -> None:

@@ -17,6 +17,7 @@ from vendors import KEY, Anthropic, Chat, Gemini, Ollama, Raw, Reply, Responses,
 
 from copilot_router import (
     AnthropicProvider,
+    AuthenticationError,
     BadRequest,
     ConfigError,
     ContentFiltered,
@@ -24,9 +25,14 @@ from copilot_router import (
     GeminiProvider,
     InvalidResponse,
     LLMResponse,
+    ModelNotFound,
     OllamaProvider,
     OpenAIProvider,
+    Overloaded,
+    ProviderError,
     ProviderTier,
+    ProviderUnavailable,
+    ServerError,
     UnsupportedRequest,
     Usage,
     _Call,
@@ -569,6 +575,52 @@ def test_a_limit_that_is_not_used_up_is_nothing_to_wait_for() -> None:
     assert _reset({openai: "1m0s"}, "requests") is None
     assert 50 < (_reset({anthropic: in_a_minute, "anthropic-ratelimit-tokens-remaining": "0"}, "tokens") or 0) <= 60
     assert _reset({anthropic: in_a_minute, "anthropic-ratelimit-tokens-remaining": "5"}, "tokens") is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_in_one_vocabulary(name: str) -> None:
+    """A model that is not there, by its own words or by its name alone; a wrong key; a wrong path; an overload."""
+    nameless = Raw({"error": {"message": "nothing like no-such-thing here", "code": 404, "status": "NOT_FOUND"}}, 404)
+    busy = Raw({"error": {"message": "the server is overloaded, please try again later"}}, 503)
+    with at(name) as (server, provider):
+        with pytest.raises(ModelNotFound):
+            provider.chat("q", model="no-such-thing")
+        server.models = (*server.models, "no-such-thing")
+        server.script.extend((nameless, busy))
+        with pytest.raises(ModelNotFound) as missing:
+            provider.chat("q", model="no-such-thing")
+        assert (missing.value.model, missing.value.status) == ("no-such-thing", 404)
+        with pytest.raises(Overloaded):
+            provider.chat("q", model="m-1")
+        provider.base_url += "/wrong"
+        with pytest.raises(ProviderError) as lost:
+            provider.chat("q", model="m-1")
+        assert type(lost.value) is (ModelNotFound if name == "gemini" else ProviderUnavailable)
+        with pytest.raises(ProviderUnavailable):
+            provider.ping()
+    for kind in () if name == "ollama" else (AuthenticationError,):
+        with at(name) as (_, provider):
+            provider._headers = {header: value.replace(KEY, "wrong-key") for header, value in provider._headers.items()}
+            with pytest.raises(kind):
+                provider.chat("q", model="m-1")
+
+
+def test_request_ids() -> None:
+    """From each vendor's own header, from Gemini's body, of failures too."""
+    content = {"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}
+    chat = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    gemini = {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "STOP"}], "responseId": "r-1"}
+    table: list[tuple[str, Any, str]] = [
+        ("openai", chat, "x-request-id"), ("openai", chat, "apim-request-id"), ("openai", chat, "X-Generation-Id"),
+        ("anthropic", content, "request-id"), ("gemini", gemini, ""),
+    ]  # fmt: skip
+    for name, body, header in table:
+        headers = {header: "r-1"} if header else {}
+        with at(name, Raw(body, headers=headers), Raw({"error": {"message": "x"}}, 500, headers=headers)) as (_, provider):
+            assert provider.chat("q", model="m-1").request_id == "r-1"
+            with pytest.raises(ServerError) as broken:
+                provider.chat("q", model="m-1")
+            assert broken.value.request_id == ("r-1" if header else None)
 
 
 # -- what is malformed, and what cannot be expressed

@@ -335,7 +335,7 @@ def test_what_was_issued_comes_back_only_unchanged() -> None:
         assert post(server, "gemini", said(again, 1, "contents", parts=[{**part, "thoughtSignature": "x"}]))[0] == 400
     with vendor("responses") as server:
         assert isinstance(server, Responses)
-        items = server.output(reply, "m-1")
+        items = server.output(reply, {"model": "m-1", "include": ["reasoning.encrypted_content"]})
         again = {**RESPONSES, "input": [ASKS, *items, but(FLAT_RESULT, call_id=items[1]["call_id"])]}
         assert post(server, "responses", again)[0] == 200
         assert post(server, "responses", {**again, "model": "gpt-6-sol"})[0] == 400

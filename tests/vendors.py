@@ -639,12 +639,13 @@ class Responses(Chat):
                     self.fail(f"Item '{item['id']}' of type 'reasoning' was provided without its required following item.")
         self.unique(called, "input.call_id")
 
-    def output(self, reply: Reply, model: str) -> list[dict[str, Any]]:
+    def output(self, reply: Reply, body: dict[str, Any]) -> list[dict[str, Any]]:
         output: list[dict[str, Any]] = []
+        model, include = body["model"], body.get("include", ())
         if reply.thinking:
             own, summary = f"rs_{self.new_id()}", [{"type": "summary_text", "text": reply.thinking}]
-            output.append({"type": "reasoning", "id": own, "summary": summary,
-                           "encrypted_content": digest(model, own, summary, self.port)})  # fmt: skip
+            secret = digest(model, own, summary, self.port) if "reasoning.encrypted_content" in include else None
+            output.append({"type": "reasoning", "id": own, "summary": summary, "encrypted_content": secret})
         if reply.text:
             output.append({"type": "message", "id": f"msg_{self.new_id()}", "role": "assistant", "status": "completed",
                            "content": [{"type": "output_text", "text": reply.text, "annotations": []}]})  # fmt: skip
@@ -662,7 +663,7 @@ class Responses(Chat):
         return {"id": "resp_1", "object": "response", "model": request.body["model"], "error": None,
                 "status": "incomplete" if reply.finish else "completed",
                 "incomplete_details": {"reason": reply.finish} if reply.finish else None,
-                "output": self.output(reply, request.body["model"]),
+                "output": self.output(reply, request.body),
                 "usage": {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 15,
                           "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 35}}  # fmt: skip
 
