@@ -3249,7 +3249,8 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, A
         parts = sent["content"]
         if isinstance(parts, (list, tuple)) and parts and all(part.get("type") == "text" for part in parts):
             sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
-        if _CARRY in message and (kept := call.carried(message).get("reasoning_content")):
+        kept = call.carried(message).get("reasoning_content") if _CARRY in message else None
+        if sent["role"] == "assistant" and (kept := kept or call.quirks.get("reasoning_content")):
             sent["reasoning_content"] = kept
     return sent
 
@@ -3450,6 +3451,8 @@ class OpenAIProvider(_HTTPProvider):
         return "/chat/completions", _chat_body(call, streaming, self._at_openai), _ChatDecoder(call)
 
     def _moves(self, facts: _ErrorFacts) -> tuple[str, Any] | None:
+        if "reasoning_content" in facts.message and "passed back" in facts.message:
+            return "reasoning_content", " "  # DeepSeek wants some on turns of other models, too
         return ("api", "responses") if self.api == "auto" and "/v1/responses" in facts.message else None
 
 
