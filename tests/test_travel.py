@@ -214,6 +214,25 @@ def test_what_a_message_carries_goes_back_only_as_it_was(name: str) -> None:
         assert call_of_it.carried(message) == message["copilot_router"]
 
 
+def test_a_tool_loop_goes_on_at_deepseek() -> None:
+    """Which in thinking mode wants reasoning_content on every turn of the assistant, also on those of other models."""
+    calls = [("weather", {"city": "Rome"})]
+    with at("anthropic", Reply(calls=[("time", {"city": "Oslo"})], thinking="t")) as (_, provider), \
+            Chat(Reply(calls=calls, thinking="a thought"), local=True, thinking=True) as server:  # fmt: skip
+        deepseek = OpenAIProvider(KEY, server.url)
+        history: list[Any] = [USER]
+        for one in (provider, deepseek, deepseek):
+            response = one.chat(history, TOOLS, "m-1")
+            history.append(response.message)
+            history += [{"role": "tool", "tool_call_id": call.id, "content": "x"} for call in response.tool_calls]
+        assert response.text == "ok"
+        assert [len(server.refusals), len(server.requests)] == [1, 3]
+        sent = server.bodies[2]["messages"]
+        given = [message.get("reasoning_content") for message in sent if message["role"] == "assistant"]
+        assert given == [" ", "a thought"]
+        deepseek.close()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_carried_where_there_is_nothing_to_carry(name: str) -> None:
     """A plain answer is a plain message."""
