@@ -90,6 +90,8 @@ class Dialect:
     broken: ClassVar[tuple[bytes, type]]
     #: An answer without text that a safety system has stopped, as whole JSON; None where there is none.
     blocked: ClassVar[Any] = None
+    #: What a whole answer says of itself while it is not complete; None where there is no word for it.
+    unfinished: ClassVar[Any] = None
     models: ClassVar[Any] = {"object": "list", "data": [{"id": "m", "object": "model"}]}
     ping_path: ClassVar[str] = "/v1/models"
 
@@ -231,6 +233,7 @@ class Responses(Dialect):
     )  # fmt: skip
     blocked: ClassVar[Any] = {"id": "resp_1", "status": "incomplete", "incomplete_details": {"reason": "content_filter"},
                               "output": [], "error": None}  # fmt: skip
+    unfinished: ClassVar[Any] = {"status": "in_progress"}
     needs_model = False
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
@@ -303,7 +306,7 @@ class Responses(Dialect):
 class Anthropic(Dialect):
     name = "anthropic"
     broken = (
-        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}, "request_id": "r"}, "error"),
+        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"}, "request_id": "r"}, "error"),
         Overloaded,
     )
     blocked: ClassVar[Any] = {"type": "message", "role": "assistant", "content": [], "stop_reason": "refusal",
@@ -512,6 +515,7 @@ class Ollama(Dialect):
     filters = remote_images = False
     idle = b'{"model": "m-2026", "message": {"role": "assistant", "content": ""}, "done": false}\n'
     broken = b'{"error": "an error was encountered while running the model"}\n', InvalidResponse
+    unfinished: ClassVar[Any] = {"done": False, "done_reason": None}
     models: ClassVar[Any] = {"models": [{"name": "m:latest", "model": "m:latest"}]}
     ping_path = "/api/tags"
 

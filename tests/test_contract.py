@@ -168,7 +168,7 @@ def test_reasoning_is_kept_apart(dialect: Dialect, streaming: bool) -> None:
 
 def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -> None:
     """Thinking inside the text, cut in the middle of its tags."""
-    answer = Answer(text=("<thi", "nk>Let me th", "ink.</th", "ink>\n", "\nHello, ", "<think>world"))
+    answer = Answer(text=("<thi", "nk>Let me th", "ink.</th", "ink>\n", "\nHello,", " <think>world"))
     with served(dialect, answer, stream_upstream=streaming) as (_, client):
         deltas, response = drained(client.stream("hi", model="m", timeout=5))
     assert (response.reasoning, response.content) == ("Let me think.", "Hello, <think>world")
@@ -568,6 +568,14 @@ def test_a_cut_answer_is_no_answer(dialect: Dialect, ending: str) -> None:
         client.chat("hi", model="m", timeout=5)
 
 
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d.unfinished is not None], ids=repr)
+def test_a_whole_answer_that_says_it_is_not_finished(dialect: Dialect) -> None:
+    """Where the format has a word for it, it is no answer."""
+    body = {**dialect.body(Answer()), **dialect.unfinished}
+    with served(dialect, says(reply(body))) as (_, client), pytest.raises(InvalidResponse):
+        client.chat("hi", model="m", timeout=5)
+
+
 def test_an_answer_cut_after_its_end_is_an_answer(dialect: Dialect) -> None:
     """All of the answer has come; that the connection then breaks inside the body costs nothing."""
     data = head(dialect) + b"".join(map(chunk, dialect.events(Answer())))
@@ -769,21 +777,24 @@ def test_bad_pings(dialect: Dialect) -> None:
         dialect.make(f"http://127.0.0.1:{port}").ping(timeout=5)
 
 
-def test_no_key_and_no_prompt_is_ever_shown(dialect: Dialect) -> None:
+@pytest.mark.parametrize("key", [KEY, "tr0ub4dor&3"], ids=["like a key", "like anything"])
+def test_no_key_and_no_prompt_is_ever_shown(dialect: Dialect, key: str) -> None:
     """A server that repeats the key and the prompt: neither is in the str, repr, args or pickle of anything."""
     prompt = "the launch code is tangerine seventeen"
-    echo = f"wrong key {KEY} for the prompt {prompt}"
+    echo = f"wrong key {key} for the prompt {prompt}"
     bodies = [{"error": {"message": echo, "type": "x", "code": None}}, {"error": echo}, {"message": echo}]
     for body in bodies:
         for status in (400, 401, 500, 200):
-            with served(dialect, says(reply(body, status))) as (_, client):
+            with peer(says(reply(body, status))) as server:
+                client = dialect.make(f"http://127.0.0.1:{server.port}", key)
                 with pytest.raises(ProviderError) as raised:
                     client.chat(prompt, model="m", timeout=5)
+                client.close()
                 error = raised.value
                 seen = f"{error!s} {error!r} {error.args} {error.__cause__!r} {error.__context__!r} {client!r} {vars(error)}"
-                assert KEY not in seen
+                assert key not in seen
                 assert prompt not in seen
-                assert KEY.encode() not in pickle.dumps(error)
+                assert key.encode() not in pickle.dumps(error)
 
 
 def test_answers_are_shown_without_their_text(dialect: Dialect) -> None:
