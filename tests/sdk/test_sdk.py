@@ -11,6 +11,7 @@ import base64
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -599,6 +600,124 @@ def test_the_body_is_of_the_vendors_own_type(vendor: Vendor, name: str) -> None:
     """It validates with unknown fields forbidden, streamed and whole."""
     for streaming in (True, False):
         vendor.validate(vendor.sent(CONVERSATIONS[name], streaming))
+
+
+# -- a tool loop with thinking in it, as each client's documentation writes it -------------------------------------------
+
+THOUGHT = Answer(text=("Look.",), reasoning=("Two ", "cities."), finish="tool_calls",
+                 calls=(("weather", {"city": "Oslo"}), ("weather", {"city": "Rømø"})))  # fmt: skip
+RESULTS = ("4 degrees", "5 degrees")
+
+
+def loop_chat(url: str) -> None:
+    with openai.OpenAI(api_key=KEY, base_url=url + "/v1", max_retries=0) as client:
+        messages: list[Any] = list(HI)
+        message = client.chat.completions.create(model="m", messages=messages, tools=[WEATHER]).choices[0].message
+        messages.append(message)
+        messages += [result(call.id, words) for call, words in zip(message.tool_calls, RESULTS, strict=True)]
+        client.chat.completions.create(model="m", messages=messages, tools=[WEATHER])
+
+
+def loop_responses(url: str) -> None:
+    asked: Body = {"model": "m", "store": False, "include": ["reasoning.encrypted_content"],
+                   "tools": [{"type": "function", **WEATHER["function"], "strict": False}]}  # fmt: skip
+    with openai.OpenAI(api_key=KEY, base_url=url + "/v1", max_retries=0) as client:
+        items: list[Any] = list(HI)
+        output = client.responses.create(input=items, **asked).output
+        items += output
+        calls = [item for item in output if item.type == "function_call"]
+        items += [{"type": "function_call_output", "call_id": call.call_id, "output": words}
+                  for call, words in zip(calls, RESULTS, strict=True)]  # fmt: skip
+        client.responses.create(input=items, **asked)
+
+
+def loop_anthropic(url: str) -> None:
+    function = WEATHER["function"]
+    made = {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]}
+    asked: Body = {"model": "m", "max_tokens": 8192, "tools": [made]}
+    with anthropic.Anthropic(api_key=KEY, base_url=url, max_retries=0) as client:
+        messages: list[Any] = list(HI)
+        content = client.messages.create(messages=messages, **asked).content
+        messages.append({"role": "assistant", "content": content})
+        calls = [block for block in content if block.type == "tool_use"]
+        messages.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": words}
+                                                     for call, words in zip(calls, RESULTS, strict=True)]})  # fmt: skip
+        client.messages.create(messages=messages, **asked)
+
+
+def loop_gemini(url: str) -> None:
+    t = gemini_types
+    function = WEATHER["function"]
+    declared = t.FunctionDeclaration(name=function["name"], description=function["description"],
+                                     parameters_json_schema=function["parameters"])  # fmt: skip
+    config = t.GenerateContentConfig(tools=[t.Tool(function_declarations=[declared])],
+                                     automatic_function_calling=t.AutomaticFunctionCallingConfig(disable=True))  # fmt: skip
+    client = genai.Client(api_key=KEY, http_options=t.HttpOptions(base_url=url, api_version="v1beta"))
+    try:
+        turns: list[Any] = [t.Content(role="user", parts=[t.Part.from_text(text=HI[0]["content"])])]
+        content = client.models.generate_content(model="m", contents=turns, config=config).candidates[0].content
+        calls = [part.function_call for part in content.parts if part.function_call]
+        answered = [t.Part(function_response=t.FunctionResponse(id=call.id, name=call.name, response={"output": words}))
+                    for call, words in zip(calls, RESULTS, strict=True)]  # fmt: skip
+        turns += [content, t.Content(role="user", parts=answered)]
+        client.models.generate_content(model="m", contents=turns, config=config)
+    finally:
+        client.close()
+
+
+def loop_ollama(url: str) -> None:
+    client = ollama.Client(host=url)
+    try:
+        messages: list[Any] = list(HI)
+        message = client.chat(model="m", messages=messages, tools=[WEATHER]).message
+        messages.append(message)
+        messages += [{"role": "tool", "content": words, "tool_name": call.function.name}
+                     for call, words in zip(message.tool_calls, RESULTS, strict=True)]  # fmt: skip
+        client.chat(model="m", messages=messages, tools=[WEATHER])
+    finally:
+        client._client.close()
+
+
+def without_thoughts(body: Body) -> Body:
+    """The clients send back what nobody needs: null fields, Gemini's summaries of thoughts, Ollama's thinking. The
+    signatures, and Anthropic's and OpenAI's own blocks, are what counts."""
+
+    def change(one: Body) -> Body:
+        if one.get("type") != "thinking":
+            one = {name: item for name, item in one.items() if item is not None and name != "thinking"}
+        if isinstance(one.get("parts"), list):
+            one["parts"] = [part for part in one["parts"] if not part.get("thought")]
+        return one
+
+    return everywhere(body, change)
+
+
+LOOPS = dict(zip(VENDORS, (loop_chat, loop_responses, loop_anthropic, loop_gemini, loop_ollama), strict=True))
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("vendor", VENDORS, ids=repr)
+def test_a_tool_loop_carries_back_what_the_vendors_client_does(vendor: Vendor, streaming: bool) -> None:
+    """Thinking, signatures and calls of the first answer stand in the second request as in the client's own loop."""
+    answer = replace(THOUGHT, reasoning=()) if vendor.dialect.name == "chat" else THOUGHT
+    script = iter([answer, Answer(), answer, Answer()])
+    with peer(answers(vendor.dialect, lambda _: next(script))) as server:
+        client = vendor.dialect.make(f"http://127.0.0.1:{server.port}", KEY, stream_upstream=streaming)
+        client._at_openai = True
+        first = client.chat(HI, tools=[WEATHER], model="m", timeout=10)
+        results = [result(call.id, words) for call, words in zip(first.tool_calls, RESULTS, strict=True)]
+        client.chat([*HI, first.message, *results], tools=[WEATHER], model="m", timeout=10)
+        client.close()
+        LOOPS[vendor](f"http://127.0.0.1:{server.port}")
+        ours, theirs = (parsed(request)[2] for request in server.requests[1::2])
+    vendor.validate(ours)
+    for name in ("stream", "stream_options"):
+        ours.pop(name, None), theirs.pop(name, None)
+    ours, theirs = (without_thoughts(vendor.normalised(body)) for body in (ours, theirs))
+    assert ours == theirs
+    if vendor.dialect.name in ("responses", "anthropic", "gemini"):
+        seal = "c2VhbGVk" if vendor.dialect.name == "responses" else "c2lnbmVk"
+        assert json.dumps(ours).count(seal) == 1
 
 
 #: Below these names anything may stand.
