@@ -95,6 +95,13 @@ class Dialect:
     models: ClassVar[Any] = {"object": "list", "data": [{"id": "m", "object": "model"}]}
     ping_path: ClassVar[str] = "/v1/models"
 
+    #: A hint, its value, and the 400 of a model that refuses it.
+    refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"error": {
+        "message": "Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is "
+        "supported.", "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}})  # fmt: skip
+    #: The name in a request of what the hint becomes.
+    hint: ClassVar[str] = "temperature"
+
     def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
         """Name, description and schema of every tool in a request."""
         return [(f["name"], f["description"], f["parameters"]) for f in (tool["function"] for tool in body["tools"])]
@@ -342,6 +349,9 @@ class Anthropic(Dialect):
         "bad request": error(400, BadRequest, "invalid_request_error", "messages.0: wrong"),
     }  # fmt: skip
 
+    refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
+        "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})  # fmt: skip
+
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
         return AnthropicProvider(key, url, **settings)
 
@@ -453,6 +463,11 @@ class Gemini(Dialect):
         "bad request": error(400, BadRequest, "INVALID_ARGUMENT", "Invalid value at 'contents[0]'"),
     }  # fmt: skip
 
+    refused: ClassVar[tuple[str, Any, Any]] = ("frequency_penalty", 0.5, {"error": {
+        "code": 400, "status": "INVALID_ARGUMENT", "message": "Invalid JSON payload received. Unknown name "
+        '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})  # fmt: skip
+    hint = "frequencyPenalty"
+
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
         return GeminiProvider(key, url, **settings)
 
@@ -534,6 +549,9 @@ class Ollama(Dialect):
                            ContextLengthExceeded, None),
         "bad request": (400, {}, {"error": "missing request body"}, BadRequest, None),
     }  # fmt: skip
+
+    refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high", {"error": '"m" does not support thinking'})
+    hint = "think"
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
         return OllamaProvider(key, url, **settings)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import requests
 from dialects import DIALECTS, Answer, Dialect, answers, chunk, found_in, head, parsed, reply, streamed, texts_in
 from faults import Peer, peer
 
@@ -502,6 +503,60 @@ def test_a_page_with_status_200_is_no_answer(dialect: Dialect) -> None:
     """A captive portal: InvalidResponse."""
     with served(dialect, says(reply(b"<html>Log in</html>", 200, "text/html"))) as (_, client), pytest.raises(InvalidResponse):
         client.chat("hi", model="m", timeout=5)
+
+
+def test_a_hint_that_a_model_refuses_is_dropped(dialect: Dialect, streaming: bool) -> None:
+    """One corrected resend within the same attempt, told as an event; the next call knows, another model is asked anew."""
+    option, value, body = dialect.refused
+    events = []
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if f'"{dialect.hint}":'.encode() in request:
+            connection.sendall(reply(body, 400))
+            return True
+        return answers(dialect, lambda _: Answer())(server, connection, request)
+
+    with served(dialect, serve, stream_upstream=streaming) as (server, client):
+        chain = FailoverChain([ProviderTier("only", client, ["m", "n"])], on_event=events.append)
+        response = chain.chat("hi", timeout=5, **{option: value})
+        assert (response.content, len(response.attempts), len(server.requests)) == ("Hello, world", 1, 2)
+        assert [event.data["field"] for event in events if event.kind == "resend"] == [option]
+        chain.chat("hi", timeout=5, **{option: value})
+        assert len(server.requests) == 3
+        chain.chat("hi", model="n", timeout=5, **{option: value})
+        assert len(server.requests) == 5
+
+
+def test_a_hint_that_is_refused_again_is_an_error(dialect: Dialect) -> None:
+    """There is no second resend: what still fails is the model's answer."""
+    option, value, body = dialect.refused
+    with served(dialect, says(reply(body, 400))) as (server, client):
+        with pytest.raises(ProviderError) as raised:
+            client.chat("hi", model="m", timeout=5, **{option: value})
+        assert (raised.value.status, len(server.requests)) == (400, 2)
+
+
+def test_the_request_id_of_an_answer_and_of_a_failure(dialect: Dialect) -> None:
+    """As the header says; it is what a vendor's support asks for."""
+    with served(dialect, says(reply(dialect.body(Answer()), X_Request_Id="req-7"))) as (_, client):
+        assert client.chat("hi", model="m", timeout=5).request_id == "req-7"
+    status, headers, body, _, _ = dialect.failures["500"]
+    failing = says(reply(body, status, X_Request_Id="req-8", **headers))
+    with served(dialect, failing) as (_, client), pytest.raises(ProviderError) as raised:
+        client.chat("hi", model="m", timeout=5)
+    assert raised.value.request_id == "req-8"
+
+
+def test_a_session_of_the_users_own(dialect: Dialect) -> None:
+    """It is used as it is, its headers go along, and close() leaves it alone."""
+    session = requests.Session()
+    session.headers["X-Mine"] = "1"
+    with session, served(dialect, Answer(reasoning=("Hm.",)), session=session) as (server, client):
+        for _ in range(2):
+            assert client.chat("hi", model="m", timeout=5).content == "Hello, world"
+            client.close()
+        assert [parsed(request)[1]["x-mine"] for request in server.requests] == ["1", "1"]
+        assert server.connections == 1
 
 
 def test_nobody_listens(dialect: Dialect) -> None:
