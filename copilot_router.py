@@ -1728,6 +1728,8 @@ def _connect(connection: Any, limits: _Limits) -> Any:
 class _Answer:
     """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
 
+    _under_way: ClassVar[set[_Answer]] = set()  #: or a cycle's collector could find the socket before what closes it
+
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
         import http.client
 
@@ -1737,6 +1739,7 @@ class _Answer:
         self._raw = response.raw
         self._most = most
         self._ended = False
+        self._under_way.add(self)
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
         self._read1: Callable[[], bytes] = (  # urllib3's own read1 costs as much again as http.client's
@@ -1810,6 +1813,7 @@ class _Answer:
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
+        self._under_way.discard(self)
         if self._ended:
             if self._original is not None:
                 self._original.close()  # http.client must know, or it refuses the next request on this connection
