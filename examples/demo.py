@@ -1,7 +1,8 @@
 """A bad day of your providers, told in under ten seconds: ``make demo``.
 
 Small misbehaving HTTP servers on loopback, real sockets, the real provider classes. Every step checks itself; the exit
-status is 0 only if all of it happened as told.
+status is 0 only if all of it happened as told. ``python examples/demo.py --svg FILE`` draws the timeline of another such
+run from the chain's events (docs/timeline.svg; needs matplotlib).
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from copilot_router import AllProvidersFailed, DeadlineExceeded, FailoverChain, OpenAIProvider, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    CircuitBreaker,
+    DeadlineExceeded,
+    Event,
+    FailoverChain,
+    OpenAIProvider,
+    ProviderTier,
+)
 
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
@@ -32,6 +41,8 @@ class Server(ThreadingHTTPServer):
         self.mood = mood
         self.text = text
         self.asked: list[str] = []
+        self.pause = 0.0  # seconds before each word
+        self.retry_after = "30"
         self.gate = threading.Event()
         self.over = threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -74,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.stream("[ESC", "ALATE] this needs ", "a proof")
 
     def busy(self, body: dict[str, Any]) -> None:
-        self.json(429, {"error": {"message": "slow down, please"}}, {"Retry-After": "30"})
+        self.json(429, {"error": {"message": "slow down, please"}}, {"Retry-After": self.server.retry_after})
 
     def broken(self, body: dict[str, Any]) -> None:
         self.json(500, {"error": {"message": "out of order"}})
@@ -100,12 +111,14 @@ class Handler(BaseHTTPRequestHandler):
         return b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode() + b"\n\n"
 
     def stream(self, *pieces: str) -> None:
-        data = b"".join(self.event({"content": piece}) for piece in pieces) + self.event({}, "stop") + b"data: [DONE]\n\n"
+        events = [*(self.event({"content": piece}) for piece in pieces), self.event({}, "stop") + b"data: [DONE]\n\n"]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(sum(map(len, events))))
         self.end_headers()
-        self.wfile.write(data)
+        for event in events:
+            self.server.over.wait(self.server.pause)
+            self.wfile.write(event)
 
 
 class StepFailed(Exception):
@@ -264,6 +277,40 @@ def everything_down() -> str:
         raise StepFailed("expected AllProvidersFailed, saw an answer")
 
 
+def a_day_in_events() -> list[Event]:
+    """The events of calls in a row while the servers behind them have their moods."""
+    local, cheap, strong = Server(text="Hello from here."), Server(text="Hello from afar."), Server(text="A proof.")
+    moods = {3: (local, "broken"), 9: (cheap, "busy"), 10: (cheap, "healthy"), 12: (local, "healthy"), 20: (local, "weak"),
+             21: (local, "healthy")}  # fmt: skip
+    events: list[Event] = []
+    tiers = [
+        tier("local", local.url, retries=0, breaker=CircuitBreaker(recovery_timeout=2.0)),
+        tier("cheap", cheap.url),
+        tier("strong", strong.url),
+    ]
+    settings: dict[str, Any] = {"escalation_model": "strong", "max_retry_after": 0.5, "on_event": events.append}
+    with servers(local, cheap, strong), FailoverChain(tiers, **settings) as chain:
+        for server in (local, cheap, strong):
+            server.pause, server.retry_after = 0.03, "1"
+        for call in range(23):
+            if call in moods:
+                server, server.mood = moods[call]
+            chain.chat("hi", timeout=5)
+            local.over.wait(0.05)
+    return events
+
+
+def draw(path: str) -> int:
+    try:
+        import timeline
+    except ImportError:
+        print("--svg needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
+    timeline.draw(a_day_in_events(), path)
+    print(f"{path} is drawn")
+    return 0
+
+
 STEPS: list[tuple[str, Callable[[], str]]] = [
     ("healthy", healthy_answer),
     ("refused", next_tier_answers),
@@ -298,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw(sys.argv[2]) if sys.argv[1:2] == ["--svg"] else main())
