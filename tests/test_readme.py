@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import copilot_router
-from copilot_router import RouterError
+from copilot_router import (
+    CircuitBreaker,
+    ContentFiltered,
+    FailoverChain,
+    OpenAIProvider,
+    ProviderTier,
+    RateLimited,
+    RedisStore,
+    RouterError,
+    ScriptedProvider,
+    ServerError,
+    SQLiteStore,
+)
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -29,6 +44,63 @@ def test_every_block_runs() -> None:
     for block in BLOCKS:
         exec(block, names)
     assert names["chain"].chat("x").text == "forty-two"  # type: ignore[attr-defined]
+
+
+def test_the_views_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """The functions of the page, called with a chain that answers, one that is down, one that refuses, one that breaks off."""
+    names: dict[str, Any] = {}
+    for block in BLOCKS[1:3]:
+        exec(block, names)
+
+    def play(*script: Any) -> None:
+        names["chain"].close()
+        names["chain"] = FailoverChain([ProviderTier("a", ScriptedProvider(script), retries=0)])
+
+    play("fine", RateLimited("no", retry_after=30))
+    answers = [names["answer"]("hi") for _ in range(2)]
+    assert answers == [(200, "fine"), (503, "try again in 30 s")]
+    play(ContentFiltered("no"))
+    assert names["answer"]("hi")[0] == 422
+    names["chain"].tiers[0].breaker.open()
+    assert names["answer"]("hi") == (503, "not now")
+    play(["to ", "the end"], ["half", ServerError("gone")])
+    names["show"]("hi")
+    names["show"]("hi")
+    whole, broken = capsys.readouterr().out.split("]\n", 1)
+    assert re.fullmatch(r"to the end\n\[a: ok \d+ ms", whole)
+    assert broken == "half\n[broken off after 4 characters]\n"
+
+
+def test_the_configuration_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TOML of the page builds a chain of two tiers, with its store."""
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-test")
+    monkeypatch.chdir(tmp_path)
+    (toml,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "router.toml").write_text(toml)
+    chain = FailoverChain.from_config(tmp_path / "router.toml")
+    assert [tier.name for tier in chain.tiers] == ["local", "strong"]
+    assert chain.timeout == 60
+
+
+def test_the_settings_are_all_there_with_their_defaults() -> None:
+    """Every argument of the public classes and of a call stands in the table of settings."""
+    table = README.split("## Settings", 1)[1].split("## Configuration", 1)[0]
+    kinds = [
+        FailoverChain, ProviderTier, CircuitBreaker, SQLiteStore, RedisStore, OpenAIProvider,
+        OpenAIProvider.__mro__[1], FailoverChain.chat,
+    ]  # fmt: skip
+    missing = [
+        f"{kind.__qualname__}({name})"
+        for kind in kinds
+        for name, item in inspect.signature(kind).parameters.items()
+        if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL) and f"`{name}`" not in table
+        and name not in ("self", "tiers", "messages", "tools", "name", "provider")
+    ]  # fmt: skip
+    assert missing == []
+    for name in copilot_router._OPTIONS:
+        assert f"`{name}" in table, name
 
 
 def test_the_error_tree_is_the_one_in_the_module() -> None:
