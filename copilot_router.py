@@ -1309,21 +1309,33 @@ class SQLiteStore:
         self.close()
         connection = sqlite3.connect(self.path, self.timeout, isolation_level=None, check_same_thread=False)
         try:
+            connection.execute("PRAGMA synchronous = OFF")  # a record lost in a power cut is learned anew
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, self._version):
                 raise sqlite3.DatabaseError(f"{self.path} is of version {version}, this is version {self._version}")
             if version == 0:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS breakers (name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-                )
-                connection.execute(f"PRAGMA user_version = {self._version}")
-            connection.execute("PRAGMA synchronous = OFF")  # a record lost in a power cut is learned anew
+                self._make(connection)
         except BaseException:
             connection.close()
             raise
         self._connection, self._file = connection, self._identity()
         return connection
+
+    def _make(self, connection: Any) -> None:
+        """Make the table. SQLite does not always wait by itself for another process that is making it at the same moment."""
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                break
+            except Exception as error:
+                if "locked" not in str(error) or time.monotonic() >= until:
+                    raise
+            time.sleep(0.002)
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE IF NOT EXISTS breakers (name TEXT PRIMARY KEY, generation INTEGER, record TEXT)")
+        connection.execute(f"PRAGMA user_version = {self._version}")
+        connection.execute("COMMIT")
 
     def _identity(self) -> tuple[int, int] | None:
         try:
