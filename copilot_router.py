@@ -1025,6 +1025,25 @@ _STORE_PAUSES = (1.0, 60.0)
 _STORE_BUDGET = 0.1
 
 
+class _Outage:
+    """How long a store that did not answer is left alone."""
+
+    until = -math.inf
+    pause = 0.0
+    error = ""
+
+
+#: By store and clock, for all breakers that have both: or each would wait for a hung store in the same call.
+_outages: weakref.WeakKeyDictionary[Any, dict[Any, _Outage]] = weakref.WeakKeyDictionary()
+
+
+def _outage_of(store: Any, clock: Callable[[], float]) -> _Outage:
+    try:
+        return _outages.setdefault(store, {}).setdefault(clock, _Outage())
+    except TypeError:  # a user's own store, or clock, that cannot be a key
+        return _Outage()
+
+
 class _SharedView:
     """What one breaker knows of its record in a store: reads that are kept a while, compare-and-set writes, and the peace to
     go on alone when the store does not answer. Its lock is never held together with the breaker's while the store works."""
@@ -1041,7 +1060,7 @@ class _SharedView:
         self._unsaved = False  #: a change that was meant for the store has not reached it
         self._alone = False  #: the breaker is not closed for reasons of this machine's own
         self._down = False
-        self._pause = 0.0
+        self._outage, self._unreadable = _outage_of(store, breaker._clock), _Outage()
         self.renew()
 
     def renew(self) -> None:
@@ -1151,7 +1170,7 @@ class _SharedView:
             if saved and new is not mine:
                 self._breaker._put(mine, new)
         if self._down:
-            self._down, self._pause = False, 0.0
+            self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
             self._tell("the store is back")
 
     def _adopt(self, mine: BreakerRecord, record: BreakerRecord, store_now: float) -> None:
@@ -1173,16 +1192,25 @@ class _SharedView:
 
     def _try(self, operation: Callable[..., Any], *args: Any) -> Any:
         """What the store says, None if it is down: then it is left alone for a while that grows."""
-        try:
-            return operation(*args)
-        except Exception as error:
-            first, longest = _STORE_PAUSES
-            self._pause = min(max(first, 2 * self._pause), longest)
-            self._next_read = self._breaker._clock() + _drawn(self._pause / 2, self._pause)
-            if not self._down:
-                self._down = True
-                self._tell(f"the store is down ({type(error).__name__}): going on alone")
-            return None
+        clock, outage = self._breaker._clock, self._outage
+        until = outage.until
+        if clock() >= until:
+            try:
+                return operation(*args)
+            except Exception as error:
+                if isinstance(error, (ValueError, TypeError, LookupError)):  # this record, not the store
+                    outage = self._unreadable
+                    until = outage.until
+                if outage.until == until:  # else another breaker has just found out
+                    first, longest = _STORE_PAUSES
+                    outage.pause = min(max(first, 2 * outage.pause), longest)
+                    outage.until = clock() + _drawn(outage.pause / 2, outage.pause)
+                    outage.error = type(error).__name__
+        self._next_read = outage.until
+        if not self._down:
+            self._down = True
+            self._tell(f"the store is down ({outage.error}): going on alone")
+        return None
 
     def _tell(self, what: str) -> None:
         _log.log(logging.WARNING if self._down else logging.INFO, "%s: %s", self._breaker.name, what)
