@@ -955,6 +955,11 @@ class CircuitBreaker:
                 self._delivering.release()
 
     def _tell(self, old: str, new: str, reason: str) -> None:
+        if old == "store":
+            _log.log(logging.WARNING if new == "down" else logging.INFO, "%s: %s", self.name, reason)
+            for store_listener in tuple(self._store_listeners):
+                store_listener(reason)
+            return
         if new == "closed":
             _log.info("%s: closed (%s)", self.name or "circuit", reason)
         elif new == "open":
@@ -1213,9 +1218,8 @@ class _SharedView:
         return None
 
     def _tell(self, what: str) -> None:
-        _log.log(logging.WARNING if self._down else logging.INFO, "%s: %s", self._breaker.name, what)
-        for listener in tuple(self._breaker._store_listeners):
-            listener(what)
+        """Said by the breaker, in order with its changes, as soon as no lock is held."""
+        self._breaker._changes.append(("store", "down" if self._down else "back", what))
 
 
 class MemoryStore:
