@@ -900,7 +900,7 @@ class CircuitBreaker:
             return _opened(old, now, 0.0, old.trips, old.reason, opened=False) if ticket.is_trial else old
 
         local = local and self._shared is not None and not self._shared.shares_local_errors
-        self._swap(step, local)
+        self._swap(step, ticket._era if local else None)
         if stale and ticket._era != _NO_ERA:
             with self._lock:
                 self._stale += 1
@@ -925,8 +925,11 @@ class CircuitBreaker:
             return old
         return old._replace(deadline=now + length, span=length, reason=reason or "parked")
 
-    def _swap(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool = False) -> None:
-        """Apply a pure change, to the store first if there is one, then tell the listeners outside all locks."""
+    def _swap(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None = None) -> None:
+        """Apply a pure change, to the store first if there is one, then tell the listeners outside all locks.
+
+        ``local``: the era of a ticket whose trouble is not for a store that other machines read.
+        """
         if self._shared is None:
             while not self._put(old := self._record, step(old)):
                 pass  # a finalizer came between
@@ -1083,13 +1086,14 @@ class _SharedView:
             if self._breaker._changes:
                 self._breaker._deliver()
 
-    def change(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool) -> None:
+    def change(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None) -> None:
         """Apply a change to the stored record and to the breaker's, or to the breaker's alone if it must be."""
         breaker = self._breaker
         if not self._lock.acquire(timeout=2 * _STORE_BUDGET):
             self._put(step)  # another thread is waiting for the store: it, or the next look, will save this
-            self._unsaved = self._unsaved or not local
+            self._unsaved = self._unsaved or local is None
             return
+        until = time.monotonic() + 2 * _STORE_BUDGET
         try:
             if self._down or self._next_read == -math.inf:
                 self._load()
@@ -1104,7 +1108,8 @@ class _SharedView:
                 if new.generation == old.generation:
                     new = new._replace(generation=old.generation + 1)
                 counts_only = new.era == old.era and new.state == "closed" and not self._shared_counts
-                if local or self._alone or counts_only or self._down:
+                private = local is not None or self._alone or counts_only
+                if private or self._down:
                     break
                 saved = self._try(self._store.swap, breaker.name, seen, self._to_store(new))
                 if saved is None:
@@ -1116,22 +1121,25 @@ class _SharedView:
                     return
                 self._forget()
                 self._load()  # somebody was quicker
-            self._go_alone(step, local)
+                if time.monotonic() > until:
+                    break
+            self._go_alone(step, local, private)
         finally:
             self._lock.release()
 
-    def _go_alone(self, step: Callable[[BreakerRecord], BreakerRecord], local: bool) -> None:
-        """Keep a change to this breaker. Trouble of this machine's own is not saved: a trial taken from others goes back."""
+    def _go_alone(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None, private: bool) -> None:
+        """Keep a change to this breaker, for later if it is not private. Trouble of this machine's own is: its trial, taken
+        from the others, goes back to them."""
         old, new = self._put(step)
-        if local and old.state == "half_open" and not self._alone and not self._down:
+        if local == old.era and old.state == "half_open" and not self._alone and not self._down:
             given_back = _opened(old, old.deadline, -old.span, old.trips, old.reason, opened=False)
             if self._try(self._store.swap, self._breaker.name, self._seen, self._to_store(given_back)):
                 self._seen = given_back.generation
         was_alone = self._alone
-        self._alone = new.state != "closed" and (local or was_alone)
+        self._alone = new.state != "closed" and (local is not None or was_alone)
         if was_alone and not self._alone:
             self._forget()
-        self._unsaved = self._unsaved or (self._down and not self._alone)
+        self._unsaved = self._unsaved or not (private or new is old)
 
     def _put(self, step: Callable[[BreakerRecord], BreakerRecord]) -> tuple[BreakerRecord, BreakerRecord]:
         while True:
@@ -1150,9 +1158,9 @@ class _SharedView:
         now = clock()
         if self._down and now < self._next_read:
             return
-        self._next_read = now + self._refresh
+        self._next_read, seen = now + self._refresh, self._seen
         found = self._try(self._store.load, self._breaker.name)
-        if found is None:
+        if found is None or self._seen != seen:  # a finalizer has changed it meanwhile: what was read is old
             return
         record, store_now = found
         self._offset = store_now - clock()
@@ -1162,15 +1170,16 @@ class _SharedView:
             self._seen = generation
             if record is None:
                 self._unsaved = mine.state != "closed" and not self._alone
-            elif not self._unsaved or record.generation > mine.generation:
+            elif not self._unsaved or record.generation > mine.generation or mine.state == "closed":
                 self._adopt(mine, record, store_now)
-        if self._unsaved:
+        if self._unsaved and not self._alone:
             newer = generation is None or mine.generation > generation
             new = mine if newer else mine._replace(generation=(generation or 0) + 1)
+            self._unsaved = False  # before: another thread may have more to save meanwhile
             saved = self._try(self._store.swap, self._breaker.name, generation, self._to_store(new))
+            self._unsaved = self._unsaved or not saved
             if saved is None:
                 return
-            self._unsaved = not saved
             self._seen = new.generation if saved else -1
             if saved and new is not mine:
                 self._breaker._put(mine, new)
@@ -1183,10 +1192,11 @@ class _SharedView:
             return
         left = math.inf if record.deadline == math.inf else min(max(record.deadline - store_now, 0.0), record.span)
         new = record._replace(deadline=0.0 if record.state == "closed" else self._breaker._clock() + left)
-        if not self._shared_counts and new.state == mine.state == "closed" and new.era == mine.era:
-            new = new._replace(failures=mine.failures)
+        if not self._shared_counts and new.state == "closed":
+            new = new._replace(failures=mine.failures if mine.state == "closed" and new.era == mine.era else 0)
         self._alone = self._unsaved = False
         if not self._breaker._put(mine, new):
+            self._unsaved = True
             self._forget()
 
     def _to_store(self, record: BreakerRecord) -> BreakerRecord:
