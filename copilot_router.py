@@ -362,7 +362,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -4167,6 +4167,8 @@ class ProviderTier:
         self.prices = _checked_prices(prices, where)
         self.supports_tools = supports_tools
         self.supports_images = supports_images
+        if params is not None and not isinstance(params, Mapping):
+            raise ConfigError(f"{where}: params is a {type(params).__name__}: give a dict, such as {{'temperature': 0}}")
         self.params = dict(params or {})
         self._ids = tuple(self.models.values())
         self._speaks_http = isinstance(provider, _HTTPProvider)
@@ -4240,11 +4242,11 @@ def _check_provider(provider: Any, where: str) -> None:
 def _checked_models(models: Any, where: str) -> dict[str, str]:
     if isinstance(models, (str, bytes)) or not isinstance(models, (Mapping, Sequence)):
         raise ConfigError(f"{where}: models={models!r}: give a list, such as models=['gpt-6-luna'], or a dict alias -> id")
-    found = dict(models) if isinstance(models, Mapping) else {model: model for model in models}
-    for alias, model in found.items():
+    pairs = models.items() if isinstance(models, Mapping) else [(model, model) for model in models]
+    for alias, model in pairs:
         if not (isinstance(alias, str) and alias and isinstance(model, str) and model):
             raise ConfigError(f"{where}: models holds {alias!r}: {model!r}: every model is a non-empty str")
-    return found
+    return dict(pairs)
 
 
 def _checked_prices(prices: Any, where: str) -> Any:
@@ -4252,10 +4254,11 @@ def _checked_prices(prices: Any, where: str) -> Any:
         return None
     table = prices if isinstance(prices, Mapping) else {"": prices}
     for model, price in table.items():
+        name = f"{where}: prices[{model!r}]" if table is prices else f"{where}: prices"
         if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
-            raise ConfigError(f"{where}: prices[{model!r}]={price!r}: give (prompt, completion[, cached[, cache_write]])")
+            raise ConfigError(f"{name}={price!r}: give (prompt, completion[, cached[, cache_write]])")
         for value in price:
-            _number(value, f"{where}: prices[{model!r}]")
+            _number(value, name)
     fixed = {model: tuple(price) for model, price in table.items()}
     return fixed if isinstance(prices, Mapping) else fixed[""]
 
@@ -4447,7 +4450,11 @@ class FailoverChain(LLMProvider):
         self._core = self._marker[_undecorated(self._marker) :]  # decoration is left out on both sides
         if not self._core:
             raise ConfigError(f"escalation_marker={escalation_marker!r}: give more than decoration, such as '[ESCALATE]'")
+        if not isinstance(escalation_prompt, (bool, str)):
+            raise ConfigError(f"escalation_prompt={escalation_prompt!r}: give True, False, or a text of your own")
         text = _INSTRUCTION if escalation_prompt is True else escalation_prompt or ""
+        if not isinstance(escalation_model, (str, Sequence, type(None))):
+            raise ConfigError(f"escalation_model={escalation_model!r}: give a name, or a list of names")
         self._instruction = text.replace("{marker}", self._marker)
         names = (escalation_model,) if isinstance(escalation_model, str) else tuple(escalation_model or ())
         self._ladder: tuple[str, ...] = names
@@ -5210,6 +5217,8 @@ def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
 
 
 def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type, str]:
+    if on_error is not None and not isinstance(on_error, Mapping):
+        raise ConfigError(f"on_error={on_error!r}: give a table, such as {{ContentFiltered: 'next'}}")
     for kind, action in (on_error or {}).items():
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise ConfigError(f"on_error: {kind!r} is no exception class")
@@ -5292,8 +5301,13 @@ _PROVIDERS: dict[str, type[_HTTPProvider]] = {
     "anthropic": AnthropicProvider,
 }  # fmt: skip
 _STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
-#: Headers that carry a key.
-_KEY_HEADERS = r"(?i)authorization|cookie|.*(api-?key|token|secret)"
+#: Headers that carry a key, and what a URL has of one: a user's name and password, or a parameter.
+_KEY_HEADERS = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
+_KEY_IN_URL = r"(?i)://[^/?#]*@|[?&][^=&]*(key|token|secret|password|sig|signature)="
+#: Entries that name environment variables.
+_VARIABLES = {"api_key_env", "base_url_env", "url_env", "headers_env"}
+#: How to give what cannot be left out.
+_EXAMPLES = {"name": 'name = "local"', "path": 'path = "breakers.db"', "client_or_url": 'url = "redis://localhost:6379/0"'}
 
 
 def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
@@ -5321,17 +5335,23 @@ def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any)
     for name in table:
         if name not in ("chain", "tier", "store"):
             near = _near(name, ("chain", "tier", "store"))
+            if name != "tiers" and name in inspect.signature(FailoverChain).parameters:
+                near = " It belongs under [chain]."
             raise ConfigError(f"{where}unknown section {name!r}.{near} Known: chain, tier, store")
     tiers = table.get("tier", ())
+    if isinstance(tiers, Mapping):
+        raise ConfigError(f"{where}[tier] is one table: write [[tier]], once for each tier")
     if not isinstance(tiers, (list, tuple)) or not tiers:
         raise ConfigError(f"{where}no tiers: give at least one [[tier]] with a name and a [tier.provider]")
-    store = table.get("store")
     settings = _settings(table.get("chain", {}), f"{where}[chain]", in_file)
+    for name, cure in (("tiers", "[[tier]], once for each tier"), ("store", "[store]")):
+        if isinstance(settings.get(name), (str, Mapping, list, tuple)):
+            raise ConfigError(f"{where}[chain]: {name} does not stand here: write {cure}")
     if isinstance(settings.get("on_error"), Mapping):
         settings["on_error"] = {_error_class(name, where): then for name, then in settings["on_error"].items()}
     settings["tiers"] = [_tier_from(tier, f"{where}[[tier]] {at + 1}", in_file) for at, tier in enumerate(tiers)]
-    if store is not None:
-        settings["store"] = _typed(store, _STORES, f"{where}[store]", in_file)
+    if "store" in table:
+        settings["store"] = _typed(table["store"], _STORES, f"{where}[store]", in_file)
     chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
     return chain
 
@@ -5369,36 +5389,47 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
     """A table whose ``…_env`` entries are replaced by what the environment holds. In a file a key of one's own is refused."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
+    headers = table.get("headers") or {}
+    if not isinstance(headers, Mapping):
+        raise ConfigError(f'{where}: headers is a {type(headers).__name__}: give a table, such as {{"X-Team" = "blue"}}')
     if in_file:
         _refuse_keys(table, where)
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        if name in ("api_key_env", "url_env"):
-            found[name.removesuffix("_env")] = _variable(value, f"{where} {name}")
-        elif name != "headers_env":
-            found[name] = value
-    if "headers_env" in table:
-        named = {header: _variable(value, f"{where} headers_env") for header, value in dict(table["headers_env"]).items()}
-        found["headers"] = {**found.get("headers", {}), **named}
+    found = {name: value for name, value in table.items() if name not in _VARIABLES}
+    for name in table.keys() & _VARIABLES:
+        plain, value = name.removesuffix("_env"), table[name]
+        if name == "headers_env":
+            if not isinstance(value, Mapping):
+                cure = 'give a table, such as {"X-Api-Key" = "VARIABLE"}'
+                raise ConfigError(f"{where}: headers_env is a {type(value).__name__}: {cure}")
+            named = {header: _variable(variable, f"{where} headers_env") for header, variable in value.items()}
+            found[plain] = {**headers, **named}
+        elif plain in found:
+            raise ConfigError(f"{where}: both {plain} and {name}: give one of them")
+        else:
+            found[plain] = _variable(value, f"{where} {name}")
     return found
 
 
 def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
-    for name in table.get("headers", ()) if isinstance(table.get("headers"), Mapping) else ():
+    for name in table.get("headers") or ():
         if re.fullmatch(_KEY_HEADERS, name):
             cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
             raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
     if "api_key" in table:
         raise ConfigError(f'{where}: a file must not hold an api_key: write api_key_env = "VARIABLE"')
-    if re.search(r"://[^/@]*:[^/@]+@", str(table.get("url", ""))):
-        raise ConfigError(f'{where}: a file must not hold a password in a url: write url_env = "VARIABLE"')
+    for name in ("base_url", "url", "client_or_url"):
+        if re.search(_KEY_IN_URL, str(table.get(name, ""))):
+            cure = f'{name.removeprefix("client_or_")}_env = "VARIABLE"'
+            raise ConfigError(f"{where}: a file must not hold a password or a key in {name}: write {cure}")
 
 
 def _variable(name: Any, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
-    if not os.environ.get(name):
-        raise ConfigError(f"{where}: the environment variable {name!r} is not set: set it, or remove this entry")
+    if not os.environ.get(name):  # what does not look like one may be the key itself
+        named = re.fullmatch("[A-Z][A-Z0-9_]*", name)
+        shown = f" {name!r}" if named else ", whose name is to stand here, not a key itself,"
+        raise ConfigError(f"{where}: the environment variable{shown} is not set: set it, or remove this entry")
     return os.environ[name]
 
 
@@ -5407,9 +5438,15 @@ def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
     where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
     if "provider" not in settings:
         raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai" or another')
+    described = isinstance(settings["provider"], Mapping)
     settings["provider"] = _typed(settings["provider"], _PROVIDERS, f"{where} [tier.provider]", in_file)
+    for name in settings.get("params") or () if described and isinstance(settings.get("params"), Mapping) else ():
+        if name not in _OPTIONS:
+            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{_near(name, _OPTIONS)} For others: extra_body")
     if isinstance(settings.get("breaker"), Mapping):
         breaker = {"name": settings.get("name", ""), **_settings(settings["breaker"], f"{where} [tier.breaker]", in_file)}
+        if isinstance(breaker.get("store"), Mapping):
+            breaker["store"] = _typed(breaker["store"], _STORES, f"{where} [tier.breaker.store]", in_file)
         settings["breaker"] = _built(CircuitBreaker, breaker, f"{where} [tier.breaker]")
     tier: ProviderTier = _built(ProviderTier, settings, where)
     return tier
@@ -5421,8 +5458,9 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
         return table
     settings = _settings(table, where, in_file)
     name = settings.pop("type", None)
-    if name not in kinds:
-        raise ConfigError(f"{where}: type={name!r}: give one of {', '.join(kinds)}.{_near(str(name), kinds)}")
+    if not isinstance(name, str) or name not in kinds:
+        shown = "no type" if name is None else f"type={name!r}"
+        raise ConfigError(f"{where}: {shown}: give one of {', '.join(kinds)}.{_near(str(name), kinds)}")
     if "url" in settings:  # Redis has one argument for a client and for a URL
         settings["client_or_url"] = settings.pop("url")
     return _built(kinds[name], settings, where)
@@ -5431,15 +5469,24 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
 def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     """``kind(**settings)``, with errors that say where."""
     makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
-    items = [item for base in makers for item in inspect.signature(base.__init__).parameters.values()]
-    known = [item.name for item in items if item.name != "self" and item.kind != item.VAR_KEYWORD]
-    for name in settings:
+    items = {item.name: item for base in makers for item in inspect.signature(base.__init__).parameters.values()}
+    known = {name: item for name, item in items.items() if name != "self" and item.kind != item.VAR_KEYWORD}
+    for name, value in settings.items():
         if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}.{_near(name, known)} Known: {', '.join(dict.fromkeys(known))}")
+            raise ConfigError(f"{where}: unknown key {name!r}.{_near(name, known)} Known: {', '.join(known)}")
+        wanted = str(known[name].annotation)
+        if wanted in ("bool", "str") and not isinstance(value, bool if wanted == "bool" else str):
+            raise ConfigError(f"{where}: {name}={value!r}: give {'true or false' if wanted == 'bool' else 'a text'}")
+        if wanted.startswith(("Callable", "requests.")) and isinstance(value, (str, int, float, list, dict)):
+            raise ConfigError(f"{where}: {name}={value!r}: give an object of Python's, in a mapping instead of a file")
+    for name, item in known.items():
+        if item.default is item.empty and name not in settings:
+            raise ConfigError(f"{where}: no {name.removeprefix('client_or_')}: give {_EXAMPLES.get(name, 'one')}")
     try:
         return kind(**settings)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        text = str(error).removeprefix(f"tier {settings.get('name')!r}: ")  # which the place says already
+        raise ConfigError(f"{where}: {text}") from None
     except TypeError as error:
         raise ConfigError(f"{where}: {str(error).partition('() ')[2] or error}") from None
 
