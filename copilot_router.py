@@ -5499,7 +5499,8 @@ _EXIT_CODES = "exit status: 0 answered, 1 every tier failed, 2 usage or configur
 _TEMPLATE = """\
 # copilot_router: tiers are asked from top to bottom until one answers. Try it: copilot-router chat --config {path} "Hello"
 # Every argument of FailoverChain, ProviderTier, CircuitBreaker, the providers and the stores may stand here by its name.
-# Keys never do: api_key_env names the environment variable that holds one.
+# Keys never do: api_key_env names the environment variable that holds one. To switch a tier on, take the "# " from its lines
+# and name a model.
 
 [chain]
 timeout = 60.0              # seconds for a whole call, failover included
@@ -5512,14 +5513,14 @@ recovery_timeout = 15.0     # seconds until one call tries it again
 # type = "sqlite"
 # path = "copilot-router.db"
 """
-_TIER_TEMPLATE = """
-{mark}[[tier]]
-{mark}name = "{name}"
-{mark}models = [{model}]
-{mark}# prices = [0.1, 0.5]     # USD per million tokens: prompt, completion[, cached[, cache write]]
-{mark}[tier.provider]
-{mark}type = "{name}"
-{mark}{access}
+_TIER_TEMPLATE = """\
+[[tier]]
+name = "{name}"
+models = [{model}]
+# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion[, cached[, cache write]]
+[tier.provider]
+type = "{name}"
+{access}
 """
 
 
@@ -5532,13 +5533,25 @@ def _config_text(path: str, environ: Mapping[str, str]) -> str:
         local = not kind._default_url.startswith("https")
         model = environ.get(f"{name.upper()}_MODEL", "")
         variable = next((variable for variable in kind._key_variables if environ.get(variable)), kind._key_variables[0])
-        access = f"base_url = {json.dumps(url or kind._default_url)}" if local else f'api_key_env = "{variable}"'
-        on = bool((url if local else key) and (model or not kind._needs_model))
-        blocks[name] = (on, {"name": name, "model": json.dumps(model or "name of a model"), "access": access})
-    if not any(on for on, _ in blocks.values()):
-        blocks["lmstudio"] = (True, {**blocks["lmstudio"][1], "model": ""})
-    tiers = [_TIER_TEMPLATE.format(mark="" if on else "# ", **words) for on, words in blocks.values()]
-    return _TEMPLATE.format(path=path) + "".join(tiers)
+        access = [f'api_key_env = "{variable}"'] if key or not (local or url) else []
+        if re.search(_KEY_IN_URL, url):
+            access.append(f'base_url_env = "{kind._url_variable}"')
+        elif url or local:
+            access.append(f"base_url = {_quoted(url or kind._default_url)}")
+        on = bool((url if local else key or url) and (model or not kind._needs_model))
+        model = _quoted(model) if model else '"name of a model"' if kind._needs_model else ""
+        blocks[name] = (on, model, access)
+    if not any(on for on, _, _ in blocks.values()):
+        blocks["lmstudio"] = (True, "", blocks["lmstudio"][2])
+    text = _TEMPLATE.format(path=path)
+    for name, (on, model, access) in blocks.items():
+        lines = _TIER_TEMPLATE.format(name=name, model=model, access="\n".join(access))
+        text += "\n" + (lines if on else re.sub("(?m)^(?=.)", "# ", lines))
+    return text
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string: JSON's, but without surrogates
 
 
 def _parser() -> Any:
