@@ -5493,7 +5493,26 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
 
 # ==== command line ====================================================================================================
 
-_EXIT_CODES = "exit status: 0 answered, 1 every tier failed, 2 usage or configuration, 124 deadline, 130 interrupted"
+_EXIT_CODES = """\
+exit status: 0 answered, 1 every tier failed, 2 usage or configuration,
+124 deadline, 130 interrupted"""
+#: How to begin, under ``--help``.
+_BEGIN = f"""\
+begin with a model on this machine (LM Studio here), or with a key:
+  copilot-router chat --provider lmstudio "Say hello."
+  export OPENAI_API_KEY=... OPENAI_MODEL=...
+  copilot-router chat "Say hello."
+then write down several tiers, and see how they are:
+  copilot-router init
+  copilot-router chat --config copilot-router.toml "Say hello."
+  copilot-router check --config copilot-router.toml
+
+without --config the environment names the tiers: a key or an address
+(LMSTUDIO_BASE_URL, OLLAMA_HOST, GOOGLE_API_KEY, OPENAI_API_KEY or
+OPENAI_BASE_URL, ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), and for the
+model OPENAI_MODEL and so on
+
+{_EXIT_CODES}"""
 
 #: What ``init`` writes above the tiers.
 _TEMPLATE = """\
@@ -5557,9 +5576,9 @@ def _quoted(text: str) -> str:
 def _parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="copilot-router", epilog=_EXIT_CODES, description="Ask LLM providers, one after the other, until one answers."
-    )
+    says = "Ask LLM providers, one after the other, until one answers."
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="copilot-router", description=says, epilog=_BEGIN, formatter_class=shape)
     parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     which = argparse.ArgumentParser(add_help=False)
@@ -5574,7 +5593,8 @@ def _parser() -> Any:
 
     def command(name: str, says: str, run: Callable[[Any], int], *parents: Any) -> Any:
         text = f"{says[0].upper()}{says[1:]}."
-        made = commands.add_parser(name, help=says, description=text, epilog=_EXIT_CODES, parents=parents)
+        words: dict[str, Any] = {"help": says, "description": text, "epilog": _EXIT_CODES}
+        made = commands.add_parser(name, **words, parents=parents, formatter_class=shape)
         made.set_defaults(run=run)
         return made
 
@@ -5650,13 +5670,24 @@ class _Progress:
 
 
 def _chat_command(options: Any) -> int:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        if sys.stdin.isatty():
+            print("copilot-router: reading the question from standard input; Ctrl-D ends it", file=sys.stderr)
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
     if not prompt.strip():
         raise ConfigError("the prompt is empty: give it as an argument or on standard input")
     names = None if options.tiers is None else [name.strip() for name in options.tiers.split(",")]
     asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
     asked["tiers"] = names
     with _Progress() as options.on_event, _chain_from(options) as chain:
+        tiers = chain.tiers if names is None else chain._restricted(names)
+        if not options.model and all(not tier.models and getattr(tier.provider, "_wants_model", False) for tier in tiers):
+            cure = f"pass --model, set {tiers[0].name.upper()}_MODEL, or list models in the configuration"
+            raise ConfigError(f"{tiers[0].name} has no model: {cure}")
         if options.json or options.no_stream:
             response = chain.chat(prompt, **asked)
             options.on_event.stop()
@@ -5685,11 +5716,22 @@ def _print_health(options: Any, found: list[TierHealth], rows: list[list[str]]) 
         print(_table(rows))
 
 
+def _say_whose(tiers: Iterable[ProviderTier]) -> None:
+    """What a person may take for the state of all processes is only this one's without a store that answers."""
+    seen = [(tier.name, tier.breaker._shared) for tier in tiers]
+    for why, names in (
+        ("no [store] is configured", [name for name, shared in seen if shared is None]),
+        ("the store does not answer", [name for name, shared in seen if shared is not None and shared._down]),
+    ):
+        if names:
+            told = f"{', '.join(names)}: {why}: other processes' breakers are out of reach"
+            print(f"copilot-router: {told}", file=sys.stderr)
+
+
 def _status_command(options: Any) -> int:
     with _chain_from(options) as chain:
         found = chain.health()
-        if not any(tier.breaker._shared for tier in chain.tiers):
-            print("copilot-router: no [store] is configured: other processes' breakers cannot be seen", file=sys.stderr)
+        _say_whose(chain.tiers)
     rows = [["TIER", "ROLE", "STATE", "FAILURES", "RETRY IN", "LAST REASON"]]
     for tier in found:
         seen = tier.breaker
@@ -5711,28 +5753,37 @@ def _reset_command(options: Any) -> int:
         tier = chain._restricted([options.tier])[0]
         old = tier.breaker.state
         tier.breaker.reset()
+        _say_whose([tier])
     print(json.dumps({"tier": tier.name, "was": old}) if options.json else f"{tier.name}: was {old}, is closed")
     return 0
 
 
 def _init_command(options: Any) -> int:
+    text = _config_text(options.path, os.environ)
     try:
         with open(options.path, "x", encoding="utf-8") as file:
-            file.write(_config_text(options.path, os.environ))
+            file.write(text)
     except OSError as error:
         raise ConfigError(f"{options.path}: cannot be written ({error.strerror}): name another file") from None
-    print(f"{options.path} is written: read it, then try copilot-router chat --config {options.path} Hello")
+    names = ", ".join(re.findall('(?m)^name = "(.*)"', text))
+    print(f"{options.path} is written, with {names}: read it, then try copilot-router chat --config {options.path} Hello")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    import warnings
+
     options = _parser().parse_args(argv)
     if getattr(options, "verbose", False):
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
         _log.setLevel(logging.DEBUG)
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a terminal that cannot show a letter shows "?"
     try:
-        status: int = options.run(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"copilot-router: {message}", file=sys.stderr)
+            status: int = options.run(options)
         sys.stdout.flush()
         return status
     except (AllProvidersFailed, ProviderError) as error:
