@@ -6,7 +6,7 @@ RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test fuzz stress bench-quick real sdk dist clean
+.PHONY: help demo check lint types test fuzz stress bench bench-quick real sdk dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -46,6 +46,14 @@ fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the de
 stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
 	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest tests/test_stress.py -q -s
 
+$(VENV)-bench/made: setup.cfg benchmarks/requirements.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -e .
+	@touch $@
+
+bench: $(VENV)-bench/made  ## speed beside other libraries, as ratios (ONLY=http: one section; WRITE=1: RESULTS.md)
+	$(VENV)-bench/bin/python benchmarks/bench.py $(ONLY) $(if $(WRITE),--write)
+
 bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a minute
 	$(RUN) benchmarks/quick.py
 
@@ -61,4 +69,4 @@ dist: $(VENV)/dev  ## sdist and wheel in dist/
 	$(RUN) -m build --outdir dist .
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) dist build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench dist build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
