@@ -1093,7 +1093,7 @@ class _SharedView:
             self._put(step)  # another thread is waiting for the store: it, or the next look, will save this
             self._unsaved = self._unsaved or local is None
             return
-        until = time.monotonic() + 2 * _STORE_BUDGET
+        until, private = time.monotonic() + 2 * _STORE_BUDGET, False
         try:
             if self._down or self._next_read == -math.inf:
                 self._load()
