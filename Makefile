@@ -41,7 +41,7 @@ test: $(VENV)/dev
 	$(RUN) -m coverage report
 
 fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the decoders
-	COPILOT_ROUTER_FUZZ=full $(RUN) -m pytest tests/test_fuzz.py -q -s
+	COPILOT_ROUTER_FUZZ=2500 $(RUN) -m pytest tests/test_fuzz.py tests/test_vendor_fuzz.py -q -s
 
 stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
 	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest tests/test_stress.py -q -s

@@ -1,6 +1,6 @@
 """Whatever bytes come: only ProviderErrors go out, and an answer is the whole answer, however it was cut into pieces.
 
-A small number of examples by default; ``make fuzz`` tries more than 50,000 (COPILOT_ROUTER_FUZZ=full).
+A small number of examples by default; ``make fuzz`` tries more than 50,000 (COPILOT_ROUTER_FUZZ=2500).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from copilot_router import LLMResponse, ProviderError, _Limits
 KEY = "sk-test-fuzz-key-2468013579"
 PROMPT = "the secret question of the fuzzing test"
 
-settings.register_profile("small", max_examples=60, derandomize=True, database=None)
-settings.register_profile("full", max_examples=2500, print_blob=True)
+#: Examples of each test for each wire format.
+EXAMPLES = int(os.environ.get("COPILOT_ROUTER_FUZZ", "60"))
+settings.register_profile("small", max_examples=EXAMPLES, derandomize=True, database=None)
+settings.register_profile("full", max_examples=EXAMPLES, print_blob=True)
 fuzz = settings(
-    settings.get_profile(os.environ.get("COPILOT_ROUTER_FUZZ", "small")),
+    settings.get_profile("small" if EXAMPLES <= 60 else "full"),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
