@@ -3266,6 +3266,7 @@ class _ChatDecoder(_Decoder):
         if known is None or (call_id and known["id"] and call_id != known["id"]):
             known = self._add_call(call_id, function.get("name"), arguments)
         elif arguments:
+            self.alive = True
             known["arguments"].append(json.dumps(arguments) if isinstance(arguments, dict) else arguments)
         if isinstance(key, (int, str)):
             self._by_index[key] = known
