@@ -4650,7 +4650,9 @@ class FailoverChain(LLMProvider):
         known = [tier.name for tier in self.tiers]
         for name in names:
             if name not in known:
-                raise ConfigError(f"tiers={list(names)!r}: no tier is called {name!r}.{_near(name, known)}")
+                raise ConfigError(
+                    f"tiers={list(names)!r}: no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
+                )
         return [tier for tier in self.tiers if tier.name in names]
 
     @staticmethod
