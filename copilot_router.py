@@ -5631,7 +5631,10 @@ def _chain_from(options: Any) -> FailoverChain:
         return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], escalation_model=ladder)
     overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
     if options.config is None:
-        return FailoverChain.from_env(**overrides)
+        try:
+            return FailoverChain.from_env(**overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give --config FILE (copilot-router init writes one), or --provider") from None
     return _chain_from_config(FailoverChain, options.config, **overrides)
 
 
