@@ -4465,8 +4465,8 @@ class FailoverChain(LLMProvider):
         for tier in self.tiers:
             if tier.breaker is None:
                 tier.breaker = CircuitBreaker(failure_threshold, recovery_timeout, name=tier.name, clock=clock)
+            tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
-                tier.breaker.name = tier.breaker.name or tier.name
                 tier.breaker._share(store)
             tier.breaker._store_listeners.append(functools.partial(self._store_changed, tier.name))
             tier.breaker._listeners.append(functools.partial(self._breaker_changed, tier.name))
