@@ -2784,8 +2784,11 @@ class _HTTPProvider(LLMProvider):
     def _warn_without_key(self) -> None:
         import warnings
 
+        level, frame = 1, inspect.currentframe()
+        while frame and frame.f_back and frame.f_globals is globals():  # up to who builds it
+            level, frame = level + 1, frame.f_back
         text = f"{type(self).__name__} has no key: set {self._key_variables[0]} or pass api_key="
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warnings.warn(text, UserWarning, stacklevel=level)
 
     def _full_url(self, url: str) -> str:
         """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
