@@ -5803,7 +5803,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"copilot-router: try again in {error.retry_after:.0f} s", file=sys.stderr)
         late = isinstance(error, StreamInterrupted) and error.code == "attempt_timeout"
         return 124 if late or isinstance(error, DeadlineExceeded) else 1
-    except (RouterError, TypeError) as error:
+    except (RouterError, TypeError, ImportError) as error:  # requests, redis or tomli may be missing
         print(f"copilot-router: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
