@@ -1666,7 +1666,10 @@ def _http() -> Any:
     """requests, and our adapter for it, imported when first needed."""
     import http.client
 
-    import requests
+    try:
+        import requests
+    except ImportError:
+        raise ImportError("HTTP providers need PyPI's requests: pip install requests") from None
     import urllib3.connection
     import urllib3.connectionpool
     from requests.adapters import HTTPAdapter
