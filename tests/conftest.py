@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from leaks import MARKS, LeakWatch
-from stores import stop_shared_redis
+from stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex
@@ -116,10 +116,3 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.outcome = "failed"
         report.longrepr = f"leaked: {printed.group()!r} was printed or logged"
     return report
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_server_survives() -> Iterator[None]:
-    """The Redis that some tests share ends with them."""
-    yield
-    stop_shared_redis()

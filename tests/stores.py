@@ -1,159 +1,192 @@
-"""Stores for tests, a real Redis among them, and what any store has to do: ``StoreContract``, also for one of your own."""
+"""Stores for tests: a Redis server of one's own, stores that are counted, broken and held up, and other processes."""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import copilot_router
 from copilot_router import BreakerRecord, MemoryStore, RedisStore, SQLiteStore
+
+REDIS = shutil.which("redis-server")
+TESTS = Path(__file__).resolve().parent
+_numbers = itertools.count()
+
+
+def have_redis() -> None:
+    """Skip the test where Redis, or PyPI's redis, is not installed."""
+    pytest.importorskip("redis")
+    if REDIS is None:
+        pytest.skip("redis-server is not installed")
+
+
+def spare_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """A redis-server on loopback that keeps nothing; to be stopped, paused and emptied at will."""
+
+    def __init__(self) -> None:
+        self.port = spare_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen([str(REDIS), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 30
+        while True:
+            try:
+                assert self.ask("PING") == b"+PONG"
+                return
+            except OSError:
+                assert time.monotonic() < until, "redis-server does not start"
+                time.sleep(0.01)
+
+    def ask(self, *words: str) -> bytes:
+        """The first line of its answer to a command."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+            connection.sendall(f"*{len(words)}\r\n".encode() + b"".join(f"${len(w)}\r\n{w}\r\n".encode() for w in words))
+            return connection.makefile("rb").readline().strip()
+
+    def flush(self) -> None:
+        assert self.ask("FLUSHALL") == b"+OK"
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def pause(self) -> None:
+        """It keeps its connections, takes new ones, and says nothing."""
+        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        os.waitpid(self._process.pid, os.WUNTRACED)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(30)
+        self._process = None
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A server of this test's own."""
+    have_redis()
+    server = RedisServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """One server for all tests that do it no harm; each takes a namespace of its own."""
+    have_redis()
+    server = RedisServer()
+    yield server.url
+    server.stop()
+
 
 KINDS = ("memory", "sqlite", "redis")
 
 
-class RedisServer:
-    """A Redis of Debian's on a port of its own, that can be stopped, started, paused and resumed."""
-
-    def __init__(self) -> None:
-        binary = shutil.which("redis-server")
-        if binary is None:
-            pytest.skip("redis-server is not installed")
-        pytest.importorskip("redis")
-        self.binary = binary
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-                connection.sendall(b"PING\r\n")
-                if connection.recv(7) == b"+PONG\r\n":
-                    return
-            time.sleep(0.01)
-        raise RuntimeError("redis-server did not start")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def send(self, command: str) -> None:
-        with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-            connection.sendall(command.encode() + b"\r\n")
-            connection.recv(100)
-
-
-_servers: list[RedisServer] = []
-
-
-def shared_redis() -> RedisServer:
-    """One server for all tests that leave it as it is."""
-    if not _servers:
-        _servers.append(RedisServer())
-    return _servers[0]
-
-
-def stop_shared_redis() -> None:
-    while _servers:
-        _servers.pop().stop()
-
-
-def maker(kind: str, folder: Path, stack: contextlib.ExitStack) -> Callable[..., Any]:
-    """A function that makes stores over the same records, as several processes would; closed with the stack."""
+@pytest.fixture
+def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """``make_store(kind, **settings)``: a handle on this test's own store of that kind, as another process would have."""
+    made: list[Any] = []
     memory = MemoryStore()
+    namespace = f"test-{os.getpid()}-{next(_numbers)}"
 
-    def make(**settings: Any) -> Any:
-        settings = {"refresh": 0.0, "timeout": 2.0, **settings}
+    def make(kind: str, **settings: Any) -> Any:
         if kind == "memory":
             return memory
         if kind == "sqlite":
-            store: Any = SQLiteStore(folder / "breakers.db", **settings)
+            made.append(SQLiteStore(tmp_path / "breakers.sqlite", **settings))
         else:
-            store = RedisStore(shared_redis().url, str(folder), **{"shared_counts": True, **settings})
-        stack.callback(store.close)
-        return store
+            url = request.getfixturevalue("redis_url")
+            made.append(RedisStore(url, settings.pop("namespace", namespace), **settings))
+        return made[-1]
 
-    return make
-
-
-class StoreContract:
-    """What a store promises. Subclass it, with a fixture ``store``: a function that makes stores over one set of records."""
-
-    def test_an_unknown_name_has_no_record_but_a_time(self, store: Callable[..., Any]) -> None:
-        """And the time goes on."""
-        record, then = store().load("nobody")
-        assert record is None
-        assert store().load("nobody")[1] >= then
-
-    def test_a_record_comes_back_as_it_was(self, store: Callable[..., Any]) -> None:
-        """Every field, also an endless deadline and a reason in any script, in another store object too."""
-        record = BreakerRecord("open", 7, 6, 3, math.inf, math.inf, 2, 1, 5, "RateLimited: tränk 日本 '\";--")
-        assert store().swap("a", None, record) is True
-        assert store().load("a")[0] == record
-
-    def test_a_write_needs_the_expected_generation(self, store: Callable[..., Any]) -> None:
-        """None expects no record; an older or a newer number changes nothing."""
-        first, second = BreakerRecord(generation=5), BreakerRecord("open", 9)
-        assert store().swap("b", 5, first) is False
-        assert store().load("b")[0] is None
-        assert store().swap("b", None, first) is True
-        for wrong in (None, 4, 6):
-            assert store().swap("b", wrong, second) is False
-        assert store().load("b")[0] == first
-        assert store().swap("b", 5, second) is True
-        assert store().load("b")[0] == second
-
-    @pytest.mark.parametrize("name", ["a:b", "a b", "ü", "x'; DROP TABLE breakers; --", "n" * 10_000, "a\nb", "a\0b", "%3A"])
-    def test_118_names_are_told_apart(self, store: Callable[..., Any], name: str) -> None:
-        """Odd, long and hostile ones."""
-        assert store().swap(name, None, BreakerRecord(generation=1)) is True
-        assert store().load(name)[0] == BreakerRecord(generation=1)
-        assert store().load(name + "x")[0] is None
-        assert store().load(name[:-1])[0] is None
-
-    def test_of_many_writers_one_wins(self, store: Callable[..., Any]) -> None:
-        """Sixteen threads at a barrier, twenty rounds: each round one compare-and-set gets through."""
-        barrier = threading.Barrier(16)
-        won: list[int] = []
-        stores = [store() for _ in range(4)]
-
-        def write(at: int) -> None:
-            for step in range(20):
-                barrier.wait(20)
-                if stores[at % 4].swap("race", step or None, BreakerRecord(generation=step + 1, reason=str(at))):
-                    won.append(step)
-
-        threads = [threading.Thread(target=write, args=(at,)) for at in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert sorted(won) == list(range(20))
+    yield make
+    for store in made:
+        store.close()
 
 
-def environment() -> dict[str, str]:
-    """For a child process that imports the module and these helpers."""
-    here = Path(__file__).parent
-    paths = [str(here.parent), str(here)] if not os.environ.get("COPILOT_ROUTER_INSTALLED") else [str(here)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+class Wrapped:
+    """A store around a store: counts what it is asked, and can be told to fail, to wait, or which time it is."""
+
+    def __init__(self, store: Any, clock: Callable[[], float] | None = None) -> None:
+        self.store = store
+        self.clock = clock  #: its time, if not its own
+        for name in ("refresh", "shared_counts", "shares_local_errors"):
+            if hasattr(store, name):
+                setattr(self, name, getattr(store, name))
+        self.loads = 0
+        self.swaps = 0
+        self.error: Exception | None = None  #: raised by every operation
+        self.error_of_swap: Exception | None = None
+        self.hold: threading.Event | None = None  #: waited for in every operation
+        self.entered = threading.Event()
+        self.before: Callable[[str], None] | None = None  #: called with the operation's name
+
+    def _work(self, name: str) -> None:
+        self.entered.set()
+        if self.hold is not None:
+            assert self.hold.wait(30)
+        if self.before is not None:
+            self.before(name)
+        if self.error is not None:
+            raise self.error
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        self.loads += 1
+        self._work("load")
+        record, now = self.store.load(name)
+        return record, now if self.clock is None else self.clock()
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        self.swaps += 1
+        self._work("swap")
+        if self.error_of_swap is not None:
+            raise self.error_of_swap
+        return bool(self.store.swap(name, expected_generation, record))
+
+
+def python(program: str, *arguments: object, **settings: Any) -> subprocess.Popen[str]:
+    """Another process that runs a program with this module, its lines at hand."""
+    path = os.pathsep.join((str(Path(copilot_router.__file__).parent), str(TESTS), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings,
+    )  # fmt: skip
+
+
+def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
+    """What it printed; it must have ended well."""
+    try:
+        out, error = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from clocks import FakeClock
 from hypothesis import settings
@@ -22,9 +23,12 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock(0.0)
-        self.breaker = CircuitBreaker(THRESHOLD, RECOVERY, trial_timeout=LEASE, clock=self.clock)
+        self.breaker = self.made()
         self.state, self.until, self.failures, self.era, self.takeovers = "closed", 0.0, 0, 0, 0
         self.generation = 0
+
+    def made(self, **settings: Any) -> CircuitBreaker:
+        return CircuitBreaker(THRESHOLD, RECOVERY, trial_timeout=LEASE, clock=self.clock, **settings)
 
     def change(self, state: str, until: float = 0.0) -> None:
         self.state, self.until = state, until
@@ -53,6 +57,7 @@ class Model(RuleBasedStateMachine):
         ticket, era, trial = held
         if ticket is None:
             return
+        assert ticket._breaker.state == self.state
         getattr(ticket, verdict)(*([30.0] if verdict == "park" else []))
         if verdict == "park":
             until = self.clock.now + 30
@@ -95,10 +100,11 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def same(self) -> None:
+        assert self.breaker.state == self.state
         snapshot = self.breaker.snapshot()
         assert snapshot == self.breaker.snapshot()
         assert snapshot.state == self.state
-        assert snapshot.generation == self.era
+        self.generation_is_right(snapshot.generation)
         if self.state == "closed":
             assert snapshot.failures == self.failures
             assert snapshot.retry_after is None
@@ -107,6 +113,9 @@ class Model(RuleBasedStateMachine):
         else:
             left = max(0.0, self.until - self.clock.now)
             assert snapshot.retry_after == (min(left, 1.0) if self.state == "half_open" else left)
+
+    def generation_is_right(self, generation: int) -> None:
+        assert generation == self.era
 
 
 TestModel = Model.TestCase
