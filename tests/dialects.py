@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -42,15 +43,17 @@ class Answer:
     calls: tuple[Called, ...] = ()
     finish: str = "stop"  # stop | length | tool_calls | content_filter
     usage: Usage = field(default_factory=lambda: Usage(9, 4))
+    cuts: int = 2  #: pieces of a call's arguments, where the format streams them
 
     @property
     def whole(self) -> str:
         return "".join(self.text)
 
 
-def halves(text: str) -> tuple[str, str]:
-    middle = len(text) // 2
-    return text[:middle], text[middle:]
+def cut(text: str, pieces: int) -> list[str]:
+    """The text in so many pieces; the first ones may be empty."""
+    places = [len(text) * at // pieces for at in range(pieces + 1)]
+    return [text[start:end] for start, end in itertools.pairwise(places)]
 
 
 def sse(data: Any, name: str = "") -> bytes:
@@ -197,10 +200,9 @@ class Chat(Dialect):
         found += [chunk({self.reasoning_key: piece}) for piece in answer.reasoning]
         found += [chunk({"content": piece}) for piece in answer.text]
         for call in self.calls(answer, indexed=True):
-            first, second = halves(call["function"]["arguments"])
             found.append(chunk({"tool_calls": [{**call, "function": {**call["function"], "arguments": ""}}]}))
             found += [chunk({"tool_calls": [{"index": call["index"], "function": {"arguments": piece}}]})
-                      for piece in (first, second)]  # fmt: skip
+                      for piece in cut(call["function"]["arguments"], answer.cuts)]  # fmt: skip
         found.append(chunk({}, answer.finish))
         found.append(sse({"id": "c1", "model": "m-2026", "choices": [], "usage": self.usage(answer.usage)}))
         return [*found, sse("[DONE]")]
@@ -294,7 +296,7 @@ class Responses(Dialect):
             else:
                 found.append(event("response.output_item.added", output_index=at, item={**hollow, "arguments": ""}))
                 found += [event("response.function_call_arguments.delta", **where, delta=piece)
-                          for piece in halves(item["arguments"])]  # fmt: skip
+                          for piece in cut(item["arguments"], answer.cuts)]  # fmt: skip
             found.append(event("response.output_item.done", output_index=at, item=item))
         body = self.body(answer)
         return [*found, event(f"response.{body['status']}", response=body)]
@@ -405,7 +407,7 @@ class Anthropic(Dialect):
                 deltas = [{"type": "text_delta", "text": piece} for piece in answer.text]
             else:
                 hollow = {**block, "input": {}}
-                pieces = halves(json.dumps(block["input"])) if block["input"] else ("",)
+                pieces = cut(json.dumps(block["input"]), answer.cuts) if block["input"] else [""]
                 deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
             found.append(event("content_block_start", index=at, content_block=hollow))
             found += [event("ping")] * (at == 0)

@@ -678,6 +678,23 @@ def test_silence_inside_the_answer(dialect: Dialect) -> None:
         assert raised.value.code == "stall_timeout"
 
 
+def test_slow_is_not_silent(dialect: Dialect) -> None:
+    """Thinking and a call's arguments that take longer than stall_timeout altogether, but never pause that long."""
+    answer = Answer(text=(), reasoning=("so ",) * 12, calls=(("weather", {"city": "x" * 60}),), finish="tool_calls", cuts=12)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(head(dialect))
+        for event in dialect.events(answer):
+            connection.sendall(chunk(event))
+            server.stopping.wait(0.03)
+        connection.sendall(b"0\r\n\r\n")
+        return True
+
+    with served(dialect, serve, stall_timeout=0.3) as (_, client):
+        response = client.chat("hi", model="m", tools=TOOLS, timeout=10)
+    assert (response.tool_calls[0].arguments, response.reasoning) == ({"city": "x" * 60}, ("so " * 12).strip())
+
+
 def test_an_answer_that_never_ends(dialect: Dialect) -> None:
     """Tokens keep coming, so no silence ends it; timeout does."""
     events = dialect.events(Answer())
