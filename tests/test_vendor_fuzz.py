@@ -248,6 +248,26 @@ def test_a_sound_stream_says_what_was_meant(dialect: Dialect) -> None:
     every_case(dialect, check)
 
 
+def test_every_piece_is_a_sign_of_life(dialect: Dialect) -> None:
+    """Each piece of thinking, of text and of a call's arguments puts the stall limit off; what carries nothing does not."""
+    answer = Answer(("some ", "some "), ("so ",) * 4, (("weather", {"city": "x" * 60}),), "tool_calls", cuts=12)
+    seen: list[tuple[bytes, bool]] = []
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (dialect.idle, *dialect.events(answer)):
+            body.limits.since = -1.0
+            yield piece
+            seen.append((piece, body.limits.since != -1.0))
+
+    body = Body(dialect.stream_kind, pieces())
+    read(dialect, body)
+    assert seen[0] == (dialect.idle, False)
+    marks = (b"so ", b"some ", b"xxx")
+    carrying = [(piece, alive) for piece, alive in seen if any(mark in piece for mark in marks) and b".done" not in piece]
+    assert len(carrying) >= 7
+    assert not [piece for piece, alive in carrying if not alive]
+
+
 def test_a_damaged_stream_raises_provider_errors_only(dialect: Dialect) -> None:
     """Nothing else comes out, and what is an answer all the same is a sound one; in other pieces it is the same."""
 
