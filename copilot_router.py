@@ -2585,6 +2585,7 @@ class _Decoder(ABC):
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._think = _ThinkSplitter()
+        self._half = ""  #: of a character that JSON writes as two, while the other half may still come
         self._raw: dict[str, Any] | None = None
         self._carry: dict[str, Any] = {}
 
@@ -2620,6 +2621,8 @@ class _Decoder(ABC):
 
     def _add_text(self, text: str) -> str:
         self.alive = True
+        if self._half or not text.isascii():
+            text, self._half = _whole_characters(self._half + text)
         text = self._think.feed(text)
         if text:
             self._text.append(text)
@@ -2652,9 +2655,7 @@ class _Decoder(ABC):
         finish = self._finish or ("stop" if self.ended else None)
         if finish is None:
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
-        rest = self._think.close()
-        if rest:
-            self._text.append(rest)
+        self._text.append(self._think.close() + ("\ufffd" if self._half else ""))
         calls = [self._tool_call(at, call) for at, call in enumerate(self._calls)]
         if finish in ("stop", "tool_calls"):
             finish = "tool_calls" if calls else "stop"
@@ -2666,7 +2667,7 @@ class _Decoder(ABC):
             self._carry["for"] = self._call.identity
         return _checked_answer(LLMResponse(
             text or None, calls, finish, self.usage or _NO_USAGE, self._model or self._call.model or "",
-            reasoning="".join((*self._reasoning, *self._think.thought)).strip() or None,
+            reasoning=_whole_characters("".join((*self._reasoning, *self._think.thought)))[0].strip() or None,
             request_id=self.request_id, raw=self._raw, carry=self._carry or None,
         ))  # fmt: skip
 
@@ -2680,6 +2681,15 @@ class _Decoder(ABC):
         except TypeError:
             raise InvalidResponse("a tool call's arguments are no text") from None
         return ToolCall(call["id"] or f"call_{earlier + at}", name, *parsed)
+
+
+def _whole_characters(text: str) -> tuple[str, str]:
+    """A text whose surrogate pairs are characters and whose lone ones are U+FFFD; and a first half that stood at its end."""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    text = text.removesuffix(half)
+    if re.search("[\ud800-\udfff]", text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, half
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -457,6 +457,18 @@ def test_one_field_can_be_corrected(message: str, param: str, options: Any, fix:
     assert _correction(facts, 400, call, ("api", "responses")) == ("api", "responses")
 
 
+def test_an_emoji_cut_in_half_is_one_emoji() -> None:
+    """Two deltas that hold a surrogate each; a lone one, wherever it stands, is U+FFFD and can be printed."""
+    decoder = new_decoder()
+    texts = ("a\ud83d", "\ude00b", "\ude00 c", "d\ud83d")
+    pieces = [decoder.feed("", json.dumps(delta(content=text)).encode()) for text in texts]
+    decoder.feed("", json.dumps({**STOP}).encode())
+    assert pieces == ["a", "\U0001f600b", "\ufffd c", "d"]
+    assert decoder.response().content == "a\U0001f600b\ufffd cd\ufffd"
+    thought = decoded(delta(reasoning="\ud83d"), delta(reasoning="\ude00", content="x"), STOP)
+    assert thought.reasoning == "\U0001f600"
+
+
 # -- nothing but ProviderErrors
 
 JSON = st.recursive(
