@@ -4613,15 +4613,15 @@ class FailoverChain(LLMProvider):
         return _chain_from_config(cls, config)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> FailoverChain:
-        """A chain of what the environment names; nothing is probed. Other arguments are the chain's.
+    def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
+        """A chain of what the environment names (None: ``os.environ``); nothing is probed. Other arguments are the chain's.
 
         A tier for each of LM Studio (LMSTUDIO_BASE_URL), Ollama (OLLAMA_HOST), Gemini (GOOGLE_API_KEY or GEMINI_API_KEY),
         OpenAI (OPENAI_API_KEY or OPENAI_BASE_URL) and Anthropic (ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), in this order, with
         the model in LMSTUDIO_MODEL, OLLAMA_MODEL and so on; without one a call has to name it. The log says at INFO what was
         found and what was not. Raises ConfigError if nothing was.
         """
-        return cls(_tiers_from_env(environ), **settings)
+        return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)
 
     # -- before the first tier
 
