@@ -7,6 +7,7 @@ import configparser
 import importlib.metadata
 import inspect
 import os
+import pydoc
 import re
 import shutil
 import subprocess
@@ -110,6 +111,14 @@ def test_everything_public_has_a_docstring() -> None:
         members = [(f"{name}.{key}", value) for key, value in vars(kind).items() if not key.startswith("_")]
         bare += [label for label, value in [(name, kind), *members] if documentable(value) and not inspect.getdoc(value)]
     assert bare == []
+
+
+def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``help()``, a traceback's arguments and a documentation page print defaults: none of them is an environment with keys."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-signature-key")
+    shown = pydoc.plain(pydoc.render_doc(copilot_router))
+    assert "from_env" in shown
+    assert "sk-test-signature-key" not in shown
 
 
 def test_importing_costs_the_standard_library_only_and_does_nothing() -> None:
