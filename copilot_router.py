@@ -135,7 +135,7 @@ getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)  # Windows has
 
 
 class RouterError(Exception):
-    """The root of all errors here. ``.attempts``: what the call had done by then, a tuple of Attempt."""
+    """The root of all errors here. ``.attempts``: what the chain's call had done by then, a tuple of Attempt; else empty."""
 
     attempts: tuple[Attempt, ...] = ()
 
@@ -151,8 +151,11 @@ class ProviderError(RouterError):
                recovery timeout) or ``park long`` (the same, but for 600 s at least)
     =========  =====================================================================================================
 
-    ``retry_after``: seconds after which the provider wants to be asked again, None if it did not say. ``status``: the
-    HTTP status. ``code``: the provider's own code, or for a ProviderTimeout which limit was reached.
+    ``message``: for the log and the operator; put no key and no text of a prompt or answer into it. ``provider``, ``model``:
+    who failed; a chain fills in the tier's name, "" means unknown. ``status``: the HTTP status, None without one. ``code``:
+    the provider's own code, or for a ProviderTimeout which limit was reached. ``retry_after``: seconds after which the
+    provider wants to be asked again, None if it did not say. ``request_id``: the provider's own. ``usage``: tokens that were
+    used all the same, None if unknown.
     """
 
     then: ClassVar[str] = "next"
@@ -206,13 +209,13 @@ class EmptyResponse(InvalidResponse):
 
 
 class RateLimited(ProviderError):
-    """429."""
+    """429. Without a ``retry_after`` the tier is parked for its breaker's recovery timeout."""
 
     breaker = "park"
 
 
 class QuotaExceeded(RateLimited):
-    """Out of money, or at a spend limit."""
+    """Out of money, or at a spend limit. Never waited out."""
 
     breaker = "park long"
 
@@ -224,7 +227,7 @@ class AuthenticationError(ProviderError):
 
 
 class ModelNotFound(ProviderError):
-    """404 or 410 that names the model."""
+    """The provider does not have this model: a 404 or 410 that names it."""
 
     breaker = "neutral"
 
@@ -242,7 +245,7 @@ class UnsupportedRequest(ProviderError):
 
 
 class BadRequest(ProviderError):
-    """Not accepted as it stands."""
+    """Not accepted as it stands: any other 4xx, or messages that no provider could take (then nothing was sent)."""
 
     breaker = "neutral"
 
@@ -255,7 +258,10 @@ class ContentFiltered(ProviderError):
 
 
 class StreamInterrupted(ProviderError):
-    """A stream broke after text had been handed out. ``.partial``: that text. The breaker judges by ``__cause__``."""
+    """A stream broke after text had been handed out. ``.partial``: that text.
+
+    ``__cause__`` is what broke it: the breaker judges by that, and status, code, retry_after and request_id are taken from it.
+    """
 
     then = "raise"
     partial: str = ""
@@ -283,7 +289,7 @@ class AllProvidersFailed(RouterError):
 
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
-    """The call's own time was over."""
+    """The call's own time was over. Also a TimeoutError."""
 
 
 class EscalationFailed(AllProvidersFailed):
@@ -297,7 +303,7 @@ class UnknownModel(RouterError):
 
 
 class ConfigError(RouterError, ValueError):
-    """A setting is wrong. The message says where, what it was and what to do."""
+    """A setting is wrong. The message says where, what it was and what to do. Also a ValueError."""
 
 
 class _UnknownOption(TypeError):
