@@ -377,7 +377,10 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens. ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` includes reasoning."""
+    """Tokens; 0 for what the provider did not report. ``a + b`` adds field by field.
+
+    ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` includes reasoning, for every vendor.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -409,8 +412,10 @@ _CARRY = "copilot_router"
 class Attempt(NamedTuple):
     """One request sent, or one tier passed over.
 
-    ``outcome``: ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or
-    None. ``status``: the HTTP status of a failure. ``latency``: seconds, 0.0 for a skip.
+    ``tier``: its name, ``outer/inner`` where the tier is a chain itself. ``model``: as asked, else as answered; "" if neither
+    is known. ``outcome``: ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``:
+    ``"RateLimited: ..."`` or None. ``status``: the HTTP status of a failure, None without one. ``latency``: seconds, 0.0 for a
+    skip. ``usage``: tokens of this request, all 0 if it failed and nothing was reported.
     """
 
     tier: str
@@ -424,7 +429,11 @@ class Attempt(NamedTuple):
 
 @dataclass
 class ToolCall:
-    """A tool that the model wants called. ``arguments`` is None when the model's JSON (``raw_arguments``) is no object."""
+    """A tool that the model wants called.
+
+    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object; no text at all counts as {}. ``id``: to be
+    given back as ``tool_call_id`` of the message with the result.
+    """
 
     id: str
     name: str
@@ -488,7 +497,7 @@ class LLMResponse:
         return _explain(self.attempts, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able data, for a cache or the result of a task."""
+        """Everything as JSON-able data, for a cache or the result of a task; the texts too."""
         plain = dict(vars(self))
         plain["tool_calls"] = [dict(vars(call)) for call in self.tool_calls]
         plain["usage"] = dict(vars(self.usage))
@@ -497,9 +506,22 @@ class LLMResponse:
 
 
 class Event(NamedTuple):
-    """A step of a call, for ``on_event``. ``data`` holds plain facts, never a key or a text; ``time`` is the chain's clock.
+    """A step of a call, for ``on_event``. ``time`` is the chain's clock. ``tier`` and ``model`` are "" where there is none.
 
-    ``kind``: attempt, retry, resend, skip, failover, wait, escalation, breaker or done.
+    Events of a call come in its own thread, those of a stream in its reader's. ``data`` by ``kind``, never a key or a text:
+
+    ==========  ====================================================================================================
+    attempt     a request is about to be sent; ``timeout``: seconds left for it
+    retry       the same tier again; ``pause``: seconds until then
+    resend      the same request once more, corrected; ``field``, ``change`` (drop or replace)
+    skip        a tier is passed over; ``reason``
+    failover    a tier has failed; ``to``: the next one
+    escalation  an answer gave up or was refused; ``to``: the model asked instead
+    wait        nobody is ready; ``seconds`` until the order starts again
+    breaker     a change of state: ``old``, ``new``, ``reason``; or of its store: ``store``
+    done        the end; ``outcome`` (ok, or an error's class) and ``latency`` in seconds; for an answer also ``cost`` (USD or
+                None), ``attempts`` (how many), ``prompt_tokens``, ``completion_tokens``
+    ==========  ====================================================================================================
     """
 
     kind: str
