@@ -564,8 +564,10 @@ def _error_text(error: BaseException) -> str:
 class BreakerSnapshot(NamedTuple):
     """A breaker at one moment; old as soon as it is read. Plain data.
 
-    ``retry_after``: seconds until a call may get through, None when closed or open until reset. ``opened``, ``rejected``,
-    ``stale``: how often it opened, said no, and dropped a late result.
+    ``state``: closed, open or half_open. ``generation``: grows with every change. ``failures``: in a row. ``reason``: of the
+    last opening, "" before. ``retry_after``: seconds until a call may get through, None when closed or open until reset; 0
+    when the next caller is the trial. ``opened``, ``rejected``, ``stale``: how often it opened, said no, and dropped a late
+    result.
     """
 
     state: str
@@ -669,8 +671,11 @@ class CircuitBreaker:
     same verdicts. A ProviderError's class says failure, neutral or park; any other Exception is a failure; what is not an
     Exception (KeyboardInterrupt, a closed generator) is neutral.
 
-    ``on_change(name, old, new, reason)`` is called after every change of state, in order, outside the lock; what it raises
-    is logged. Thread-safe; a forked child goes on with its own copy. Raises ConfigError for a setting out of range.
+    ``max_recovery_timeout``: None means always the same time. ``name``: for messages, and the key in a store; in a chain ""
+    takes the tier's. ``clock``: seconds that only grow. ``store``: None keeps the state in this object alone; else a store,
+    which other breakers of this name may share, and whose time then counts. ``on_change(name, old, new, reason)`` is called
+    after every change of state, in order, outside the lock; what it raises is logged. Thread-safe; a forked child goes on
+    with its own copy. Raises ConfigError for a setting out of range.
     """
 
     def __init__(
