@@ -1315,8 +1315,9 @@ class SQLiteStore:
     """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs, scripts.
 
     ``path``: the file; it is made when first needed, its folder must exist, and it must not be on a network drive. Failures
-    are counted together. ``timeout``: seconds that one operation may wait for other processes. A read serves for
-    ``refresh`` seconds. Its time is the wall clock. Thread-safe, and used across a fork. Nothing is opened when it is built.
+    are counted together. ``timeout``: seconds that one operation may wait for other processes. A read serves for ``refresh``
+    seconds (0: every look reads). Its time is the wall clock. Thread-safe, and used across a fork. Nothing is opened when it
+    is built.
     """
 
     shared_counts = True
@@ -1341,7 +1342,10 @@ class SQLiteStore:
         self._connection = None
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record of a breaker, None if there is none, and the time."""
+        """The record of a breaker, None if there is none, and the time.
+
+        Raises sqlite3.Error, OSError, TimeoutError, or ValueError for what is no record.
+        """
         rows = self._run("SELECT record FROM breakers WHERE name = ?", name)[1]
         return (_record_of(rows[0][0]) if rows else None), time.time()
 
@@ -1503,12 +1507,17 @@ class LLMProvider(ABC):
     """One provider. A custom one implements ``chat``, raising ProviderError classes; the rest is optional.
 
     The chain passes ``messages`` always as a list of dicts in OpenAI form, and ``timeout=`` (seconds for this attempt) among
-    the keyword arguments: the deadline is kept only if it is obeyed. ``model`` is None where the tier lists no models.
+    the keyword arguments: the deadline is kept only if it is obeyed. ``model`` is None where the tier lists no models. A chain
+    may call it from many threads at once. Its errors' texts are logged: no key and no message may stand in them.
     """
 
     @abstractmethod
     def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        """One whole answer, or a ProviderError."""
+        """One whole answer, or a ProviderError. ``messages``: OpenAI form. ``tools``: OpenAI's function form, or None.
+
+        ``kwargs``: ``timeout`` and whatever options the call and the tier's ``params`` hold. Any other Exception counts as a
+        failure; ConfigError and what is no Exception pass through the chain.
+        """
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
