@@ -3532,7 +3532,8 @@ class OpenAIProvider(_HTTPProvider):
 
     ``api_key``: None takes OPENAI_API_KEY, "" sends none. ``base_url``: None takes OPENAI_BASE_URL, else OpenAI's; without
     a path ``/v1`` is added. ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
-    before the first token (None: 12), inside the answer, and for connecting. ``max_response_bytes``: after decompression.
+    before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with every request, over our
+    own of the same name. ``max_response_bytes``: of one answer, after decompression; more is InvalidResponse.
     ``stream_upstream=False`` asks for whole JSON. ``session``: your own ``requests.Session``, used as it is, and then its
     time limits are yours. ``api``: "chat" speaks Chat Completions, "responses" the Responses API, "auto" the first until
     the provider's own error says that a model needs the second for these tools, which is remembered. Safe to share between
@@ -4165,7 +4166,11 @@ _Plan = Sequence[tuple["ProviderTier", "str | None"]]  #: who is asked, in which
 
 
 class TierHealth(NamedTuple):
-    """What a chain knows of one tier. ``calls`` and ``failures`` count requests, ``last_latency`` is in seconds."""
+    """What a chain knows of one tier, in this process. Plain data.
+
+    ``calls`` and ``failures`` count requests. ``last_error``: of the last failed request or ping, None if there was none or a
+    ping has succeeded since. ``last_latency``: seconds of the last request, None before the first.
+    """
 
     name: str
     role: str
@@ -4549,8 +4554,9 @@ class FailoverChain(LLMProvider):
 
         ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is modified. ``model``:
         tiers that list it are asked first; None asks each for its default. ``system``: a system message put in front.
-        ``timeout``: seconds for everything, None: the chain's (plus ``wait``). ``tiers``: names; no other tier is asked,
-        nothing leaves them. Other keyword arguments go to the providers.
+        ``timeout``: seconds for everything, None: the chain's (plus ``wait``). ``wait``: seconds in all that it may sleep
+        for a tier, None: the chain's, 0: fail at once. ``tiers``: names; no other tier is asked, nothing leaves them. Other
+        keyword arguments are options for the providers; None leaves one out.
 
         Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one class of it holds for all
         tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError, BadRequest and TypeError for wrong arguments.
