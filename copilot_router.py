@@ -5686,14 +5686,14 @@ def _parser() -> Any:
 def _chain_from(options: Any) -> FailoverChain:
     """The chain that the flags, the configuration or the environment describe."""
     ladder = getattr(options, "escalation_model", None)
+    overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
     provider, base_url = getattr(options, "provider", None), getattr(options, "base_url", None)
     if provider or base_url:
         if options.config:
             raise ConfigError("--config and --provider or --base-url: give one or the other")
         models = [name for name in (options.model, ladder) if name]
         kind = _PROVIDERS[provider or "openai"]
-        return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], escalation_model=ladder)
-    overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
+        return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], **overrides)
     if options.config is None:
         try:
             return FailoverChain.from_env(**overrides)
