@@ -1627,10 +1627,10 @@ class _Limits:
     def left(self) -> float:
         """Seconds that the next read or write may take; TimeoutError if there are none."""
         now = time.monotonic()
-        left = min(self.deadline, self.since + self.silence) - now
+        left = min(self.deadline, self.since + self.silence, now + _LONGEST_WAIT) - now
         if left <= 0:
             raise TimeoutError
-        return min(left, _LONGEST_WAIT)
+        return left
 
     def connect_left(self) -> float:
         """Seconds that connecting may still take; TimeoutError if there are none."""
@@ -1652,14 +1652,11 @@ class _Limits:
         return None
 
     def progress(self) -> None:
-        """Generation goes on."""
+        """Generation goes on, and the caller wants the next event: from here on silence is the server's."""
+        self.since = time.monotonic()
         if not self.started:
             self.started = True
             self.silence, self.suspicious = self.stall, self.own_stall
-
-    def waiting(self) -> None:
-        """Generation goes on, and the caller wants the next event: from here on silence is the server's."""
-        self.since = time.monotonic()
 
 
 _current = threading.local()  #: .limits of the request that this thread is sending, picked up by the connection
@@ -2613,7 +2610,7 @@ class _Decoder(ABC):
     _finishes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, call: _Call, names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.alive = False  #: a sign of generation has come; the reader takes it back after each event
+        self.alive = False  #: a sign of generation has come; the reader takes it back when it has seen it
         self.complete = False  #: the answer has its finish reason
         self.ended = False  #: the end marker has come: nothing follows
         self.usage: Usage | None = None
@@ -3043,19 +3040,16 @@ class _HTTPProvider(LLMProvider):
         limits = answer.limits
         feed = decoder.feed
         for events in self._event_batches(answer, parser, decoder):
-            moved = False
             for name, data in events:
                 text = feed(name, data)
-                if decoder.alive:
-                    moved, decoder.alive = True, False
-                    limits.progress()
                 if text and every_delta:
                     yield text
                 if decoder.ended:
                     answer.finish()
                     return
-            if moved:
-                limits.waiting()
+            if decoder.alive:
+                decoder.alive = False
+                limits.progress()
 
     @staticmethod
     def _event_batches(answer: _Answer, parser: _Lines, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
