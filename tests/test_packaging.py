@@ -114,7 +114,7 @@ def test_everything_public_has_a_docstring() -> None:
 
 
 def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``help()``, a traceback's arguments and a documentation page print defaults: none of them is an environment with keys."""
+    """``help()``, a traceback and a documentation page print defaults: none of them is an environment with keys."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-signature-key")
     shown = pydoc.plain(pydoc.render_doc(copilot_router))
     assert "from_env" in shown
