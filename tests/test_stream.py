@@ -858,8 +858,12 @@ class Gated:
         self.gone = threading.Semaphore(0)
         self.broken = False  #: ends the connection instead of the next text
 
-    def serve(self, server: Peer, connection: socket.socket, request: bytes) -> bool:
+    @staticmethod
+    def head(connection: socket.socket) -> None:
         connection.sendall(STREAM + b"Connection: close\r\n\r\n" + OPENING)
+
+    def serve(self, server: Peer, connection: socket.socket, request: bytes) -> bool:
+        self.head(connection)
         for text in self.texts:
             self.gate.acquire(timeout=10)
             if self.broken:
@@ -873,7 +877,7 @@ class Gated:
 
     def watch(self, server: Peer, connection: socket.socket, request: bytes) -> bool:
         """Two texts, then nothing until the client goes."""
-        connection.sendall(STREAM + b"Connection: close\r\n\r\n" + OPENING)
+        self.head(connection)
         connection.sendall(text_event("one") + text_event("two"))
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
