@@ -522,6 +522,8 @@ class Event(NamedTuple):
     done        the end; ``outcome`` (ok, or an error's class) and ``latency`` in seconds; for an answer also ``cost`` (USD or
                 None), ``attempts`` (how many), ``prompt_tokens``, ``completion_tokens``
     ==========  ====================================================================================================
+
+    There is no ``done`` where the caller's own mistake or an interrupt ended the call, or a stream was given up by its reader.
     """
 
     kind: str
@@ -565,7 +567,7 @@ class BreakerSnapshot(NamedTuple):
     """A breaker at one moment; old as soon as it is read. Plain data.
 
     ``state``: closed, open or half_open. ``generation``: grows with every change. ``failures``: in a row. ``reason``: of the
-    last opening, "" before. ``retry_after``: seconds until a call may get through, None when closed or open until reset; 0
+    last change, "" before. ``retry_after``: seconds until a call may get through, None when closed or open until reset; 0
     when the next caller is the trial. ``opened``, ``rejected``, ``stale``: how often it opened, said no, and dropped a late
     result.
     """
