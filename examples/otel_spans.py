@@ -3,7 +3,7 @@
     python examples/otel_spans.py "Why is the sky blue?"      # prints the spans
 
 The spans are children of the one that is current where the chain is called, such as a web framework's. They hold no
-prompts and no answers: an event has none.
+prompts and no answers: an event has none. Read a stream in the thread that opened it, or its span is ended by the next call.
 """
 
 from __future__ import annotations

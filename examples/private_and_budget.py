@@ -26,8 +26,8 @@ from copilot_router import (
 class Budget:
     """Adds up what answered calls cost: pass it as ``on_event``. Thread-safe; calls under way can still overspend it.
 
-    A cost of None means that a tier has no price: that is refused here, since it would spend without being seen. What a
-    call used that nobody answered is in its error's ``.attempts``.
+    A cost of None means that a tier has no price: that is refused here, since it would spend without being seen. Not seen
+    either: what a call used that nobody answered (its error's ``.attempts`` know), and streams given up by their readers.
     """
 
     def __init__(self, usd: float) -> None:

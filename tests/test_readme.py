@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import FakeClock
 
 import copilot_router
 from copilot_router import (
+    BadRequest,
     CircuitBreaker,
     ContentFiltered,
+    Event,
     FailoverChain,
     OpenAIProvider,
     ProviderTier,
@@ -101,6 +104,29 @@ def test_the_settings_are_all_there_with_their_defaults() -> None:
     assert missing == []
     for name in copilot_router._OPTIONS:
         assert f"`{name}" in table, name
+
+
+def test_the_docstring_of_event_names_all_that_events_hold() -> None:
+    """Every kind and every fact of a call with all kinds of steps stands in the table that is a vendored copy's manual."""
+    seen: list[Event] = []
+    tiers = [
+        ProviderTier("a", ScriptedProvider([ServerError("x")] * 3), ["a"]),
+        ProviderTier("b", ScriptedProvider([RateLimited("x", retry_after=1), "[ESCALATE] too hard"]), ["b"], prices=(1, 2)),
+        ProviderTier("c", ScriptedProvider([BadRequest("x"), "ok"]), ["c"]),
+        ProviderTier("d", ScriptedProvider(["never"]), ["d"], supports_tools=False),
+    ]
+    clock = FakeClock()
+    chain = FailoverChain(
+        tiers, escalation_model="c", failure_threshold=2, recovery_timeout=1.0, max_retry_after=0.5, wait=60.0,
+        on_event=seen.append, clock=clock, sleep=clock.sleep,
+    )  # fmt: skip
+    assert chain.chat("hi", [{"type": "function", "function": {"name": "f"}}]).text == "ok"
+    table = str(Event.__doc__)
+    kinds = {event.kind for event in seen}
+    assert kinds == {"attempt", "retry", "skip", "failover", "wait", "escalation", "breaker", "done"}
+    for event in seen:
+        assert re.search(rf"(?m)^ +{event.kind} ", table), event.kind
+        assert [name for name in event.data if f"``{name}``" not in table] == []
 
 
 def test_the_error_tree_is_the_one_in_the_module() -> None:
