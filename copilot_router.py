@@ -1202,12 +1202,12 @@ class _SharedView:
         generation = None if record is None else record.generation
         mine = self._breaker._record
         if generation != self._seen:
-            self._seen = generation
             if record is None:
-                self._unsaved = mine.state != "closed" and not self._alone
+                self._seen, self._unsaved = None, mine.state != "closed" and not self._alone
             elif not self._unsaved or record.generation > mine.generation or mine.state == "closed":
                 self._adopt(mine, record, store_now)
         if self._unsaved and not self._alone:
+            mine = self._breaker._record
             newer = generation is None or mine.generation > generation
             new = mine if newer else mine._replace(generation=(generation or 0) + 1)
             self._unsaved = False  # before: another thread may have more to save meanwhile
@@ -1224,13 +1224,16 @@ class _SharedView:
 
     def _adopt(self, mine: BreakerRecord, record: BreakerRecord, store_now: float) -> None:
         if self._alone and record.state == "closed":
+            self._seen = record.generation
             return
         left = math.inf if record.deadline == math.inf else min(max(record.deadline - store_now, 0.0), record.span)
         new = record._replace(deadline=0.0 if record.state == "closed" else self._breaker._clock() + left)
         if not self._shared_counts and new.state == "closed":
             new = new._replace(failures=mine.failures if mine.state == "closed" and new.era == mine.era else 0)
         self._alone = self._unsaved = False
-        if not self._breaker._put(mine, new):
+        if self._breaker._put(mine, new):
+            self._seen = record.generation  # not before: a finalizer's change would pass for one made in this knowledge
+        else:
             self._unsaved = True
             self._forget()
 
