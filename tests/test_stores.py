@@ -656,6 +656,127 @@ def test_a_finalizer_settles_in_the_middle_of_an_operation(when: str, clock: Fak
     assert shared.store.load("x")[0].failures == 3
 
 
+def test_opened_while_another_thread_is_saving(shared: Wrapped) -> None:
+    """The store is slow; meanwhile another thread opens the breaker: neither of the two changes undoes the other."""
+    breaker = breaker_on(shared, time.monotonic)
+    breaker.admit().failure("first")
+
+    def meanwhile(name: str) -> None:
+        if name == "swap":
+            shared.before = None
+            other = threading.Thread(target=breaker.open, args=(50, "meanwhile"))
+            other.start()
+            other.join(10)
+
+    shared.before = meanwhile
+    breaker.admit().failure("second")
+    assert breaker.is_open
+    assert breaker_on(shared, time.monotonic).is_open
+    assert shared.store.load("x")[0].reason == "meanwhile"
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_change_that_a_finalizer_overtakes(at: int, clock: FakeClock, shared: Wrapped) -> None:
+    """While the store is down, too, it starts again."""
+    shared.error = DOWN
+    breaker = breaker_on(shared, clock)
+    seen: list[int] = []
+
+    def step(old: BreakerRecord) -> BreakerRecord:
+        seen.append(old.failures)
+        if len(seen) == at:
+            breaker.admit().failure("dropped")
+        return old._replace(failures=old.failures + 1)
+
+    breaker._swap(step)
+    assert breaker.snapshot().failures == 2
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_finalizer_settles_while_a_record_is_taken_over(at: int, clock: FakeClock, shared: Wrapped) -> None:
+    """At any reading of the clock on the way: the other's open state is neither lost nor undone."""
+    calls = itertools.count(-10**6)
+
+    def ticking() -> float:
+        if next(calls) == at:
+            dropped.failure("dropped")
+        return clock()
+
+    breaker, other = breaker_on(shared, ticking), breaker_on(shared, clock)
+    dropped = breaker.admit()
+    trip(other)
+    clock.advance(2)
+    calls = itertools.count(1)
+    assert breaker.retry_after in (13, None)
+    clock.advance(2)
+    assert breaker.is_open
+    assert other.is_open
+
+
+def test_a_breaker_that_is_alone_stays_open(clock: FakeClock, make_store: Callable[..., Any]) -> None:
+    """Its own trouble is no one else's: their closing does not close it, their opening is taken over."""
+    store = Wrapped(make_store("redis", timeout=5.0), clock)
+    broken, other = breaker_on(store, clock), breaker_on(store, clock)
+    broken.admit()._settle_by(AuthenticationError("wrong key"))
+    other.reset()
+    clock.advance(2)
+    assert broken.retry_after == 598
+    assert other.is_closed
+    trip(other)
+    clock.advance(2)
+    assert broken.is_open
+    assert other.is_open
+
+
+def test_a_trial_is_handed_back_only_while_it_is_ones_own(clock: FakeClock, make_store: Callable[..., Any]) -> None:
+    """116: its lease is over, and another has taken over: the late local trouble changes nothing for the others."""
+    store = Wrapped(make_store("redis", timeout=5.0), clock)
+    healthy, broken = breaker_on(store, clock), breaker_on(store, clock)
+    trip(broken)
+    clock.advance(15)
+    trial = broken.admit()
+    clock.advance(120)
+    successor = healthy.admit()
+    trial._settle_by(ProviderUnavailable("refused"))
+    clock.advance(1)
+    assert healthy.is_half_open
+    successor.success()
+    clock.advance(1)
+    assert breaker_on(store, clock).is_closed
+
+
+def test_two_breakers_find_out_at_once(clock: FakeClock, shared: Wrapped) -> None:
+    """The pause grows by one step, not by one for each."""
+    one, other = breaker_on(shared, clock, name="one"), breaker_on(shared, clock, name="other")
+
+    def meanwhile(name: str) -> None:
+        shared.before = None
+        assert other.is_closed
+
+    shared.before, shared.error = meanwhile, DOWN
+    assert one.is_closed
+    assert shared.loads == 2
+    shared.error = None
+    clock.advance(1)
+    assert one.is_closed
+    assert other.is_closed
+    assert shared.loads == 4
+
+
+def test_check_makes_the_trial_due_for_all(clock: FakeClock, shared: Wrapped) -> None:
+    """A good ping in one process, as by cron: the next call in any is the trial; it closes nothing, nor what is by hand."""
+    chain, other = chain_on(shared, [], clock=clock), breaker_on(shared, clock)
+    trip(other)
+    clock.advance(2)
+    assert chain.check()[0].breaker.retry_after == 0
+    clock.advance(2)
+    assert (other.state, other.retry_after) == ("open", 0)
+    other.open()
+    clock.advance(2)
+    assert chain.check()[0].breaker.retry_after is None
+
+
 def test_saved_after_an_outage_over_what_others_did(clock: FakeClock, shared: Wrapped) -> None:
     """Cut off, one breaker only counts while another opens: the open state stays, and is taken over."""
     cut_off, other = Wrapped(shared.store), breaker_on(shared, clock)
