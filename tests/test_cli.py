@@ -74,7 +74,7 @@ class Gate:
             self.hold(server)
             connection.sendall(self.whole("after all", model))
         elif text == "lines":
-            connection.sendall(STREAM + chunked(event("one\n"), event("Grüße, \ud83d"), event(finish="stop"), END))
+            connection.sendall(STREAM + chunked(event("one\n"), event("Grüße, ☺"), event(finish="stop"), END))
         elif text == "weak":
             connection.sendall(self.whole("[ESCALATE] no", model))
         else:
