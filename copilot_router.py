@@ -2311,7 +2311,9 @@ def _json(data: bytes | str, what: str) -> Any:
 _HINTS = frozenset({
     "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls", "user",
 })  # fmt: skip
-_OPTIONS = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body"}
+_OPTIONS: frozenset[str] = _HINTS | {
+    "max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body",
+}  # fmt: skip
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend")
 #: What a conversation says where a vendor insists that the user speaks and the user has said nothing.
 _GO_ON = "Continue."
