@@ -2294,11 +2294,14 @@ def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
 _ECHO = 16
 
 
+_parsed = json.JSONDecoder().decode  # json.loads, less its look at the options
+
+
 def _json(data: bytes | str, what: str) -> Any:
     """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, if it is none."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return _parsed(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise InvalidResponse(f"{what} is not JSON") from None
 
@@ -2615,6 +2618,8 @@ class _Decoder(ABC):
 
     #: A vendor's finish reasons -> ours; one that is not listed means "stop".
     _finishes: ClassVar[dict[str, str]] = {}
+    #: What stands in the place of a last event.
+    _end_marker: ClassVar[bytes | None] = None
 
     def __init__(self, call: _Call, names: Mapping[str, str] = MappingProxyType({})) -> None:
         self.alive = False  #: a sign of generation has come; the reader takes it back when it has seen it
@@ -2637,6 +2642,9 @@ class _Decoder(ABC):
 
     def feed(self, name: str, data: bytes) -> str:
         """Take one event; returns its text for the reader, "" if it has none. Raises InvalidResponse or _InBandError."""
+        if data.strip() == self._end_marker:
+            self.ended = True
+            return ""
         body = _json(data, "an event")
         if name == "error" and not (isinstance(body, dict) and body.get("error")):
             raise _InBandError({"error": body})
@@ -3243,17 +3251,12 @@ class _ChatDecoder(_Decoder):
     _finishes: ClassVar[dict[str, str]] = {
         "length": "length", "content_filter": "content_filter", "sensitive": "content_filter",
     }  # fmt: skip
+    _end_marker = b"[DONE]"
 
     def __init__(self, call: _Call) -> None:
         super().__init__(call)
         self._by_index: dict[Any, dict[str, Any]] = {}
         self._returned: list[str] = []  # reasoning that a thinking DeepSeek wants back
-
-    def feed(self, name: str, data: bytes) -> str:
-        if data.strip() == b"[DONE]":
-            self.ended = True
-            return ""
-        return super().feed(name, data)
 
     def _take(self, body: dict[str, Any], whole: bool) -> str:
         if isinstance(body.get("model"), str) and body["model"]:
