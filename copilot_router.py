@@ -2657,9 +2657,10 @@ class _Decoder(ABC):
         self.ended = True
 
     def _take_any(self, body: Any, whole: bool) -> str:
-        if isinstance(body, list):  # Gemini without alt=sse, and its errors
-            return "".join([self._take_any(item, whole) for item in body])
-        body = _object(body, "the answer")
+        if not isinstance(body, dict):
+            if isinstance(body, list):  # Gemini without alt=sse, and its errors
+                return "".join([self._take_any(item, whole) for item in body])
+            raise InvalidResponse("the answer is no object")
         if body.get("error") or body.get("object") == "error":
             raise _InBandError(body)
         return self._take(body, whole)
@@ -3247,6 +3248,10 @@ def _dumped(body: dict[str, Any]) -> bytes:
 # https://platform.openai.com/docs/api-reference/chat; spoken by LM Studio, llama.cpp, vLLM, Ollama, OpenRouter and others.
 
 
+#: What a message holds that says nothing but text.
+_TEXT_KEYS = frozenset({"role", "content"})
+
+
 class _ChatDecoder(_Decoder):
     _finishes: ClassVar[dict[str, str]] = {
         "length": "length", "content_filter": "content_filter", "sensitive": "content_filter",
@@ -3259,9 +3264,12 @@ class _ChatDecoder(_Decoder):
         self._returned: list[str] = []  # reasoning that a thinking DeepSeek wants back
 
     def _take(self, body: dict[str, Any], whole: bool) -> str:
-        if isinstance(body.get("model"), str) and body["model"]:
-            self._model = body["model"]
-        usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
+        model = body.get("model")
+        if model and isinstance(model, str):
+            self._model = model
+        usage = body.get("usage")
+        if not usage and "x_groq" in body:
+            usage = _dict(body["x_groq"]).get("usage")
         if usage is not None:
             self.usage = _chat_usage(usage) or self.usage
         choices = body.get("choices")
@@ -3294,6 +3302,19 @@ class _ChatDecoder(_Decoder):
         return text
 
     def _take_message(self, message: dict[str, Any]) -> str:
+        if not message.keys() <= _TEXT_KEYS:  # most events of a stream hold nothing but text
+            self._take_extras(message)
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(
+                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if content is not None and not isinstance(content, str):
+            raise InvalidResponse("content is no text")
+        return self._add_text(content) if content else ""
+
+    def _take_extras(self, message: dict[str, Any]) -> None:
+        """Reasoning, tool calls and refusals."""
         if self._add_reasoning(message.get("reasoning_content")):
             self._returned.append(message["reasoning_content"])
         elif not self._add_reasoning(message.get("reasoning")):
@@ -3307,14 +3328,6 @@ class _ChatDecoder(_Decoder):
             self._take_call({"index": 0, "function": message["function_call"]})
         if isinstance(message.get("refusal"), str) and message["refusal"]:
             self._refused = self.alive = True
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(
-                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
-        if content is not None and not isinstance(content, str):
-            raise InvalidResponse("content is no text")
-        return self._add_text(content) if content else ""
 
     def _take_call(self, call: dict[str, Any]) -> None:
         """One piece of a tool call. Index, id and name may be missing, repeated, or all in one piece."""
