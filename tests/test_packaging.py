@@ -56,12 +56,34 @@ assert threading.active_count() == 1
 """
 
 
-def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path | None = None, executable: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds the module where this one did, and nothing else unasked."""
     environment = {**os.environ, "PYTHONPATH": str(MODULE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
     )
+
+
+def packaging() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def pythons() -> dict[str, str]:
+    """Every supported Python that there is on this machine, by its version; this one for its own."""
+    found = {f"{sys.version_info.major}.{sys.version_info.minor}": sys.executable}
+    for minor in range(10, 14):
+        kept = sorted(Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3"))
+        for candidate in [*map(str, kept), shutil.which(f"python3.{minor}")]:
+            if candidate and f"3.{minor}" not in found:
+                found[f"3.{minor}"] = candidate
+    return found
+
+
+PYTHONS = pythons()
 
 
 def test_the_version_is_said_once_and_repeated_truly() -> None:
@@ -69,19 +91,15 @@ def test_the_version_is_said_once_and_repeated_truly() -> None:
     statements = [ast.unparse(node) for node in ast.parse(SOURCE).body if isinstance(node, ast.Assign)]
     assert f"__version__ = {copilot_router.__version__!r}" in statements
     assert SOURCE.startswith(f"# copilot_router {copilot_router.__version__} ")
-    packaging = configparser.ConfigParser()
-    packaging.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert packaging["metadata"]["version"] == "attr: copilot_router.__version__"
+    assert packaging()["metadata"]["version"] == "attr: copilot_router.__version__"
     if INSTALLED:
         assert importlib.metadata.version("copilot-router") == copilot_router.__version__
 
 
 def test_python_versions_agree_everywhere() -> None:
     """The oldest Python is the same for the installer, the linter and the type checker."""
-    packaging = configparser.ConfigParser()
-    packaging.read(ROOT / "setup.cfg", encoding="utf-8")
     tools = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert packaging["options"]["python_requires"] == ">=3.10"
+    assert packaging()["options"]["python_requires"] == ">=3.10"
     assert 'target-version = "py310"' in tools
     assert 'pythonVersion = "3.10"' in tools
 
@@ -114,18 +132,22 @@ def test_everything_public_has_a_docstring() -> None:
 
 
 def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``help()``, a traceback and a documentation page print defaults: none of them is an environment with keys."""
+    """``help()``, a traceback's arguments and a documentation page print defaults: none is an environment with keys."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-signature-key")
     shown = pydoc.plain(pydoc.render_doc(copilot_router))
     assert "from_env" in shown
     assert "sk-test-signature-key" not in shown
 
 
-def test_importing_costs_the_standard_library_only_and_does_nothing() -> None:
-    """No requests, no TLS, no socket, no thread, no file written, no warning, seen from a fresh interpreter."""
-    done = python("-W", "error", "-c", WATCHED_IMPORT)
+@pytest.mark.parametrize("version", PYTHONS)
+def test_importing_costs_the_standard_library_only_and_does_nothing(version: str, tmp_path: Path) -> None:
+    """No requests, TLS, socket, thread, written file or warning, in a fresh interpreter of every Python."""
+    shutil.copy(MODULE, tmp_path / "copilot_router.py")
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    done = python("-W", "error", "-I", "-S", "-B", "-c", path + WATCHED_IMPORT, executable=PYTHONS[version])
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
+    assert "copilot_router" in loaded
     assert not loaded & {"requests", "urllib3", "ssl", "socket", "http.client", "asyncio", "argparse", "sqlite3"}
 
 
@@ -137,29 +159,55 @@ def test_importtime_does_not_mention_requests() -> None:
     assert not re.search(r"\|\s+(requests|urllib3)\b", done.stderr)
 
 
-def test_the_one_file_works_alone_where_requests_is_not_installed(tmp_path: Path) -> None:
-    """Copied into an empty directory, without site-packages: a custom provider answers, an HTTP one names what is missing."""
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_one_file_works_alone_where_requests_is_not_installed(version: str, tmp_path: Path) -> None:
+    """In an empty directory, without site-packages: a custom provider answers, an HTTP one says what to install."""
     shutil.copy(MODULE, tmp_path / "copilot_router.py")
-    done = python("-I", "-S", "-c", VENDORED, cwd=tmp_path)
+    done = python("-I", "-S", "-c", VENDORED, cwd=tmp_path, executable=PYTHONS[version])
     assert done.returncode == 0, done.stderr
     answer, complaint = done.stdout.splitlines()
     assert answer == "vendored"
-    assert "requests" in complaint
+    assert complaint == "HTTP providers need PyPI's requests: pip install requests"
 
 
-def test_the_vendored_file_is_a_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_vendored_file_is_a_program(version: str, tmp_path: Path) -> None:
     """``python copilot_router.py`` is the command line, also alone."""
     shutil.copy(MODULE, tmp_path / "copilot_router.py")
-    done = python("-I", "-S", "copilot_router.py", "--version", cwd=tmp_path)
+    done = python("-I", "-S", "copilot_router.py", "--version", cwd=tmp_path, executable=PYTHONS[version])
+    assert (done.returncode, done.stdout.strip()) == (0, f"copilot-router {copilot_router.__version__}")
+
+
+def test_what_is_installed_along_and_what_on_request() -> None:
+    """requests alone, redis as an extra, and one command."""
+    assert packaging()["options"]["install_requires"].split() == ["requests>=2.31"]
+    assert packaging()["options.extras_require"]["redis"].split() == ["redis>=5"]
+    assert packaging()["options.entry_points"]["console_scripts"].strip() == "copilot-router = copilot_router:main"
+    if INSTALLED:
+        needed = importlib.metadata.requires("copilot-router") or []
+        assert [item for item in needed if "extra" not in item] == ["requests>=2.31"]
+        assert any(re.fullmatch(r"redis>=5\s*; extra == ['\"]redis['\"]", item) for item in needed)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="runs against an installed wheel only")
+def test_the_installed_command(tmp_path: Path) -> None:
+    """``copilot-router`` stands beside the interpreter and is the command line."""
+    command = Path(sys.executable).with_name("copilot-router")
+    done = subprocess.run([command, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, f"copilot-router {copilot_router.__version__}")
 
 
 def test_the_licence_travels_with_the_file() -> None:
-    """The first line names licence and holder, and they are those of LICENSE."""
+    """The first line names licence and holder, and they are those of LICENSE and of the packaging."""
     first = SOURCE.splitlines()[0]
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "SPDX-License-Identifier: MIT" in first
     assert licence.startswith("MIT License")
+    assert packaging()["metadata"]["license"] == "MIT"
+    assert packaging()["metadata"]["license_files"] == "LICENSE"
+    if INSTALLED:
+        (shipped,) = [path for path in importlib.metadata.files("copilot-router") or [] if path.name == "LICENSE"]
+        assert shipped.read_text(encoding="utf-8") == licence
     holder = re.search(r"Copyright \(c\) (.+)", licence)
     assert holder
     assert first.endswith(holder.group(0))
