@@ -3805,7 +3805,8 @@ def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
 class AnthropicProvider(_HTTPProvider):
     """Anthropic's Messages API: ``https://api.anthropic.com/v1``, ANTHROPIC_API_KEY, ANTHROPIC_BASE_URL.
 
-    Settings as for OpenAIProvider, without ``api``. The version header is 2023-06-01, which still knows temperature; pass
+    Settings as for OpenAIProvider, without ``api``; a base URL is given as to Anthropic's client, with or without its ``/v1``,
+    such as ``https://api.deepseek.com/anthropic``. The version header is 2023-06-01, which still knows temperature; pass
     ``headers={"anthropic-version": …}`` for another. ``max_tokens`` is 8192 where a call names none, since one is required.
     Thinking blocks go back to the same provider and model in ``response.message``, and to nobody else.
     """
@@ -3817,6 +3818,11 @@ class AnthropicProvider(_HTTPProvider):
     _ping_path = "/models?limit=1"
     _key_variables = ("ANTHROPIC_API_KEY",)
     _url_variable = "ANTHROPIC_BASE_URL"
+
+    def _full_url(self, url: str) -> str:
+        """Anthropic's own client adds /v1 to any path, and so do the addresses that its compatible servers publish."""
+        full = super()._full_url(url)
+        return full if full.endswith("/v1") else full + "/v1"
 
     def _auth_headers(self) -> dict[str, str]:
         key = {"x-api-key": self._key} if self._key else {}

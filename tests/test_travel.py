@@ -819,3 +819,17 @@ def test_a_session_of_the_users_is_left_alone() -> None:
         assert provider._session is None
         assert provider.chat("q", model="m-1").text == "ok"
         assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "full"),
+    [
+        ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic/v1"),
+        ("https://api.deepseek.com/anthropic/v1/", "https://api.deepseek.com/anthropic/v1"),
+        ("http://localhost:4000", "http://localhost:4000/v1"),
+        ("http://localhost:4000/v1/messages", "http://localhost:4000/v1"),
+    ],
+)
+def test_an_anthropic_address_is_given_as_to_its_own_client(given: str, full: str) -> None:
+    """With or without its /v1."""
+    assert AnthropicProvider("key", given).base_url == full
