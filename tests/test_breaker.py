@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import itertools
 import json
@@ -892,3 +894,217 @@ def test_a_stream_whose_trial_was_taken_over(clock: FakeClock) -> None:
 
     assert list(breaker(slow)()) == [1]
     assert breaker.is_half_open
+
+
+# -- the rest of the list
+
+
+def test_11_breakers_of_one_name_are_independent(clock: FakeClock) -> None:
+    """Without a store there is no registry by name."""
+    first, second = tripped(clock, name="openai"), made(clock, name="openai")
+    assert (first.is_open, second.is_closed) == (True, True)
+
+
+def test_14_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour back or forth: the time left is measured by the monotonic clock."""
+    breaker = CircuitBreaker(1)
+    breaker.admit().failure()
+    for jump in (-3600.0, 3600.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: jump)
+        assert 14 < (breaker.retry_after or 0) <= 15
+
+
+def test_19_nothing_runs_while_nobody_calls(clock: FakeClock) -> None:
+    """No timer thread; hours later the first caller is the trial."""
+    before = threading.active_count()
+    breaker = tripped(clock)
+    assert threading.active_count() == before
+    clock.advance(36_000)
+    assert breaker.admit().is_trial
+
+
+def test_31_a_trial_ended_from_outside_is_handed_on(clock: FakeClock) -> None:
+    """SystemExit raised in its thread by another one."""
+    breaker = tripped(clock)
+    clock.advance(15)
+    inside, out = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        while not out.wait(0.005):
+            pass
+
+    def trial() -> None:
+        with contextlib.suppress(SystemExit):
+            breaker.call(wait)
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    inside.wait(10)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    thread.join(10)
+    out.set()
+    assert (breaker.state, breaker.retry_after) == ("open", 0)
+    assert breaker.admit().is_trial
+
+
+def test_33_a_ticket_that_is_not_used_is_given_back(clock: FakeClock) -> None:
+    """The caller thinks better of it: the next one may try at once."""
+    breaker = tripped(clock)
+    clock.advance(15)
+    breaker.admit().neutral()
+    assert breaker.admit().is_trial
+
+
+def test_47_the_nearest_class_decides(clock: FakeClock) -> None:
+    """A subclass with a policy of its own is judged by that, one without by its parent's."""
+
+    class Harmless(ServerError):
+        breaker = "neutral"
+
+    class Unlucky(ServerError):
+        pass
+
+    for kind, state in ((Harmless, "closed"), (Unlucky, "open")):
+        breaker = made(clock, failure_threshold=1)
+        with pytest.raises(kind), breaker.admit():
+            raise kind("x")
+        assert breaker.state == state
+
+
+def test_50_an_exception_keeps_its_traceback_and_its_cause(clock: FakeClock) -> None:
+    """The identical object; nothing is added but the frames that it passes."""
+    cause = KeyError("cause")
+
+    def work() -> None:
+        raise Boom("own") from cause
+
+    with pytest.raises(Boom) as caught:
+        made(clock, failure_threshold=1).call(work)
+    assert caught.value.__cause__ is cause
+    assert [frame.name for frame in caught.traceback][-1] == "work"
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with 3.11")
+def test_51_a_group_with_an_interruption_propagates(clock: FakeClock) -> None:
+    """It is no Exception, so it is neutral; a group of plain failures counts once."""
+    breaker = made(clock, failure_threshold=2)
+    with pytest.raises(BaseExceptionGroup), breaker.admit():  # noqa: F821
+        raise BaseExceptionGroup("both", [Boom(), KeyboardInterrupt()])  # noqa: F821
+    assert breaker.snapshot().failures == 0
+    with pytest.raises(ExceptionGroup), breaker.admit():  # noqa: F821
+        raise ExceptionGroup("two", [Boom(), Boom()])  # noqa: F821
+    assert breaker.snapshot().failures == 1
+
+
+def test_62_the_outcome_is_what_the_body_let_out(clock: FakeClock) -> None:
+    """An error suppressed inside the block is none; one suppressed around it was one."""
+    breaker = made(clock, failure_threshold=1)
+    with breaker.admit(), contextlib.suppress(Boom):
+        boom()
+    assert breaker.is_closed
+    with contextlib.suppress(Boom), breaker.admit():
+        boom()
+    assert breaker.is_open
+
+
+def test_84_an_operator_does_not_wait_for_a_call() -> None:
+    """reset() and open() return at once while a guarded call hangs."""
+    breaker = CircuitBreaker()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        inside.set()
+        leave.wait(10)
+
+    thread = threading.Thread(target=breaker.call, args=(hang,))
+    thread.start()
+    inside.wait(10)
+    start = time.monotonic()
+    breaker.open()
+    breaker.reset()
+    assert time.monotonic() - start < 1
+    leave.set()
+    thread.join(10)
+    assert breaker.is_closed
+
+
+def test_85_a_snapshot_is_never_torn() -> None:
+    """Sixteen threads write while one reads: never closed with a deadline, never open without one."""
+    breaker = CircuitBreaker(1, 60)
+    done = threading.Event()
+    odd: list[object] = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen = breaker.snapshot()
+            if (seen.state == "closed") != (seen.retry_after is None):
+                odd.append(seen)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    together(16, lambda at: [breaker.open(60) if at % 2 else breaker.reset() for _ in range(200)])
+    done.set()
+    reader.join(10)
+    assert odd == []
+
+
+SPAWN = """
+import multiprocessing, threading
+import copilot_router
+def child(queue):
+    queue.put((threading.active_count(), copilot_router.CircuitBreaker().call(lambda: 7)))
+if __name__ == "__main__":
+    for method in ("spawn", "forkserver"):
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        assert queue.get() == (1, 7), method
+        process.join(30)
+"""
+
+GEVENT = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent
+from copilot_router import CircuitBreaker, CircuitOpen
+now = [0.0]
+breaker = CircuitBreaker(1, clock=lambda: now[0])
+breaker.admit().failure()
+now[0] = 15.0
+entered, refused = [], []
+def work(at):
+    try:
+        breaker.call(lambda: (entered.append(at), gevent.sleep(0.05)))
+    except CircuitOpen:
+        refused.append(at)
+gevent.joinall([gevent.spawn(work, at) for at in range(200)])
+assert (len(entered), len(refused)) == (1, 199), (len(entered), len(refused))
+"""
+
+EXIT = """
+import threading
+from copilot_router import CircuitBreaker
+now = [0.0]
+breaker = CircuitBreaker(1, clock=lambda: now[0])
+breaker.admit().failure()
+now[0] = 15.0
+inside = threading.Event()
+def hang():
+    inside.set()
+    threading.Event().wait()
+threading.Thread(target=breaker.call, args=(hang,), daemon=True).start()
+inside.wait(10)
+"""
+
+
+@pytest.mark.parametrize(("number", "program"), [(93, SPAWN), (94, GEVENT), (95, EXIT)])
+def test_93_other_ways_to_run(tmp_path: Path, number: int, program: str) -> None:
+    """93: spawned processes; 94: 200 greenlets at half-open, one trial; 95: exit with a trial in flight in a daemon thread."""
+    if number == 94:
+        pytest.importorskip("gevent")
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    done = subprocess.run([sys.executable, str(file)], env=with_module(), timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
