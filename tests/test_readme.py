@@ -125,7 +125,7 @@ def test_the_docstring_of_event_names_all_that_events_hold() -> None:
     kinds = {event.kind for event in seen}
     assert kinds == {"attempt", "retry", "skip", "failover", "wait", "escalation", "breaker", "done"}
     for event in seen:
-        assert re.search(rf"(?m)^ +{event.kind} ", table), event.kind
+        assert re.search(rf"(?m)^ *{event.kind} ", table), event.kind
         assert [name for name in event.data if f"``{name}``" not in table] == []
 
 
