@@ -4464,9 +4464,10 @@ class _State:
 
     def bare_messages(self) -> list[Message]:
         """The messages without what they keep for the provider that they came from."""
-        if not any(_CARRY in message for message in self.messages):
-            return self.messages
-        return [{name: item for name, item in message.items() if name != _CARRY} for message in self.messages]
+        for message in self.messages:
+            if _CARRY in message:
+                return [{name: item for name, item in each.items() if name != _CARRY} for each in self.messages]
+        return self.messages
 
 
 _INSTRUCTION = (
@@ -4703,7 +4704,7 @@ class FailoverChain(LLMProvider):
         state = _State(_checked_messages(messages, system), tools or None, model, kwargs)
         state.wait = self.wait if wait is None else _number(wait, "wait")
         limit = self.timeout + state.wait if timeout is None else _number(timeout, "timeout")
-        state.order = self._order(model, names)
+        state.order = self._plan if model is None and names is None else self._order(model, names)
         if self._ladder and self._instruction and not _wants_json(kwargs.get("response_format")):
             state.plain = not self._rungs_left(state, 0)
         state.observed = self._on_event is not None or _log.isEnabledFor(logging.DEBUG)
@@ -4717,7 +4718,7 @@ class FailoverChain(LLMProvider):
         if names is not None:
             tiers = self._restricted(names)
         if model is None:
-            return [(tier, tier._default) for tier in tiers] if names is not None else self._plan
+            return [(tier, tier._default) for tier in tiers]
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not self._serving(model, tiers):
@@ -4766,7 +4767,7 @@ class FailoverChain(LLMProvider):
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self._tell_failure(state, error)
             raise _bare(error)  # noqa: B904 - it is the same error
-        if isinstance(found, LLMResponse) and state.observed:
+        if state.observed and isinstance(found, LLMResponse):
             self._tell_answer(found)
         return found
 
@@ -4860,19 +4861,18 @@ class FailoverChain(LLMProvider):
         if state.streaming:
             opened = tier._open(messages, tools=state.tools, model=model, timeout=timeout, **options)
             response = self._first_delta(opened)
+            if isinstance(response, _Live):
+                return response
         else:
             response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
-        if isinstance(response, _Live):
-            return response
-        response = self._checked_type(tier, response)
+        if not isinstance(response, LLMResponse):
+            raise self._wrong_type(tier, response)
         return response if response.content and not response.content.isspace() else _checked_answer(response)
 
     @staticmethod
-    def _checked_type(tier: ProviderTier, response: Any) -> LLMResponse:
-        if not isinstance(response, LLMResponse):
-            raise ConfigError(f"tier {tier.name!r}: {type(tier.provider).__name__} returned {type(response).__name__}:"
-                              " return an LLMResponse, or raise a ProviderError")  # fmt: skip
-        return response
+    def _wrong_type(tier: ProviderTier, response: object) -> ConfigError:
+        return ConfigError(f"tier {tier.name!r}: {type(tier.provider).__name__} returned {type(response).__name__}:"
+                           " return an LLMResponse, or raise a ProviderError")  # fmt: skip
 
     def _first_delta(self, stream: Generator[str, None, LLMResponse]) -> LLMResponse | _Live:
         """Read on while the text is blank or may still be the marker: then the whole answer, else the live stream."""
@@ -5040,7 +5040,7 @@ class FailoverChain(LLMProvider):
         if state.cost is not None and (response is not None or usage.total_tokens):
             price = tier.prices and tier._price((answered, model))
             state.cost = state.cost + _cost(usage, price) if price else None
-        status = getattr(error, "status", None)
+        status = None if error is None else getattr(error, "status", None)
         state.attempts.append(Attempt(tier.name, model or answered, outcome, text, status, latency, usage))
         return None
 
@@ -5056,7 +5056,7 @@ class FailoverChain(LLMProvider):
     def _finished(self, state: _State, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
         """A copy for the caller (the provider may hand the same object to others) with what the chain knows."""
         answer: LLMResponse = object.__new__(type(response))
-        answer.__dict__.update(response.__dict__)
+        answer.__dict__ = response.__dict__.copy()
         answer.provider = tier.name if not response.attempts else f"{tier.name}/{response.provider}"
         answer.attempts = tuple(state.attempts)
         answer.cost = state.cost
@@ -5087,7 +5087,7 @@ class FailoverChain(LLMProvider):
                         raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
                     delta = next(stream)
                 except StopIteration as end:
-                    response = self._checked_type(live.tier, end.value)
+                    response = end.value
                     break
                 except BaseException as error:
                     failure = self._interrupted(state, live, error, "".join(taken))
@@ -5101,6 +5101,8 @@ class FailoverChain(LLMProvider):
             if slots is not None:
                 slots.put(None)
             live.close()  # last: a provider's own generator may raise here
+        if not isinstance(response, LLMResponse):
+            raise self._wrong_type(live.tier, response)
         self._record(state, live.tier, live.model, None, response, clock() - live.start)
         answer = self._finished(state, live.tier, response)
         if state.observed:
