@@ -6,7 +6,7 @@ RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test fuzz stress bench bench-quick real sdk dist clean
+.PHONY: help demo check lint types test fuzz stress bench bench-quick real sdk dist clean bench-stores processes
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -56,6 +56,12 @@ bench: $(VENV)-bench/made  ## speed beside other libraries, as ratios (ONLY=http
 
 bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a minute
 	$(RUN) benchmarks/quick.py
+
+processes: $(VENV)/dev  ## eight processes and one trial, 200 rounds on SQLite and on Redis; gunicorn with 2,000 requests
+	COPILOT_ROUTER_ROUNDS=200 COPILOT_ROUTER_REQUESTS=2000 $(RUN) -m pytest tests/test_processes.py tests/test_gunicorn.py -q -s
+
+bench-stores: $(VENV)/dev  ## what a healthy call costs on each store
+	$(RUN) benchmarks/stores.py
 
 real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
 	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
