@@ -26,7 +26,8 @@ def make_chain() -> FailoverChain:
     )
 
 
-def main(source: str, target: str, question: str, column: str, chain: FailoverChain | None = None) -> int:
+def main(arguments: list[str], chain: FailoverChain | None = None) -> int:
+    source, target, question, column = arguments
     with open(source, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     done = 0
@@ -58,4 +59,4 @@ def main(source: str, target: str, question: str, column: str, chain: FailoverCh
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

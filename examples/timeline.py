@@ -78,9 +78,9 @@ def draw(events: Sequence[Event], path: str) -> None:
         width = max(bar.end - bar.start, 0.012)  # a refusal takes no time, and is to be seen
         axes.broken_barh([(bar.start - zero, width)], (row[bar.tier] - 0.3, 0.4), color=COLOUR[bar.kind])
     requests = [bar for bar in drawn if bar.tier != CALLER]
-    for before, after in itertools.pairwise(requests):  # a failure, and who was asked next
+    for before, then in itertools.pairwise(requests):  # a failure, and who was asked next
         if before.kind != "ok":
-            axes.annotate("", (after.start - zero, row[after.tier] + 0.12), (before.end - zero, row[before.tier] - 0.3),
+            axes.annotate("", (then.start - zero, row[then.tier] + 0.12), (before.end - zero, row[before.tier] - 0.3),
                           arrowprops={"arrowstyle": "->", "color": COLOUR[before.kind], "linewidth": 1.2})  # fmt: skip
     axes.set_yticks([at - 0.1 for at in row.values()], list(row))
     axes.set_ylim(-0.5, len(tiers) + 0.6)

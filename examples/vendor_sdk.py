@@ -50,11 +50,11 @@ class SDKProvider(LLMProvider):
     def __init__(self, client: openai.OpenAI) -> None:
         self._client = client.with_options(max_retries=0)  # the chain has its own, within its deadline
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, *, timeout: float, **kwargs: Any) -> LLMResponse:
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
         if tools:
             kwargs["tools"] = tools
-        try:  # the SDK's timeout is for each read: a server that drips can overstep the deadline; OpenAIProvider's cannot
-            answer = self._client.chat.completions.create(model=model, messages=messages, timeout=timeout, **kwargs)
+        try:  # timeout= is among kwargs. The SDK's is for each read: a server that drips can overstep it; ours are for all
+            answer = self._client.chat.completions.create(model=model, messages=messages, **kwargs)
         except openai.APIError as error:
             raise self._translated(error) from None
         choice, usage = answer.choices[0], answer.usage

@@ -187,16 +187,16 @@ def test_csv_goes_on_where_it_stopped(
     module = example("csv_rows")
     source, target = tmp_path / "tickets.csv", tmp_path / "answers.csv"
     source.write_text("id,text\n1,charged twice\n2,crash\n3,hello\n")
-    arguments = (str(source), str(target), "One word.", "text")
+    arguments = [str(source), str(target), "One word.", "text"]
     machine.local.script.append(Reply("billing"))
     both(machine, BROKEN)
     down = module.make_chain()
     down.wait = 0.0
-    assert module.main(*arguments, chain=down) == 1
+    assert module.main(arguments, chain=down) == 1
     assert "stopped before row 2" in capsys.readouterr().err
     machine.local.script.clear()
     machine.local.script.extend([Reply("bug"), Reply("", finish="content_filter")])
-    assert module.main(*arguments) == 0
+    assert module.main(arguments) == 0
     assert "3/3" in capsys.readouterr().err
     with open(target, newline="") as file:
         rows = [(row["id"], row["answer"], row["by"]) for row in csv.DictReader(file)]
