@@ -41,7 +41,14 @@ SABOTAGE = {
         "    return answer\n"
         "c.FailoverChain._finished = finished"
     ),
-    "refused": "o = c.FailoverChain._order; c.FailoverChain._order = lambda self, m, n: o(self, m, n)[:1]",
+    "refused": (
+        "b = c.FailoverChain._begin\n"
+        "def begin(self, *arguments):\n"
+        "    state = b(self, *arguments)\n"
+        "    state.order = state.order[:1]\n"
+        "    return state\n"
+        "c.FailoverChain._begin = begin"
+    ),
 }
 
 
