@@ -275,14 +275,15 @@ def test_three_broken_streams_open_the_breaker(clock: FakeClock) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), AssertionError("x"), ConfigError("x"), GeneratorExit()])
 def test_what_is_not_the_providers_passes_through_unchanged(clock: FakeClock, error: BaseException) -> None:
-    """Also in the middle of a stream; neutral, and everything is given back."""
+    """Also in the middle of a stream; neutral, not even a success, and everything is given back."""
     chain = watched(clock, "a", error, max_concurrency=1)
+    chain.tiers[0].breaker.admit().failure()
     stream = chain.stream(PROMPT)
     assert next(stream) == "a"
     with pytest.raises(type(error)) as raised:
         next(stream)
     assert raised.value is error
-    assert chain.tiers[0].breaker.snapshot().failures == 0
+    assert chain.tiers[0].breaker.snapshot().failures == 1
     assert provider_of(chain).closed == 1
     assert chain.stream(PROMPT, timeout=0.1).close() is None
 
