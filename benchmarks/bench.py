@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,15 +29,12 @@ from typing import Any, NamedTuple
 
 import circuitbreaker
 import pybreaker
-import requests
 from measure import (
     MESSAGES,
     Instant,
     Refused,
     Rounds,
     answer,
-    bare_stream,
-    bare_whole,
     by_hand,
     computed,
     duration,
@@ -57,7 +53,6 @@ from server import Server, server, text_of
 import copilot_router
 from copilot_router import (
     CircuitBreaker,
-    CircuitOpen,
     FailoverChain,
     LLMProvider,
     LLMResponse,
@@ -111,7 +106,10 @@ class Report:
         widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
         print(f"\n{title}")
         for row in [head, *rows]:
-            cells = [cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                cell.rjust(width) if at else cell.ljust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
             print("  " + "  ".join(cells).rstrip())
         for note in notes:
             print(f"  {note}")
@@ -145,13 +143,14 @@ def import_section(report: Report) -> None:
         programs = {
             "python -c pass": "pass",
             "import dataclasses": "import dataclasses",
-            "import json, logging": "import json, logging",
+            "import of its standard library": f"import {_STANDARD}",
             OURS: "import copilot_router",
         }
         found = take_turns({name: seconds(program) for name, program in programs.items()}, report.rounds(25))
     report.compared("Import of the module, in an empty environment", found, to="python -c pass")
     alone = found.ratio("import dataclasses", "python -c pass")
-    note = f"`import dataclasses` alone is {alone:.2f} x: the standard library's own modules are nearly all of it"
+    standard = found.ratio("import of its standard library", "python -c pass")
+    note = f"`import dataclasses` alone is {alone:.2f} x, all it imports of the standard library {standard:.2f} x"
     report.judge("import of the module / python -c pass", found.ratio(OURS, "python -c pass"), 2.6, note)
 
     built = "copilot_router; copilot_router.OpenAIProvider('key', 'http://127.0.0.1:9')"
@@ -169,16 +168,28 @@ def import_section(report: Report) -> None:
 
     found = take_turns({name: fresh(name, module) for name, module in modules.items()}, report.rounds(8))
     rows = [
-        (name, duration(found.median(name)), duration(found.minimum(name)), f"{found.ratio(name, OURS):.3g}", *reversed(costs[name]))
+        (
+            name,
+            duration(found.median(name)),
+            duration(found.minimum(name)),
+            f"{found.ratio(name, OURS):.3g}",
+            *reversed(costs[name]),
+        )
         for name in modules
     ]
     report.table(
-        "A program that imports the library and stops; ours builds a provider too", ("", "median", "minimum", f"x {OURS}", "memory", "modules"),
-        rows, "Memory: the most that the process held. tenacity + pybreaker has no HTTP of its own.",
-    )  # fmt: skip
+        "A program that imports the library and stops; ours builds a provider too",
+        ("", "median", "minimum", f"x {OURS}", "memory", "modules"),
+        rows,
+        "Memory: the most that the process held. tenacity + pybreaker has no HTTP of its own.",
+    )
     report.judge("import and a provider built / import requests", found.ratio(OURS, BARE), 1.1)
 
 
+_STANDARD = (
+    "contextlib, functools, inspect, itertools, json, logging, math, os, re, sys, threading, time, weakref, zlib, abc, "
+    "collections, dataclasses, types, typing"
+)
 _TELL = """
 import re, sys
 count = len(sys.modules)
@@ -233,10 +244,22 @@ def breaker_section(report: Report) -> None:
 
     contenders = {f"{name}, {n}": many(make, n) for name, make in makers.items() for n in (1, THREADS)}
     found = take_turns(contenders, report.rounds(20))
-    rows = [(name, *(duration(found.median(f"{name}, {n}")) for n in (1, THREADS)),
-             f"{found.ratio(f'{name}, 1', f'{name}, {THREADS}'):.2f}") for name in makers]  # fmt: skip
-    report.table("Breaker, closed, shared by threads: time per call of all together", ("", "1 thread", f"{THREADS} threads", "throughput"), rows)
-    report.judge(f"breaker, throughput of {THREADS} threads / of 1", found.ratio(f"{OURS}, 1", f"{OURS}, {THREADS}"), 0, least=0.9)
+    rows = [
+        (
+            name,
+            *(duration(found.median(f"{name}, {n}")) for n in (1, THREADS)),
+            f"{found.ratio(f'{name}, 1', f'{name}, {THREADS}'):.2f}",
+        )
+        for name in makers
+    ]
+    report.table(
+        "Breaker, closed, shared by threads: time per call of all together",
+        ("", "1 thread", f"{THREADS} threads", "throughput"),
+        rows,
+    )
+    report.judge(
+        f"breaker, throughput of {THREADS} threads / of 1", found.ratio(f"{OURS}, 1", f"{OURS}, {THREADS}"), 0, least=0.9
+    )
 
     def sleeping(make: Callable[[], Callable[..., Any]]) -> Callable[[], float]:
         call = make()
@@ -245,8 +268,12 @@ def breaker_section(report: Report) -> None:
 
     found = take_turns({name: sleeping(make) for name, make in makers.items()}, report.rounds(8))
     rows = [(name, duration(found.median(name)), f"{found.median(name) / 0.01:.3g}") for name in makers]
-    report.table(f"Serialisation: {THREADS} threads call a function that takes 10 ms, all at once", ("", "until all are done", "x 10 ms"),
-                 rows, "pybreaker holds its lock while it calls.")  # fmt: skip
+    report.table(
+        f"Breaker, serialisation: {THREADS} threads call a function of 10 ms at once",
+        ("", "until all are done", "x 10 ms"),
+        rows,
+        "pybreaker holds its lock while it calls.",
+    )
 
 
 def _decorated_circuit() -> Callable[..., Any]:
@@ -262,10 +289,11 @@ def chain_section(report: Report) -> None:
     contenders = {each.name: computed(each.instant()) for each in CONTENDERS if each.instant}
     found = take_turns(contenders, report.rounds(40))
     report.compared(
-        "Chain: a provider in the process that answers at once, one more in reserve", found,
+        "Chain: a provider in the process that answers at once, one more in reserve",
+        found,
         "tenacity + pybreaker has no deadline, no record of attempts and no events. LiteLLM counts tokens and logs each call.",
         "pydantic-ai runs an event loop for each call. LangChain and pydantic-ai have no breaker.",
-    )  # fmt: skip
+    )
     report.drawn["in the process"] = {name: found.median(name) for name in found.times}
     report.judge("chain, one healthy tier / tenacity + pybreaker", found.ratio(OURS, HAND), 0.45)
 
@@ -273,11 +301,18 @@ def chain_section(report: Report) -> None:
     for count in (1, 10, 100):
         chat, theirs = instant_chain(count).chat, _opened_by_hand(count)
         found = take_turns(
-            {OURS: computed(lambda chat=chat: chat(MESSAGES)), HAND: computed(lambda theirs=theirs: theirs(MESSAGES))}, report.rounds(20)
+            {OURS: computed(lambda chat=chat: chat(MESSAGES)), HAND: computed(lambda theirs=theirs: theirs(MESSAGES))},
+            report.rounds(20),
         )
-        rows.append((f"{count} open", *(duration(found.median(name)) for name in (OURS, HAND)), f"{found.ratio(HAND, OURS):.3g}"))
-    report.table("Chain: open tiers before the one that answers", ("", OURS, HAND, f"x {OURS}"), rows,
-                 "The others have no breaker in a call's way: LiteLLM keeps a list of deployments that cool down.")  # fmt: skip
+        rows.append(
+            (f"{count} open", *(duration(found.median(name)) for name in (OURS, HAND)), f"{found.ratio(HAND, OURS):.3g}")
+        )
+    report.table(
+        "Chain: open tiers before the one that answers",
+        ("", OURS, HAND, f"x {OURS}"),
+        rows,
+        "The others have no breaker in a call's way: LiteLLM keeps a list of deployments that cool down.",
+    )
     found = take_turns({OURS: each_open_tier(), "try and except": raise_and_catch()}, report.rounds(60))
     report.judge("chain, each open tier / try and except", found.ratio(OURS, "try and except"), 2.5)
 
@@ -357,14 +392,17 @@ def _http_threads(report: Report, local: Server) -> None:
     calls: dict[str, list[Call]] = {}
     for each in CONTENDERS:
         if each.stream:
-            alone = each.name in (BARE, "pydantic-ai Fallback")  # not made to be shared by threads
             shared = each.stream(url)
-            calls[each.name] = [each.stream(url) if alone else shared for _ in range(THREADS)]
-    few = ("LiteLLM Router", "pydantic-ai Fallback")
-    contenders = {name: in_threads(each, 2 if name in few else 5) for name, each in calls.items()}
+            calls[each.name] = [each.stream(url) if each.name == BARE else shared for _ in range(THREADS)]
+    del calls["pydantic-ai Fallback"]
+    contenders = {name: in_threads(each, 2 if name == "LiteLLM Router" else 5) for name, each in calls.items()}
     found = take_turns(contenders, report.rounds(6))
-    report.compared(f"HTTP, a stream of 50 events, {THREADS} threads: time per call of all together", found,
-                    "requests and pydantic-ai: a session, or model, for each thread; the others are shared.")  # fmt: skip
+    report.compared(
+        f"HTTP, a stream of 50 events, {THREADS} threads: time per call of all together",
+        found,
+        "requests: a session for each thread; the others are shared by all.",
+        "Not pydantic-ai: its client belongs to the event loop of the thread that used it first.",
+    )
     close = take_turns({name: in_threads(calls[name], 10) for name in (OURS, BARE)}, report.rounds(20))
     report.judge(f"HTTP, throughput of {THREADS} threads / bare requests", close.ratio(BARE, OURS), 0, least=1.15)
 
@@ -378,7 +416,9 @@ def _deltas(report: Report, local: Server) -> None:
     }
     found = take_turns(contenders, report.rounds(60))
     report.compared("A stream of 500 events, delta by delta", found, to="the provider's own")
-    report.judge("a delta through ChatStream / the provider's own", found.ratio("through ChatStream", "the provider's own"), 1.05)
+    report.judge(
+        "a delta through ChatStream / the provider's own", found.ratio("through ChatStream", "the provider's own"), 1.05
+    )
 
 
 # ---- outage
@@ -396,6 +436,7 @@ OUTAGES = {
 def outage_section(report: Report) -> None:
     """The first provider fails, the second works: 30 calls."""
     contenders = [each for each in CONTENDERS if each.failover]
+    limited: Verdict
     with server() as local, _closed_port() as closed:
         for kind, what in OUTAGES.items():
             rows = []
@@ -404,18 +445,30 @@ def outage_section(report: Report) -> None:
                 made = _outage(each.name, first, local.url(1))
                 asked = made["connects"] if kind == "refused" else local.counts()[f"{kind}-{at}"]
                 done = len(made["times"])
-                total, p99 = (duration(sum(made["times"])), duration(_p99(made["times"]))) if done == CALLS else (f"over {PATIENCE:g} s", "-")
+                total, p99 = (
+                    (duration(sum(made["times"])), duration(_p99(made["times"])))
+                    if done == CALLS
+                    else (f"over {PATIENCE:g} s", "-")
+                )
                 healthy = f"{sum(made['times']) / made['healthy']:.3g}" if done == CALLS else "-"
                 rows.append((each.name, f"{done} of {CALLS}", total, healthy, str(asked), p99))
                 if each.name == OURS and kind == "limited":
-                    report_limited = (asked, done == CALLS and max(made["times"]) < 1.0)
+                    waits = done < CALLS or max(made["times"]) > 1.0
+                    limited = Verdict(
+                        "",
+                        "outage, 429 with Retry-After 30",
+                        f"{asked} attempt, {'waits' if waits else 'no wait'}",
+                        "1 attempt, no wait",
+                        asked == 1 and not waits,
+                    )
             report.table(
-                f"Outage, {kind}: {what}", ("", "answered", "total", "x healthy", "attempts at it", "p99"), rows,
-                f"Each in a process of its own, one after the other, stopped after {PATIENCE:g} s. Healthy: {CALLS} calls of its own without the outage.",
-            )  # fmt: skip
-            if kind == "limited":
-                report.verdict("outage, 429 with Retry-After 30", f"{report_limited[0]} attempt, {'no wait' if report_limited[1] else 'waits'}",
-                               "1 attempt, no wait", report_limited == (1, True))  # fmt: skip
+                f"Outage, {kind}: {what}",
+                ("", "answered", "total", "x healthy", "attempts at it", "p99"),
+                rows,
+                f"Each in a process of its own, one after the other, stopped after {PATIENCE:g} s.",
+                f"Healthy: {CALLS} of its own calls to the second provider alone. All have their own defaults for retries.",
+            )
+        report.verdict(*limited[1:])
         _refused_outage(report, local, closed)
 
 
@@ -453,7 +506,8 @@ def _outage_process(name: str, first: str, second: str) -> None:
     failover = next(each.failover for each in CONTENDERS if each.name == name)
     assert failover
     healthy = failover(second, second, 0.3)
-    healthy()
+    for _ in range(20):
+        healthy()  # warm
     print(sum(timed(healthy, 1)() for _ in range(CALLS)), flush=True)
     tried = 0
     port = int(first.split(":")[2].split("/")[0])
@@ -527,7 +581,11 @@ class Counting:
 def stores_section(report: Report) -> None:
     """Healthy calls with breakers that are shared."""
     with tempfile.TemporaryDirectory() as folder, _redis() as url:
-        stores: dict[str, Any] = {"no store": None, "MemoryStore": MemoryStore(), "SQLiteStore": SQLiteStore(os.path.join(folder, "b.db"))}
+        stores: dict[str, Any] = {
+            "no store": None,
+            "MemoryStore": MemoryStore(),
+            "SQLiteStore": SQLiteStore(os.path.join(folder, "b.db")),
+        }
         if url:
             stores["RedisStore"] = RedisStore(url, "bench")
         calls: dict[str, Call] = {}
@@ -545,16 +603,29 @@ def stores_section(report: Report) -> None:
                     made += 1
                 most = 1 + int(1.0 / counting.refresh)
                 rows.append((name, str(made), str(counting.loads), str(counting.swaps), f"{counting.refresh:g} s"))
-                report.verdict(f"{name}, reads and writes in a second of healthy calls", f"{counting.loads} and {counting.swaps}",
-                               f"<= {most} and 0", counting.loads <= most and not counting.swaps)  # fmt: skip
+                report.verdict(
+                    f"{name}, reads and writes in a second of healthy calls",
+                    f"{counting.loads} and {counting.swaps}",
+                    f"<= {most} and 0",
+                    counting.loads <= most and not counting.swaps,
+                )
         found = take_turns({name: timed(call, turn=0.3) for name, call in calls.items()}, report.rounds(10))
-        report.compared("Stores: a healthy call without a network", found, "Each turn is longer than what a read serves for.", to="MemoryStore")
-        report.table("Stores: what a second of healthy calls asks of them", ("", "calls", "reads", "writes", "a read serves"), rows)
+        report.compared(
+            "Stores: a healthy call without a network",
+            found,
+            "Each turn is longer than what a read serves for.",
+            to="MemoryStore",
+        )
+        report.table(
+            "Stores: what a second of healthy calls asks of them", ("", "calls", "reads", "writes", "a read serves"), rows
+        )
         for name in ("SQLiteStore", "RedisStore"):
             if name in stores:
                 report.judge(f"{name}, a healthy call / MemoryStore", found.ratio(name, "MemoryStore"), 1.5)
             else:
-                report.verdict(f"{name}, a healthy call / MemoryStore", "not measured", "<= 1.5", True, "no redis-server on this machine")
+                report.verdict(
+                    f"{name}, a healthy call / MemoryStore", "not measured", "<= 1.5", True, "no redis-server on this machine"
+                )
 
 
 @contextmanager
@@ -589,15 +660,30 @@ def growth_section(report: Report) -> None:
     first, last = 10_000, max(20_000, round(100_000 * report.effort))
     rows = []
     for where in ("in the process, a tier open", "over HTTP, 1 event"):
-        told = subprocess.run([sys.executable, __file__, "--growth", where, str(first), str(last)], check=True, capture_output=True, text=True)
+        told = subprocess.run(
+            [sys.executable, __file__, "--growth", where, str(first), str(last)], check=True, capture_output=True, text=True
+        )
         before, after = json.loads(told.stdout)
         each = (after["bytes"] - before["bytes"]) / (last - first)
-        rows.append((where, f"{after['bytes'] - before['bytes']:+,d}", f"{each:.2f}", f"{before['threads']} -> {after['threads']}",
-                     f"{before['files']} -> {after['files']}"))  # fmt: skip
+        rows.append(
+            (
+                where,
+                f"{after['bytes'] - before['bytes']:+,d}",
+                f"{each:.2f}",
+                f"{before['threads']} -> {after['threads']}",
+                f"{before['files']} -> {after['files']}",
+            )
+        )
         same = before["threads"] == after["threads"] and before["files"] == after["files"]
-        report.verdict(f"growth {where}", f"{each:.1f} bytes per call", "0, threads and files constant", round(each) <= 0 and same)
-    report.table(f"Growth between {first:,d} and {last:,d} calls", ("", "bytes", "per call", "threads", "open files"), rows,
-                 "In the process: what Python has allocated (tracemalloc). Over HTTP: what the process holds in memory.")  # fmt: skip
+        report.verdict(
+            f"growth {where}", f"{each:.1f} bytes per call", "0, threads and files constant", round(each) <= 0 and same
+        )
+    report.table(
+        f"Growth between {first:,d} and {last:,d} calls",
+        ("", "bytes", "per call", "threads", "open files"),
+        rows,
+        "In the process: what Python has allocated (tracemalloc). Over HTTP: what the process holds in memory.",
+    )
 
     class Slow(LLMProvider):
         def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
@@ -606,12 +692,21 @@ def growth_section(report: Report) -> None:
 
     slow, many, each_calls = Slow(), 64, 10
     chain = FailoverChain([ProviderTier("slow", slow, ["m"])])
-    bare, ours = (in_threads([call] * many, each_calls) for call in (lambda: slow.chat(MESSAGES), lambda: chain.chat(MESSAGES)))
+    bare, ours = (
+        in_threads([call] * many, each_calls) for call in (lambda: slow.chat(MESSAGES), lambda: chain.chat(MESSAGES))
+    )
     scale = many * each_calls
     found = take_turns({"the threads alone": lambda: bare() * scale, OURS: lambda: ours() * scale}, report.rounds(30))
     ideal = each_calls * 0.01
-    rows = [(name, duration(found.median(name)), duration(found.minimum(name)), f"{found.median(name) / ideal:.3f}") for name in found.times]
-    report.table(f"{many} threads, {each_calls} calls each to a provider that takes 10 ms", ("", "median", "minimum", "x the ideal"), rows)
+    rows = [
+        (name, duration(found.median(name)), duration(found.minimum(name)), f"{found.median(name) / ideal:.3f}")
+        for name in found.times
+    ]
+    report.table(
+        f"{many} threads, {each_calls} calls each to a provider that takes 10 ms",
+        ("", "median", "minimum", "x the ideal"),
+        rows,
+    )
     alone = found.median("the threads alone") / ideal
     report.judge(f"{many} threads x 10 ms / the ideal", found.median(OURS) / ideal, 1.05, f"the threads alone: {alone:.3f}")
 
@@ -668,32 +763,50 @@ def machine() -> list[str]:
     packages = dict.fromkeys(("circuitbreaker", "redis", *(name for each in CONTENDERS for name in each.packages)))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(packages))
     return [
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"{datetime.date.today():%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"{platform.python_implementation()} {platform.python_version()}",
         f"copilot_router {copilot_router.__version__}; {versions}",
     ]
 
 
+_LEGEND = """\
+Contenders took turns in one run, so the ratios mean something and the times do not: on another machine they are others.
+A ratio is the median of the rounds' ratios. It moves by 5 % from run to run, with many threads by more. Where nothing waits
+for anything it is taken of the time of the processor, else of the clock.
+"""
+
+
 def written(report: Report) -> str:
     """The report as a page."""
     missed = sum(not verdict.met for verdict in report.verdicts)
-    lines = ["# Measured beside its peers", "", "Written by `make bench WRITE=1`; do not edit.", "", *(f"- {line}" for line in machine()), ""]
-    lines += ["Contenders took turns in one run, so the ratios mean something and the times do not: on another machine they are",
-              "others. A ratio is the median of the rounds' ratios; it moves by 5 % from run to run, with many threads by more.",
-              "What one function costs by itself is measured in time of the processor, what goes over HTTP in time of the clock.", "",
-              "![Time per call against the peers](../docs/benchmarks.svg)", "", "## Targets", "",
-              f"{len(report.verdicts) - missed} of {len(report.verdicts)} met.", "",
-              "| figure | found | target | | shown by |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "# Measured beside its peers",
+        "",
+        "Written by `make bench WRITE=1`; do not edit.",
+        "",
+        *(f"- {line}" for line in machine()),
+        "",
+    ]
+    lines += [_LEGEND, "![Time per call against the peers](../docs/benchmarks.svg)", "", "## Targets", ""]
+    lines += [f"{len(report.verdicts) - missed} of {len(report.verdicts)} met.", ""]
+    lines += ["| figure | found | target | | shown by |", "|---|---|---|---|---|"]
     for verdict in report.verdicts:
         note = f"<br>{verdict.note}" if verdict.note else ""
-        lines.append(f"| {verdict.figure}{note} | {verdict.found} | {verdict.target} | {'ok' if verdict.met else '**missed**'} "
-                     f"| `make bench ONLY={verdict.section}` |")  # fmt: skip
+        met = "ok" if verdict.met else "**missed**"
+        command = f"`make bench ONLY={verdict.section}`"
+        lines.append(f"| {verdict.figure}{note} | {verdict.found} | {verdict.target} | {met} | {command} |")
     section = ""
     for name, table in report.tables:
         if name != section:
             section = name
             lines += ["", f"## {name}", "", f"`make bench ONLY={name}`"]
-        lines += ["", f"**{table.title}**", "", "| " + " | ".join(table.head) + " |", "|---" + "|---:" * (len(table.head) - 1) + "|"]
+        lines += [
+            "",
+            f"**{table.title}**",
+            "",
+            "| " + " | ".join(table.head) + " |",
+            "|---" + "|---:" * (len(table.head) - 1) + "|",
+        ]
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
         lines += ["", *table.notes] if table.notes else []
     return "\n".join(lines) + "\n"

@@ -107,10 +107,13 @@ def in_threads(calls: Sequence[Callable[[], Any]], number: int) -> Callable[[], 
     def measure() -> float:
         barrier = threading.Barrier(len(calls) + 1)
 
+        done: list[bool] = []
+
         def work(call: Callable[[], Any]) -> None:
             barrier.wait()
             for _ in range(number):
                 call()
+            done.append(True)
 
         threads = [threading.Thread(target=work, args=(call,)) for call in calls]
         for thread in threads:
@@ -119,7 +122,9 @@ def in_threads(calls: Sequence[Callable[[], Any]], number: int) -> Callable[[], 
         start = time.perf_counter()
         for thread in threads:
             thread.join()
-        return (time.perf_counter() - start) / (number * len(calls))
+        took = time.perf_counter() - start
+        assert len(done) == len(calls), "a call failed in its thread"
+        return took / (number * len(calls))
 
     return measure
 

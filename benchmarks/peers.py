@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import requests
-from measure import MESSAGES, bare_stream, bare_whole, by_hand, instant_chain
+from measure import MESSAGES, Instant, bare_stream, bare_whole, by_hand, instant_chain
 
 from copilot_router import FailoverChain, OpenAIProvider, ProviderTier
 
@@ -71,8 +71,6 @@ def _bare(read: Callable[[requests.Session, str], str]) -> Callable[[str], Call]
 
 
 def _by_hand_instant() -> Call:
-    from measure import Instant
-
     chat = by_hand([Instant().chat, Instant().chat])
     return lambda: chat(MESSAGES)
 
@@ -205,7 +203,7 @@ def _fallback_stream(url: str) -> Call:
         with model_request_stream_sync(model, request) as events:
             for _ in events:
                 pass
-            return events.get().parts[0].content  # type: ignore[union-attr]
+            return events.response.parts[0].content  # type: ignore[union-attr]
 
     return ask
 
@@ -257,7 +255,7 @@ CONTENDERS = (
               _our_failover),
     Contender(BARE, "requests", ("requests", "urllib3"), _bare(bare_whole), _bare(bare_stream)),
     Contender(HAND, "tenacity, pybreaker", ("tenacity", "pybreaker"), None, None, _by_hand_instant, _by_hand_failover),
-    Contender("openai SDK", "openai", ("openai", "httpx"), _sdk_whole, _sdk_stream, None, _sdk_failover),
+    Contender("openai SDK", "openai", ("openai",), _sdk_whole, _sdk_stream, None, _sdk_failover),
     Contender("LangChain fallbacks", "langchain_openai", ("langchain-openai", "langchain-core"), _lang_whole, _lang_stream,
               _lang_instant, _lang_failover),
     Contender("pydantic-ai Fallback", "pydantic_ai.direct, pydantic_ai.models.openai", ("pydantic-ai-slim",),

@@ -18,7 +18,9 @@ def draw(figures: Mapping[str, Mapping[str, float]], path: str) -> None:
     """One panel for each kind of call, one bar for each contender; the scale is logarithmic."""
     settings = {"svg.hashsalt": "copilot_router", "svg.fonttype": "path", "font.size": 9.0}
     with matplotlib.rc_context(settings):
-        figure, panels = pyplot.subplots(len(figures), 1, figsize=(8, 1.75 * len(figures)), layout="constrained", squeeze=False)
+        figure, panels = pyplot.subplots(
+            len(figures), 1, figsize=(8, 1.75 * len(figures)), layout="constrained", squeeze=False
+        )
         for panel, (title, times) in zip(panels[:, 0], figures.items(), strict=True):
             names = sorted(times, key=lambda name: times[name], reverse=True)
             colours = [OURS if name == "copilot_router" else OTHERS for name in names]
