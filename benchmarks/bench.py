@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import circuitbreaker
 import pybreaker
+import stream
 from measure import (
     MESSAGES,
     Instant,
@@ -357,7 +358,6 @@ def http_section(report: Report) -> None:
         _http_cpu(report, local)
         _http_connections(report, local)
         _http_threads(report, local)
-        _deltas(report, local)
 
 
 def _http_cpu(report: Report, local: Server) -> None:
@@ -407,18 +407,18 @@ def _http_threads(report: Report, local: Server) -> None:
     report.judge(f"HTTP, throughput of {THREADS} threads / bare requests", close.ratio(BARE, OURS), 0, least=1.15)
 
 
-def _deltas(report: Report, local: Server) -> None:
-    provider = OpenAIProvider("key", local.url(500))
-    chain = FailoverChain([ProviderTier("http", provider, ["m"])])
-    contenders = {
-        "the provider's own": timed(lambda: sum(1 for _ in provider.stream(MESSAGES, model="m", timeout=60)), 2),
-        "through ChatStream": timed(lambda: sum(1 for _ in chain.stream(MESSAGES, timeout=60)), 2),
-    }
-    found = take_turns(contenders, report.rounds(60))
-    report.compared("A stream of 500 events, delta by delta", found, to="the provider's own")
-    report.judge(
-        "a delta through ChatStream / the provider's own", found.ratio("through ChatStream", "the provider's own"), 1.05
-    )
+# ---- streams
+
+
+def stream_section(report: Report) -> None:
+    """What a chain adds to a provider's own stream: to the first delta, and to each further one."""
+    rows = []
+    for figures in (stream.over_http(report.rounds(60)), stream.without_network(report.rounds(60))):
+        for name, found, target in figures:
+            ratio = found.ratio("ours", "provider")
+            rows.append((name, duration(found.median("ours")), duration(found.median("provider")), f"{ratio:.3g}"))
+            report.judge(f"{name} / the provider's own stream", ratio, 1.05 if name == "each delta, HTTP" else target)
+    report.table("Streams: a chain, and its provider's own stream()", ("", "chain", "provider", "ratio"), rows)
 
 
 # ---- outage
@@ -752,6 +752,7 @@ SECTIONS: Mapping[str, Callable[[Report], None]] = {
     "breaker": breaker_section,
     "chain": chain_section,
     "http": http_section,
+    "stream": stream_section,
     "outage": outage_section,
     "stores": stores_section,
     "growth": growth_section,
