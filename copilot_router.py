@@ -4816,6 +4816,10 @@ class FailoverChain(LLMProvider):
                 return None
             start = self._clock()
             try:
+                if start >= state.deadline:  # a slow store, a full tier or a listener took the time that was left
+                    ticket.neutral()
+                    self._skip(state, tier, model, CircuitOpen("no time left to ask it"))
+                    return None
                 response = self._request(state, tier, model, later, start)
             except BaseException as failure:
                 pause = self._failed(state, tier, model, ticket, failure, start, again > 0, patience)
