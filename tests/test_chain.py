@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from clocks import FakeClock
+from stores import Wrapped
 
 from copilot_router import (
     AllProvidersFailed,
@@ -32,6 +33,7 @@ from copilot_router import (
     InvalidResponse,
     LLMProvider,
     LLMResponse,
+    MemoryStore,
     OpenAIProvider,
     ProviderError,
     ProviderTier,
@@ -96,6 +98,20 @@ def test_the_original_quick_start_runs() -> None:
     assert chain.chat(messages=[{"role": "user", "content": "hi"}], model="llama-3").content == "llama-3 says hello"
     chain.check()
     chain.close()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_slow_store_may_take_the_time_that_was_left(clock: FakeClock, others: int) -> None:
+    """The deadline passes while the breaker asks its store: nobody is asked with less than no time left."""
+    slow = Wrapped(MemoryStore())
+    slow.before = lambda operation: clock.advance(2.0)
+    breaker = CircuitBreaker(store=slow, name="a", clock=clock)
+    chain = chain_of(clock, tier("a", "never", breaker=breaker), *[tier("b", "never")] * others)
+    with pytest.raises(DeadlineExceeded, match="a: CircuitOpen: no time left to ask it") as caught:
+        chain.chat(PROMPT, timeout=1)
+    assert outcomes(caught.value.attempts) == ["a:skipped", "b:skipped"][: others + 1]
+    assert not calls(chain, "a")
+    assert breaker.is_closed
 
 
 def test_tiers_are_asked_by_role_then_as_listed(clock: FakeClock) -> None:
