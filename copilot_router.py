@@ -322,11 +322,14 @@ _TASK_LIMITS = (
 )
 
 
-def _passes_through(error: BaseException) -> bool:
-    if not isinstance(error, Exception) or isinstance(error, _PASS_THROUGH):
-        return True
+def _is_task_limit(error: BaseException) -> bool:
+    """Whether a task queue says that the task's time is up: it may do so anywhere, also inside a listener or a store."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in _TASK_LIMITS)
     return any(isinstance(kind, type) and isinstance(error, kind) for kind in found)
+
+
+def _passes_through(error: BaseException) -> bool:
+    return not isinstance(error, Exception) or isinstance(error, _PASS_THROUGH) or _is_task_limit(error)
 
 
 def _verdict(error: BaseException) -> tuple[str, float | None]:
@@ -1007,7 +1010,9 @@ class CircuitBreaker:
         for listener in tuple(self._listeners):
             try:
                 listener(self.name, old, new, reason)
-            except Exception:
+            except Exception as error:
+                if _is_task_limit(error):
+                    raise
                 _log.exception("%s: a listener failed", self.name or "circuit")
 
     def _observe(self, error: BaseException | None) -> None:
@@ -1251,6 +1256,8 @@ class _SharedView:
             try:
                 return operation(*args)
             except Exception as error:
+                if _is_task_limit(error):
+                    raise
                 if isinstance(error, (ValueError, TypeError, LookupError)):  # this record, not the store
                     outage = self._unreadable
                     until = outage.until
@@ -4633,6 +4640,8 @@ class FailoverChain(LLMProvider):
                 if ping is not None:
                     ping(timeout)
             except Exception as failure:
+                if _is_task_limit(failure):
+                    raise
                 error = failure
             tier.breaker._observe(error)
             with tier._lock:
@@ -5275,7 +5284,9 @@ class FailoverChain(LLMProvider):
             return
         try:
             self._on_event(Event(kind, tier, model, data, self._clock()))
-        except Exception:
+        except Exception as error:
+            if _is_task_limit(error):
+                raise
             _log.exception("on_event failed")
 
     def _store_changed(self, tier: str, what: str) -> None:

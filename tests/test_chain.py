@@ -349,6 +349,34 @@ def test_task_limits_pass_through(clock: FakeClock, monkeypatch: pytest.MonkeyPa
         chain_of(clock, tier("a", SoftTimeLimitExceeded), tier("b", "x")).chat("hi")
 
 
+def test_a_task_limit_ends_listeners_stores_and_pings_too(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised wherever the task happens to be: nothing that catches other people's errors may swallow it."""
+
+    class SoftTimeLimitExceeded(Exception):
+        pass
+
+    def limit(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    class Store(MemoryStore):
+        load = limit  # type: ignore[assignment]
+
+    class Pinged(ScriptedProvider):
+        ping = limit  # type: ignore[assignment]
+
+    module = types.ModuleType("billiard.exceptions")
+    module.SoftTimeLimitExceeded = SoftTimeLimitExceeded  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "billiard.exceptions", module)
+    for step in (
+        lambda: FailoverChain([tier("a", "x")], on_event=limit).chat("hi"),
+        lambda: CircuitBreaker(on_change=limit).open(),
+        lambda: CircuitBreaker(name="x", store=Store()).admit(),
+        lambda: FailoverChain([ProviderTier("a", Pinged(["x"]))]).check(),
+    ):
+        with pytest.raises(SoftTimeLimitExceeded):
+            step()
+
+
 def test_any_other_exception_fails_over_and_its_text_is_not_repeated(clock: FakeClock) -> None:
     """A foreign exception's text could hold anything."""
     chain = chain_of(clock, tier("a", ValueError(PROMPT)), tier("b", ProviderUnavailable))
