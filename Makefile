@@ -6,7 +6,7 @@ RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test fuzz stress bench bench-quick real sdk dist clean bench-stores processes
+.PHONY: help demo check lint types test fuzz stress soak mutate bench bench-quick real sdk dist clean bench-stores processes
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -45,6 +45,12 @@ fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the de
 
 stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
 	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest tests/test_stress.py -q -s
+
+soak: $(VENV)/dev  ## ten minutes of calls while servers, stores and breakers fail at random (SECONDS=120)
+	$(RUN) tests/soak.py $(SECONDS)
+
+mutate: $(VENV)/dev  ## break the module in 200 places, one at a time: do the tests notice? (NUMBER=60, SEED=2)
+	$(RUN) tests/mutate.py --write $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED))
 
 $(VENV)-bench/made: setup.cfg benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench

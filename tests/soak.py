@@ -1,0 +1,353 @@
+"""Sixteen threads call for minutes while everything around them fails: every answer right, none late, and nothing grows.
+
+    python tests/soak.py [SECONDS, 600]
+
+Three chains share the work: with breakers in memory, in SQLite and, where it is installed, in Redis. Their first tier has any
+fault of tests/faults.py at random, their second is well; both servers are in another process. Meanwhile the SQLite file is
+locked, overwritten and removed, Redis is paused, stopped and started, breakers are reset, and the process forks; a child has
+to get its answers, too. A call that ends too late is excused only if a thread that just sleeps was woken as late meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from faults import Entry, answer_to, descriptors, fault_server
+from stores import REDIS, RedisServer
+from test_faults import ROWS
+
+from copilot_router import (
+    ContentFiltered,
+    DeadlineExceeded,
+    FailoverChain,
+    OpenAIProvider,
+    ProviderTier,
+    RedisStore,
+    SQLiteStore,
+    StreamInterrupted,
+)
+
+KEY = "sk-test-soak-key-1029384756"
+THREADS = 16
+#: Seconds for a call: most have time enough to be answered, some have not.
+DEADLINES = (5.0, 5.0, 5.0, 0.5)
+LIMITS: dict[str, Any] = {"first_token_timeout": 0.2, "stall_timeout": 0.2, "max_response_bytes": 300_000}
+#: What a call may take longer than its deadline: a twentieth, and as many seconds.
+LATE = 0.1
+#: Bytes that the process may have grown from the second to the last fifth of the time.
+GROWTH = 16 * 2**20
+#: By name: what tests/test_faults.py expects of a call. Not here: those that change the text.
+KINDS = {row.fault: row.expect.__name__ for row in ROWS if row.told is str and not row.options}
+
+#: What some faults say on their own: numbers, or more and more.
+OTHER_TEXT = re.compile(r"^0 1 2 .*|(half|(more )+)$")
+
+
+class Tally:
+    """Takes the place of a server's log: counts, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.faults: Counter[str] = Counter()
+
+    def append(self, entry: Entry) -> None:
+        self.faults[entry.fault] += 1
+
+
+def serve() -> None:
+    """The other process: an ill server and a well one, until its input ends; then what it was asked."""
+    names = list(KINDS)
+    with fault_server(pick=lambda model: random.choice((random.choice(names), "healthy"))) as ill, fault_server() as well:
+        tally: Any = Tally()
+        ill.log, well.log = tally, Tally()  # type: ignore[assignment]
+        print(json.dumps([ill.url, well.url]), flush=True)
+        sys.stdin.read()
+    print(json.dumps(tally.faults), flush=True)
+
+
+def size() -> int:
+    """Bytes of memory that this process holds, 0 where nobody knows."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+class Soak:
+    """The chains, those who call them, and those who disturb them."""
+
+    def __init__(self, seconds: float, folder: Path, ill: str, well: str, redis: RedisServer | None) -> None:
+        self.seconds = seconds
+        self.path = folder / "breakers.sqlite"
+        self.redis = redis
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.latest = 0.0
+        self.overslept: deque[tuple[float, float]] = deque(maxlen=3000)  #: when, and for how long
+        self.samples: list[tuple[int, int, int]] = []
+        self.over = threading.Event()
+        self.lock = threading.Lock()
+        self.stores: dict[str, Any] = {"memory": None, "sqlite": SQLiteStore(self.path, refresh=0.05)}
+        if redis is not None:
+            self.stores["redis"] = RedisStore(redis.url, "soak", shared_counts=True, refresh=0.05)
+        self.chains = {
+            name: FailoverChain(
+                [ProviderTier("ill", OpenAIProvider(KEY, ill, **LIMITS), ["any"], timeout=1.0),
+                 ProviderTier("well", OpenAIProvider(KEY, well), ["healthy"], role="secondary")],
+                store=store, recovery_timeout=0.2, on_error={ContentFiltered: "next"}, on_event=self.heard,
+            )
+            for name, store in self.stores.items()
+        }  # fmt: skip
+
+    def heard(self, event: Any) -> None:
+        with self.lock:
+            self.kinds[event.kind] += 1
+
+    def say(self, what: str) -> None:
+        with self.lock:
+            self.wrong.append(what)
+
+    # -- those who call
+
+    def ask(self, who: int) -> None:
+        chance = random.Random(who)
+        turn = 0
+        while not self.over.is_set():
+            turn += 1
+            name = chance.choice(list(self.chains))
+            self.call(name, f"prompt {who:x}/{turn:x}", chance.choice(DEADLINES), chance.random() < 0.4)
+
+    def call(self, name: str, prompt: str, timeout: float, streamed: bool) -> None:
+        begin = time.monotonic()
+        by = text = ""
+        try:
+            if streamed:
+                with self.chains[name].stream(prompt, timeout=timeout) as stream:
+                    text = "".join(stream)
+                    by = stream.response.provider
+            else:
+                response = self.chains[name].chat(prompt, timeout=timeout)
+                text, by = response.text, response.provider
+            outcome = f"answered by {by}"
+            if text != answer_to(prompt):
+                self.say(f"{name}: another text by {by}")
+        except DeadlineExceeded:
+            outcome = "deadline of half a second" if timeout < 1 else "deadline of five seconds"
+        except StreamInterrupted as error:
+            outcome = "stream interrupted"
+            told = OTHER_TEXT.sub("", error.partial)  # a fault's own, after or instead of the beginning of the answer
+            if not streamed or not error.partial or not answer_to(prompt).startswith(told):
+                self.say(f"{name}: interrupted after {error.partial!r} by {error.__cause__!r}")
+        except Exception as error:
+            outcome = "another error"
+            self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        taken = time.monotonic() - begin
+        with self.lock:
+            self.outcomes[name][outcome] += 1
+            self.latest = max(self.latest, taken - timeout)
+        late = taken - timeout * 1.05 - LATE
+        if late > 0:
+            time.sleep(0.05)  # the watch may be on its way
+            machine = sum(most for when, most in list(self.overslept) if when >= begin)
+            if machine < late:
+                self.say(f"{name}: {taken:.3f} s for a deadline of {timeout} s ({outcome}); the machine: {machine:.3f} s")
+            else:
+                self.counts["calls late with the machine"] += 1
+
+    # -- those who disturb
+
+    def watch(self) -> None:
+        """What this machine makes of a sleep of ten milliseconds, where it is late by more than as much."""
+        while not self.over.is_set():
+            start = time.monotonic()
+            time.sleep(0.01)
+            now = time.monotonic()
+            if now - start > 0.02:
+                self.overslept.append((now, now - start - 0.01))
+
+    def pause(self, seconds: float) -> bool:
+        return not self.over.wait(seconds)
+
+    def disturb_sqlite(self) -> None:
+        chance = random.Random("sqlite")
+        while self.pause(chance.uniform(0.5, 2)):
+            how = chance.choice(("locked", "garbage", "gone"))
+            if how == "locked":
+                try:
+                    other = sqlite3.connect(self.path, isolation_level=None, timeout=2)
+                    other.execute("BEGIN EXCLUSIVE")
+                    self.pause(1)
+                    other.close()
+                except sqlite3.Error:
+                    continue  # it is garbage still
+            elif how == "garbage":
+                self.path.write_bytes(b"this is no database" * 500)
+                self.pause(0.5)
+                self.remove()
+            else:
+                self.remove()
+            self.counts[f"SQLite {how}"] += 1
+
+    def remove(self) -> None:
+        for path in self.path.parent.glob("breakers.sqlite*"):
+            path.unlink(missing_ok=True)
+
+    def disturb_redis(self) -> None:
+        assert self.redis is not None
+        chance = random.Random("redis")
+        while self.pause(chance.uniform(0.5, 2)):
+            how = chance.choice(("paused", "stopped", "emptied"))
+            if how == "paused":
+                self.redis.pause()
+                self.pause(1)
+                self.redis.resume()
+            elif how == "stopped":
+                self.redis.stop()
+                self.pause(1)
+                self.redis.start()
+            else:
+                self.redis.flush()
+            self.counts[f"Redis {how}"] += 1
+
+    def disturb_breakers(self) -> None:
+        """Some faults park a tier for an hour: an operator mends that, or shuts it for a moment."""
+        chance = random.Random("breakers")
+        while self.pause(0.1):
+            chain = chance.choice(list(self.chains.values()))
+            if chance.random() < 0.9:
+                chain.reset()
+            else:
+                chain.tiers[0].breaker.open(0.1, "maintenance")
+            chain.health()
+            self.counts["resets by hand"] += 1
+
+    def fork(self) -> None:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            self.wrong.clear()
+            self.lock = threading.Lock()  # another thread may have held it
+            for name in self.chains:
+                self.call(name, f"prompt of a child {os.getpid()}", 20.0, False)
+            os._exit(min(len(self.wrong), 100))
+        until = time.monotonic() + 90
+        while time.monotonic() < until:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                if status:
+                    self.say(f"a forked child ended with {status}")
+                self.counts["forks"] += 1
+                return
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        self.say("a forked child hung")
+
+    # -- all of it
+
+    def run(self) -> None:
+        tasks = [self.watch, self.disturb_sqlite, self.disturb_breakers, *([self.disturb_redis] if self.redis else [])]
+        threads = [threading.Thread(target=task) for task in tasks]
+        threads += [threading.Thread(target=self.ask, args=(who,)) for who in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + self.seconds
+        turn = 0
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self.seconds / 20))
+            turn += 1
+            if turn % 4 == 0 and hasattr(os, "fork"):
+                self.fork()
+            self.samples.append((size(), threading.active_count(), descriptors()))
+            if turn % 60 == 0:
+                done = sum(sum(counts.values()) for counts in self.outcomes.values())
+                print(f"  {done} calls, {len(self.wrong)} of them wrong, {size() / 2**20:.0f} MiB", flush=True)
+        self.over.set()
+        for thread in threads:
+            thread.join(60)
+            if thread.is_alive():
+                self.say(f"{thread.name} did not end")
+        for chain in self.chains.values():
+            chain.close()
+        for store in self.stores.values():
+            if store is not None:
+                store.close()
+
+
+def lowest(samples: list[tuple[int, int, int]]) -> tuple[int, ...]:
+    return tuple(min(column) for column in zip(*samples, strict=True))
+
+
+def main() -> None:
+    if sys.argv[1:] == ["serve"]:
+        return serve()
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 600.0
+    gc.collect()
+    threads, files = threading.active_count(), descriptors()
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))
+        redis = RedisServer() if REDIS else None
+        if redis is not None:
+            stack.callback(redis.stop)
+        servers = stack.enter_context(subprocess.Popen([sys.executable, __file__, "serve"], stdin=-1, stdout=-1, text=True))
+        stack.callback(servers.kill)
+        assert servers.stdin is not None and servers.stdout is not None
+        ill, well = json.loads(servers.stdout.readline())
+        soak = Soak(seconds, Path(folder), ill, well, redis)
+        print(f"{THREADS} threads for {seconds:.0f} s: {len(KINDS)} faults, stores: {', '.join(soak.chains)}", flush=True)
+        soak.run()
+        servers.stdin.close()
+        asked: dict[str, int] = json.loads(servers.stdout.readline())
+    gc.collect()
+    fifth = max(1, len(soak.samples) // 5)
+    early, late = lowest(soak.samples[fifth : 2 * fifth]), lowest(soak.samples[-fifth:])
+    print("\nFaults reached, by what a call gets from such a tier alone:")
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(KINDS):
+        by_kind[KINDS[name]].append(f"{name} {asked.get(name, 0)}")
+    for kind, entries in sorted(by_kind.items()):
+        print(f"  {kind}: {', '.join(entries)}")
+    print("Disturbances:", ", ".join(f"{name} {count}" for name, count in sorted(soak.counts.items())))
+    print("Events:", ", ".join(f"{name} {count}" for name, count in sorted(soak.kinds.items())))
+    for name, counts in soak.outcomes.items():
+        print(f"{name}, {sum(counts.values())} calls:", ", ".join(f"{what} {count}" for what, count in sorted(counts.items())))
+    print(f"Memory at its lowest: {early[0] / 2**20:.1f} MiB in the second fifth, {late[0] / 2**20:.1f} MiB in the last; "
+          f"threads and descriptors: {early[1:]}, {late[1:]}; "
+          f"before and after: {(threads, files)}, {(threading.active_count(), descriptors())}")  # fmt: skip
+    print(f"The latest call ended {soak.latest:+.3f} s from its deadline; a twentieth and {LATE} s are allowed.")
+    wrong = soak.wrong
+    calls = sum(sum(counts.values()) for counts in soak.outcomes.values())
+    missed = [name for name in KINDS if not asked.get(name, 0)]
+    if missed and seconds >= 100:
+        wrong.append(f"faults never reached: {', '.join(missed)}")
+    if late[0] - early[0] > GROWTH:
+        wrong.append(f"memory grew by {(late[0] - early[0]) / 2**20:.1f} MiB")
+    if threading.active_count() > threads or descriptors() > files:
+        wrong.append("threads or descriptors are left")
+    if sum(counts["deadline of five seconds"] for counts in soak.outcomes.values()) > calls / 100:
+        wrong.append("more than one call in a hundred had no answer within five seconds")
+    for line in wrong[:20]:
+        print("WRONG:", line)
+    print(f"{calls} calls, {sum(asked.values())} requests to the ill server, {soak.counts['forks']} forks: "
+          f"{'all well' if not wrong else f'{len(wrong)} wrong'}")  # fmt: skip
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
