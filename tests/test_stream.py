@@ -748,12 +748,15 @@ def test_a_nested_chain_that_fails_before_its_first_delta(clock: FakeClock) -> N
     assert outcomes(stream.response.attempts) == ["in/x:failed", "b:ok"]
 
 
-def test_what_a_nested_chain_showed_only_to_its_chain_is_no_interruption(clock: FakeClock) -> None:
-    """The outer chain had held it back as a possible marker: the next tier answers, and the record is complete."""
-    chain = nested(clock, "[ESC", InvalidResponse("cut"), escalation_model="b-model")
+@pytest.mark.parametrize(("error", "tier"), [(InvalidResponse("cut"), "in/x"), (KeyError("cut"), "in")])
+def test_what_a_nested_chain_showed_only_to_its_chain_is_no_interruption(
+    clock: FakeClock, error: Exception, tier: str
+) -> None:
+    """The outer chain had held it back as a possible marker: the next tier answers, and the record names the failure."""
+    chain = nested(clock, "[ESC", error, escalation_model="b-model")
     stream = chain.stream(PROMPT)
     assert list(stream) == ["b"]
-    assert outcomes(stream.response.attempts) == ["in/x:failed", "b:ok"]
+    assert outcomes(stream.response.attempts) == [f"{tier}:failed", "b:ok"]
     assert [one.breaker.snapshot().failures for one in chain.tiers] == [1, 0]
 
 
