@@ -1398,7 +1398,7 @@ class SQLiteStore:
         if self._connection is not None and self._file == self._identity():
             return self._connection
         self.close()
-        connection = sqlite3.connect(self.path, self.timeout, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA synchronous = OFF")  # a record lost in a power cut is learned anew
             version = connection.execute("PRAGMA user_version").fetchone()[0]
