@@ -124,12 +124,30 @@ _SEARCHED = 8000
 _never_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  #: objects with locks or sockets to renew in a forked child
 
 
+def _before_fork() -> None:
+    """No other thread may be inside SQLite: a child would inherit its locks, and wait for them for ever."""
+    for item in list(_never_inherited):
+        if isinstance(item, SQLiteStore):
+            item._lock.acquire(timeout=10 * _STORE_BUDGET)
+
+
+def _after_fork_in_parent() -> None:
+    for item in list(_never_inherited):
+        if isinstance(item, SQLiteStore):
+            try:
+                item._lock.release()
+            except RuntimeError:
+                pass  # made since, or not to be had in time
+
+
 def _after_fork() -> None:
     for item in list(_never_inherited):
         item._renew_after_fork()
 
 
-getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)  # Windows has no fork
+getattr(os, "register_at_fork", dict)(  # Windows has no fork
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork
+)
 
 # ==== errors ==========================================================================================================
 
