@@ -1453,6 +1453,11 @@ class SQLiteStore:
             return None
         return found.st_dev, found.st_ino
 
+    def __del__(self) -> None:
+        connection = getattr(self, "_connection", None)  # none of one that was never built
+        if connection is not None:
+            connection.close()
+
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
 
