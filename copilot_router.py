@@ -5031,7 +5031,10 @@ class FailoverChain(LLMProvider):
         """One of the tier's max_concurrency places; waited for only when no later tier is ready. Without one, no ticket."""
         import queue
 
-        waits = not any(other.role == "emergency" or other.breaker._would_admit() for other, _ in later)
+        waits = not any(
+            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
+            for other, _ in later
+        )
         left = max(0.0, state.deadline - self._clock())
         try:
             tier._slots.get(waits, min(left, _LONGEST_WAIT))
