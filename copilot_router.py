@@ -4843,9 +4843,15 @@ class FailoverChain(LLMProvider):
             if ticket is None:
                 self._pass_over(state, tier, model)
                 return None
-            if tier._slots is not None and not self._take_slot(state, tier, later, ticket):
-                self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy"))
-                return None
+            if tier._slots is not None:
+                if not self._take_slot(state, tier, later, ticket):
+                    self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy"))
+                    return None
+                if ticket._era not in (tier.breaker._record.era, _NO_ERA):  # it changed while this call waited for its place
+                    ticket = tier.breaker._force_admit() if tier.role == "emergency" else tier.breaker._try_admit()
+                    if ticket is None:
+                        tier._slots.put(None)
+                        continue
             start = self._clock()
             try:
                 if start >= state.deadline:  # a slow store, a full tier or a listener took the time that was left
