@@ -41,6 +41,7 @@ from copilot_router import (
     ProviderUnavailable,
     QuotaExceeded,
     RateLimited,
+    RouterError,
     ScriptedProvider,
     ServerError,
     ToolCall,
@@ -565,6 +566,177 @@ def test_a_full_tier_is_skipped_while_another_is_ready_else_waited_for() -> None
     first.join(10)
     second.join(10)
     assert sorted(answers) == ["fast", "slow"]
+
+
+class Held(ScriptedProvider):
+    """Each call says that it has begun, and waits until it may go on."""
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(script, repeat=True)
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+        self._counting = threading.Lock()
+        self.under_way = self.most = 0
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        with self._counting:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        self.begun.release()
+        assert self.go_on.wait(30)
+        with self._counting:
+            self.under_way -= 1
+        return super().chat(messages, tools, model, **kwargs)
+
+
+def in_threads(count: int, work: Any) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_no_more_than_max_concurrency_at_once() -> None:
+    """Sixteen callers of a last tier with three places: never more than three inside, and all are answered."""
+    provider, answers = Held("x"), []
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=3)])
+    threads = in_threads(16, lambda: answers.append(chain.chat("hi").text))
+    for _ in range(3):
+        assert provider.begun.acquire(timeout=10)
+    assert not provider.begun.acquire(timeout=0.05)
+    provider.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == ["x"] * 16
+    assert provider.most == 3
+
+
+@pytest.mark.parametrize("error", [ServerError, BadRequest, KeyboardInterrupt])
+def test_a_place_is_given_back_however_a_request_ends(clock: FakeClock, error: type[BaseException]) -> None:
+    """Failed, refused, interrupted: the next call finds it free."""
+    chain = chain_of(clock, ProviderTier("a", scripted(error, "fine", repeat=False), max_concurrency=1, retries=0))
+    with pytest.raises((RouterError, KeyboardInterrupt)):
+        chain.chat("hi")
+    assert chain.chat("hi").text == "fine"
+
+
+def full(*others: ProviderTier, **settings: Any) -> tuple[FailoverChain, Held, list[threading.Thread]]:
+    """A chain whose first tier has one place, which is taken."""
+    provider = Held("slow")
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1), *others], **settings)
+    threads = in_threads(1, lambda: chain.chat("hi", tiers=["a"]))
+    assert provider.begun.acquire(timeout=10)
+    return chain, provider, threads
+
+
+@pytest.mark.parametrize("why", ["open", "takes no tools"])
+def test_a_full_tier_is_waited_for_if_no_later_one_can_serve(why: str) -> None:
+    """A later tier whose breaker is open, or that cannot take the request, is none to go to."""
+    chain, provider, threads = full(tier("b", "x", supports_tools=why == "open"))
+    if why == "open":
+        chain.tiers[1].breaker.open()
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    answers: list[LLMResponse] = []
+    threads += in_threads(1, lambda: answers.append(chain.chat("hi", tools)))
+    assert not provider.begun.acquire(timeout=0.05)
+    provider.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert [answer.provider for answer in answers] == ["a"]
+
+
+def test_a_full_tier_is_skipped_for_an_emergency(clock: FakeClock) -> None:
+    """The last resort is always ready, unlike a tier that is full: its breaker learns nothing from being full."""
+    chain, provider, threads = full(tier("e", "last", role="emergency"))
+    chain.tiers[1].breaker.open(1000)
+    assert outcomes(chain.chat("hi").attempts) == ["a:skipped", "e:ok"]
+    assert chain.tiers[0].breaker.snapshot()[:3] == ("closed", 0, 0)
+    provider.go_on.set()
+    threads[0].join(10)
+
+
+def test_two_full_tiers_and_the_last_is_waited_for() -> None:
+    """Busy, busy: the first is skipped, the second's next place is this caller's."""
+    last = Held("last")
+    chain, provider, threads = full(ProviderTier("b", last, max_concurrency=1))
+    threads += in_threads(1, lambda: chain.chat("hi", tiers=["b"]))
+    assert last.begun.acquire(timeout=10)
+    answers: list[LLMResponse] = []
+    threads += in_threads(1, lambda: answers.append(chain.chat("hi")))
+    assert not last.begun.acquire(timeout=0.05)
+    last.go_on.set()
+    assert last.begun.acquire(timeout=10)
+    provider.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert [outcomes(answer.attempts) for answer in answers] == [["a:skipped", "b:ok"]]
+
+
+def test_a_trial_that_finds_its_tier_full_is_handed_on() -> None:
+    """The trial is not spent by a caller who could not even ask."""
+    chain, provider, threads = full(tier("b", "x"))
+    breaker = chain.tiers[0].breaker
+    breaker.open(0)
+    assert chain.chat("hi").provider == "b"
+    assert (breaker.state, breaker.retry_after) == ("open", 0)
+    provider.go_on.set()
+    threads[0].join(10)
+    assert chain.chat("hi").provider == "a"
+    assert breaker.is_closed
+
+
+class Line:
+    """A tier's places, and who asked for one of them."""
+
+    def __init__(self, tier: ProviderTier) -> None:
+        self.places, self.came = tier._slots, threading.Semaphore(0)
+        self.put = self.places.put
+        tier._slots = self
+
+    def get(self, block: bool, timeout: float) -> None:
+        self.came.release()
+        self.places.get(block, timeout)
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert self.came.acquire(timeout=10)
+
+
+def test_who_waited_for_a_tier_that_broke_meanwhile_does_not_ask_it() -> None:
+    """Ten callers in line for one place: after the threshold of failures the rest are refused without a request."""
+    provider = Held(ServerError)
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1, retries=0)], failure_threshold=2)
+    errors: list[AllProvidersFailed] = []
+
+    def ask() -> None:
+        with pytest.raises(AllProvidersFailed) as failed:
+            chain.chat("hi")
+        errors.append(failed.value)
+
+    line = Line(chain.tiers[0])
+    threads = in_threads(10, ask)
+    line.wait_for(10)
+    provider.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(provider.calls) == 2
+    assert sum("CircuitOpen" in str(error.attempts[0].error) for error in errors) == 8
+
+
+@pytest.mark.parametrize("role", ["primary", "emergency"])
+def test_who_waited_for_a_tier_that_recovered_meanwhile_asks_it(role: str) -> None:
+    """Opened and reset while one waited: the request is counted in the present era, by a new ticket."""
+    provider = Held("x")
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1, role=role)])
+    answers: list[str] = []
+    line = Line(chain.tiers[0])
+    threads = in_threads(2, lambda: answers.append(chain.chat("hi").text))
+    line.wait_for(2)
+    chain.reset()
+    provider.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == ["x", "x"]
+    assert chain.tiers[0].breaker.snapshot().stale == 1  # the one that was under way
 
 
 def test_health_and_check(clock: FakeClock) -> None:
