@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sqlite3
 import stat
 import threading
@@ -27,6 +28,7 @@ from stores import KINDS, RedisServer, Wrapped, done, have_redis, python, spare_
 import copilot_router
 from copilot_router import (
     AuthenticationError,
+    BadRequest,
     BreakerRecord,
     CircuitBreaker,
     CircuitOpen,
@@ -36,6 +38,7 @@ from copilot_router import (
     MemoryStore,
     ProviderTier,
     ProviderUnavailable,
+    RateLimited,
     RedisStore,
     ScriptedProvider,
     ServerError,
@@ -814,6 +817,54 @@ def test_both_changed_it_and_the_other_was_earlier(clock: FakeClock, shared: Wra
     clock.advance(2)
     assert other.is_open
     assert other.retry_after == breaker.retry_after
+
+
+@pytest.mark.parametrize("settings", [(True, True), (True, False), (False, True), (False, False)])
+def test_108_after_any_outages_all_agree(settings: tuple[bool, bool]) -> None:
+    """Three processes, any steps, each cut off and back at any time: in the end one state, generations only ever growing."""
+    steps = ["admit"] * 3 + ["settle"] * 5 + ["cut off", "back", "back", "wait", "wait long", "open", "reset"]
+    errors = [None, ServerError("x"), ServerError("x"), BadRequest("x"), RateLimited("x"), ProviderUnavailable("x")]
+    for seed in range(150):
+        draw, clock = random.Random(seed), FakeClock()
+        base = MemoryStore(clock)
+        stores = [Wrapped(base) for _ in range(3)]
+        for store in stores:
+            store.refresh, (store.shared_counts, store.shares_local_errors) = 1.0, settings
+        breakers = [breaker_on(store, clock, failure_threshold=2, trial_timeout=40) for store in stores]
+        tickets: list[Ticket] = []
+        generation = -1
+        for _ in range(60):
+            at = draw.randrange(3)
+            step = draw.choice(steps)
+            if step == "admit":
+                try:
+                    tickets.append(breakers[at].admit())
+                except CircuitOpen:
+                    pass
+            elif step == "settle" and tickets:
+                tickets.pop(draw.randrange(len(tickets)))._settle_by(draw.choice(errors))
+            elif step in ("cut off", "back"):
+                stores[at].error = DOWN if step == "cut off" else None
+            elif step.startswith("wait"):
+                clock.advance(draw.choice([0.3, 1.1, 5.0] if step == "wait" else [15.0, 41.0, 70.0]))
+            elif step == "open":
+                breakers[at].open(draw.choice([None, 5.0, 20.0]))
+            elif step == "reset" and draw.random() < 0.3:
+                breakers[at].reset()
+            record = base.load("x")[0]
+            if record is not None:
+                assert record.generation >= generation, seed
+                generation = record.generation
+        for pause in (61.0, 1.1, 1.1, 1.1, 1.1):
+            clock.advance(pause)
+            for store, breaker in zip(stores, breakers, strict=True):
+                store.error = None
+                assert breaker.state
+        together = {breaker.state for breaker in breakers if not breaker._shared._alone}  # type: ignore[union-attr]
+        assert len(together) <= 1, seed
+        record = base.load("x")[0]
+        if record is not None and together:
+            assert together == {record.state}, seed
 
 
 # -- fork
