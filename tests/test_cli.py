@@ -370,6 +370,20 @@ def test_a_pipe_that_closes(gate: Gate, vendored: Path, more: list[str]) -> None
     assert bool(err) == bool(more)
 
 
+@pytest.mark.parametrize("command", ["check", "status"])
+def test_a_pipe_that_is_closed_already(url: str, vendored: Path, command: str) -> None:
+    """The other commands, whose output fits a buffer, do not complain at exit either."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        with started(vendored, command, env={"LMSTUDIO_BASE_URL": url}, stdout=theirs) as process:
+            err = process.communicate(timeout=SOON)[1].decode()
+    finally:
+        os.close(theirs)
+    assert process.returncode == 0
+    assert "Pipe" not in err
+
+
 def test_a_pipe_that_closes_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The descriptor leads nowhere from then on, so that Python's exit has nothing to complain of."""
 

@@ -758,6 +758,8 @@ def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, s
 INIT = {
     "nothing": ({}, [("lmstudio", "http://localhost:1234/v1", [])]),
     "a key without a model": ({"OPENAI_API_KEY": KEY}, [("lmstudio", "http://localhost:1234/v1", [])]),
+    "tokens without addresses": ({"LM_API_TOKEN": KEY, "OLLAMA_API_KEY": KEY, "OLLAMA_MODEL": "m"},
+                                 [("lmstudio", "http://localhost:1234/v1", [])]),
     "a strange model": ({"OPENAI_API_KEY": KEY, "OPENAI_MODEL": 'a"\\ 🦙\x7f {x}'},
                         [("openai", "https://api.openai.com/v1", ['a"\\ 🦙\x7f {x}'])]),
     "a server without a key": ({"OPENAI_BASE_URL": "http://127.0.0.1:9", "OPENAI_MODEL": "m"},
