@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,15 @@ class Gate:
         self.go = threading.Event()
         self.asked = 0  #: questions, not pings
         self.healthy = True
+        self.silent = False  #: when pinged
         self.bodies: list[dict[str, Any]] = []
         self.url = ""
 
     def serve(self, server: Peer, connection: socket.socket, request: bytes) -> bool:
         head, _, data = request.partition(b"\r\n\r\n")
         if head.startswith(b"GET"):
+            if self.silent:
+                self.hold(server)
             bad = b"bad-key" in head or not self.healthy
             connection.sendall(reply({"data": []}, 401 if bad else 200))
             return True
@@ -118,6 +122,7 @@ def vendored(tmp_path: Path) -> Path:
 def started(folder: Path, *arguments: str, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
     """``python copilot_router.py …``, ended with the block."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **settings.pop("env", {})}
+    environment.pop("PYTHONUNBUFFERED", None)  # it would do the flushing
     settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
     process = subprocess.Popen([sys.executable, "copilot_router.py", *arguments], cwd=folder, env=environment, **settings)
     try:
@@ -719,6 +724,15 @@ def test_check(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert found[0]["name"] == "openai"
     assert found[0]["last_error"].startswith("AuthenticationError")
     assert found[0]["breaker"]["state"] == "open"
+
+
+def test_check_has_a_limit(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
+    """--timeout is for each ping; a tier that is silent for so long fails."""
+    gate.silent = True
+    start = time.monotonic()
+    assert main(["check", "--base-url", gate.url, "--timeout", "0.1"]) == 1
+    assert time.monotonic() - start < 4  # and not the 5 s that are the default
+    assert capsys.readouterr().out.startswith("openai  ProviderTimeout")
 
 
 # -- as a program
