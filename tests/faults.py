@@ -73,8 +73,8 @@ class Peer:
             self.connections += 1
             self._open.add(connection)
             thread = threading.Thread(target=self._talk, args=(connection,))
-            self._threads.add(thread)
             thread.start()
+            self._threads.add(thread)  # afterwards: stop() cannot join what has not begun
 
     def _talk(self, connection: socket.socket) -> None:
         try:
