@@ -78,7 +78,7 @@ sdk: $(VENV)/made  ## bodies against the vendors' own packages: their types, and
 
 dist: $(VENV)/dev  ## sdist and wheel in dist/
 	rm -rf dist
-	$(RUN) -m build --outdir dist .
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || date +%s)} $(RUN) -m build --outdir dist .
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(VENV)-bench dist build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
