@@ -665,7 +665,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], list[tuple[str, str, list[str]]]]]
     "an address": ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, [("openai", "http://127.0.0.1:9/v1", [])]),
     "Anthropic's key": ({"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_MODEL": "m"},
                         [("anthropic", "https://api.anthropic.com/v1", ["m"])]),
-    "Anthropic's address": ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:9/x"}, [("anthropic", "http://127.0.0.1:9/x", [])]),
+    "Anthropic's address": ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:9/x"}, [("anthropic", "http://127.0.0.1:9/x/v1", [])]),
     "Google's key": ({"GOOGLE_API_KEY": KEY}, [("gemini", "https://generativelanguage.googleapis.com/v1beta", [])]),
     "Gemini's key": ({"GEMINI_API_KEY": KEY, "GEMINI_MODEL": "m"},
                      [("gemini", "https://generativelanguage.googleapis.com/v1beta", ["m"])]),
