@@ -54,8 +54,8 @@ GROWTH = 16 * 2**20
 #: By name: what tests/test_faults.py expects of a call. Not here: those that change the text.
 KINDS = {row.fault: row.expect.__name__ for row in ROWS if row.told is str and not row.options}
 
-#: What some faults say on their own: numbers, or more and more.
-OTHER_TEXT = re.compile(r"^0 1 2 .*|(half|(more )+)$")
+#: What some faults say on their own: numbers, more and more, or again and again.
+OTHER_TEXT = re.compile(r"^0 1 2 .*|(half|(more )+|again and .*)$")
 
 
 class Tally:
@@ -153,7 +153,7 @@ class Soak:
             outcome = "stream interrupted"
             told = OTHER_TEXT.sub("", error.partial)  # a fault's own, after or instead of the beginning of the answer
             if not streamed or not error.partial or not answer_to(prompt).startswith(told):
-                self.say(f"{name}: interrupted after {error.partial!r} by {error.__cause__!r}")
+                self.say(f"{name}: interrupted after …{error.partial[-60:]!r} by {error.__cause__!r}")
         except Exception as error:
             outcome = "another error"
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
