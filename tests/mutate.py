@@ -1,6 +1,6 @@
 """Mutation testing of copilot_router.py: break one thing at a time, and see that a test notices.
 
-    python tests/mutate.py [--number 200] [--seed 1] [--jobs 2] [--map FILE] [--write]
+    python tests/mutate.py [--number 200] [--seed 1] [--jobs 2] [--map FILE] [--write] [--again]
 
 A sample is drawn, each line of code as likely as the next: numbers, strings that are not meant for people, comparisons,
 conditions, arithmetic, results, statements and arguments taken away or swapped. Docstrings, annotations and messages stay.
@@ -298,7 +298,7 @@ class Finder(ast.NodeVisitor):
         if name in SWAPS:
             self.add("call", node.func, SWAPS[name])
         plain = [part for part in node.args if not isinstance(part, ast.Starred)]
-        if len(plain) == len(node.args) >= 2:
+        if len(plain) == len(node.args) >= 2 and name not in ("min", "max"):
             first, second = plain[:2]
             text = self.code(second) + self.source[self.end(first) : self.start(second)].decode() + self.code(first)
             self.add("arguments swapped", node, text, (self.start(first), self.end(second)))
@@ -477,6 +477,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="another number draws another sample (1)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
     parser.add_argument("--map", type=Path, help="keep here which test reaches which line, and use it if it is there")
+    parser.add_argument("--again", action="store_true", help="run only those that mutants.md lists; the others were killed")
     parser.add_argument("--write", action="store_true", help="write the survivors to tests/mutants.md")
     options = parser.parse_args()
     source = MODULE.read_text()
@@ -488,7 +489,11 @@ def main() -> None:
         for number in range(options.jobs):
             trees.put(copy_of_the_tree(work / str(number)))
 
+        listed = reasons()
+
         def run(mutant: Mutant) -> tuple[Mutant, str, str]:
+            if options.again and difference(source, mutant) not in listed:
+                return mutant, "killed", "before"
             tree = trees.get()
             begin = time.monotonic()
             try:
