@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
+import socket
 import sqlite3
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,26 +16,37 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import responses
 from clocks import FakeClock
+from faults import Peer, event, peer
 from stores import Wrapped
 
 import copilot_router
 from copilot_router import (
     AllProvidersFailed,
     AnthropicProvider,
+    BreakerRecord,
     CircuitBreaker,
+    CircuitOpen,
     ConfigError,
     DeadlineExceeded,
     FailoverChain,
+    GeminiProvider,
+    InvalidResponse,
     MemoryStore,
+    OllamaProvider,
     OpenAIProvider,
     ProviderTier,
+    ProviderTimeout,
     QuotaExceeded,
     RateLimited,
     ScriptedProvider,
     ServerError,
     SQLiteStore,
+    ToolCall,
+    Usage,
+    _Progress,
 )
 
 KEY = "sk-test-print-key-5647382910"
@@ -177,3 +193,120 @@ def test_a_wait_for_a_full_tier_ends_at_the_deadline() -> None:
     leave.set()
     holder.join(10)
     assert 0.2 <= taken < 2
+
+
+# -- what people read
+
+
+def test_a_refusal_says_why(clock: FakeClock) -> None:
+    """The reason that was given, or what happened, in brackets; a store's record may have none."""
+    breaker = CircuitBreaker(1, name="b", clock=clock)
+    breaker.admit().failure()
+    assert breaker.snapshot().reason == "failed"
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    assert str(caught.value) == "b is open (failed)"
+    breaker.open(reason="maintenance")
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    assert str(caught.value) == "b is open until reset (maintenance)"
+    store = MemoryStore()
+    store.swap("c", None, BreakerRecord(state="open", deadline=math.inf, generation=1))
+    with pytest.raises(CircuitOpen) as caught:
+        CircuitBreaker(name="c", store=store, clock=clock).admit()
+    assert str(caught.value) == "c is open until reset"
+
+
+def test_a_reason_is_clipped_where_all_tiers_share_a_line() -> None:
+    """explain() gives each step its error's first 80 characters."""
+    error = ServerError("x" * 200)
+    tier = ProviderTier("a", ScriptedProvider([error]), retries=0)
+    with pytest.raises(AllProvidersFailed) as caught:
+        FailoverChain([tier]).chat("hi")
+    assert f"a: ServerError: {'x' * 67} " in caught.value.explain()
+
+
+def test_a_tool_call_shows_no_arguments() -> None:
+    """They are as private as an answer: neither form is in the repr."""
+    call = ToolCall("1", "f", {"city": "Ulm"}, '{"city": "Ulm"}')
+    assert repr(call) == "ToolCall(id='1', name='f')"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ends with the call."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = _Progress()
+    with progress:
+        assert progress._thread.is_alive()
+        ending = threading.Thread(target=progress.stop, daemon=True)
+        ending.start()
+        ending.join(5)
+        ended = not ending.is_alive()
+        progress._over.set()
+    assert ended
+
+
+# -- wire formats
+
+
+def test_gemini_is_told_where_to_stop(mocked: Any) -> None:
+    """stop is stopSequences, and absent without one."""
+    answer = {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "STOP"}]}
+    mocked.post(re.compile("http://h/.*"), json=answer)
+    client = GeminiProvider(KEY, "http://h", stream_upstream=False)
+    client.chat("hi", model="m", stop=["END"])
+    client.chat("hi", model="m", seed=1)
+    first, second = (json.loads(call.request.body)["generationConfig"] for call in mocked.calls)
+    assert first["stopSequences"] == ["END"]
+    assert second == {"seed": 1}
+
+
+def test_ollamas_own_id_of_a_call_is_kept(mocked: Any) -> None:
+    """Where it gives one; else one is made."""
+    calls = [{"id": "call_of_its_own", "function": {"name": "f", "arguments": {}}}, {"function": {"name": "g"}}]
+    mocked.post(re.compile("http://h/.*"), json={"model": "m", "message": {"tool_calls": calls}, "done": True})
+    response = OllamaProvider(base_url="http://h", stream_upstream=False).chat("hi", model="m")
+    assert response.tool_calls[0].id == "call_of_its_own"
+    assert response.tool_calls[1].id not in ("", "call_of_its_own")
+
+
+def test_a_hint_that_only_the_message_names_is_dropped(mocked: Any) -> None:
+    """``reasoning_effort`` in words, without a param: one resend without it."""
+    mocked.post("http://h/v1/chat/completions", status=400, json={"error": {"message": "reasoning_effort is not supported"}})
+    mocked.post("http://h/v1/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    assert OpenAIProvider(KEY, "http://h").chat("hi", model="m", reasoning_effort="high").text == "x"
+    assert [("reasoning_effort" in json.loads(call.request.body)) for call in mocked.calls] == [True, False]
+
+
+def test_what_a_broken_answer_had_used_and_whose_it_was(mocked: Any) -> None:
+    """Tokens are paid for even if the stream breaks after it has said how many; the error names model and vendor."""
+    usage = {"prompt_tokens": 11, "completion_tokens": 7}
+    event = f"data: {json.dumps({'choices': [{'delta': {'content': 'x'}}], 'usage': usage})}\n\n"
+    mocked.post("http://h/v1/chat/completions", body=event, content_type="text/event-stream")
+    with pytest.raises(InvalidResponse, match="truncated") as caught:
+        OpenAIProvider(KEY, "http://h").chat("hi", model="m")
+    assert caught.value.usage == Usage(11, 7)
+    assert (caught.value.model, caught.value.provider, caught.value.status) == ("m", "openai", 200)
+
+
+def test_the_deadline_holds_in_a_session_of_the_users() -> None:
+    """Its sockets are not ours, but between two reads the time is looked at."""
+
+    def drip(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(event("and on "))
+            if server.stopping.wait(0.05):
+                break
+        return False
+
+    with peer(drip) as server, requests.Session() as session:
+        start = time.monotonic()
+        with pytest.raises(ProviderTimeout):
+            OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m", timeout=0.3)
+        assert time.monotonic() - start < 2
