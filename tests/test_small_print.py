@@ -26,27 +26,40 @@ import copilot_router
 from copilot_router import (
     AllProvidersFailed,
     AnthropicProvider,
+    AuthenticationError,
+    BadRequest,
     BreakerRecord,
     CircuitBreaker,
     CircuitOpen,
     ConfigError,
+    ContentFiltered,
+    ContextLengthExceeded,
     DeadlineExceeded,
+    EmptyResponse,
     FailoverChain,
     GeminiProvider,
     InvalidResponse,
+    LLMProvider,
+    LMStudioProvider,
     MemoryStore,
+    ModelNotFound,
     OllamaProvider,
     OpenAIProvider,
+    Overloaded,
+    ProviderError,
     ProviderTier,
     ProviderTimeout,
+    ProviderUnavailable,
     QuotaExceeded,
     RateLimited,
     ScriptedProvider,
     ServerError,
     SQLiteStore,
     ToolCall,
+    UnsupportedRequest,
     Usage,
     _Progress,
+    _whole_characters,
 )
 
 KEY = "sk-test-print-key-5647382910"
@@ -79,6 +92,44 @@ def test_a_402_that_says_when_is_a_rate_limit(
         OpenAIProvider(KEY, "http://h").chat("hi", model="m")
     assert type(caught.value) is expected
     assert caught.value.retry_after == seconds
+
+
+FAILURE, NEUTRAL, PARK, LONG = "failure", "neutral", "park", "park long"
+POLICY = {
+    ProviderError: ("next", FAILURE), ProviderUnavailable: ("next", FAILURE), ServerError: ("again", FAILURE),
+    Overloaded: ("again", FAILURE), ProviderTimeout: ("next", FAILURE), InvalidResponse: ("next", FAILURE),
+    EmptyResponse: ("next", FAILURE), RateLimited: ("next", PARK), QuotaExceeded: ("next", LONG),
+    AuthenticationError: ("next", LONG), ModelNotFound: ("next", NEUTRAL), ContextLengthExceeded: ("next", NEUTRAL),
+    UnsupportedRequest: ("next", NEUTRAL), BadRequest: ("next", NEUTRAL), ContentFiltered: ("raise", NEUTRAL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", POLICY)
+def test_the_policy_stands_in_the_class(kind: type[ProviderError]) -> None:
+    """A subclass of a custom provider inherits these two words, and may read them."""
+    assert (kind.then, kind.breaker) == POLICY[kind]
+
+
+# -- defaults
+
+
+@pytest.mark.parametrize("kind", [OpenAIProvider, AnthropicProvider, GeminiProvider, LMStudioProvider, OllamaProvider])
+def test_the_limits_of_a_provider(kind: type[LLMProvider]) -> None:
+    """As documented: local servers may have to load a model first."""
+    made: Any = kind(KEY)  # type: ignore[call-arg]
+    local = kind in (LMStudioProvider, OllamaProvider)
+    assert (made.first_token_timeout, made.stall_timeout, made.connect_timeout) == (60.0 if local else 12.0, 20.0, 5.0)
+    assert (made.max_response_bytes, made.stream_upstream) == (32 * 1024 * 1024, True)
+
+
+def test_the_limits_of_a_chain() -> None:
+    """As documented."""
+    chain = FailoverChain([ProviderTier("a", ScriptedProvider([]))])
+    tier = chain.tiers[0]
+    assert (chain.timeout, chain.wait, chain.max_retry_after) == (300.0, 0.0, 2.0)
+    assert (tier.role, tier.timeout, tier.retries) == ("primary", None, 1)
+    assert tier.supports_tools and tier.supports_images
+    assert (tier.breaker.failure_threshold, tier.breaker.recovery_timeout) == (3, 15.0)
 
 
 # -- Anthropic
@@ -173,6 +224,14 @@ def test_what_passes_through_a_trial_hands_it_on(clock: FakeClock, error: type[B
     assert chain.chat("hi").text == "well again"
 
 
+def test_without_any_time_every_tier_is_named() -> None:
+    """None is asked, and all are in the record, in order."""
+    chain = FailoverChain([ProviderTier(name, ScriptedProvider([])) for name in "abc"])
+    with pytest.raises(DeadlineExceeded) as caught:
+        chain.chat("hi", timeout=0)
+    assert [attempt.tier for attempt in caught.value.attempts] == ["a", "b", "c"]
+
+
 def test_a_wait_for_a_full_tier_ends_at_the_deadline() -> None:
     """And not when the tier's place becomes free."""
     inside, leave = threading.Event(), threading.Event()
@@ -206,6 +265,9 @@ def test_a_refusal_says_why(clock: FakeClock) -> None:
     with pytest.raises(CircuitOpen) as caught:
         breaker.admit()
     assert str(caught.value) == "b is open (failed)"
+    parked = CircuitBreaker(name="p", clock=clock)
+    parked.admit().park(5)
+    assert parked.snapshot().reason == "parked"
     breaker.open(reason="maintenance")
     with pytest.raises(CircuitOpen) as caught:
         breaker.admit()
@@ -238,8 +300,9 @@ class Terminal(io.StringIO):
 
 
 def test_the_progress_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread ends with the call."""
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    """Its thread ends with the call, and what it wrote is cleared, in place."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     progress = _Progress()
     with progress:
         assert progress._thread.is_alive()
@@ -248,10 +311,19 @@ def test_the_progress_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         ending.join(5)
         ended = not ending.is_alive()
         progress._over.set()
+        progress._shown = True
     assert ended
+    assert terminal.getvalue() == "\r\033[K"
 
 
 # -- wire formats
+
+
+@pytest.mark.parametrize("pair", ["\ud800\udc00", "\udbff\udfff", "\ud83d\ude00"])
+def test_the_first_half_of_a_character_is_kept_for_the_second(pair: str) -> None:
+    """From the first pair of surrogates to the last."""
+    assert _whole_characters("x" + pair[0]) == ("x", pair[0])
+    assert _whole_characters(pair) == (pair.encode("utf-16", "surrogatepass").decode("utf-16"), "")
 
 
 def test_gemini_is_told_where_to_stop(mocked: Any) -> None:
