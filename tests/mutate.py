@@ -145,6 +145,8 @@ TELLING = re.compile(
     r"^_(number|object|items|functions|conversation|parts|json|joined|transport_error|tell)$"
 )
 
+FOR_PEOPLE = ("help", "metavar", "description", "epilog")
+
 
 class Finder(ast.NodeVisitor):
     """All mutants of a source."""
@@ -303,12 +305,12 @@ class Finder(ast.NodeVisitor):
             text = self.code(second) + self.source[self.end(first) : self.start(second)].decode() + self.code(first)
             self.add("arguments swapped", node, text, (self.start(first), self.end(second)))
         for before, word in zip([*node.args, *node.keywords], [*node.args[1:], *node.keywords], strict=False):
-            if isinstance(word, ast.keyword) and word.arg and before is not word:
+            if isinstance(word, ast.keyword) and word.arg and word.arg not in FOR_PEOPLE:
                 self.add("argument removed", word, "", (self.end(before), self.end(word)))
         if TELLING.search(name):
             words = [part for part in node.args if isinstance(part, ast.Constant)]
             node.args = [part for part in node.args if part not in words]
-            node.keywords = [word for word in node.keywords if word.arg not in ("help", "metavar", "description", "epilog")]
+            node.keywords = [word for word in node.keywords if word.arg not in FOR_PEOPLE]
         self.generic_visit(node)
 
 
@@ -351,13 +353,32 @@ class Suite:
         self.times: dict[str, float] = notes["times"]
         self.reached = {int(line): set(tests) & set(self.times) for line, tests in notes["lines"].items()}
         self.uses: dict[str, set[int]] = defaultdict(set)
-        for function in ast.walk(ast.parse(source)):
+        tree = ast.parse(source)
+        inside: set[ast.AST] = set()
+        for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
                 for part in function.body:
-                    for node in ast.walk(part):
-                        name = getattr(node, "id", getattr(node, "attr", None))
-                        if isinstance(name, str):
-                            self.uses[name].add(node.lineno)  # type: ignore[attr-defined]
+                    inside |= set(ast.walk(part))
+                for default in filter(None, (*function.args.defaults, *function.args.kw_defaults)):
+                    for name, _ in self.names(default):  # the default of an argument: whoever calls the function
+                        self.uses[name] |= set(range(function.body[0].lineno, (function.end_lineno or 0) + 1))
+        for node in inside:
+            for name, line in self.names(node, deep=False):
+                self.uses[name].add(line)
+        for _ in range(3):  # one constant may be made of others
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Assign, ast.AnnAssign)) and node not in inside and node.value is not None:
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    for name, _ in self.names(node.value):
+                        for target, _ in (found for part in targets for found in self.names(part)):
+                            self.uses[name] |= self.uses[target]
+
+    @staticmethod
+    def names(node: ast.AST, deep: bool = True) -> Iterator[tuple[str, int]]:
+        for part in ast.walk(node) if deep else [node]:
+            name = getattr(part, "id", getattr(part, "attr", None))
+            if isinstance(name, str):
+                yield name, part.lineno  # type: ignore[attr-defined]
 
     def of(self, mutant: Mutant) -> list[str]:
         """The tests that could notice it, the quickest first."""
