@@ -55,10 +55,12 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
 import contextlib
 import functools
 import inspect
+import io
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import sys
@@ -301,9 +303,24 @@ class AllProvidersFailed(RouterError):
     errors: tuple[BaseException, ...] = ()
     retry_after: float | None = None
 
+    def __reduce__(self) -> Any:
+        """A foreign exception that does not survive pickling is replaced by a ProviderError that names it."""
+        state = {**vars(self), "errors": tuple(map(_picklable, self.errors))}
+        return type(self), self.args, state
+
     def explain(self) -> str:
         """One ASCII line for an operator: what was tried, what happened, how long it took."""
         return _explain(self.attempts, None)
+
+
+def _picklable(error: BaseException) -> BaseException:
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return ProviderError(_error_text(error))
+    return error
 
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
@@ -417,12 +434,7 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         if not isinstance(other, Usage):
             return NotImplemented
-        return Usage(*(mine + theirs for mine, theirs in zip(_usage_fields(self), _usage_fields(other), strict=True)))
-
-
-def _usage_fields(usage: Usage) -> tuple[int, ...]:
-    return (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.cache_write_tokens,
-            usage.reasoning_tokens)  # fmt: skip
+        return Usage(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
 _NO_USAGE = Usage()
@@ -721,7 +733,7 @@ class CircuitBreaker:
         self.name = name
         self._clock = clock
         self._listeners: list[Callable[[str, str, str, str], None]] = [on_change] if on_change else []
-        self._store_listeners: list[Callable[[str], None]] = []
+        self._watchers: weakref.WeakSet[FailoverChain] = weakref.WeakSet()  #: a chain may come and go with its tiers staying
         self._record = BreakerRecord()  # guarded by _lock for writing, as are the next four
         self._rejected = 0
         self._stale = 0
@@ -824,6 +836,8 @@ class CircuitBreaker:
 
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
         """Decorate a function, or a generator function, which is then admitted at its first ``next()``."""
+        if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError("a CircuitBreaker guards blocking functions: an async one would be over before it has begun")
         if inspect.isgeneratorfunction(fn):
 
             @functools.wraps(fn)
@@ -1016,8 +1030,7 @@ class CircuitBreaker:
     def _tell(self, old: str, new: str, reason: str) -> None:
         if old == "store":
             _log.log(logging.WARNING if new == "down" else logging.INFO, "%s: %s", self.name, reason)
-            for store_listener in tuple(self._store_listeners):
-                store_listener(reason)
+            self._tell_chains({"store": reason})
             return
         if new == "closed":
             _log.info("%s: closed (%s)", self.name or "circuit", reason)
@@ -1032,6 +1045,11 @@ class CircuitBreaker:
                 if _is_task_limit(error):
                     raise
                 _log.exception("%s: a listener failed", self.name or "circuit")
+        self._tell_chains({"old": old, "new": new, "reason": reason})
+
+    def _tell_chains(self, data: dict[str, Any]) -> None:
+        for chain in tuple(self._watchers):
+            chain._breaker_told(self, data)
 
     def _observe(self, error: BaseException | None) -> None:
         """Take in a health probe: a failure counts, a good one makes an open breaker's trial due and no more."""
@@ -1604,9 +1622,11 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:
-    for at, call in enumerate(calls if isinstance(calls, (list, tuple)) else [calls]):
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise BadRequest(f"{where} is a {type(calls).__name__}: give a list")
+    for at, call in enumerate(calls or ()):
         function = call.get("function") if isinstance(call, Mapping) else None
-        if calls is not None and not (
+        if not (
             isinstance(function, Mapping)
             and isinstance(function.get("name"), str)
             and isinstance(call.get("id") or "", str)
@@ -1714,25 +1734,27 @@ class _LimitedSocket:
             view = view[self._sock.send(view) :]
 
     def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
-        import io
+        return io.BufferedReader(_LimitedReader(self), 16384)
 
-        raw = self._sock.makefile("rb", buffering=0)
-        owner = self
 
-        class LimitedReader(io.RawIOBase):
-            def readable(self) -> bool:
-                return True
+class _LimitedReader(io.RawIOBase):
+    """What http.client reads from: each read has the time that the limits leave."""
 
-            def readinto(self, buffer: Any) -> int | None:
-                owner._sock.settimeout(owner.limits.left())
-                count: int | None = raw.readinto(buffer)
-                return count
+    def __init__(self, owner: _LimitedSocket) -> None:
+        self._owner = owner
+        self._raw = owner._sock.makefile("rb", buffering=0)
 
-            def close(self) -> None:
-                raw.close()
-                super().close()
+    def readable(self) -> bool:
+        return True
 
-        return io.BufferedReader(LimitedReader(), 16384)
+    def readinto(self, buffer: Any) -> int | None:
+        self._owner._sock.settimeout(self._owner.limits.left())
+        count: int | None = self._raw.readinto(buffer)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 @functools.cache
@@ -1890,7 +1912,7 @@ class _Answer:
             for piece in inflate(data) if inflate else (data,):
                 total += len(piece)
                 if total > self._most:
-                    raise InvalidResponse(f"the answer is larger than max_response_bytes={self._most}")
+                    raise InvalidResponse(f"the answer is larger than max_response_bytes={self._most}", code="too_large")
                 yield piece
                 if inflate and (late := self.limits.expired()):  # one read may hold megabytes of work
                     raise late
@@ -2017,6 +2039,8 @@ class _Lines:
 
     def _split(self, chunk: bytes) -> list[bytes]:
         """The lines that this chunk completes."""
+        if not chunk:
+            return []
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
         self._after_cr = chunk.endswith(b"\r")
@@ -2194,7 +2218,10 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
             kind = _CODES[code]
             return RateLimited if kind is QuotaExceeded and status == 402 and waits else kind
     for pattern, kind in _PHRASES:
-        if re.search(pattern, text) and not (kind is AuthenticationError and status >= 500):
+        if re.search(pattern, text) and not (
+            (kind is AuthenticationError and status >= 500)
+            or (kind is ContentFiltered and status not in (200, 400, 403, 422))  # else a service of that name has trouble
+        ):
             return kind
     number = status if status >= 300 else facts.number or status
     if number in (404, 410) and ((model and model.lower() in text) or "model" in text):
@@ -2219,18 +2246,30 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
 
 def _retry_hint(headers: Mapping[str, str], facts: _ErrorFacts, limited: bool) -> float | None:
     """Seconds to wait by the server's own word, in any of its forms; None for nonsense, NaN and negative numbers."""
-    found = re.search(r"(?:try again|retry) (?:in|after) ([0-9hms.]+)", facts.message)
     hints = [
         _seconds(headers.get("retry-after-ms", ""), 0.001),
         _seconds(headers.get("retry-after", "")),
         _until(headers.get("retry-after", "")),
         facts.delay,
-        _duration(found.group(1)) if found else None,
+        _in_words(facts.message),
     ]
     if limited:
         resets = [_reset(headers, what) for what in ("requests", "tokens", "input-tokens", "output-tokens")]
         hints.append(max((reset for reset in resets if reset is not None), default=None))
     return next((hint for hint in hints if hint is not None), None)
+
+
+def _in_words(message: str) -> float | None:
+    """Seconds of ``try again in 6m0s``, ``retry after 20 seconds`` or ``try again in 2 minutes``; None of anything else."""
+    said = r"(?i)(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms])(?![a-z]))+|\d+(?:\.\d+)?) ?([a-z]*)"
+    found = re.search(said, message)
+    if found is None:
+        return None
+    number, unit = found.group(1).lower(), found.group(2).lower()
+    if not number[-1].isdigit():
+        return _duration(number)
+    scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400.0))
+    return _seconds(number, next((scale for pattern, scale in scales if re.fullmatch(pattern, unit)), 1.0))
 
 
 def _reset(headers: Mapping[str, str], what: str) -> float | None:
@@ -2518,7 +2557,8 @@ def _repaired(messages: list[Message]) -> list[Message]:
             result = next((result for result in results if (result.get("tool_call_id") or "") == old), None)
             if result is not None:
                 results.remove(result)
-            new = old if old and old not in ids else f"{old or 'call'}_{len(ids)}"
+            fresh = (f"{old or 'call'}_{number}" for number in itertools.count(len(ids)))
+            new = old if old and old not in ids else next(name for name in fresh if name not in ids)
             ids.add(new)
             if new != old:
                 calls[at] = {**call, "id": new}
@@ -2854,12 +2894,14 @@ class _HTTPProvider(LLMProvider):
         self._wants_model = self._needs_model
         key = self._from_environment(os.environ)[0] if api_key is None else api_key
         self._key = _sendable(key, f"{type(self).__name__}(api_key)")
+        self._basic: dict[str, str] = {}
         self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",  # compression would only delay the first token
             "User-Agent": f"copilot-router/{__version__}",
+            **self._basic,
             **self._auth_headers(),
             **{name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()},
         }
@@ -2890,10 +2932,18 @@ class _HTTPProvider(LLMProvider):
 
     def _full_url(self, url: str) -> str:
         """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
+        import base64
+        from urllib.parse import unquote
+
         where = f"{type(self).__name__}(base_url)"
         if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
             raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
         address, _, self._query = url.strip().partition("?")
+        scheme, _, rest = address.partition("://")
+        user, at, _ = rest.partition("/")[0].rpartition("@")
+        if at:  # a name and password become a header, so that no message shows them
+            address = f"{scheme}://{rest.removeprefix(user + at)}"
+            self._basic = {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"}
         address = address.rstrip("/")
         for end in self._cut_paths:
             address = address.removesuffix(end).rstrip("/")
@@ -2935,10 +2985,9 @@ class _HTTPProvider(LLMProvider):
         limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, (timeout, timeout))
         answer = self._send("GET", self._ping_path, b"", limits)
         try:
-            body = answer.body()
             if answer.status >= 300:
-                raise self._failure(answer, body, _Call([], None, None, {}))[0]
-            _json(body, "the list of models")
+                raise self._failure(answer, self._error_body(answer), _Call([], None, None, {}))[0]
+            _json(answer.body(), "the list of models")
         finally:
             answer.close()
 
@@ -2975,7 +3024,7 @@ class _HTTPProvider(LLMProvider):
             try:
                 if 200 <= answer.status < 300:
                     return (yield from self._read(answer, call, decoder, every_delta))
-                error, facts = self._failure(answer, answer.body(), call)
+                error, facts = self._failure(answer, self._error_body(answer), call)
             except ProviderError as failure:
                 failure.model = failure.model or model or ""
                 failure.provider = failure.provider or self._vendor
@@ -3004,8 +3053,8 @@ class _HTTPProvider(LLMProvider):
         return _Limits(
             deadline - time.monotonic(),
             self.connect_timeout,
-            self.first_token_timeout if first is None else first,
-            self.stall_timeout if stall is None else stall,
+            self.first_token_timeout if first is None else _number(first, "first_token_timeout"),
+            self.stall_timeout if stall is None else _number(stall, "stall_timeout"),
             (self.first_token_timeout, self.stall_timeout),
         )
 
@@ -3117,6 +3166,16 @@ class _HTTPProvider(LLMProvider):
             raise InvalidResponse("an empty body")
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
         decoder.feed_whole(_json(body, f"the answer ({kind if re.fullmatch(_MEDIA_TYPE, kind) else 'of an odd type'})"))
+
+    @staticmethod
+    def _error_body(answer: _Answer) -> bytes:
+        """What an error says; nothing if that cannot be read, since its status and headers still say enough."""
+        try:
+            return answer.body()
+        except ProviderError as error:
+            if error.code == "too_large":
+                raise
+            return b""
 
     def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
         """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
@@ -3405,8 +3464,11 @@ _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, Any]:
     """A message as it is sent. Local templates know neither the developer role nor lists of text parts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-    if "content" not in sent:
-        sent["content"] = None if sent.get("tool_calls") else ""
+    if "tool_calls" in sent:
+        sent["tool_calls"] = [_textual(item) for item in sent["tool_calls"]]
+    if not sent.get("tool_calls"):
+        sent.pop("tool_calls", None)  # an empty list is refused
+    sent.setdefault("content", None if "tool_calls" in sent else "")
     if not at_openai:
         if sent["role"] == "developer":
             sent["role"] = "system"
@@ -3417,6 +3479,14 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, A
         if sent["role"] == "assistant" and (kept := kept or call.quirks.get("reasoning_content")):
             sent["reasoning_content"] = kept
     return sent
+
+
+def _textual(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool call whose arguments are text, as they are sent; callers may have parsed them."""
+    arguments = item["function"].get("arguments")
+    if isinstance(arguments, str):
+        return item
+    return {**item, "function": {**item["function"], "arguments": json.dumps(arguments or {})}}
 
 
 def _short_ids(messages: list[Message], most: int) -> list[Message]:
@@ -3540,8 +3610,7 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
             content.append({"type": "input_file", "filename": "file", "file_data": f"data:{media};base64,{data}"})
     items: list[Any] = [{"role": role, "content": content}] if content else []
     for item in message.get("tool_calls") or ():
-        arguments = item["function"].get("arguments") or "{}"
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        text = _textual(item)["function"]["arguments"] or "{}"
         items.append({"type": "function_call", "call_id": item["id"], "name": item["function"]["name"], "arguments": text})
     return items
 
@@ -4585,8 +4654,7 @@ class FailoverChain(LLMProvider):
             tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
                 tier.breaker._share(store)
-            tier.breaker._store_listeners.append(functools.partial(self._store_changed, tier.name))
-            tier.breaker._listeners.append(functools.partial(self._breaker_changed, tier.name))
+            tier.breaker._watchers.add(self)
         self._plan: _Plan = [(tier, tier._default) for tier in self.tiers]
         self._picky = not all(tier.supports_tools and tier.supports_images for tier in self.tiers)
 
@@ -4672,12 +4740,16 @@ class FailoverChain(LLMProvider):
         return self.health()
 
     def ping(self, timeout: float = 5.0) -> None:
-        """Returns if any tier's ping does, raises the last one's error."""
+        """Returns if any tier's ping does, raises the last one's error. ``timeout``: seconds for all of them together."""
+        until = time.monotonic() + _number(timeout, "timeout")
         errors: list[Exception] = []
         for tier in self.tiers:
             try:
-                return tier.provider.ping(timeout)
+                getattr(tier.provider, "ping", lambda _: None)(max(0.0, until - time.monotonic()))
+                return
             except Exception as error:
+                if _is_task_limit(error):
+                    raise
                 errors.append(error)
         raise errors[-1]
 
@@ -4799,7 +4871,7 @@ class FailoverChain(LLMProvider):
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self._tell_failure(state, error)
             raise _bare(error)  # noqa: B904 - it is the same error
-        if state.observed and isinstance(found, LLMResponse):
+        if isinstance(found, LLMResponse) and (state.observed or len(found.attempts) > 1):
             self._tell_answer(found)
         return found
 
@@ -4925,8 +4997,8 @@ class FailoverChain(LLMProvider):
                 held += delta
                 if not held or held.isspace():
                     continue
-                if len(held) > _ECHO and ">" not in delta and "<think>" in held[:_ECHO] and "</think>" not in held:
-                    continue  # inside a think block that this delta does not end
+                if ">" not in delta and "<think>" in held[:16] and "</think>" not in held:
+                    continue  # inside a think block that this delta does not end: it may be long
                 if not self._ladder or not _undecided(held, self._core):
                     return _Live(stream, held)
         except StopIteration as end:
@@ -4938,21 +5010,25 @@ class FailoverChain(LLMProvider):
                 cause.attempts = error.attempts
             raise cause from None
 
+    def _later_ready(self, state: _State, tier: ProviderTier, later: _Plan) -> bool:
+        """Whether another tier that comes after this one would take the request now."""
+        return any(
+            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
+            for other, _ in later
+            if other is not tier
+        )
+
     def _silence(
         self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
         later: _Plan, left: float,
     ) -> dict[str, float]:  # fmt: skip
         """The limits on silence for one request (class docstring, Silence)."""
         provider: Any = tier.provider
-        ready = any(
-            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
-            for other, _ in later
-            if other is not tier
-        )
+        ready = self._later_ready(state, tier, later)
         relaxed = not ready or state.escalating or state.model is not None or "reasoning_effort" in options
         limits = {}
         for name in ("first_token_timeout", "stall_timeout"):
-            limit = options.get(name, getattr(provider, name)) * (_PATIENCE if relaxed else 1.0)
+            limit = _number(options.get(name, getattr(provider, name)), name) * (_PATIENCE if relaxed else 1.0)
             limits[name] = min(limit, left / 2) if ready else limit
         return limits
 
@@ -4961,6 +5037,8 @@ class FailoverChain(LLMProvider):
         again: bool, patience: bool,
     ) -> float | None:  # fmt: skip
         """Settle and record a failed request. Seconds to pause before the same tier is asked again, None for the next."""
+        if isinstance(error, UnknownModel) and isinstance(tier.provider, FailoverChain):
+            error = ModelNotFound(str(error))  # the nested chain's view: another tier may serve it
         if _passes_through(error):
             ticket.neutral()
             raise error
@@ -4991,6 +5069,8 @@ class FailoverChain(LLMProvider):
         elif isinstance(error, ServerError) and pause is None and (error.retry_after or 0.0) > self.max_retry_after:
             outcome, seconds = "park", min(error.retry_after or 0.0, _MAX_PARK)
         text = _error_text(error)
+        if not isinstance(error, RouterError) and _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", tier.name, _place(error))
         tier.breaker._settle(ticket, outcome, seconds, text, _is_local(error))
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or model or ""
@@ -5006,7 +5086,8 @@ class FailoverChain(LLMProvider):
         """Seconds to wait before asking the same tier again; None if it is not to be asked again."""
         hint = getattr(error, "retry_after", None) if isinstance(error, ProviderError) else None
         if isinstance(error, RateLimited):
-            wanted = hint is not None and patience and error.breaker == "park" and not ticket.is_trial
+            waits = error.breaker == "park" and self._overruled(error) is None
+            wanted = hint is not None and patience and waits and not ticket.is_trial
             pause = hint
         else:
             wanted = again and self._action(error) == "again"
@@ -5015,13 +5096,13 @@ class FailoverChain(LLMProvider):
             return None
         return float(pause)
 
+    def _overruled(self, error: Exception) -> str | None:
+        """What ``on_error`` says of the nearest class that it names; None if it names none."""
+        return next((self._on_error[kind] for kind in type(error).__mro__ if kind in self._on_error), None)
+
     def _action(self, error: Exception) -> str:
-        """again, next or raise: by ``on_error`` for the nearest class that it names, else by the class itself."""
-        if self._on_error:
-            for kind in type(error).__mro__:
-                if kind in self._on_error:
-                    return self._on_error[kind]
-        return error.then if isinstance(error, ProviderError) else "next"
+        """again, next or raise: by ``on_error``, else by the class itself."""
+        return self._overruled(error) or (error.then if isinstance(error, ProviderError) else "next")
 
     def _unable(self, state: _State, tier: ProviderTier) -> str | None:
         if state.tools and not tier.supports_tools:
@@ -5037,10 +5118,7 @@ class FailoverChain(LLMProvider):
         """One of the tier's max_concurrency places; waited for only when no later tier is ready. Without one, no ticket."""
         import queue
 
-        waits = not any(
-            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
-            for other, _ in later
-        )
+        waits = not self._later_ready(state, tier, later)
         left = max(0.0, state.deadline - self._clock())
         try:
             tier._slots.get(waits, min(left, _LONGEST_WAIT))
@@ -5109,8 +5187,6 @@ class FailoverChain(LLMProvider):
         answer.latency = self._clock() - state.start
         if not answer.model:
             answer.model = state.attempts[-1].model
-        if len(state.attempts) > 1 and _log.isEnabledFor(logging.INFO):
-            _log.info("answered: %s", _explain(answer.attempts, answer.cost))
         return answer
 
     # -- streams
@@ -5150,7 +5226,7 @@ class FailoverChain(LLMProvider):
             raise self._wrong_type(live.tier, response)
         self._record(state, live.tier, live.model, None, response, clock() - live.start)
         answer = self._finished(state, live.tier, response)
-        if state.observed:
+        if state.observed or len(answer.attempts) > 1:
             self._tell_answer(answer)
         return answer
 
@@ -5273,7 +5349,7 @@ class FailoverChain(LLMProvider):
             if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
                 return UnsupportedRequest("; ".join(str(error) for error in errors))
         error: AllProvidersFailed
-        reasons = "; ".join(self._reasons(state))
+        reasons = "; ".join(f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in state.attempts)
         if state.last is not None:
             error = EscalationFailed(f"no stronger answer: {reasons or 'nowhere to escalate to'}")
             error.response = state.last
@@ -5286,11 +5362,6 @@ class FailoverChain(LLMProvider):
         error.__cause__ = error.errors[0] if error.errors else None
         return error
 
-    @staticmethod
-    def _reasons(state: _State) -> Iterator[str]:
-        for attempt in state.attempts:
-            yield f"{attempt.tier}: {attempt.error or attempt.outcome}"
-
     # -- telling
 
     def _tell_failure(self, state: _State, error: RouterError) -> None:
@@ -5298,6 +5369,8 @@ class FailoverChain(LLMProvider):
         self._emit("done", "", "", {"outcome": type(error).__name__, "latency": self._clock() - state.start})
 
     def _tell_answer(self, response: LLMResponse) -> None:
+        if len(response.attempts) > 1 and _log.isEnabledFor(logging.INFO):
+            _log.info("answered: %s", _explain(response.attempts, response.cost))
         self._emit("done", response.provider, response.model, {
             "outcome": "ok", "latency": response.latency, "cost": response.cost, "attempts": len(response.attempts),
             "prompt_tokens": response.usage.prompt_tokens, "completion_tokens": response.usage.completion_tokens,
@@ -5321,11 +5394,19 @@ class FailoverChain(LLMProvider):
                 raise
             _log.exception("on_event failed")
 
-    def _store_changed(self, tier: str, what: str) -> None:
-        self._emit("breaker", tier, "", {"store": what})
+    def _breaker_told(self, breaker: CircuitBreaker, data: dict[str, Any]) -> None:
+        for tier in self.tiers:
+            if tier.breaker is breaker:
+                self._emit("breaker", tier.name, "", data)
 
-    def _breaker_changed(self, tier: str, name: str, old: str, new: str, reason: str) -> None:
-        self._emit("breaker", tier, "", {"old": old, "new": new, "reason": reason})
+
+def _place(error: BaseException) -> str:
+    """``KeyError in provider.py, line 12``: of an exception that is not ours, whose text could hold anything."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace is not None else ""
+    return f"{type(error).__name__}{where}"
 
 
 def _bare(error: BaseException) -> BaseException:
@@ -5400,7 +5481,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
         return self._deltas.throw(*error)
 
     def close(self) -> None:
-        """Give up what has not come yet, and free the connection. May be called at any time."""
+        """Give up what has not come yet, and free the connection. Call it in the thread that reads."""
         self._deltas.close()
 
     @property

@@ -308,3 +308,20 @@ def test_a_session_is_opened_once() -> None:
     provider = OpenAIProvider(KEY, BASE)
     assert provider._open_session(URL) is provider._open_session(URL)
     provider.close()
+
+
+def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None:
+    """As for any HTTP client; no message, repr or carried part shows them. A key goes before them."""
+    mocked.post(URL, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    provider = OpenAIProvider("", "http://me:p%40ss-word@" + BASE.partition("://")[2])
+    provider.chat("hi", model="m")
+    assert mocked.calls[0].request.headers["Authorization"] == "Basic bWU6cEBzcy13b3Jk"
+    assert "word" not in f"{provider!r} {provider.base_url}"
+
+
+def test_an_error_whose_body_is_unreadable_is_read_by_its_status(mocked: Any) -> None:
+    """A compression nobody asked for hides the message, not the status and the Retry-After."""
+    mocked.post(URL, status=429, body=b"\x00", headers={"Content-Encoding": "br", "Retry-After": "30"})
+    with pytest.raises(RateLimited) as caught:
+        OpenAIProvider(KEY, BASE).chat("hi", model="m")
+    assert (caught.value.status, caught.value.retry_after) == (429, 30)

@@ -116,6 +116,10 @@ def test_a_leading_think_block_is_reasoning(text: str, thought: str, answer: str
 ASKED = _Call([{"role": "user", "content": "x"}], None, "asked", {})
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+PARSED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
 def new_decoder() -> _ChatDecoder:
     return _ChatDecoder(ASKED)
 
@@ -310,7 +314,9 @@ def test_a_body_in_full() -> None:
         ),
         ({"role": "assistant", "content": None, "refusal": None, "reasoning": "x"}, {"role": "assistant", "content": ""},
             None),
-        ({"role": "assistant", "tool_calls": [1]}, {"role": "assistant", "tool_calls": [1], "content": None}, None),
+        ({"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "tool_calls": [CALL], "content": None}, None),
+        ({"role": "assistant", "tool_calls": [PARSED]}, {"role": "assistant", "tool_calls": [CALL], "content": None}, None),
+        ({"role": "assistant", "tool_calls": [], "content": "x"}, {"role": "assistant", "content": "x"}, None),
         ({"role": "user", "content": [{"type": "image_url"}]}, {"role": "user", "content": [{"type": "image_url"}]}, None),
     ],
 )
