@@ -23,8 +23,8 @@ from copilot_router import CircuitBreaker
 #: Not here: what forks, interrupts and races do with a store has tests of its own, and settings are checked without one.
 #: With a store, breakers of one name are one; and what hammers a breaker from many threads would only time the store.
 _OWN = (
-    "test_08_a_bad", "test_08_bad", "test_09", "test_11", "test_85", "test_29", "test_44", "test_88", "test_91",
-    "test_the_child_side", "test_a_race", "test_a_change",
+    "test_08_a_bad", "test_08_bad", "test_09", "test_11", "test_85", "test_29", "test_44", "test_69", "test_88", "test_91",
+    "test_92", "test_93", "test_94", "test_95", "test_the_child_side", "test_a_race", "test_a_change",
 )  # fmt: skip
 globals().update({n: t for n, t in vars(test_breaker).items() if n.startswith("test_") and not n.startswith(_OWN)})
 
