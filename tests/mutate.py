@@ -5,9 +5,9 @@
 A sample is drawn, each line of code as likely as the next: numbers, strings that are not meant for people, comparisons,
 conditions, arithmetic, results, statements and arguments taken away or swapped. Docstrings, annotations and messages stay.
 First the suite runs once and notes which test reaches which line. Then each mutant is run, in a copy of the tree, by the tests
-that reach its line, the quickest first, until one fails. What a module or class says once (a default, a table) is reached by
-those tests that reach a function which uses its name. A test that takes far longer than it usually does is cut off; that is
-counted as a time-out, not as killed. A slow test has to fail twice: on a busy machine it might fail for another reason.
+that reach its line, the quickest of each file first, until one fails. What a module or class says once (a default, a table) is
+reached by those tests that reach a function which uses its name. A test that takes far longer than it usually does is cut off;
+that is counted as a time-out, not as killed. A slow test has to fail twice: a busy machine might be the reason.
 Survivors are written to tests/mutants.md; a reason given there is kept as long as the mutant stays the same.
 """
 
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -381,12 +381,17 @@ class Suite:
                 yield name, part.lineno  # type: ignore[attr-defined]
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that could notice it, the quickest first."""
+        """The tests that could notice it: of each file in turn the quickest that is left, as many as time allows."""
         lines = self.uses[mutant.used] if mutant.used else mutant.lines
         tests = set().union(*(self.reached.get(line, set()) for line in lines))
-        ordered = sorted(tests, key=lambda test: self.times[test])
-        quick = [test for test in ordered if self.times[test] < SLOW]
-        slow = [test for test in ordered if self.times[test] >= SLOW]
+        turns: Counter[str] = Counter()
+        ordered: list[tuple[int, float, str]] = []
+        for test in sorted(tests, key=lambda test: self.times[test]):
+            file = test.partition("::")[0]
+            ordered.append((turns[file], self.times[test], test))
+            turns[file] += 1
+        quick = [test for _, taken, test in sorted(ordered) if taken < SLOW]
+        slow = sorted(tests - set(quick), key=lambda test: self.times[test])
         chosen: list[str] = []
         total = 0.0
         for test in quick + (slow[:FEW] if len(quick) >= ENOUGH else slow):

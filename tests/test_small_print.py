@@ -224,6 +224,15 @@ def test_what_passes_through_a_trial_hands_it_on(clock: FakeClock, error: type[B
     assert chain.chat("hi").text == "well again"
 
 
+def test_a_custom_provider_sees_plain_messages() -> None:
+    """What an answer's message keeps for its own provider is left out for one that could not know it."""
+    provider = ScriptedProvider(["x"])
+    kept = {"role": "assistant", "content": "yes", "copilot_router": {"provider": "anthropic", "blocks": []}}
+    user = {"role": "user", "content": "hi"}
+    FailoverChain([ProviderTier("a", provider)]).chat([user, kept, user])
+    assert provider.calls[0]["messages"] == [user, {"role": "assistant", "content": "yes"}, user]
+
+
 def test_without_any_time_every_tier_is_named() -> None:
     """None is asked, and all are in the record, in order."""
     chain = FailoverChain([ProviderTier(name, ScriptedProvider([])) for name in "abc"])
@@ -345,6 +354,15 @@ def test_ollamas_own_id_of_a_call_is_kept(mocked: Any) -> None:
     response = OllamaProvider(base_url="http://h", stream_upstream=False).chat("hi", model="m")
     assert response.tool_calls[0].id == "call_of_its_own"
     assert response.tool_calls[1].id not in ("", "call_of_its_own")
+
+
+def test_a_custom_tool_of_openais_is_a_tool_call(mocked: Any) -> None:
+    """Its input is text, and stays readable as what the model wrote."""
+    call = {"id": "call_1", "type": "custom", "custom": {"name": "f", "input": "SELECT 1"}}
+    body = {"choices": [{"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    mocked.post("http://h/v1/chat/completions", json=body)
+    (asked,) = OpenAIProvider(KEY, "http://h").chat("hi", model="m").tool_calls
+    assert (asked.id, asked.name, asked.arguments, asked.raw_arguments) == ("call_1", "f", None, "SELECT 1")
 
 
 def test_a_hint_that_only_the_message_names_is_dropped(mocked: Any) -> None:
