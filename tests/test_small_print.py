@@ -377,11 +377,22 @@ def test_what_a_broken_answer_had_used_and_whose_it_was(mocked: Any) -> None:
     """Tokens are paid for even if the stream breaks after it has said how many; the error names model and vendor."""
     usage = {"prompt_tokens": 11, "completion_tokens": 7}
     event = f"data: {json.dumps({'choices': [{'delta': {'content': 'x'}}], 'usage': usage})}\n\n"
-    mocked.post("http://h/v1/chat/completions", body=event, content_type="text/event-stream")
+    told = {"x-request-id": "req_1"}
+    mocked.post("http://h/v1/chat/completions", body=event, content_type="text/event-stream", headers=told)
     with pytest.raises(InvalidResponse, match="truncated") as caught:
         OpenAIProvider(KEY, "http://h").chat("hi", model="m")
     assert caught.value.usage == Usage(11, 7)
     assert (caught.value.model, caught.value.provider, caught.value.status) == ("m", "openai", 200)
+    assert caught.value.request_id == "req_1"
+
+
+@pytest.mark.parametrize("status", [300, 399])
+def test_an_answer_under_a_redirects_status_is_none(mocked: Any, status: int) -> None:
+    """Whatever the body says."""
+    body = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("http://h/v1/chat/completions", status=status, json=body)
+    with pytest.raises(InvalidResponse, match="a redirect, which is not followed"):
+        OpenAIProvider(KEY, "http://h").chat("hi", model="m")
 
 
 def test_the_deadline_holds_in_a_session_of_the_users() -> None:
