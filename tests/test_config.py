@@ -767,7 +767,7 @@ INIT = {
     "a server with a key": ({"OPENAI_BASE_URL": "http://127.0.0.1:9/x", "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m"},
                             [("openai", "http://127.0.0.1:9/x", ["m"])]),
     "an address with a password": ({"LMSTUDIO_BASE_URL": f"http://me:{KEY}@127.0.0.1:9"},
-                                   [("lmstudio", f"http://127.0.0.1:9/v1", [])]),
+                                   [("lmstudio", "http://127.0.0.1:9/v1", [])]),
     **{
         name: (environ, tiers)
         for name, (environ, tiers) in ENVIRONMENTS.items()
