@@ -5074,7 +5074,7 @@ class FailoverChain(LLMProvider):
         tier.breaker._settle(ticket, outcome, seconds, text, _is_local(error))
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or model or ""
-        if isinstance(error, RouterError) and isinstance(tier.provider, FailoverChain):
+        if isinstance(error, RouterError) and error.attempts and isinstance(tier.provider, FailoverChain):
             self._join(state, tier, error.attempts, None)
             tier._count(text, now - start)
         else:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
 import pytest
@@ -1108,3 +1108,17 @@ def test_93_other_ways_to_run(tmp_path: Path, number: int, program: str) -> None
     file.write_text(program)
     done = subprocess.run([sys.executable, str(file)], env=with_module(), timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_async_function_cannot_be_guarded() -> None:
+    """It would be over before it has begun; the breaker says so when it decorates."""
+
+    async def one() -> None:
+        pass
+
+    async def many() -> AsyncGenerator[int, None]:
+        yield 1
+
+    for function in (one, many):
+        with pytest.raises(TypeError, match="blocking"):
+            CircuitBreaker()(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import pickle
@@ -28,6 +29,7 @@ from copilot_router import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EmptyResponse,
+    EscalationFailed,
     Event,
     FailoverChain,
     InvalidResponse,
@@ -48,6 +50,7 @@ from copilot_router import (
     UnknownModel,
     UnsupportedRequest,
     Usage,
+    _place,
 )
 
 PROMPT = "the secret prompt of this test suite"
@@ -1115,3 +1118,110 @@ def test_a_tool_call_is_no_marker(clock: FakeClock) -> None:
     """An answer without text, with an escalation model."""
     answer = LLMResponse(tool_calls=[ToolCall("1", "f", {})])
     assert chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b-model").chat("hi").has_tool_calls
+
+
+# -- small print
+
+
+def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock: FakeClock) -> None:
+    """Its UnknownModel is its own view: the next tier is asked."""
+    inner = FailoverChain([ProviderTier("i", ScriptedProvider(["inner"]), ["small"])])
+    first, last = tier("a", ServerError, ServerError, models=["big"]), tier("c", "last", models=["c"])
+    response = chain_of(clock, first, ProviderTier("nested", inner), last).chat("hi", model="big")
+    assert response.text == "last"
+    assert "ModelNotFound" in str(response.attempts[-2].error)
+
+
+@pytest.mark.parametrize("rule", ["next", "raise"])
+def test_on_error_rules_a_rate_limit_too(clock: FakeClock, rule: str) -> None:
+    """It is not waited out: the tier is parked, and the next one asked or the error raised."""
+    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=1), "a"), tier("b", "b"), on_error={RateLimited: rule})
+    if rule == "next":
+        assert chain.chat("hi").text == "b"
+    else:
+        with pytest.raises(RateLimited):
+            chain.chat("hi")
+    assert clock.slept == []
+    assert chain.tiers[0].breaker.retry_after == 1
+
+
+def test_ping_needs_no_ping_of_a_provider() -> None:
+    """A provider may be any object with chat(); the time is for all tiers together."""
+
+    class Duck:
+        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+            return LLMResponse("quack")
+
+    FailoverChain([ProviderTier("duck", Duck())]).ping()  # type: ignore[arg-type]
+    given: list[float] = []
+
+    class Dead(ScriptedProvider):
+        def ping(self, timeout: float = 5.0) -> None:
+            given.append(timeout)
+            raise ProviderUnavailable("dead")
+
+    with pytest.raises(ProviderUnavailable):
+        FailoverChain([ProviderTier("a", Dead([])), ProviderTier("b", Dead([]))]).ping(3.0)
+    assert 0 < given[1] < given[0] <= 3.0
+
+
+def test_chains_over_the_same_tiers_are_not_kept_alive() -> None:
+    """A chain per request is a waste, but no leak; the chain that is left hears of its breakers."""
+    shared = tier("a", ServerError)
+    for _ in range(20):
+        FailoverChain([shared])
+    gc.collect()
+    assert len(shared.breaker._watchers) == 0
+    events: list[Event] = []
+    chain = FailoverChain([shared], on_event=events.append)
+    shared.breaker.open()
+    assert [(event.kind, event.tier, event.data["new"]) for event in events] == [("breaker", "a", "open")]
+    assert chain.tiers == (shared,)
+
+
+def test_a_failure_with_a_foreign_exception_survives_pickling(clock: FakeClock) -> None:
+    """Queues move errors between processes: what cannot be pickled is replaced by its name."""
+
+    class Local(Exception):
+        def __init__(self, one: str, two: str) -> None:
+            super().__init__(one)
+
+    with pytest.raises(AllProvidersFailed) as failed:
+        chain_of(clock, tier("a", Local("x", "y")), tier("b", ServerError("down"), ServerError("down"))).chat("hi")
+    copied = pickle.loads(pickle.dumps(failed.value))
+    assert (type(copied), str(copied), copied.attempts) == (AllProvidersFailed, str(failed.value), failed.value.attempts)
+    assert [type(error) for error in copied.errors] == [ProviderError, ServerError, ServerError]
+
+
+def test_where_a_foreign_exception_arose_is_logged(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG: its class, file and line, not its text; one without a traceback by its class alone."""
+
+    class Faulty(LLMProvider):
+        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+            raise KeyError("something private")
+
+    with caplog.at_level(logging.DEBUG, "copilot_router"), pytest.raises(AllProvidersFailed):
+        chain_of(clock, ProviderTier("mine", Faulty())).chat("hi")
+    assert re.search(r"mine: KeyError in .*test_chain\.py, line \d+", caplog.text)
+    assert "private" not in caplog.text
+    assert _place(KeyError("x")) == "KeyError"
+
+
+def test_an_answer_that_nobody_gets_is_not_logged_as_answered(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """The weak answers gave up, and the call failed."""
+    chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", "[ESCALATE] no"),
+                     tier("c", ProviderUnavailable, models=["c"]), escalation_model="c")  # fmt: skip
+    with caplog.at_level(logging.INFO, "copilot_router"), pytest.raises(EscalationFailed):
+        chain.chat("hi")
+    assert "answered" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["first_token_timeout", "stall_timeout"])
+def test_a_limit_that_is_no_number_opens_no_breaker(name: str) -> None:
+    """The caller's own mistake is told at once."""
+    provider = OpenAIProvider("test-key", "http://127.0.0.1:9/v1")
+    chain = FailoverChain([ProviderTier("a", provider, ["m"])])
+    for call in (chain.chat, lambda *args, **kwargs: provider.chat(*args, model="m", **kwargs)):
+        with pytest.raises(ConfigError, match=name):
+            call("hi", **{name: "5"})
+    assert chain.tiers[0].breaker.snapshot().failures == 0

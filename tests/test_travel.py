@@ -833,3 +833,16 @@ def test_a_session_of_the_users_is_left_alone() -> None:
 def test_an_anthropic_address_is_given_as_to_its_own_client(given: str, full: str) -> None:
     """With or without its /v1."""
     assert AnthropicProvider("key", given).base_url == full
+
+
+def test_made_up_ids_never_meet_given_ones() -> None:
+    """An empty id becomes one that no other call has, earlier or later; a list that is none is refused."""
+    function = {"name": "f", "arguments": "{}"}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [{"id": name, "type": "function", "function": function}]}
+        for name in ("call_1", "", "call_2", "call_1")
+    ]
+    ids = [message["tool_calls"][0]["id"] for message in _repaired(messages) if message["role"] == "assistant"]
+    assert len(set(ids)) == 4
+    with pytest.raises(BadRequest, match="give a list"):
+        OpenAIProvider("key", "http://127.0.0.1:9").chat([{**messages[0], "tool_calls": messages[0]["tool_calls"][0]}])

@@ -463,6 +463,41 @@ def test_one_field_can_be_corrected(message: str, param: str, options: Any, fix:
     assert _correction(facts, 400, call, ("api", "responses")) == ("api", "responses")
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("Try again in 20s", 20), ("try again in 2 minutes", 120), ("Please retry after 1 hour.", 3600),
+        ("retry in 500 ms", 0.5),
+        ("retry in 250 milliseconds", 0.25), ("try again in 1 day", 86400), ("try again in 20 seconds", 20),
+        ("try again in 6m0s.", 360), ("try again in 20. Thank you", 20), ("try again in 1.5 hrs", 5400),
+        ("try again later", None),
+    ],
+)  # fmt: skip
+def test_a_hint_in_words_has_its_unit(said: str, seconds: float | None) -> None:
+    """A number without one is seconds."""
+    assert _retry_hint({}, _error_facts(said), False) == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (503, "The moderation service is unavailable", ServerError), (409, "flagged as duplicate", ServerError),
+        (429, "rate limit for omni-moderation-latest reached", RateLimited), (403, "moderation", ContentFiltered),
+        (400, "Output blocked by content filtering policy", ContentFiltered), (200, "flagged as violence", ContentFiltered),
+    ],
+)  # fmt: skip
+def test_a_word_about_safety_is_not_yet_a_refusal(status: int, message: str, kind: type[ProviderError]) -> None:
+    """Only a status at which a request can be refused makes it one: else nobody would be asked instead."""
+    assert _class_of(_error_facts({"error": {"message": message}}), status, None, False) is kind
+
+
+def test_an_empty_piece_between_cr_and_lf_changes_nothing() -> None:
+    """A decompressor may yield one."""
+    parser = _SSE()
+    found = [event for piece in (b"event: x\r", b"", b"\ndata: 1\r\n\r\n") for event in parser.feed(piece)]
+    assert found == [("x", b"1")]
+
+
 def test_an_emoji_cut_in_half_is_one_emoji() -> None:
     """Two deltas that hold a surrogate each; a lone one, wherever it stands, is U+FFFD and can be printed."""
     decoder = new_decoder()
