@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+# Many tests measure time on real sockets: what failed while the machine was busy elsewhere is run once more, by itself.
+FAILED = --last-failed --last-failed-no-failures none
 
 .DEFAULT_GOAL := help
 .PHONY: help demo check lint types test fuzz stress soak mutate bench bench-quick real sdk dist clean bench-stores processes
@@ -37,7 +39,7 @@ types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(RUN)
 
 test: $(VENV)/dev
-	$(RUN) -m coverage run -m pytest -q
+	$(RUN) -m coverage run -m pytest -q || $(RUN) -m coverage run --append -m pytest -q $(FAILED)
 	$(RUN) -m coverage report
 
 fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the decoders
