@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import re
 import socket
@@ -172,6 +173,7 @@ class SharedMemory(MemoryStore):
     """Failures are counted together, and a read serves for a second."""
 
     shared_counts = True
+    shares_local_errors = False
     refresh = 1.0
 
 
@@ -192,6 +194,48 @@ def test_a_race_that_is_lost_again_and_again_takes_bounded_time(monkeypatch: pyt
     breaker.open(50)
     assert 2 <= len(tries) <= 5
     assert breaker.is_open
+
+
+def test_others_good_news_closes_no_breaker_that_is_open_for_itself(clock: FakeClock) -> None:
+    """This machine cannot connect; that another one's trial went well says nothing about that."""
+    store = SharedMemory()
+    mine = CircuitBreaker(1, 100, store=store, name="b", clock=clock)
+    other = CircuitBreaker(1, 5, store=store, name="b", clock=clock)
+    mine.admit()._settle_by(ProviderUnavailable("refused"))
+    assert (mine.state, other.state) == ("open", "closed")
+    other.admit().failure()
+    clock.advance(5)
+    other.admit().success()
+    clock.advance(2)
+    assert (mine.state, other.state) == ("open", "closed")
+
+
+def test_a_store_that_goes_is_a_warning_and_one_that_returns_is_none(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once each, at the level that an operator filters by."""
+    caplog.set_level(logging.INFO, "copilot_router")
+    store = Wrapped(SharedMemory())
+    breaker = CircuitBreaker(store=store, name="b", clock=clock)
+    store.error = OSError()
+    for _ in range(2):
+        breaker.admit().failure()
+    store.error = None
+    clock.advance(100)
+    for _ in range(2):
+        breaker.admit().neutral()
+    told = [(record.levelname, record.getMessage()[:19]) for record in caplog.records if "store" in record.getMessage()]
+    assert told == [("WARNING", "b: the store is dow"), ("INFO", "b: the store is bac")]
+
+
+def test_a_file_of_another_version_says_so(tmp_path: Path) -> None:
+    """Which one it is, and which one could be read."""
+    path = tmp_path / "b.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 7")
+    connection.close()
+    with pytest.raises(sqlite3.DatabaseError, match="is of version 7, this is version 1"):
+        SQLiteStore(path).load("b")
 
 
 def test_the_version_of_a_file_is_one(tmp_path: Path) -> None:
@@ -354,6 +398,52 @@ def test_ollamas_own_id_of_a_call_is_kept(mocked: Any) -> None:
     response = OllamaProvider(base_url="http://h", stream_upstream=False).chat("hi", model="m")
     assert response.tool_calls[0].id == "call_of_its_own"
     assert response.tool_calls[1].id not in ("", "call_of_its_own")
+
+
+def test_anthropic_is_told_of_a_turn_without_text(mocked: Any) -> None:
+    """It refuses an empty one."""
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}
+    mocked.post("http://h/v1/messages", json=answer)
+    turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "x"), ("user", ""))]
+    AnthropicProvider(KEY, "http://h").chat(turns, model="m")
+    asked = json.loads(mocked.calls[0].request.body)["messages"]
+    assert asked[-1] == {"role": "user", "content": [{"type": "text", "text": "Continue."}]}
+
+
+CALLED = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}},
+        {"id": "call_2", "type": "function", "function": {"name": "f", "arguments": '{"a": 2}'}},
+        {"id": "call_3", "type": "function", "function": {"name": "f", "arguments": ""}},
+    ]},
+    *({"role": "tool", "tool_call_id": f"call_{number}", "content": "done"} for number in (1, 2, 3)),
+]  # fmt: skip
+
+
+def test_arguments_of_earlier_calls_for_the_responses_api(mocked: Any) -> None:
+    """As text, whether they came as text, as an object, or not at all."""
+    message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x"}]}
+    mocked.post("http://h/v1/responses", json={"status": "completed", "output": [message]})
+    OpenAIProvider(KEY, "http://h", api="responses").chat(CALLED, model="m")
+    asked = json.loads(mocked.calls[0].request.body)["input"]
+    assert [item["arguments"] for item in asked if item.get("type") == "function_call"] == ['{"a": 1}', '{"a": 2}', "{}"]
+
+
+def test_arguments_of_earlier_calls_for_anthropic(mocked: Any) -> None:
+    """As an object."""
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}
+    mocked.post("http://h/v1/messages", json=answer)
+    AnthropicProvider(KEY, "http://h").chat(CALLED, model="m")
+    asked = json.loads(mocked.calls[0].request.body)["messages"][1]["content"]
+    assert [block["input"] for block in asked if block["type"] == "tool_use"] == [{"a": 1}, {"a": 2}, {}]
+
+
+def test_a_proxy_that_fails_is_named(mocked: Any) -> None:
+    """The server behind it may be well."""
+    mocked.post("http://h/v1/chat/completions", body=requests.exceptions.ProxyError("x"))
+    with pytest.raises(ProviderUnavailable, match="the proxy failed"):
+        OpenAIProvider(KEY, "http://h").chat("hi", model="m")
 
 
 def test_a_custom_tool_of_openais_is_a_tool_call(mocked: Any) -> None:
