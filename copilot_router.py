@@ -3169,10 +3169,10 @@ class _HTTPProvider(LLMProvider):
 
     @staticmethod
     def _error_body(answer: _Answer) -> bytes:
-        """What an error says; nothing if that cannot be read, since its status and headers still say enough."""
+        """What an error says; nothing if it is cut or garbled, since its status and headers still say enough."""
         try:
             return answer.body()
-        except ProviderError as error:
+        except InvalidResponse as error:
             if error.code == "too_large":
                 raise
             return b""

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import copilot_router
-from copilot_router import BreakerRecord, MemoryStore, RedisStore, SQLiteStore
+from copilot_router import BreakerRecord, CircuitBreaker, MemoryStore, RedisStore, SQLiteStore
 
 REDIS = shutil.which("redis-server")
 TESTS = Path(__file__).resolve().parent
@@ -190,3 +190,15 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
         process.kill()
     assert process.returncode == 0, error
     return out
+
+
+class Watcher:
+    """Stands for a chain: hears what a breaker says of its store."""
+
+    def __init__(self, breaker: CircuitBreaker, told: Callable[[str], object]) -> None:
+        self.told = told
+        breaker._watchers.add(self)  # type: ignore[arg-type]
+
+    def _breaker_told(self, breaker: CircuitBreaker, data: dict[str, Any]) -> None:
+        if "store" in data:
+            self.told(data["store"])

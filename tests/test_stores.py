@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from clocks import FakeClock
 from store_contract import Handles, StoreContract
-from stores import KINDS, RedisServer, Wrapped, done, have_redis, python, spare_port
+from stores import KINDS, RedisServer, Watcher, Wrapped, done, have_redis, python, spare_port
 
 import copilot_router
 from copilot_router import (
@@ -563,7 +563,7 @@ def test_120_nothing_of_a_user_runs_under_a_lock(clock: FakeClock, shared: Wrapp
 
     shared.before = lambda name: seen.append(free(breaker._lock))
     trip(breaker)
-    breaker._store_listeners.append(lambda what: seen.append(free(breaker._shared._lock)))  # type: ignore[union-attr]
+    watcher = Watcher(breaker, lambda what: seen.append(free(breaker._shared._lock)))  # type: ignore[union-attr]
     shared.before = None
     shared.error = DOWN
     clock.advance(2)
@@ -573,6 +573,7 @@ def test_120_nothing_of_a_user_runs_under_a_lock(clock: FakeClock, shared: Wrapp
     assert breaker.is_open
     assert len(seen) >= 12
     assert all(seen)
+    assert watcher.told
 
 
 def test_an_interrupt_in_a_store_comes_through(clock: FakeClock, shared: Wrapped) -> None:
@@ -1199,14 +1200,13 @@ def test_a_record_that_only_one_breaker_cannot_read(clock: FakeClock, make_store
     store.store.swap("bad", None, BreakerRecord())
     store.store._run("UPDATE breakers SET record = '[]'")
     told: list[str] = []
-    bad._store_listeners.append(told.append)
-    good._store_listeners.append(told.append)
+    watchers = [Watcher(bad, told.append), Watcher(good, told.append)]
     trip(bad)
     trip(good)
     assert bad.is_open
     assert good.is_open
     assert store.load("good")[0].state == "open"
-    assert [what.split("(")[1][:9] for what in told] == ["TypeError"]
+    assert [what.split("(")[1][:9] for what in told] == ["TypeError"], watchers
 
 
 def test_a_busy_handle_is_not_waited_for(tmp_path: Path) -> None:
@@ -1310,7 +1310,7 @@ def test_119_a_server_that_restarts(redis_server: RedisServer, clock: FakeClock)
     wrapped = Wrapped(store, clock)
     one, other = breaker_on(wrapped, clock), breaker_on(wrapped, clock)
     told: list[str] = []
-    one._store_listeners.append(told.append)
+    watcher = Watcher(one, told.append)
     trip(one)
     clock.advance(1)
     assert other.is_open
@@ -1321,7 +1321,7 @@ def test_119_a_server_that_restarts(redis_server: RedisServer, clock: FakeClock)
     redis_server.start()
     clock.advance(3)
     assert one.is_open
-    assert told == ["the store is down (ConnectionError): going on alone", "the store is back"]
+    assert told == ["the store is down (ConnectionError): going on alone", "the store is back"], watcher
     newcomer = breaker_on(wrapped, clock)
     assert newcomer.is_open
     clock.advance(10)
