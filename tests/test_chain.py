@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import re
+import socket
 import sys
 import threading
 import types
@@ -376,6 +377,7 @@ def test_a_task_limit_ends_listeners_stores_and_pings_too(clock: FakeClock, monk
         lambda: CircuitBreaker(on_change=limit).open(),
         lambda: CircuitBreaker(name="x", store=Store()).admit(),
         lambda: FailoverChain([ProviderTier("a", Pinged(["x"]))]).check(),
+        lambda: FailoverChain([ProviderTier("a", Pinged(["x"]))]).ping(),
     ):
         with pytest.raises(SoftTimeLimitExceeded):
             step()
@@ -1225,3 +1227,64 @@ def test_a_limit_that_is_no_number_opens_no_breaker(name: str) -> None:
         with pytest.raises(ConfigError, match=name):
             call("hi", **{name: "5"})
     assert chain.tiers[0].breaker.snapshot().failures == 0
+
+
+@pytest.mark.quiet
+def test_all_of_it_without_anybody_watching(clock: FakeClock) -> None:
+    """No event, no log: the same answers by the shorter way. A failover, a skip, a retry, a stream, a request over HTTP."""
+    logging.getLogger("copilot_router").setLevel(logging.CRITICAL)
+    try:
+        chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", ServerError, "b", "stream"))
+        assert chain.chat("hi").text == "b"
+        chain.tiers[0].breaker.open()
+        with chain.stream("hi") as stream:
+            assert list(stream) == ["stream"]
+        assert [attempt.outcome for attempt in stream.response.attempts] == ["skipped", "ok"]
+        real = FailoverChain([ProviderTier("http", OpenAIProvider("test-key", closed_address()), ["m"])])
+        with real, pytest.raises(AllProvidersFailed):
+            real.chat("hi", timeout=5)
+    finally:
+        logging.getLogger("copilot_router").setLevel(logging.NOTSET)
+
+
+def closed_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize("name", ["accept", "on_event"])
+def test_a_callback_that_is_none_is_refused(name: str) -> None:
+    """When the chain is built, not at the first answer."""
+    with pytest.raises(ConfigError, match=f"{name}='text'"):
+        FailoverChain([tier("a")], **{name: "text"})  # type: ignore[arg-type]
+
+
+def test_an_interruption_while_waiting_for_a_place_gives_the_trial_back(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the queue of a full tier."""
+
+    class Full:
+        def get(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    chain = chain_of(clock, tier("a", "x", max_concurrency=1))
+    breaker = chain.tiers[0].breaker
+    breaker.open(1)
+    clock.advance(1)
+    monkeypatch.setattr(chain.tiers[0], "_slots", Full())
+    with pytest.raises(KeyboardInterrupt):
+        chain.chat("hi")
+    assert breaker.admit().is_trial
+
+
+def test_a_stream_of_an_answer_without_text_has_no_delta() -> None:
+    """A custom provider with chat() alone, which wants a tool called."""
+
+    class Calls(LLMProvider):
+        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+            return LLMResponse(tool_calls=[ToolCall("1", "f", {})])
+
+    with FailoverChain([ProviderTier("a", Calls())]).stream("hi") as stream:
+        assert list(stream) == []
+    assert stream.response.has_tool_calls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from copilot_router import (
     ServerError,
     UnsupportedRequest,
     Usage,
+    _Answer,
     _Call,
     _chat_body,
     _chat_message,
@@ -40,6 +42,7 @@ from copilot_router import (
     _error_facts,
     _InBandError,
     _json,
+    _Limits,
     _masked,
     _retry_hint,
     _texts_of,
@@ -496,6 +499,24 @@ def test_an_empty_piece_between_cr_and_lf_changes_nothing() -> None:
     parser = _SSE()
     found = [event for piece in (b"event: x\r", b"", b"\ndata: 1\r\n\r\n") for event in parser.feed(piece)]
     assert found == [("x", b"1")]
+
+
+def test_groq_streams_its_usage_apart() -> None:
+    """In x_groq of the last chunk."""
+    last = {**STOP, "x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}}
+    assert decoded(delta(content="x"), last).usage == Usage(3, 2)
+
+
+def test_the_interpreters_own_trouble_while_reading_is_no_transport_error() -> None:
+    """MemoryError stays what it is."""
+
+    class Raw:
+        def read1(self, *_: object, **__: object) -> bytes:
+            raise MemoryError
+
+    response = SimpleNamespace(status_code=200, headers={}, raw=Raw())
+    with pytest.raises(MemoryError):
+        _Answer(response, _Limits(5, 5, 5, 5, (5, 5)), 100).body()
 
 
 def test_an_emoji_cut_in_half_is_one_emoji() -> None:
