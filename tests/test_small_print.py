@@ -61,6 +61,7 @@ from copilot_router import (
     Usage,
     _Progress,
     _whole_characters,
+    main,
 )
 
 KEY = "sk-test-print-key-5647382910"
@@ -369,6 +370,18 @@ def test_the_progress_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == "\r\033[K"
 
 
+@pytest.mark.parametrize("more", [[], ["--no-stream"]])
+def test_the_progress_line_ends_before_the_answer_begins(
+    mocked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """Its thread writes to the same terminal."""
+    shown: list[str] = []
+    monkeypatch.setattr(_Progress, "stop", lambda self: shown.append(capsys.readouterr().out))
+    mocked.post("http://h/v1/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    assert main(["chat", "--provider", "openai", "--base-url", "http://h/v1", "--model", "m", *more, "hi"]) == 0
+    assert shown == ["", "x\n"]
+
+
 # -- wire formats
 
 
@@ -401,13 +414,16 @@ def test_ollamas_own_id_of_a_call_is_kept(mocked: Any) -> None:
 
 
 def test_anthropic_is_told_of_a_turn_without_text(mocked: Any) -> None:
-    """It refuses an empty one."""
+    """It refuses an empty one, and a blank one."""
     answer = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}
     mocked.post("http://h/v1/messages", json=answer)
-    turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "x"), ("user", ""))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", " "), ("user", ""))]
     AnthropicProvider(KEY, "http://h").chat(turns, model="m")
     asked = json.loads(mocked.calls[0].request.body)["messages"]
-    assert asked[-1] == {"role": "user", "content": [{"type": "text", "text": "Continue."}]}
+    assert [(turn["role"], turn["content"]) for turn in asked[1:]] == [
+        ("assistant", [{"type": "text", "text": "(empty)"}]),
+        ("user", [{"type": "text", "text": "Continue."}]),
+    ]
 
 
 CALLED = [
