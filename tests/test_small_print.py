@@ -211,6 +211,19 @@ def test_others_good_news_closes_no_breaker_that_is_open_for_itself(clock: FakeC
     assert (mine.state, other.state) == ("open", "closed")
 
 
+def test_a_trial_that_is_given_back_is_no_new_opening(clock: FakeClock) -> None:
+    """This machine could not even connect: the others count one opening, and the next trial is theirs at once."""
+    store = SharedMemory(clock=clock)
+    mine, other = (CircuitBreaker(1, store=store, name="b", clock=clock) for _ in range(2))
+    other.admit().failure()
+    clock.advance(15)
+    mine.admit()._settle_by(ProviderUnavailable("refused"))
+    record = store.load("b")[0]
+    assert record is not None
+    assert (record.state, record.opened) == ("open", 1)
+    other.admit().success()
+
+
 def test_a_store_that_goes_is_a_warning_and_one_that_returns_is_none(
     clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,6 +280,15 @@ def test_what_passes_through_a_trial_hands_it_on(clock: FakeClock, error: type[B
     assert held.value.__traceback__ is not None
     assert chain.tiers[0].breaker.snapshot().state != "half_open"
     assert chain.chat("hi").text == "well again"
+
+
+def test_a_wait_for_a_tier_is_in_the_log(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """A cron job that seems to hang says what it waits for, and how long."""
+    caplog.set_level(logging.INFO, "copilot_router")
+    tier = ProviderTier("a", ScriptedProvider([RateLimited(retry_after=30), "x"]))
+    chain = FailoverChain([tier], clock=clock, sleep=clock.sleep)
+    assert chain.chat("hi", wait=60).text == "x"
+    assert "all tiers failed: waiting 30.0 s" in caplog.messages
 
 
 def test_a_custom_provider_sees_plain_messages() -> None:
