@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,6 +391,23 @@ def test_the_progress_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         progress._shown = True
     assert ended
     assert terminal.getvalue() == "\r\033[K"
+
+
+def test_a_missing_key_is_warned_of_where_the_provider_is_built() -> None:
+    """The warning points at the user's own line, and not into the module."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AnthropicProvider()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_warning_on_the_command_line_is_one_plain_line(mocked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without file, line number and class."""
+    answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("https://api.openai.com/v1/chat/completions", json=answer)
+    assert main(["chat", "--provider", "openai", "--model", "m", "hi"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("copilot-router: ") and "OPENAI_API_KEY" in line
 
 
 @pytest.mark.parametrize("more", [[], ["--no-stream"]])
