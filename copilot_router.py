@@ -1138,7 +1138,11 @@ class _SharedView:
         self._refresh = getattr(store, "refresh", 1.0)
         self._shared_counts = getattr(store, "shared_counts", False)
         self.shares_local_errors = getattr(store, "shares_local_errors", False)
-        self._seen: int | None = None  #: the stored generation, as last seen
+        # The breaker's record is the stored one as of the last look, with three exceptions, each with a flag below: changes
+        # that could not be written yet (_unsaved), an opening that is nobody else's business (_alone), and failures that are
+        # not counted together. While _down nothing is read or written before _next_read. A write names the generation in
+        # _seen; after a write that lost, or a look that a finalizer overtook, _seen is -1, which no record has.
+        self._seen: int | None = None  #: the stored generation, as last seen; None: no record
         self._offset = 0.0  #: the store's time less the breaker's
         self._next_read = -math.inf
         self._unsaved = False  #: a change that was meant for the store has not reached it
@@ -1176,7 +1180,7 @@ class _SharedView:
             for _ in range(_STORE_TRIES):
                 seen, old = self._seen, breaker._record  # as they are before a finalizer comes between
                 if seen is None and old.generation < self._now_ms():
-                    breaker._put(old, old._replace(generation=self._now_ms()))  # never a number used before a loss
+                    breaker._put(old, old._replace(generation=self._now_ms()))  # above any number that a lost record had
                     old = breaker._record
                 new = step(old)
                 if new is old:
