@@ -42,6 +42,7 @@ from copilot_router import (
     GeminiProvider,
     InvalidResponse,
     LLMProvider,
+    LLMResponse,
     LMStudioProvider,
     MemoryStore,
     ModelNotFound,
@@ -57,6 +58,7 @@ from copilot_router import (
     ScriptedProvider,
     ServerError,
     SQLiteStore,
+    StreamInterrupted,
     ToolCall,
     UnsupportedRequest,
     Usage,
@@ -111,6 +113,27 @@ POLICY = {
 def test_the_policy_stands_in_the_class(kind: type[ProviderError]) -> None:
     """A subclass of a custom provider inherits these two words, and may read them."""
     assert (kind.then, kind.breaker) == POLICY[kind]
+
+
+VENDORS = [(OpenAIProvider, "openai"), (LMStudioProvider, "lmstudio"), (OllamaProvider, "ollama"),
+           (AnthropicProvider, "anthropic"), (GeminiProvider, "gemini")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), VENDORS)
+def test_an_error_names_its_vendor(mocked: Any, kind: Any, name: str) -> None:
+    """Where no chain has put its tier's name there; with the vendor's hint when to come back."""
+    mocked.post(re.compile("http://h/.*"), status=429, json={"error": {"message": "slow"}}, headers={"Retry-After": "7"})
+    with pytest.raises(RateLimited) as caught:
+        kind(KEY, "http://h").chat("hi", model="m")
+    assert (caught.value.provider, caught.value.model, caught.value.retry_after) == (name, "m", 7)
+
+
+def test_what_nobody_filled_in_is_empty() -> None:
+    """A custom provider fills in what it knows."""
+    assert StreamInterrupted().partial == ""
+    empty = LLMResponse()
+    assert (empty.content, empty.model, empty.provider, empty.finish_reason) == (None, "", "", "stop")
+    assert (empty.tool_calls, empty.attempts, empty.usage) == ([], (), Usage(0, 0, 0, 0, 0))
 
 
 # -- defaults
