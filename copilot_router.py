@@ -2740,9 +2740,9 @@ class _Decoder(ABC):
         return self._take(body, whole)
 
     @property
-    def has_text(self) -> bool:
-        """Whether any text of the answer has been returned."""
-        return bool(self._text)
+    def length(self) -> int:
+        """How much text of the answer has been returned."""
+        return sum(map(len, self._text))
 
     @abstractmethod
     def _take(self, body: dict[str, Any], whole: bool) -> str:
@@ -3117,13 +3117,13 @@ class _HTTPProvider(LLMProvider):
             if "event-stream" in kind or "ndjson" in kind:
                 parser = _Lines() if "ndjson" in kind else _SSE()
                 yield from self._read_events(answer, parser, decoder, every_delta)
-                shown = decoder.has_text
+                shown = decoder.length
             else:
                 self._read_whole(answer, decoder)
-                shown = False
+                shown = 0
             response = decoder.response()
-            if every_delta and not shown and response.content:
-                yield response.content  # whole JSON, or what might have become a think block
+            if every_delta and (rest := response.text[shown:]):
+                yield rest  # whole JSON, or what might have become a think block or half a character
             return response
         except _InBandError as in_band:
             error, _ = self._reported(in_band.body, answer, call, decoder.usage)

@@ -325,3 +325,12 @@ def test_an_error_whose_body_is_unreadable_is_read_by_its_status(mocked: Any) ->
     with pytest.raises(RateLimited) as caught:
         OpenAIProvider(KEY, BASE).chat("hi", model="m")
     assert (caught.value.status, caught.value.retry_after) == (429, 30)
+
+
+def test_the_deltas_are_the_whole_text_also_at_its_end(mocked: Any) -> None:
+    """Half a character that never got its other half, as the last thing that came."""
+    chunks = [{"choices": [{"delta": {"content": text}}]} for text in ("ab", "c\ud83d")]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    body = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+    mocked.post(URL, body=body, headers={"Content-Type": "text/event-stream"})
+    assert "".join(OpenAIProvider(KEY, BASE).stream("hi", model="m")) == "abc\ufffd"
