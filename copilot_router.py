@@ -4360,6 +4360,9 @@ class ProviderTier:
         if params is not None and not isinstance(params, Mapping):
             raise ConfigError(f"{where}: params is a {type(params).__name__}: give a dict, such as {{'temperature': 0}}")
         self.params = dict(params or {})
+        for own in ("messages", "tools", "model", "timeout"):
+            if own in self.params:
+                raise ConfigError(f"{where}: params[{own!r}]: the chain gives it itself; a tier has models= and timeout=")
         self._ids = tuple(self.models.values())
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._passes_carry = isinstance(provider, (_HTTPProvider, FailoverChain))  # they know what to leave out

@@ -1288,3 +1288,10 @@ def test_a_stream_of_an_answer_without_text_has_no_delta() -> None:
     with FailoverChain([ProviderTier("a", Calls())]).stream("hi") as stream:
         assert list(stream) == []
     assert stream.response.has_tool_calls
+
+
+@pytest.mark.parametrize("own", ["messages", "tools", "model", "timeout"])
+def test_params_do_not_take_the_chains_own_arguments(own: str) -> None:
+    """When the tier is built, not as a TypeError of its provider at each call."""
+    with pytest.raises(ConfigError, match=f"params\\['{own}'\\]"):
+        tier("a", "x", params={own: 1})
