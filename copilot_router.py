@@ -123,6 +123,14 @@ _MESSAGE_LIMIT = 300
 #: Characters of it that are searched for what it means: patterns take long over a long text.
 _SEARCHED = 8000
 
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    """A pattern, compiled when it is first needed: most programs never need most of them. ``re`` itself keeps only 512 in all,
+    which a large program has of its own."""
+    return re.compile(text)
+
+
 _never_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  #: objects with locks or sockets to renew in a forked child
 
 
@@ -2222,7 +2230,7 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
             kind = _CODES[code]
             return RateLimited if kind is QuotaExceeded and status == 402 and waits else kind
     for pattern, kind in _PHRASES:
-        if re.search(pattern, text) and not (
+        if _pattern(pattern).search(text) and not (
             (kind is AuthenticationError and status >= 500)
             or (kind is ContentFiltered and status not in (200, 400, 403, 422))  # else a service of that name has trouble
         ):
@@ -2266,14 +2274,14 @@ def _retry_hint(headers: Mapping[str, str], facts: _ErrorFacts, limited: bool) -
 def _in_words(message: str) -> float | None:
     """Seconds of ``try again in 6m0s``, ``retry after 20 seconds`` or ``try again in 2 minutes``; None of anything else."""
     said = r"(?i)(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms])(?![a-z]))+|\d+(?:\.\d+)?) ?([a-z]*)"
-    found = re.search(said, message)
+    found = _pattern(said).search(message)
     if found is None:
         return None
     number, unit = found.group(1).lower(), found.group(2).lower()
     if not number[-1].isdigit():
         return _duration(number)
     scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400.0))
-    return _seconds(number, next((scale for pattern, scale in scales if re.fullmatch(pattern, unit)), 1.0))
+    return _seconds(number, next((scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit)), 1.0))
 
 
 def _reset(headers: Mapping[str, str], what: str) -> float | None:
@@ -2311,7 +2319,7 @@ def _seconds(text: str, unit: float = 1.0) -> float | None:
 def _duration(text: str) -> float | None:
     """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
     text = text.strip().rstrip(".")
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text)
+    parts = _pattern(r"(\d+(?:\.\d+)?)(ms|h|m|s)").findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         return _seconds(text)
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
@@ -2342,7 +2350,7 @@ def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
     for secret in secrets:
         if len(secret) >= 4:
             message = message.replace(secret, "***")
-    message = re.sub(_KEY_LIKE, "***", message)
+    message = _pattern(_KEY_LIKE).sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
     known = "\n".join(" ".join(text.split()) for text in texts)
@@ -2631,7 +2639,7 @@ def _conversation(call: _Call, vendor: str) -> tuple[str, list[_Turn]]:
 
 def _safe(text: str, bad: str, most: int) -> str:
     """A name or id without the characters that a vendor refuses (``bad``: a pattern), still distinct from all others."""
-    clean = re.sub(bad, "_", text)
+    clean = _pattern(bad).sub("_", text)
     if clean == text and 0 < len(text) <= most:
         return text
     return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
@@ -2816,7 +2824,7 @@ def _whole_characters(text: str) -> tuple[str, str]:
     """A text whose surrogate pairs are characters and whose lone ones are U+FFFD; and a first half that stood at its end."""
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     text = text.removesuffix(half)
-    if re.search("[\ud800-\udfff]", text):
+    if _pattern("[\ud800-\udfff]").search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text, half
 
@@ -2940,7 +2948,7 @@ class _HTTPProvider(LLMProvider):
         from urllib.parse import unquote
 
         where = f"{type(self).__name__}(base_url)"
-        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
+        if not isinstance(url, str) or not _pattern(r"https?://[^\s/?#]+[^\s]*").fullmatch(url.strip()):
             raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
         address, _, self._query = url.strip().partition("?")
         scheme, _, rest = address.partition("://")
@@ -3169,7 +3177,7 @@ class _HTTPProvider(LLMProvider):
         if not body.strip():
             raise InvalidResponse("an empty body")
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-        decoder.feed_whole(_json(body, f"the answer ({kind if re.fullmatch(_MEDIA_TYPE, kind) else 'of an odd type'})"))
+        decoder.feed_whole(_json(body, f"the answer ({kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else 'of an odd type'})"))
 
     @staticmethod
     def _error_body(answer: _Answer) -> bytes:
@@ -3216,7 +3224,7 @@ class _HTTPProvider(LLMProvider):
 
     def _token(self, text: str) -> str | None:
         """A server's code or id; None for what is none, or repeats the key."""
-        is_one = re.fullmatch(r"[\w.:/+=-]{1,100}", text) and not (self._key and self._key.lower() in text.lower())
+        is_one = _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not (self._key and self._key.lower() in text.lower())
         return text if is_one else None
 
     # -- what a model refuses is learned from its error
@@ -3293,7 +3301,7 @@ def _correction(
     """How to change the one optional field that a 400 names: an option and its new value (None: drop it), or ``token_limit``
     or ``stream_options`` and what to do with that field of the body. None if there is nothing to correct."""
     text = facts.message
-    if status not in (400, 422) or not (moved or re.search(_REFUSES, text + " " + " ".join(facts.codes))):
+    if status not in (400, 422) or not (moved or _pattern(_REFUSES).search(text + " " + " ".join(facts.codes))):
         return None
     if moved is not None:
         return moved
@@ -3313,8 +3321,8 @@ def _correction(
     name = named[0]
     if name in limits:
         other = next(limit for limit in limits if limit != name)
-        return ("token_limit", other) if other in text or re.search("nsupported|nrecognized", text) else None
-    none = name == "reasoning_effort" and re.search(r"(?i)set reasoning_effort to ['\"]?none", text)
+        return ("token_limit", other) if other in text or _pattern("nsupported|nrecognized").search(text) else None
+    none = name == "reasoning_effort" and _pattern(r"(?i)set reasoning_effort to ['\"]?none").search(text)
     return name, "none" if none else None
 
 
@@ -4222,7 +4230,7 @@ def _ollama_host(text: str) -> str:
     """OLLAMA_HOST as a URL: no scheme means http and port 11434, and an address to listen on means this machine."""
     scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
     host, slash, path = rest.partition("/")
-    found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
+    found = _pattern(r"(\[.*\]|[^:]*):?(\d*)").fullmatch(host)
     name, port = found.groups() if found else (f"[{host}]", "")  # an IPv6 address without its brackets
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
     if not mark and not port:
@@ -4502,7 +4510,7 @@ def _after_marker(text: str | None, marker: str) -> str | None:
 
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
-    decoration = re.match(_BEFORE_MARKER, text)
+    decoration = _pattern(_BEFORE_MARKER).match(text)
     return decoration.end() if decoration else 0
 
 
@@ -4511,7 +4519,8 @@ def _undecided(text: str, marker: str) -> bool:
     at = _undecorated(text)
     rest = text[at:]
     begins = rest.lower().startswith(marker.lower()) or marker.lower().startswith(rest.lower())
-    return begins or "<think>".startswith(rest[:7]) or (text[:at].endswith("```") and re.fullmatch(r"\w+", rest) is not None)
+    language = text[:at].endswith("```") and _pattern(r"\w+").fullmatch(rest) is not None
+    return begins or language or "<think>".startswith(rest[:7])
 
 
 class _Failure(NamedTuple):
@@ -5639,13 +5648,13 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
     for name in table.get("headers") or ():
-        if re.fullmatch(_KEY_HEADERS, name):
+        if _pattern(_KEY_HEADERS).fullmatch(name):
             cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
             raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
     if "api_key" in table:
         raise ConfigError(f'{where}: a file must not hold an api_key: write api_key_env = "VARIABLE"')
     for name in ("base_url", "url", "client_or_url"):
-        if re.search(_KEY_IN_URL, str(table.get(name, ""))):
+        if _pattern(_KEY_IN_URL).search(str(table.get(name, ""))):
             cure = f'{name.removeprefix("client_or_")}_env = "VARIABLE"'
             raise ConfigError(f"{where}: a file must not hold a password or a key in {name}: write {cure}")
 
@@ -5654,7 +5663,7 @@ def _variable(name: Any, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
     if not os.environ.get(name):  # what does not look like one may be the key itself
-        named = re.fullmatch("[A-Z][A-Z0-9_]*", name)
+        named = _pattern("[A-Z][A-Z0-9_]*").fullmatch(name)
         shown = f" {name!r}" if named else ", whose name is to stand here, not a key itself,"
         raise ConfigError(f"{where}: the environment variable{shown} is not set: set it, or remove this entry")
     return os.environ[name]
@@ -5780,7 +5789,7 @@ def _config_text(path: str, environ: Mapping[str, str]) -> str:
         model = environ.get(f"{name.upper()}_MODEL", "")
         variable = next((variable for variable in kind._key_variables if environ.get(variable)), kind._key_variables[0])
         access = [f'api_key_env = "{variable}"'] if key or not (local or url) else []
-        if re.search(_KEY_IN_URL, url):
+        if _pattern(_KEY_IN_URL).search(url):
             access.append(f'base_url_env = "{kind._url_variable}"')
         elif url or local:
             access.append(f"base_url = {_quoted(url or kind._default_url)}")
