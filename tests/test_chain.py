@@ -1240,6 +1240,7 @@ def test_all_of_it_without_anybody_watching(clock: FakeClock) -> None:
         with chain.stream("hi") as stream:
             assert list(stream) == ["stream"]
         assert [attempt.outcome for attempt in stream.response.attempts] == ["skipped", "ok"]
+        assert list(chain_of(clock, tier("c", "one")).stream("hi")) == ["one"]
         real = FailoverChain([ProviderTier("http", OpenAIProvider("test-key", closed_address()), ["m"])])
         with real, pytest.raises(AllProvidersFailed):
             real.chat("hi", timeout=5)
