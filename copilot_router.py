@@ -118,6 +118,8 @@ _SOON = 1.0
 _MAX_LEASE_GROWTH = 8
 #: What a socket can be told for "no limit": poll() counts milliseconds in 32 bits.
 _LONGEST_WAIT = 1e6
+#: Bytes read at once; also the most that a line of HTTP's own may have.
+_READ_SIZE = 65536
 #: Characters kept of a server's own error message.
 _MESSAGE_LIMIT = 300
 #: Characters of it that are searched for what it means: patterns take long over a long text.
@@ -1890,6 +1892,53 @@ def _connect(connection: Any, limits: _Limits) -> Any:
     raise NewConnectionError(connection, str(failure)) from failure
 
 
+def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
+    """What a chunked body holds (RFC 9112, 7.1): after each read, all of it that has come.
+
+    http.client makes half a dozen calls for a chunk, and each event of a stream is one. ``read`` gives b"" at the end.
+    """
+    rest, lacking, skip = b"", 0, 0  # lacking: bytes of the chunk under way; skip: of the end of line behind it
+    while received := read():
+        data, at = rest + received, 0
+        pieces: list[bytes] = []
+        while True:
+            if lacking:
+                pieces.append(data[at : at + lacking])
+                at += len(pieces[-1])
+                lacking -= len(pieces[-1])
+            end = data.find(b"\n", at + skip)
+            if lacking or end < 0:
+                break
+            lacking = _chunk_size(data[at + skip : end])
+            at, skip = end + 1, 2
+            if not lacking:
+                break
+        rest = data[at:]
+        if content := b"".join(pieces):
+            yield content
+        if end >= 0:  # that was the last chunk: trailers, and a blank line
+            break
+        if len(rest) > _READ_SIZE:
+            raise InvalidResponse("garbled HTTP")
+    else:
+        raise InvalidResponse("truncated: the connection broke")
+    rest = b"\n" + rest
+    while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):  # some leave the blank line out
+        rest += received
+        if len(rest) > _READ_SIZE:
+            raise InvalidResponse("garbled HTTP")
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        size = int(line.partition(b";")[0], 16)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise InvalidResponse("garbled HTTP")
+    return size
+
+
 class _Answer:
     """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
 
@@ -1907,19 +1956,22 @@ class _Answer:
         self._under_way.add(self)
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
-        self._read1: Callable[[], bytes] = (  # urllib3's own read1 costs as much again as http.client's
-            self._original.read1 if self._original else functools.partial(self._raw.read1, 65536, decode_content=False)
-        )
+        self._content: Iterator[bytes] = iter(self._read, b"")  #: as it was sent: compressed, perhaps
+        self._read1: Callable[[], bytes]
+        if self._original is None:  # a session of the user's
+            self._read1 = functools.partial(self._raw.read1, _READ_SIZE, decode_content=False)
+        elif self._original.chunked:
+            self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
+            self._content = _unchunked(self._read)
+        else:
+            self._read1 = self._original.read1  # urllib3's own costs as much again
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come, to the end of the body. Raises ProviderError for whatever breaks."""
         inflate = self._decoder()
         length = self._announced()
         received = total = 0
-        while True:
-            data = self._read()
-            if not data:
-                break
+        for data in self._content:
             received += len(data)
             for piece in inflate(data) if inflate else (data,):
                 total += len(piece)
@@ -1962,7 +2014,7 @@ class _Answer:
         def inflate(data: bytes) -> Iterator[bytes]:
             try:
                 while data and not machine.eof:
-                    yield machine.decompress(data, 65536)
+                    yield machine.decompress(data, _READ_SIZE)
                     data = machine.unconsumed_tail
             except zlib.error as error:
                 raise InvalidResponse("the compressed body is damaged") from error
@@ -1974,7 +2026,7 @@ class _Answer:
         limits = self.limits
         limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT / 10)
         with contextlib.suppress(ProviderError):  # the answer is complete: only the connection would be lost
-            self._ended = self._ended or not self._read()
+            self._ended = self._ended or next(self._content, None) is None
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
@@ -2375,16 +2427,20 @@ def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
 _ECHO = 16
 
 
-_parsed = json.JSONDecoder().decode  # json.loads, less its look at the options
+_scanned = json.JSONDecoder().raw_decode  # json.loads, less its look at the options and at white space
 
 
 def _json(data: bytes | str, what: str) -> Any:
     """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, if it is none."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
-        return _parsed(text.removeprefix("\ufeff"))
+        text = text.removeprefix("\ufeff").strip(" \t\r\n")
+        value, end = _scanned(text)
+        if end == len(text):
+            return value
     except (ValueError, RecursionError):
-        raise InvalidResponse(f"{what} is not JSON") from None
+        pass
+    raise InvalidResponse(f"{what} is not JSON")
 
 
 # ==== wire formats: what they share ===================================================================================

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import py_compile
+import random
 import shutil
 import statistics
 import subprocess
@@ -65,16 +66,26 @@ class Rounds:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
-    """Each callable returns seconds for one operation; the order turns, so that nobody always follows the same one."""
+    """Each callable returns seconds for one operation. The order is drawn anew for every round."""
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         contenders[name]()  # warm: caches, connections, bytecode
-    for turn in range(rounds):
-        at = turn % len(names)
-        for name in names[at:] + names[:at]:
+    chance = random.Random(rounds)
+    for _ in range(rounds):
+        for name in chance.sample(names, len(names)):
+            _settle()
             times[name].append(contenders[name]())
     return Rounds(times)
+
+
+def _settle() -> None:
+    """Wait, at most a second, until threads of the one before have done what they left for later: some log, or count tokens."""
+    for _ in range(100):
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.0005:
+            return
 
 
 def timed(

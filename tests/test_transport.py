@@ -27,6 +27,7 @@ from copilot_router import (
     ProviderUnavailable,
     ServerError,
     _Limits,
+    _unchunked,
 )
 
 KEY = "sk-test-transport-key-1234567890"
@@ -525,6 +526,68 @@ def test_17_a_cut_answer_is_no_answer(data: bytes) -> None:
 
     with peer(cut) as server, provider(server.url) as client, pytest.raises(InvalidResponse, match="truncated"):
         client.chat("hi", model="m", timeout=5)
+
+
+CHUNKED = {
+    "plain": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
+    "an extension": b"3;name=value\r\nabc\r\n4 ; x\r\ndefg\r\n0;last\r\n\r\n",
+    "trailers": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\nExpires: never\r\nA: b\r\n\r\n",
+    "line feeds": b"3\nabc\r\n4\ndefg\r\n0\n\n",
+    "zeros and capitals": b"0003\r\nabc\r\n0000000000004\r\ndefg\r\n000\r\n\r\n",
+    "line ends inside": b"a\r\n\r\n0\r\n\r\n\n\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    "no blank line": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n",
+}
+
+
+def unchunked(*reads: bytes) -> list[bytes]:
+    left = list(reads)
+    return list(_unchunked(lambda: left.pop(0) if left else b""))
+
+
+@pytest.mark.parametrize("body", CHUNKED.values(), ids=CHUNKED)
+def test_chunks_may_be_cut_anywhere(body: bytes) -> None:
+    """Two reads, or a read for every byte: the same content, nothing empty in it, and as much at once as has come."""
+    content = b"\r\n0\r\n\r\n\n\r\nabc" if body.startswith(b"a") else b"abcdefg" if b"defg" in body else b"abc"
+    assert unchunked(body) == [content]
+    for at in range(1, len(body)):
+        pieces = unchunked(body[:at], body[at:])
+        assert b"".join(pieces) == content and all(pieces)
+    assert unchunked(*(body[at : at + 1] for at in range(len(body)))) == [content[at : at + 1] for at in range(len(content))]
+
+
+def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
+    reads = iter([b"8\r\nab", b"cd", b"efgh", b"\r\n0\r\n", b"\r\n"])
+    chunks = _unchunked(lambda: next(reads))
+    assert [next(chunks), next(chunks), next(chunks)] == [b"ab", b"cd", b"efgh"]
+    assert list(reads) == [b"\r\n0\r\n", b"\r\n"]
+
+
+def test_nothing_is_read_behind_the_blank_line() -> None:
+    reads = iter([b"1\r\na\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n", b"more"])
+    assert list(_unchunked(lambda: next(reads))) == [b"a"]
+    assert list(reads) == [b"more"]
+
+
+@pytest.mark.parametrize("size", [b"", b"x", b"-1", b"-0x1", b"3 3", b"HTTP/1.1 200 OK", b"\xff", b"1" * 70_000, b"1" * 65_530])
+def test_a_chunk_without_a_size_is_no_answer(size: bytes) -> None:
+    for reads in ([size + b"\r\nabc\r\n0\r\n\r\n"], [b"1\r\na\r\n" + size, b"\r\nabc\r\n0\r\n\r\n"]):
+        with pytest.raises(InvalidResponse, match="garbled HTTP|truncated"):
+            unchunked(*reads)
+
+
+def test_trailers_without_end_are_no_answer() -> None:
+    endless = (b"0\r\n", *[b"X-Trailer: " + b"x" * 1000 + b"\r\n"] * 1000)
+    with pytest.raises(InvalidResponse, match="garbled HTTP"):
+        unchunked(*endless)
+
+
+@pytest.mark.parametrize("body", CHUNKED.values(), ids=CHUNKED)
+def test_a_chunked_body_that_is_cut_says_so(body: bytes) -> None:
+    """Until the size of the last chunk, that is: what may stand behind it is of no use to anybody."""
+    end = body.rindex(b"\n0") + 2
+    for at in range(1, end):
+        with pytest.raises(InvalidResponse, match="truncated"):
+            unchunked(body[:at])
 
 
 def test_a_complete_answer_survives_a_cut_afterwards() -> None:
