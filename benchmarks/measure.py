@@ -80,7 +80,7 @@ def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Ro
 
 
 def _settle() -> None:
-    """Wait, at most a second, until threads of the one before have done what they left for later: some log, or count tokens."""
+    """Wait, at most a second, until what the one before left to its threads is done: some log there, or count tokens."""
     for _ in range(100):
         before = time.process_time()
         time.sleep(0.01)

@@ -568,10 +568,12 @@ def test_nothing_is_read_behind_the_blank_line() -> None:
     assert list(reads) == [b"more"]
 
 
-@pytest.mark.parametrize("size", [b"", b"x", b"-1", b"-0x1", b"3 3", b"HTTP/1.1 200 OK", b"\xff", b"1" * 70_000, b"1" * 65_530])
+@pytest.mark.parametrize(
+    "size", [b"", b"x", b"-1", b"-0x1", b"3 3", b"HTTP/1.1 200 OK", b"\xff", b"1" * 70_000, b"1" * 65_530]
+)
 def test_a_chunk_without_a_size_is_no_answer(size: bytes) -> None:
     for reads in ([size + b"\r\nabc\r\n0\r\n\r\n"], [b"1\r\na\r\n" + size, b"\r\nabc\r\n0\r\n\r\n"]):
-        with pytest.raises(InvalidResponse, match="garbled HTTP|truncated"):
+        with pytest.raises(InvalidResponse, match=r"garbled HTTP|truncated"):
             unchunked(*reads)
 
 
