@@ -786,6 +786,7 @@ def written(report: Report) -> str:
         "Written by `make bench WRITE=1`; do not edit.",
         "",
         *(f"- {line}" for line in machine()),
+        f"- effort {report.effort:g}: so many times the usual rounds and calls",
         "",
     ]
     lines += [_LEGEND, "![Time per call against the peers](../docs/benchmarks.svg)", "", "## Targets", ""]
