@@ -51,8 +51,8 @@ stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks
 soak: $(VENV)/dev  ## ten minutes of calls while servers, stores and breakers fail at random (SECONDS=120)
 	$(RUN) tests/soak.py $(SECONDS)
 
-mutate: $(VENV)/dev  ## break the module in 200 places, one at a time: do the tests notice? (NUMBER=60, SEED=2)
-	$(RUN) tests/mutate.py --write $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED))
+mutate: $(VENV)/dev  ## break the module everywhere, one place at a time: do the tests notice? (NUMBER=200 SEED=2: a sample; RESULTS=FILE: go on)
+	$(RUN) tests/mutate.py --write $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED)) $(if $(RESULTS),--results $(RESULTS))
 
 $(VENV)-bench/made: setup.cfg benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench

@@ -1,22 +1,31 @@
 """Mutation testing of copilot_router.py: break one thing at a time, and see that a test notices.
 
-    python tests/mutate.py [--number 200] [--seed 1] [--jobs 2] [--map FILE] [--write] [--again]
+    python tests/mutate.py [--number 200] [--seed 1] [--jobs 2] [--map FILE] [--results FILE] [--write]
 
-A sample is drawn, each line of code as likely as the next: numbers, strings that are not meant for people, comparisons,
-conditions, arithmetic, results, statements and arguments taken away or swapped. Docstrings, annotations and messages stay.
-First the suite runs once and notes which test reaches which line. Then each mutant is run, in a copy of the tree, by the tests
-that reach its line, the quickest of each file first, until one fails. What a module or class says once (a default, a table) is
-reached by those tests that reach a function which uses its name. A test that takes far longer than it usually does is cut off;
-that is counted as a time-out, not as killed. A slow test has to fail twice: a busy machine might be the reason.
-Survivors are written to tests/mutants.md; a reason given there is kept as long as the mutant stays the same.
+Broken are numbers, strings that are not meant for people, comparisons, conditions, arithmetic, results, statements and
+arguments taken away or swapped; everywhere, or with --number in a sample, each line of code as likely as the next. Docstrings,
+annotations and messages stay.
+
+First the suite runs once and notes which test reaches which line. Then each mutant is given to the tests that reach its line,
+the quickest of each file first, until one fails. What a module or class says once (a default, a table) is reached by those
+tests that reach a function which uses its name. A test that takes far longer than it usually does is cut off; that is counted
+as a time-out, not as killed. A slow test has to fail twice: a busy machine might be the reason.
+
+Starting pytest would take longer than most mutants live. So a few processes collect all tests once and fork for each mutant;
+the child puts the new code into the functions that are already there. Where that does not do, pytest starts anew: what runs
+at import, and what cannot be exchanged. Survivors are written to tests/mutants.md; a reason given there is kept as long as the
+mutant stays the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import faulthandler
+import gc
+import itertools
 import json
 import os
 import random
@@ -28,10 +37,11 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -44,7 +54,7 @@ TIMES, GRACE = 5, 10.0
 #: Seconds (usual time) from which a test is slow; where so many quick ones reach a line, only so few slow ones are run.
 SLOW, ENOUGH, FEW = 0.7, 15, 5
 #: Seconds (usual time) of tests that one mutant is given at the most.
-BUDGET = 60.0
+BUDGET = 8.0
 
 
 # -- as a plugin of pytest (``-p mutate``): note what each test reaches, or run a list of tests
@@ -108,8 +118,114 @@ class Orders:
             self.path.with_suffix(".failed").write_text(report.nodeid)
 
 
+#: The functions of the module by their place in it.
+Functions = dict[tuple[str, ...], list[FunctionType]]
+
+
+def codes_of(code: CodeType, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], CodeType]]:
+    """All code in a module with its place: names from the outside in, each with a number."""
+    counts: Counter[str] = Counter()
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            counts[part.co_name] += 1
+            place = (*path, f"{part.co_name}-{counts[part.co_name]}")
+            yield place, part
+            yield from codes_of(part, place)
+
+
+def functions_of(module: ModuleType) -> Functions:
+    """Those that are there after the import; functions inside of functions come with those around them."""
+    source = Path(module.__file__ or "").read_text()
+    places = {code: place for place, code in codes_of(compile(source, "module", "exec"))}
+    functions: Functions = defaultdict(list)
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType) and thing.__code__.co_filename == module.__file__:
+            functions[places[thing.__code__]].append(thing)
+    return functions
+
+
+def exchange(functions: Functions, module: ModuleType, source: str) -> bool:
+    """Give the functions the code of this source. False if that cannot be done."""
+    codes = dict(codes_of(compile(source, module.__file__ or "", "exec")))
+    try:
+        for place, those in functions.items():
+            for function in those:
+                function.__code__ = codes[place]
+    except (KeyError, ValueError):
+        return False
+    for thing in list(vars(module).values()):
+        if hasattr(thing, "cache_clear"):
+            thing.cache_clear()
+    return True
+
+
+class Nursery:
+    """Collects all tests once. Then, for each order, a child that has the mutant's code and runs the tests that it names.
+
+    An order is a line of JSON: the tests with their limits. The mutant is in the module's file by then. The answer is a line
+    as well: killed (and by which test), survived, timed out, or impossible if the code cannot be put into place.
+    """
+
+    def __init__(self, descriptors: str) -> None:
+        orders, answers = map(int, descriptors.split())
+        self.orders, self.answers = os.fdopen(orders), os.fdopen(answers, "w")
+        self.late = Path("late").open("w")  # noqa: SIM115 - for as long as the process lives
+        self.failed = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        functions = functions_of(sys.modules["copilot_router"])
+        gc.collect()
+        gc.freeze()
+        print("ready", file=self.answers, flush=True)
+        for order in self.orders:
+            tests = [(items[name], limit) for name, limit in json.loads(order).items() if name in items]
+            print(self.verdict(functions, tests), file=self.answers, flush=True)
+        return True
+
+    def verdict(self, functions: Functions, tests: list[tuple[pytest.Item, float]]) -> str:
+        said = Path("said")
+        said.write_text("timed out")
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setsid()
+                said.write_text(self.run(functions, tests))
+            finally:
+                os._exit(0)
+        limit = time.monotonic() + 60 + sum(limit for _, limit in tests) / 2
+        while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < limit:
+            time.sleep(0.002)
+        kill_group(child)  # and what it has started
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
+        return said.read_text()
+
+    def run(self, functions: Functions, tests: list[tuple[pytest.Item, float]]) -> str:
+        module = sys.modules["copilot_router"]
+        if not exchange(functions, module, Path(module.__file__ or "").read_text()):
+            return "impossible"
+        for at, (item, limit) in enumerate(tests):
+            faulthandler.dump_traceback_later(limit, exit=True, file=self.late)
+            following = tests[at + 1][0] if at + 1 < len(tests) else None
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            faulthandler.cancel_dump_traceback_later()
+            if self.failed:
+                return f"killed {self.failed}"
+        return "survived"
+
+
+def kill_group(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    for name, plugin in (("MUTATE_NOTES", Notes), ("MUTATE_ORDERS", Orders)):
+    for name, plugin in (("MUTATE_NOTES", Notes), ("MUTATE_ORDERS", Orders), ("MUTATE_NURSERY", Nursery)):
         if name in os.environ:
             config.pluginmanager.register(plugin(os.environ[name]))
 
@@ -125,6 +241,7 @@ class Mutant(NamedTuple):
     line: int
     lines: tuple[int, ...]  #: whose tests see it: those of the smallest statement around it
     name: str  #: of the function or class
+    inside: bool  #: of a function's body
     used: str = ""  #: outside of functions: the name that the statement gives a value
 
 
@@ -175,7 +292,7 @@ class Finder(ast.NodeVisitor):
     def add(self, kind: str, node: ast.AST, text: str, span: tuple[int, int] | None = None) -> None:
         start, end = span or (self.start(node), self.end(node))
         line = self.source.count(b"\n", 0, start) + 1
-        self.found.append(Mutant(kind, start, end, text, line, self.lines, ".".join(self.names), self.used))
+        self.found.append(Mutant(kind, start, end, text, line, self.lines, ".".join(self.names), bool(self.body), self.used))
 
     def operator(self, kind: str, left: ast.AST, right: ast.AST, old: str, new: str) -> None:
         start, end = self.end(left), self.start(right)
@@ -324,23 +441,28 @@ def mutated(source: str, mutant: Mutant) -> str:
     return (data[: mutant.start] + mutant.text.encode() + data[mutant.end :]).decode()
 
 
+def compiles(source: str, mutant: Mutant) -> bool:
+    try:
+        compile(mutated(source, mutant), "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def all_of(source: str) -> list[Mutant]:
+    """In an order that tells early how it will end."""
+    found = mutants_of(source)
+    return random.Random(0).sample(found, len(found))
+
+
 def sample(source: str, number: int, seed: int) -> list[Mutant]:
     """Each line as likely as the next."""
     by_line: dict[int, list[Mutant]] = defaultdict(list)
     for mutant in mutants_of(source):
         by_line[mutant.line].append(mutant)
     chance = random.Random(seed)
-    chosen: list[Mutant] = []
-    for line in chance.sample(sorted(by_line), len(by_line)):
-        mutant = chance.choice(by_line[line])
-        try:
-            compile(mutated(source, mutant), "mutant", "exec")
-        except SyntaxError:
-            continue
-        chosen.append(mutant)
-        if len(chosen) == number:
-            break
-    return chosen
+    drawn = (chance.choice(by_line[line]) for line in chance.sample(sorted(by_line), len(by_line)))
+    return list(itertools.islice(drawn, number))
 
 
 # -- running them
@@ -349,9 +471,11 @@ def sample(source: str, number: int, seed: int) -> list[Mutant]:
 class Suite:
     """The tests, by the lines that they reach."""
 
-    def __init__(self, source: str, notes: dict[str, Any]) -> None:
+    def __init__(self, source: str, notes: dict[str, Any], budget: float) -> None:
+        self.budget = budget
         self.times: dict[str, float] = notes["times"]
         self.reached = {int(line): set(tests) & set(self.times) for line, tests in notes["lines"].items()}
+        self.imports = {int(line) for line, tests in notes["lines"].items() if "" in tests}  #: also run without any test
         self.uses: dict[str, set[int]] = defaultdict(set)
         tree = ast.parse(source)
         inside: set[ast.AST] = set()
@@ -396,7 +520,7 @@ class Suite:
         total = 0.0
         for test in quick + (slow[:FEW] if len(quick) >= ENOUGH else slow):
             total += self.times[test]
-            if total > BUDGET and chosen:
+            if total > self.budget and chosen:
                 break
             chosen.append(test)
         return chosen
@@ -408,49 +532,104 @@ def copy_of_the_tree(where: Path) -> Path:
     return where
 
 
+QUIET: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | {"start_new_session": True}
+
+
+def environment(tree: Path, **variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables}  # fmt: skip
+
+
+def command_with(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "mutate", "-p", "no:cacheprovider", *arguments]
+
+
 def run_tests(tree: Path, arguments: list[str], limit: float, **variables: str) -> int | None:
     """Its exit status, None if it had to be killed. Nothing that it started survives."""
-    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}",
-                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables}  # fmt: skip
-    for stale in (tree / "__pycache__").glob("copilot_router.*"):
-        stale.unlink()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "mutate", "-p", "no:cacheprovider", *arguments]
-    process = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(command_with(*arguments), cwd=tree, env=environment(tree, **variables), **QUIET)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_group(process.pid)
         process.wait()
 
 
-def verdict(tree: Path, suite: Suite, tests: list[str]) -> tuple[str, str]:
-    """killed, survived or timed out, and the test that it is owed to."""
-    if not tests:
-        return "survived", "no test reaches it"
-    orders = tree / "orders.json"
-    failed, late = orders.with_suffix(".failed"), orders.with_suffix(".late")
-    failed.unlink(missing_ok=True)
-    late.unlink(missing_ok=True)
-    orders.write_text(json.dumps({test: suite.times[test] * TIMES + GRACE for test in tests}))
-    files = sorted({test.partition("::")[0] for test in tests})
-    limit = 60 + sum(suite.times[test] for test in tests) * TIMES
-    status = run_tests(tree, ["-x", *files], limit, MUTATE_ORDERS=str(orders))
-    if status is None or (late.exists() and late.stat().st_size):
-        return "timed out", ""
-    if status == 0:
-        return "survived", f"{len(tests)} tests"
-    name = failed.read_text() if failed.exists() else ""
-    if suite.times.get(name, 0.0) >= SLOW and len(tests) > 1:  # once more, by itself; and if it was chance, the others
-        again, _ = verdict(tree, suite, [name])
-        if again == "survived":
-            return verdict(tree, suite, [test for test in tests if test != name])
-    return "killed", name or "it cannot be imported"
+class Tree:
+    """A copy of the tree, for one mutant at a time, with a nursery in it that is started when it is first needed."""
+
+    def __init__(self, path: Path, suite: Suite) -> None:
+        self.path, self.suite = copy_of_the_tree(path), suite
+        self.nursery: subprocess.Popen[bytes] | None = None
+
+    def verdict(self, source: str, mutant: Mutant) -> tuple[str, str]:
+        """killed, survived or timed out, and the test that it is owed to, or how many there were."""
+        if not compiles(source, mutant):
+            return "no Python", ""
+        tests = self.suite.of(mutant)
+        if not tests:
+            return "survived", "no test reaches it"
+        (self.path / MODULE.name).write_text(mutated(source, mutant))
+        if mutant.used or not mutant.inside:
+            return self.sure(tests, self.anew)
+        said, detail = self.sure(tests, self.forked)
+        if said == "impossible" or (said == "survived" and self.suite.imports & set(mutant.lines)):
+            return self.sure(tests, self.anew)
+        return said, detail
+
+    def sure(self, tests: list[str], run: Callable[[list[str]], tuple[str, str]]) -> tuple[str, str]:
+        said, name = run(tests)
+        slow = said == "killed" and self.suite.times.get(name, 0.0) >= SLOW and len(tests) > 1
+        if slow and run([name])[0] == "survived":  # it was chance
+            return self.sure([test for test in tests if test != name], run)
+        return said, name if said == "killed" else f"{len(tests)} tests"
+
+    def limits(self, tests: list[str]) -> str:
+        return json.dumps({test: self.suite.times[test] * TIMES + GRACE for test in tests})
+
+    def forked(self, tests: list[str]) -> tuple[str, str]:
+        """By a child of the nursery."""
+        if self.nursery is None or self.nursery.poll() is not None:
+            self.start()
+        print(self.limits(tests), file=self.orders, flush=True)
+        said, _, name = self.answers.readline().strip().partition(" ")
+        return said or "timed out", name
+
+    def start(self) -> None:
+        theirs, orders = os.pipe()
+        answers, mine = os.pipe()
+        self.nursery = subprocess.Popen(
+            command_with("--basetemp", str(self.path / "tmp"), "--ignore=tests/test_packaging.py"), cwd=self.path,
+            env=environment(self.path, MUTATE_NURSERY=f"{theirs} {mine}"), pass_fds=(theirs, mine), **QUIET,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(mine)
+        self.orders, self.answers = os.fdopen(orders, "w"), os.fdopen(answers)
+        self.answers.readline()
+
+    def close(self) -> None:
+        if self.nursery is not None:
+            kill_group(self.nursery.pid)
+            self.nursery.wait()
+            self.orders.close()
+            self.answers.close()
+
+    def anew(self, tests: list[str]) -> tuple[str, str]:
+        """By a pytest of its own."""
+        orders = self.path / "orders.json"
+        failed, late = orders.with_suffix(".failed"), orders.with_suffix(".late")
+        failed.unlink(missing_ok=True)
+        late.unlink(missing_ok=True)
+        orders.write_text(self.limits(tests))
+        files = sorted({test.partition("::")[0] for test in tests})
+        limit = 60 + sum(self.suite.times[test] for test in tests) * TIMES
+        status = run_tests(self.path, ["-x", *files], limit, MUTATE_ORDERS=str(orders))
+        if status is None or (late.exists() and late.stat().st_size):
+            return "timed out", ""
+        if status == 0:
+            return "survived", ""
+        return "killed", failed.read_text() if failed.exists() else "it cannot be imported"
 
 
 def notes_of(source: str, path: Path, work: Path) -> dict[str, Any]:
@@ -467,80 +646,97 @@ def notes_of(source: str, path: Path, work: Path) -> dict[str, Any]:
 # -- telling
 
 
-def difference(source: str, mutant: Mutant) -> str:
-    lines = difflib.unified_diff(source.splitlines(), mutated(source, mutant).splitlines(), lineterm="", n=0)
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+def change(source: str, mutant: Mutant) -> str:
+    """What distinguishes a mutant, without its line, since that moves."""
+    first, last = source.encode().rfind(b"\n", 0, mutant.start) + 1, source.encode().find(b"\n", mutant.end)
+    old = source.encode()[first:last].decode().splitlines()
+    new = mutated(source, mutant).encode()[first : last + len(mutant.text.encode()) - (mutant.end - mutant.start)].decode()
+    lines = list(difflib.unified_diff(old, new.splitlines(), lineterm="", n=0))[3:]
+    was, now = (" ⏎ ".join(line[1:].strip() for line in lines if line.startswith(mark)) for mark in "-+")
+    return f"`{mutant.name or 'module'}`, {mutant.kind}: `{was}` → `{now}`"
 
 
 def reasons() -> dict[str, str]:
     """What mutants.md says of each mutant."""
-    if not REPORT.exists():
-        return {}
-    found = re.findall(r"```diff\n(.*?)\n```\n\n(.*?)\n(?=\n#|\Z)", REPORT.read_text(), re.DOTALL)
-    return {diff: text.strip() for diff, text in found}
+    text = REPORT.read_text() if REPORT.exists() else ""
+    return dict(re.findall(r"^- (.*) \(line \d+[^()]*\)\n  (.*)$", text, re.MULTILINE))
 
 
-def report(source: str, results: list[tuple[Mutant, str, str]], seed: int) -> str:
-    counts = {word: sum(1 for _, said, _ in results if said == word) for word in ("killed", "survived", "timed out")}
-    head = ", ".join(f"{count} {word}" for word, count in counts.items())
+UNKNOWN = "No reason given yet."
+
+
+def report(source: str, results: list[Result], what: str) -> str:
     known = reasons()
-    text = [f"# Mutants that no test noticed\n\nOf {len(results)} mutants (seed {seed}) of {len(source.splitlines())} lines: "
-            f"{head}. `make mutate` draws another sample with `SEED=…`.\n"]  # fmt: skip
+    text = [f"# Mutants that no test noticed\n\n{what}\n"]
     for word in ("survived", "timed out"):
         text.append(f"## {word.capitalize()}\n")
-        for mutant, said, detail in sorted(results, key=lambda result: result[0].line):
-            if said == word:
-                diff = difference(source, mutant)
-                title = f"Line {mutant.line}, {mutant.name or 'module'}: {mutant.kind}"
-                text.append(f"### {title}{f' ({detail})' if detail else ''}\n\n"
-                            f"```diff\n{diff}\n```\n\n{known.get(diff, 'No reason given yet.')}\n")  # fmt: skip
+        text += [f"- {result.change} (line {result.line}, {result.detail})\n  {known.get(result.change, UNKNOWN)}"
+                 for result in sorted(results, key=lambda result: result.line) if result.said == word]  # fmt: skip
+        text[-1] += "\n"
     return "\n".join(text)
+
+
+class Result(NamedTuple):
+    change: str
+    line: int
+    said: str  #: killed, survived or timed out
+    detail: str
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Break the module in one place at a time, and see that a test notices.")
-    parser.add_argument("--number", type=int, default=200, help="mutants (200)")
+    parser.add_argument("--number", type=int, help="mutants in a sample (all of them)")
     parser.add_argument("--seed", type=int, default=1, help="another number draws another sample (1)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
     parser.add_argument("--map", type=Path, help="keep here which test reaches which line, and use it if it is there")
-    parser.add_argument("--again", action="store_true", help="run only those that mutants.md lists; the others were killed")
+    parser.add_argument("--results", type=Path, help="keep the results here, and go on where a stopped run was")
+    parser.add_argument("--again", action="store_true", help="give what survived by --results four times the tests")
     parser.add_argument("--write", action="store_true", help="write the survivors to tests/mutants.md")
     options = parser.parse_args()
     source = MODULE.read_text()
+    known: dict[tuple[str, int], Result] = {}
+    if options.results and options.results.exists():
+        found = (Result(*json.loads(line)) for line in options.results.read_text().splitlines())
+        known = {(result.change, result.line): result for result in found}
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
         work = Path(name)
-        suite = Suite(source, notes_of(source, options.map.resolve() if options.map else work / "map.json", work))
-        chosen = sample(source, options.number, options.seed)
-        trees: Queue[Path] = Queue()
+        notes = notes_of(source, options.map.resolve() if options.map else work / "map.json", work)
+        suite = Suite(source, notes, BUDGET * 4 if options.again else BUDGET)
+        chosen = sample(source, options.number, options.seed) if options.number else all_of(source)
+        trees: Queue[Tree] = Queue()
         for number in range(options.jobs):
-            trees.put(copy_of_the_tree(work / str(number)))
+            trees.put(Tree(work / str(number), suite))
 
-        listed = reasons()
-
-        def run(mutant: Mutant) -> tuple[Mutant, str, str]:
-            if options.again and difference(source, mutant) not in listed:
-                return mutant, "killed", "before"
+        def run(mutant: Mutant) -> Result:
+            what = change(source, mutant)
+            before = known.get((what, mutant.line))
+            if before and not (options.again and before.said == "survived"):
+                return before
             tree = trees.get()
             begin = time.monotonic()
             try:
-                (tree / MODULE.name).write_text(mutated(source, mutant))
-                said, detail = verdict(tree, suite, suite.of(mutant))
+                said, detail = tree.verdict(source, mutant)
             finally:
                 trees.put(tree)
-            taken = time.monotonic() - begin
-            print(f"{said:9} {taken:4.0f} s  line {mutant.line} {mutant.name}: {mutant.kind} ({detail})", flush=True)
-            if said != "killed":
-                print(difference(source, mutant), flush=True)
-            return mutant, said, detail
+            result = Result(what, mutant.line, said, detail)
+            print(f"{said:9} {time.monotonic() - begin:4.1f} s  line {mutant.line} {what} ({detail})", flush=True)
+            if options.results:
+                with options.results.open("a") as file:
+                    print(json.dumps(result), file=file)
+            return result
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            results = list(pool.map(run, chosen))
-    counts = {word: sum(1 for _, said, _ in results if said == word) for word in ("killed", "survived", "timed out")}
+            results = [result for result in pool.map(run, chosen) if result.said != "no Python"]
+        while not trees.empty():
+            trees.get().close()
+    counts = Counter(result.said for result in results)
+    share = counts["killed"] / len(results)
+    what = (f"{len(results)} mutants of {len(mutants_of(source))} places: {counts['killed']} killed ({share:.1%}), "
+            f"{counts['survived']} survived, {counts['timed out']} timed out, which is not counted as killed.")  # fmt: skip
+    print(what)
     if options.write:
-        REPORT.write_text(report(source, results, options.seed))
-    print(f"{len(results)} mutants of {len(mutants_of(source))}: " + ", ".join(f"{n} {word}" for word, n in counts.items())
-          + f"; {counts['killed'] / len(results):.1%} killed")  # fmt: skip
-    sys.exit(counts["killed"] < 0.85 * len(results))
+        REPORT.write_text(report(source, results, what))
+    sys.exit(share < 0.9)
 
 
 if __name__ == "__main__":
