@@ -40,6 +40,7 @@ from copilot_router import (
     _correction,
     _duration,
     _error_facts,
+    _GeminiDecoder,
     _InBandError,
     _json,
     _Limits,
@@ -384,6 +385,107 @@ NO_JSON: Any = None
 def test_classification(status: int, body: Any, kind: type[ProviderError]) -> None:
     """Code, phrase, type, number, status: in this order."""
     assert _class_of(_error_facts(body), status, "my-model", False) is kind
+
+
+NAMES_OF_ERRORS: list[tuple[type[ProviderError], str]] = [
+    (ContextLengthExceeded, "context_length_exceeded exceed_context_size_error"),
+    (QuotaExceeded, """insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded billing_error
+        project_spend_limit_exceeded organization_usage_limit_exceeded billing_hard_limit_reached enforced_spend_limit_reached
+        contract_spend_limit_reached insufficient_balance payment_required weight_exceeds_budget"""),
+    (RateLimited, "in_flight_budget_exhausted ramp_limit_exceeded rate_limit_exceeded rate_limit_error tokens requests"),
+    (AuthenticationError, """invalid_api_key unsupported_country_region_territory API_KEY_INVALID authentication_error
+        permission_error UNAUTHENTICATED PERMISSION_DENIED"""),
+    (ModelNotFound, "model_not_found DeploymentNotFound not_found_error NotFoundError NOT_FOUND"),
+    (ContentFiltered, """content_filter content_policy_violation invalid_prompt cyber_policy ResponsibleAIPolicyViolation"""),
+    (Overloaded, """slow_down server_is_overloaded overloaded_error capacity_exceeded unavailable_error
+        service_unavailable_error UNAVAILABLE"""),
+    (InvalidResponse, "tool_use_failed json_validate_failed unheard_of"),
+    (UnsupportedRequest, "unsupported_parameter unsupported_value not_supported_error"),
+    (BadRequest, "string_above_max_length invalid_request_error BadRequestError INVALID_ARGUMENT"),
+    (ProviderTimeout, "timeout_error timeout request_timeout"),
+    (ServerError, "server_error api_error internal_error internal_server_error INTERNAL"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in NAMES_OF_ERRORS for name in names.split()])
+def test_the_vendors_names_of_errors(kind: type[ProviderError], name: str) -> None:
+    """In an answer of status 200, where nothing but the name tells; whether it stands as a code or as a type."""
+    for field in ("code", "type"):
+        assert _class_of(_error_facts({"error": {field: name, "message": ""}}), 200, None, False) is kind
+
+
+@pytest.mark.parametrize("number", [429, 503, 529])
+def test_a_number_says_more_than_a_server_error(number: int) -> None:
+    for name in ("server_error", "api_error", "internal_error", "internal_server_error", "INTERNAL"):
+        expected = {429: RateLimited, 503: ServerError, 529: Overloaded}[number]
+        assert _class_of(_error_facts({"error": {"type": name, "message": ""}}), number, None, False) is expected
+        assert _class_of(_error_facts({"error": {"type": name, "message": "", "code": 500}}), 200, None, False) is ServerError
+
+
+PHRASES_OF_ERRORS: list[tuple[type[ProviderError], str]] = [
+    (ContextLengthExceeded, """exceeds the context length|beyond the context window|maximum context is 8|the context size|
+        prompt is too long: 9 tokens|it is longer than the model takes|context the overflows|n_keep 9 >= n_ctx 8|
+        would exceed context limit|the input tokens exceed it|the input token count (9)|request too large for m|
+        current length is 9 while limit is 8"""),
+    (QuotaExceeded, """your credit balance is too low|you exceeded your current quota|insufficient balance|
+        prepaid credits are depleted|quota, limit: 0|a spend limit"""),
+    (AuthenticationError, """incorrect API key|invalid API key|API key not valid|API key expired|invalid x-api-key|
+        user location is not supported"""),
+    (ModelNotFound, """no model loaded|no models loaded|model is unloaded|model m not found|model m does not exist|
+        model m has been retired|model m has been deprecated|model m is no longer available|unknown model m|model: m"""),
+    (ContentFiltered, """content management policy|content filtering policy|violating our usage policy|flagged as unsafe|
+        moderation says no"""),
+    (ProviderUnavailable, "unexpected endpoint|invalid URL (POST /x)"),
+    (Overloaded, "loading model|currently overloaded|server busy|maximum pending requests"),
+    (UnsupportedRequest, """m does not support tools|m does not support images|it does not support vision|
+        does not support thinking|does not support chat|image input is off|requires --enable-auto-tool-choice|
+        tools are not supported|a tool is not supported|image is not supported|response_format is not supported|
+        json_schema is not supported|tool_choice has no support|toolchoice is not permitted|tool_choice allowed: auto|
+        tool_choice forces a call"""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "phrase"), [(kind, phrase.strip()) for kind, phrases in PHRASES_OF_ERRORS for phrase in phrases.split("|")]
+)
+def test_the_vendors_phrases_of_errors(kind: type[ProviderError], phrase: str) -> None:
+    for message in (phrase, phrase.upper()):
+        assert _class_of(_error_facts({"error": {"message": message}}), 400, None, False) is kind
+
+
+@pytest.mark.parametrize(("status", "kind"), [(499, AuthenticationError), (500, ServerError), (501, ServerError)])
+def test_a_servers_own_trouble_with_keys_is_not_ours(status: int, kind: type[ProviderError]) -> None:
+    assert _class_of(_error_facts({"error": {"message": "invalid api key"}}), status, None, False) is kind
+
+
+FINISHES = {
+    "length": "MAX_TOKENS CONTINUATION",
+    "content_filter": """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT
+        IMAGE_RECITATION MODEL_ARMOR ESCALATION PUP_LIMITED_DISABLED""",
+    "stop": "STOP SOMETHING_NEW",
+    "": """MALFORMED_FUNCTION_CALL UNEXPECTED_TOOL_CALL MALFORMED_RESPONSE TOO_MANY_TOOL_CALLS OTHER NO_IMAGE IMAGE_OTHER
+        MISSING_THOUGHT_SIGNATURE""",
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(ours, theirs) for ours, names in FINISHES.items() for theirs in names.split()])
+def test_geminis_finish_reasons(ours: str, theirs: str) -> None:
+    """Those without one of ours are the model's own failures."""
+    decoder = _GeminiDecoder(ASKED, {})
+    body = {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": theirs}]}
+    if ours:
+        decoder.feed_whole(body)
+        assert decoder.response().finish_reason == ours
+    else:
+        with pytest.raises(InvalidResponse) as caught:
+            decoder.feed_whole(body)
+        assert caught.value.code == theirs.lower()
+
+
+def test_a_signature_is_a_sign_of_life() -> None:
+    decoder = _GeminiDecoder(ASKED, {})
+    assert decoder.feed("", b'{"candidates": [{"content": {"parts": [{"thoughtSignature": "x"}]}}]}') == ""
+    assert decoder.alive
 
 
 def test_a_retry_hint_turns_money_into_time() -> None:
