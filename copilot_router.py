@@ -3629,7 +3629,8 @@ class _ResponsesDecoder(_Decoder):
         items = body.get("output") or self._done
         text = "".join([self._take_item(_object(item, "an output item")) for item in _items(items, "output")])
         self._carry = {"items": items} if any(item.get("type") == "reasoning" for item in items) else {}
-        self._finished(_dict(body.get("incomplete_details")).get("reason", "length") if status == "incomplete" else "stop")
+        reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
+        self._finished(reason if status == "incomplete" else "stop")
         self.ended = True
         return "" if self._text or not text else self._add_text(text)
 

@@ -580,3 +580,157 @@ def test_the_deadline_holds_in_a_session_of_the_users() -> None:
         with pytest.raises(ProviderTimeout):
             OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m", timeout=0.3)
         assert time.monotonic() - start < 2
+
+
+@pytest.mark.quiet
+def test_a_listener_hears_every_event_however_little_is_logged() -> None:
+    kinds: list[str] = []
+    tier = ProviderTier("a", ScriptedProvider(["hi"]), ["m"])
+    FailoverChain([tier], on_event=lambda event: kinds.append(event.kind)).chat("q")
+    assert kinds == ["attempt", "done"]
+
+
+def test_only_an_answer_that_took_more_than_one_attempt_is_worth_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "copilot_router")
+    FailoverChain([ProviderTier("a", ScriptedProvider(["hi"]), ["m"])]).chat("q")
+    assert not [record for record in caplog.records if record.levelno >= logging.INFO]
+    tiers = [ProviderTier("a", ScriptedProvider([ServerError("no")]), ["m"], retries=0),
+             ProviderTier("b", ScriptedProvider(["hi"]), ["m"])]  # fmt: skip
+    FailoverChain(tiers).chat("q")
+    assert "answered: a: ServerError: no" in caplog.text
+
+
+def test_a_refusal_keeps_its_request_id() -> None:
+    refused = LLMResponse(None, finish_reason="content_filter", request_id="r-1", model="m")
+    chain = FailoverChain([ProviderTier("a", ScriptedProvider([refused]), ["m"])])
+    with pytest.raises(ContentFiltered) as caught:
+        chain.chat("q")
+    assert (caught.value.request_id, caught.value.model) == ("r-1", "m")
+
+
+def test_a_ping_has_five_seconds() -> None:
+    given: list[float] = []
+
+    class Pinged(ScriptedProvider):
+        def ping(self, timeout: float = 0.0) -> None:
+            given.append(timeout)
+
+    FailoverChain([ProviderTier("a", Pinged([]), ["m"])]).check()
+    assert given == [5.0]
+
+
+def test_a_retry_comes_after_a_tenth_to_three_tenths_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr("copilot_router._drawn", lambda low, high: drawn.append((low, high)) or 0.0)
+    FailoverChain([ProviderTier("a", ScriptedProvider([ServerError("no"), "hi"]), ["m"])]).chat("q")
+    assert drawn == [(0.1, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("url", "role"),
+    [("https://api.openai.com/v1", "developer"), ("https://x.openai.azure.com/openai/v1", "developer"),
+     ("https://xazure.com/v1", "system"), ("https://api.openai.com.evil.test/v1", "system")],
+)  # fmt: skip
+def test_only_openai_and_azure_know_developers(mocked: Any, url: str, role: str) -> None:
+    mocked.post(f"{url}/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    OpenAIProvider(KEY, url).chat([{"role": "developer", "content": "x"}], model="m")
+    assert json.loads(mocked.calls[0].request.body)["messages"][0]["role"] == role
+
+
+def test_lm_studio_needs_no_model(mocked: Any) -> None:
+    url = "http://localhost:1234/v1"
+    mocked.post(f"{url}/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    assert LMStudioProvider().chat("q").text == "x"
+
+
+def test_nothing_is_kept_of_an_answer_that_is_over() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+                           + event("x") + event(finish="stop") + b"data: [DONE]\n\n")  # fmt: skip
+        return False
+
+    before = set(copilot_router._Answer._under_way)
+    with peer(serve) as server:
+        provider = OpenAIProvider(KEY, server.url)
+        assert provider.chat("q", model="m", timeout=5).text == "x"
+        assert copilot_router._Answer._under_way == before
+        sessions = [provider._session]
+        provider.close()
+        assert provider._session is None and sessions[0] is not None
+        own = requests.Session()
+        lent = OpenAIProvider(KEY, server.url, session=own)
+        lent.close()
+        assert lent._session is own
+        own.close()
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete"])
+def test_a_response_may_end_in_several_ways(kind: str) -> None:
+    decoder = copilot_router._ResponsesDecoder(copilot_router._Call([], None, "m", {}))
+    item = {"type": "message", "content": [{"type": "output_text", "text": "x"}]}
+    body = {"type": kind, "response": {"status": kind.partition(".")[2], "output": [item]}}
+    assert decoder.feed("", json.dumps(body).encode()) == "x"
+    assert decoder.ended and decoder.response().finish_reason == ("stop" if kind.endswith("completed") else "length")
+
+
+@pytest.mark.parametrize(("kind", "error"), [("cancelled", InvalidResponse), ("failed", copilot_router._InBandError)])
+def test_a_response_may_fail_in_several_ways(kind: str, error: type[Exception]) -> None:
+    decoder = copilot_router._ResponsesDecoder(copilot_router._Call([], None, "m", {}))
+    with pytest.raises(error):
+        decoder.feed("", json.dumps({"type": f"response.{kind}", "response": {"status": kind, "output": []}}).encode())
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+def test_a_function_without_parameters_takes_an_object_without_any() -> None:
+    nothing = {"type": "object", "properties": {}}
+    call = copilot_router._Call([{"role": "user", "content": "q"}], [FUNCTION], "m", {})
+    body = copilot_router._responses_body(call, False)
+    assert body["tools"] == [{"type": "function", "parameters": nothing, "strict": False, "name": "f"}]
+    assert copilot_router._anthropic_tools(call, [], {"f": "f"})["tools"] == [{"name": "f", "input_schema": nothing}]
+
+
+def test_a_file_of_the_responses_api_has_a_name() -> None:
+    part = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}
+    call = copilot_router._Call([{"role": "user", "content": [part]}], None, "m", {})
+    (item,) = copilot_router._responses_body(call, False)["input"]
+    assert item["content"] == [
+        {"type": "input_file", "filename": "file", "file_data": "data:application/pdf;base64,AAAA"}
+    ]
+
+
+def test_gemini_learns_which_call_has_no_result() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("f", "g")
+    ]}  # fmt: skip
+    history = [{"role": "user", "content": "q"}, called, {"role": "tool", "tool_call_id": "f", "content": "fine"},
+               {"role": "user", "content": "go on"}]  # fmt: skip
+    call = copilot_router._Call(copilot_router._repaired(history), None, "m", {})
+    body = copilot_router._gemini_body(call, {"f": "f", "g": "g"})
+    answers = [part["functionResponse"]["response"] for turn in body["contents"] for part in turn["parts"]
+               if "functionResponse" in part]  # fmt: skip
+    assert answers == [{"output": "fine"}, {"error": copilot_router._NO_RESULT}]
+
+
+def test_what_a_server_repeats_is_three_stars() -> None:
+    masked = copilot_router._masked
+    assert masked("bad: my secret", [], ["my secret"]) == "bad: ***"
+    assert masked("bad: my secret and my", [], ["my secret", "secret and"]) == "bad: my *** my"
+    assert masked("key sk-12345678 is off", ["sk-12345678"], []) == "key *** is off"
+
+
+def test_a_breaker_without_a_name_is_called_circuit(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "copilot_router")
+
+    def listener(*_: object) -> None:
+        raise ValueError
+
+    breaker = CircuitBreaker(failure_threshold=1, recovery_timeout=1, clock=clock, on_change=listener)
+    with pytest.raises(ServerError):
+        breaker.call(lambda: (_ for _ in ()).throw(ServerError("no")))
+    clock.advance(2)
+    breaker.call(lambda: None)
+    lines = [record.getMessage() for record in caplog.records if "listener" not in record.getMessage()]
+    assert [line.partition(":")[0] for line in lines] == ["circuit"] * 3
+    assert "circuit: a listener failed" in caplog.text
