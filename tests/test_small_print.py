@@ -55,6 +55,7 @@ from copilot_router import (
     ProviderUnavailable,
     QuotaExceeded,
     RateLimited,
+    RouterError,
     ScriptedProvider,
     ServerError,
     SQLiteStore,
@@ -734,3 +735,101 @@ def test_a_breaker_without_a_name_is_called_circuit(clock: FakeClock, caplog: py
     lines = [record.getMessage() for record in caplog.records if "listener" not in record.getMessage()]
     assert [line.partition(":")[0] for line in lines] == ["circuit"] * 3
     assert "circuit: a listener failed" in caplog.text
+
+
+VENDORS_FINISHES = [
+    ("Chat", "length", "length"), ("Chat", "content_filter", "content_filter"), ("Chat", "sensitive", "content_filter"),
+    ("Chat", "stop", "stop"), ("Chat", "eos", "stop"),
+    ("Anthropic", "max_tokens", "length"), ("Anthropic", "model_context_window_exceeded", "length"),
+    ("Anthropic", "pause_turn", "length"), ("Anthropic", "refusal", "content_filter"), ("Anthropic", "end_turn", "stop"),
+    ("Responses", "max_output_tokens", "length"), ("Responses", "content_filter", "content_filter"),
+    ("Ollama", "length", "length"), ("Ollama", "stop", "stop"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("vendor", "theirs", "ours"), VENDORS_FINISHES)
+def test_finish_reasons_by_vendor(vendor: str, theirs: str, ours: str) -> None:
+    """The model's own name stands in for one that the answer does not say."""
+    call = copilot_router._Call([], None, "asked", {})
+    decoder = {"Chat": copilot_router._ChatDecoder, "Responses": copilot_router._ResponsesDecoder,
+               "Ollama": copilot_router._OllamaDecoder,
+               "Anthropic": lambda call: copilot_router._AnthropicDecoder(call, {})}[vendor](call)  # fmt: skip
+    text = [{"type": "text", "text": "x"}]
+    decoder.feed_whole({
+        "Chat": {"choices": [{"message": {"content": "x"}, "finish_reason": theirs}]},
+        "Anthropic": {"type": "message", "content": text, "stop_reason": theirs},
+        "Responses": {"status": "incomplete", "incomplete_details": {"reason": theirs},
+                      "output": [{"type": "message", "content": [{"type": "output_text", "text": "x"}]}]},
+        "Ollama": {"message": {"content": "x"}, "done": True, "done_reason": theirs},
+    }[vendor])  # fmt: skip
+    answer = decoder.response()
+    assert (answer.finish_reason, answer.text, answer.model) == (ours, "x", "asked")
+
+
+@pytest.mark.parametrize(
+    "header", ["x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id"]
+)
+def test_a_request_id_under_each_of_its_names(mocked: Any, header: str) -> None:
+    answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("http://h/v1/chat/completions", json=answer, headers={header: "r-1"})
+    assert OpenAIProvider(KEY, "http://h/v1").chat("q", model="m").request_id == "r-1"
+
+
+def test_an_empty_answer_has_cost_its_tokens() -> None:
+    empty = LLMResponse(None, usage=Usage(5, 7), model="m")
+    chain = FailoverChain([ProviderTier("a", ScriptedProvider([empty]), ["m"], retries=0)])
+    with pytest.raises(EmptyResponse) as caught:
+        copilot_router._checked_answer(empty)
+    assert caught.value.usage == Usage(5, 7)
+    with pytest.raises(RouterError) as failed:
+        chain.chat("q")
+    assert failed.value.attempts[0].usage == Usage(5, 7)
+
+
+def test_a_tier_without_models_is_passed_over_without_one(clock: FakeClock) -> None:
+    tiers = [ProviderTier("a", ScriptedProvider([])), ProviderTier("b", ScriptedProvider(["x", "y"]))]
+    chain = FailoverChain(tiers, clock=clock)
+    chain.tiers[0].breaker.open(60, "off")
+    assert chain.chat("q").attempts[0].model == ""
+    assert chain.chat("q", model="m").attempts[0].model == "m"
+
+
+@pytest.mark.parametrize(
+    ("key", "good"), [("caf\xe9", True), ("\xff", True), ("\u0100", False), ("a\x7f", False), ("a\x1fb", False)]
+)
+def test_which_letters_a_key_may_have(key: str, good: bool) -> None:
+    if good:
+        OpenAIProvider(key, "http://h/v1").close()
+    else:
+        with pytest.raises(ConfigError):
+            OpenAIProvider(key, "http://h/v1")
+
+
+def test_a_page_instead_of_json_names_the_model(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", status=302, headers={"Location": "http://elsewhere/"})
+    with pytest.raises(InvalidResponse) as caught:
+        OpenAIProvider(KEY, "http://h/v1").chat("q", model="m")
+    assert (caught.value.model, caught.value.status, caught.value.provider) == ("m", 302, "openai")
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(429, 7.0), (503, 7.0), (529, 7.0), (500, None), (504, None)])
+def test_who_may_say_when_a_limit_ends(mocked: Any, status: int, seconds: float | None) -> None:
+    limits = {"x-ratelimit-reset-requests": "7s"}
+    mocked.post("http://h/v1/chat/completions", status=status, json={"error": {"message": "no"}}, headers=limits)
+    with pytest.raises(ProviderError) as caught:
+        OpenAIProvider(KEY, "http://h/v1").chat("q", model="m")
+    assert caught.value.retry_after == seconds
+
+
+def test_a_breaker_without_a_failure_settles_once(clock: FakeClock) -> None:
+    """A success that another call's failure overtook still resets the count of failures."""
+    breaker = CircuitBreaker(failure_threshold=3, clock=clock)
+
+    def overtaken() -> str:
+        with pytest.raises(ServerError):
+            breaker.call(lambda: (_ for _ in ()).throw(ServerError("no")))
+        assert breaker.snapshot().failures == 1
+        return "x"
+
+    assert breaker.call(overtaken) == "x"
+    assert breaker.snapshot().failures == 0
