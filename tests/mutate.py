@@ -13,8 +13,8 @@ as a time-out, not as killed. A slow test has to fail twice: a busy machine migh
 
 Starting pytest would take longer than most mutants live. So a few processes collect all tests once and fork for each mutant;
 the child puts the new code into the functions that are already there. Where that does not do, pytest starts anew: what runs
-at import, and what cannot be exchanged. Survivors are written to tests/mutants.md; a reason given there is kept as long as the
-mutant stays the same.
+at import, and what cannot be exchanged. Survivors are written to tests/mutants.md, also when Ctrl-C ends the run; a reason
+given there is kept as long as the mutant stays the same.
 """
 
 from __future__ import annotations
@@ -725,8 +725,14 @@ def main() -> None:
                     print(json.dumps(result), file=file)
             return result
 
-        with ThreadPoolExecutor(options.jobs) as pool:
-            results = [result for result in pool.map(run, chosen) if result.said != "no Python"]
+        results: list[Result] = []
+        try:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                for result in pool.map(run, chosen):
+                    if result.said != "no Python":
+                        results.append(result)
+        except KeyboardInterrupt:
+            print("stopped; this is how far it came")
         while not trees.empty():
             trees.get().close()
     counts = Counter(result.said for result in results)
