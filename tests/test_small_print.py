@@ -734,7 +734,7 @@ def test_a_breaker_without_a_name_is_called_circuit(clock: FakeClock, caplog: py
     breaker.call(lambda: None)
     lines = [record.getMessage() for record in caplog.records if "listener" not in record.getMessage()]
     assert [line.partition(":")[0] for line in lines] == ["circuit"] * 3
-    assert "circuit: a listener failed" in caplog.text
+    assert "circuit: a listener failed" in caplog.messages
 
 
 VENDORS_FINISHES = [
@@ -833,3 +833,25 @@ def test_a_breaker_without_a_failure_settles_once(clock: FakeClock) -> None:
 
     assert breaker.call(overtaken) == "x"
     assert breaker.snapshot().failures == 0
+
+
+def test_the_record_of_a_failure_without_a_model_names_none() -> None:
+    tiers = [ProviderTier("a", ScriptedProvider([BadRequest("no")]))]
+    with pytest.raises(BadRequest) as caught:
+        FailoverChain(tiers).chat("q")
+    assert caught.value.attempts[0].model == ""
+
+
+def test_several_texts_are_lines() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert copilot_router._joined(parts, "nobody") == "a\nb"
+
+
+def test_what_is_no_http_answer_is_called_so() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        return False
+
+    with peer(serve) as server, pytest.raises(InvalidResponse) as caught:
+        OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5)
+    assert str(caught.value) == "not an HTTP answer"
