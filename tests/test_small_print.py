@@ -630,7 +630,8 @@ def test_a_retry_comes_after_a_tenth_to_three_tenths_of_a_second(monkeypatch: py
 @pytest.mark.parametrize(
     ("url", "role"),
     [("https://api.openai.com/v1", "developer"), ("https://x.openai.azure.com/openai/v1", "developer"),
-     ("https://xazure.com/v1", "system"), ("https://api.openai.com.evil.test/v1", "system")],
+     ("https://api.openai.com:443/v1", "developer"), ("https://xazure.com/v1", "system"),
+     ("https://api.openai.com.evil.test/v1", "system")],
 )  # fmt: skip
 def test_only_openai_and_azure_know_developers(mocked: Any, url: str, role: str) -> None:
     mocked.post(f"{url}/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
@@ -855,3 +856,49 @@ def test_what_is_no_http_answer_is_called_so() -> None:
     with peer(serve) as server, pytest.raises(InvalidResponse) as caught:
         OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5)
     assert str(caught.value) == "not an HTTP answer"
+
+
+def test_a_stream_knows_its_time() -> None:
+    """The provider of a stream is told how long it has, as that of a whole answer is."""
+    given: list[Any] = []
+
+    class Timed(ScriptedProvider):
+        def stream(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+            given.append(kwargs.get("timeout"))
+            return super().stream(messages, tools, model, **kwargs)
+
+    chain = FailoverChain([ProviderTier("a", Timed(["x"]), ["m"], timeout=7.0)])
+    assert "".join(chain.stream("q")) == "x"
+    assert given == [7.0]
+
+
+def test_a_wait_belongs_to_no_tier(clock: FakeClock) -> None:
+    events: list[Any] = []
+    tier = ProviderTier("a", ScriptedProvider([RateLimited(retry_after=30), "x"]))
+    chain = FailoverChain([tier], clock=clock, sleep=clock.sleep, on_event=events.append)
+    assert chain.chat("q", wait=60).text == "x"
+    assert [(event.tier, event.model) for event in events if event.kind == "wait"] == [("", "")]
+
+
+def test_answers_are_asked_for_as_they_are(mocked: Any) -> None:
+    """Not compressed, and without following anybody elsewhere; a query of the base URL stands behind the path."""
+    answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("http://h/v1/chat/completions?api-version=1", json=answer)
+    assert OpenAIProvider(KEY, "http://h/v1?api-version=1").chat("q", model="m").text == "x"
+    assert mocked.calls[0].request.headers["Accept-Encoding"] == "identity"
+    assert mocked.calls[0].request.url == "http://h/v1/chat/completions?api-version=1"
+
+
+def test_a_query_joins_the_one_that_a_path_has(mocked: Any) -> None:
+    answer = {"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": "STOP"}]}
+    mocked.post(re.compile("http://h/.*"), json=answer)
+    assert GeminiProvider(KEY, "http://h/v1beta?k=1").chat("q", model="m").text == "x"
+    assert mocked.calls[0].request.url == "http://h/v1beta/models/m:streamGenerateContent?alt=sse&k=1"
+
+
+def test_an_at_sign_in_a_path_is_no_password(mocked: Any) -> None:
+    answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("http://h/a@b/v1/chat/completions", json=answer)
+    provider = OpenAIProvider(KEY, "http://h/a@b/v1")
+    assert provider.chat("q", model="m").text == "x"
+    assert mocked.calls[0].request.headers["Authorization"] == f"Bearer {KEY}"
