@@ -593,8 +593,8 @@ class Tree:
         if self.nursery is None or self.nursery.poll() is not None:
             self.start()
         print(self.limits(tests), file=self.orders, flush=True)
-        said, _, name = self.answers.readline().strip().partition(" ")
-        return said or "timed out", name
+        said = self.answers.readline().strip() or "timed out"
+        return ("killed", said.removeprefix("killed ")) if said.startswith("killed ") else (said, "")
 
     def start(self) -> None:
         theirs, orders = os.pipe()
