@@ -2031,6 +2031,7 @@ class _Answer:
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
         self._under_way.discard(self)
+        self._content = iter(())  # what reads refers to this object: without a cycle both go at once
         if self._ended:
             if self._original is not None:
                 self._original.close()  # http.client must know, or it refuses the next request on this connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from copilot_router import (
     ProviderTimeout,
     ProviderUnavailable,
     ServerError,
+    _Answer,
     _Limits,
     _unchunked,
 )
@@ -635,3 +638,20 @@ def test_no_time_at_all_is_a_timeout() -> None:
         with pytest.raises(ProviderTimeout):
             client.chat("hi", model="m", timeout=0)
         assert not server.requests
+
+
+def test_a_stream_that_is_given_up_needs_no_collector() -> None:
+    """What was read of it goes at once, also in programs that have switched the collector off."""
+    with peer(healthy) as server, provider(server.url) as client:
+        before = set(_Answer._under_way)
+        stream = client.stream("hi", model="m", timeout=5)
+        assert next(stream) == "good"
+        (answer,) = (weakref.ref(found) for found in _Answer._under_way - before)
+        before.clear()
+        gc.disable()
+        try:
+            stream.close()
+            del stream
+            assert answer() is None
+        finally:
+            gc.enable()
