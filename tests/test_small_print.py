@@ -28,6 +28,7 @@ import copilot_router
 from copilot_router import (
     AllProvidersFailed,
     AnthropicProvider,
+    Attempt,
     AuthenticationError,
     BadRequest,
     BreakerRecord,
@@ -55,6 +56,7 @@ from copilot_router import (
     ProviderUnavailable,
     QuotaExceeded,
     RateLimited,
+    RedisStore,
     RouterError,
     ScriptedProvider,
     ServerError,
@@ -902,3 +904,690 @@ def test_an_at_sign_in_a_path_is_no_password(mocked: Any) -> None:
     provider = OpenAIProvider(KEY, "http://h/a@b/v1")
     assert provider.chat("q", model="m").text == "x"
     assert mocked.calls[0].request.headers["Authorization"] == f"Bearer {KEY}"
+
+
+# -- defaults and texts, read where they stand
+
+
+def test_what_a_record_begins_with() -> None:
+    """A store of one's own, and a provider of one's own, build these and fill in what they know."""
+    assert tuple(BreakerRecord()) == ("closed", 0, 0, 0, 0.0, 0.0, 0, 0, 0, "")
+    assert tuple(Attempt("t", "m", "ok")) == ("t", "m", "ok", None, None, 0.0, Usage())
+    assert (LLMResponse().latency, LLMResponse().cost, LLMResponse().request_id) == (0.0, None, None)
+    assert (CircuitBreaker().trial_timeout, CircuitBreaker().max_recovery_timeout) == (120.0, 15.0)
+
+
+def test_the_limits_of_the_stores(tmp_path: Path) -> None:
+    redis, sqlite = RedisStore("redis://127.0.0.1:1/0"), SQLiteStore(tmp_path / "b")
+    assert (redis.shared_counts, redis.shares_local_errors, redis.refresh) == (False, False, 1.0)
+    assert redis._client.connection_pool.connection_kwargs["socket_timeout"] == 0.1
+    assert (sqlite.shared_counts, sqlite.shares_local_errors, sqlite.refresh, sqlite.timeout) == (True, True, 0.25, 0.1)
+
+
+def test_a_repr_shows_no_text() -> None:
+    answer = LLMResponse("T1", reasoning="T2", escalation="T3", raw={"a": "T4"}, carry={"b": "T5"}, model="m")
+    assert not re.search("T[1-5]", repr(answer))
+    assert "model='m'" in repr(answer)
+
+
+def test_the_library_is_silent_where_nobody_listens() -> None:
+    """One handler that does nothing, under the name that the README gives: else logging prints warnings by itself."""
+    assert [type(handler) for handler in logging.getLogger("copilot_router").handlers] == [logging.NullHandler]
+
+
+def test_each_step_of_explain() -> None:
+    steps = (
+        Attempt("a", "m", "skipped", "CircuitOpen: off"), Attempt("b", "m", "escalated", "gave up", latency=0.5),
+        Attempt("c", "m", "failed", "ServerError: no", latency=0.25), Attempt("d", "m", "ok", latency=1.0),
+    )  # fmt: skip
+    told = LLMResponse("x", attempts=steps, cost=0.5).explain()
+    assert told == ("a: skipped (CircuitOpen: off) -> b: escalated (gave up) 500 ms -> c: ServerError: no 250 ms"
+                    " -> d: ok 1000 ms $0.5000")  # fmt: skip
+
+
+def test_reasons_of_what_is_done_by_hand(clock: FakeClock) -> None:
+    breaker = CircuitBreaker(clock=clock)
+    breaker.open()
+    assert breaker.snapshot().reason == "opened by hand"
+    breaker.reset()
+    assert breaker.snapshot().reason == "reset"
+
+
+def test_of_two_that_park_the_longer_holds(clock: FakeClock) -> None:
+    """And with it its reason: the same length changes nothing."""
+    breaker = CircuitBreaker(clock=clock)
+    first, second, third, last = (breaker.admit() for _ in range(4))
+    first.park(10, "first")
+    second.park(10, "second")
+    assert (breaker.snapshot().reason, breaker.retry_after) == ("first", 10)
+    third.park(20)
+    assert (breaker.snapshot().reason, breaker.retry_after) == ("parked", 20)
+    last.park()
+    assert breaker.retry_after == 20
+
+
+def test_a_forked_sqlite_store_has_a_lock_of_its_own(tmp_path: Path) -> None:
+    """A thread of the parent may have held the old one: nobody in the child will ever give it back."""
+    store = SQLiteStore(tmp_path / "b", timeout=0.01)
+    holder = threading.Thread(target=store._lock.acquire)
+    holder.start()
+    holder.join(5)
+    with pytest.raises(TimeoutError):
+        store.load("b")
+    store._renew_after_fork()
+    assert store.load("b")[0] is None
+    store.close()
+
+
+# -- messages
+
+
+def test_one_part_that_is_no_dict_is_enough() -> None:
+    with pytest.raises(BadRequest, match=r"messages\[0\] \(user\) has a part that is no dict"):
+        copilot_router._checked_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}])
+
+
+def test_an_empty_answer_keeps_its_request_id() -> None:
+    with pytest.raises(EmptyResponse) as caught:
+        copilot_router._checked_answer(LLMResponse(None, request_id="r-1", model="m", finish_reason="length"))
+    assert (caught.value.request_id, caught.value.model, caught.value.code) == ("r-1", "m", "length")
+
+
+def test_the_instruction_joins_the_first_system_message() -> None:
+    """Of either name, text or parts; what stands before and behind stays."""
+    user, other = {"role": "user", "content": "q"}, {"role": "system", "content": "z"}
+    for role in ("system", "developer"):
+        told = copilot_router._instructed([user, {"role": role, "content": "a"}, other, user], "I")
+        assert told == [user, {"role": role, "content": "a\n\nI"}, other, user]
+        part = {"type": "text", "text": "a"}
+        told = copilot_router._instructed([user, {"role": role, "content": [part]}, other, user], "I")
+        assert told == [user, {"role": role, "content": [part, {"type": "text", "text": "I"}]}, other, user]
+    assert copilot_router._instructed([user], "I") == [{"role": "system", "content": "I"}, user]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "image", "input_image"])
+def test_what_counts_as_an_image(kind: str) -> None:
+    text, image = {"type": "text", "text": "a"}, {"type": kind, "image_url": "data:image/png;base64,AAAA"}
+    assert copilot_router._has_images([{"role": "user", "content": "q"}, {"role": "user", "content": [text, image]}])
+    assert not copilot_router._has_images([{"role": "user", "content": [text]}, {"role": "user", "content": kind}])
+
+
+def test_a_custom_provider_is_spared_a_carry_that_stands_alone() -> None:
+    provider = ScriptedProvider(["x"])
+    kept = {"role": "assistant", "content": "yes", "copilot_router": {"blocks": []}}
+    FailoverChain([ProviderTier("a", provider)]).chat([kept])
+    assert provider.calls[0]["messages"] == [{"role": "assistant", "content": "yes"}]
+
+
+# -- transport
+
+
+def test_the_first_token_and_those_after_it_have_their_own_names() -> None:
+    limits = copilot_router._Limits(9, 9, 0, 0, (0, 0))
+    first = limits.expired()
+    limits.progress()
+    later = limits.expired()
+    assert first is not None and later is not None
+    assert (first.code, str(first)[:15]) == ("first_token_timeout", "no first token ")
+    assert (later.code, str(later)[:16]) == ("stall_timeout", "no further data ")
+
+
+def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
+    """The first request's would let the second one wait for ever."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if len(server.requests) > 1:
+            server.stopping.wait(10)
+            return False
+        return answered(connection)
+
+    with peer(serve) as server, one_tier(server.url, first_token_timeout=8) as chain:
+        assert chain.chat("q", timeout=60).text == "x"
+        start = time.monotonic()
+        with pytest.raises(RouterError):
+            chain.chat("q", timeout=0.2)
+        assert time.monotonic() - start < 2
+        assert server.connections == 1
+
+
+def answered(connection: socket.socket) -> bool:
+    """A whole answer, and the connection stays open."""
+    body = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection.sendall(head + body)
+    return True
+
+
+def one_tier(url: str, **settings: Any) -> FailoverChain:
+    return FailoverChain([ProviderTier("a", OpenAIProvider(KEY, url, **settings), ["m"], retries=0)])
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"), [(b"1" * 70_000, "garbled HTTP"), (b"x\r\n", "garbled HTTP"), (b"5\r\nab", "truncated")]
+)
+def test_a_chunked_body_that_is_none(sent: bytes, message: str) -> None:
+    with pytest.raises(InvalidResponse, match=message):
+        list(copilot_router._unchunked(io.BytesIO(sent).read1))
+
+
+def test_trailers_without_end() -> None:
+    read = iter([b"1\r\nx\r\n0\r\n", b"a: b\r\n" * 11_000, b""])
+    with pytest.raises(InvalidResponse, match="garbled HTTP"):
+        list(copilot_router._unchunked(lambda: next(read)))
+
+
+def test_codings_of_a_body(mocked: Any) -> None:
+    """identity says nothing; a damaged one is called so."""
+    body = json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}).encode()
+    mocked.post("http://h/v1/chat/completions", body=body, headers={"Content-Encoding": "identity"})
+    mocked.post("http://h/v1/chat/completions", body=b"\x1f\x8bdamaged", headers={"Content-Encoding": "gzip"})
+    provider = OpenAIProvider(KEY, "http://h/v1")
+    assert provider.chat("q", model="m").text == "x"
+    with pytest.raises(InvalidResponse, match="the compressed body is damaged"):
+        provider.chat("q", model="m")
+
+
+TROUBLE = [
+    *((name, ProviderUnavailable, "the name cannot be resolved") for name in ("NameResolutionError", "gaierror")),
+    *((name, ProviderUnavailable, "TLS failed")
+      for name in ("SSLError", "SSLCertVerificationError", "SSLZeroReturnError", "SSLEOFError")),
+    ("ProxyError", ProviderUnavailable, "the proxy failed"), ("ConnectionRefusedError", ProviderUnavailable, "refused"),
+    ("NewConnectionError", ProviderUnavailable, "cannot connect"),
+    *((name, ServerError, "closed before the answer")
+      for name in ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError", "ConnectionAbortedError", "IncompleteRead",
+                   "InvalidChunkLength", "ProtocolError", "ChunkedEncodingError")),
+    *((name, InvalidResponse, "not an HTTP answer") for name in ("BadStatusLine", "LineTooLong", "UnknownProtocol")),
+    *((name, InvalidResponse, "garbled HTTP")
+      for name in ("HTTPException", "HeaderParsingError", "DecodeError", "ContentDecodingError")),
+    *((name, ProviderUnavailable, "the URL is not valid")
+      for name in ("InvalidURL", "LocationParseError", "MissingSchema", "InvalidSchema")),
+    *((name, ProviderUnavailable, "connect timeout") for name in ("ConnectTimeoutError", "ConnectTimeout")),
+    *((name, ProviderTimeout, "timed out") for name in ("ReadTimeoutError", "ReadTimeout", "TimeoutError")),
+    ("OddError", ProviderUnavailable, "connecting failed: OddError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), TROUBLE)
+def test_what_trouble_on_the_way_is_called(name: str, kind: type[ProviderError], message: str) -> None:
+    """By the name of the exception, wherever it stands among the causes."""
+    bases = (TimeoutError,) if name == "TimeoutError" else (Exception,)
+    inner = type(name, bases, {})("secret")
+    outer = ValueError(inner)
+    for error in (inner, outer) if name != "OddError" else (inner,):
+        found = copilot_router._transport_error(error, copilot_router._Limits(9, 9, 9, 9, (9, 9)), "connecting")
+        assert type(found) is kind
+        assert str(found).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["ConnectionResetError", "IncompleteRead", "ProtocolError", "RemoteDisconnected"])
+def test_what_breaks_in_the_answer_is_truncated(name: str) -> None:
+    limits = copilot_router._Limits(9, 9, 9, 9, (9, 9))
+    found = copilot_router._transport_error(type(name, (Exception,), {})(), limits, "the answer")
+    assert (type(found), str(found)) == (InvalidResponse, "truncated: the connection broke")
+
+
+# -- what errors say
+
+
+def test_facts_of_a_gateways_error() -> None:
+    facts = copilot_router._error_facts
+    assert facts({"metadata": {"limit_source": "Weight_Exceeds_Budget"}}).codes == ("weight_exceeds_budget",)
+    assert facts({"metadata": {"flagged_input": "x"}}).codes == ("content_filter",)
+    assert facts({"metadata": {"reasons": ["x"]}}).codes == ("content_filter",)
+    assert facts({"status_code": "999999999"}).number == 999_999_999
+    assert facts({"status_code": "1000000000"}).number is None
+    assert facts({"code": True, "status_code": 418}).number == 418
+
+
+@pytest.mark.parametrize(("waits", "kind"), [({}, ServerError), ({"Retry-After": "5"}, Overloaded)])
+def test_a_503_that_says_when_is_overloaded(mocked: Any, waits: dict[str, str], kind: type) -> None:
+    """Whatever generic type it gives."""
+    body = {"error": {"type": "server_error", "message": "x"}}
+    mocked.post("http://h/v1/chat/completions", status=503, json=body, headers=waits)
+    with pytest.raises(ServerError) as caught:
+        OpenAIProvider(KEY, "http://h").chat("hi", model="m")
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("try again in 6m0s", 360), ("try again in 120ms", 0.12), ("retry after 20 seconds", 20), ("retry after 20", 20),
+     ("try again in 2 minutes", 120), ("try again in 1 hour", 3600), ("try again in 2 hrs", 7200),
+     ("Try again in 2 days", 172_800),
+     ("try again in 1 day", 86_400), ("try again in 500 milliseconds", 0.5), ("try again in 5 ms", 0.005),
+     ("try again in 1.5s", 1.5), ("try again later", None), ("try again in a while", None)],
+)  # fmt: skip
+def test_a_hint_in_words(text: str, seconds: float | None) -> None:
+    found = copilot_router._in_words(text)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_other_forms_of_a_hint() -> None:
+    assert copilot_router._duration("7") == 7
+    assert copilot_router._duration(" 1h2m3s. ") == 3723
+    assert copilot_router._duration("soon") is None
+    assert copilot_router._seconds("0.5") == 0.5
+    assert [copilot_router._seconds(text) for text in ("nan", "inf", "-1", "")] == [None] * 4
+    assert copilot_router._until("2000-01-01T00:00:00Z") == 0.0
+    assert copilot_router._until("1 January") is None
+
+
+def test_secrets_of_four_letters_are_hidden() -> None:
+    assert copilot_router._masked("key abcd is off", ["abcd"], []) == "key *** is off"
+    assert copilot_router._masked("key abc is off", ["abc"], []) == "key abc is off"
+
+
+# -- learning from refusals
+
+HINT_VALUES = {"temperature": 0.5, "top_p": 0.5, "seed": 1, "presence_penalty": 0.5, "frequency_penalty": 0.5,
+               "reasoning_effort": "low", "parallel_tool_calls": True, "user": "u"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hint", "theirs"),
+    [*((name, name) for name in HINT_VALUES), ("top_p", "topP"), ("presence_penalty", "presencePenalty"),
+     ("frequency_penalty", "frequencyPenalty"), ("reasoning_effort", "reasoning.effort"),
+     ("reasoning_effort", "output_config"),
+     ("reasoning_effort", "output_config.effort"), ("reasoning_effort", "effort"), ("reasoning_effort", "thinking.type"),
+     ("reasoning_effort", "think"), ("parallel_tool_calls", "disable_parallel_tool_use"), ("user", "metadata"),
+     ("user", "metadata.user_id"), ("user", "safety_identifier")],
+)  # fmt: skip
+def test_each_hint_is_dropped_when_it_is_refused(mocked: Any, hint: str, theirs: str) -> None:
+    """Under any of the names that vendors give it; the others stay."""
+    url = "http://h/v1/chat/completions"
+    mocked.post(url, status=400, json={"error": {"message": f"Unsupported value: '{theirs}'"}})
+    mocked.post(url, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert OpenAIProvider(KEY, "http://h").chat("q", tools, model="m", **HINT_VALUES).text == "x"
+    first, second = (json.loads(call.request.body) for call in mocked.calls)
+    assert first.keys() - second.keys() == {hint}
+    assert {name: first[name] for name in HINT_VALUES} == HINT_VALUES
+
+
+def test_one_corrected_resend_and_no_more(mocked: Any) -> None:
+    url = "http://h/v1/chat/completions"
+    for hint in ("seed", "user"):
+        mocked.post(url, status=400, json={"error": {"message": f"Unsupported parameter: '{hint}'"}})
+    with pytest.raises(BadRequest, match="user"):
+        OpenAIProvider(KEY, "http://h").chat("q", model="m", **HINT_VALUES)
+    assert len(mocked.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+     "'max_tokens' is not supported, please use 'max_completion_tokens'"],
+)  # fmt: skip
+def test_a_limit_changes_its_name(mocked: Any, message: str) -> None:
+    """What stands behind "use" is the cure, not the complaint."""
+    url = "http://h/v1/chat/completions"
+    mocked.post(url, status=400, json={"error": {"message": message}})
+    mocked.post(url, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    provider = OpenAIProvider(KEY, "http://h")
+    assert provider.chat("q", model="m", max_tokens=5).text == "x"
+    assert json.loads(mocked.calls[1].request.body)["max_completion_tokens"] == 5
+
+
+# -- HTTP providers
+
+
+def test_a_ping_is_checked_and_follows_nobody(mocked: Any) -> None:
+    provider = OpenAIProvider(KEY, "http://h")
+    with pytest.raises(ConfigError, match="timeout=-1"):
+        provider.ping(-1)
+    mocked.get("http://h/v1/models", status=300, json={"data": []})
+    with pytest.raises(InvalidResponse, match="a redirect"):
+        provider.ping()
+
+
+def test_closing_closes_idle_connections() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        return answered(connection)
+
+    with peer(serve) as server, one_tier(server.url) as chain:
+        assert chain.chat("q").text == "x"
+        session = chain.tiers[0].provider._session  # type: ignore[attr-defined]
+        pools = session.get_adapter(server.url).poolmanager.pools
+        assert len(pools) == 1
+        chain.close()
+        assert len(pools) == 0
+
+
+def test_closing_a_chain_closes_every_provider() -> None:
+    closed: list[str] = []
+
+    class Closing(ScriptedProvider):
+        def close(self) -> None:
+            closed.append("a")
+
+    FailoverChain([ProviderTier(name, Closing([])) for name in "ab"]).close()
+    assert closed == ["a", "a"]
+
+
+def test_a_session_of_the_users_follows_no_redirect_and_waits_no_longer_than_told() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"/silent/" in request:
+            server.stopping.wait(10)
+        else:
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n")
+        return False
+
+    with peer(serve) as server, requests.Session() as session:
+        with pytest.raises(InvalidResponse, match="a redirect"):
+            OpenAIProvider(KEY, server.url, session=session).chat("q", model="m", timeout=5)
+        assert len(server.requests) == 1
+        start = time.monotonic()
+        with pytest.raises(ProviderTimeout):
+            OpenAIProvider(KEY, f"{server.url}/silent", session=session, stall_timeout=0.2).chat("q", model="m")
+        assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("header", "shown"),
+    [("text/html; charset=utf-8", "(text/html)"), ("", "(of an odd type)"), (f"text/{KEY}", "(of an odd type)"),
+     (None, "(no content type)")],
+)  # fmt: skip
+def test_what_is_no_json_says_what_it_was(header: str | None, shown: str) -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        line = b"" if header is None else b"Content-Type: " + header.encode() + b"\r\n"
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + line + b"Content-Length: 4\r\n\r\n<ok>")
+        return False
+
+    with peer(serve) as server, pytest.raises(InvalidResponse) as caught:
+        OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5)
+    assert shown in str(caught.value)
+
+
+def test_nobodys_model_is_no_name(mocked: Any) -> None:
+    """LM Studio need not be told a model, and may not say one."""
+    mocked.post("http://h/v1/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    mocked.post("http://h/v1/chat/completions", status=302)
+    provider = LMStudioProvider(base_url="http://h")
+    assert provider.chat("q").model == ""
+    with pytest.raises(InvalidResponse) as caught:
+        provider.chat("q")
+    assert caught.value.model == ""
+
+
+def test_an_end_of_a_base_url_that_was_copied_along(mocked: Any) -> None:
+    for url in ("http://h/v1X/chat/completions", "http://h/v1X/chat/completions/", "http://h/v1X/"):
+        assert OpenAIProvider(KEY, url).base_url == "http://h/v1X"
+
+
+# -- wire formats, field by field
+
+
+def decoded(decoder: Any, *bodies: Any) -> str:
+    return "".join(decoder.feed("", json.dumps(body).encode()) for body in bodies)
+
+
+@pytest.fixture
+def asked() -> Any:
+    return copilot_router._Call([{"role": "user", "content": "q"}], None, "m", {})
+
+
+def test_usage_may_come_in_a_chunk_without_choices(asked: Any) -> None:
+    decoder = copilot_router._ChatDecoder(asked)
+    assert decoded(decoder, {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}) == ""
+    assert decoder.usage == Usage(3, 4)
+    with pytest.raises(InvalidResponse, match="no choices"):
+        decoded(decoder, {"model": "m"})
+
+
+def test_errors_inside_of_a_200(asked: Any) -> None:
+    decoder = copilot_router._ChatDecoder(asked)
+    with pytest.raises(copilot_router._InBandError) as caught:
+        decoded(decoder, {"choices": [{"delta": {}, "finish_reason": "error"}]})
+    assert caught.value.body == {"error": {"message": "the model reported an error"}}
+    with pytest.raises(copilot_router._InBandError):
+        decoded(decoder, {"object": "error", "message": "no"})
+
+
+def test_id_and_name_of_a_call_may_come_late(asked: Any) -> None:
+    decoder = copilot_router._ChatDecoder(asked)
+    pieces = [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 0, "id": "c1", "function": {"arguments": ": 1}"}},
+              {"index": 0, "function": {"name": "f"}}]  # fmt: skip
+    decoded(decoder, *({"choices": [{"delta": {"tool_calls": [piece]}}]} for piece in pieces))
+    decoded(decoder, {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
+    (call,) = decoder.response().tool_calls
+    assert (call.id, call.name, call.arguments) == ("c1", "f", {"a": 1})
+
+
+def test_without_tools_nothing_is_said_of_them(asked: Any) -> None:
+    call = asked._replace(options={"tool_choice": "auto", "parallel_tool_calls": True, "seed": 1})
+    body = copilot_router._chat_body(call, False, False)
+    assert body == {"model": "m", "messages": [{"role": "user", "content": "q"}], "seed": 1}
+
+
+def test_anthropics_signs_of_life_and_its_end(asked: Any) -> None:
+    decoder = copilot_router._AnthropicDecoder(asked, {})
+    decoded(decoder, {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
+    assert decoder.alive
+    assert not decoder.ended
+    decoded(decoder, {"type": "message_stop"})
+    assert decoder.ended
+
+
+def test_what_anthropic_wants_back(asked: Any) -> None:
+    """Thinking of either kind, calls and texts, but no blank text, which it would refuse."""
+    blocks = [{"type": "redacted_thinking", "data": "x"}, {"type": "thinking", "thinking": "t", "signature": "s"},
+              {"type": "text", "text": ""}, {"type": "text"}, {"type": "text", "text": " "}, {"type": "text", "text": "yes"},
+              {"type": "odd", "text": "no"}, {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]  # fmt: skip
+    decoder = copilot_router._AnthropicDecoder(asked, {})
+    decoder.feed_whole({"type": "message", "content": blocks, "stop_reason": "tool_use"})
+    carry = decoder.response().carry
+    assert carry is not None
+    assert carry["blocks"] == [blocks[0], blocks[1], blocks[5], blocks[7]]
+
+
+def test_each_field_of_anthropics_request(asked: Any) -> None:
+    call = asked._replace(options={"temperature": 1.5, "top_p": 0.5, "user": "u", "stop": ["a", " "], "max_tokens": 7,
+                                   "response_format": {"type": "json_object"}})  # fmt: skip
+    assert copilot_router._anthropic_body(call, True, {}) == {
+        "model": "m", "max_tokens": 7, "system": "Answer with one JSON object and nothing else.", "stream": True,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "temperature": 1, "top_p": 0.5,
+        "stop_sequences": ["a"], "metadata": {"user_id": "u"},
+    }  # fmt: skip
+    text = copilot_router._anthropic_body(asked._replace(options={"response_format": {"type": "text"}}), False, {})
+    assert "system" not in text
+
+
+@pytest.mark.parametrize("reason", ["MAX_TOKENS", "CONTINUATION"])
+def test_geminis_cuts(asked: Any, reason: str) -> None:
+    decoder = copilot_router._GeminiDecoder(asked, {})
+    decoder.feed_whole({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": reason}]})
+    assert decoder.response().finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT",
+     "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION", "PUP_LIMITED_DISABLED"],
+)  # fmt: skip
+def test_geminis_refusals(asked: Any, reason: str) -> None:
+    decoder = copilot_router._GeminiDecoder(asked, {})
+    decoder.feed_whole({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": reason}]})
+    assert decoder.response().finish_reason == "content_filter"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS", "OTHER", "NO_IMAGE",
+     "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE"],
+)  # fmt: skip
+def test_geminis_failures(asked: Any, reason: str) -> None:
+    decoder = copilot_router._GeminiDecoder(asked, {})
+    with pytest.raises(InvalidResponse) as caught:
+        decoder.feed_whole({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": reason}]})
+    assert caught.value.code == reason.lower()
+
+
+@pytest.mark.parametrize("key", ["type", "title", "description", "required", "$schema", "$id", "$defs", "definitions"])
+def test_a_schema_for_gemini_that_allows_nothing(key: str) -> None:
+    """Whatever else it says: it is left out, since it would be refused."""
+    declare = copilot_router._gemini_function
+    assert declare({"name": "f", "parameters": {key: "x", "properties": {}}}, {"f": "f"}) == {"name": "f"}
+    full = {key: "x", "properties": {"a": {"type": "string"}}}
+    assert declare({"name": "f", "parameters": full}, {"f": "f"}) == {"name": "f", "parametersJsonSchema": full}
+
+
+def test_each_option_for_ollama_and_gemini(asked: Any) -> None:
+    call = asked._replace(options={"temperature": 0.1, "top_p": 0.2, "seed": 3, "presence_penalty": 0.4,
+                                   "frequency_penalty": 0.5, "max_tokens": 6, "stop": "s"})  # fmt: skip
+    assert copilot_router._ollama_body(call, False)["options"] == {
+        "temperature": 0.1, "top_p": 0.2, "seed": 3, "presence_penalty": 0.4, "frequency_penalty": 0.5, "num_predict": 6,
+        "stop": ["s"],
+    }  # fmt: skip
+    assert copilot_router._gemini_config(call) == {
+        "temperature": 0.1, "topP": 0.2, "seed": 3, "presencePenalty": 0.4, "frequencyPenalty": 0.5, "maxOutputTokens": 6,
+        "stopSequences": ["s"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_think_block_is_recognised_wherever_it_is_cut(at: int) -> None:
+    splitter = copilot_router._ThinkSplitter()
+    assert splitter.feed("<think>"[:at]) + splitter.feed("<think>"[at:] + "hm</think>\nyes") == "yes"
+    assert "".join(splitter.thought) == "hm"
+
+
+def test_a_script_answers_as_the_model_that_was_asked() -> None:
+    provider = ScriptedProvider(["x", "y"])
+    assert provider.chat("q", model="m").model == "m"
+    assert provider.chat("q").model == ""
+
+
+# -- the chain
+
+
+def test_time_of_the_reader_is_not_the_tiers(clock: FakeClock) -> None:
+    """A tier whose own limit is over fails; one whose reader took the time does not."""
+
+    class Slow(ScriptedProvider):
+        def __init__(self, own: float) -> None:
+            super().__init__([])
+            self.own = own
+
+        def stream(self, *_: Any, **__: Any) -> Any:
+            yield "a"
+            clock.advance(self.own)
+            raise ProviderTimeout("late", code="attempt_timeout")
+
+    for own, reader, failures in ((10.5, 0, 1), (10.5, 30, 1), (4, 30, 0)):
+        tier = ProviderTier("t", Slow(own), ["m"], timeout=10)
+        chain = FailoverChain([tier], clock=clock, sleep=clock.sleep)
+        stream = chain.stream("q", timeout=1000)
+        assert next(stream) == "a"
+        clock.advance(reader)
+        with pytest.raises(StreamInterrupted):
+            next(stream)
+        assert tier.breaker.snapshot().failures == failures
+
+
+def test_latency_is_the_time_between(clock: FakeClock) -> None:
+    def answer(*_: Any, **__: Any) -> str:
+        clock.advance(3)
+        return "x"
+
+    response = FailoverChain([ProviderTier("a", ScriptedProvider([answer]))], clock=clock).chat("q")
+    assert (response.attempts[0].latency, response.latency) == (3, 3)
+    assert response.attempts[0].model == ""
+
+
+def test_a_servers_wish_that_is_just_short_enough_parks_nothing(clock: FakeClock) -> None:
+    for seconds, state in ((2.0, "closed"), (2.5, "open")):
+        tier = ProviderTier("a", ScriptedProvider([ServerError("no", retry_after=seconds)]), retries=0)
+        with pytest.raises(AllProvidersFailed):
+            FailoverChain([tier], clock=clock, sleep=clock.sleep).chat("q")
+        assert tier.breaker.state == state
+
+
+def test_a_nested_chains_failure_counts_outside() -> None:
+    inner = FailoverChain([ProviderTier("in", ScriptedProvider([ServerError("no")]), retries=0)])
+    outer = FailoverChain([ProviderTier("out", inner, retries=0)])
+    with pytest.raises(AllProvidersFailed):
+        outer.chat("q")
+    (health,) = outer.health()
+    assert (health.calls, health.failures) == (1, 1)
+    assert health.last_error is not None and health.last_error.startswith("AllProvidersFailed")
+
+
+def test_a_rung_that_some_tier_serves_is_enough() -> None:
+    """Restricted to tiers that serve only the upper one, the weaker model still learns how to give up."""
+    weak, strong = ScriptedProvider(["x"]), ScriptedProvider(["y"])
+    tiers = [ProviderTier("a", weak, ["weak"]), ProviderTier("b", ScriptedProvider([]), ["mid"]),
+             ProviderTier("c", strong, ["top"])]  # fmt: skip
+    FailoverChain(tiers, escalation_model=["mid", "top"]).chat("q", tiers=["a", "c"])
+    assert "[ESCALATE]" in weak.calls[0]["messages"][0]["content"]
+
+
+def test_after_the_stronger_one_come_the_others_in_order() -> None:
+    tiers = [
+        ProviderTier("a", ScriptedProvider(["[ESCALATE] hard"]), ["weak"]),
+        ProviderTier("b", ScriptedProvider(["b"]), ["other"]),
+        ProviderTier("c", ScriptedProvider([BadRequest("no")]), ["top"]),
+    ]
+    response = FailoverChain(tiers, escalation_model="top").chat("q")
+    outcomes = [(attempt.tier, attempt.outcome) for attempt in response.attempts]
+    assert outcomes == [("a", "escalated"), ("c", "failed"), ("b", "ok")]
+    assert (response.attempts[0].error, response.escalation) == ("gave up", "hard")
+
+
+def test_a_wait_that_would_end_with_the_deadline_is_none(clock: FakeClock) -> None:
+    tier = ProviderTier("a", ScriptedProvider([RateLimited(retry_after=30)]))
+    with pytest.raises(AllProvidersFailed):
+        FailoverChain([tier], clock=clock, sleep=clock.sleep).chat("q", wait=60, timeout=30)
+    assert clock.slept == []
+
+
+def test_of_two_tiers_one_unable_and_one_open_nothing_is_unsupported() -> None:
+    tiers = [ProviderTier("a", ScriptedProvider([]), supports_tools=False), ProviderTier("b", ScriptedProvider([]))]
+    chain = FailoverChain(tiers)
+    tiers[1].breaker.open(60)
+    with pytest.raises(AllProvidersFailed):
+        chain.chat("q", [FUNCTION])
+    chain = FailoverChain([tiers[0]])
+    with pytest.raises(UnsupportedRequest, match="a takes no tools"):
+        chain.chat("q", [FUNCTION])
+
+
+def test_events_without_a_model_say_none(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "copilot_router")
+    events: list[Any] = []
+    tier = ProviderTier("a", ScriptedProvider([ProviderUnavailable("no")]))
+    chain = FailoverChain([tier], clock=clock, on_event=events.append, failure_threshold=1)
+    with pytest.raises(AllProvidersFailed):
+        chain.chat("q")
+    assert {event.kind: event.model for event in events} == {"attempt": "", "breaker": "", "done": ""}
+    assert "a attempt  {'timeout': 300.0}" in caplog.messages
+
+
+def test_a_ping_of_a_chain_hears_a_task_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks no other tier then: the task's time is up."""
+    limit = type("SoftTimeLimitExceeded", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "billiard.exceptions", SimpleNamespace(SoftTimeLimitExceeded=limit))
+    pinged: list[str] = []
+
+    class Pinged(ScriptedProvider):
+        def ping(self, timeout: float = 0.0) -> None:
+            pinged.append("x")
+            raise limit
+
+    with pytest.raises(limit):
+        FailoverChain([ProviderTier(name, Pinged([])) for name in "ab"]).ping()
+    assert pinged == ["x"]
+
+
+def test_what_the_environment_does_not_name_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "copilot_router")
+    FailoverChain.from_env({"OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m", "OLLAMA_HOST": "h"})
+    assert caplog.messages == [
+        "from_env: ollama with no model: OLLAMA_MODEL is not set", "from_env: openai with m",
+        "from_env: not set: LMSTUDIO_BASE_URL, GOOGLE_API_KEY or GEMINI_API_KEY, ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("stor", "store"), ("chian", "chain"), ("teir", "tier")])
+def test_a_section_that_is_misspelt(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown section '{wrong}'. Did you mean '{right}'"):
+        FailoverChain.from_config({wrong: {}})
