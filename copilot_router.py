@@ -416,7 +416,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -2632,7 +2632,7 @@ def _repaired(messages: list[Message]) -> list[Message]:
             if new != old:
                 calls[at] = {**call, "id": new}
             answer = {"role": "tool", "content": _NO_RESULT} if result is None else result
-            answers.append(answer if answer.get("tool_call_id") == new else {**answer, "tool_call_id": new})
+            answers.append({**answer, "tool_call_id": new})
         if message["role"] == "tool":
             results = [message]
         elif calls:
@@ -3051,7 +3051,7 @@ class _HTTPProvider(LLMProvider):
     def ping(self, timeout: float = 5.0) -> None:
         """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
         _number(timeout, "timeout")
-        limits = _Limits(timeout, min(timeout, self.connect_timeout), timeout, timeout, (timeout, timeout))
+        limits = _Limits(timeout, self.connect_timeout, timeout, timeout, (timeout, timeout))
         answer = self._send("GET", self._ping_path, b"", limits)
         try:
             if answer.status >= 300:
@@ -3131,16 +3131,14 @@ class _HTTPProvider(LLMProvider):
         """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
+        _current.limits = limits
         while True:
-            _current.limits = limits
             try:
                 return _Answer(self._dispatch(method, url, body), limits, self.max_response_bytes)
             except Exception as error:
                 if _passes_through(error):
                     raise
                 failure = _transport_error(error, limits, "connecting")
-            finally:
-                _current.limits = None
             if not (limits.reused and not limits.fresh and isinstance(failure, ServerError)):
                 failure.provider = self._vendor
                 raise failure  # outside the handler: what requests raised holds the headers and the body
@@ -3493,8 +3491,6 @@ class _ChatDecoder(_Decoder):
         function = {} if function is None else _object(function, "a tool call's function")
         key, call_id = call.get("index"), call.get("id")
         arguments = function.get("arguments", function.get("input"))
-        if arguments is not None and not isinstance(arguments, (str, dict)):
-            raise InvalidResponse("a tool call's arguments are no text")
         known = self._by_index.get(key) if isinstance(key, (int, str)) else (self._calls[-1] if self._calls else None)
         if known is None or (call_id and known["id"] and call_id != known["id"]):
             known = self._add_call(call_id, function.get("name"), arguments)

@@ -7,9 +7,10 @@ arguments taken away or swapped; everywhere, or with --number in a sample, each 
 annotations and messages stay.
 
 First the suite runs once and notes which test reaches which line. Then each mutant is given to the tests that reach its line,
-the quickest of each file first, until one fails. What a module or class says once (a default, a table) is reached by those
-tests that reach a function which uses its name. A test that takes far longer than it usually does is cut off; that is counted
-as a time-out, not as killed. A slow test has to fail twice: a busy machine might be the reason.
+of each file those first that reach little else, until one fails. What a module or class says once (a default, a table) is
+reached by those tests that reach a function which uses its name, and by those that name it or its class themselves. A test
+that takes far longer than it usually does is cut off; that is counted as a time-out, not as killed. A slow test has to fail
+twice: a busy machine might be the reason.
 
 Starting pytest would take longer than most mutants live. So a few processes collect all tests once and fork for each mutant;
 the child puts the new code into the functions that are already there. Where that does not do, pytest starts anew: what runs
@@ -37,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -476,7 +477,9 @@ class Suite:
         self.times: dict[str, float] = notes["times"]
         self.reached = {int(line): set(tests) & set(self.times) for line, tests in notes["lines"].items()}
         self.imports = {int(line) for line, tests in notes["lines"].items() if "" in tests}  #: also run without any test
+        self.breadth = Counter(test for tests in self.reached.values() for test in tests)
         self.uses: dict[str, set[int]] = defaultdict(set)
+        self.mentions = mentions_of(self.times)
         tree = ast.parse(source)
         inside: set[ast.AST] = set()
         for function in ast.walk(tree):
@@ -505,16 +508,18 @@ class Suite:
                 yield name, part.lineno  # type: ignore[attr-defined]
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that could notice it: of each file in turn the quickest that is left, as many as time allows."""
+        """The tests that could notice it: of each file in turn the most special one that is left, as many as time allows."""
         lines = self.uses[mutant.used] if mutant.used else mutant.lines
         tests = set().union(*(self.reached.get(line, set()) for line in lines))
+        named = set() if mutant.inside else self.mentions[mutant.used] | self.mentions[mutant.name.rpartition(".")[2]]
+        tests |= named
         turns: Counter[str] = Counter()
-        ordered: list[tuple[int, float, str]] = []
-        for test in sorted(tests, key=lambda test: self.times[test]):
+        ordered: list[tuple[bool, bool, int, int, str]] = []
+        for test in sorted(tests, key=lambda test: (test not in named, self.breadth[test], self.times[test], test)):
             file = test.partition("::")[0]
-            ordered.append((turns[file], self.times[test], test))
+            ordered.append((test not in named, self.times[test] > SLOW / 5, turns[file], self.breadth[test], test))
             turns[file] += 1
-        quick = [test for _, taken, test in sorted(ordered) if taken < SLOW]
+        quick = [test for *_, test in sorted(ordered) if self.times[test] < SLOW]
         slow = sorted(tests - set(quick), key=lambda test: self.times[test])
         chosen: list[str] = []
         total = 0.0
@@ -524,6 +529,21 @@ class Suite:
                 break
             chosen.append(test)
         return chosen
+
+
+def mentions_of(tests: Iterable[str]) -> dict[str, set[str]]:
+    """Which tests have a word in their own code."""
+    by_function: dict[str, set[str]] = defaultdict(set)
+    for test in tests:
+        by_function[test.partition("[")[0]].add(test)
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in {test.partition("::")[0] for test in tests}:
+        text = (ROOT / path).read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                for word in set(re.findall(r"\w+", ast.get_source_segment(text, node) or "")):
+                    found[word] |= by_function.get(f"{path}::{node.name}", set())
+    return found
 
 
 def copy_of_the_tree(where: Path) -> Path:
