@@ -1050,11 +1050,11 @@ def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
         assert server.connections == 1
 
 
-def answered(connection: socket.socket) -> bool:
+def answered(connection: socket.socket, header: str = "X-More: yes") -> bool:
     """A whole answer, and the connection stays open."""
-    body = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}'
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    connection.sendall(head + body)
+    body = '{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}'
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{header}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall((head + body).encode())
     return True
 
 
@@ -1591,3 +1591,221 @@ def test_what_the_environment_does_not_name_is_in_the_log(caplog: pytest.LogCapt
 def test_a_section_that_is_misspelt(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown section '{wrong}'. Did you mean '{right}'"):
         FailoverChain.from_config({wrong: {}})
+
+
+# -- once more: limits, tables and boundaries
+
+
+def test_a_connection_that_was_closed_is_no_kept_one() -> None:
+    """A request that fails on a new connection is not sent again, however often others were kept before."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if len(server.requests) == 1:
+            answered(connection, "Connection: close")
+        return False
+
+    with peer(serve) as server, one_tier(server.url) as chain:
+        assert chain.chat("q").text == "x"
+        with pytest.raises(RouterError):
+            chain.chat("q")
+        assert len(server.requests) == 2
+
+
+def test_a_ping_gives_its_connection_back() -> None:
+    with peer(lambda server, connection, request: answered(connection)) as server, one_tier(server.url) as chain:
+        for _ in range(3):
+            chain.tiers[0].provider.ping()
+        assert (server.connections, len(server.requests)) == (1, 3)
+
+
+def test_how_long_connecting_may_take_has_its_own_code() -> None:
+    over = copilot_router._Limits(9, 0, 9, 9, (9, 9))
+    for error in (TimeoutError(), type("ConnectTimeoutError", (Exception,), {})()):
+        found = copilot_router._transport_error(error, over, "connecting")
+        assert (type(found), str(found), found.code) == (ProviderUnavailable, "connect timeout", "connect_timeout")
+    found = copilot_router._transport_error(TimeoutError(), over, "the answer")
+    assert (type(found), found.code) == (ProviderTimeout, "attempt_timeout")
+
+
+def test_the_end_of_a_complete_answer_has_two_seconds_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it drips."""
+    now = iter([5.0, 6.0, 7.0])
+    monkeypatch.setattr(copilot_router, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    limits = SimpleNamespace(since=0.0, silence=20.0)
+    answer: Any = SimpleNamespace(limits=limits, chunks=lambda: iter([b"data: 1\n\n"] * 3))
+    decoder: Any = SimpleNamespace(complete=True)
+    batches = list(copilot_router._HTTPProvider._event_batches(answer, copilot_router._SSE(), decoder))
+    assert batches == [[("", b"1")]] * 3 + [[]]
+    assert (limits.since, limits.silence) == (5.0, 2.0)
+
+
+def test_a_forked_provider_has_a_lock_of_its_own() -> None:
+    provider = OpenAIProvider(KEY, "http://h")
+    assert provider._lock.acquire(blocking=False)
+    provider._renew_after_fork()
+    assert provider._lock.acquire(blocking=False)
+
+
+def test_headers_of_a_request(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    OpenAIProvider(KEY, "http://h", headers={"X-Team": "blue"}).chat("q", model="m")
+    request = mocked.calls[0].request
+    assert dict(request.headers) == {
+        "Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Accept-Encoding": "identity",
+        "User-Agent": f"copilot-router/{copilot_router.__version__}", "Authorization": f"Bearer {KEY}", "X-Team": "blue",
+        "Content-Length": str(len(request.body)),
+    }  # fmt: skip
+
+
+def test_what_requests_does_for_each_call_is_done_once(mocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mocked.post("http://h/v1/chat/completions", json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    monkeypatch.setattr(requests.Session, "prepare_request", lambda *_: pytest.fail("prepared again"))
+    provider = OpenAIProvider(KEY, "http://h")
+    assert [provider.chat("q", model="m").text for _ in range(2)] == ["x", "x"]
+
+
+def test_which_texts_may_be_echoed() -> None:
+    """Names, ids and images are none: their letters may stand in any message."""
+    message = {
+        "role": "ROLE", "content": [{"type": "TYPE", "text": "one", "data": "DATA", "url": "URL"}], "name": "NAME",
+        "tool_call_id": "ID", "tool_calls": [{"id": "ID", "function": {"name": "NAME", "arguments": "two"}}],
+    }  # fmt: skip
+    assert list(copilot_router._texts_of([message, ("three",), 4])) == ["one", "two", "three"]
+
+
+def test_of_two_echoes_the_longer_is_hidden_first() -> None:
+    assert copilot_router._masked("no: abcd bcde!", [], ["bcde", "abcd bcde"]) == "no: ***!"
+    assert copilot_router._masked("no: abcd!", [], ["abcd", "other"]) == "no: ***!"
+
+
+def test_extra_fields_lie_on_top(asked: Any) -> None:
+    merged = copilot_router._merged
+    assert merged({"a": {"b": 1, "c": 1}, "d": 1}, {"a": {"b": 2}, "d": {"e": 2}}) == {"a": {"b": 2, "c": 1}, "d": {"e": 2}}
+    assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    call = asked._replace(options={"extra_body": {"a": 2}})
+    assert call.finished({"a": 1, "b": 1}) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("auto", ("auto", None)), ("none", ("none", None)), ("required", ("required", None)),
+     ({"type": "function", "function": {"name": "f"}}, ("named", "f")), ({"type": "function", "name": "f"}, ("named", "f"))],
+)  # fmt: skip
+def test_forms_of_tool_choice(asked: Any, choice: Any, expected: Any) -> None:
+    assert copilot_router._choice(asked._replace(options={"tool_choice": choice})) == expected
+    assert copilot_router._choice(asked) == ("auto", None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_json_does_not_know(value: float) -> None:
+    with pytest.raises(BadRequest, match=r"the request cannot be written as JSON: NaN, infinity or a cycle$"):
+        copilot_router._dumped({"temperature": value})
+
+
+def test_each_field_of_a_responses_request(asked: Any) -> None:
+    call = asked._replace(tools=[FUNCTION], options={
+        "parallel_tool_calls": False, "temperature": 0.1, "top_p": 0.2, "user": "u", "max_tokens": 5,
+        "reasoning_effort": "low", "tool_choice": "required", "response_format": {"type": "json_object"},
+    })  # fmt: skip
+    assert copilot_router._responses_body(call, True) == {
+        "model": "m", "store": False, "include": ["reasoning.encrypted_content"], "parallel_tool_calls": False,
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}], "temperature": 0.1, "top_p": 0.2,
+        "tools": [{"type": "function", "parameters": {"type": "object", "properties": {}}, "strict": False, "name": "f"}],
+        "tool_choice": "required", "user": "u", "max_output_tokens": 5, "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": {"type": "json_object"}}, "stream": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["response.output_item.added", "response.reasoning_summary_text.delta"])
+def test_signs_of_life_of_the_responses_api(asked: Any, kind: str) -> None:
+    decoder = copilot_router._ResponsesDecoder(asked)
+    assert decoded(decoder, {"type": "response.created"}) == ""
+    assert not decoder.alive
+    assert decoded(decoder, {"type": kind}) == ""
+    assert decoder.alive
+
+
+def test_anthropic_is_told_not_to_think(asked: Any) -> None:
+    body = copilot_router._anthropic_body(asked._replace(options={"reasoning_effort": "none"}), False, {})
+    assert body["thinking"] == {"type": "disabled"}
+
+
+def test_geminis_unspecified_end_is_none(asked: Any) -> None:
+    decoder = copilot_router._GeminiDecoder(asked, {})
+    candidate = {"content": {"parts": [{"text": "x"}]}, "finishReason": "FINISH_REASON_UNSPECIFIED"}
+    assert decoded(decoder, {"candidates": [candidate]}) == "x"
+    assert not decoder.complete
+
+
+@pytest.mark.parametrize(("effort", "level"), [("none", "LOW"), ("max", "XHIGH"), ("high", "HIGH"), ("minimal", "MINIMAL")])
+def test_efforts_for_gemini(asked: Any, effort: str, level: str) -> None:
+    config = copilot_router._gemini_config(asked._replace(options={"reasoning_effort": effort}))
+    assert config == {"thinkingConfig": {"thinkingLevel": level, "includeThoughts": True}}
+
+
+@pytest.mark.parametrize("price", [(1,), (1, 2, 3, 4, 5), 1, "12"])
+def test_a_price_is_two_to_four_numbers(price: Any) -> None:
+    with pytest.raises(ConfigError, match=r"prices=.*give \(prompt, completion"):
+        ProviderTier("a", ScriptedProvider([]), prices=price)
+    with pytest.raises(ConfigError, match=r"prices\['m'\]=.*give \(prompt, completion"):
+        ProviderTier("a", ScriptedProvider([]), prices={"m": price})
+
+
+def test_a_ping_of_a_chain_has_five_seconds_in_all() -> None:
+    given: list[float] = []
+
+    class Pinged(ScriptedProvider):
+        def ping(self, timeout: float = 0.0) -> None:
+            given.append(timeout)
+
+    FailoverChain([ProviderTier("a", Pinged([]))]).ping()
+    assert 4.5 < given[0] <= 5.0
+
+
+def test_a_retry_that_would_come_at_the_deadline_is_none(clock: FakeClock) -> None:
+    provider = ScriptedProvider([RateLimited(retry_after=1), "x"])
+    chain = FailoverChain([ProviderTier("a", provider)], clock=clock, sleep=clock.sleep)
+    with pytest.raises(RouterError):
+        chain.chat("q", timeout=1)
+    assert (clock.slept, len(provider.calls)) == ([], 1)
+
+
+def test_each_refusal_gives_the_reason_of_its_own_time() -> None:
+    events: list[Any] = []
+    chain = FailoverChain([ProviderTier("a", ScriptedProvider([]))], on_event=events.append)
+    told = []
+    for reason in ("one", "two"):
+        chain.tiers[0].breaker.open(60, reason)
+        for _ in range(2):
+            with pytest.raises(AllProvidersFailed) as caught:
+                chain.chat("q")
+            told.append(caught.value.attempts[0].error)
+    assert told == [f"CircuitOpen: a is open ({reason})" for reason in ("one", "one", "two", "two")]
+    assert [event.data["reason"] for event in events if event.kind == "skip"] == told
+
+
+def test_a_nested_chain_that_used_nothing_costs_nothing() -> None:
+    inner = FailoverChain([ProviderTier("in", ScriptedProvider([ServerError("no")]), retries=0)])
+    answer = LLMResponse("x", usage=Usage(1_000_000, 0), model="m")
+    tiers = [ProviderTier("out", inner, retries=0), ProviderTier("b", ScriptedProvider([answer]), ["m"], prices=(2, 3))]
+    assert FailoverChain(tiers).chat("q").cost == 2
+
+
+def test_params_for_a_provider_of_ones_own_are_its_business() -> None:
+    provider = ScriptedProvider(["x"])
+    chain = FailoverChain.from_config({"tier": [{"name": "a", "provider": provider, "params": {"odd": 1}}]})
+    assert chain.chat("q").text == "x"
+    assert provider.calls[0]["kwargs"]["odd"] == 1
+
+
+def test_failures_that_are_counted_apart(clock: FakeClock) -> None:
+    """A closed record's count is somebody else's; an open one's is told."""
+    store = Wrapped(SharedMemory(clock=clock))
+    store.shared_counts = False
+    breaker = CircuitBreaker(store=store, name="b", clock=clock)
+    assert store.swap("b", None, BreakerRecord(generation=5, failures=2))
+    assert (breaker.state, breaker.snapshot().failures) == ("closed", 0)
+    opened = BreakerRecord("open", 6, 6, failures=3, deadline=clock() + 50, span=50)
+    assert store.swap("b", 5, opened)
+    clock.advance(2)
+    assert (breaker.state, breaker.snapshot().failures) == ("open", 3)
