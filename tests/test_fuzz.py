@@ -302,13 +302,14 @@ def test_a_mutated_stream(
 
 @every_dialect
 @fuzz
-@given(text=st.text(max_size=8), changes=edits, more=bytes_edits)
+@given(text=st.text(max_size=8), changes=edits, more=bytes_edits, at=cuts)
 def test_a_mutated_document(
-    dialect: Dialect, text: str, changes: list[tuple[str, int, Any]], more: list[tuple[int, int, bytes]]
+    dialect: Dialect, text: str, changes: list[tuple[str, int, Any]], more: list[tuple[int, int, bytes]], at: list[int]
 ) -> None:
     """The same for whole JSON answers."""
     data = json.dumps(edited([dialect.document("Answer: " + text)], changes)[:1]).encode()
-    outcome(dialect, [overwritten(data[1:-1], more)], "application/json")
+    data = overwritten(data[1:-1], more)
+    assert outcome(dialect, pieces(data, at), "application/json") == outcome(dialect, [data], "application/json")
 
 
 KINDS = ["application/json", "text/plain", "text/html", "text/event-stream", "application/x-ndjson"]

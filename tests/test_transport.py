@@ -173,7 +173,7 @@ def test_silence_is_judged_by_the_providers_own_limit() -> None:
         assert hurried.value.code == "attempt_timeout"
 
 
-def test_the_callers_pauses_are_not_the_servers_silence() -> None:
+def test_the_callers_pauses_are_not_the_servers_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """stall_timeout counts the server's silence, never the time the caller takes between deltas."""
 
     def two_parts(server: Peer, connection: socket.socket, request: bytes) -> bool:
@@ -182,11 +182,12 @@ def test_the_callers_pauses_are_not_the_servers_silence() -> None:
         connection.sendall(event(finish="stop"))
         return False
 
-    paused = threading.Event()
-    with peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
-        stream = client.stream("hi", model="m", timeout=5)
+    paused, pause = threading.Event(), [0.0]
+    monkeypatch.setattr("copilot_router.time", types.SimpleNamespace(monotonic=lambda: time.monotonic() + pause[0]))
+    with peer(two_parts) as server, provider(server.url, stall_timeout=2) as client:
+        stream = client.stream("hi", model="m", timeout=60)
         assert next(stream) == "one "
-        time.sleep(0.3)  # longer than the stall limit: this is the caller's own time
+        pause[0] = 10.0  # longer than the stall limit: this is the caller's own time
         paused.set()
         assert list(stream) == ["two"]
 

@@ -666,13 +666,15 @@ def test_whatever_bytes_come(data: bytes) -> None:
     """As server-sent events and as JSON."""
     for name, event in parsed(data):
         try:
-            new_decoder().feed(name, event)
+            assert isinstance(new_decoder().feed(name, event), str)
         except (ProviderError, _InBandError):
             pass
     try:
-        _json(data, "x")
+        found = _json(data, "x")
     except InvalidResponse:
         pass
+    else:
+        assert json.dumps(json.loads(data.decode("utf-8-sig", "replace"))) == json.dumps(found)
 
 
 def test_odd_but_complete_chunks() -> None:
