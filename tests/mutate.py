@@ -8,9 +8,9 @@ annotations and messages stay.
 
 First the suite runs once and notes which test reaches which line. Then each mutant is given to the tests that reach its line,
 of each file those first that reach little else, until one fails. What a module or class says once (a default, a table) is
-reached by those tests that reach a function which uses its name, and by those that name it or its class themselves. A test
-that takes far longer than it usually does is cut off; that is counted as a time-out, not as killed. A slow test has to fail
-twice: a busy machine might be the reason.
+reached by those tests that reach a function which uses its name, and by those that name it or its class themselves. Tests that
+hold a broken text in their own code or id come before all others. A test that takes far longer than it usually does is cut
+off; that is counted as a time-out, not as killed. A slow test has to fail twice: a busy machine might be the reason.
 
 Starting pytest would take longer than most mutants live. So a few processes collect all tests once and fork for each mutant;
 the child puts the new code into the functions that are already there. Where that does not do, pytest starts anew: what runs
@@ -357,11 +357,12 @@ class Finder(ast.NodeVisitor):
             return
         before = self.body, self.lines, self.used
         self.names.append(node.name)
-        self.body = self.lines = tuple(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
-        self.used = ""
+        lines = tuple(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+        self.body, self.lines, self.used = (), lines, ""  # a default is no part of the body: it is made when the module runs
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
+        self.body = lines
         for part in node.body:
             self.visit(part)
         self.body, self.lines, self.used = before
@@ -473,6 +474,7 @@ class Suite:
     """The tests, by the lines that they reach."""
 
     def __init__(self, source: str, notes: dict[str, Any], budget: float) -> None:
+        self.source = source.encode()
         self.budget = budget
         self.times: dict[str, float] = notes["times"]
         self.reached = {int(line): set(tests) & set(self.times) for line, tests in notes["lines"].items()}
@@ -513,6 +515,9 @@ class Suite:
         tests = set().union(*(self.reached.get(line, set()) for line in lines))
         named = set() if mutant.inside else self.mentions[mutant.used] | self.mentions[mutant.name.rpartition(".")[2]]
         tests |= named
+        text = self.source[mutant.start : mutant.end].decode().strip("r\"'")
+        if mutant.kind == "string" and len(text) > 2:
+            named = {test for test in tests if text in test} | self.mentions[text] & tests or named
         turns: Counter[str] = Counter()
         ordered: list[tuple[bool, bool, int, int, str]] = []
         for test in sorted(tests, key=lambda test: (test not in named, self.breadth[test], self.times[test], test)):

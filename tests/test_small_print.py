@@ -21,7 +21,7 @@ import pytest
 import requests
 import responses
 from clocks import FakeClock
-from faults import Peer, event, peer
+from faults import Peer, chunked, event, peer
 from stores import Wrapped
 
 import copilot_router
@@ -39,6 +39,7 @@ from copilot_router import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EmptyResponse,
+    EscalationFailed,
     FailoverChain,
     GeminiProvider,
     InvalidResponse,
@@ -1809,3 +1810,187 @@ def test_failures_that_are_counted_apart(clock: FakeClock) -> None:
     assert store.swap("b", 5, opened)
     clock.advance(2)
     assert (breaker.state, breaker.snapshot().failures) == ("open", 3)
+
+
+# -- states and orders
+
+
+def test_a_tier_whose_trial_is_due_counts_as_ready(clock: FakeClock) -> None:
+    breaker = CircuitBreaker(clock=clock)
+    assert breaker._would_admit()
+    breaker.open(5)
+    assert not breaker._would_admit()
+    clock.advance(5)
+    assert breaker._would_admit()
+
+
+def test_what_others_write_takes_no_failures_that_are_counted_apart(clock: FakeClock) -> None:
+    """As long as the state is the one in which they were counted."""
+    store = Wrapped(SharedMemory(clock=clock))
+    store.shared_counts = False
+    breaker = CircuitBreaker(store=store, name="b", clock=clock)
+    assert store.swap("b", None, BreakerRecord(generation=5, era=3))
+    for _ in range(2):
+        breaker.admit().failure()
+    assert store.swap("b", 5, BreakerRecord(generation=6, era=3))
+    clock.advance(2)
+    assert (breaker.state, breaker.snapshot().failures) == ("closed", 2)
+    breaker.admit().failure()
+    assert breaker.state == "open"
+
+
+def test_a_redis_store_asks_once_and_lets_go() -> None:
+    """A server that does not answer gets one connection for each operation: nothing is tried again."""
+    with peer(lambda server, connection, request: False) as server:
+        store = RedisStore(f"redis://127.0.0.1:{server.port}/0")
+        with pytest.raises(Exception, match="Timeout reading"):
+            store.load("b")
+        assert server.connections == 1
+        closed: list[bool] = []
+        store._client = SimpleNamespace(connection_pool=SimpleNamespace(disconnect=lambda: closed.append(True)))
+        store.close()
+        assert closed == [True]
+
+
+def test_chunks_count_and_a_length_beside_them_does_not() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\nContent-Length: 9999\r\n\r\n" + chunked(event("x"), event(finish="stop")))
+        return False
+
+    with peer(serve) as server:
+        assert OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5).text == "x"
+
+
+def test_a_coding_that_nobody_knows(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", body=b"x", headers={"Content-Encoding": "br"})
+    with pytest.raises(InvalidResponse, match="unknown Content-Encoding 'br'"):
+        OpenAIProvider(KEY, "http://h/v1").chat("q", model="m")
+
+
+def test_a_response_may_leave_its_output_to_the_events(asked: Any) -> None:
+    item = {"type": "message", "content": [{"type": "output_text", "text": "x"}]}
+    decoder = copilot_router._ResponsesDecoder(asked)
+    decoded(decoder, {"type": "response.output_item.done", "item": item},
+            {"type": "response.completed", "response": {"status": "completed"}})  # fmt: skip
+    assert decoder.response().text == "x"
+    with pytest.raises(copilot_router._InBandError) as caught:
+        copilot_router._ResponsesDecoder(asked).feed_whole({})
+    assert caught.value.body == {"error": {"message": "the response failed"}}
+
+
+def test_a_chat_method_that_takes_no_tools_is_refused_at_once() -> None:
+    class Odd:
+        def chat(self, messages: Any, model: Any = None, timeout: float = 1.0) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"tier 'a': chat\(\) of Odd cannot be called"):
+        ProviderTier("a", Odd())  # type: ignore[arg-type]
+
+
+def test_a_retry_after_of_two_seconds_is_waited_out(clock: FakeClock) -> None:
+    tier = ProviderTier("a", ScriptedProvider([RateLimited(retry_after=2.0), "x"]))
+    assert FailoverChain([tier], clock=clock, sleep=clock.sleep).chat("q").text == "x"
+    assert clock.slept == [2.0]
+
+
+def test_an_answer_that_accept_refuses_has_not_given_up() -> None:
+    tiers = [ProviderTier("a", ScriptedProvider(["weak"] * 2), ["small"]),
+             ProviderTier("b", ScriptedProvider(["strong"] * 2), ["big"])]  # fmt: skip
+    picky = FailoverChain(tiers, escalation_model="big", accept=lambda response: response.text == "strong")
+    response = picky.chat("q")
+    assert (response.text, response.escalation) == ("strong", "refused by accept")
+    assert response.attempts[0].error == "refused by accept"
+    never = FailoverChain(tiers, escalation_model="big", accept=lambda response: False)
+    with pytest.raises(EscalationFailed) as caught:
+        never.chat("q")
+    assert caught.value.response is not None and caught.value.response.text == "strong"
+
+
+def test_who_stands_on_the_ladder_goes_up_from_there() -> None:
+    """By its name there, which may be an alias."""
+    for models in (["mid", "top"], {"mid": "vendor/mid", "top": "vendor/top"}):
+        provider = ScriptedProvider(["[ESCALATE] hard", "done"])
+        chain = FailoverChain([ProviderTier("a", provider, models)], escalation_model=["mid", "top"])
+        assert chain.chat("q", model="mid").text == "done"
+        assert [call["model"] for call in provider.calls] == list(chain.tiers[0].models.values())
+
+
+def test_an_escalation_has_more_patience() -> None:
+    """Five times as much, even while a later tier is ready."""
+    given: list[float] = []
+
+    class Strong(OpenAIProvider):
+        def chat(self, *_: Any, **kwargs: Any) -> LLMResponse:
+            given.append(kwargs["first_token_timeout"])
+            return LLMResponse("x")
+
+    tiers = [ProviderTier("a", ScriptedProvider(["[ESCALATE]"]), ["small"]),
+             ProviderTier("b", Strong(KEY, "http://h", first_token_timeout=1), ["big"]),
+             ProviderTier("c", ScriptedProvider([]), ["other"])]  # fmt: skip
+    chain = FailoverChain(tiers, escalation_model="big")
+    assert chain.chat("q").text == "x"
+    assert chain.chat("q", tiers=["b", "c"]).text == "x"
+    assert given == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("environ", "tiers"),
+    [
+        ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://h/v1", "OPENAI_MODEL": "m"},
+         [{"name": "openai", "models": ["m"],
+           "provider": {"type": "openai", "api_key_env": "OPENAI_API_KEY", "base_url": "http://h/v1"}}]),
+        ({"LMSTUDIO_BASE_URL": "http://l/v1"},
+         [{"name": "lmstudio", "models": [], "provider": {"type": "lmstudio", "base_url": "http://l/v1"}}]),
+        ({"OLLAMA_HOST": "h:1", "OLLAMA_MODEL": "o"},
+         [{"name": "ollama", "models": ["o"], "provider": {"type": "ollama", "base_url": "h:1"}}]),
+        ({"ANTHROPIC_BASE_URL": "http://u:p@h", "ANTHROPIC_MODEL": "a"},
+         [{"name": "anthropic", "models": ["a"], "provider": {"type": "anthropic", "base_url_env": "ANTHROPIC_BASE_URL"}}]),
+        ({"GEMINI_API_KEY": "k", "GEMINI_MODEL": "g"},
+         [{"name": "gemini", "models": ["g"], "provider": {"type": "gemini", "api_key_env": "GEMINI_API_KEY"}}]),
+        ({}, [{"name": "lmstudio", "models": [], "provider": {"type": "lmstudio", "base_url": "http://localhost:1234"}}]),
+        ({"OPENAI_API_KEY": "k"},
+         [{"name": "lmstudio", "models": [], "provider": {"type": "lmstudio", "base_url": "http://localhost:1234"}}]),
+    ],
+)  # fmt: skip
+def test_what_init_switches_on(environ: dict[str, str], tiers: list[Any]) -> None:
+    """What the environment has an address or key and a model for; LM Studio if there is nothing else."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    written = tomllib.loads(copilot_router._config_text("c.toml", environ))
+    assert written["tier"] == tiers
+    assert written["chain"] == {"timeout": 60.0, "failure_threshold": 3, "recovery_timeout": 15.0}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("billiard.exceptions", "SoftTimeLimitExceeded"), ("celery.exceptions", "SoftTimeLimitExceeded"),
+     ("rq.timeouts", "BaseTimeoutException")],
+)  # fmt: skip
+def test_the_limits_of_task_queues_by_their_names(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    limit = type(name, (Exception,), {})
+    assert not copilot_router._is_task_limit(limit())
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: limit}))
+    assert copilot_router._is_task_limit(limit())
+    assert not copilot_router._is_task_limit(ValueError())
+
+
+def test_a_sqlite_store_lets_go_of_what_failed(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "b")
+    store.load("b")
+    first = store._connection
+    with pytest.raises(sqlite3.OperationalError):
+        store._run("no statement")
+    assert store._connection is None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        first.execute("SELECT 1")
+    assert store.load("b")[0] is None
+    store.close()
+
+
+def test_a_place_is_waited_for_until_the_deadline(clock: FakeClock) -> None:
+    """Where no later tier is ready; else not at all."""
+    got: list[Any] = []
+    for later in ([], [ProviderTier("b", ScriptedProvider([]))]):
+        tier = ProviderTier("a", ScriptedProvider(["x"]), max_concurrency=1)
+        tier._slots = SimpleNamespace(get=lambda block, timeout: got.append((block, timeout)), put=got.append)
+        assert FailoverChain([tier, *later], clock=clock).chat("q", timeout=7).text == "x"
+    assert got == [(True, 7), None, (False, 7), None]
