@@ -1855,7 +1855,8 @@ def test_a_redis_store_asks_once_and_lets_go() -> None:
 def test_chunks_count_and_a_length_beside_them_does_not() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-        connection.sendall(head + b"Transfer-Encoding: chunked\r\nContent-Length: 9999\r\n\r\n" + chunked(event("x"), event(finish="stop")))
+        head += b"Transfer-Encoding: chunked\r\nContent-Length: 9999\r\n\r\n"
+        connection.sendall(head + chunked(event("x"), event(finish="stop")))
         return False
 
     with peer(serve) as server:
@@ -1994,3 +1995,51 @@ def test_a_place_is_waited_for_until_the_deadline(clock: FakeClock) -> None:
         tier._slots = SimpleNamespace(get=lambda block, timeout: got.append((block, timeout)), put=got.append)
         assert FailoverChain([tier, *later], clock=clock).chat("q", timeout=7).text == "x"
     assert got == [(True, 7), None, (False, 7), None]
+
+
+def test_an_empty_body_is_called_so(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", body=b" \n")
+    with pytest.raises(InvalidResponse, match="an empty body"):
+        OpenAIProvider(KEY, "http://h/v1").chat("q", model="m")
+
+
+def test_a_schema_for_gemini(asked: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    config = copilot_router._gemini_config(asked._replace(options={"response_format": wanted}))
+    assert config == {"responseMimeType": "application/json", "responseJsonSchema": schema}
+
+
+@pytest.mark.parametrize("name", ["accept", "on_event"])
+def test_what_is_called_must_be_callable(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}=5: give a function, or None"):
+        FailoverChain([ProviderTier("a", ScriptedProvider([]))], **{name: 5})  # type: ignore[arg-type]
+
+
+def test_a_tier_that_is_passed_over_keeps_its_model() -> None:
+    tiers = [ProviderTier("a", ScriptedProvider([]), ["m"], supports_tools=False), ProviderTier("b", ScriptedProvider(["x"]))]
+    response = FailoverChain(tiers).chat("q", [FUNCTION])
+    assert response.attempts[0][:4] == ("a", "m", "skipped", "UnsupportedRequest: a takes no tools")
+
+
+def test_a_setting_of_the_chain_beside_it() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown section 'timeout'\. It belongs under \[chain\]\. Known: chain, tier"):
+        FailoverChain.from_config({"timeout": 5, "tier": [{"name": "a", "provider": ScriptedProvider([])}]})
+
+
+def test_status_says_whose_state_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ProviderTier("a", ScriptedProvider([]))
+    FailoverChain([alone])
+    copilot_router._say_whose([alone])
+    shared = ProviderTier("b", ScriptedProvider([]))
+    store = Wrapped(SharedMemory())
+    FailoverChain([shared], store=store)
+    copilot_router._say_whose([shared])
+    store.error = OSError()
+    assert shared.breaker.state == "closed"
+    copilot_router._say_whose([shared])
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", [
+        "copilot-router: a: no [store] is configured: other processes' breakers are out of reach",
+        "copilot-router: b: the store does not answer: other processes' breakers are out of reach",
+    ])  # fmt: skip
