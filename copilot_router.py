@@ -25,7 +25,8 @@ Threads and forks
     Chains, tiers, breakers and providers may be shared by threads and used across a fork. No background thread is started
     and nothing happens at import.
 Errors
-    Everything raised is a RouterError, but for a TypeError on an unknown option. Errors and responses pickle.
+    Everything raised is a RouterError, but for a TypeError on an unknown option, and what your ``accept`` raises. Errors and
+    responses pickle.
 Secrets
     Keys, prompts and answers are never in a log, an event, or the str, repr or args of anything.
 Dependencies
@@ -866,11 +867,16 @@ class CircuitBreaker:
         with self.admit() as ticket:
             stream = fn(*args, **kwargs)
             step: Callable[[], Any] = functools.partial(next, stream)
+            thrown: BaseException | None = None
             while True:
                 try:
                     item = step()
                 except StopIteration as end:
                     return end.value
+                except BaseException as error:
+                    if error is thrown:
+                        ticket.success()  # its reader's own exception came back
+                    raise
                 ticket._renew_after_trial()
                 try:
                     sent = yield item
@@ -879,7 +885,7 @@ class CircuitBreaker:
                     stream.close()
                     raise
                 except BaseException as error:
-                    step = functools.partial(stream.throw, error)
+                    thrown, step = error, functools.partial(stream.throw, error)
                 else:
                     step = functools.partial(stream.send, sent)
 
@@ -2131,6 +2137,7 @@ class _SSE(_Lines):
         super().__init__()
         self._event = ""
         self._data: list[bytes] = []
+        self._bare: list[bytes] = []  # JSON without "data:", in one line or several: an error of Gemini's
 
     def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         events: list[tuple[str, bytes]] = []
@@ -2142,10 +2149,15 @@ class _SSE(_Lines):
                     events.append((self._event, b"\n".join(self._data)))
                     self._data.clear()
                 self._event = ""
+            elif self._bare or line.startswith(b"{"):
+                self._bare.append(line)
+                if line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}"):
+                    events.append(("error", b"\n".join(self._bare)))
+                    self._bare.clear()
             elif line.startswith(b"event:"):
                 self._event = line[6:].strip().decode("utf-8", "replace")
-            elif line.startswith((b"error:", b"{")):  # errors without "data:": llama.cpp before 2025, Gemini
-                events.append(("error", line[6:] if line.startswith(b"error:") else line))
+            elif line.startswith(b"error:"):  # llama.cpp before 2025
+                events.append(("error", line[6:]))
         return events
 
 
@@ -2225,15 +2237,14 @@ class _ErrorFacts(NamedTuple):
 
 def _error_facts(body: Any) -> _ErrorFacts:
     """Reads {"error": {…}}, {"error": "…"}, {"message": …}, {"detail": […]}, {"object": "error"} and a list of one of them."""
-    if isinstance(body, list):
-        return _error_facts(body[0]) if body else _ErrorFacts()
+    inner = body
+    while inner and isinstance(inner, (dict, str, list)):  # the innermost of them that says anything
+        body = inner
+        inner = body.get("error") if isinstance(body, dict) else body[0] if isinstance(body, list) else None
     if isinstance(body, str):
         return _ErrorFacts(body[:_SEARCHED])
     if not isinstance(body, dict):
         return _ErrorFacts()
-    error = body.get("error")
-    if error and error is not True and isinstance(error, (dict, str, list)):
-        return _error_facts(error)
     message = body.get("message") or body.get("detail") or body.get("error_description") or ""
     if isinstance(message, list):
         message = "; ".join(str(item.get("msg", "")) for item in message if isinstance(item, dict))
@@ -2286,6 +2297,7 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
         if _pattern(pattern).search(text) and not (
             (kind is AuthenticationError and status >= 500)
             or (kind is ContentFiltered and status not in (200, 400, 403, 422))  # else a service of that name has trouble
+            or (kind is QuotaExceeded and facts.delay and "limit: 0" not in text)  # Gemini says "quota" of every rate limit
         ):
             return kind
     number = status if status >= 300 else facts.number or status
@@ -2789,6 +2801,15 @@ class _Decoder(ABC):
             raise _InBandError({"error": body})
         return self._take_any(body, whole=False)
 
+    def feed_late(self, name: str, data: bytes) -> str:
+        """An event behind the finish reason: usage, perhaps. What makes no sense there cannot spoil a whole answer."""
+        before = len(self._text)
+        try:
+            return self.feed(name, data)
+        except InvalidResponse:
+            del self._text[before:]
+            return ""
+
     def feed_whole(self, body: Any) -> None:
         """Take a whole JSON answer."""
         self._take_any(body, whole=True)
@@ -2911,7 +2932,7 @@ def _parsed_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
 
 def _count(value: Any) -> int:
     """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53 else 0
 
 
 def _argument_object(arguments: Any) -> dict[str, Any]:
@@ -2965,6 +2986,8 @@ class _HTTPProvider(LLMProvider):
         self._key = _sendable(key, f"{type(self).__name__}(api_key)")
         self._basic: dict[str, str] = {}
         self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
+        own = {name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()}
+        self._secrets = (self._key, *self._basic.values(), *own.values())
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
@@ -2972,7 +2995,7 @@ class _HTTPProvider(LLMProvider):
             "User-Agent": f"copilot-router/{__version__}",
             **self._basic,
             **self._auth_headers(),
-            **{name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()},
+            **own,
         }
         self._quirks: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
         self._requests, self._new_session = _http()
@@ -3006,6 +3029,8 @@ class _HTTPProvider(LLMProvider):
 
         where = f"{type(self).__name__}(base_url)"
         if not isinstance(url, str) or not _pattern(r"https?://[^\s/?#]+[^\s]*").fullmatch(url.strip()):
+            if isinstance(url, str):  # without what may be a password or a key
+                url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
             raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
         address, _, self._query = url.strip().partition("?")
         scheme, _, rest = address.partition("://")
@@ -3134,7 +3159,7 @@ class _HTTPProvider(LLMProvider):
         _current.limits = limits
         while True:
             try:
-                return _Answer(self._dispatch(method, url, body), limits, self.max_response_bytes)
+                return _Answer(self._dispatch(method, url, body, limits), limits, self.max_response_bytes)
             except Exception as error:
                 if _passes_through(error):
                     raise
@@ -3144,14 +3169,15 @@ class _HTTPProvider(LLMProvider):
                 raise failure  # outside the handler: what requests raised holds the headers and the body
             limits.fresh = True
 
-    def _dispatch(self, method: str, url: str, body: bytes) -> Any:
+    def _dispatch(self, method: str, url: str, body: bytes, limits: _Limits) -> Any:
         session = self._session
         if not self._own_session and session is not None:
             request = self._requests.Request(method, url, headers=self._headers, data=body or None)
             request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
             prepared = session.prepare_request(request)
             settings: Any = session.merge_environment_settings(url, {}, True, None, None)
-            return session.send(prepared, allow_redirects=False, timeout=self.stall_timeout, **settings)
+            settings["timeout"] = (limits.connect_left(), limits.left())  # its sockets are not ours to watch
+            return session.send(prepared, allow_redirects=False, **settings)
         if session is None:
             session = self._open_session(url)
         prepared = self._requests.PreparedRequest()
@@ -3175,7 +3201,7 @@ class _HTTPProvider(LLMProvider):
     ) -> Generator[str, None, LLMResponse]:
         """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
         decoder.request_id = self._request_id(answer)
-        kind = answer.headers.get("Content-Type", "")
+        kind = answer.headers.get("Content-Type", "").lower()
         try:
             if "event-stream" in kind or "ndjson" in kind:
                 parser = _Lines() if "ndjson" in kind else _SSE()
@@ -3188,6 +3214,8 @@ class _HTTPProvider(LLMProvider):
             if every_delta and (rest := response.text[shown:]):
                 yield rest  # whole JSON, or what might have become a think block or half a character
             return response
+        except RecursionError:
+            raise InvalidResponse("the answer is nested too deeply") from None
         except _InBandError as in_band:
             error, _ = self._reported(in_band.body, answer, call, decoder.usage)
             raise error from None
@@ -3203,7 +3231,7 @@ class _HTTPProvider(LLMProvider):
         feed = decoder.feed
         for events in self._event_batches(answer, parser, decoder):
             for name, data in events:
-                text = feed(name, data)
+                text = feed(name, data) if not decoder.complete else decoder.feed_late(name, data)
                 if text and every_delta:
                     yield text
                 if decoder.ended:
@@ -3236,10 +3264,12 @@ class _HTTPProvider(LLMProvider):
 
     @staticmethod
     def _error_body(answer: _Answer) -> bytes:
-        """What an error says; nothing if it is cut or garbled, since its status and headers still say enough."""
+        """What an error says; nothing if it is cut, garbled or late, since its status and headers still say enough."""
+        limits = answer.limits
+        limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT)
         try:
             return answer.body()
-        except InvalidResponse as error:
+        except (InvalidResponse, ProviderTimeout) as error:
             if error.code == "too_large":
                 raise
             return b""
@@ -3264,7 +3294,7 @@ class _HTTPProvider(LLMProvider):
         hint = _retry_hint(answer.headers, facts, answer.status in (429, 503, 529))
         waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
         kind = _class_of(facts, answer.status, call.model, waits)
-        message = _masked(facts.message, (self._key, *self._headers.values()), _texts_of(call.messages))
+        message = _masked(facts.message, self._secrets, _texts_of(call.messages))
         error = kind(
             message or f"status {answer.status} without a message",
             provider=self._vendor, model=call.model or "", status=answer.status,
@@ -3290,11 +3320,10 @@ class _HTTPProvider(LLMProvider):
         if fix is None:
             return False
         name, value = fix
+        if name in call.quirks and call.quirks[name] == value:  # as it was sent; what another thread has just learned was not
+            return False
         with self._lock:
-            known = self._quirks.get(call.model, {})
-            if name in known and known[name] == value:
-                return False
-            self._quirks[call.model] = {**known, name: value}
+            self._quirks[call.model] = {**self._quirks.get(call.model, {}), name: value}
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
         return True
@@ -3418,6 +3447,7 @@ class _ChatDecoder(_Decoder):
         super().__init__(call)
         self._by_index: dict[Any, dict[str, Any]] = {}
         self._returned: list[str] = []  # reasoning that a thinking DeepSeek wants back
+        self._index: Any = None  # of the choice that is taken: extra_body may ask for several
 
     def _take(self, body: dict[str, Any], whole: bool) -> str:
         model = body.get("model")
@@ -3436,6 +3466,9 @@ class _ChatDecoder(_Decoder):
         if not choices:
             return ""
         choice = _object(choices[0], "choices[0]")
+        self._index = choice.get("index") if self._index is None else self._index
+        if choice.get("index") not in (self._index, None):
+            return ""
         if choice.get("error"):
             raise _InBandError(choice)
         return self._take_choice(choice, "message" if whole else "delta")
@@ -3491,15 +3524,18 @@ class _ChatDecoder(_Decoder):
         function = {} if function is None else _object(function, "a tool call's function")
         key, call_id = call.get("index"), call.get("id")
         arguments = function.get("arguments", function.get("input"))
-        known = self._by_index.get(key) if isinstance(key, (int, str)) else (self._calls[-1] if self._calls else None)
+        name, indexed = function.get("name"), isinstance(key, (int, str))
+        known = self._by_index.get(key) if indexed else (self._calls[-1] if self._calls else None)
+        if known is not None and not indexed and name and known["name"] and not (call_id and name == known["name"]):
+            known = None  # neither index nor id, as whole JSON of llama.cpp: a second name begins a second call
         if known is None or (call_id and known["id"] and call_id != known["id"]):
-            known = self._add_call(call_id, function.get("name"), arguments)
+            known = self._add_call(call_id, name, arguments)
         elif arguments:
             self.alive = True
             known["arguments"].append(json.dumps(arguments) if isinstance(arguments, dict) else arguments)
-        if isinstance(key, (int, str)):
+        if indexed:
             self._by_index[key] = known
-        for field_name, value in (("id", call_id), ("name", function.get("name"))):
+        for field_name, value in (("id", call_id), ("name", name)):
             if isinstance(value, str) and value:
                 known[field_name] = value
 
@@ -3597,6 +3633,7 @@ class _ResponsesDecoder(_Decoder):
     def __init__(self, call: _Call) -> None:
         super().__init__(call)
         self._done: list[Any] = []
+        self._begun = False  #: text has come as deltas: some of it may still be held back
 
     def _take(self, body: dict[str, Any], whole: bool) -> str:
         if whole:
@@ -3609,6 +3646,7 @@ class _ResponsesDecoder(_Decoder):
         if kind == "response.output_item.done":
             self._done.append(body.get("item"))
         elif kind == "response.output_text.delta" and isinstance(body.get("delta"), str):
+            self._begun = True
             return self._add_text(body["delta"])
         self.alive = self.alive or kind.endswith(".delta") or kind == "response.output_item.added"
         return ""
@@ -3629,7 +3667,7 @@ class _ResponsesDecoder(_Decoder):
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
         self._finished(reason if status == "incomplete" else "stop")
         self.ended = True
-        return "" if self._text or not text else self._add_text(text)
+        return "" if self._begun or not text else self._add_text(text)
 
     def _take_item(self, item: dict[str, Any]) -> str:
         kind, text = item.get("type"), ""
@@ -4377,9 +4415,9 @@ class ProviderTier:
     primary, secondary or emergency (asked when all else failed, even when its breaker is open). ``breaker``: None lets the
     chain make one. ``timeout``: seconds for one request, None inherits the call's. ``retries``: how often the same tier is
     asked again after a ServerError; 0 never. ``max_concurrency``: requests under way at once in this process, None means no
-    limit. ``prices``: ``{model: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one tuple for
-    all models; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such requests. ``params``:
-    options under each call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
+    limit. ``prices``: ``{model or alias: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one
+    tuple for all models; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such requests.
+    ``params``: options under each call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
     """
 
     def __init__(
@@ -4417,6 +4455,8 @@ class ProviderTier:
         if max_concurrency is not None:
             _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
         self.prices = _checked_prices(prices, where)
+        if isinstance(self.prices, dict):
+            self.prices |= {self.models[name]: price for name, price in self.prices.items() if name in self.models}
         self.supports_tools = supports_tools
         self.supports_images = supports_images
         if params is not None and not isinstance(params, Mapping):
@@ -4785,13 +4825,16 @@ class FailoverChain(LLMProvider):
 
     def health(self) -> list[TierHealth]:
         """What is known of each tier, as plain data; asks nobody."""
-        return [tier._health() for tier in self.tiers if tier.breaker._look()]
+        for tier in self.tiers:
+            tier.breaker._look()
+        return [tier._health() for tier in self.tiers]
 
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping counts as a failure and stands in ``last_error``; a good one makes an open breaker's trial due and
-        clears ``last_error``. It closes nothing: a provider may list its models and answer nothing.
+        A failed ping counts as a failure and stands in ``last_error`` (a 404 or 405 only does the latter: some servers have no
+        list of models); a good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider
+        may list its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
@@ -4804,7 +4847,8 @@ class FailoverChain(LLMProvider):
                 if _is_task_limit(failure):
                     raise
                 error = failure
-            tier.breaker._observe(error)
+            if getattr(error, "status", None) not in (404, 405):  # no list of models is no trouble with its answers
+                tier.breaker._observe(error)
             with tier._lock:
                 tier._last_error = None if error is None else _error_text(error)
         return self.health()
@@ -4879,7 +4923,7 @@ class FailoverChain(LLMProvider):
         state.wait = self.wait if wait is None else _number(wait, "wait")
         limit = self.timeout + state.wait if timeout is None else _number(timeout, "timeout")
         state.order = self._plan if model is None and names is None else self._order(model, names)
-        if self._ladder and self._instruction and not _wants_json(kwargs.get("response_format")):
+        if self._ladder and self._instruction:
             state.plain = not self._rungs_left(state, 0)
         state.observed = self._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         state.start = self._clock()
@@ -5038,7 +5082,7 @@ class FailoverChain(LLMProvider):
             if state.observed:
                 options["on_resend"] = lambda data: self._told(state, "resend", tier, model, data)
         messages = state.messages if tier._passes_carry else state.bare_messages()
-        if not state.plain and not self._is_top(model, tier):
+        if not state.plain and not self._is_top(model, tier) and not _wants_json(options.get("response_format")):
             messages = _instructed(messages, self._instruction)
         if state.observed:
             self._told(state, "attempt", tier, model, {"timeout": timeout})

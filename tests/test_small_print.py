@@ -933,7 +933,7 @@ def test_a_repr_shows_no_text() -> None:
 
 def test_the_library_is_silent_where_nobody_listens() -> None:
     """One handler that does nothing, under the name that the README gives: else logging prints warnings by itself."""
-    assert [type(handler) for handler in logging.getLogger("copilot_router").handlers] == [logging.NullHandler]
+    assert logging.NullHandler in map(type, logging.getLogger("copilot_router").handlers)
 
 
 def test_each_step_of_explain() -> None:
@@ -1279,7 +1279,7 @@ def test_a_session_of_the_users_follows_no_redirect_and_waits_no_longer_than_tol
         assert len(server.requests) == 1
         start = time.monotonic()
         with pytest.raises(ProviderTimeout):
-            OpenAIProvider(KEY, f"{server.url}/silent", session=session, stall_timeout=0.2).chat("q", model="m")
+            OpenAIProvider(KEY, f"{server.url}/silent", session=session, first_token_timeout=0.2).chat("q", model="m")
         assert time.monotonic() - start < 2
 
 
@@ -2043,3 +2043,214 @@ def test_status_says_whose_state_it_shows(capsys: pytest.CaptureFixture[str]) ->
         "copilot-router: a: no [store] is configured: other processes' breakers are out of reach",
         "copilot-router: b: the store does not answer: other processes' breakers are out of reach",
     ])  # fmt: skip
+
+
+# -- found by a reader
+
+
+def test_threads_that_learn_the_same_at_once_all_answer() -> None:
+    """Each was refused with the field that another one has just learned to leave out: each sends once more."""
+    meet = threading.Barrier(4)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"temperature" not in request:
+            return answered(connection)
+        meet.wait(10)
+        body = b'{"error": {"message": "Unsupported parameter: temperature"}}'
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        return True
+
+    with peer(serve) as server, one_tier(server.url) as chain:
+        texts: list[str] = []
+        threads = [threading.Thread(target=lambda: texts.append(chain.chat("q", temperature=0.5).text)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert texts == ["x"] * 4
+
+
+@pytest.mark.parametrize(
+    ("message", "quota", "kind"),
+    [("You exceeded your current quota.", "GenerateRequestsPerMinutePerProjectPerModel-FreeTier", RateLimited),
+     ("You exceeded your current quota.", "GenerateRequestsPerDayPerProjectPerModel-FreeTier", QuotaExceeded),
+     ("You exceeded your current quota. limit: 0", "GenerateRequestsPerMinutePerProjectPerModel", QuotaExceeded)],
+)  # fmt: skip
+def test_geminis_quota_of_a_minute_is_a_rate_limit(mocked: Any, message: str, quota: str, kind: type) -> None:
+    """It says "quota" of each of its limits; one that ends by itself within seconds is none."""
+    details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": quota}]},
+               {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "6s"}]  # fmt: skip
+    body = {"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED", "details": details}}
+    mocked.post(re.compile("http://h/.*"), status=429, json=body)
+    with pytest.raises(RateLimited) as caught:
+        GeminiProvider(KEY, "http://h").chat("q", model="m")
+    assert type(caught.value) is kind
+    assert caught.value.retry_after == 6
+
+
+def test_calls_without_index_and_id_are_told_apart(asked: Any) -> None:
+    """As llama.cpp writes them in whole JSON; a second name begins a second call."""
+    calls = [{"id": "", "function": {"name": name, "arguments": json.dumps({"at": at})}}
+             for at, name in enumerate(("f", "g", "g"))]  # fmt: skip
+    whole = copilot_router._ChatDecoder(asked)
+    whole.feed_whole({"choices": [{"message": {"tool_calls": calls}, "finish_reason": "tool_calls"}]})
+    streamed = copilot_router._ChatDecoder(asked)
+    decoded(streamed, *({"choices": [{"delta": {"tool_calls": [call]}}]} for call in calls))
+    decoded(streamed, {"choices": [{"delta": {"tool_calls": [{"id": "c", "function": {"name": "h", "arguments": "{"}}]}}]},
+            {"choices": [{"delta": {"tool_calls": [{"id": "c", "function": {"name": "h", "arguments": "}"}}]}}]},
+            {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})  # fmt: skip
+    expected = [("f", {"at": 0}), ("g", {"at": 1}), ("g", {"at": 2})]
+    assert [(call.name, call.arguments) for call in whole.response().tool_calls] == expected
+    assert [(call.name, call.arguments) for call in streamed.response().tool_calls] == [*expected, ("h", {})]
+
+
+def test_brackets_without_end(mocked: Any) -> None:
+    """At no depth is it more than an answer that is none."""
+    provider = OpenAIProvider(KEY, "http://h")
+    for depth in range(200, 1400, 25):
+        for status in (200, 500):
+            mocked.post("http://h/v1/chat/completions", status=status, body="[" * depth + "]" * depth)
+            with pytest.raises(ProviderError):
+                provider.chat("q", model="m")
+            mocked.post("http://h/v1/chat/completions", status=status, body='{"error":' * depth + "1" + "}" * depth)
+            with pytest.raises(ProviderError):
+                provider.chat("q", model="m")
+
+
+def test_a_number_of_tokens_that_nobody_can_have_used(asked: Any) -> None:
+    """It must not cost the answer."""
+    assert copilot_router._count(2**53 - 1) == 2**53 - 1
+    assert [copilot_router._count(value) for value in (2**53, 10**400, True, -1, 0, 1.5, "3", None)] == [0] * 8
+
+
+def test_a_session_of_the_users_has_all_limits() -> None:
+    """Patience for the first token too, and none at all where there is no limit."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        server.stopping.wait(0.3)
+        return answered(connection)
+
+    with peer(serve) as server, requests.Session() as session:
+        for limit, first in ((0.1, 5), (math.inf, math.inf)):
+            limits = {"stall_timeout": limit, "first_token_timeout": first, "connect_timeout": first}
+            provider = OpenAIProvider(KEY, server.url, session=session, **limits)
+            assert provider.chat("q", model="m").text == "x"
+
+
+def test_a_limit_whose_explanation_never_comes_is_still_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headers have said it; the body has two seconds (here less)."""
+    monkeypatch.setattr(copilot_router, "_TAIL_TIMEOUT", 0.1)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 429 Slow\r\nRetry-After: 60\r\nContent-Length: 99\r\n\r\n{")
+        server.stopping.wait(10)
+        return False
+
+    with peer(serve) as server:
+        start = time.monotonic()
+        with pytest.raises(RateLimited) as caught:
+            OpenAIProvider(KEY, server.url).chat("q", model="m")
+        assert time.monotonic() - start < 3
+        assert caught.value.retry_after == 60
+
+
+@pytest.mark.parametrize("odd", ['{"type": "ping"}', "oops", '{"choices": 5}', "[]"])
+def test_what_follows_a_whole_answer_cannot_spoil_it(mocked: Any, odd: str) -> None:
+    usage = '{"choices": [], "usage": {"prompt_tokens": 3}}'
+    body = event("x") + event(finish="stop") + f"data: {odd}\n\ndata: {usage}\n\ndata: [DONE]\n\n".encode()
+    mocked.post("http://h/v1/chat/completions", body=body, content_type="Text/Event-Stream")
+    response = OpenAIProvider(KEY, "http://h").chat("q", model="m")
+    assert (response.text, response.usage.prompt_tokens) == ("x", 3)
+
+
+@pytest.mark.parametrize(("status", "state"), [(404, "closed"), (405, "closed"), (500, "open")])
+def test_a_server_without_a_list_of_models_is_not_ill(mocked: Any, status: int, state: str) -> None:
+    """The health says what the ping found; the breaker only counts what concerns answers."""
+    mocked.get("http://h/v1/models", status=status, json={"error": {"message": "no"}})
+    with one_tier("http://h") as chain:
+        for _ in range(3):
+            (health,) = chain.check()
+        assert (health.breaker.state, health.last_error is None) == (state, False)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_error_in_a_stream_may_have_several_lines(mocked: Any, indent: int | None) -> None:
+    body = json.dumps({"error": {"code": 429, "message": "slow", "status": "RESOURCE_EXHAUSTED"}}, indent=indent)
+    for end in ("", "\n", "\n\n"):
+        mocked.post(re.compile("http://h/.*"), body=body + end, content_type="text/event-stream")
+        with pytest.raises(RateLimited, match="slow"):
+            GeminiProvider(KEY, "http://h").chat("q", model="m")
+
+
+def test_json_wanted_by_the_tier_is_wanted() -> None:
+    """No instruction to answer with something else, as where the call wants it."""
+    for params, options, told in (
+        ({"response_format": {"type": "json_object"}}, {}, False), ({}, {"response_format": {"type": "json_object"}}, False),
+        ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "text"}}, True), ({}, {}, True),
+    ):  # fmt: skip
+        provider = ScriptedProvider(["{}"])
+        tiers = [ProviderTier("a", provider, ["m"], params=params), ProviderTier("b", ScriptedProvider([]), ["s"])]
+        FailoverChain(tiers, escalation_model="s").chat("q", **options)
+        assert (len(provider.calls[0]["messages"]) == 2) is told
+
+
+@pytest.mark.parametrize(
+    "url", ["user:hunter2@host/v1", "htp://user:hunter2@host", "user:hun/ter2@host", "host/v1?key=hunter2"]
+)
+def test_an_address_that_is_refused_shows_no_password(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"base_url\)='(\*\*\*@)?host(/v1)?': give a URL"):
+        OpenAIProvider(KEY, url)
+
+
+def test_our_own_headers_are_no_secrets(mocked: Any) -> None:
+    told = "Content-Type must be application/json, not identity; X-Team blue-team"
+    mocked.post("http://h/v1/chat/completions", status=415, json={"error": {"message": told}})
+    with pytest.raises(BadRequest) as caught:
+        OpenAIProvider(KEY, "http://h", headers={"X-Team": "blue-team"}).chat("q", model="m")
+    assert str(caught.value) == "Content-Type must be application/json, not identity; X-Team ***"
+
+
+def test_what_a_think_block_could_begin_with_comes_once(asked: Any) -> None:
+    decoder = copilot_router._ResponsesDecoder(asked)
+    item = {"type": "message", "content": [{"type": "output_text", "text": "<"}]}
+    decoded(decoder, {"type": "response.output_text.delta", "delta": "<"},
+            {"type": "response.completed", "response": {"status": "completed", "output": [item]}})  # fmt: skip
+    assert decoder.response().text == "<"
+
+
+def test_one_choice_of_several_is_taken(asked: Any) -> None:
+    decoder = copilot_router._ChatDecoder(asked)
+    pieces = [(0, "A1 "), (1, "B1 "), (0, "A2 "), (None, "A3"), (1, "B2")]
+    texts = decoded(decoder, *({"choices": [{"index": at, "delta": {"content": text}}]} for at, text in pieces),
+                    {"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}]},
+                    {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})  # fmt: skip
+    assert texts == "A1 A2 A3"
+    assert decoder.response().finish_reason == "stop"
+
+
+def test_an_exception_of_its_reader_is_not_the_streams(clock: FakeClock) -> None:
+    """A generator's own exception is, also when it answers one that was thrown in."""
+    breaker = CircuitBreaker(1, clock=clock)
+
+    @breaker
+    def stream(own: bool) -> Any:
+        try:
+            yield 1
+        except ValueError:
+            if own:
+                raise ServerError("no") from None
+            raise
+
+    for own, raised, state in ((False, ValueError, "closed"), (True, ServerError, "open")):
+        running = stream(own)
+        assert next(running) == 1
+        with pytest.raises(raised):
+            running.throw(ValueError("mine"))
+        assert breaker.state == state
+
+
+def test_a_price_may_stand_under_an_alias() -> None:
+    answer = LLMResponse("x", usage=Usage(1_000_000, 0))
+    prices = {"fast": (2, 3), "other": (5, 5)}
+    tier = ProviderTier("a", ScriptedProvider([answer]), {"fast": "vendor-1"}, prices=prices)
+    assert FailoverChain([tier]).chat("q").cost == 2
