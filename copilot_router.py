@@ -5864,7 +5864,7 @@ recovery_timeout = 15.0     # seconds until one call tries it again
 
 # [store]                   # share the breakers: type = "sqlite" with a path, or "redis" with a url or url_env
 # type = "sqlite"
-# path = "copilot-router.db"
+# path = "copilot-router.db"  # better absolute: else it depends on where a program is started
 """
 _TIER_TEMPLATE = """\
 [[tier]]
