@@ -1993,8 +1993,8 @@ def test_a_place_is_waited_for_until_the_deadline(clock: FakeClock) -> None:
     for later in ([], [ProviderTier("b", ScriptedProvider([]))]):
         tier = ProviderTier("a", ScriptedProvider(["x"]), max_concurrency=1)
         tier._slots = SimpleNamespace(get=lambda block, timeout: got.append((block, timeout)), put=got.append)
-        assert FailoverChain([tier, *later], clock=clock).chat("q", timeout=7).text == "x"
-    assert got == [(True, 7), None, (False, 7), None]
+        assert FailoverChain([tier, *later], clock=clock).chat("q", timeout=0.5).text == "x"
+    assert got == [(True, 0.5), None, (False, 0.5), None]
 
 
 def test_an_empty_body_is_called_so(mocked: Any) -> None:
@@ -2254,3 +2254,303 @@ def test_a_price_may_stand_under_an_alias() -> None:
     prices = {"fast": (2, 3), "other": (5, 5)}
     tier = ProviderTier("a", ScriptedProvider([answer]), {"fast": "vendor-1"}, prices=prices)
     assert FailoverChain([tier]).chat("q").cost == 2
+
+
+# -- what the last mutants got past
+
+
+def test_a_cause_decides_only_for_a_broken_stream() -> None:
+    limited, broken = RateLimited(retry_after=5), StreamInterrupted()
+    limited.__cause__ = ValueError()
+    broken.__cause__ = limited
+    assert copilot_router._verdict(limited) == copilot_router._verdict(broken) == ("park", 5)
+
+
+def test_a_success_is_no_recovery(clock: FakeClock) -> None:
+    """It resets what was counted, and the next opening is as long as the first."""
+    breaker = CircuitBreaker(2, 5, max_recovery_timeout=100, clock=clock)
+    breaker.admit().failure()
+    assert breaker.call(lambda: 1) == 1
+    assert (breaker.snapshot().failures, breaker.snapshot().reason) == (0, "")
+    for _ in range(2):
+        breaker.admit().failure()
+    assert breaker.retry_after == 5
+
+
+def test_a_trial_at_the_moment_of_a_fork_is_the_parents(clock: FakeClock) -> None:
+    """The child may make its own at once; it is no new opening."""
+    breaker = CircuitBreaker(1, 5, clock=clock)
+    breaker.admit().failure()
+    clock.advance(5)
+    assert breaker.admit().is_trial
+    breaker._renew_after_fork()
+    assert (breaker.state, breaker.snapshot().opened) == ("open", 1)
+    assert breaker.admit().is_trial
+
+
+def test_what_a_store_of_ones_own_need_not_say(clock: FakeClock) -> None:
+    class Store:
+        def load(self, name: str) -> Any:
+            return None, 0.0
+
+        def swap(self, *_: Any) -> bool:
+            return True
+
+    view = CircuitBreaker(name="b", store=Store(), clock=clock)._shared
+    assert view is not None
+    assert (view._refresh, view._shared_counts, view.shares_local_errors) == (1.0, False, False)
+    assert MemoryStore.refresh == 0.0
+
+
+def test_a_store_has_a_limit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"SQLiteStore\(timeout\)=inf: give a finite number"):
+        SQLiteStore(tmp_path / "b", timeout=math.inf)
+    store = SQLiteStore(tmp_path / "b")
+    store.load("b")
+    parents = store._connection
+    store._renew_after_fork()
+    assert (store._connection, store._inherited) == (None, [parents])
+    parents.close()
+
+
+def test_the_time_of_redis() -> None:
+    class Pipeline:
+        def hget(self, *_: Any) -> Any:
+            return self
+
+        def time(self) -> Any:
+            return self
+
+        def execute(self) -> Any:
+            return None, (10, 500_000)
+
+    store = RedisStore("redis://127.0.0.1:1/0")
+    store._client = SimpleNamespace(pipeline=lambda transaction: Pipeline())
+    assert store.load("b") == (None, 10.5)
+
+
+def test_limits_of_one_request() -> None:
+    limits = copilot_router._Limits(9, 5, 1, 2, (3, 4))
+    assert 4 < limits.connect_left() <= 5
+    assert 0 < limits.left() <= 1
+    assert (limits.silence, limits.suspicious) == (1, 3)
+    limits.progress()
+    assert (limits.silence, limits.suspicious) == (2, 4)
+    assert 1 < limits.left() <= 2
+    provider = OpenAIProvider(KEY, "http://h")
+    assert 4 < provider._limits({"first_token_timeout": 60}, time.monotonic() + 5).left() <= 5
+
+
+def test_a_stream_that_was_given_up_takes_its_connection_along() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if len(server.requests) > 1:
+            return answered(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n" + event("x"))
+        server.stopping.wait(10)
+        return False
+
+    with peer(serve) as server, one_tier(server.url) as chain:
+        with chain.stream("q") as stream:
+            assert next(stream) == "x"
+        assert chain.chat("q").text == "x"
+        assert server.connections == 2
+
+
+def test_one_byte_too_few_is_truncated() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 3\r\n\r\n{}")
+        return False
+
+    with peer(serve) as server, pytest.raises(InvalidResponse, match="truncated: 2 of 3 bytes"):
+        OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5)
+
+
+def test_chunked_json_beside_a_length() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        body = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}'
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\nContent-Length: 9999\r\n\r\n" + chunked(body))
+        return False
+
+    with peer(serve) as server:
+        assert OpenAIProvider(KEY, server.url).chat("q", model="m", timeout=5).text == "x"
+
+
+@pytest.mark.parametrize("code", ["tool_use_failed", "json_validate_failed"])
+def test_a_models_own_failure_is_no_bad_request(code: str) -> None:
+    assert copilot_router._class_of(copilot_router._ErrorFacts(codes=(code,)), 400, "m", False) is InvalidResponse
+
+
+def test_more_facts_of_errors() -> None:
+    facts = copilot_router._error_facts
+    assert facts({"error_description": "x"}).message == "x"
+    assert facts({"detail": [{"msg": "a"}, {"msg": "b"}, {}]}).message == "a; b; "
+    assert (facts({"param": "user"}).param, facts({"param": 5}).param) == ("user", "")
+    assert facts({"error": {"error": [{"message": "deep"}]}}).message == "deep"
+    assert facts([]) == facts(None) == facts({"error": True}) == copilot_router._ErrorFacts()
+
+
+@pytest.mark.parametrize("what", ["requests", "tokens", "input-tokens", "output-tokens"])
+def test_which_limit_is_used_up(what: str) -> None:
+    headers = {f"x-ratelimit-reset-{what}": "7s", f"x-ratelimit-remaining-{what}": "0", "x-ratelimit-reset-other": "9s"}
+    assert copilot_router._retry_hint(headers, copilot_router._ErrorFacts(), True) == 7
+    assert copilot_router._retry_hint(headers, copilot_router._ErrorFacts(), False) is None
+    headers[f"x-ratelimit-remaining-{what}"] = "1"
+    assert copilot_router._retry_hint(headers, copilot_router._ErrorFacts(), True) is None
+
+
+def test_forms_of_numbers_and_texts(asked: Any) -> None:
+    assert copilot_router._in_words("try again in 2 m") == 120
+    assert copilot_router._in_words("try again in 1 h") == 3600
+    assert copilot_router._duration("about 5s") is None
+    assert copilot_router._json(b"\xef\xbb\xbf {}\r\n", "x") == {}
+    with pytest.raises(InvalidResponse):
+        copilot_router._json("X{}", "x")
+    assert copilot_router._safe("a.b", r"[^a-z]", 64) == "a_b_1eef715d"
+    assert copilot_router._sendable(" a b ", "x") == "a b"
+    assert copilot_router._chat_usage({"prompt_cache_hit_tokens": 5}) == Usage(0, 0, 5)
+
+
+def test_pieces_of_answers(asked: Any) -> None:
+    gemini = copilot_router._GeminiDecoder(asked, {})
+    part = {"candidates": [{"content": {"parts": [{"text": "x"}]}}]}
+    assert decoded(gemini, [part, part]) == "xx"
+    called = {"candidates": [{"content": {"parts": [{"functionCall": {"id": "c", "name": "f"}}]}, "finishReason": "STOP"}]}
+    decoded(gemini, called)
+    assert gemini.response().tool_calls[0].id == "c"
+    chat = copilot_router._ChatDecoder(asked)
+    assert decoded(chat, {"choices": [{"delta": None, "finish_reason": "stop"}]}) == ""
+    history = copilot_router._repaired([{"role": "user", "content": "q"}, CALLED[1], *CALLED[2:]])
+    later = copilot_router._ChatDecoder(asked._replace(messages=history))
+    later.feed_whole({"choices": [{"message": {"tool_calls": [{"function": {"name": "f"}}]}, "finish_reason": "tool_calls"}]})
+    assert later.response().tool_calls[0].id == "call_3"
+
+
+def test_keep_alives_are_no_progress(asked: Any) -> None:
+    """What generates is; a comment, or an event without anything in it, is not."""
+    steps: list[str] = []
+    limits = SimpleNamespace(silence=1.0, progress=lambda: steps.append("progress"))
+    idle = b'data: {"choices": [{"delta": {}}]}\n\n'
+    answer: Any = SimpleNamespace(limits=limits, chunks=lambda: iter([b": ping\n\n", idle, event("x"), b": ping\n\n", idle]))
+    decoder = copilot_router._ChatDecoder(asked)
+    read = OpenAIProvider(KEY, "http://h")._read_events(answer, copilot_router._SSE(), decoder, True)
+    assert list(read) == ["x"]
+    assert steps == ["progress"]
+
+
+def test_a_failure_without_a_model_names_none(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", status=500, json={"error": {"message": "no"}})
+    with pytest.raises(ServerError) as caught:
+        LMStudioProvider(base_url="http://h").chat("q")
+    assert caught.value.model == ""
+
+
+def test_an_unknown_limit_has_another_name(mocked: Any) -> None:
+    """Also where the error does not say which."""
+    url = "http://h/v1/chat/completions"
+    mocked.post(url, status=400, json={"error": {"message": "Unsupported parameter: 'max_tokens'"}})
+    mocked.post(url, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+    assert OpenAIProvider(KEY, "http://h").chat("q", model="m", max_tokens=5).text == "x"
+    assert "max_completion_tokens" in json.loads(mocked.calls[1].request.body)
+
+
+@pytest.mark.parametrize(("effort", "think"), [("none", False), ("minimal", "low"), ("xhigh", "max"), ("high", "high")])
+def test_efforts_for_ollama(asked: Any, effort: str, think: Any) -> None:
+    assert copilot_router._ollama_body(asked._replace(options={"reasoning_effort": effort}), False)["think"] == think
+
+
+def test_the_longest_name_for_gemini(asked: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "a" * length}} for length in (64, 65)]
+    body = GeminiProvider(KEY)._prepare(asked._replace(tools=tools), True)[1]
+    names = [item["name"] for item in body["tools"][0]["functionDeclarations"]]
+    assert names[0] == "a" * 64
+    assert len(names[1]) == 64
+
+
+def test_the_health_of_a_tier(clock: FakeClock) -> None:
+    closed: list[bool] = []
+
+    class Provider(ScriptedProvider):
+        def close(self) -> None:
+            closed.append(True)
+
+        def chat(self, *_: Any, **__: Any) -> LLMResponse:
+            clock.advance(3)
+            return LLMResponse("x")
+
+    with FailoverChain([ProviderTier("a", Provider([]), ["m"])], clock=clock) as chain:
+        assert chain.chat("q").model == "m"
+        (health,) = chain.health()
+    assert (health.calls, health.failures, health.last_error, health.last_latency) == (1, 0, None, 3)
+    assert closed == [True]
+
+
+def test_a_trial_that_time_was_too_short_for_is_handed_on(clock: FakeClock) -> None:
+    tier = ProviderTier("a", ScriptedProvider([]), max_concurrency=1)
+    chain = FailoverChain([tier], clock=clock, failure_threshold=1, recovery_timeout=5)
+    tier.breaker.admit().failure()
+    clock.advance(5)
+    tier._slots = SimpleNamespace(get=lambda block, timeout: clock.advance(100), put=lambda _: None)
+    with pytest.raises(DeadlineExceeded, match="no time left to ask it"):
+        chain.chat("q", timeout=7)
+    assert tier.breaker.state == "open"
+
+
+def test_an_emergency_tier_is_always_ready() -> None:
+    """The tier before it has no more patience than with any other behind it."""
+    given: list[float] = []
+
+    class First(OpenAIProvider):
+        def chat(self, *_: Any, **kwargs: Any) -> LLMResponse:
+            given.append(kwargs["first_token_timeout"])
+            return LLMResponse("x")
+
+    tiers = [ProviderTier("a", First(KEY, "http://h", first_token_timeout=1), ["m"]),
+             ProviderTier("b", ScriptedProvider([]), role="emergency")]  # fmt: skip
+    chain = FailoverChain(tiers)
+    tiers[1].breaker.open(60)
+    assert chain.chat("q").text == "x"
+    assert given == [1]
+
+
+def test_our_own_time_is_not_the_tiers_fault(clock: FakeClock) -> None:
+    """Also where a provider says what its client raised."""
+
+    def late(*_: Any, **__: Any) -> str:
+        clock.advance(10)
+        raise ProviderTimeout("late", code="attempt_timeout") from TimeoutError()
+
+    tier = ProviderTier("a", ScriptedProvider([late]))
+    with pytest.raises(DeadlineExceeded):
+        FailoverChain([tier], clock=clock).chat("q", timeout=10)
+    assert tier.breaker.snapshot().failures == 0
+
+
+def test_tokens_that_a_nested_chain_used_without_a_price() -> None:
+    used = ServerError("no")
+    used.usage = Usage(5, 5)
+    inner = FailoverChain([ProviderTier(name, ScriptedProvider([error]), retries=0)
+                           for name, error in (("in", used), ("too", ServerError("no")))])  # fmt: skip
+    tiers = [ProviderTier("out", inner, retries=0), ProviderTier("b", ScriptedProvider(["x"]), ["m"], prices=(2, 3))]
+    response = FailoverChain(tiers).chat("q")
+    assert (response.cost, response.total_usage) == (None, Usage(5, 5))
+    assert tiers[0]._health().last_latency < 60  # type: ignore[operator]
+
+
+def test_a_wait_may_take_all_that_is_allowed(clock: FakeClock) -> None:
+    tier = ProviderTier("a", ScriptedProvider([RateLimited(retry_after=30), "x"]))
+    assert FailoverChain([tier], clock=clock, sleep=clock.sleep).chat("q", wait=30).text == "x"
+    assert clock.slept == [30]
+
+
+def test_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert copilot_router._parser().parse_args(["check"]).timeout == 5.0
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", "--provider", "nobody", "q"])
+    assert caught.value.code == 2
+    assert "invalid choice: 'nobody'" in capsys.readouterr().err
+
+
+def test_a_tier_without_a_model_is_skipped_without_one() -> None:
+    tiers = [ProviderTier("a", ScriptedProvider([]), supports_tools=False), ProviderTier("b", ScriptedProvider(["x"]))]
+    assert FailoverChain(tiers).chat("q", [FUNCTION]).attempts[0].model == ""
