@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +20,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from faults import Peer, chunked, descriptors, event, peer
@@ -361,6 +367,87 @@ def test_a_dripping_proxy_cannot_hold_a_call(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(ProviderTimeout):
                 client.chat("hi", model="m", timeout=0.5)
             assert time.monotonic() - start < 0.5 * 1.05 + 0.1
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
+    """A server's side of TLS for provider.invalid and this machine, and the file with its certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=provider.invalid"]
+    subprocess.run([*make, "-addext", names, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
+def over_tls(context: ssl.SSLContext, server: Peer, connection: socket.socket, serve: Any = healthy) -> bool:
+    """Everything more on this connection, inside of TLS."""
+    with context.wrap_socket(connection, server_side=True) as inside:
+        while (request := server._request(inside)) and not server.stopping.is_set():
+            server.requests.append(request)
+            if not serve(server, inside, request):
+                break
+    return False
+
+
+def test_tls_and_a_tunnel_through_a_proxy(tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONNECT, then TLS to the provider inside: one connection for all calls, and the proxy is not shown the key."""
+    context, certificate = tls
+
+    def tunnel(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        return over_tls(context, server, connection)
+
+    with peer(tunnel) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        with provider("https://provider.invalid/v1") as client:
+            assert [client.chat("hi", model="m", timeout=5).text for _ in range(3)] == ["good"] * 3
+        assert proxy.connections == 1
+        assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
+        assert KEY.encode() not in proxy.requests[0]
+        assert [request.split(b" ", 2)[:2] for request in proxy.requests[1:]] == [[b"POST", b"/v1/chat/completions"]] * 3
+
+
+def test_tls_without_a_proxy(tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the provider itself; what it drips is bounded as without TLS; a certificate that nobody knows is refused."""
+    context, certificate = tls
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"drip" in request:
+            server.drip(connection, HEAD + b"Connection: close\r\n\r\n" + event("x" * 2000))
+        return healthy(server, connection, request)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server: Any = SimpleNamespace(requests=[], stopping=threading.Event(), _request=Peer._request)
+        server.drip = functools.partial(Peer.drip, server)
+
+        def accept() -> None:
+            while not server.stopping.is_set():
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    over_tls(context, server, connection, serve)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        with provider(url) as client, pytest.raises(ProviderUnavailable, match="TLS failed"):
+            client.chat("hi", model="m", timeout=5)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        with provider(url) as client:
+            assert [client.chat("hi", model="m", timeout=5).text for _ in range(3)] == ["good"] * 3
+            start = time.monotonic()
+            with pytest.raises(ProviderTimeout):
+                client.chat("drip", model="m", timeout=0.5)
+            assert time.monotonic() - start < 0.5 * 1.05 + 0.1
+        server.stopping.set()
+        with socket.socket() as waker:
+            waker.connect_ex(listener.getsockname())
+        thread.join(5)
 
 
 def test_a_server_without_tls_is_unavailable_over_https() -> None:
