@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -2554,3 +2555,189 @@ def test_options_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_tier_without_a_model_is_skipped_without_one() -> None:
     tiers = [ProviderTier("a", ScriptedProvider([]), supports_tools=False), ProviderTier("b", ScriptedProvider(["x"]))]
     assert FailoverChain(tiers).chat("q", [FUNCTION]).attempts[0].model == ""
+
+
+# -- and the last of them
+
+
+def test_words_that_policies_and_messages_are_made_of(clock: FakeClock) -> None:
+    assert (StreamInterrupted.then, StreamInterrupted.breaker) == ("raise", "failure")
+    assert copilot_router._near("zzz", ["a"]) == ""
+    assert copilot_router._arguments_text(ToolCall("1", "f", {"a": 1}, "raw")) == "raw"
+    assert copilot_router._arguments_text(ToolCall("1", "f")) == ""
+    assert copilot_router._after_marker("[ESCALATE]: X", "[ESCALATE]") == "X"
+    breaker = CircuitBreaker(1, 5, name="b", clock=clock)
+    breaker.admit().failure("down")
+    clock.advance(5)
+    assert breaker.admit().is_trial
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    assert str(caught.value) == "b is trying again with one call (down)"
+
+
+def test_a_trial_that_is_handed_on_keeps_its_patience() -> None:
+    """How often a lease ran out counts until somebody has a verdict."""
+    old = BreakerRecord("half_open", takeovers=3)
+    assert copilot_router._opened(old, 0, 0, 1, "", opened=False).takeovers == 3
+    assert copilot_router._opened(old, 0, 0, 1, "").takeovers == 0
+    assert (MemoryStore.shared_counts, MemoryStore.shares_local_errors) == (True, True)
+
+
+def test_a_refusal_and_an_empty_answer_say_whose_they_are() -> None:
+    for finish, kind, message in (("content_filter", ContentFiltered, "refused by a safety system"),
+                                  ("stop", EmptyResponse, "neither text nor tool call"),
+                                  ("length", EmptyResponse, "cut by the token limit before any text")):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            copilot_router._checked_answer(LLMResponse(" ", model="m", finish_reason=finish))
+        assert (str(caught.value), caught.value.model) == (message, "m")
+
+
+def test_silence_beyond_the_providers_own_limit_is_the_servers() -> None:
+    """Also where it was given more patience, and the time of the call ended first."""
+    for own, code in ((0, "first_token_timeout"), (10, "attempt_timeout")):
+        late = copilot_router._Limits(0, 9, 10, 10, (own, own)).expired()
+        assert late is not None
+        assert late.code == code
+
+
+def test_each_address_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Socket:
+        def __init__(self, *_: Any) -> None: ...
+
+        def settimeout(self, seconds: float) -> None:
+            told.append(round(seconds, 1))
+
+        def setsockopt(self, *option: Any) -> None:
+            told.append(option)
+
+        def connect(self, address: Any) -> None:
+            raise TimeoutError
+
+        def close(self) -> None:
+            told.append("closed")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", "one"), (0, 0, 0, "", "two")])
+    monkeypatch.setattr(socket, "socket", Socket)
+    connection = SimpleNamespace(_dns_host="h", port=80, socket_options=[(6, 1, 1)])
+    with pytest.raises(Exception, match="connect timeout") as caught:
+        copilot_router._connect(connection, copilot_router._Limits(60, 8, 9, 9, (9, 9)))
+    assert type(caught.value).__name__ == "ConnectTimeoutError"
+    assert told == [4.0, (6, 1, 1), "closed", 8.0, (6, 1, 1), "closed"]
+
+
+def test_the_largest_answer(mocked: Any) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}).encode()
+    compressed = zlib.compressobj(wbits=31)
+    packed = compressed.compress(body) + compressed.flush()
+    mocked.post("http://h/v1/chat/completions", body=body)
+    assert OpenAIProvider(KEY, "http://h", max_response_bytes=len(body)).chat("q", model="m").text == "x"
+    with pytest.raises(InvalidResponse, match=f"larger than max_response_bytes={len(body) - 1}"):
+        OpenAIProvider(KEY, "http://h", max_response_bytes=len(body) - 1).chat("q", model="m")
+    mocked.post("http://p/v1/chat/completions", body=packed, headers={"Content-Encoding": "X-GZip"})
+    assert OpenAIProvider(KEY, "http://p").chat("q", model="m").text == "x"
+
+
+def test_a_field_of_an_event_needs_no_space() -> None:
+    assert copilot_router._SSE().feed(b"event:error\ndata:x\n\n") == [("error", b"x")]
+    assert copilot_router._SSE().feed(b"event: error\ndata: x\n\n") == [("error", b"x")]
+
+
+def test_what_a_filter_says_where() -> None:
+    """Its words count under the statuses that such a refusal has; a code counts anywhere."""
+    told = copilot_router._ErrorFacts("flagged as unsafe")
+    for status in (200, 400, 403, 422):
+        assert copilot_router._class_of(told, status, None, False) is ContentFiltered
+    assert copilot_router._class_of(told, 500, None, False) is ServerError
+    facts = copilot_router._error_facts({"innererror": {"code": "ResponsibleAIPolicyViolation"}})
+    assert facts.codes == ("responsibleaipolicyviolation",)
+    assert copilot_router._class_of(facts, 500, None, False) is ContentFiltered
+    for status in (404, 410):
+        assert copilot_router._class_of(copilot_router._ErrorFacts("this model is gone"), status, "m", False) is ModelNotFound
+        assert copilot_router._class_of(copilot_router._ErrorFacts("gone"), status, "m", False) is ProviderUnavailable
+
+
+def test_odd_forms_of_what_is_known(asked: Any) -> None:
+    headers = {"x-ratelimit-reset-requests": "7s", "x-ratelimit-remaining-requests": " "}
+    assert copilot_router._retry_hint(headers, copilot_router._ErrorFacts(), True) == 7
+    assert copilot_router._masked("bad sk-abcdefgh!", [], []) == "bad ***!"
+    orphan = {"role": "tool", "tool_call_id": "c", "content": "fine"}
+    assert copilot_router._repaired([orphan]) == [{"role": "user", "content": "Result of a tool call: fine"}]
+    call = asked._replace(messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])
+    system, turns = copilot_router._conversation(call, "x")
+    assert (system, [(turn.role, turn.parts) for turn in turns]) == ("s", [("user", [("text", "", "q")])])
+
+
+def test_a_ping_ends_in_its_time() -> None:
+    with peer(lambda server, connection, request: bool(server.stopping.wait(10))) as server:
+        start = time.monotonic()
+        with pytest.raises(ProviderTimeout):
+            OpenAIProvider(KEY, server.url).ping(0.2)
+        assert time.monotonic() - start < 2
+
+
+def test_whose_answer_is_none_has_no_model(mocked: Any) -> None:
+    mocked.post("http://h/v1/chat/completions", body="oops")
+    with pytest.raises(InvalidResponse) as caught:
+        LMStudioProvider(base_url="http://h").chat("q")
+    assert caught.value.model == ""
+
+
+def test_a_resend_says_what_it_changed(mocked: Any) -> None:
+    url = "http://h/v1/chat/completions"
+    told: list[Any] = []
+    for message in ("Unsupported parameter: 'max_tokens'", "Unsupported parameter: 'seed'"):
+        mocked.post(url, status=400, json={"error": {"message": message}})
+        mocked.post(url, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+        OpenAIProvider(KEY, "http://h").chat("q", model="m", max_tokens=5, seed=1, on_resend=told.append)
+    assert told == [{"field": "token_limit", "change": "replace"}, {"field": "seed", "change": "drop"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"), [(False, None), (True, "reply with [ESCALATE]"), ("or {marker}", "or [ESCALATE]")]
+)
+def test_what_weaker_models_are_told(prompt: bool | str, told: str | None) -> None:
+    for kind in ("text", "json_object", "json_schema"):
+        provider = ScriptedProvider(["x"])
+        tiers = [ProviderTier("a", provider, ["m"]), ProviderTier("b", ScriptedProvider([]), ["s"])]
+        FailoverChain(tiers, escalation_model="s", escalation_prompt=prompt).chat("q", response_format={"type": kind})
+        first = provider.calls[0]["messages"][0]
+        if told is None or kind != "text":
+            assert first == {"role": "user", "content": "q"}
+        else:
+            assert first["role"] == "system"
+            assert told in first["content"]
+
+
+def test_of_two_tiers_one_open_and_one_that_cannot_take_it() -> None:
+    """What was asked decides: the error itself, since waiting would not help."""
+    events: list[Any] = []
+    tiers = [ProviderTier("a", ScriptedProvider([])), ProviderTier("b", ScriptedProvider([BadRequest("no")]))]
+    chain = FailoverChain(tiers, on_event=events.append)
+    tiers[0].breaker.open(60)
+    with pytest.raises(BadRequest) as caught:
+        chain.chat("q")
+    assert caught.value.model == ""
+    assert [(event.tier, event.model) for event in events if event.kind == "done"] == [("", "")]
+
+
+def test_when_to_come_back_to_a_tier_that_is_still_closed() -> None:
+    tier = ProviderTier("a", ScriptedProvider([ServerError("no", retry_after=1.5)]), retries=0)
+    with pytest.raises(AllProvidersFailed) as caught:
+        FailoverChain([tier]).chat("q")
+    assert caught.value.retry_after == 1.5
+
+
+def test_a_listener_that_fails_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    FailoverChain([ProviderTier("a", ScriptedProvider(["x"]))], on_event=lambda event: 1 / 0).chat("q")
+    assert "on_event failed" in caplog.messages
+
+
+def test_the_command_line_asks_only_the_tiers_that_it_is_told(mocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m", "OLLAMA_HOST": "http://h", "OLLAMA_MODEL": "m"}.items():
+        monkeypatch.setenv(name, value)
+    answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    mocked.post("https://api.openai.com/v1/chat/completions", json=answer)
+    assert main(["chat", "--tiers", "openai", "q"]) == 0
+    assert len(mocked.calls) == 1
