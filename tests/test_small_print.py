@@ -2741,3 +2741,9 @@ def test_the_command_line_asks_only_the_tiers_that_it_is_told(mocked: Any, monke
     mocked.post("https://api.openai.com/v1/chat/completions", json=answer)
     assert main(["chat", "--tiers", "openai", "q"]) == 0
     assert len(mocked.calls) == 1
+
+
+def test_a_server_in_trouble_says_nothing_of_keys() -> None:
+    told = copilot_router._ErrorFacts("invalid api key")
+    kinds = [copilot_router._class_of(told, status, None, False) for status in (400, 499, 500, 503)]
+    assert kinds == [AuthenticationError, AuthenticationError, ServerError, ServerError]
