@@ -2747,3 +2747,22 @@ def test_a_server_in_trouble_says_nothing_of_keys() -> None:
     told = copilot_router._ErrorFacts("invalid api key")
     kinds = [copilot_router._class_of(told, status, None, False) for status in (400, 499, 500, 503)]
     assert kinds == [AuthenticationError, AuthenticationError, ServerError, ServerError]
+
+
+def test_a_key_in_redis() -> None:
+    assert RedisStore("redis://127.0.0.1:1/0")._key("a:b") == "copilot_router:a%3Ab"
+    assert RedisStore("redis://127.0.0.1:1/0", "my app")._key("a") == "my%20app:a"
+
+
+def test_a_message_with_nothing_in_it_is_no_turn(asked: Any) -> None:
+    call = asked._replace(messages=[{"role": role, "content": text} for role, text in
+                                    (("user", "q"), ("assistant", ""), ("user", "r"))])  # fmt: skip
+    assert [turn.parts for turn in copilot_router._conversation(call, "x")[1]] == [[("text", "", "q"), ("text", "", "r")]]
+
+
+def test_a_strict_tool_for_anthropic(asked: Any) -> None:
+    function = {"name": "f", "description": "d", "strict": True, "parameters": {"type": "object"}}
+    call = asked._replace(tools=[{"type": "function", "function": function}])
+    assert copilot_router._anthropic_tools(call, [], {"f": "f"})["tools"] == [
+        {"name": "f", "input_schema": {"type": "object"}, "description": "d", "strict": True}
+    ]
