@@ -4832,9 +4832,9 @@ class FailoverChain(LLMProvider):
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping counts as a failure and stands in ``last_error`` (a 404 or 405 only does the latter: some servers have no
-        list of models); a good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider
-        may list its models and answer nothing.
+        A failed ping counts as a failure and stands in ``last_error`` (a 404 only does the latter: some servers have no list of
+        models); a good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider may list
+        its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
@@ -4847,7 +4847,7 @@ class FailoverChain(LLMProvider):
                 if _is_task_limit(failure):
                     raise
                 error = failure
-            if getattr(error, "status", None) not in (404, 405):  # no list of models is no trouble with its answers
+            if getattr(error, "status", None) != 404:  # no list of models is no trouble with its answers
                 tier.breaker._observe(error)
             with tier._lock:
                 tier._last_error = None if error is None else _error_text(error)

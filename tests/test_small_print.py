@@ -595,13 +595,18 @@ def test_a_listener_hears_every_event_however_little_is_logged() -> None:
     assert kinds == ["attempt", "done"]
 
 
-def test_only_an_answer_that_took_more_than_one_attempt_is_worth_a_line(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.quiet
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_an_answer_that_took_more_than_one_attempt_is_worth_a_line(
+    caplog: pytest.LogCaptureFixture, streaming: bool
+) -> None:
     caplog.set_level(logging.INFO, "copilot_router")
     FailoverChain([ProviderTier("a", ScriptedProvider(["hi"]), ["m"])]).chat("q")
     assert not [record for record in caplog.records if record.levelno >= logging.INFO]
     tiers = [ProviderTier("a", ScriptedProvider([ServerError("no")]), ["m"], retries=0),
              ProviderTier("b", ScriptedProvider(["hi"]), ["m"])]  # fmt: skip
-    FailoverChain(tiers).chat("q")
+    chain = FailoverChain(tiers)
+    assert ("".join(chain.stream("q")) if streaming else chain.chat("q").text) == "hi"
     assert "answered: a: ServerError: no" in caplog.text
 
 
