@@ -4832,9 +4832,9 @@ class FailoverChain(LLMProvider):
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping counts as a failure and stands in ``last_error`` (a 404 only does the latter: some servers have no list of
-        models); a good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider may list
-        its models and answer nothing.
+        A failed ping counts as a failure and stands in ``last_error`` (a 404 only the latter: some servers list no models); a
+        good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider may list its models
+        and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
