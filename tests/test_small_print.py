@@ -1366,6 +1366,11 @@ def test_without_tools_nothing_is_said_of_them(asked: Any) -> None:
     assert body == {"model": "m", "messages": [{"role": "user", "content": "q"}], "seed": 1}
 
 
+def test_the_name_of_a_speaker_is_sent(asked: Any) -> None:
+    message = {"role": "user", "content": "q", "name": "ann"}
+    assert copilot_router._chat_body(asked._replace(messages=[message]), False, False)["messages"] == [message]
+
+
 def test_anthropics_signs_of_life_and_its_end(asked: Any) -> None:
     decoder = copilot_router._AnthropicDecoder(asked, {})
     decoded(decoder, {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
@@ -1397,6 +1402,7 @@ def test_each_field_of_anthropics_request(asked: Any) -> None:
     }  # fmt: skip
     text = copilot_router._anthropic_body(asked._replace(options={"response_format": {"type": "text"}}), False, {})
     assert "system" not in text
+    assert text["max_tokens"] == 8192
 
 
 @pytest.mark.parametrize("reason", ["MAX_TOKENS", "CONTINUATION"])
@@ -2273,6 +2279,8 @@ def test_a_cause_decides_only_for_a_broken_stream() -> None:
     limited.__cause__ = ValueError()
     broken.__cause__ = limited
     assert copilot_router._verdict(limited) == copilot_router._verdict(broken) == ("park", 5)
+    hints = [copilot_router._verdict(RateLimited(retry_after=seconds))[1] for seconds in (0.5, -1, 9999, None)]
+    assert hints == [0.5, 0, 3600, None]
 
 
 def test_a_success_is_no_recovery(clock: FakeClock) -> None:
@@ -2606,6 +2614,7 @@ def test_silence_beyond_the_providers_own_limit_is_the_servers() -> None:
         late = copilot_router._Limits(0, 9, 10, 10, (own, own)).expired()
         assert late is not None
         assert late.code == code
+    assert copilot_router._Limits(99, 9, 99, 99, (0, 0)).expired() is None  # there is time left
 
 
 def test_each_address_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
