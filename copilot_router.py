@@ -4454,7 +4454,7 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
-        self.prices = _checked_prices(prices, where)
+        self.prices: Any = _checked_prices(prices, where)
         if isinstance(self.prices, dict):
             self.prices |= {self.models[name]: price for name, price in self.prices.items() if name in self.models}
         self.supports_tools = supports_tools
