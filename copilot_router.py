@@ -2086,7 +2086,8 @@ _TRANSPORT_ERRORS: tuple[tuple[set[str], tuple[type[ProviderError], str] | None]
     ({"RemoteDisconnected", "ConnectionResetError", "BrokenPipeError", "ConnectionAbortedError"}, None),
     ({"BadStatusLine", "LineTooLong", "UnknownProtocol"}, (InvalidResponse, "not an HTTP answer")),
     ({"IncompleteRead", "InvalidChunkLength"}, None),
-    ({"HTTPException", "HeaderParsingError", "DecodeError", "ContentDecodingError"}, (InvalidResponse, "garbled HTTP")),
+    ({"HTTPException", "HeaderParsingError", "InvalidHeader", "DecodeError", "ContentDecodingError"},
+     (InvalidResponse, "garbled HTTP")),
     ({"ProtocolError", "ChunkedEncodingError"}, None),
     ({"InvalidURL", "LocationParseError", "MissingSchema", "InvalidSchema"}, (ProviderUnavailable, "the URL is not valid")),
 )
@@ -2297,7 +2298,7 @@ def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -
         if _pattern(pattern).search(text) and not (
             (kind is AuthenticationError and status >= 500)
             or (kind is ContentFiltered and status not in (200, 400, 403, 422))  # else a service of that name has trouble
-            or (kind is QuotaExceeded and facts.delay and "limit: 0" not in text)  # Gemini says "quota" of every rate limit
+            or (kind is QuotaExceeded and facts.delay is not None and "limit: 0" not in text)  # Gemini: any rate limit
         ):
             return kind
     number = status if status >= 300 else facts.number or status
@@ -4456,7 +4457,8 @@ class ProviderTier:
             _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
         self.prices: Any = _checked_prices(prices, where)
         if isinstance(self.prices, dict):
-            self.prices |= {self.models[name]: price for name, price in self.prices.items() if name in self.models}
+            ids = {self.models[name]: price for name, price in self.prices.items() if name in self.models}
+            self.prices = {**ids, **self.prices}  # a price under the id itself comes first
         self.supports_tools = supports_tools
         self.supports_images = supports_images
         if params is not None and not isinstance(params, Mapping):

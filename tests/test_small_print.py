@@ -1105,7 +1105,7 @@ TROUBLE = [
                    "InvalidChunkLength", "ProtocolError", "ChunkedEncodingError")),
     *((name, InvalidResponse, "not an HTTP answer") for name in ("BadStatusLine", "LineTooLong", "UnknownProtocol")),
     *((name, InvalidResponse, "garbled HTTP")
-      for name in ("HTTPException", "HeaderParsingError", "DecodeError", "ContentDecodingError")),
+      for name in ("HTTPException", "HeaderParsingError", "InvalidHeader", "DecodeError", "ContentDecodingError")),
     *((name, ProviderUnavailable, "the URL is not valid")
       for name in ("InvalidURL", "LocationParseError", "MissingSchema", "InvalidSchema")),
     *((name, ProviderUnavailable, "connect timeout") for name in ("ConnectTimeoutError", "ConnectTimeout")),
@@ -1405,22 +1405,15 @@ def test_each_field_of_anthropics_request(asked: Any) -> None:
     assert text["max_tokens"] == 8192
 
 
-@pytest.mark.parametrize("reason", ["MAX_TOKENS", "CONTINUATION"])
-def test_geminis_cuts(asked: Any, reason: str) -> None:
-    decoder = copilot_router._GeminiDecoder(asked, {})
-    decoder.feed_whole({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": reason}]})
-    assert decoder.response().finish_reason == "length"
-
-
 @pytest.mark.parametrize(
     "reason",
     ["SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT",
-     "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION", "PUP_LIMITED_DISABLED"],
+     "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION", "PUP_LIMITED_DISABLED", "MAX_TOKENS", "CONTINUATION"],
 )  # fmt: skip
-def test_geminis_refusals(asked: Any, reason: str) -> None:
+def test_geminis_refusals_and_cuts(asked: Any, reason: str) -> None:
     decoder = copilot_router._GeminiDecoder(asked, {})
     decoder.feed_whole({"candidates": [{"content": {"parts": [{"text": "x"}]}, "finishReason": reason}]})
-    assert decoder.response().finish_reason == "content_filter"
+    assert decoder.response().finish_reason == ("length" if reason in ("MAX_TOKENS", "CONTINUATION") else "content_filter")
 
 
 @pytest.mark.parametrize(
@@ -2091,16 +2084,17 @@ def test_threads_that_learn_the_same_at_once_all_answer() -> None:
      ("You exceeded your current quota.", "GenerateRequestsPerDayPerProjectPerModel-FreeTier", QuotaExceeded),
      ("You exceeded your current quota. limit: 0", "GenerateRequestsPerMinutePerProjectPerModel", QuotaExceeded)],
 )  # fmt: skip
-def test_geminis_quota_of_a_minute_is_a_rate_limit(mocked: Any, message: str, quota: str, kind: type) -> None:
+@pytest.mark.parametrize("delay", ["6s", "0s"])
+def test_geminis_quota_of_a_minute_is_a_rate_limit(mocked: Any, message: str, quota: str, kind: type, delay: str) -> None:
     """It says "quota" of each of its limits; one that ends by itself within seconds is none."""
     details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": quota}]},
-               {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "6s"}]  # fmt: skip
+               {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]  # fmt: skip
     body = {"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED", "details": details}}
     mocked.post(re.compile("http://h/.*"), status=429, json=body)
     with pytest.raises(RateLimited) as caught:
         GeminiProvider(KEY, "http://h").chat("q", model="m")
     assert type(caught.value) is kind
-    assert caught.value.retry_after == 6
+    assert caught.value.retry_after == float(delay[0])
 
 
 def test_calls_without_index_and_id_are_told_apart(asked: Any) -> None:
@@ -2269,6 +2263,8 @@ def test_a_price_may_stand_under_an_alias() -> None:
     prices = {"fast": (2, 3), "other": (5, 5)}
     tier = ProviderTier("a", ScriptedProvider([answer]), {"fast": "vendor-1"}, prices=prices)
     assert FailoverChain([tier]).chat("q").cost == 2
+    both = ProviderTier("a", ScriptedProvider([answer]), {"fast": "vendor-1"}, prices={"vendor-1": (7, 3), "fast": (2, 3)})
+    assert FailoverChain([both]).chat("q").cost == 7
 
 
 # -- what the last mutants got past
