@@ -1,7 +1,7 @@
 """A Celery task: its soft time limit is respected, and a failed call is retried when a provider will be ready again.
 
-    celery -A celery_task worker           # in the folder of this file; CELERY_BROKER_URL names the broker
-    python -c 'import celery_task; print(celery_task.answer.delay("Why is the sky blue?").get())'
+celery -A celery_task worker           # in the folder of this file; CELERY_BROKER_URL names the broker
+python -c 'import celery_task; print(celery_task.answer.delay("Why is the sky blue?").get())'
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+)
 
-app = Celery("celery_task", broker=os.environ.get("CELERY_BROKER_URL"), backend=os.environ.get("CELERY_RESULT_BACKEND"))
+app = Celery(
+    "celery_task",
+    broker=os.environ.get("CELERY_BROKER_URL"),
+    backend=os.environ.get("CELERY_RESULT_BACKEND"),
+)
 
 
 @functools.cache
@@ -36,5 +46,7 @@ def answer(self: Any, question: str) -> dict[str, Any]:
         if error.retry_after is None:
             raise  # waiting will not help; the error pickles, for a result backend that takes it
         raise self.retry(exc=error, countdown=error.retry_after) from None
-    except SoftTimeLimitExceeded:  # passes straight through a chain, and no breaker takes it for a provider's failure
+    except (
+        SoftTimeLimitExceeded
+    ):  # passes straight through a chain, and no breaker takes it for a provider's failure
         return {"content": None, "finish_reason": "out of time"}

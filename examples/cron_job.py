@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier, SQLiteStore
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+    SQLiteStore,
+)
 
 STATE = os.environ.get("BREAKERS", "breakers.db")
 TAIL = 50_000  #: characters: the end of a log is what matters
@@ -36,7 +43,9 @@ def main(arguments: list[str], **settings: Any) -> int:
     log = Path(arguments[0]).read_text(encoding="utf-8", errors="replace")[-TAIL:]
     try:
         with make_chain(**settings) as chain:
-            response = chain.chat(log, system="Sum up this log in five lines. Name what an operator should look at.")
+            response = chain.chat(
+                log, system="Sum up this log in five lines. Name what an operator should look at."
+            )
     except AllProvidersFailed as error:
         print(error.explain(), file=sys.stderr)
         return 75

@@ -12,14 +12,23 @@ import sys
 import time
 from pathlib import Path
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderError, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderError,
+    ProviderTier,
+)
 
 
 def make_chain() -> FailoverChain:
     return FailoverChain(
         [
             ProviderTier("local", LMStudioProvider()),
-            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),  # USD per million tokens
+            ProviderTier(
+                "cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)
+            ),  # USD per million tokens
         ],
         timeout=60,
         wait=300,
@@ -53,7 +62,12 @@ def main(arguments: list[str], chain: FailoverChain | None = None) -> int:
             writer.writerow({**row, "answer": answer, "by": by})
             file.flush()  # what is paid for is kept
             pace = (time.monotonic() - start) / (at - done)
-            print(f"\r{at}/{len(rows)} {pace:.1f} s/row ${cost:.4f} {by}\033[K", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{at}/{len(rows)} {pace:.1f} s/row ${cost:.4f} {by}\033[K",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     print(file=sys.stderr)
     return 0
 

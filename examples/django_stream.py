@@ -23,7 +23,13 @@ from django.http import HttpRequest, HttpResponseBase, JsonResponse, StreamingHt
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+)
 
 if not settings.configured:
     settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["localhost", "127.0.0.1"])
@@ -44,9 +50,13 @@ def ask(request: HttpRequest) -> HttpResponseBase:
     try:
         stream = make_chain().stream(request.POST["question"], timeout=60)
     except AllProvidersFailed as error:
-        wait = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        wait = (
+            {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        )
         return JsonResponse({"error": "no answer at the moment"}, status=503, headers=wait)
-    return StreamingHttpResponse(stream, content_type="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"})
+    return StreamingHttpResponse(
+        stream, content_type="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"}
+    )
 
 
 urlpatterns = [path("ask", ask)]

@@ -31,7 +31,11 @@ if not settings.configured:
             "chain": {"timeout": 25.0},
             "tier": [
                 {"name": "local", "provider": {"type": "lmstudio"}},
-                {"name": "cloud", "models": ["gpt-6-luna"], "provider": {"type": "openai", "api_key_env": "OPENAI_API_KEY"}},
+                {
+                    "name": "cloud",
+                    "models": ["gpt-6-luna"],
+                    "provider": {"type": "openai", "api_key_env": "OPENAI_API_KEY"},
+                },
             ],
             # "store": {"type": "sqlite", "path": "/var/lib/mysite/breakers.db"},   # shared by all workers
         },

@@ -17,7 +17,14 @@ from typing import Any
 
 from flask import Flask, Response, request
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier, StreamInterrupted
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+    StreamInterrupted,
+)
 
 
 def make_chain() -> FailoverChain:
@@ -29,12 +36,16 @@ def make_chain() -> FailoverChain:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = chain or make_chain()  # one for the whole process: its threads share connections and breakers
+    chain = (
+        chain or make_chain()
+    )  # one for the whole process: its threads share connections and breakers
 
     @app.post("/ask")
     def ask() -> Any:
         stream = chain.stream(request.get_json()["question"], timeout=60)
-        return Response(stream, mimetype="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"})
+        return Response(
+            stream, mimetype="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"}
+        )
 
     @app.post("/ask-politely")
     def ask_politely() -> Any:
@@ -48,11 +59,15 @@ def create_app(chain: FailoverChain | None = None) -> Flask:
                 except StreamInterrupted:
                     yield "\n[The answer broke off here. Please ask again.]"
 
-        return Response(told(), mimetype="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"})
+        return Response(
+            told(), mimetype="text/plain; charset=utf-8", headers={"X-Accel-Buffering": "no"}
+        )
 
     @app.errorhandler(AllProvidersFailed)  # DeadlineExceeded and EscalationFailed are subclasses
     def unavailable(error: AllProvidersFailed) -> Any:
-        wait = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        wait = (
+            {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        )
         return {"error": "no answer at the moment"}, 503, wait  # None: waiting will not help
 
     return app

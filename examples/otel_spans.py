@@ -27,7 +27,9 @@ class Spans:
     ``providers``: tier -> the convention's name for who serves it, where the tier is not called so.
     """
 
-    def __init__(self, tracer: trace.Tracer | None = None, providers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, tracer: trace.Tracer | None = None, providers: Mapping[str, str] | None = None
+    ) -> None:
         self._tracer = tracer or trace.get_tracer("copilot_router")
         self._providers = providers or {}
         self._here = threading.local()
@@ -38,7 +40,9 @@ class Spans:
             self._end(span, event)
             self._here.span = None
         elif span is not None:
-            span.add_event(event.kind, {name: str(value) for name, value in event.data.items()})  # resend, breaker
+            span.add_event(
+                event.kind, {name: str(value) for name, value in event.data.items()}
+            )  # resend, breaker
         if event.kind == "attempt":
             self._here.span = self._begin(event)
 
@@ -49,7 +53,9 @@ class Spans:
         }
         if event.model:
             attributes["gen_ai.request.model"] = event.model
-        return self._tracer.start_span(f"chat {event.model}".strip(), kind=SpanKind.CLIENT, attributes=attributes)
+        return self._tracer.start_span(
+            f"chat {event.model}".strip(), kind=SpanKind.CLIENT, attributes=attributes
+        )
 
     @staticmethod
     def _end(span: trace.Span, event: Event) -> None:
@@ -64,7 +70,10 @@ class Spans:
 
 
 def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
-    tiers = [ProviderTier("local", LMStudioProvider()), ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"])]
+    tiers = [
+        ProviderTier("local", LMStudioProvider()),
+        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+    ]
     return FailoverChain(tiers, on_event=on_event)
 
 

@@ -48,7 +48,9 @@ class Budget:
 
 def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
     tiers = [
-        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),  # USD per million tokens
+        ProviderTier(
+            "cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)
+        ),  # USD per million tokens
         ProviderTier("local", LMStudioProvider(), prices=(0, 0)),
     ]
     return FailoverChain(tiers, on_event=on_event, timeout=60)

@@ -34,7 +34,9 @@ from copilot_router import (
     StreamInterrupted,
 )
 
-HEARTBEAT = float(os.environ.get("HEARTBEAT", "15"))  #: seconds; below the shortest patience on the way to the browser
+HEARTBEAT = float(
+    os.environ.get("HEARTBEAT", "15")
+)  #: seconds; below the shortest patience on the way to the browser
 
 
 def make_chain() -> FailoverChain:
@@ -50,7 +52,9 @@ def event(data: Any, name: str = "message") -> str:
 
 def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
     """The stream's text as events, and a comment whenever it has been silent for so long."""
-    events: queue.Queue[str | None] = queue.Queue(maxsize=100)  # a slow browser slows the reading down
+    events: queue.Queue[str | None] = queue.Queue(
+        maxsize=100
+    )  # a slow browser slows the reading down
     gone = threading.Event()  # the browser has hung up
 
     def put(item: str | None) -> bool:
@@ -68,7 +72,15 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
                 for delta in stream:
                     if not put(event(delta)):
                         return
-                put(event({"by": stream.response.provider, "tokens": stream.response.usage.total_tokens}, "end"))
+                put(
+                    event(
+                        {
+                            "by": stream.response.provider,
+                            "tokens": stream.response.usage.total_tokens,
+                        },
+                        "end",
+                    )
+                )
             except StreamInterrupted:
                 put(event("the answer broke off", "broken"))
             finally:
@@ -91,17 +103,25 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = chain or make_chain()  # one for the whole process: its threads share connections and breakers
+    chain = (
+        chain or make_chain()
+    )  # one for the whole process: its threads share connections and breakers
 
     @app.get("/events")
     def events() -> Any:
-        stream = chain.stream(request.args["question"], timeout=120)  # the first text is in hand, or this raises
+        stream = chain.stream(
+            request.args["question"], timeout=120
+        )  # the first text is in hand, or this raises
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(with_heartbeat(stream, HEARTBEAT), mimetype="text/event-stream", headers=headers)
+        return Response(
+            with_heartbeat(stream, HEARTBEAT), mimetype="text/event-stream", headers=headers
+        )
 
     @app.errorhandler(AllProvidersFailed)
     def unavailable(error: AllProvidersFailed) -> Any:
-        wait = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        wait = (
+            {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        )
         return {"error": "no answer at the moment"}, 503, wait
 
     return app

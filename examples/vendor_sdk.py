@@ -48,9 +48,13 @@ KINDS: list[tuple[type[Exception], type[ProviderError]]] = [
 
 class SDKProvider(LLMProvider):
     def __init__(self, client: openai.OpenAI) -> None:
-        self._client = client.with_options(max_retries=0)  # the chain has its own, within its deadline
+        self._client = client.with_options(
+            max_retries=0
+        )  # the chain has its own, within its deadline
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         if tools:
             kwargs["tools"] = tools
         try:  # timeout= is among kwargs. The SDK's is for each read: a server that drips can overstep it; ours are for all
@@ -71,7 +75,9 @@ class SDKProvider(LLMProvider):
             arguments = json.loads(text or "{}")
         except ValueError:
             arguments = None
-        return ToolCall(call.id, call.function.name, arguments if isinstance(arguments, dict) else None, text)
+        return ToolCall(
+            call.id, call.function.name, arguments if isinstance(arguments, dict) else None, text
+        )
 
     @staticmethod
     def _translated(error: openai.APIError) -> ProviderError:
