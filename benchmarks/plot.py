@@ -1,6 +1,7 @@
-"""The plot of time per call beside other libraries, as an SVG that is the same for the same figures.
+"""Draws time per call beside other libraries as an SVG. The same figures give the same file.
 
-``make bench WRITE=1`` draws it after a measurement. ``python benchmarks/plot.py`` draws it again from RESULTS.md.
+``make bench WRITE=1`` draws it after a measurement. ``python benchmarks/plot.py`` draws it again
+from RESULTS.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib import pyplot
 HERE = os.path.dirname(os.path.abspath(__file__))
 PICTURE = os.path.join(os.path.dirname(HERE), "docs", "benchmarks.svg")
 OURS, OTHERS = "#0969da", "#9aa4b0"
-#: Seconds and how the axis names them. All panels have the same axis, so that bars may be compared between them.
+#: Seconds and their names on the axis. All panels have this axis, so bars can be compared.
 TICKS = {
     1e-6: "1 µs",
     1e-5: "10 µs",
@@ -42,7 +43,7 @@ SHOWN = {
     else f"{title[0].upper()}{title[1:]}, over HTTP"
     for title in TABLES
 }
-#: Text stays text, in a font that the reader's machine has; Verdana is as wide as the font that was measured.
+#: Text stays text. Verdana is as wide as DejaVu Sans, with which the layout was measured.
 FONTS = "'DejaVu Sans', Verdana, sans-serif"
 NOTE = (
     "Median time per call; shorter is better.\n"

@@ -1,7 +1,7 @@
-"""A Celery task: its soft time limit is respected, and a failed call is retried when a provider will be ready again.
+"""A Celery task that keeps its time limit and is tried again when a provider is ready.
 
-celery -A celery_task worker           # in the folder of this file; CELERY_BROKER_URL names the broker
-python -c 'import celery_task; print(celery_task.answer.delay("Why is the sky blue?").get())'
+celery -A celery_task worker   # in the folder of this file, with CELERY_BROKER_URL set
+python -c 'import celery_task as t; print(t.answer.delay("Why is the sky blue?").get())'
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ app = Celery(
 @functools.cache
 def chain() -> FailoverChain:
     """One for each worker process, made at its first task."""
-    return FailoverChain([
-        ProviderTier("local", LMStudioProvider()),
-        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
-    ])  # fmt: skip
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+        ]
+    )
 
 
 @app.task(bind=True, soft_time_limit=60, time_limit=70, max_retries=5)

@@ -1,8 +1,9 @@
-"""A script over a CSV file: one question a row, progress on standard error, and it can be stopped and started again.
+"""A script over a CSV file, one question for each row. It can be stopped and started again.
 
-    python examples/csv_rows.py tickets.csv answers.csv "In one word, what is this ticket about?" text
+    python examples/csv_rows.py tickets.csv answers.csv "In one word, what is this about?" text
 
-Rows that are in the output already are not asked again. Exit status: 0 all done, 1 nobody answered (start it again later).
+Progress goes to standard error. Rows that the output already has are not asked again. Exit
+status: 0 if all rows are done, 1 if nobody answered: start it again later.
 """
 
 from __future__ import annotations

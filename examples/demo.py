@@ -1,8 +1,8 @@
 """A bad day of your providers, in under ten seconds: ``make demo``.
 
-Small HTTP servers on this machine misbehave in nine ways; the real provider classes talk to them over real sockets.
-No key and no network are needed. Each step prints one line and checks itself: the exit status is 0 only if everything
-happened as it says, else 1.
+Small HTTP servers on this machine misbehave in nine ways; the real provider classes talk to them
+over real sockets. No key and no network are needed. Each step prints one line and checks itself:
+the exit status is 0 only if everything happened as it says, else 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 class Server(ThreadingHTTPServer):
-    """A Chat Completions server whose mood can be changed; it remembers which models it was asked for."""
+    """A Chat Completions server with a mood. It remembers which models it was asked for."""
 
     daemon_threads = True
 
@@ -240,7 +240,10 @@ def rate_limit_parks() -> str:
             f"{len(local.asked)} in {took:.1f} s",
         )
         check(25 < parked <= 30, "parked for the 30 s of Retry-After", f"{parked:.0f} s")
-        return f"429 with Retry-After 30: asked once, parked for {parked:.0f} s, 3 calls answered in {took * 1000:.0f} ms"
+        return (
+            f"429 with Retry-After 30: asked once, parked for {parked:.0f} s, "
+            f"3 calls answered in {took * 1000:.0f} ms"
+        )
 
 
 def dripping_is_cut() -> str:
@@ -324,7 +327,7 @@ def marker_is_never_shown() -> str:
         except AllProvidersFailed as error:
             shown = str(error) + str(getattr(error, "response", None) and error.response.text)  # type: ignore[attr-defined]
         check("ESCALATE" not in shown, "no marker even when nobody stronger answers", shown)
-        return "the stronger model is down: an honest error, with the weak answer attached and no marker"
+        return "the stronger model is down: an error with the weak answer, without the marker"
 
 
 def everything_down() -> str:
@@ -355,8 +358,14 @@ def a_day_in_events() -> list[Event]:
         Server(text="Hello from afar."),
         Server(text="A proof."),
     )
-    moods = {3: (local, "broken"), 9: (cheap, "busy"), 10: (cheap, "healthy"), 12: (local, "healthy"), 20: (local, "weak"),
-             21: (local, "healthy")}  # fmt: skip
+    moods = {
+        3: (local, "broken"),
+        9: (cheap, "busy"),
+        10: (cheap, "healthy"),
+        12: (local, "healthy"),
+        20: (local, "weak"),
+        21: (local, "healthy"),
+    }
     events: list[Event] = []
     tiers = [
         tier("local", local.url, retries=0, breaker=CircuitBreaker(recovery_timeout=2.0)),
@@ -384,7 +393,8 @@ def draw(path: str) -> int:
         import timeline
     except ImportError as error:
         print(
-            f"--svg needs matplotlib ({error}). To get it: {sys.executable} -m pip install matplotlib",
+            f"--svg needs matplotlib ({error}). "
+            f"To get it: {sys.executable} -m pip install matplotlib",
             file=sys.stderr,
         )
         return 1
@@ -408,8 +418,11 @@ STEPS: list[tuple[str, Callable[[], str]]] = [
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps; 0 if everything happened as they say."""
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.replace("``", ""),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="demo.py",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--svg", metavar="FILE", help="draw another such run as a picture instead; needs matplotlib"
     )

@@ -1,6 +1,6 @@
-"""A Flask view: an answer within 25 seconds, or an honest 503 with Retry-After; and an endpoint for the load balancer.
+"""Flask: a view that answers within 25 seconds or says 503, and a health endpoint.
 
-export OPENAI_API_KEY=…
+export OPENAI_API_KEY=...
 flask --app examples/flask_view.py run
 curl --json '{"question": "Why is the sky blue?"}' localhost:5000/ask
 curl localhost:5000/health
@@ -26,10 +26,12 @@ from copilot_router import (
 
 
 def make_chain() -> FailoverChain:
-    return FailoverChain([
-        ProviderTier("local", LMStudioProvider()),
-        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
-    ])  # fmt: skip
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+        ]
+    )
 
 
 def create_app(chain: FailoverChain | None = None) -> Flask:

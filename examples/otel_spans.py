@@ -1,9 +1,10 @@
-"""OpenTelemetry: a span for every request to a provider, with the attribute names of the GenAI semantic conventions.
+"""OpenTelemetry: a span for each request, with the names of the GenAI semantic conventions.
 
     python examples/otel_spans.py "Why is the sky blue?"      # prints the spans
 
-The spans are children of the one that is current where the chain is called, such as a web framework's. They hold no
-prompts and no answers: an event has none. Read a stream in the thread that opened it, or its span is ended by the next call.
+The spans are children of the current span, for example of the web framework's. They hold no
+prompts and no answers. Read a stream in the thread that opened it; else the next call ends its
+span.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ ENDS_A_REQUEST = ("retry", "failover", "escalation", "wait", "skip", "attempt", 
 
 
 class Spans:
-    """``on_event`` is called in the thread of its call, so that each thread has one request under way at most.
+    """Events come in the thread of their call, so each thread has one open span at most.
 
-    ``providers``: tier -> the convention's name for who serves it, where the tier is not called so.
+    ``providers``: the convention's name of a provider, for tiers that have another name.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""Prometheus: counters of calls, requests, failovers, tokens and money, and which breakers are open, from ``on_event``.
+"""Prometheus: calls, requests, failovers, tokens, cost and open breakers, from ``on_event``.
 
-    python examples/prometheus_metrics.py "Why is the sky blue?"      # asks once and prints what would be scraped
+    python examples/prometheus_metrics.py "Why is the sky blue?"
 
-In a web application: ``FailoverChain(tiers, on_event=Metrics())`` and ``prometheus_client.start_http_server(9100)``.
+asks once and prints what would be scraped. In a web application, write
+``FailoverChain(tiers, on_event=Metrics())`` and ``prometheus_client.start_http_server(9100)``.
 """
 
 from __future__ import annotations

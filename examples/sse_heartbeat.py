@@ -1,15 +1,16 @@
-"""Server-sent events to a browser, with a heartbeat while the model is thinking.
+"""Server-sent events to a browser, with a heartbeat while the model is silent.
 
-    export OPENAI_API_KEY=…
+    export OPENAI_API_KEY=...
     gunicorn --chdir examples 'sse_heartbeat:create_app()' --worker-class gthread --threads 8
     curl -N 'localhost:8000/events?question=Why+is+the+sky+blue'
 
-    new EventSource("/events?question=…").onmessage = (event) => page.append(JSON.parse(event.data))
+    new EventSource("/events?question=...").onmessage = (e) => page.append(JSON.parse(e.data))
 
-Proxies and browsers give up on a connection that says nothing, and a model may be silent for longer than they wait. ``next()``
-blocks until there is text, so a thread reads the stream and a queue hands it over; whenever the queue stays empty, a comment
-goes out in its place. The thread belongs to this recipe: the library itself needs none. Before the first text there is neither
-status nor heartbeat, so that an outage can still become a 503; first_token_timeout bounds that time.
+Proxies and browsers close a connection that is silent for too long, and a model may be silent
+for longer. ``next()`` on a stream blocks until there is text. So a thread reads the stream and
+puts the text into a queue. When the queue stays empty, a comment is sent as heartbeat. The
+thread belongs to this recipe; the library needs none. Before the first piece of text nothing is
+sent, so an outage can still become a 503. The setting first_token_timeout limits that time.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ HEARTBEAT = float(
 
 
 def make_chain() -> FailoverChain:
-    return FailoverChain([
-        ProviderTier("local", LMStudioProvider()),  # LMSTUDIO_BASE_URL
-        ProviderTier("cloud", OpenAIProvider(), [os.environ.get("OPENAI_MODEL", "gpt-6-luna")]),  # OPENAI_BASE_URL
-    ])  # fmt: skip
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),  # LMSTUDIO_BASE_URL
+            ProviderTier("cloud", OpenAIProvider(), [os.environ.get("OPENAI_MODEL", "gpt-6-luna")]),
+        ]
+    )
 
 
 def event(data: Any, name: str = "message") -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON: a newline in the text must not end the event
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON has no newline in it
 
 
 def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
@@ -67,7 +70,7 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
         return False
 
     def read() -> None:
-        with stream:  # closed by the thread that reads it, at the latest when the next text comes or the deadline passes
+        with stream:  # the thread that reads it closes it
             try:
                 for delta in stream:
                     if not put(event(delta)):

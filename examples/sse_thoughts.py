@@ -5,8 +5,9 @@
     open http://localhost:8000/ in a browser, or:
     curl -N 'localhost:8000/events?question=Why+is+the+sky+blue'
 
-Events: ``thought`` and ``message`` carry a piece of text, ``restart`` says that the thoughts so far belong to a
-request that failed, ``end`` comes after a whole answer, ``broken`` after one that broke off.
+Events: ``thought`` and ``message`` carry a piece of text. ``restart`` says that the thoughts so
+far belong to a request that failed. ``end`` comes after a whole answer, ``broken`` after one
+that broke off.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ PAGE = """<!doctype html><title>Thinking</title>
       source.addEventListener(name, (event) => pane(name).append(JSON.parse(event.data)));
     source.addEventListener("restart", () => pane("thought").replaceChildren());
     source.addEventListener("end", () => source.close());
-    source.addEventListener("broken", () => { source.close(); pane("message").append("\\n[broken off]"); });
+    source.addEventListener("broken", () => {
+      source.close();
+      pane("message").append("\\n[broken off]");
+    });
   }
 </script>"""
 
 
 class Requests(threading.local):
-    """Notices that a new request was sent. The events of a stream come in the thread that reads it."""
+    """Notices a new request. The events of a stream come in the thread that reads it."""
 
     sent = False
 
@@ -76,7 +80,7 @@ def make_chain() -> FailoverChain:
 
 
 def event(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # in JSON, a newline of the text does not end the event
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON has no newline in it
 
 
 def told(stream: ChatStream) -> Iterator[str]:

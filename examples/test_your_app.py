@@ -1,8 +1,8 @@
-"""Testing your own application under pytest: ScriptedProvider plays the providers, a clock moved by hand plays the time.
+"""Tests of your own program under pytest, without network, keys or waiting.
 
     pytest examples/test_your_app.py
 
-No network, no key, no waiting: what your users see when a provider fails is an ordinary test.
+``ScriptedProvider`` plays the providers and a clock that the test moves plays the time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_a_person_is_asked_when_nobody_answers(failure: Exception) -> None:
 
 
 def test_the_local_server_is_used_again_after_its_outage() -> None:
-    """Three failures open its breaker; twenty seconds later one call tries it. Nobody waits: time is a parameter."""
+    """Three failures open its breaker. Twenty seconds later, one call tries it."""
     now = [0.0]
     local = ScriptedProvider([ServerError("down")] * 3 + ["bug"])
     chain = chain_of(local, ScriptedProvider(["other"], repeat=True), clock=lambda: now[0])

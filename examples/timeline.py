@@ -1,10 +1,11 @@
-"""A picture of what a chain did, drawn from its events: tiers as rows, requests as bars, breakers as colour behind them.
+"""Draws what a chain did, from its events: a row for each tier, a bar for each request.
 
     events = []
     chain = FailoverChain(tiers, on_event=events.append)
     ...                                          # calls, one after the other
     timeline.draw(events, "timeline.svg")        # needs matplotlib
 
+The colour behind the bars shows each tier's breaker.
 ``python examples/demo.py --svg docs/timeline.svg`` draws a run against servers on this machine.
 """
 
@@ -18,16 +19,21 @@ from typing import NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams.update({
-    "svg.hashsalt": "copilot_router", "svg.fonttype": "none", "font.size": 10, "font.family": "DejaVu Sans",
-})  # fmt: skip
+matplotlib.rcParams.update(
+    {
+        "svg.hashsalt": "copilot_router",
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+    }
+)
 from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
 from matplotlib.patches import Patch  # noqa: E402
 
 from copilot_router import Event  # noqa: E402
 
 CALLER = "chain.chat()"
-FONTS = "'DejaVu Sans', Verdana, sans-serif"  #: text stays text; Verdana is as wide as the font that was measured
+FONTS = "'DejaVu Sans', Verdana, sans-serif"  #: Verdana is as wide as DejaVu Sans
 COLOUR = {"ok": "#2a9d5c", "failed": "#d1343e", "gave up": "#8e44ad"}
 GROUND = {"open": "#f9d5d3", "half_open": "#fdeeb5"}
 LABEL = {"ok": "answered", "failed": "failed", "gave up": "gave up: escalated"}
@@ -112,8 +118,12 @@ def draw(events: Sequence[Event], path: str, note: str = "") -> None:
     requests = [bar for bar in drawn if bar.tier != CALLER]
     for before, then in itertools.pairwise(requests):  # a failure, and who was asked next
         if before.kind != "ok":
-            axes.annotate("", (then.start - zero, row[then.tier] + 0.12), (before.end - zero, row[before.tier] - 0.3),
-                          arrowprops={"arrowstyle": "->", "color": COLOUR[before.kind], "linewidth": 1.2})  # fmt: skip
+            axes.annotate(
+                "",
+                (then.start - zero, row[then.tier] + 0.12),
+                (before.end - zero, row[before.tier] - 0.3),
+                arrowprops={"arrowstyle": "->", "color": COLOUR[before.kind], "linewidth": 1.2},
+            )
     axes.set_yticks([at - 0.1 for at in row.values()], list(row))
     axes.set_ylim(-0.5, len(tiers) + 0.6)
     axes.set_xlim(-0.05, end - zero + 0.05)

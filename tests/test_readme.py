@@ -90,7 +90,7 @@ def by_name(path: Path) -> str:
     return path.stem
 
 
-# ==== the code of the pages ===========================================================================================
+# ==== the code of the pages ====
 
 
 def told(block: str) -> list[str]:
@@ -292,7 +292,7 @@ def test_lines_fit_a_screen(page: Path) -> None:
     assert long == []
 
 
-# ==== tables that repeat the module ===================================================================================
+# ==== tables that repeat the module ====
 
 
 def parameters(*functions: Any) -> dict[str, Any]:
@@ -478,9 +478,16 @@ def test_events_hold_what_the_guide_and_the_docstring_say() -> None:
     ]
     clock = FakeClock()
     chain = FailoverChain(
-        tiers, escalation_model="c", failure_threshold=2, recovery_timeout=1.0, max_retry_after=0.5, wait=60.0,
-        on_event=seen.append, clock=clock, sleep=clock.sleep,
-    )  # fmt: skip
+        tiers,
+        escalation_model="c",
+        failure_threshold=2,
+        recovery_timeout=1.0,
+        max_retry_after=0.5,
+        wait=60.0,
+        on_event=seen.append,
+        clock=clock,
+        sleep=clock.sleep,
+    )
     assert chain.chat("hi", [{"type": "function", "function": {"name": "f"}}]).text == "ok"
     assert {event.kind for event in seen} == set(guide) - {"resend"}
     for event in seen:
