@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from support.clocks import FakeClock
 
-from copilot_router import FailoverChain, ProviderTier, RateLimited, ScriptedProvider
+from copilot_router import Event, FailoverChain, ProviderTier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +33,7 @@ def test_demo_succeeds_as_a_program_without_colour_in_a_pipe() -> None:
 @pytest.mark.parametrize(
     ("step", "settings", "moods"),
     [
-        ("healthy", {}, {"healthy": "broken"}),
+        ("healthy", {}, {"healthy": "weak"}),
         ("refused", {"tiers": 1}, {}),
         ("breaker", {"failure_threshold": 99}, {}),
         ("rate limit", {}, {"busy": "broken"}),
@@ -111,17 +109,8 @@ def test_bars_of_the_picture_are_the_requests(demo: Any) -> None:
     """A failure, an answer that gave up, an answer, and the call that they were for."""
     pytest.importorskip("matplotlib")
     timeline = importlib.import_module("timeline")
-    clock, events = FakeClock(0.0), []
-
-    def after(seconds: float, text: str | Exception) -> Callable[..., str | Exception]:
-        return lambda *_, **__: [clock.advance(seconds), text][1]  # type: ignore[func-returns-value]
-
-    tiers = [
-        ProviderTier("a", ScriptedProvider([after(1, RateLimited("slow down"))]), ["a"]),
-        ProviderTier("b", ScriptedProvider([after(2, "[ESCALATE] too hard")]), ["b"]),
-        ProviderTier("c", ScriptedProvider([after(4, "done")]), ["c"]),
-    ]
-    hooks = {"on_event": events.append, "clock": clock, "sleep": clock.sleep}
-    FailoverChain(tiers, escalation_model="c", **hooks).chat("hi")  # type: ignore[arg-type]
+    steps = [("attempt", "a", 0), ("failover", "a", 1), ("attempt", "b", 1), ("escalation", "b", 3)]
+    steps += [("attempt", "c", 3), ("done", "c", 7)]
+    events = [Event(kind, tier, "", {"outcome": "ok"}, time) for kind, tier, time in steps]
     requests = [("a", 0, 1, "failed"), ("b", 1, 3, "gave up"), ("c", 3, 7, "ok")]
     assert list(map(tuple, timeline.bars(events))) == [*requests, (timeline.CALLER, 0, 7, "ok")]

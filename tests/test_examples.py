@@ -1,69 +1,34 @@
-"""Every recipe runs: its own chain, the real provider classes, servers on this machine, the frameworks themselves."""
+"""Every recipe runs, with its own chain, the frameworks themselves and servers on this machine."""
 
 from __future__ import annotations
 
 import csv
 import http.client
-import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from support.chat_server import BROKEN, BUSY, USAGE, Answer, ChatServer, Endless, Refusal
+from support import recipes
+from support.chat_server import BROKEN, BUSY, USAGE, Answer, Endless, Refusal
 from support.clocks import FakeClock
+from support.pages import section
+from support.recipes import DJANGO, EXAMPLES, STREAMS, Machine, example, pieces, run, served
 
 import copilot_router as cr
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
 FILTERED = Answer(("",), finish="content_filter")
+REFUSED = {"error": "this question cannot be answered", "why": "ContentFiltered"}
 NOBODY = {"error": "no answer at the moment"}
-
-
-class Machine(NamedTuple):
-    """What the recipes find: a server where LM Studio would be, and one for the cloud."""
-
-    local: ChatServer
-    cloud: ChatServer
-
-    def both(self, item: Any, times: int = 1) -> None:
-        self.local.script.extend([item] * times)
-        self.cloud.script.extend([item] * times)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
-    with ChatServer() as local, ChatServer() as cloud:
-        for name, server in (("LMSTUDIO", local), ("OPENAI", cloud)):
-            monkeypatch.setenv(f"{name}_BASE_URL", server.url)
-        monkeypatch.setenv("LM_API_TOKEN", "a-key-for-local")
-        monkeypatch.setenv("OPENAI_API_KEY", "a-key-for-cloud")
-        yield Machine(local, cloud)
-
-
-def example(name: str, needs: str = "requests") -> Any:
-    """A recipe, imported anew: its chain is that of the test."""
-    pytest.importorskip(needs)
-    sys.modules.pop(name, None)
-    return importlib.import_module(name)
-
-
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, which finds the module and the recipes."""
-    path = os.pathsep.join((str(ROOT), str(EXAMPLES)))
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
-    line = [sys.executable, *command]
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+    with recipes.two_servers(monkeypatch) as found:
+        yield found
 
 
 # ==== views ====
@@ -75,7 +40,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ([], [], 200, None, {"answer": "ok", "by": "local"}),
         ([BROKEN] * 2, [Answer(("from afar",))], 200, None, {"answer": "from afar", "by": "cloud"}),
         ([BUSY], [BUSY], 503, "30", NOBODY),
-        ([FILTERED], [], 422, None, {"error": "this question cannot be answered", "why": "ContentFiltered"}),
+        ([FILTERED], [], 422, None, REFUSED),
     ],
 )
 def test_flask_view_answers_or_says_why_not(
@@ -87,18 +52,6 @@ def test_flask_view_answers_or_says_why_not(
     seen = client.post("/ask", json={"question": "hi"})
     assert (seen.status_code, seen.headers.get("Retry-After"), seen.json) == (status, wait, body)
     assert client.get("/health").status_code == (503 if status == 503 else 200)
-
-
-DJANGO = """
-import json, django_view, django
-from django.test import Client
-django.setup()
-for path in ("/ask", "/ask-async"):
-    for _ in range(2):
-        seen = Client().post(path, {"question": "hi"}, HTTP_HOST="localhost")
-        print(json.dumps([seen.status_code, seen.headers.get("Retry-After"), seen.json()]))
-    django_view.chain().reset()
-"""
 
 
 def test_django_answers_in_both_kinds_of_view(machine: Machine) -> None:
@@ -120,46 +73,6 @@ def test_djangos_check_finds_a_mistake_in_the_settings(machine: Machine) -> None
 # ==== streams, over HTTP ====
 
 TEXTS = ("one ", "two\n", "three")
-STREAMS = {
-    "flask_stream": ("POST", "/ask", '{"question": "hi"}', "application/json"),
-    "django_stream": ("POST", "/ask", "question=hi", "application/x-www-form-urlencoded"),
-    "sse_heartbeat": ("GET", "/events?question=hi", None, ""),
-    "sse_thoughts": ("GET", "/events?question=hi", None, ""),
-}
-
-
-@contextmanager
-def served(name: str, path: str = "") -> Iterator[http.client.HTTPResponse]:
-    """The answer of a recipe that a server of this process serves."""
-    module = example(name, name.split("_")[0].replace("sse", "flask"))
-    site = module.application if name == "django_stream" else module.create_app()
-    from werkzeug.serving import make_server
-
-    server = make_server("127.0.0.1", 0, site, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    method, usual, body, kind = STREAMS[name]
-    try:
-        connection.request(method, path or usual, body, {"Content-Type": kind})
-        yield connection.getresponse()
-    finally:
-        connection.close()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def pieces(response: http.client.HTTPResponse) -> Iterator[str]:
-    """What the visitor sees, as it comes: text, or names and data of events."""
-    while piece := response.read1(65536).decode():
-        for item in piece.split("\n\n") if "event: " in piece or piece.startswith(":") else [piece]:
-            found = re.fullmatch(r"event: (\w+)\ndata: (.*)", item)
-            if found:
-                yield json.loads(found[2]) if found[1] == "message" else f"{found[1]} {found[2]}"
-            elif item and not item.startswith(":"):
-                yield item
-
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_pieces_arrive_one_by_one_from_the_second_tier(machine: Machine, name: str) -> None:
@@ -172,7 +85,8 @@ def test_pieces_arrive_one_by_one_from_the_second_tier(machine: Machine, name: s
         for text in TEXTS:
             assert next(seen) == text
             gate.release()
-        assert (response.status, [text.split()[0] for text in seen]) == (200, ["end"] if "sse" in name else [])
+        assert response.status == 200
+        assert [text.split()[0] for text in seen] == (["end"] if "sse" in name else [])
 
 
 @pytest.mark.parametrize("name", [*STREAMS, "flask_stream politely"])
@@ -220,45 +134,40 @@ def test_heartbeat_is_sent_while_the_model_is_silent(
 
 
 def test_thoughts_have_a_pane_that_is_cleared_when_another_tier_is_asked(machine: Machine) -> None:
-    machine.local.script.extend([Answer((), thoughts=("hm, ",), broken=True)] * 2)
+    machine.local.script.append(Answer((), thoughts=("hm, ",), broken=True))
     machine.cloud.script.append(Answer(TEXTS, thoughts=("let me ", "see")))
     with served("sse_thoughts") as response:
         seen = list(pieces(response))
-    assert seen[0] == 'thought "hm, "'
-    assert seen[-7:] == ['restart ""', 'thought "let me "', 'thought "see"', *TEXTS, 'end {"by": "cloud"}']
+    thoughts = ['thought "hm, "', 'restart ""', 'thought "let me "', 'thought "see"']
+    assert seen == [*thoughts, *TEXTS, 'end {"by": "cloud"}']
 
 
 # ==== scripts and tasks ====
 
 
-def test_cron_job_waits_for_a_provider(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    """The first run gets its answer after a pause. The third asks nobody."""
     monkeypatch.setenv("BREAKERS", str(tmp_path / "breakers.db"))
-    (tmp_path / "shop.log").write_text("one\ntwo\n")
+    (log := tmp_path / "shop.log").write_text("one\n")
     machine.both(BROKEN, 2)
     machine.local.script.append(Answer(("All quiet.",)))
     clock = FakeClock()
-    assert example("cron_job").main([str(tmp_path / "shop.log")], sleep=clock.sleep) == 0
-    assert capsys.readouterr().out == "All quiet.\n"
+    assert example("cron_job").main([str(log)], sleep=clock.sleep) == 0
     assert sum(clock.slept) > 1
-
-
-def test_cron_job_remembers_between_runs_who_is_down(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("BREAKERS", str(tmp_path / "breakers.db"))
-    (tmp_path / "shop.log").write_text("one\n")
     machine.both(Refusal(429, {"Retry-After": "1800"}))
-    assert [example("cron_job").main([str(tmp_path / "shop.log")]) for _ in range(2)] == [75, 75]
-    first, second = capsys.readouterr().err.splitlines()
+    assert [example("cron_job").main([str(log)]) for _ in range(2)] == [75, 75]
+    printed = capsys.readouterr()
+    first, second = printed.err.splitlines()
+    assert printed.out == "All quiet.\n"
     assert ("local: RateLimited" in first, "local: skipped" in second) == (True, True)
 
 
 def test_csv_rows_go_on_where_they_stopped(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One row is answered, then an outage ends the script. Started again, it asks for the others only."""
+    """An outage ends the script after one row. Started again, it asks for the others only."""
     module = example("csv_rows")
     source, target = tmp_path / "tickets.csv", tmp_path / "answers.csv"
     source.write_text("id,text\n1,charged twice\n2,crash\n3,hello\n")
@@ -286,14 +195,6 @@ def test_private_questions_and_those_over_the_budget_stay_local(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("]")[0] for line in lines] == ["[none", "[cloud", "[local"]
     assert [body["messages"][-1]["content"] for body in machine.cloud.bodies] == ["first"]
-
-
-def test_tier_without_a_price_counts_as_a_spent_budget(machine: Machine) -> None:
-    module = example("private_and_budget")
-    budget = module.Budget(100.0)
-    chain = module.make_chain(budget)
-    chain.tiers[0].prices = None
-    assert [module.ask(chain, budget, "hi").provider for _ in range(2)] == ["cloud", "local"]
 
 
 def test_celery_task_is_tried_again_when_a_provider_is_ready(machine: Machine) -> None:
@@ -360,14 +261,10 @@ def test_opentelemetry_gets_a_span_for_every_request(machine: Machine) -> None:
         chain.chat("a secret question")
     failed, answered, view = exporter.get_finished_spans()
     assert (failed.attributes["gen_ai.provider.name"], failed.status.is_ok) == ("local", False)
-    assert dict(answered.attributes) == {
-        "gen_ai.operation.name": "chat",
-        "gen_ai.provider.name": "openai",
-        "gen_ai.request.model": "gpt-6-luna",
-        "gen_ai.response.model": "gpt-6-luna",
-        "gen_ai.usage.input_tokens": 20,
-        "gen_ai.usage.output_tokens": 15,
-    }
+    facts = {"operation.name": "chat", "provider.name": "openai"}
+    facts |= {"request.model": "gpt-6-luna", "response.model": "gpt-6-luna"}
+    facts |= {"usage.input_tokens": 20, "usage.output_tokens": 15}
+    assert dict(answered.attributes) == {f"gen_ai.{name}": fact for name, fact in facts.items()}
     assert answered.parent.span_id == failed.parent.span_id == view.context.span_id
     assert "secret" not in "".join(span.to_json() for span in exporter.get_finished_spans())
 
@@ -401,14 +298,9 @@ def test_errors_of_the_sdk_become_ours(
     machine.cloud.script.append(answer)
     with module.openai.OpenAI() as client, pytest.raises(kind) as caught:
         module.SDKProvider(client).chat([{"role": "user", "content": "hi"}], model="m", timeout=5)
-    assert (type(caught.value), caught.value.status, caught.value.retry_after) == (kind, answer.status, wait)
+    assert type(caught.value) is kind
+    assert (caught.value.status, caught.value.retry_after) == (answer.status, wait)
     assert ("prompt" in str(caught.value), len(machine.cloud.bodies)) == (False, 1)
-
-
-def test_sdk_that_cannot_connect_fails_over(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    response = example("vendor_sdk", "openai").make_chain().chat("hi")
-    assert [attempt.outcome for attempt in response.attempts] == ["failed", "ok"]
 
 
 def test_recipe_for_tests_passes_under_pytest() -> None:
@@ -417,8 +309,9 @@ def test_recipe_for_tests_passes_under_pytest() -> None:
 
 
 def test_every_recipe_is_tested_and_has_a_row_in_the_guide() -> None:
-    tested = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    guide = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").split("## Recipes")[1]
+    files = [Path(__file__), Path(__file__).with_name("test_demo.py"), Path(recipes.__file__)]
+    tested = "".join(path.read_text(encoding="utf-8") for path in files)
+    guide = section("docs/operations.md", "Recipes")
     for path in EXAMPLES.glob("*.py"):
         assert path.stem in tested, path
         assert f"../examples/{path.name}" in guide, path
