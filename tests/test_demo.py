@@ -82,7 +82,6 @@ def test_svg_without_matplotlib_says_how_to_get_it(
 
 
 def test_pictures_have_their_text_as_text_and_a_background(demo: Any, tmp_path: Path) -> None:
-    """A picture that is drawn now, and the two that the pages show."""
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "timeline.svg"
     assert demo.main(["--svg", str(drawn)]) == 0
@@ -106,7 +105,6 @@ def test_pictures_have_their_text_as_text_and_a_background(demo: Any, tmp_path: 
 
 
 def test_bars_of_the_picture_are_the_requests(demo: Any) -> None:
-    """A failure, an answer that gave up, an answer, and the call that they were for."""
     pytest.importorskip("matplotlib")
     timeline = importlib.import_module("timeline")
     steps = [("attempt", "a", 0), ("failover", "a", 1), ("attempt", "b", 1), ("escalation", "b", 3)]

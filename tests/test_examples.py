@@ -223,7 +223,6 @@ def test_soft_time_limit_ends_the_task_and_blames_no_provider(machine: Machine) 
 
 
 def test_prometheus_counts_what_happened(machine: Machine) -> None:
-    """An answer, an answer of the second tier, and a call that nobody answered."""
     module = example("prometheus_metrics", "prometheus_client")
     registry = module.CollectorRegistry()
     chain = module.make_chain(module.Metrics(registry))
