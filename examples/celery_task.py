@@ -46,9 +46,7 @@ def answer(self: Any, question: str) -> dict[str, Any]:
         return chain().chat(question, timeout=50).to_dict()  # the chain's own deadline comes first
     except AllProvidersFailed as error:
         if error.retry_after is None:
-            raise  # waiting will not help; the error pickles, for a result backend that takes it
+            raise  # waiting will not help
         raise self.retry(exc=error, countdown=error.retry_after) from None
-    except (
-        SoftTimeLimitExceeded
-    ):  # passes straight through a chain, and no breaker takes it for a provider's failure
+    except SoftTimeLimitExceeded:  # passes through a chain; no breaker counts it
         return {"content": None, "finish_reason": "out of time"}

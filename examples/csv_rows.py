@@ -27,9 +27,8 @@ def make_chain() -> FailoverChain:
     return FailoverChain(
         [
             ProviderTier("local", LMStudioProvider()),
-            ProviderTier(
-                "cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)
-            ),  # USD per million tokens
+            # Prices are in USD per million tokens.
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),
         ],
         timeout=60,
         wait=300,
@@ -61,7 +60,7 @@ def main(arguments: list[str], chain: FailoverChain | None = None) -> int:
                 answer, by = "", type(error).__name__
             assert writer is not None
             writer.writerow({**row, "answer": answer, "by": by})
-            file.flush()  # what is paid for is kept
+            file.flush()  # keeps the answers that are paid for
             pace = (time.monotonic() - start) / (at - done)
             print(
                 f"\r{at}/{len(rows)} {pace:.1f} s/row ${cost:.4f} {by}\033[K",

@@ -249,9 +249,7 @@ def rate_limit_parks() -> str:
 def dripping_is_cut() -> str:
     local = Server("dripping")
     with servers(local), FailoverChain([tier("local", local.url)]) as chain:
-        guard = threading.Timer(
-            3, local.stop
-        )  # should the deadline not hold, the story must still end
+        guard = threading.Timer(3, local.stop)  # ends the step if the deadline does not hold
         guard.start()
         start = time.monotonic()
         try:
@@ -325,7 +323,8 @@ def marker_is_never_shown() -> str:
         try:
             shown = chain.chat("Prove it.", timeout=5).text
         except AllProvidersFailed as error:
-            shown = str(error) + str(getattr(error, "response", None) and error.response.text)  # type: ignore[attr-defined]
+            weak = getattr(error, "response", None)
+            shown = f"{error}{weak and weak.text}"
         check("ESCALATE" not in shown, "no marker even when nobody stronger answers", shown)
         return "the stronger model is down: an error with the weak answer, without the marker"
 
@@ -353,11 +352,7 @@ SHORTENED = (
 
 def a_day_in_events() -> list[Event]:
     """The events of calls in a row while the servers behind them have their moods."""
-    local, cheap, strong = (
-        Server(text="Hello from here."),
-        Server(text="Hello from afar."),
-        Server(text="A proof."),
-    )
+    local, cheap, strong = Server(), Server(text="Hello from afar."), Server(text="A proof.")
     moods = {
         3: (local, "broken"),
         9: (cheap, "busy"),

@@ -39,9 +39,7 @@ def make_chain() -> FailoverChain:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = (
-        chain or make_chain()
-    )  # one for the whole process: its threads share connections and breakers
+    chain = chain or make_chain()  # one for the process: its threads share it
 
     @app.post("/ask")
     def ask() -> Any:

@@ -36,15 +36,12 @@ def make_chain() -> FailoverChain:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = (
-        chain or make_chain()
-    )  # one for the whole process: its threads share connections and breakers
+    chain = chain or make_chain()  # one for the process: its threads share it
 
     @app.post("/ask")
     def ask() -> Any:
-        response = chain.chat(
-            request.get_json()["question"], timeout=25
-        )  # less than the server's own limit
+        question = request.get_json()["question"]
+        response = chain.chat(question, timeout=25)  # less than the server's own limit
         return {"answer": response.text, "by": response.provider}
 
     @app.errorhandler(AllProvidersFailed)  # DeadlineExceeded and EscalationFailed are subclasses

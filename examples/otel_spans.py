@@ -41,9 +41,8 @@ class Spans:
             self._end(span, event)
             self._here.span = None
         elif span is not None:
-            span.add_event(
-                event.kind, {name: str(value) for name, value in event.data.items()}
-            )  # resend, breaker
+            facts = {name: str(value) for name, value in event.data.items()}
+            span.add_event(event.kind, facts)  # resend, breaker
         if event.kind == "attempt":
             self._here.span = self._begin(event)
 

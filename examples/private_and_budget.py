@@ -50,9 +50,8 @@ class Budget:
 
 def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
     tiers = [
-        ProviderTier(
-            "cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)
-        ),  # USD per million tokens
+        # Prices are in USD per million tokens.
+        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),
         ProviderTier("local", LMStudioProvider(), prices=(0, 0)),
     ]
     return FailoverChain(tiers, on_event=on_event, timeout=60)

@@ -35,9 +35,8 @@ from copilot_router import (
     StreamInterrupted,
 )
 
-HEARTBEAT = float(
-    os.environ.get("HEARTBEAT", "15")
-)  #: seconds; below the shortest patience on the way to the browser
+#: Seconds. Less than the shortest time limit between here and the browser.
+HEARTBEAT = float(os.environ.get("HEARTBEAT", "15"))
 
 
 def make_chain() -> FailoverChain:
@@ -55,9 +54,8 @@ def event(data: Any, name: str = "message") -> str:
 
 def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
     """The stream's text as events, and a comment whenever it has been silent for so long."""
-    events: queue.Queue[str | None] = queue.Queue(
-        maxsize=100
-    )  # a slow browser slows the reading down
+    # The queue has a limit, so that a slow browser slows the reading down.
+    events: queue.Queue[str | None] = queue.Queue(maxsize=100)
     gone = threading.Event()  # the browser has hung up
 
     def put(item: str | None) -> bool:
@@ -106,15 +104,12 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = (
-        chain or make_chain()
-    )  # one for the whole process: its threads share connections and breakers
+    chain = chain or make_chain()  # one for the process: its threads share it
 
     @app.get("/events")
     def events() -> Any:
-        stream = chain.stream(
-            request.args["question"], timeout=120
-        )  # the first text is in hand, or this raises
+        # When this returns, the first text is there; else it raises.
+        stream = chain.stream(request.args["question"], timeout=120)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return Response(
             with_heartbeat(stream, HEARTBEAT), mimetype="text/event-stream", headers=headers

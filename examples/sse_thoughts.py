@@ -91,17 +91,13 @@ def told(stream: ChatStream) -> Iterator[str]:
                     yield event("restart", "")
                 yield event("thought" if isinstance(delta, Thought) else "message", delta)
             yield event("end", {"by": stream.response.provider})
-        except (
-            RouterError
-        ) as error:  # it broke off after some text, or every tier failed after its thoughts
+        except RouterError as error:  # after some text, or when every tier failed after its thoughts
             yield event("broken", type(error).__name__)
 
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = (
-        chain or make_chain()
-    )  # one for the whole process: its threads share connections and breakers
+    chain = chain or make_chain()  # one for the process: its threads share it
 
     @app.get("/")
     def page() -> Any:

@@ -88,7 +88,7 @@ def draw(events: Sequence[Event], path: str, note: str = "") -> None:
     tiers = list(dict.fromkeys(event.tier for event in events if event.tier))
     row = {name: len(tiers) - at for at, name in enumerate([*tiers, CALLER])}
     figure, axes = plt.subplots(figsize=(10, 1.3 + 0.72 * len(row)))
-    for tier in tiers:  # the ground: what its breaker said, from each change to the next
+    for tier in tiers:  # the colour of a breaker's state, from each change to the next
         changes = [
             event
             for event in events
@@ -111,7 +111,7 @@ def draw(events: Sequence[Event], path: str, note: str = "") -> None:
                 axes.text(left + 0.03, row[tier] + 0.27, "closed again", va="center", fontsize=9)
     drawn = bars(events)
     for bar in drawn:
-        width = max(bar.end - bar.start, 0.012)  # a refusal takes no time, and is to be seen
+        width = max(bar.end - bar.start, 0.012)  # a refusal takes no time but must be seen
         axes.broken_barh(
             [(bar.start - zero, width)], (row[bar.tier] - 0.3, 0.4), color=COLOUR[bar.kind]
         )
@@ -137,9 +137,8 @@ def draw(events: Sequence[Event], path: str, note: str = "") -> None:
     ]
     figure.legend(handles=[*kinds, *states], loc="lower center", ncols=5, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(
-        path, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white"
-    )  # pages may be dark
+    unchanging = {"Date": None, "Creator": None}
+    figure.savefig(path, format="svg", metadata=unchanging, facecolor="white")  # pages may be dark
     plt.close(figure)
     drawn_text = Path(path).read_text(encoding="utf-8")
     Path(path).write_text(drawn_text.replace("'DejaVu Sans'", FONTS), encoding="utf-8")

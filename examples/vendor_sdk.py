@@ -48,9 +48,8 @@ KINDS: list[tuple[type[Exception], type[ProviderError]]] = [
 
 class SDKProvider(LLMProvider):
     def __init__(self, client: openai.OpenAI) -> None:
-        self._client = client.with_options(
-            max_retries=0
-        )  # the chain has its own, within its deadline
+        # The chain has retries of its own, within its deadline.
+        self._client = client.with_options(max_retries=0)
 
     def chat(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
@@ -96,14 +95,11 @@ class SDKProvider(LLMProvider):
 
 
 def make_chain() -> FailoverChain:
-    return FailoverChain(
-        [
-            ProviderTier(
-                "sdk", SDKProvider(openai.OpenAI()), ["gpt-6-luna"]
-            ),  # OPENAI_API_KEY, OPENAI_BASE_URL
-            ProviderTier("local", LMStudioProvider(), role="emergency"),
-        ]
-    )
+    tiers = [
+        ProviderTier("sdk", SDKProvider(openai.OpenAI()), ["gpt-6-luna"]),  # reads OPENAI_API_KEY
+        ProviderTier("local", LMStudioProvider(), role="emergency"),
+    ]
+    return FailoverChain(tiers)
 
 
 if __name__ == "__main__":
