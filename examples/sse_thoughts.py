@@ -91,7 +91,7 @@ def told(stream: ChatStream) -> Iterator[str]:
                     yield event("restart", "")
                 yield event("thought" if isinstance(delta, Thought) else "message", delta)
             yield event("end", {"by": stream.response.provider})
-        except RouterError as error:  # after some text, or when every tier failed after its thoughts
+        except RouterError as error:  # after text, or all tiers failed after thoughts
             yield event("broken", type(error).__name__)
 
 
