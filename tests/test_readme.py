@@ -215,13 +215,12 @@ def test_addresses_and_variables_of_the_providers_are_true(monkeypatch: pytest.M
 
 def test_error_tree_and_policy_are_those_of_the_module() -> None:
     """Names, nesting, what follows and what the breaker learns."""
-    found: dict[str, tuple[str, str, str]] = {}
-    parents: list[str] = []
+    found, parents = {}, ["Exception"]
     for cell, _, then, breaker in rows(section("docs/errors.md", "The tree")):
         name = cell.lstrip("│├└ ")
         depth = (len(cell) - len(name)) // 2
-        parents[depth:] = [name]
-        found[name] = (parents[depth - 1] if depth else "Exception", then, breaker)
+        parents[depth + 1 :] = [name]
+        found[name] = (parents[depth], then, breaker)
     kinds = [kind for kind in map(cr.__dict__.get, cr.__all__) if isinstance(kind, type)]
     errors = [kind for kind in kinds if issubclass(kind, cr.RouterError)]
     expected = {}
