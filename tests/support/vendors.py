@@ -1,8 +1,9 @@
 """Fake vendors on loopback that enforce the vendors' own rules, so that no encoder passes by luck.
 
-Each answers a violation with its vendor's own status and error body, and a legal request with the next item of its script
-(a ``Reply``, a ``Raw`` answer, or a function of the request's body that returns one), streamed in the vendor's own format
-where the request asks for a stream. What it issued itself (tool ids, signatures) it remembers, and takes back only unchanged.
+Each answers a violation with its vendor's own status and error body, and a legal request with the
+next item of its script (a ``Reply``, a ``Raw`` answer, or a function of the request's body that
+returns one), streamed where the request asks for a stream. Tool ids and signatures that it has
+given out it takes back only unchanged.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import binascii
 import hashlib
 import json
 import re
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import requests
 from requests.adapters import HTTPAdapter
+from support.server import Request, Server, parsed
 
 KEY = "sk-test-vendors-key-1234567890"
 
@@ -49,14 +49,6 @@ class Raw:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
-class Request(NamedTuple):
-    """What came in."""
-
-    path: str
-    headers: dict[str, str]  #: names in lower case
-    body: Any
-
-
 class Refused(Exception):
     """A broken rule: the status and the body to answer."""
 
@@ -68,7 +60,8 @@ class Refused(Exception):
 
 def sse(*events: Any, done: bool = False) -> bytes:
     """Server-sent events without names."""
-    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + (["data: [DONE]\n\n"] if done else [])
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + (["data: [DONE]\n\n"] if done
+        else [])
     return "".join(lines).encode()
 
 
@@ -85,10 +78,12 @@ def halves(text: str) -> list[str]:
 
 def digest(*things: Any) -> str:
     """A signature over anything that is JSON."""
-    return base64.b64encode(hashlib.sha256(json.dumps(things, sort_keys=True).encode()).digest()).decode()
+    return base64.b64encode(hashlib.sha256(json.dumps(things,
+                                                      sort_keys=True).encode()).digest()).decode()
 
 
-# -- shapes: a dict for an object ("name!" is required), a list for a list, a frozenset of values, a pattern, types, a function
+# -- shapes of a body: a dict for an object ("name!" is required), a list for a list, a frozenset
+# of values, a pattern, types, or a function
 
 Check = Callable[["Vendor", Any, str], None]
 NUMBER = (int, float)
@@ -169,7 +164,7 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 class Vendor:
-    """A fake of one vendor. ``url`` is the base URL for a provider; ``requests`` are the ones with a body, in their order."""
+    """A fake of one vendor. ``url`` is the base URL for a provider."""
 
     base = ""
     prefix = ""  #: of the ids it issues
@@ -181,10 +176,8 @@ class Vendor:
         self.refusals: list[Refused] = []
         self.issued: dict[str, Any] = {}
         self._count = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.vendor = self  # type: ignore[attr-defined]
-        self.port = self._server.server_address[1]
-        self.root = f"http://127.0.0.1:{self.port}"
+        self._server = Server(self._serve)
+        self.port, self.root = self._server.port, self._server.url
         self.url = self.root + self.base
 
     @property
@@ -228,7 +221,8 @@ class Vendor:
                 self.wrong(where, f"text that matches {spec.pattern}")
         elif isinstance(spec, (type, tuple)):
             kinds = spec if isinstance(spec, tuple) else (spec,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds
+                                                and object not in kinds):
                 self.wrong(where, " or ".join(kind.__name__ for kind in kinds))
         else:
             spec(self, value, where)
@@ -292,52 +286,22 @@ class Vendor:
         path, answer = self.models_path()
         return Raw(answer) if request.path == path else Raw(self.error("no such path", 404), 404)
 
+    def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
+        came = parsed(request)
+        raw = self.answer(came) if came.body else self.ping(came)
+        data = raw.data()
+        streamed = "stream" in raw.kind or "ndjson" in raw.kind
+        closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
+        headers = {"Content-Type": raw.kind, **raw.headers, **closes}
+        lines = [f"HTTP/1.1 {raw.status} X", *(f"{name}: {text}" for name, text in headers.items())]
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+        return not streamed
+
     def __enter__(self) -> Vendor:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._server.shutdown()
-        self._thread.join(5)
-        self._server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 65536
-    timeout = 10
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        vendor: Vendor = self.server.vendor  # type: ignore[attr-defined]
-        self._send(vendor.ping(Request(self.path, self._lower(), None)))
-
-    def do_POST(self) -> None:
-        vendor: Vendor = self.server.vendor  # type: ignore[attr-defined]
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._send(vendor.answer(Request(self.path, self._lower(), json.loads(data))))
-
-    def _lower(self) -> dict[str, str]:
-        return {name.lower(): value for name, value in self.headers.items()}
-
-    def _send(self, raw: Raw) -> None:
-        data = raw.data()
-        streamed = "stream" in raw.kind or "ndjson" in raw.kind
-        self.send_response(raw.status)
-        self.send_header("Content-Type", raw.kind)
-        for name, value in raw.headers.items():
-            self.send_header(name, value)
-        if streamed:
-            self.close_connection = True
-            self.send_header("Connection", "close")
-        else:
-            self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self._server.__exit__()
 
 
 class _Detour(HTTPAdapter):
@@ -354,48 +318,54 @@ class _Detour(HTTPAdapter):
 
 @contextmanager
 def detour(vendor: Vendor) -> Iterator[requests.Session]:
-    """A session in which every https address leads to the fake, so that a provider can be built with the vendor's own."""
+    """A session in which every https address leads to the fake."""
     with requests.Session() as session:
         session.trust_env = False
         session.mount("https://", _Detour(vendor.root))
         yield session
 
 
-# ==== OpenAI Chat Completions =========================================================================================
+# ==== OpenAI Chat Completions
 
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 
 
 def _chat_call() -> Any:
     return {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
-            "function!": {"name!": TOOL_NAME, "arguments!": str}}  # fmt: skip
+            "function!": {"name!": TOOL_NAME, "arguments!": str}}
 
 
 class Chat(Vendor):
-    """Chat Completions. ``local``: a server of one's own, with the templates' and the older servers' limits."""
+    """Chat Completions. ``local``: a compatible server with the limits of older ones."""
 
     base = "/v1"
     prefix = "call_"
 
-    def __init__(self, *script: Any, local: bool = False, thinking: bool = False, **settings: Any) -> None:
+    def __init__(self, *script: Any, local: bool = False, thinking: bool = False,
+                 **settings: Any) -> None:
         super().__init__(*script, **settings)
         self.local = local
-        self.needs_reasoning = thinking  #: as DeepSeek in thinking mode: reasoning_content must come back
+        self.needs_reasoning = thinking  #: DeepSeek wants reasoning_content back
 
-    def error(self, message: str, status: int, code: Any = None, param: Any = None, **_: Any) -> Any:
-        return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+    def error(self, message: str, status: int, code: Any = None, param: Any = None,
+              **_: Any) -> Any:
+        return {"error": {"message": message, "type": "invalid_request_error", "param": param,
+                          "code": code}}
 
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"Unknown parameter: '{where}'.", code="unknown_parameter", param=where)
 
     def missing(self, where: str) -> NoReturn:
-        self.fail(f"Missing required parameter: '{where}'.", code="missing_required_parameter", param=where)
+        self.fail(f"Missing required parameter: '{where}'.", code="missing_required_parameter",
+                  param=where)
 
     def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"Invalid value for '{where}': expected {wanted}.", code="invalid_value", param=where)
+        self.fail(f"Invalid value for '{where}': expected {wanted}.", code="invalid_value",
+                  param=where)
 
     def models_path(self) -> tuple[str, Any]:
-        return "/v1/models", {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+        return "/v1/models", {"object": "list",
+                              "data": [{"id": name, "object": "model"} for name in self.models]}
 
     # -- rules
 
@@ -407,23 +377,27 @@ class Chat(Vendor):
         if not request.headers.get("content-type", "").startswith("application/json"):
             self.fail("you must use the content type application/json", 415)
         if isinstance(request.body, dict) and request.body.get("model", "m-1") not in self.models:
-            self.fail("The model `x` does not exist or you do not have access to it.", 404, code="model_not_found")
+            self.fail("The model `x` does not exist or you do not have access to it.", 404,
+                      code="model_not_found")
         return request.body
 
     def shape(self) -> dict[str, Any]:
         content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
         parts = tagged("type", {
             "text": {"text!": str},
-            "image_url": {"image_url!": {"url!": address, "detail": frozenset({"auto", "low", "high"})}},
+            "image_url": {"image_url!": {"url!": address,
+                                         "detail": frozenset({"auto", "low", "high"})}},
             "file": {"file!": {"filename!": str, "file_data!": str}},
-            "input_audio": {"input_audio!": {"data!": encoded, "format!": frozenset({"wav", "mp3"})}},
-        })  # fmt: skip
+            "input_audio": {"input_audio!": {"data!": encoded,
+                                             "format!": frozenset({"wav", "mp3"})}},
+        })
         said = {"name": str, "content!": content}
         roles: dict[str, Any] = {
             "system": said, "user": {"name": str, "content!": either(str, [parts])},
-            "assistant": {"name": str, "content": either(content, type(None)), "tool_calls": [_chat_call()]},
+            "assistant": {"name": str, "content": either(content, type(None)),
+                          "tool_calls": [_chat_call()]},
             "tool": {"tool_call_id!": str, "content!": content},
-        }  # fmt: skip
+        }
         if self.local:
             roles["assistant"]["reasoning_content"] = str
         else:
@@ -437,30 +411,37 @@ class Chat(Vendor):
                 "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
             }}],
             "tool_choice": either(frozenset({"none", "auto", "required"}), named),
-            "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1), "seed": int, "n": int,
+            "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1),
+            "seed": int, "n": int,
             "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
             "stop": either(str, [str]), "reasoning_effort": EFFORTS, "stream": bool,
             "stream_options": {"include_usage": bool},
-            "response_format": tagged("type", {"text": {}, "json_object": {}, "json_schema": {"json_schema!": json_schema}}),
+            "response_format": tagged("type", {"text": {}, "json_object": {},
+                                               "json_schema": {"json_schema!": json_schema}}),
             "max_tokens" if self.local else "max_completion_tokens": between(1, 10**6, int),
-        }  # fmt: skip
+        }
 
     def check(self, request: Request) -> None:
         body = self.check_access(request, "/v1/chat/completions")
         if isinstance(body, dict) and not self.local and "max_tokens" in body:
             self.fail("Unsupported parameter: 'max_tokens' is not supported with this model. "
-                      "Use 'max_completion_tokens' instead.", code="unsupported_parameter", param="max_tokens")  # fmt: skip
+                      "Use 'max_completion_tokens' instead.", code="unsupported_parameter",
+                      param="max_tokens")
         self.match(body, self.shape())
         if not body["messages"]:
-            self.fail("Invalid 'messages': empty array. Expected an array with minimum length 1.", code="empty_array")
+            self.fail("Invalid 'messages': empty array. Expected an array with minimum length 1.",
+                      code="empty_array")
         self.check_messages(body["messages"])
         self.check_tools(body)
         if body.get("stream_options") and not body.get("stream"):
-            self.fail("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+            self.fail("The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+                      param="stream_options")
         if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
             self.wrong("stop", "one to four texts")
-        if body.get("response_format", {}).get("type") == "json_object" and "json" not in str(body["messages"]).lower():
-            self.fail("'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'.")
+        format_ = body.get("response_format", {}).get("type")
+        if format_ == "json_object" and "json" not in str(body["messages"]).lower():
+            self.fail("'messages' must contain the word 'json' in some form, to use "
+                      "'response_format' of type 'json_object'.")
 
     def check_tools(self, body: Any) -> None:
         names = [tool["function"]["name"] for tool in body.get("tools", ())]
@@ -477,8 +458,9 @@ class Chat(Vendor):
             self.check_tools_of_reasoners(body)
 
     def check_tools_of_reasoners(self, body: Any) -> None:
-        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in /v1/chat/completions. "
-                "To use function tools, use /v1/responses")  # fmt: skip
+        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in "
+                "/v1/chat/completions. "
+                "To use function tools, use /v1/responses")
         if body["model"] == "gpt-6-astra":
             self.fail(text + ".", param="reasoning_effort")
         if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
@@ -490,48 +472,59 @@ class Chat(Vendor):
         for at, message in enumerate(messages):
             if message["role"] == "tool":
                 if message["tool_call_id"] not in open_ids:
-                    self.fail("Invalid parameter: messages with role 'tool' must be a response to a preceding message with "
-                              "'tool_calls'.", param=f"messages.[{at}].role")  # fmt: skip
+                    self.fail("Invalid parameter: messages with role 'tool' must be a response to "
+                              "a preceding message with "
+                              "'tool_calls'.", param=f"messages.[{at}].role")
                 open_ids.remove(message["tool_call_id"])
                 continue
             if open_ids:
                 self.unanswered(open_ids)
             calls = message.get("tool_calls")
-            if calls == [] or (message["role"] == "assistant" and message.get("content") is None and not calls):
+            if calls == [] or (message["role"] == "assistant" and message.get("content") is None
+                               and not calls):
                 self.wrong(f"messages[{at}].content", "a text where there are no tool calls")
             open_ids = [call["id"] for call in calls or ()]
             seen += open_ids
-            if self.needs_reasoning and message["role"] == "assistant" and not message.get("reasoning_content"):
-                self.fail("The reasoning_content in the thinking mode must be passed back to the API.")
+            thinks = self.needs_reasoning and message["role"] == "assistant"
+            if thinks and not message.get("reasoning_content"):
+                self.fail("The reasoning_content in the thinking mode must be passed back to the "
+                          "API.")
         if open_ids:
             self.unanswered(open_ids)
         self.unique(seen, "messages.tool_calls.id")
 
     def unanswered(self, ids: list[str]) -> NoReturn:
-        self.fail("An assistant message with 'tool_calls' must be followed by tool messages responding to each "
-                  f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(ids)}")  # fmt: skip
+        self.fail("An assistant message with 'tool_calls' must be followed by tool messages "
+                  "responding to each "
+                  "'tool_call_id'. The following tool_call_ids did not have response messages: "
+                  f"{', '.join(ids)}")
 
     # -- answers
 
     def calls(self, reply: Reply) -> list[dict[str, Any]]:
-        return [{"id": self.new_id(), "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
-                for name, arguments in reply.calls]  # fmt: skip
+        return [{"id": self.new_id(), "type": "function",
+                 "function": {"name": name, "arguments": json.dumps(arguments)}}
+                for name, arguments in reply.calls]
 
     usage: ClassVar[dict[str, Any]] = {
         "prompt_tokens": 20, "completion_tokens": 15, "total_tokens": 35,
-        "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 6},
-    }  # fmt: skip
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 6},
+    }
 
     def whole(self, reply: Reply, request: Request) -> Any:
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text or None,
+                                   "refusal": None}
         if calls := self.calls(reply):
             message["tool_calls"] = calls
         if reply.thinking:
             message["reasoning_content"] = reply.thinking
         finish = reply.finish or ("tool_calls" if calls else "stop")
-        return {"id": "chatcmpl-1", "object": "chat.completion", "model": request.body.get("model", "m-1"),
-                "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
-                "usage": self.usage}  # fmt: skip
+        return {"id": "chatcmpl-1", "object": "chat.completion",
+                "model": request.body.get("model", "m-1"),
+                "choices": [{"index": 0, "message": message, "finish_reason": finish,
+                             "logprobs": None}],
+                "usage": self.usage}
 
     def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
         deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
@@ -539,18 +532,22 @@ class Chat(Vendor):
         deltas += [{"content": piece} for piece in halves(reply.text)]
         for at, call in enumerate(self.calls(reply)):
             arguments = call["function"]["arguments"]
-            deltas.append({"tool_calls": [{**call, "index": at, "function": {**call["function"], "arguments": ""}}]})
-            deltas += [{"tool_calls": [{"index": at, "function": {"arguments": piece}}]} for piece in halves(arguments)]
+            deltas.append({"tool_calls": [{**call, "index": at,
+                                           "function": {**call["function"], "arguments": ""}}]})
+            deltas += [{"tool_calls": [{"index": at, "function": {"arguments": piece}}]}
+                       for piece in halves(arguments)]
         finish = reply.finish or ("tool_calls" if reply.calls else "stop")
-        head = {"id": "c", "object": "chat.completion.chunk", "model": request.body.get("model", "m-1")}
-        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        head = {"id": "c", "object": "chat.completion.chunk",
+                "model": request.body.get("model", "m-1")}
+        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+                  for delta in deltas]
         chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
         if request.body.get("stream_options"):
             chunks.append({**head, "choices": [], "usage": self.usage})
         return "text/event-stream", sse(*chunks, done=True)
 
 
-# ==== OpenAI Responses ================================================================================================
+# ==== OpenAI Responses
 
 
 class Responses(Chat):
@@ -561,20 +558,22 @@ class Responses(Chat):
             "input_text": {"text!": str},
             "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
             "input_file": {"filename!": str, "file_data!": str},
-        })]  # fmt: skip
+        })]
         spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
         call_id = re.compile(r".{1,64}", re.DOTALL)
         message = tagged("role", {
             "user": {"content!": either(str, said), "type": frozenset({"message"})},
             "system": {"content!": either(str, said), "type": frozenset({"message"})},
             "developer": {"content!": either(str, said), "type": frozenset({"message"})},
-            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}), "id": str, "status": str},
-        })  # fmt: skip
+            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}),
+                          "id": str, "status": str},
+        })
         item = tagged("type", {
-            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str, "status": str},
+            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str,
+                              "status": str},
             "function_call_output": {"call_id!": call_id, "output!": str},
             "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str},
-        })  # fmt: skip
+        })
 
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
@@ -582,15 +581,19 @@ class Responses(Chat):
 
         named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
         return {
-            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool, "include": [str],
-            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str, "parameters!": schema,
+            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
+            "include": [str],
+            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str,
+                       "parameters!": schema,
                        "strict!": bool}],
-            "tool_choice": either(frozenset({"none", "auto", "required"}), named), "parallel_tool_calls": bool,
-            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2), "top_p": between(0, 1), "user": str,
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+            "parallel_tool_calls": bool,
+            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2),
+            "top_p": between(0, 1), "user": str,
             "reasoning": {"effort": EFFORTS, "summary": frozenset({"auto"})}, "stream": bool,
             "text": {"format!": tagged("type", {"text": {}, "json_object": {}, "json_schema": {
                 "name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}})},
-        }  # fmt: skip
+        }
 
     def check(self, request: Request) -> None:
         if request.path.endswith("/chat/completions"):
@@ -624,19 +627,25 @@ class Responses(Chat):
             if kind == "function_call":
                 called.append(item["call_id"])
                 if item["call_id"] not in answered:
-                    self.fail(f"No tool output found for function call {item['call_id']}.", param="input")
+                    self.fail(f"No tool output found for function call {item['call_id']}.",
+                              param="input")
                 own = self.issued.get(item["call_id"])
                 if own and own[0] == model and own[1] not in items[:at]:
-                    self.fail(f"Item '{item.get('id')}' of type 'function_call' was provided without its required "
-                              "'reasoning' item", param="input")  # fmt: skip
+                    self.fail(f"Item '{item.get('id')}' of type 'function_call' was provided "
+                              "without its required "
+                              "'reasoning' item", param="input")
             elif kind == "function_call_output" and item["call_id"] not in called:
-                self.fail(f"No tool call found for function call output with call_id {item['call_id']}.", param="input")
+                self.fail("No tool call found for function call output with call_id "
+                          f"{item['call_id']}.", param="input")
             elif kind == "reasoning":
-                if item["encrypted_content"] != digest(model, item["id"], item["summary"], self.port):
-                    self.fail("The encrypted content could not be verified.", code="invalid_encrypted_content", param="input")
+                if item["encrypted_content"] != digest(model, item["id"], item["summary"],
+                                                       self.port):
+                    self.fail("The encrypted content could not be verified.",
+                              code="invalid_encrypted_content", param="input")
                 follower = items[at + 1] if at + 1 < len(items) else {}
                 if follower.get("type") not in ("function_call", "message"):
-                    self.fail(f"Item '{item['id']}' of type 'reasoning' was provided without its required following item.")
+                    self.fail(f"Item '{item['id']}' of type 'reasoning' was provided without its "
+                              "required following item.")
         self.unique(called, "input.call_id")
 
     def output(self, reply: Reply, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -644,17 +653,22 @@ class Responses(Chat):
         model, include = body["model"], body.get("include", ())
         if reply.thinking:
             own, summary = f"rs_{self.new_id()}", [{"type": "summary_text", "text": reply.thinking}]
-            secret = digest(model, own, summary, self.port) if "reasoning.encrypted_content" in include else None
-            output.append({"type": "reasoning", "id": own, "summary": summary, "encrypted_content": secret})
+            secret = digest(model, own, summary,
+                            self.port) if "reasoning.encrypted_content" in include else None
+            output.append({"type": "reasoning", "id": own, "summary": summary,
+                           "encrypted_content": secret})
         if reply.text:
-            output.append({"type": "message", "id": f"msg_{self.new_id()}", "role": "assistant", "status": "completed",
-                           "content": [{"type": "output_text", "text": reply.text, "annotations": []}]})  # fmt: skip
+            output.append({"type": "message", "id": f"msg_{self.new_id()}", "role": "assistant",
+                           "status": "completed",
+                           "content": [{"type": "output_text", "text": reply.text,
+                                        "annotations": []}]})
         for name, arguments in reply.calls:
             call_id = self.new_id()
             if reply.thinking:
                 self.issued[call_id] = (model, output[0])
-            output.append({"type": "function_call", "id": f"fc_{call_id}", "call_id": call_id, "name": name,
-                           "arguments": json.dumps(arguments), "status": "completed"})  # fmt: skip
+            output.append({"type": "function_call", "id": f"fc_{call_id}", "call_id": call_id,
+                           "name": name,
+                           "arguments": json.dumps(arguments), "status": "completed"})
         return output
 
     def whole(self, reply: Reply, request: Request) -> Any:
@@ -664,25 +678,30 @@ class Responses(Chat):
                 "status": "incomplete" if reply.finish else "completed",
                 "incomplete_details": {"reason": reply.finish} if reply.finish else None,
                 "output": self.output(reply, request.body),
-                "usage": {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 15,
-                          "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 35}}  # fmt: skip
+                "usage": {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 4},
+                          "output_tokens": 15,
+                          "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 35}}
 
     def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
         if request.path.endswith("/chat/completions"):
             return super().events(reply, request)
         response = self.whole(reply, request)
-        events: list[dict[str, Any]] = [{"type": "response.created", "response": {"status": "in_progress", "output": []}}]
+        events: list[dict[str, Any]] = [{"type": "response.created",
+                                         "response": {"status": "in_progress", "output": []}}]
         for at, item in enumerate(response["output"]):
-            events.append({"type": "response.output_item.added", "output_index": at, "item": {**item, "content": []}})
+            events.append({"type": "response.output_item.added", "output_index": at,
+                           "item": {**item, "content": []}})
             if item["type"] == "message":
-                events += [{"type": "response.output_text.delta", "output_index": at, "delta": piece}
-                           for piece in halves(reply.text)]  # fmt: skip
+                events += [{"type": "response.output_text.delta", "output_index": at,
+                            "delta": piece}
+                           for piece in halves(reply.text)]
             elif item["type"] == "function_call":
-                events += [{"type": "response.function_call_arguments.delta", "item_id": item["id"], "delta": piece}
-                           for piece in halves(item["arguments"])]  # fmt: skip
+                events += [{"type": "response.function_call_arguments.delta", "item_id": item["id"],
+                            "delta": piece}
+                           for piece in halves(item["arguments"])]
             else:
                 events += [{"type": "response.reasoning_summary_text.delta", "delta": piece}
-                           for piece in halves(reply.thinking)]  # fmt: skip
+                           for piece in halves(reply.thinking)]
             events.append({"type": "response.output_item.done", "output_index": at, "item": item})
         events.append({"type": f"response.{response['status']}", "response": response})
         return "text/event-stream", named_events(events)
@@ -690,10 +709,11 @@ class Responses(Chat):
 
 def named_events(events: list[dict[str, Any]]) -> bytes:
     """Server-sent events that bear their type as their name."""
-    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events).encode()
+    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+                   for event in events).encode()
 
 
-# ==== Anthropic Messages ==============================================================================================
+# ==== Anthropic Messages
 
 PLAIN_ID = re.compile(r"[a-zA-Z0-9_-]+")
 #: Models of the vendor's table that take no sampling parameters; no forced tools.
@@ -709,7 +729,8 @@ class Anthropic(Vendor):
 
     def error(self, message: str, status: int, kind: str = "", **_: Any) -> Any:
         kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-        return {"type": "error", "error": {"type": kind or kinds[status], "message": message}, "request_id": "req_1"}
+        return {"type": "error", "error": {"type": kind or kinds[status], "message": message},
+                "request_id": "req_1"}
 
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"{where}: Extra inputs are not permitted")
@@ -721,23 +742,27 @@ class Anthropic(Vendor):
         self.fail(f"{where}: Input should be {wanted}")
 
     def models_path(self) -> tuple[str, Any]:
-        return "/v1/models?limit=1", {"data": [{"type": "model", "id": self.models[0]}], "has_more": False}
+        return "/v1/models?limit=1", {"data": [{"type": "model", "id": self.models[0]}],
+                                      "has_more": False}
 
     def shape(self) -> dict[str, Any]:
         text = {"text!": written, "citations": type(None)}
-        base64_source = {"media_type!": frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"}), "data!": encoded}
+        base64_source = {"media_type!": frozenset({"image/png", "image/jpeg", "image/gif",
+                                                   "image/webp"}), "data!": encoded}
         web = {"url!": re.compile(r"https?://\S+")}
         image = {"source!": tagged("type", {"base64": base64_source, "url": web})}
         pdf = {"source!": tagged("type", {
-            "base64": {"media_type!": frozenset({"application/pdf"}), "data!": encoded}, "url": web})}  # fmt: skip
+            "base64": {"media_type!": frozenset({"application/pdf"}), "data!": encoded},
+            "url": web})}
         shown = [tagged("type", {"text": text, "image": image})]
         result = {"tool_use_id!": PLAIN_ID, "content": either(str, shown), "is_error": bool}
         name = re.compile(r"[a-zA-Z0-9_-]{1,128}")
-        user = [tagged("type", {"text": text, "image": image, "document": pdf, "tool_result": result})]
+        user = [tagged("type", {"text": text, "image": image, "document": pdf,
+                                "tool_result": result})]
         assistant = [tagged("type", {
             "text": text, "tool_use": {"id!": PLAIN_ID, "name!": name, "input!": dict},
             "thinking": {"thinking!": str, "signature!": str}, "redacted_thinking": {"data!": str},
-        })]  # fmt: skip
+        })]
         parallel = {"disable_parallel_tool_use": bool}
         return {
             "model!": str, "max_tokens!": between(1, 128000, int),
@@ -746,27 +771,32 @@ class Anthropic(Vendor):
                                           "assistant": {"content!": either(written, assistant)}})],
             "tools": [{"name!": name, "description": str, "input_schema!": schema, "strict": bool}],
             "tool_choice": tagged(
-                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel}, "none": {}}
+                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel},
+                         "none": {}}
             ),
-            "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int, "stop_sequences": [written], "stream": bool,
+            "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
+            "stop_sequences": [written], "stream": bool,
             "metadata": {"user_id": str},
             "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
                                         "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
             "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
                               "format": tagged("type", {"json_schema": {"schema!": dict}})},
-        }  # fmt: skip
+        }
 
     def check(self, request: Request) -> None:
         body, version = request.body, request.headers.get("anthropic-version")
         if request.path != "/v1/messages":
             self.fail("Not found", 404)
-        if KEY not in (request.headers.get("x-api-key"), request.headers.get("authorization", "")[7:]):
+        if KEY not in (request.headers.get("x-api-key"),
+                       request.headers.get("authorization", "")[7:]):
             self.fail("invalid x-api-key", 401)
         if version not in ("2023-06-01", "2026-10-21"):
-            self.fail("anthropic-version: header is required" if version is None else "anthropic-version: unknown version")
+            self.fail("anthropic-version: header is required" if version is None
+                      else "anthropic-version: unknown version")
         model = body.get("model") if isinstance(body, dict) else None
         for name in ("temperature", "top_p", "top_k"):
-            if isinstance(body, dict) and name in body and (model in NO_SAMPLING or version == "2026-10-21"):
+            if isinstance(body, dict) and name in body and (model in NO_SAMPLING
+                or version == "2026-10-21"):
                 self.unknown(name)
         self.match(body, self.shape())
         if model not in self.models:
@@ -780,9 +810,10 @@ class Anthropic(Vendor):
         names = [tool["name"] for tool in body.get("tools", ())]
         self.unique(names, "tools")
         used = any(block["type"] in ("tool_use", "tool_result") for message in body["messages"]
-                   if isinstance(message["content"], list) for block in message["content"])  # fmt: skip
+                   if isinstance(message["content"], list) for block in message["content"])
         if used and not names:
-            self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools.")
+            self.fail("Requests which include `tool_use` or `tool_result` blocks must define "
+                      "tools.")
         choice = body.get("tool_choice")
         if choice is None:
             return
@@ -805,7 +836,8 @@ class Anthropic(Vendor):
         for at, message in enumerate(messages):
             where, content = f"messages.{at}", message["content"]
             if message["role"] != ("user", "assistant")[at % 2]:
-                self.fail('messages: roles must alternate between "user" and "assistant", and begin with "user"')
+                self.fail('messages: roles must alternate between "user" and "assistant", and '
+                          'begin with "user"')
             blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
             if not blocks:
                 self.fail(f"{where}: content must not be empty")
@@ -817,41 +849,48 @@ class Anthropic(Vendor):
         self.unique(seen, "messages.tool_use.id")
         if messages[-1]["role"] == "assistant":
             self.fail("This model does not support assistant message prefill. "
-                      "The conversation must end with a user message.")  # fmt: skip
+                      "The conversation must end with a user message.")
 
     def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
         results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
         for one in results:
             if one not in open_ids:
-                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result` blocks: {one}. "
-                          "Each must have a corresponding `tool_use` block in the previous message.")  # fmt: skip
+                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result` "
+                          f"blocks: {one}. "
+                          "Each must have a corresponding `tool_use` block in the previous "
+                          "message.")
         lost = [one for one in open_ids if one not in results]
         if lost:
-            self.fail(f"{where}: `tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(lost)}.")
+            self.fail(f"{where}: `tool_use` ids were found without `tool_result` blocks "
+                      f"immediately after: {', '.join(lost)}.")
         self.unique(results, f"{where}.tool_result")
         if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
             self.fail(f"{where}: `tool_result` blocks must come before any other content")
 
     def signature(self, body: Any, at: int, thought: str) -> str:
-        return digest("anthropic", self.port, body["model"], thought, body.get("system"), body.get("tools"),
-                      body["messages"][:at])  # fmt: skip
+        return digest("anthropic", self.port, body["model"], thought, body.get("system"),
+                      body.get("tools"),
+                      body["messages"][:at])
 
     def check_thinking(self, blocks: list[Any], body: Any, at: int) -> None:
         for block in blocks:
-            if block["type"] == "thinking" and block["signature"] != self.signature(body, at, block["thinking"]):
+            if block["type"] == "thinking" and block["signature"] != self.signature(body, at,
+                block["thinking"]):
                 self.fail(f"messages.{at}.content.0: Invalid `signature` in `thinking` block. "
-                          "The block is bound to a different conversation.")  # fmt: skip
+                          "The block is bound to a different conversation.")
             if block["type"] == "redacted_thinking":
                 self.fail(f"messages.{at}.content.0: Invalid `data` in `redacted_thinking` block")
             own = self.issued.get(block.get("id", ""))
             if own and own[0] == body["model"] and own[1] != blocks:
-                self.fail(f"messages.{at}.content.0: `thinking` or `redacted_thinking` blocks in the latest assistant message "
-                          "cannot be modified. Expected `thinking`.")  # fmt: skip
+                self.fail(f"messages.{at}.content.0: `thinking` or `redacted_thinking` blocks in "
+                          "the latest assistant message "
+                          "cannot be modified. Expected `thinking`.")
 
     # -- answers
 
-    usage: ClassVar[dict[str, Any]] = {"input_tokens": 10, "cache_creation_input_tokens": 6, "cache_read_input_tokens": 4,
-                  "output_tokens": 15, "output_tokens_details": {"thinking_tokens": 6}}  # fmt: skip
+    usage: ClassVar[dict[str, Any]] = {"input_tokens": 10, "cache_creation_input_tokens": 6,
+                                       "cache_read_input_tokens": 4,
+                  "output_tokens": 15, "output_tokens_details": {"thinking_tokens": 6}}
 
     def blocks(self, reply: Reply, body: Any) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
@@ -861,8 +900,10 @@ class Anthropic(Vendor):
         if reply.text:
             blocks.append({"type": "text", "text": reply.text})
         for name, arguments in reply.calls:
-            blocks.append({"type": "tool_use", "id": self.new_id(), "name": name, "input": arguments})
-        returned = [block for block in blocks if block["type"] != "text" or block["text"].strip()]  # blank ones are refused
+            blocks.append({"type": "tool_use", "id": self.new_id(), "name": name,
+                           "input": arguments})
+        returned = [block for block in blocks if block["type"] != "text"
+                    or block["text"].strip()]  # blank ones are refused
         for block in blocks:
             if reply.thinking and block["type"] == "tool_use":
                 self.issued[block["id"]] = (body["model"], returned)
@@ -870,41 +911,50 @@ class Anthropic(Vendor):
 
     def whole(self, reply: Reply, request: Request) -> Any:
         finish = reply.finish or ("tool_use" if reply.calls else "end_turn")
-        return {"id": "msg_1", "type": "message", "role": "assistant", "model": request.body["model"],
-                "content": self.blocks(reply, request.body), "stop_reason": finish, "stop_sequence": None,
-                "usage": self.usage}  # fmt: skip
+        return {"id": "msg_1", "type": "message", "role": "assistant",
+                "model": request.body["model"],
+                "content": self.blocks(reply, request.body), "stop_reason": finish,
+                "stop_sequence": None,
+                "usage": self.usage}
 
     def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
         whole = self.whole(reply, request)
-        start = {**whole, "content": [], "stop_reason": None, "usage": {**self.usage, "output_tokens": 1}}
-        events: list[dict[str, Any]] = [{"type": "message_start", "message": start}, {"type": "ping"}]
+        start = {**whole, "content": [], "stop_reason": None,
+                 "usage": {**self.usage, "output_tokens": 1}}
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": start},
+                                        {"type": "ping"}]
         for at, block in enumerate(whole["content"]):
             kind = block["type"]
-            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}[kind]
-            events.append({"type": "content_block_start", "index": at, "content_block": {**block, **empty}})
+            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""},
+                     "tool_use": {"input": {}}}[kind]
+            events.append({"type": "content_block_start", "index": at,
+                           "content_block": {**block, **empty}})
             deltas: list[dict[str, Any]]
             if kind == "tool_use":
                 arguments = json.dumps(block["input"]) if block["input"] else ""
-                deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in ["", *halves(arguments)]]
+                deltas = [{"type": "input_json_delta", "partial_json": piece}
+                          for piece in ["", *halves(arguments)]]
             else:
                 deltas = [{"type": f"{kind}_delta", kind: piece} for piece in halves(block[kind])]
             if kind == "thinking":
                 deltas.append({"type": "signature_delta", "signature": block["signature"]})
-            events += [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
+            events += [{"type": "content_block_delta", "index": at, "delta": delta}
+                       for delta in deltas]
             events.append({"type": "content_block_stop", "index": at})
-        events.append({"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None},
-                       "usage": self.usage})  # fmt: skip
+        events.append({"type": "message_delta",
+                       "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None},
+                       "usage": self.usage})
         events.append({"type": "message_stop"})
         return "text/event-stream", named_events(events)
 
 
-# ==== Gemini generateContent ==========================================================================================
+# ==== Gemini generateContent
 
 SKIP_SIGNATURE = "skip_thought_signature_validator"
 
 
 class Gemini(Vendor):
-    """generateContent and streamGenerateContent. Signatures are bound to the model and to their part."""
+    """generateContent. Signatures are bound to the model and to their part."""
 
     base = "/v1beta"
     prefix = "g"
@@ -916,7 +966,8 @@ class Gemini(Vendor):
 
     def unknown(self, where: str) -> NoReturn:
         parent, _, name = where.rpartition(".")
-        self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': Cannot find field.")
+        self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': "
+                  "Cannot find field.")
 
     def missing(self, where: str) -> NoReturn:
         self.fail(f"* {where}: required field must be set")
@@ -932,38 +983,47 @@ class Gemini(Vendor):
 
     def shape(self) -> dict[str, Any]:
         name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
-        blob = {"mimeType!": re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)"), "data!": encoded}
+        media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)")
+        blob = {"mimeType!": media, "data!": encoded}
         part = {
             "text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
             "functionCall": {"id": str, "name!": name, "args": dict},
             "functionResponse": {"id": str, "name!": name, "response!": dict},
-        }  # fmt: skip
+        }
         modes = frozenset({"AUTO", "ANY", "NONE"})
         return {
             "contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
             "systemInstruction": {"parts!": [{"text!": written}], "role": str},
             "tools": [{"functionDeclarations!": [{
-                "name!": name, "description": written, "parameters": dict, "parametersJsonSchema": dict}]}],
-            "toolConfig": {"functionCallingConfig": {"mode!": modes, "allowedFunctionNames": [name]}},
+                "name!": name, "description": written, "parameters": dict,
+                "parametersJsonSchema": dict}]}],
+            "toolConfig": {"functionCallingConfig": {"mode!": modes,
+                                                     "allowedFunctionNames": [name]}},
             "generationConfig": {
-                "temperature": between(0, 2), "topP": between(0, 1), "topK": int, "candidateCount": int,
+                "temperature": between(0, 2), "topP": between(0, 1), "topK": int,
+                "candidateCount": int,
                 "maxOutputTokens": between(1, 10**6, int), "stopSequences": [str], "seed": int,
                 "presencePenalty": between(-2, 2), "frequencyPenalty": between(-2, 2),
-                "responseMimeType": frozenset({"text/plain", "application/json"}), "responseJsonSchema": dict,
+                "responseMimeType": frozenset({"text/plain", "application/json"}),
+                "responseJsonSchema": dict,
                 "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
-                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH", "XHIGH"})},
+                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH",
+                                       "XHIGH"})},
             },
             "safetySettings": list, "cachedContent": str,
-        }  # fmt: skip
+        }
 
     def check(self, request: Request) -> None:
         if request.headers.get("x-goog-api-key") != KEY:
-            reason = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+            reason = {"@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                      "reason": "API_KEY_INVALID"}
             self.fail("API key not valid. Please pass a valid API key.", details=[reason])
-        found = re.fullmatch(r"/v1beta/models/([^/:]+):(generateContent|streamGenerateContent)(\?alt=sse)?", request.path)
+        methods = "(generateContent|streamGenerateContent)"
+        found = re.fullmatch(rf"/v1beta/models/([^/:]+):{methods}(\?alt=sse)?", request.path)
         if not found or found[1] not in self.models:
-            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, or is not supported for "
-                      "generateContent.", 404)  # fmt: skip
+            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, "
+                      "or is not supported for "
+                      "generateContent.", 404)
         body = request.body
         self.match(body, self.shape())
         self.check_contents(body["contents"], found[1])
@@ -977,16 +1037,19 @@ class Gemini(Vendor):
             self.fail("You can only set one of thinking_budget and thinking_level.")
 
     def check_tools(self, body: Any) -> None:
-        declared = [function for tool in body.get("tools", ()) for function in tool["functionDeclarations"]]
+        declared = [function for tool in body.get("tools", ())
+                    for function in tool["functionDeclarations"]]
         self.unique([function["name"] for function in declared], "tools")
         for function in declared:
             if "parameters" in function and "parametersJsonSchema" in function:
                 self.fail("parameters and parametersJsonSchema are mutually exclusive")
             for name in ("parameters", "parametersJsonSchema"):
                 given = function.get(name)
-                if given is not None and not given.get("properties") and not given.keys() & {"$ref", "anyOf",
-                        "additionalProperties"}:  # fmt: skip
-                    self.fail(f"* function_declarations.{name}.properties: should be non-empty for OBJECT type")
+                if given is not None and not given.get("properties") and not given.keys() & {"$ref",
+                    "anyOf",
+                        "additionalProperties"}:
+                    self.fail(f"* function_declarations.{name}.properties: should be non-empty "
+                              "for OBJECT type")
         config = body.get("toolConfig", {}).get("functionCallingConfig")
         if config is None:
             return
@@ -1005,35 +1068,47 @@ class Gemini(Vendor):
         for at, content in enumerate(contents):
             where, parts = f"contents[{at}]", content["parts"]
             if content["role"] != ("user", "model")[at % 2]:
-                self.fail("Please ensure that multiturn requests alternate between user and model and begin with user.")
+                self.fail("Please ensure that multiturn requests alternate between user and model "
+                          "and begin with user.")
             if not parts:
-                self.fail(f"* GenerateContentRequest.{where}.parts: contents.parts must not be empty.")
+                self.fail(f"* GenerateContentRequest.{where}.parts: contents.parts must not be "
+                          "empty.")
             for part in parts:
-                if len(part.keys() & {"text", "inlineData", "functionCall", "functionResponse"}) != 1:
-                    self.fail(f"* {where}.parts: required oneof field 'data' must have one initialized field")
-                if ("functionCall" in part) != ("functionCall" in part and content["role"] == "model") or (
-                        "functionResponse" in part and content["role"] != "user"):  # fmt: skip
-                    self.fail(f"{where}: function call in a user turn, or function response in a model turn")
-            self.check_responses([part["functionResponse"] for part in parts if "functionResponse" in part], open_calls)
+                if len(part.keys() & {"text", "inlineData", "functionCall",
+                                      "functionResponse"}) != 1:
+                    self.fail(f"* {where}.parts: required oneof field 'data' must have one "
+                              "initialized field")
+                if ("functionCall" in part) != ("functionCall" in part
+                                                and content["role"] == "model") or (
+                        "functionResponse" in part and content["role"] != "user"):
+                    self.fail(f"{where}: function call in a user turn, or function response in a "
+                              "model turn")
+            self.check_responses([part["functionResponse"] for part in parts
+                                  if "functionResponse" in part], open_calls)
             open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
             if content["role"] == "model":
                 self.check_signatures(parts, model)
         if contents[-1]["role"] != "user":
-            self.fail("Please ensure that the last turn is a user turn or a function response turn.")
+            self.fail("Please ensure that the last turn is a user turn or a function response "
+                      "turn.")
 
     def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
         if len(responses) != len(calls):
-            self.fail("Please ensure that the number of function response parts is equal to the number of function call parts "
-                      "of the function call turn.")  # fmt: skip
+            self.fail("Please ensure that the number of function response parts is equal to the "
+                      "number of function call parts "
+                      "of the function call turn.")
         for call, response in zip(calls, responses, strict=True):
             if (call["name"], call.get("id")) != (response["name"], response.get("id")):
-                self.fail("Please ensure that function response parts have the name, id and order of their function calls.")
+                self.fail("Please ensure that function response parts have the name, id and order "
+                          "of their function calls.")
 
     def check_signatures(self, parts: list[Any], model: str) -> None:
         first = next((part for part in parts if "functionCall" in part), None)
         if first is not None and "thoughtSignature" not in first:
-            self.fail("Function call is missing a thought_signature in functionCall parts. This is required for tools to work "
-                      f"correctly. Additional data, function call `default_api:{first['functionCall']['name']}`")  # fmt: skip
+            self.fail("Function call is missing a thought_signature in functionCall parts. This "
+                      "is required for tools to work "
+                      "correctly. Additional data, function call "
+                      f"`default_api:{first['functionCall']['name']}`")
         for part in parts:
             own = part.get("functionCall", {}).get("id")
             if own is not None and self.issued.get(own) != (model, part):
@@ -1046,14 +1121,17 @@ class Gemini(Vendor):
     # -- answers
 
     usage: ClassVar[dict[str, Any]] = {
-        "promptTokenCount": 20, "candidatesTokenCount": 9, "thoughtsTokenCount": 6, "cachedContentTokenCount": 4,
+        "promptTokenCount": 20, "candidatesTokenCount": 9, "thoughtsTokenCount": 6,
+        "cachedContentTokenCount": 4,
         "totalTokenCount": 35,
-    }  # fmt: skip
+    }
 
     def parts(self, reply: Reply, model: str) -> list[dict[str, Any]]:
-        thoughts: list[dict[str, Any]] = [{"text": reply.thinking, "thought": True}] if reply.thinking else []
+        thoughts: list[dict[str, Any]] = [{"text": reply.thinking,
+                                           "thought": True}] if reply.thinking else []
         parts: list[dict[str, Any]] = [{"text": piece} for piece in halves(reply.text)]
-        calls = [{"functionCall": {"id": self.new_id(), "name": name, "args": arguments}} for name, arguments in reply.calls]
+        calls = [{"functionCall": {"id": self.new_id(), "name": name, "args": arguments}} for name,
+                 arguments in reply.calls]
         signed = (calls or parts)[:1] if reply.thinking or calls else []
         for part in signed:
             part["thoughtSignature"] = digest("gemini", self.port, model, part)
@@ -1066,7 +1144,8 @@ class Gemini(Vendor):
         if finish:
             candidate["finishReason"] = finish
         model = request.path.partition("/models/")[2].partition(":")[0]
-        return {"candidates": [candidate], "usageMetadata": self.usage, "modelVersion": model, "responseId": "r-1"}
+        return {"candidates": [candidate], "usageMetadata": self.usage, "modelVersion": model,
+                "responseId": "r-1"}
 
     def whole(self, reply: Reply, request: Request) -> Any:
         model = request.path.partition("/models/")[2].partition(":")[0]
@@ -1082,11 +1161,11 @@ class Gemini(Vendor):
         return "text/event-stream", sse(*chunks).replace(b"\n", b"\r\n")
 
 
-# ==== Ollama ==========================================================================================================
+# ==== Ollama
 
 
 class Ollama(Vendor):
-    """The native /api/chat, stricter than the server itself: what that ignores in silence is refused."""
+    """The native /api/chat. What the real server ignores in silence is refused here."""
 
     prefix = "call_o"
 
@@ -1100,7 +1179,8 @@ class Ollama(Vendor):
         self.fail(f"{where} is required")
 
     def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"json: cannot unmarshal into Go struct field ChatRequest.{where} of type {wanted}")
+        self.fail(f"json: cannot unmarshal into Go struct field ChatRequest.{where} of type "
+                  f"{wanted}")
 
     def models_path(self) -> tuple[str, Any]:
         return "/api/tags", {"models": [{"name": name, "model": name} for name in self.models]}
@@ -1110,21 +1190,27 @@ class Ollama(Vendor):
 
     def shape(self) -> dict[str, Any]:
         call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
-        numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty"),
-                                NUMBER)  # fmt: skip
+        numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty",
+                                 "frequency_penalty", "repeat_penalty"),
+                                NUMBER)
         return {
             "model!": re.compile(r".+"),
             "messages": [tagged("role", {
                 "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
-                "assistant": {"content!": str, "thinking": str, "images": [encoded], "tool_calls": [call]},
-                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str, "images": [encoded]},
+                "assistant": {"content!": str, "thinking": str, "images": [encoded],
+                              "tool_calls": [call]},
+                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str,
+                         "images": [encoded]},
             })],
-            "stream": bool, "truncate": bool, "shift": bool, "format": either(frozenset({"json"}), schema),
-            "keep_alive": either(str, NUMBER), "think": frozenset({True, False, "low", "medium", "high", "max"}),
+            "stream": bool, "truncate": bool, "shift": bool,
+            "format": either(frozenset({"json"}), schema),
+            "keep_alive": either(str, NUMBER),
+            "think": frozenset({True, False, "low", "medium", "high", "max"}),
             "tools": [{"type!": frozenset({"function"}), "function!": {
                 "name!": str, "description": str, "parameters": schema, "strict": bool}}],
-            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int, "stop": [str]},
-        }  # fmt: skip
+            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int,
+                        "stop": [str]},
+        }
 
     def check(self, request: Request) -> None:
         body = request.body
@@ -1148,7 +1234,8 @@ class Ollama(Vendor):
                 continue
             if open_calls:
                 self.fail("tool call without its result")
-            open_calls = [(call["function"]["name"], call.get("id")) for call in message.get("tool_calls", ())]
+            open_calls = [(call["function"]["name"], call.get("id"))
+                          for call in message.get("tool_calls", ())]
             seen += [call_id for _, call_id in open_calls if call_id is not None]
         if open_calls:
             self.fail("tool call without its result")
@@ -1160,24 +1247,29 @@ class Ollama(Vendor):
             message["thinking"] = reply.thinking
         if reply.calls:
             message["tool_calls"] = [
-                {"id": self.new_id(), "function": {"index": at, "name": name, "arguments": arguments}}
+                {"id": self.new_id(), "function": {"index": at, "name": name,
+                                                   "arguments": arguments}}
                 for at, (name, arguments) in enumerate(reply.calls)
             ]
         loaded = not request.body.get("messages")
         return {"model": request.body["model"], "created_at": "2026-11-01T10:00:00.123456789Z",
-                "message": {"role": "assistant", "content": ""} if loaded else message, "done": True,
-                "done_reason": "load" if loaded else reply.finish or "stop", "total_duration": 1, "prompt_eval_count": 20,
-                "eval_count": 15}  # fmt: skip
+                "message": {"role": "assistant", "content": ""} if loaded else message,
+                "done": True,
+                "done_reason": "load" if loaded else reply.finish or "stop", "total_duration": 1,
+                "prompt_eval_count": 20,
+                "eval_count": 15}
 
     def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
         whole = self.whole(reply, request)
         message = whole["message"]
-        deltas: list[dict[str, Any]] = [{"content": "", "thinking": piece} for piece in halves(message.get("thinking", ""))]
+        deltas: list[dict[str, Any]] = [{"content": "", "thinking": piece}
+                                        for piece in halves(message.get("thinking", ""))]
         deltas += [{"content": piece} for piece in halves(message["content"])]
         if "tool_calls" in message:
             deltas.append({"content": "", "tool_calls": message["tool_calls"]})
         lines: list[dict[str, Any]] = [
-            {"model": whole["model"], "message": {"role": "assistant", **delta}, "done": False} for delta in deltas
+            {"model": whole["model"], "message": {"role": "assistant", **delta}, "done": False}
+            for delta in deltas
         ]
         lines.append({**whole, "message": {"role": "assistant", "content": ""}})
         return "application/x-ndjson", "".join(json.dumps(line) + "\n" for line in lines).encode()
