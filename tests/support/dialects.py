@@ -68,6 +68,7 @@ class Dialect:
 
     name: ClassVar[str]
     stream_kind: ClassVar[str] = "text/event-stream"
+    model = "m-2026"  #: the name that the server reports
     counts_cached = True
     counts_written = True
     counts_reasoning = True
@@ -213,14 +214,14 @@ class Chat(Dialect):
         if answer.calls:
             message["tool_calls"] = self.calls(answer, indexed=False)
         choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
-        return {"id": "c1", "object": "chat.completion", "created": 1, "model": "m-2026",
+        return {"id": "c1", "object": "chat.completion", "created": 1, "model": self.model,
                 "choices": [choice],
                 "usage": self.usage(answer.usage)}
 
     def events(self, answer: Answer) -> list[bytes]:
         def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            return sse({"id": "c1", "object": "chat.completion.chunk", "model": "m-2026",
+            return sse({"id": "c1", "object": "chat.completion.chunk", "model": self.model,
                         "choices": [choice], "usage": None})
 
         found = [chunk({"role": "assistant", "content": ""})]
@@ -234,7 +235,7 @@ class Chat(Dialect):
                                              "function": {"arguments": piece}}]})
                       for piece in cut(call["function"]["arguments"], answer.cuts)]
         found.append(chunk({}, answer.finish))
-        found.append(sse({"id": "c1", "model": "m-2026", "choices": [],
+        found.append(sse({"id": "c1", "model": self.model, "choices": [],
                           "usage": self.usage(answer.usage)}))
         return [*found, sse("[DONE]")]
 
@@ -312,7 +313,7 @@ class Responses(Dialect):
                   "content_filter": "content_filter"}.get(answer.finish)
         usage = answer.usage
         return {
-            "id": "resp_1", "object": "response", "model": "m-2026", "error": None,
+            "id": "resp_1", "object": "response", "model": self.model, "error": None,
             "output": self.items(answer),
             "status": "incomplete" if reason else "completed",
             "incomplete_details": {"reason": reason} if reason else None,
@@ -454,7 +455,7 @@ class Anthropic(Dialect):
                 "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens}}
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        return {"id": "msg_1", "type": "message", "role": "assistant", "model": "m-2026",
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
                 "content": self.blocks(answer),
                 "stop_reason": self.stops[answer.finish], "stop_sequence": None,
                 "usage": {**self.inputs(answer.usage), **self.outputs(answer.usage)}}
@@ -463,7 +464,7 @@ class Anthropic(Dialect):
         def event(kind: str, **fields: Any) -> bytes:
             return sse({"type": kind, **fields}, kind)
 
-        start = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m-2026",
+        start = {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
                  "content": [], "stop_reason": None,
                  "usage": {**self.inputs(answer.usage), "output_tokens": 1}}
         found = [event("message_start", message=start)]
@@ -575,7 +576,7 @@ class Gemini(Dialect):
                   "totalTokenCount": usage.total_tokens}
         candidate = {"index": 0, "content": {"role": "model", "parts": parts},
                      **({"finishReason": finish} if finish else {})}
-        return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": "m-2026",
+        return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": self.model,
                 "responseId": "r1"}
 
     def called(self, answer: Answer) -> list[dict[str, Any]]:
@@ -669,7 +670,7 @@ class Ollama(Dialect):
                 "eval_count": answer.usage.completion_tokens}
 
     def message(self, content: str = "", **fields: Any) -> dict[str, Any]:
-        return {"model": "m-2026", "created_at": "2026-11-01T10:00:00.123456789Z",
+        return {"model": self.model, "created_at": "2026-11-01T10:00:00.123456789Z",
                 "message": {"role": "assistant", "content": content, **fields}, "done": False}
 
     def called(self, answer: Answer) -> dict[str, Any]:

@@ -21,7 +21,11 @@ from typing import Any, ClassVar, NoReturn
 
 import requests
 from requests.adapters import HTTPAdapter
+from support import dialects
+from support.dialects import Answer, Dialect
 from support.server import Request, Server, parsed
+
+from copilot_router import Usage
 
 KEY = "sk-test-vendors-key-1234567890"
 
@@ -33,7 +37,7 @@ class Reply:
     text: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     thinking: str = ""
-    finish: str = ""  #: the vendor's own finish reason; "" for the one that fits
+    finish: str = ""  #: "" for the one that fits
 
 
 @dataclass
@@ -58,18 +62,6 @@ class Refused(Exception):
         self.body = body
 
 
-def sse(*events: Any, done: bool = False) -> bytes:
-    """Server-sent events without names."""
-    lines = [f"data: {json.dumps(event)}\n\n" for event in events] + (["data: [DONE]\n\n"] if done
-        else [])
-    return "".join(lines).encode()
-
-
-def stream(*events: Any, done: bool = False) -> Raw:
-    """A scripted event stream."""
-    return Raw(sse(*events, done=done), kind="text/event-stream")
-
-
 def halves(text: str) -> list[str]:
     """A text as two deltas."""
     middle = (len(text) + 1) // 2
@@ -80,6 +72,22 @@ def digest(*things: Any) -> str:
     """A signature over anything that is JSON."""
     return base64.b64encode(hashlib.sha256(json.dumps(things,
                                                       sort_keys=True).encode()).digest()).decode()
+
+
+class Own:
+    """Answers with the vendor's own ids and signatures, in the name of the model that was asked."""
+
+    def __init__(self, vendor: Vendor, request: Request) -> None:
+        in_path = request.path.partition("/models/")[2].partition(":")[0]
+        self.vendor, self.request = vendor, request
+        self.model = in_path or request.body.get("model", "m-1")
+        self._ids: list[str] = []
+
+    def ids(self, answer: Answer) -> list[str]:
+        """One for each call, the same at each question."""
+        while len(self._ids) < len(answer.calls):
+            self._ids.append(self.vendor.new_id())
+        return self._ids
 
 
 # -- shapes of a body: a dict for an object ("name!" is required), a list for a list, a frozenset
@@ -256,12 +264,11 @@ class Vendor:
     def models_path(self) -> tuple[str, Any]:
         raise NotImplementedError
 
-    def whole(self, reply: Reply, request: Request) -> Any:
-        raise NotImplementedError
+    answers_of: ClassVar[Any]  #: the format of its answers
 
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        """The content type and the stream."""
-        raise NotImplementedError
+    def answers(self, request: Request) -> Dialect:
+        found: Dialect = self.answers_of(self, request)
+        return found
 
     # -- serving
 
@@ -277,10 +284,13 @@ class Vendor:
             item = item(request.body)
         if isinstance(item, Raw):
             return item
+        finish = item.finish or ("tool_calls" if item.calls else "stop")
+        answer = Answer(tuple(halves(item.text)), tuple(halves(item.thinking)), tuple(item.calls),
+                        finish, Usage(20, 15, 4, 0, 6))
+        own = self.answers(request)
         if not self.streams(request):
-            return Raw(self.whole(item, request))
-        kind, data = self.events(item, request)
-        return Raw(data, kind=kind)
+            return Raw(own.body(answer))
+        return Raw(b"".join(own.events(answer)), kind=own.stream_kind)
 
     def ping(self, request: Request) -> Raw:
         path, answer = self.models_path()
@@ -499,52 +509,11 @@ class Chat(Vendor):
                   "'tool_call_id'. The following tool_call_ids did not have response messages: "
                   f"{', '.join(ids)}")
 
-    # -- answers
 
-    def calls(self, reply: Reply) -> list[dict[str, Any]]:
-        return [{"id": self.new_id(), "type": "function",
-                 "function": {"name": name, "arguments": json.dumps(arguments)}}
-                for name, arguments in reply.calls]
-
-    usage: ClassVar[dict[str, Any]] = {
-        "prompt_tokens": 20, "completion_tokens": 15, "total_tokens": 35,
-        "prompt_tokens_details": {"cached_tokens": 4},
-        "completion_tokens_details": {"reasoning_tokens": 6},
-    }
-
-    def whole(self, reply: Reply, request: Request) -> Any:
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text or None,
-                                   "refusal": None}
-        if calls := self.calls(reply):
-            message["tool_calls"] = calls
-        if reply.thinking:
-            message["reasoning_content"] = reply.thinking
-        finish = reply.finish or ("tool_calls" if calls else "stop")
-        return {"id": "chatcmpl-1", "object": "chat.completion",
-                "model": request.body.get("model", "m-1"),
-                "choices": [{"index": 0, "message": message, "finish_reason": finish,
-                             "logprobs": None}],
-                "usage": self.usage}
-
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
-        deltas += [{"reasoning_content": piece} for piece in halves(reply.thinking)]
-        deltas += [{"content": piece} for piece in halves(reply.text)]
-        for at, call in enumerate(self.calls(reply)):
-            arguments = call["function"]["arguments"]
-            deltas.append({"tool_calls": [{**call, "index": at,
-                                           "function": {**call["function"], "arguments": ""}}]})
-            deltas += [{"tool_calls": [{"index": at, "function": {"arguments": piece}}]}
-                       for piece in halves(arguments)]
-        finish = reply.finish or ("tool_calls" if reply.calls else "stop")
-        head = {"id": "c", "object": "chat.completion.chunk",
-                "model": request.body.get("model", "m-1")}
-        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-                  for delta in deltas]
-        chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
-        if request.body.get("stream_options"):
-            chunks.append({**head, "choices": [], "usage": self.usage})
-        return "text/event-stream", sse(*chunks, done=True)
+class ChatAnswers(Own, dialects.Chat):
+    def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
+        calls = super().calls(answer, indexed)
+        return [{**call, "id": one} for call, one in zip(calls, self.ids(answer), strict=True)]
 
 
 # ==== OpenAI Responses
@@ -648,69 +617,24 @@ class Responses(Chat):
                               "required following item.")
         self.unique(called, "input.call_id")
 
-    def output(self, reply: Reply, body: dict[str, Any]) -> list[dict[str, Any]]:
-        output: list[dict[str, Any]] = []
-        model, include = body["model"], body.get("include", ())
-        if reply.thinking:
-            own, summary = f"rs_{self.new_id()}", [{"type": "summary_text", "text": reply.thinking}]
-            secret = digest(model, own, summary,
-                            self.port) if "reasoning.encrypted_content" in include else None
-            output.append({"type": "reasoning", "id": own, "summary": summary,
-                           "encrypted_content": secret})
-        if reply.text:
-            output.append({"type": "message", "id": f"msg_{self.new_id()}", "role": "assistant",
-                           "status": "completed",
-                           "content": [{"type": "output_text", "text": reply.text,
-                                        "annotations": []}]})
-        for name, arguments in reply.calls:
-            call_id = self.new_id()
-            if reply.thinking:
-                self.issued[call_id] = (model, output[0])
-            output.append({"type": "function_call", "id": f"fc_{call_id}", "call_id": call_id,
-                           "name": name,
-                           "arguments": json.dumps(arguments), "status": "completed"})
-        return output
-
-    def whole(self, reply: Reply, request: Request) -> Any:
-        if request.path.endswith("/chat/completions"):
-            return super().whole(reply, request)
-        return {"id": "resp_1", "object": "response", "model": request.body["model"], "error": None,
-                "status": "incomplete" if reply.finish else "completed",
-                "incomplete_details": {"reason": reply.finish} if reply.finish else None,
-                "output": self.output(reply, request.body),
-                "usage": {"input_tokens": 20, "input_tokens_details": {"cached_tokens": 4},
-                          "output_tokens": 15,
-                          "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 35}}
-
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        if request.path.endswith("/chat/completions"):
-            return super().events(reply, request)
-        response = self.whole(reply, request)
-        events: list[dict[str, Any]] = [{"type": "response.created",
-                                         "response": {"status": "in_progress", "output": []}}]
-        for at, item in enumerate(response["output"]):
-            events.append({"type": "response.output_item.added", "output_index": at,
-                           "item": {**item, "content": []}})
-            if item["type"] == "message":
-                events += [{"type": "response.output_text.delta", "output_index": at,
-                            "delta": piece}
-                           for piece in halves(reply.text)]
-            elif item["type"] == "function_call":
-                events += [{"type": "response.function_call_arguments.delta", "item_id": item["id"],
-                            "delta": piece}
-                           for piece in halves(item["arguments"])]
-            else:
-                events += [{"type": "response.reasoning_summary_text.delta", "delta": piece}
-                           for piece in halves(reply.thinking)]
-            events.append({"type": "response.output_item.done", "output_index": at, "item": item})
-        events.append({"type": f"response.{response['status']}", "response": response})
-        return "text/event-stream", named_events(events)
+    def answers(self, request: Request) -> Dialect:
+        chat = request.path.endswith("/chat/completions")
+        return (ChatAnswers if chat else ResponsesAnswers)(self, request)
 
 
-def named_events(events: list[dict[str, Any]]) -> bytes:
-    """Server-sent events that bear their type as their name."""
-    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-                   for event in events).encode()
+class ResponsesAnswers(Own, dialects.Responses):
+    def items(self, answer: Answer) -> list[dict[str, Any]]:
+        """Reasoning is sealed for its model, and each call has to come back behind it."""
+        items, ids = super().items(answer), self.ids(answer)
+        calls = [item for item in items if item["type"] == "function_call"]
+        if answer.reasoning:
+            own = items[0]
+            own["id"] = f"rs_{id(answer)}"
+            own["encrypted_content"] = digest(self.model, own["id"], own["summary"], self.vendor.port)
+            self.vendor.issued.update((one, (self.model, own)) for one in ids)
+        for call, one in zip(calls, ids, strict=True):
+            call.update(call_id=one, id=f"fc_{one}")
+        return items
 
 
 # ==== Anthropic Messages
@@ -886,66 +810,20 @@ class Anthropic(Vendor):
                           "the latest assistant message "
                           "cannot be modified. Expected `thinking`.")
 
-    # -- answers
 
-    usage: ClassVar[dict[str, Any]] = {"input_tokens": 10, "cache_creation_input_tokens": 6,
-                                       "cache_read_input_tokens": 4,
-                  "output_tokens": 15, "output_tokens_details": {"thinking_tokens": 6}}
-
-    def blocks(self, reply: Reply, body: Any) -> list[dict[str, Any]]:
-        blocks: list[dict[str, Any]] = []
-        if reply.thinking:
-            signature = self.signature(body, len(body["messages"]), reply.thinking)
-            blocks.append({"type": "thinking", "thinking": reply.thinking, "signature": signature})
-        if reply.text:
-            blocks.append({"type": "text", "text": reply.text})
-        for name, arguments in reply.calls:
-            blocks.append({"type": "tool_use", "id": self.new_id(), "name": name,
-                           "input": arguments})
-        returned = [block for block in blocks if block["type"] != "text"
-                    or block["text"].strip()]  # blank ones are refused
-        for block in blocks:
-            if reply.thinking and block["type"] == "tool_use":
-                self.issued[block["id"]] = (body["model"], returned)
+class AnthropicAnswers(Own, dialects.Anthropic):
+    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
+        """Thinking is signed, and has to come back with the calls behind it."""
+        blocks, ids, body = super().blocks(answer), self.ids(answer), self.request.body
+        uses = [block for block in blocks if block["type"] == "tool_use"]
+        for use, one in zip(uses, ids, strict=True):
+            use["id"] = one
+        if answer.reasoning:
+            at = len(body["messages"])
+            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
+            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
+            self.vendor.issued.update((one, (self.model, kept)) for one in ids)
         return blocks
-
-    def whole(self, reply: Reply, request: Request) -> Any:
-        finish = reply.finish or ("tool_use" if reply.calls else "end_turn")
-        return {"id": "msg_1", "type": "message", "role": "assistant",
-                "model": request.body["model"],
-                "content": self.blocks(reply, request.body), "stop_reason": finish,
-                "stop_sequence": None,
-                "usage": self.usage}
-
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        whole = self.whole(reply, request)
-        start = {**whole, "content": [], "stop_reason": None,
-                 "usage": {**self.usage, "output_tokens": 1}}
-        events: list[dict[str, Any]] = [{"type": "message_start", "message": start},
-                                        {"type": "ping"}]
-        for at, block in enumerate(whole["content"]):
-            kind = block["type"]
-            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""},
-                     "tool_use": {"input": {}}}[kind]
-            events.append({"type": "content_block_start", "index": at,
-                           "content_block": {**block, **empty}})
-            deltas: list[dict[str, Any]]
-            if kind == "tool_use":
-                arguments = json.dumps(block["input"]) if block["input"] else ""
-                deltas = [{"type": "input_json_delta", "partial_json": piece}
-                          for piece in ["", *halves(arguments)]]
-            else:
-                deltas = [{"type": f"{kind}_delta", kind: piece} for piece in halves(block[kind])]
-            if kind == "thinking":
-                deltas.append({"type": "signature_delta", "signature": block["signature"]})
-            events += [{"type": "content_block_delta", "index": at, "delta": delta}
-                       for delta in deltas]
-            events.append({"type": "content_block_stop", "index": at})
-        events.append({"type": "message_delta",
-                       "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None},
-                       "usage": self.usage})
-        events.append({"type": "message_stop"})
-        return "text/event-stream", named_events(events)
 
 
 # ==== Gemini generateContent
@@ -1118,47 +996,17 @@ class Gemini(Vendor):
             if signature not in (SKIP_SIGNATURE, digest("gemini", self.port, model, bare)):
                 self.fail("Thought signature is not valid.")
 
-    # -- answers
 
-    usage: ClassVar[dict[str, Any]] = {
-        "promptTokenCount": 20, "candidatesTokenCount": 9, "thoughtsTokenCount": 6,
-        "cachedContentTokenCount": 4,
-        "totalTokenCount": 35,
-    }
-
-    def parts(self, reply: Reply, model: str) -> list[dict[str, Any]]:
-        thoughts: list[dict[str, Any]] = [{"text": reply.thinking,
-                                           "thought": True}] if reply.thinking else []
-        parts: list[dict[str, Any]] = [{"text": piece} for piece in halves(reply.text)]
-        calls = [{"functionCall": {"id": self.new_id(), "name": name, "args": arguments}} for name,
-                 arguments in reply.calls]
-        signed = (calls or parts)[:1] if reply.thinking or calls else []
-        for part in signed:
-            part["thoughtSignature"] = digest("gemini", self.port, model, part)
-        for part in calls:
-            self.issued[part["functionCall"]["id"]] = (model, part)
-        return [*thoughts, *parts, *calls]
-
-    def chunk(self, parts: list[Any], finish: str | None, request: Request) -> dict[str, Any]:
-        candidate: dict[str, Any] = {"index": 0, "content": {"role": "model", "parts": parts}}
-        if finish:
-            candidate["finishReason"] = finish
-        model = request.path.partition("/models/")[2].partition(":")[0]
-        return {"candidates": [candidate], "usageMetadata": self.usage, "modelVersion": model,
-                "responseId": "r-1"}
-
-    def whole(self, reply: Reply, request: Request) -> Any:
-        model = request.path.partition("/models/")[2].partition(":")[0]
-        return self.chunk(self.parts(reply, model), reply.finish or "STOP", request)
-
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        whole = self.whole(reply, request)
-        parts = whole["candidates"][0]["content"]["parts"]
-        chunks = [self.chunk([part], None, request) for part in parts]
-        chunks.append(self.chunk([{"text": ""}], reply.finish or "STOP", request))
-        if not request.path.endswith("?alt=sse"):
-            return "application/json-stream", json.dumps(chunks).encode()
-        return "text/event-stream", sse(*chunks).replace(b"\n", b"\r\n")
+class GeminiAnswers(Own, dialects.Gemini):
+    def called(self, answer: Answer) -> list[dict[str, Any]]:
+        parts = super().called(answer)
+        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
+            part["functionCall"]["id"] = one
+            if at == 0:
+                del part["thoughtSignature"]
+                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
+            self.vendor.issued[one] = (self.model, part)
+        return parts
 
 
 # ==== Ollama
@@ -1241,35 +1089,16 @@ class Ollama(Vendor):
             self.fail("tool call without its result")
         self.unique(seen, "messages.tool_calls.id")
 
-    def whole(self, reply: Reply, request: Request) -> Any:
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text}
-        if reply.thinking:
-            message["thinking"] = reply.thinking
-        if reply.calls:
-            message["tool_calls"] = [
-                {"id": self.new_id(), "function": {"index": at, "name": name,
-                                                   "arguments": arguments}}
-                for at, (name, arguments) in enumerate(reply.calls)
-            ]
-        loaded = not request.body.get("messages")
-        return {"model": request.body["model"], "created_at": "2026-11-01T10:00:00.123456789Z",
-                "message": {"role": "assistant", "content": ""} if loaded else message,
-                "done": True,
-                "done_reason": "load" if loaded else reply.finish or "stop", "total_duration": 1,
-                "prompt_eval_count": 20,
-                "eval_count": 15}
 
-    def events(self, reply: Reply, request: Request) -> tuple[str, bytes]:
-        whole = self.whole(reply, request)
-        message = whole["message"]
-        deltas: list[dict[str, Any]] = [{"content": "", "thinking": piece}
-                                        for piece in halves(message.get("thinking", ""))]
-        deltas += [{"content": piece} for piece in halves(message["content"])]
-        if "tool_calls" in message:
-            deltas.append({"content": "", "tool_calls": message["tool_calls"]})
-        lines: list[dict[str, Any]] = [
-            {"model": whole["model"], "message": {"role": "assistant", **delta}, "done": False}
-            for delta in deltas
-        ]
-        lines.append({**whole, "message": {"role": "assistant", "content": ""}})
-        return "application/x-ndjson", "".join(json.dumps(line) + "\n" for line in lines).encode()
+class OllamaAnswers(Own, dialects.Ollama):
+    def called(self, answer: Answer) -> dict[str, Any]:
+        found = super().called(answer)
+        for call, one in zip(found.get("tool_calls", ()), self.ids(answer), strict=True):
+            call["id"] = one
+        return found
+
+
+Chat.answers_of = ChatAnswers
+Anthropic.answers_of = AnthropicAnswers
+Gemini.answers_of = GeminiAnswers
+Ollama.answers_of = OllamaAnswers
