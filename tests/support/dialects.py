@@ -15,7 +15,6 @@ from copilot_router import (
     AnthropicProvider,
     AuthenticationError,
     BadRequest,
-    ContentFiltered,
     ContextLengthExceeded,
     GeminiProvider,
     InvalidResponse,
@@ -129,8 +128,7 @@ class Dialect:
 
 def openai_failures() -> dict[str, Failure]:
     def error(status: int, kind: type, message: str, type_: str | None = None, code: Any = None,
-              wait: float | None = None,
-              **headers: str) -> Failure:
+              wait: float | None = None, **headers: str) -> Failure:
         body = {"error": {"message": message, "type": type_, "param": None, "code": code}}
         return status, {name.replace("_", "-"): value for name,
                         value in headers.items()}, body, kind, wait
@@ -139,38 +137,22 @@ def openai_failures() -> dict[str, Failure]:
     return {
         "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid,
                      "invalid_api_key"),
-        "402": error(402, QuotaExceeded, "Insufficient Balance", "unknown_error", invalid),
-        "403": error(403, AuthenticationError, "Country not supported", "request_forbidden",
-                     "unsupported_country_region_territory"),
         "404 model": error(404, ModelNotFound,
                            "The model `m` does not exist or you do not have access to it.", invalid,
                            "model_not_found"),
         "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests",
-                                 "rate_limit_exceeded", 7.0,
-                                 Retry_After="7"),
-        "429 with a hint in milliseconds": error(429, RateLimited, "Rate limit reached", "tokens",
-                                                 "rate_limit_exceeded", 1.5,
-                                                 retry_after_ms="1500"),
-        "429 with a reset": error(429, RateLimited, "Rate limit reached", "tokens",
-                                  "rate_limit_exceeded", 62.5,
-                                  x_ratelimit_remaining_tokens="0",
-                                  x_ratelimit_reset_tokens="1m2.5s"),
+                                 "rate_limit_exceeded", 7.0, Retry_After="7"),
         "429 without a hint": error(429, RateLimited, "Rate limit reached", "tokens",
                                     "rate_limit_exceeded"),
         "quota": error(429, QuotaExceeded, "You exceeded your current quota", "insufficient_quota",
                        "insufficient_quota"),
-        "spend limit": error(429, QuotaExceeded, "Limit reached", "insufficient_quota",
-                             "project_spend_limit_exceeded"),
         "500": error(500, ServerError, "The server had an error processing your request",
                      "server_error"),
         "overloaded": error(503, Overloaded, "The engine is currently overloaded",
-                            "service_unavailable_error",
-                            "server_is_overloaded"),
+                            "service_unavailable_error", "server_is_overloaded"),
         "context length": error(400, ContextLengthExceeded,
                                 "Your input exceeds the context window of this model.", invalid,
                                 "context_length_exceeded"),
-        "content filter": error(400, ContentFiltered, "The response was filtered.", None,
-                                "content_filter"),
         "bad request": error(400, BadRequest, "messages: wrong", invalid, "invalid_value"),
     }
 
@@ -215,8 +197,7 @@ class Chat(Dialect):
             message["tool_calls"] = self.calls(answer, indexed=False)
         choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
         return {"id": "c1", "object": "chat.completion", "created": 1, "model": self.model,
-                "choices": [choice],
-                "usage": self.usage(answer.usage)}
+                "choices": [choice], "usage": self.usage(answer.usage)}
 
     def events(self, answer: Answer) -> list[bytes]:
         def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
@@ -228,8 +209,7 @@ class Chat(Dialect):
         found += [chunk({self.reasoning_key: piece}) for piece in answer.reasoning]
         found += [chunk({"content": piece}) for piece in answer.text]
         for call in self.calls(answer, indexed=True):
-            found.append(chunk({"tool_calls": [{**call,
-                                                "function": {**call["function"],
+            found.append(chunk({"tool_calls": [{**call, "function": {**call["function"],
                                                     "arguments": ""}}]}))
             found += [chunk({"tool_calls": [{"index": call["index"],
                                              "function": {"arguments": piece}}]})
@@ -252,13 +232,11 @@ class LMStudio(Chat):
     name = "lmstudio"
     reasoning_key = "reasoning"
     failures: ClassVar[dict[str, Failure]] = {
-        **openai_failures(),
-        "404 model": (404, {},
+        **openai_failures(), "404 model": (404, {},
                       {"error": {"message": "No models loaded. Please load a model in the "
                                             "developer page or use the "
                                           "'lms load' command.", "type": "invalid_request_error",
-                                          "param": "model",
-                                          "code": None}}, ModelNotFound, None),
+                                          "param": "model", "code": None}}, ModelNotFound, None),
         "context length": (400, {},
                            {"error": "Trying to keep the first 9000 tokens when context the "
                                      "overflows. However, the "
@@ -302,8 +280,7 @@ class Responses(Dialect):
                           "status": "completed", "content": content})
         items += [
             {"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
-             "status": "completed",
-             "arguments": json.dumps(arguments)}
+             "status": "completed", "arguments": json.dumps(arguments)}
             for at, (name, arguments) in enumerate(answer.calls)
         ]
         return items
@@ -314,10 +291,8 @@ class Responses(Dialect):
         usage = answer.usage
         return {
             "id": "resp_1", "object": "response", "model": self.model, "error": None,
-            "output": self.items(answer),
-            "status": "incomplete" if reason else "completed",
-            "incomplete_details": {"reason": reason} if reason else None,
-            "usage": {
+            "output": self.items(answer), "status": "incomplete" if reason else "completed",
+            "incomplete_details": {"reason": reason} if reason else None, "usage": {
                 "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens,
                                          "cache_write_tokens": usage.cache_write_tokens},
@@ -373,8 +348,7 @@ class Anthropic(Dialect):
     name = "anthropic"
     broken = (
         sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
-             "request_id": "r"}, "error"),
-        Overloaded,
+             "request_id": "r"}, "error"), Overloaded,
     )
     blocked: ClassVar[Any] = {"type": "message", "role": "assistant", "content": [],
                               "stop_reason": "refusal",
@@ -389,32 +363,23 @@ class Anthropic(Dialect):
 
     @staticmethod
     def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
-              code: str = "",
-              **headers: str) -> Failure:
+              code: str = "", **headers: str) -> Failure:
         error = {"type": type_, "message": message,
                  **({"details": {"error_code": code}} if code else {})}
         return status, headers, {"type": "error", "error": error, "request_id": "req_1"}, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
-        "402": error(402, QuotaExceeded, "billing_error", "There is a problem with billing."),
-        "403": error(403, AuthenticationError, "permission_error", "Not for this key."),
         "404 model": error(404, ModelNotFound, "not_found_error", "model: m"),
         "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0,
                                  **{"retry-after": "7"}),
         "429 without a hint": error(429, RateLimited, "rate_limit_error", "Too many"),
-        "ramp": error(429, RateLimited, "rate_limit_error", "Too fast", 3.0, "ramp_limit_exceeded",
-                      **{"retry-after": "3"}),
         "quota": error(429, QuotaExceeded, "rate_limit_error", "Spent", None,
                        "enforced_spend_limit_reached"),
-        "spend limit": error(400, QuotaExceeded, "invalid_request_error",
-                             "Your credit balance is too low to access the API"),
         "500": error(500, ServerError, "api_error", "Internal server error"),
         "overloaded": error(529, Overloaded, "overloaded_error", "Overloaded"),
         "context length": error(400, ContextLengthExceeded, "invalid_request_error",
                                 "prompt is too long: 210000 tokens > 200000 maximum"),
-        "content filter": error(400, ContentFiltered, "invalid_request_error",
-                                "Output blocked by content filtering policy"),
         "bad request": error(400, BadRequest, "invalid_request_error", "messages.0: wrong"),
     }
 
@@ -530,10 +495,6 @@ class Gemini(Dialect):
                                    "API key not valid.", None,
                                    {"@type": "type.googleapis.com/google.rpc.ErrorInfo",
                                     "reason": "API_KEY_INVALID"}),
-        "402": error(402, QuotaExceeded, "RESOURCE_EXHAUSTED",
-                     "Your prepayment credits are depleted."),
-        "403": error(403, AuthenticationError, "PERMISSION_DENIED",
-                     "Your API key was reported as leaked."),
         "404 model": error(404, ModelNotFound, "NOT_FOUND",
                            "models/m is not found for API version v1beta, or is not "
                            "supported for generateContent."),
@@ -636,24 +597,11 @@ class Ollama(Dialect):
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": (401, {}, {"error": "unauthorized"}, AuthenticationError, None),
-        "403": (403, {}, {"error": "cloud is disabled"}, AuthenticationError, None),
         "404 model": (404, {}, {"error": "model 'm' not found"}, ModelNotFound, None),
         "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited,
                             7.0),
         "429 without a hint": (429, {}, {"error": "too many requests"}, RateLimited, None),
         "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None),
-        "out of memory": (500, {},
-                          {"error": "model requires more system memory (9 GiB) than is available "
-                                    "(4 GiB)"},
-                          ServerError, None),
-        "overloaded": (503, {},
-                       {"error": "server busy, please try again.  maximum pending requests "
-                                 "exceeded"}, Overloaded,
-                       None),
-        "context length": (400, {},
-                           {"error": "the prompt is longer than the context length currently "
-                                     "available to the model"},
-                           ContextLengthExceeded, None),
         "bad request": (400, {}, {"error": "missing request body"}, BadRequest, None),
     }
 

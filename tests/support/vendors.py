@@ -204,6 +204,10 @@ class Vendor:
     def fail(self, message: str, status: int = 400, **more: Any) -> NoReturn:
         raise Refused(status, self.error(message, status, **more))
 
+    def forbid(self, broken: Any, message: str, status: int = 400, **more: Any) -> None:
+        if broken:
+            self.fail(message, status, **more)
+
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"Unknown parameter: '{where}'.")
 
@@ -249,8 +253,7 @@ class Vendor:
             self.match(item, names[name], f"{where}.{name}" if where else name)
 
     def unique(self, names: list[str], where: str) -> None:
-        if len(set(names)) != len(names):
-            self.fail(f"{where}: names and ids must be unique")
+        self.forbid(len(set(names)) != len(names), f"{where}: names and ids must be unique")
 
     # -- a vendor's own part
 
@@ -362,26 +365,12 @@ class Chat(Vendor):
         return {"error": {"message": message, "type": "invalid_request_error", "param": param,
                           "code": code}}
 
-    def unknown(self, where: str) -> NoReturn:
-        self.fail(f"Unknown parameter: '{where}'.", code="unknown_parameter", param=where)
-
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"Missing required parameter: '{where}'.", code="missing_required_parameter",
-                  param=where)
-
-    def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"Invalid value for '{where}': expected {wanted}.", code="invalid_value",
-                  param=where)
-
     def models_path(self) -> tuple[str, Any]:
         return "/v1/models", {"object": "list",
                               "data": [{"id": name, "object": "model"} for name in self.models]}
 
-    # -- rules
-
     def check_access(self, request: Request, path: str) -> Any:
-        if request.path != path:
-            self.fail(f"Invalid URL (POST {request.path})", 404)
+        self.forbid(request.path != path, f"Invalid URL (POST {request.path})", 404)
         if request.headers.get("authorization") != f"Bearer {KEY}":
             self.fail("Incorrect API key provided", 401, code="invalid_api_key")
         if not request.headers.get("content-type", "").startswith("application/json"):
@@ -394,8 +383,7 @@ class Chat(Vendor):
     def shape(self) -> dict[str, Any]:
         content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
         parts = tagged("type", {
-            "text": {"text!": str},
-            "image_url": {"image_url!": {"url!": address,
+            "text": {"text!": str}, "image_url": {"image_url!": {"url!": address,
                                          "detail": frozenset({"auto", "low", "high"})}},
             "file": {"file!": {"filename!": str, "file_data!": str}},
             "input_audio": {"input_audio!": {"data!": encoded,
@@ -415,12 +403,10 @@ class Chat(Vendor):
         named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
         json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
         return {
-            "model" if self.local else "model!": str,
-            "messages!": [tagged("role", roles)],
+            "model" if self.local else "model!": str, "messages!": [tagged("role", roles)],
             "tools": [{"type!": frozenset({"function"}), "function!": {
                 "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
-            }}],
-            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+            }}], "tool_choice": either(frozenset({"none", "auto", "required"}), named),
             "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1),
             "seed": int, "n": int,
             "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
@@ -438,26 +424,21 @@ class Chat(Vendor):
                       "Use 'max_completion_tokens' instead.", code="unsupported_parameter",
                       param="max_tokens")
         self.match(body, self.shape())
-        if not body["messages"]:
-            self.fail("Invalid 'messages': empty array. Expected an array with minimum length 1.",
-                      code="empty_array")
+        self.forbid(not body["messages"], "Invalid 'messages': empty array.", code="empty_array")
         self.check_messages(body["messages"])
         self.check_tools(body)
         if body.get("stream_options") and not body.get("stream"):
-            self.fail("The 'stream_options' parameter is only allowed when 'stream' is enabled.",
-                      param="stream_options")
+            self.fail("The 'stream_options' is for streams only", param="stream_options")
         if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
             self.wrong("stop", "one to four texts")
         format_ = body.get("response_format", {}).get("type")
         if format_ == "json_object" and "json" not in str(body["messages"]).lower():
-            self.fail("'messages' must contain the word 'json' in some form, to use "
-                      "'response_format' of type 'json_object'.")
+            self.fail("'messages' must contain the word 'json' in some form.")
 
     def check_tools(self, body: Any) -> None:
         names = [tool["function"]["name"] for tool in body.get("tools", ())]
         self.unique(names, "tools")
-        if body.get("tools") == []:
-            self.fail("[] is too short - 'tools'")
+        self.forbid(body.get("tools") == [], "[] is too short - 'tools'")
         for name in ("tool_choice", "parallel_tool_calls"):
             if name in body and not names:
                 self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
@@ -471,8 +452,7 @@ class Chat(Vendor):
         text = (f"Function tools with reasoning_effort are not supported for {body['model']} in "
                 "/v1/chat/completions. "
                 "To use function tools, use /v1/responses")
-        if body["model"] == "gpt-6-astra":
-            self.fail(text + ".", param="reasoning_effort")
+        self.forbid(body["model"] == "gpt-6-astra", text + ".", param="reasoning_effort")
         if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
             self.fail(text + " or set reasoning_effort to 'none'.", param="reasoning_effort")
 
@@ -482,9 +462,7 @@ class Chat(Vendor):
         for at, message in enumerate(messages):
             if message["role"] == "tool":
                 if message["tool_call_id"] not in open_ids:
-                    self.fail("Invalid parameter: messages with role 'tool' must be a response to "
-                              "a preceding message with "
-                              "'tool_calls'.", param=f"messages.[{at}].role")
+                    self.fail("a tool message without its call", param=f"messages.[{at}].role")
                 open_ids.remove(message["tool_call_id"])
                 continue
             if open_ids:
@@ -497,17 +475,13 @@ class Chat(Vendor):
             seen += open_ids
             thinks = self.needs_reasoning and message["role"] == "assistant"
             if thinks and not message.get("reasoning_content"):
-                self.fail("The reasoning_content in the thinking mode must be passed back to the "
-                          "API.")
+                self.fail("The reasoning_content in the thinking mode must be passed back.")
         if open_ids:
             self.unanswered(open_ids)
         self.unique(seen, "messages.tool_calls.id")
 
     def unanswered(self, ids: list[str]) -> NoReturn:
-        self.fail("An assistant message with 'tool_calls' must be followed by tool messages "
-                  "responding to each "
-                  "'tool_call_id'. The following tool_call_ids did not have response messages: "
-                  f"{', '.join(ids)}")
+        self.fail("An assistant message with 'tool_calls' must be followed by tool messages.")
 
 
 class ChatAnswers(Own, dialects.Chat):
@@ -553,8 +527,7 @@ class Responses(Chat):
             "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
             "include": [str],
             "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str,
-                       "parameters!": schema,
-                       "strict!": bool}],
+                       "parameters!": schema, "strict!": bool}],
             "tool_choice": either(frozenset({"none", "auto", "required"}), named),
             "parallel_tool_calls": bool,
             "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2),
@@ -596,25 +569,19 @@ class Responses(Chat):
             if kind == "function_call":
                 called.append(item["call_id"])
                 if item["call_id"] not in answered:
-                    self.fail(f"No tool output found for function call {item['call_id']}.",
-                              param="input")
+                    self.fail("No tool output for a function call", param="input")
                 own = self.issued.get(item["call_id"])
                 if own and own[0] == model and own[1] not in items[:at]:
-                    self.fail(f"Item '{item.get('id')}' of type 'function_call' was provided "
-                              "without its required "
-                              "'reasoning' item", param="input")
+                    self.fail("a function_call without its reasoning", param="input")
             elif kind == "function_call_output" and item["call_id"] not in called:
-                self.fail("No tool call found for function call output with call_id "
-                          f"{item['call_id']}.", param="input")
+                self.fail("an output without its function call", param="input")
             elif kind == "reasoning":
                 if item["encrypted_content"] != digest(model, item["id"], item["summary"],
                                                        self.port):
-                    self.fail("The encrypted content could not be verified.",
-                              code="invalid_encrypted_content", param="input")
+                    self.fail("not sealed here", code="invalid_encrypted_content", param="input")
                 follower = items[at + 1] if at + 1 < len(items) else {}
                 if follower.get("type") not in ("function_call", "message"):
-                    self.fail(f"Item '{item['id']}' of type 'reasoning' was provided without its "
-                              "required following item.")
+                    self.fail("a reasoning item without what followed it")
         self.unique(called, "input.call_id")
 
     def answers(self, request: Request) -> Dialect:
@@ -630,7 +597,8 @@ class ResponsesAnswers(Own, dialects.Responses):
         if answer.reasoning:
             own = items[0]
             own["id"] = f"rs_{id(answer)}"
-            own["encrypted_content"] = digest(self.model, own["id"], own["summary"], self.vendor.port)
+            sealed = (self.model, own["id"], own["summary"], self.vendor.port)
+            own["encrypted_content"] = digest(*sealed)
             self.vendor.issued.update((one, (self.model, own)) for one in ids)
         for call, one in zip(calls, ids, strict=True):
             call.update(call_id=one, id=f"fc_{one}")
@@ -658,12 +626,6 @@ class Anthropic(Vendor):
 
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"{where}: Extra inputs are not permitted")
-
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"{where}: Field required")
-
-    def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"{where}: Input should be {wanted}")
 
     def models_path(self) -> tuple[str, Any]:
         return "/v1/models?limit=1", {"data": [{"type": "model", "id": self.models[0]}],
@@ -697,10 +659,8 @@ class Anthropic(Vendor):
             "tool_choice": tagged(
                 "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel},
                          "none": {}}
-            ),
-            "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
-            "stop_sequences": [written], "stream": bool,
-            "metadata": {"user_id": str},
+            ), "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
+            "stop_sequences": [written], "stream": bool, "metadata": {"user_id": str},
             "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
                                         "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
             "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
@@ -709,8 +669,7 @@ class Anthropic(Vendor):
 
     def check(self, request: Request) -> None:
         body, version = request.body, request.headers.get("anthropic-version")
-        if request.path != "/v1/messages":
-            self.fail("Not found", 404)
+        self.forbid(request.path != "/v1/messages", "Not found", 404)
         if KEY not in (request.headers.get("x-api-key"),
                        request.headers.get("authorization", "")[7:]):
             self.fail("invalid x-api-key", 401)
@@ -723,8 +682,7 @@ class Anthropic(Vendor):
                 or version == "2026-10-21"):
                 self.unknown(name)
         self.match(body, self.shape())
-        if model not in self.models:
-            self.fail(f"model: {model}", 404)
+        self.forbid(model not in self.models, f"model: {model}", 404)
         if body.get("thinking", {}).get("type") == "disabled" and model in NO_FORCE:
             self.fail('"thinking.type.disabled" is not supported for this model')
         self.check_tools(body, model)
@@ -736,8 +694,7 @@ class Anthropic(Vendor):
         used = any(block["type"] in ("tool_use", "tool_result") for message in body["messages"]
                    if isinstance(message["content"], list) for block in message["content"])
         if used and not names:
-            self.fail("Requests which include `tool_use` or `tool_result` blocks must define "
-                      "tools.")
+            self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools")
         choice = body.get("tool_choice")
         if choice is None:
             return
@@ -753,8 +710,7 @@ class Anthropic(Vendor):
 
     def check_messages(self, body: Any) -> None:
         messages = body["messages"]
-        if not messages:
-            self.fail("messages: at least one message is required")
+        self.forbid(not messages, "messages: at least one message is required")
         open_ids: list[str] = []
         seen: list[str] = []
         for at, message in enumerate(messages):
@@ -763,8 +719,7 @@ class Anthropic(Vendor):
                 self.fail('messages: roles must alternate between "user" and "assistant", and '
                           'begin with "user"')
             blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            if not blocks:
-                self.fail(f"{where}: content must not be empty")
+            self.forbid(not blocks, f"{where}: content must not be empty")
             self.check_results(blocks, open_ids, where)
             open_ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
             seen += open_ids
@@ -772,43 +727,33 @@ class Anthropic(Vendor):
                 self.check_thinking(blocks, body, at)
         self.unique(seen, "messages.tool_use.id")
         if messages[-1]["role"] == "assistant":
-            self.fail("This model does not support assistant message prefill. "
-                      "The conversation must end with a user message.")
+            self.fail("This model does not support assistant message prefill.")
 
     def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
         results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
         for one in results:
             if one not in open_ids:
-                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result` "
-                          f"blocks: {one}. "
-                          "Each must have a corresponding `tool_use` block in the previous "
-                          "message.")
+                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result`")
         lost = [one for one in open_ids if one not in results]
-        if lost:
-            self.fail(f"{where}: `tool_use` ids were found without `tool_result` blocks "
-                      f"immediately after: {', '.join(lost)}.")
+        self.forbid(lost, f"{where}: `tool_use` ids were found without `tool_result` blocks")
         self.unique(results, f"{where}.tool_result")
         if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
             self.fail(f"{where}: `tool_result` blocks must come before any other content")
 
     def signature(self, body: Any, at: int, thought: str) -> str:
         return digest("anthropic", self.port, body["model"], thought, body.get("system"),
-                      body.get("tools"),
-                      body["messages"][:at])
+                      body.get("tools"), body["messages"][:at])
 
     def check_thinking(self, blocks: list[Any], body: Any, at: int) -> None:
         for block in blocks:
             if block["type"] == "thinking" and block["signature"] != self.signature(body, at,
                 block["thinking"]):
-                self.fail(f"messages.{at}.content.0: Invalid `signature` in `thinking` block. "
-                          "The block is bound to a different conversation.")
+                self.fail(f"messages.{at}.content.0: Invalid `signature` in `thinking` block.")
             if block["type"] == "redacted_thinking":
                 self.fail(f"messages.{at}.content.0: Invalid `data` in `redacted_thinking` block")
             own = self.issued.get(block.get("id", ""))
             if own and own[0] == body["model"] and own[1] != blocks:
-                self.fail(f"messages.{at}.content.0: `thinking` or `redacted_thinking` blocks in "
-                          "the latest assistant message "
-                          "cannot be modified. Expected `thinking`.")
+                self.fail(f"messages.{at}.content.0: thinking blocks cannot be modified")
 
 
 class AnthropicAnswers(Own, dialects.Anthropic):
@@ -847,12 +792,6 @@ class Gemini(Vendor):
         self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': "
                   "Cannot find field.")
 
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"* {where}: required field must be set")
-
-    def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"Invalid value at '{where}': wanted {wanted}")
-
     def models_path(self) -> tuple[str, Any]:
         return "/v1beta/models?pageSize=1", {"models": [{"name": f"models/{self.models[0]}"}]}
 
@@ -887,8 +826,7 @@ class Gemini(Vendor):
                 "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
                                    "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH",
                                        "XHIGH"})},
-            },
-            "safetySettings": list, "cachedContent": str,
+            }, "safetySettings": list, "cachedContent": str,
         }
 
     def check(self, request: Request) -> None:
@@ -924,15 +862,12 @@ class Gemini(Vendor):
             for name in ("parameters", "parametersJsonSchema"):
                 given = function.get(name)
                 if given is not None and not given.get("properties") and not given.keys() & {"$ref",
-                    "anyOf",
-                        "additionalProperties"}:
-                    self.fail(f"* function_declarations.{name}.properties: should be non-empty "
-                              "for OBJECT type")
+                    "anyOf", "additionalProperties"}:
+                    self.fail(f"* function_declarations.{name}.properties: should be non-empty")
         config = body.get("toolConfig", {}).get("functionCallingConfig")
         if config is None:
             return
-        if not declared:
-            self.fail("Function calling config is set without function_declarations.")
+        self.forbid(not declared, "Function calling config is set without function_declarations.")
         allowed = config.get("allowedFunctionNames")
         if allowed is not None and config["mode"] != "ANY":
             self.fail("allowed_function_names should only be set when the mode is ANY")
@@ -940,53 +875,40 @@ class Gemini(Vendor):
             self.fail("allowed_function_names holds a name that is not declared")
 
     def check_contents(self, contents: list[Any], model: str) -> None:
-        if not contents:
-            self.fail("* GenerateContentRequest.contents: contents is not specified")
+        self.forbid(not contents, "* GenerateContentRequest.contents: contents is not specified")
         open_calls: list[Any] = []
         for at, content in enumerate(contents):
             where, parts = f"contents[{at}]", content["parts"]
             if content["role"] != ("user", "model")[at % 2]:
-                self.fail("Please ensure that multiturn requests alternate between user and model "
-                          "and begin with user.")
-            if not parts:
-                self.fail(f"* GenerateContentRequest.{where}.parts: contents.parts must not be "
-                          "empty.")
+                self.fail("Please ensure that multiturn requests alternate.")
+            self.forbid(not parts, f"* GenerateContentRequest.{where}.parts: must not be empty")
             for part in parts:
                 if len(part.keys() & {"text", "inlineData", "functionCall",
                                       "functionResponse"}) != 1:
-                    self.fail(f"* {where}.parts: required oneof field 'data' must have one "
-                              "initialized field")
+                    self.fail(f"* {where}.parts: required oneof field 'data' must be one")
                 if ("functionCall" in part) != ("functionCall" in part
                                                 and content["role"] == "model") or (
                         "functionResponse" in part and content["role"] != "user"):
-                    self.fail(f"{where}: function call in a user turn, or function response in a "
-                              "model turn")
+                    self.fail(f"{where}: function call in a user turn, or a response of the model")
             self.check_responses([part["functionResponse"] for part in parts
                                   if "functionResponse" in part], open_calls)
             open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
             if content["role"] == "model":
                 self.check_signatures(parts, model)
         if contents[-1]["role"] != "user":
-            self.fail("Please ensure that the last turn is a user turn or a function response "
-                      "turn.")
+            self.fail("Please ensure that the last turn is a user turn.")
 
     def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
         if len(responses) != len(calls):
-            self.fail("Please ensure that the number of function response parts is equal to the "
-                      "number of function call parts "
-                      "of the function call turn.")
+            self.fail("Please ensure that the number of responses is equal to that of calls.")
         for call, response in zip(calls, responses, strict=True):
             if (call["name"], call.get("id")) != (response["name"], response.get("id")):
-                self.fail("Please ensure that function response parts have the name, id and order "
-                          "of their function calls.")
+                self.fail("Please ensure that function response parts belong to their calls.")
 
     def check_signatures(self, parts: list[Any], model: str) -> None:
         first = next((part for part in parts if "functionCall" in part), None)
         if first is not None and "thoughtSignature" not in first:
-            self.fail("Function call is missing a thought_signature in functionCall parts. This "
-                      "is required for tools to work "
-                      "correctly. Additional data, function call "
-                      f"`default_api:{first['functionCall']['name']}`")
+            self.fail("Function call is missing a thought_signature in functionCall parts.")
         for part in parts:
             own = part.get("functionCall", {}).get("id")
             if own is not None and self.issued.get(own) != (model, part):
@@ -1020,16 +942,6 @@ class Ollama(Vendor):
     def error(self, message: str, status: int, **_: Any) -> Any:
         return {"error": message}
 
-    def unknown(self, where: str) -> NoReturn:
-        self.fail(f'json: unknown field "{where}"')
-
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"{where} is required")
-
-    def wrong(self, where: str, wanted: str) -> NoReturn:
-        self.fail(f"json: cannot unmarshal into Go struct field ChatRequest.{where} of type "
-                  f"{wanted}")
-
     def models_path(self) -> tuple[str, Any]:
         return "/api/tags", {"models": [{"name": name, "model": name} for name in self.models]}
 
@@ -1039,20 +951,16 @@ class Ollama(Vendor):
     def shape(self) -> dict[str, Any]:
         call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
         numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty",
-                                 "frequency_penalty", "repeat_penalty"),
-                                NUMBER)
+                                 "frequency_penalty", "repeat_penalty"), NUMBER)
         return {
-            "model!": re.compile(r".+"),
-            "messages": [tagged("role", {
+            "model!": re.compile(r".+"), "messages": [tagged("role", {
                 "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
                 "assistant": {"content!": str, "thinking": str, "images": [encoded],
                               "tool_calls": [call]},
                 "tool": {"content!": str, "tool_name!": str, "tool_call_id": str,
                          "images": [encoded]},
-            })],
-            "stream": bool, "truncate": bool, "shift": bool,
-            "format": either(frozenset({"json"}), schema),
-            "keep_alive": either(str, NUMBER),
+            })], "stream": bool, "truncate": bool, "shift": bool,
+            "format": either(frozenset({"json"}), schema), "keep_alive": either(str, NUMBER),
             "think": frozenset({True, False, "low", "medium", "high", "max"}),
             "tools": [{"type!": frozenset({"function"}), "function!": {
                 "name!": str, "description": str, "parameters": schema, "strict": bool}}],
@@ -1062,8 +970,7 @@ class Ollama(Vendor):
 
     def check(self, request: Request) -> None:
         body = request.body
-        if request.path != "/api/chat":
-            self.fail("404 page not found", 404)
+        self.forbid(request.path != "/api/chat", "404 page not found", 404)
         self.match(body, self.shape())
         if body["model"] not in self.models:
             self.fail(f"model '{body['model']}' not found", 404)
@@ -1076,17 +983,14 @@ class Ollama(Vendor):
         for message in body.get("messages", ()):
             if message["role"] == "tool":
                 key = (message["tool_name"], message.get("tool_call_id"))
-                if key not in open_calls:
-                    self.fail("tool result without its tool call")
+                self.forbid(key not in open_calls, "tool result without its tool call")
                 open_calls.remove(key)
                 continue
-            if open_calls:
-                self.fail("tool call without its result")
+            self.forbid(open_calls, "tool call without its result")
             open_calls = [(call["function"]["name"], call.get("id"))
                           for call in message.get("tool_calls", ())]
             seen += [call_id for _, call_id in open_calls if call_id is not None]
-        if open_calls:
-            self.fail("tool call without its result")
+        self.forbid(open_calls, "tool call without its result")
         self.unique(seen, "messages.tool_calls.id")
 
 
