@@ -44,7 +44,7 @@ FAILED = ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [("STOP", "stop"), ("MAX_TOKENS", "length"), ("CONTINUATION", "length"), ("NEWS", "NEWS"),
-     *((one, "content_filter") for one in ["SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION"])])
+     *((one, "content_filter") for one in FILTERED)])
 def test_finish_reasons(theirs: str, ours: str) -> None:
     """A word that nobody knows stays as it came."""
     for wire in (reply(candidate(TEXT, finish=theirs)), stream(candidate(TEXT, finish=theirs))):
@@ -107,7 +107,8 @@ def test_later_usage_of_nulls_keeps_what_was_counted() -> None:
 def test_several_candidates_never_run_into_one_text() -> None:
     """The one with index 0 is the answer, in whatever order they come."""
     events = [candidate({"text": "A1 "}, finish=None),
-              candidate({"text": "B1 "}, finish=None, at=1), candidate({"text": "B2"}, at=1), candidate({"text": "A2"})]
+              candidate({"text": "B1 "}, finish=None, at=1),
+              candidate({"text": "B2"}, at=1), candidate({"text": "A2"})]
     both = {"candidates": [candidate({"text": one}, at=at)["candidates"][0]
                            for one, at in (("B", 1), ("A", 0))]}
     assert read("gemini", stream(*events)).text == "A1 A2"

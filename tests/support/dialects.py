@@ -14,7 +14,6 @@ from support.server import parsed, reply
 from copilot_router import (
     AnthropicProvider,
     AuthenticationError,
-    BadRequest,
     ContextLengthExceeded,
     GeminiProvider,
     InvalidResponse,
@@ -23,7 +22,6 @@ from copilot_router import (
     OllamaProvider,
     OpenAIProvider,
     Overloaded,
-    QuotaExceeded,
     RateLimited,
     ServerError,
     Usage,
@@ -71,7 +69,6 @@ class Dialect:
     counts_cached = True
     counts_written = True
     counts_reasoning = True
-    filters = True  #: has a finish reason for what a safety system cut
     remote_images = True
     needs_model = True
 
@@ -93,10 +90,6 @@ class Dialect:
     idle: ClassVar[bytes]
     #: An error in a stream that has begun, and the class that it amounts to.
     broken: ClassVar[tuple[bytes, type]]
-    #: A whole answer that a safety system has stopped before its first word, if there is one.
-    blocked: ClassVar[Any] = None
-    #: What a whole answer says of itself while it is not complete, if there is a word for it.
-    unfinished: ClassVar[Any] = None
     models: ClassVar[Any] = {"object": "list", "data": [{"id": "m", "object": "model"}]}
     ping_path: ClassVar[str] = "/v1/models"
 
@@ -137,23 +130,13 @@ def openai_failures() -> dict[str, Failure]:
     return {
         "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid,
                      "invalid_api_key"),
-        "404 model": error(404, ModelNotFound,
-                           "The model `m` does not exist or you do not have access to it.", invalid,
-                           "model_not_found"),
         "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests",
                                  "rate_limit_exceeded", 7.0, Retry_After="7"),
-        "429 without a hint": error(429, RateLimited, "Rate limit reached", "tokens",
-                                    "rate_limit_exceeded"),
-        "quota": error(429, QuotaExceeded, "You exceeded your current quota", "insufficient_quota",
-                       "insufficient_quota"),
         "500": error(500, ServerError, "The server had an error processing your request",
                      "server_error"),
-        "overloaded": error(503, Overloaded, "The engine is currently overloaded",
-                            "service_unavailable_error", "server_is_overloaded"),
         "context length": error(400, ContextLengthExceeded,
                                 "Your input exceeds the context window of this model.", invalid,
                                 "context_length_exceeded"),
-        "bad request": error(400, BadRequest, "messages: wrong", invalid, "invalid_value"),
     }
 
 
@@ -164,8 +147,6 @@ class Chat(Dialect):
                                                    "delta": {"role": "assistant", "content": ""}}]})
     broken = sse({"error": {"message": "Try later", "type": "server_error",
                             "code": "server_is_overloaded"}}), Overloaded
-    blocked: ClassVar[Any] = {"choices": [{"message": {"content": None},
-                                           "finish_reason": "content_filter"}]}
     reasoning_key = "reasoning_content"
     needs_model = False
 
@@ -259,10 +240,6 @@ class Responses(Dialect):
             "code": "rate_limit_exceeded", "message": "Rate limit reached"}}}, "response.failed"),
         RateLimited,
     )
-    blocked: ClassVar[Any] = {"id": "resp_1", "status": "incomplete",
-                              "incomplete_details": {"reason": "content_filter"},
-                              "output": [], "error": None}
-    unfinished: ClassVar[Any] = {"status": "in_progress"}
     needs_model = False
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
@@ -350,9 +327,6 @@ class Anthropic(Dialect):
         sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
              "request_id": "r"}, "error"), Overloaded,
     )
-    blocked: ClassVar[Any] = {"type": "message", "role": "assistant", "content": [],
-                              "stop_reason": "refusal",
-                              "usage": {"input_tokens": 9, "output_tokens": 0}}
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
     ping_path = "/v1/models?limit=1"
     idle = (
@@ -370,17 +344,11 @@ class Anthropic(Dialect):
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
-        "404 model": error(404, ModelNotFound, "not_found_error", "model: m"),
         "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0,
                                  **{"retry-after": "7"}),
-        "429 without a hint": error(429, RateLimited, "rate_limit_error", "Too many"),
-        "quota": error(429, QuotaExceeded, "rate_limit_error", "Spent", None,
-                       "enforced_spend_limit_reached"),
         "500": error(500, ServerError, "api_error", "Internal server error"),
-        "overloaded": error(529, Overloaded, "overloaded_error", "Overloaded"),
         "context length": error(400, ContextLengthExceeded, "invalid_request_error",
                                 "prompt is too long: 210000 tokens > 200000 maximum"),
-        "bad request": error(400, BadRequest, "invalid_request_error", "messages.0: wrong"),
     }
 
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
@@ -476,8 +444,6 @@ class Gemini(Dialect):
                 "modelVersion": "m-2026"})
     broken = sse({"error": {"code": 503, "message": "The model is overloaded.",
                             "status": "UNAVAILABLE"}}), Overloaded
-    blocked: ClassVar[Any] = {"promptFeedback": {"blockReason": "SAFETY"},
-                              "usageMetadata": {"promptTokenCount": 9}}
     models: ClassVar[Any] = {"models": [{"name": "models/m"}]}
     ping_path = "/v1beta/models?pageSize=1"
 
@@ -491,29 +457,13 @@ class Gemini(Dialect):
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "UNAUTHENTICATED",
                      "Request had invalid authentication credentials."),
-        "400 for a bad key": error(400, AuthenticationError, "INVALID_ARGUMENT",
-                                   "API key not valid.", None,
-                                   {"@type": "type.googleapis.com/google.rpc.ErrorInfo",
-                                    "reason": "API_KEY_INVALID"}),
-        "404 model": error(404, ModelNotFound, "NOT_FOUND",
-                           "models/m is not found for API version v1beta, or is not "
-                           "supported for generateContent."),
         "429 with a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED", "Resource exhausted", 7.0,
                                  {"@type": "type.googleapis.com/google.rpc.RetryInfo",
                                   "retryDelay": "7s"}),
-        "429 without a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED",
-                                    "Resource has been exhausted (e.g. check quota)."),
-        "quota": error(429, QuotaExceeded, "RESOURCE_EXHAUSTED", "You exceeded it", None,
-                       {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [
-                           {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier",
-                            "quotaValue": "50"}]}),
         "500": error(500, ServerError, "INTERNAL", "An internal error has occurred."),
-        "overloaded": error(503, Overloaded, "UNAVAILABLE",
-                            "The model is overloaded. Please try again later."),
         "context length": error(400, ContextLengthExceeded, "INVALID_ARGUMENT",
                                 "The input token count (1200000) exceeds the "
                                 "maximum number of tokens allowed (1048576)."),
-        "bad request": error(400, BadRequest, "INVALID_ARGUMENT", "Invalid value at 'contents[0]'"),
     }
 
     refused: ClassVar[tuple[str, Any, Any]] = ("frequency_penalty", 0.5, {"error": {
@@ -588,21 +538,17 @@ class Ollama(Dialect):
     name = "ollama"
     stream_kind = "application/x-ndjson"
     counts_cached = counts_written = counts_reasoning = False
-    filters = remote_images = False
+    remote_images = False
     idle = b'{"model": "m-2026", "message": {"role": "assistant", "content": ""}, "done": false}\n'
     broken = b'{"error": "an error was encountered while running the model"}\n', InvalidResponse
-    unfinished: ClassVar[Any] = {"done": False, "done_reason": None}
     models: ClassVar[Any] = {"models": [{"name": "m:latest", "model": "m:latest"}]}
     ping_path = "/api/tags"
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": (401, {}, {"error": "unauthorized"}, AuthenticationError, None),
-        "404 model": (404, {}, {"error": "model 'm' not found"}, ModelNotFound, None),
         "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited,
                             7.0),
-        "429 without a hint": (429, {}, {"error": "too many requests"}, RateLimited, None),
         "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None),
-        "bad request": (400, {}, {"error": "missing request body"}, BadRequest, None),
     }
 
     refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high",
