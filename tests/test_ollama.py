@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -149,19 +148,6 @@ def test_tools_cannot_be_forced_and_are_left_out_for_none() -> None:
     ("effort", "think"), [("none", False), ("minimal", "low"), ("high", "high"), ("xhigh", "max")])
 def test_reasoning_effort_is_the_field_think(effort: str, think: Any) -> None:
     assert sent("ollama", reasoning_effort=effort)["think"] == think
-
-
-def test_thinking_goes_back_to_the_same_model_only() -> None:
-    call = {"function": {"name": "f", "arguments": {}}}
-    wire = lines(says(thinking="First I add.", tool_calls=[call]), done())
-    with talking("ollama", wire) as (provider, server):
-        message = provider.chat([USER], TOOLS, "m", timeout=5).message
-        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}
-        for model in ("m", "n"):
-            provider.chat([USER, json.loads(json.dumps(message)), result], TOOLS, model, timeout=5)
-        assert server.bodies[1]["messages"][1]["thinking"] == "First I add."
-        assert "First I add." not in json.dumps(server.bodies[2])
-        assert "copilot_router" not in json.dumps(server.bodies)
 
 
 def test_an_empty_conversation_is_refused_before_it_is_sent() -> None:

@@ -70,8 +70,8 @@ def halves(text: str) -> list[str]:
 
 def digest(*things: Any) -> str:
     """A signature over anything that is JSON."""
-    return base64.b64encode(hashlib.sha256(json.dumps(things,
-                                                      sort_keys=True).encode()).digest()).decode()
+    text = json.dumps(things, sort_keys=True)
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 class Own:
