@@ -264,9 +264,6 @@ class Vendor:
     def streams(self, request: Request) -> bool:
         return bool(request.body.get("stream"))
 
-    def models_path(self) -> tuple[str, Any]:
-        raise NotImplementedError
-
     answers_of: ClassVar[Any]  #: the format of its answers
 
     def answers(self, request: Request) -> Dialect:
@@ -295,13 +292,9 @@ class Vendor:
             return Raw(own.body(answer))
         return Raw(b"".join(own.events(answer)), kind=own.stream_kind)
 
-    def ping(self, request: Request) -> Raw:
-        path, answer = self.models_path()
-        return Raw(answer) if request.path == path else Raw(self.error("no such path", 404), 404)
-
     def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
         came = parsed(request)
-        raw = self.answer(came) if came.body else self.ping(came)
+        raw = self.answer(came)
         data = raw.data()
         streamed = "stream" in raw.kind or "ndjson" in raw.kind
         closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
@@ -364,10 +357,6 @@ class Chat(Vendor):
               **_: Any) -> Any:
         return {"error": {"message": message, "type": "invalid_request_error", "param": param,
                           "code": code}}
-
-    def models_path(self) -> tuple[str, Any]:
-        return "/v1/models", {"object": "list",
-                              "data": [{"id": name, "object": "model"} for name in self.models]}
 
     def check_access(self, request: Request, path: str) -> Any:
         self.forbid(request.path != path, f"Invalid URL (POST {request.path})", 404)
@@ -627,10 +616,6 @@ class Anthropic(Vendor):
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"{where}: Extra inputs are not permitted")
 
-    def models_path(self) -> tuple[str, Any]:
-        return "/v1/models?limit=1", {"data": [{"type": "model", "id": self.models[0]}],
-                                      "has_more": False}
-
     def shape(self) -> dict[str, Any]:
         text = {"text!": written, "citations": type(None)}
         base64_source = {"media_type!": frozenset({"image/png", "image/jpeg", "image/gif",
@@ -792,9 +777,6 @@ class Gemini(Vendor):
         self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': "
                   "Cannot find field.")
 
-    def models_path(self) -> tuple[str, Any]:
-        return "/v1beta/models?pageSize=1", {"models": [{"name": f"models/{self.models[0]}"}]}
-
     def streams(self, request: Request) -> bool:
         return ":streamGenerateContent" in request.path
 
@@ -941,9 +923,6 @@ class Ollama(Vendor):
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         return {"error": message}
-
-    def models_path(self) -> tuple[str, Any]:
-        return "/api/tags", {"models": [{"name": name, "model": name} for name in self.models]}
 
     def streams(self, request: Request) -> bool:
         return bool(request.body.get("stream", True))
