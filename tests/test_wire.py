@@ -713,9 +713,13 @@ def test_arguments_are_read_where_they_are_unambiguous(pieces: Any, arguments: A
     ids=["no parameters", "required parameters", "no tools", "not declared"])
 def test_null_arguments_are_empty_unless_the_tool_requires_some(tools: Any, arguments: Any) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "null"}}
-    for wire in (stream(piece("null", "f", index=0, id="a"), END),
-                 reply(message("tool_calls", content=None, tool_calls=[call]))):
-        assert read("chat", wire, tools=tools).tool_calls[0].arguments == arguments
+    item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "null"}
+    for kind, wire in (
+        ("chat", stream(piece("null", "f", index=0, id="a"), END)),
+        ("chat", reply(message("tool_calls", content=None, tool_calls=[call]))),
+        ("responses", reply({"status": "completed", "output": [item]})),
+    ):
+        assert read(kind, wire, tools=tools).tool_calls[0].arguments == arguments
 
 
 @pytest.mark.parametrize("text", ["", '{"city": "Os'])
