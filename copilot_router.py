@@ -5661,8 +5661,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
         key, url = kind._from_environment(environ)
         models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
         tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
-        shown = "".join(models) or f"no model: {name.upper()}_MODEL is not set"
-        _log.info("from_env: %s with %s", name, shown)
+        _log.info("from_env: %s with %s", name, *models or [f"no {name.upper()}_MODEL"])
     if not tiers:
         raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
     _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
@@ -5672,11 +5671,10 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
 def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
     in_file = not isinstance(config, Mapping)
     table = _read_toml(config) if in_file else config
-    where, sections = f"{config}: " if in_file else "", ("chain", "tier", "store")
+    where = f"{config}: " if in_file else ""
     for name in table:
-        if name not in sections:
-            near = _near(name, sections)
-            raise ConfigError(f"{where}unknown section {name!r}.{near} Known: chain, tier, store")
+        if name not in ("chain", "tier", "store"):
+            raise ConfigError(f"{where}unknown section {name!r}: give chain, tier or store")
     tiers = table.get("tier")
     if not isinstance(tiers, (list, tuple)) or not tiers:
         raise ConfigError(f"{where}no tiers: write [[tier]], once for each, with a [tier.provider]")
@@ -5696,22 +5694,19 @@ def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any)
 
 def _read_toml(path: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)):
-        cure = "give a mapping, or the path of a TOML file"
-        raise ConfigError(f"the configuration is a {type(path).__name__}: {cure}")
+        raise ConfigError(f"a {type(path).__name__}: give a mapping, or the path of a TOML file")
     try:
         import tomllib
     except ImportError:
         try:
             import tomli as tomllib  # type: ignore[no-redef]
         except ImportError:
-            cure = "pip install tomli, or give a mapping"
-            raise ConfigError(f"on Python 3.10 TOML needs PyPI's tomli: {cure}") from None
+            raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        why = f"cannot be read ({error.strerror}): give the path of a TOML file"
-        raise ConfigError(f"{path}: {why}") from None
+        raise ConfigError(f"{path}: the file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
@@ -5743,8 +5738,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 
 def _variable(name: Any, where: str) -> str:
-    """What an environment variable holds. Only a name in capitals is shown: any other text may be
-    a key that stands there by mistake."""
+    """What an environment variable holds. What is no name in capitals may be a key by mistake."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
     if not os.environ.get(name):
@@ -5758,8 +5752,7 @@ def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
     where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
     provider, params = settings.get("provider"), settings.get("params")
     if provider is None:
-        cure = 'give a [tier.provider] with type = "openai" or another'
-        raise ConfigError(f"{where}: no provider: {cure}")
+        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai"')
     settings["provider"] = _typed(provider, _PROVIDERS, f"{where} [tier.provider]", in_file)
     if isinstance(provider, Mapping):
         settings["provider"]._key_from = provider.get("api_key_env")  # the command line names it
@@ -6013,10 +6006,10 @@ def _chat_command(options: Any) -> int:
     asked["tiers"] = options.tiers and [name.strip() for name in options.tiers.split(",")]
     with _chain_from(options) as chain:
         tiers = [tier for tier in chain.tiers if tier.name in (asked["tiers"] or (tier.name,))]
-        able = [tier for tier in tiers if tier.models or not getattr(tier.provider, "_wants_model", 0)]
-        if tiers and not able and not options.model:
-            name = tiers[0].name
-            cure = f"list one in {options.config}" if options.config else f"set {name.upper()}_MODEL"
+        lost = [tier for tier in tiers if getattr(tier.provider, "_wants_model", False)]
+        if lost == tiers != [] and not any((options.model, *(tier.models for tier in tiers))):
+            name, path = tiers[0].name, options.config
+            cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
             raise ConfigError(f"{name} has no model: pass --model, or {cure}")
         screen.patient(True)
         if options.json or options.no_stream:
@@ -6054,8 +6047,8 @@ def _tiers_command(options: Any) -> int:
         if checked:
             state, reason = ("failed", _why(tier.name, error, chain)) if error else ("ok", "")
         left = "" if seen.retry_after is None else f"{math.ceil(seen.retry_after)} s"
-        row = (state, tier.name, tier.role, str(seen.failures), left, reason or "")
-        rows.append([_escaped(cell) or "-" for cell in row])
+        cells = [state, tier.name, tier.role, str(seen.failures), left, reason or ""]
+        rows.append([_escaped(cell) or "-" for cell in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     plain = os.environ.get("NO_COLOR") or not _is_open(sys.stdout, terminal=True)
     colours = {} if plain else {"ok": 32, "closed": 32, "failed": 31, "open": 31, "half_open": 33}
@@ -6161,7 +6154,7 @@ def _parser() -> Any:
     says = "Ask LLM providers, one after the other, until one answers."
     parser = argparse.ArgumentParser("copilot-router", description=says, epilog=begin, **shape)
     parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
-    parser.set_defaults(run=lambda _: parser.print_help() or 0, json=False, verbose=False)
+    parser.set_defaults(run=None, json=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--config", metavar="FILE", help=f"TOML; else {_CONFIG_FILE} if it is there")
@@ -6218,8 +6211,7 @@ def _run(argv: Sequence[str] | None, screen: _Screen) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: screen.say(str(message))
-            status: int = options.run(options)
-            return status
+            return int(options.run(options)) if options.run else parser.print_help() or 0
     except UnicodeError:
         text = "text that is not UTF-8 stands in the arguments, the input or the environment"
         return _failed(screen, ConfigError(f"{text}: convert it"))
