@@ -5696,15 +5696,11 @@ def _read_toml(path: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"a {type(path).__name__}: give a mapping, or the path of a TOML file")
     try:
-        import tomllib
-    except ImportError:
-        try:
-            import tomli as tomllib  # type: ignore[no-redef]
-        except ImportError:
-            raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
-    try:
+        toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli")
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return toml.load(file)
+    except ImportError:
+        raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -5822,9 +5818,7 @@ begin with a model on this machine (LM Studio here), or with a key:
   copilot-router chat --provider lmstudio "Say hello."
   export OPENAI_API_KEY=... OPENAI_MODEL=...
   copilot-router chat "Say hello."
-then write several tiers down, and see how they are:
-  copilot-router init
-  copilot-router check
+then write several tiers down: copilot-router init
 
 without --config, {_CONFIG_FILE} in this directory is used, else the
 environment: a tier for each of these, with its model in OPENAI_MODEL and so on"""
@@ -5855,7 +5849,7 @@ class _Screen:
     def __init__(self) -> None:
         self.chain: FailoverChain | None = None
         self.verbose = self.json = False
-        self.unfinished = False  #: the last line of the answer
+        self.unfinished = False  #: whether the answer has begun a line and not ended it
         self._said: set[str] = set()
         self._tier = ""
         self._timer: threading.Timer | None = None
@@ -5905,7 +5899,8 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
     """Why a tier failed, from ``"Class: message"``: with its address and what to look at."""
     provider: Any = next((tier.provider for tier in chain.tiers if tier.name == name), None)
     kind, _, text = error.partition(": ")
-    where = f" at {provider.base_url}" if hasattr(provider, "base_url") else ""
+    url = getattr(provider, "base_url", "")
+    where = f" at {url}" if url not in text else ""
     if kind == "CircuitOpen":
         return text
     if kind == "ProviderUnavailable" and text:
@@ -5925,9 +5920,8 @@ def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str
     return [line + (f" ({number} times)" if number > 1 else "") for line, number in times.items()]
 
 
-def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Without empty fields."""
-    return {name: value for name, value in table.items() if value not in (None, "", [], {}, 0)}
+def _filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
 
 
 def _failed(screen: _Screen, error: BaseException) -> int:
@@ -5943,10 +5937,10 @@ def _failed(screen: _Screen, error: BaseException) -> int:
     for line in lines:
         screen.say(line)
     if screen.json:
-        records = [_filled({**at._asdict(), "usage": _filled(vars(at.usage))}) for at in attempts]
         what = {"type": type(error).__name__, "message": str(error)}
-        told = _filled({"error": what, "attempts": records, "retry_after": later})
-        print(json.dumps(told), flush=True)
+        records = [{**at._asdict(), "usage": vars(at.usage)} for at in attempts]
+        told = json.dumps({"error": what, "attempts": records, "retry_after": later})
+        print(json.dumps(json.loads(told, object_pairs_hook=_filled)), flush=True)
     if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
         return 124
     return 1 if isinstance(error, (AllProvidersFailed, ProviderError)) else 2
@@ -5954,27 +5948,27 @@ def _failed(screen: _Screen, error: BaseException) -> int:
 
 def _chain_from(options: Any) -> FailoverChain:
     """The chain that the flags, the configuration or the environment describe."""
-    given = {"provider": None, "base_url": None, "api_key_env": None, **vars(options)}
-    ladder, aimed = given.get("escalation_model"), given["provider"] or given["base_url"]
-    settings = {"on_event": options.screen, **({"escalation_model": ladder} if ladder else {})}
-    if options.config is None and not aimed and os.path.exists(_CONFIG_FILE):
+    screen, flags = options.screen, vars(options)
+    name, url, variable = (flags.get(flag) for flag in ("provider", "base_url", "api_key_env"))
+    ladder = flags.get("escalation_model")
+    settings = {"on_event": screen, **({"escalation_model": ladder} if ladder else {})}
+    if options.config is None and not (name or url) and os.path.exists(_CONFIG_FILE):
         options.config = _CONFIG_FILE
-        options.screen.say(f"using {_CONFIG_FILE}")
-    if (options.config and aimed) or (given["api_key_env"] and not aimed):
+        screen.say(f"using {_CONFIG_FILE}")
+    if (name or url) if options.config else (variable and not (name or url)):
         raise ConfigError("give --config, or --provider or --base-url with --api-key-env")
-    if aimed:
-        name, variable = given["provider"] or "openai", given["api_key_env"]
+    if name or url:
         key = _variable(variable, "--api-key-env") if variable else None
-        provider: Any = _PROVIDERS[name](key, given["base_url"])
+        provider: Any = _PROVIDERS[name or "openai"](key, url)
         provider._key_from = variable
         models = [model for model in (options.model, ladder) if model]
-        chain = FailoverChain([ProviderTier(name, provider, models)], **settings)
-    elif options.config is not None:
-        chain = _chain_from_config(FailoverChain, options.config, **settings)
+        tier = ProviderTier(name or "openai", provider, models)
+        screen.chain = FailoverChain([tier], **settings)
+    elif options.config:
+        screen.chain = _chain_from_config(FailoverChain, options.config, **settings)
     else:
-        chain = FailoverChain.from_env(**settings)
-    options.screen.chain = chain
-    return chain
+        screen.chain = FailoverChain.from_env(**settings)
+    return screen.chain
 
 
 def _prompt(given: str, screen: _Screen) -> str:
@@ -6084,17 +6078,16 @@ def _reset_command(options: Any) -> int:
 
 #: What init writes above the tiers.
 _TEMPLATE = """\
-# copilot_router asks tiers from top to bottom until one answers: copilot-router chat "Hello"
-# Every argument of FailoverChain, ProviderTier, CircuitBreaker, the providers and the stores may
-# stand here by its name, but no key: api_key_env names the environment variable that holds it.
-# To switch a tier on, take the "# " from its lines and name a model.
+# copilot-router asks these tiers from top to bottom until one answers. To switch one on, take the
+# "# " from its lines and name a model. The arguments of FailoverChain, ProviderTier, CircuitBreaker,
+# providers and stores may stand here, but no key: api_key_env names the variable that holds one.
 
 [chain]
 timeout = 60.0              # seconds for a whole call, failover included
 # wait = 120.0              # seconds that a call may sleep until a tier is ready (cron jobs)
 # escalation_model = "…"    # who answers when a weaker model begins with [ESCALATE]
 
-# [store]                   # share the breakers: "sqlite" with a path, "redis" with a url_env
+# [store]                   # share the breakers between processes; "redis" has a url_env
 # type = "sqlite"
 # path = "copilot-router.db"  # better absolute: else it depends on where a program is started
 """
