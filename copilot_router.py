@@ -6079,7 +6079,7 @@ def _reset_command(options: Any) -> int:
 #: What init writes above the tiers.
 _TEMPLATE = """\
 # copilot-router asks these tiers from top to bottom until one answers. To switch one on, take the
-# "# " from its lines and name a model. The arguments of FailoverChain, ProviderTier, CircuitBreaker,
+# "# " from its lines and name a model. Arguments of FailoverChain, ProviderTier, CircuitBreaker,
 # providers and stores may stand here, but no key: api_key_env names the variable that holds one.
 
 [chain]

@@ -80,10 +80,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"error": {"message": "slow"}}, 429, retry_after_ms="50")
         elif prompt == "refuse":
             self.reply({"error": {"message": "not so"}}, 400)
-        elif prompt == "silence":
+        elif prompt in ("silence", "interrupt"):
+            if prompt == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
             self.server.go.wait(20)
             self.whole("after all", body)
-        elif prompt in ("lines", "hold", "break", "interrupt", "hostile"):
+        elif prompt in ("lines", "hold", "break", "hostile"):
             self.stream(prompt)
         else:
             weak = body.get("model") == "weak" or prompt == "give up"
@@ -116,9 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         self.delta(first)
-        if prompt == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
-        if prompt in ("hold", "interrupt"):
+        if prompt == "hold":
             self.server.go.wait(20)
         if prompt != "break":
             self.delta("two", "stop")
@@ -339,7 +339,7 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
     assert told["error"]["message"]
     assert issubclass(getattr(copilot_router, told["error"]["type"]), copilot_router.RouterError)
     assert bool(told.get("attempts")) == (status != 2)
-    assert ("retry_after" in told) == (arguments == ["limit"]) or status != 1
+    assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
     assert all(part not in out for part in ("null", '""', "[]", "{}"))
     assert err
 
@@ -402,9 +402,22 @@ def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(
         assert server.url in err
 
 
-def test_an_interrupt_ends_the_line_and_is_status_130(server: Server, capsys: Printed) -> None:
-    assert main(chat(server, "interrupt")) == 130
-    assert capsys.readouterr() == ("one \n", "")
+@pytest.mark.parametrize(("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")])
+def test_an_interrupt_ends_the_line_and_is_status_130(
+    prompt: str, left: str, server: Server, capsys: Printed, monkeypatch: Patch
+) -> None:
+    """While the server is silent, and as soon as the first text is shown."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            done = super().write(text)
+            if text.startswith("one"):
+                signal.raise_signal(signal.SIGINT)
+            return done
+
+    monkeypatch.setattr(sys, "stdout", shown := Interrupted())
+    assert main(chat(server, prompt)) == 130
+    assert (shown.getvalue(), capsys.readouterr().err) == (left, "")
 
 
 # -- streams and terminals
@@ -604,3 +617,186 @@ def test_no_provider_and_no_model_name_what_to_set(
     assert main(["chat", "hi"]) == 0  # LM Studio needs no model
     assert main(["chat", "--tiers", "anthropic", "hi"]) == 2
     assert capsys.readouterr().out == "you said hi\n"
+
+
+# -- the configuration of this directory, status, check, reset
+
+TWO_TIERS = """
+[chain]
+failure_threshold = 1
+recovery_timeout = 3600.0
+[store]
+type = "sqlite"
+path = "breakers.db"
+refresh = 0.0
+[[tier]]
+name = "first"
+retries = 0
+[tier.provider]
+type = "lmstudio"
+base_url = "{url}"
+[[tier]]
+name = "last"
+role = "secondary"
+[tier.provider]
+type = "lmstudio"
+base_url = "http://127.0.0.1:9"
+"""
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """A printed table's rows by the tier; every column begins at the same place in all rows."""
+    lines = out.splitlines()
+    starts = [found.start() for found in re.finditer(r"\S+( \S+)*", lines[0])]
+    ends = [*starts[1:], None]
+    rows = [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines]
+    return {row[1]: row[:1] + row[2:] for row in rows}
+
+
+def test_a_configuration_in_this_directory_is_used_and_said(
+    server: Server, tmp_path: Path, capsys: Printed, monkeypatch: Patch
+) -> None:
+    """Unless --config or --provider or --base-url say otherwise; it goes before the environment."""
+    monkeypatch.setenv("OLLAMA_HOST", REFUSED)
+    config(tmp_path, TWO_TIERS.format(url=server.url))
+    other = config(tmp_path, TWO_TIERS.format(url=server.url).replace("first", "other"), "o.toml")
+    for arguments in (["chat", "hi"], ["status"], ["check"], ["reset", "first"]):
+        main(arguments)
+        out, err = capsys.readouterr()
+        assert "copilot-router.toml" in err
+        assert "ollama" not in out + err
+    assert main(["status", "--config", str(other)]) == 0
+    assert main(chat(server, "hi")) == 0
+    out, err = capsys.readouterr()
+    assert "other" in out
+    assert "copilot-router.toml" not in err
+
+
+def test_status_check_and_reset_work_on_what_all_processes_share(
+    server: Server, tmp_path: Path, capsys: Printed
+) -> None:
+    config(tmp_path, TWO_TIERS.format(url=server.url))
+    assert main(["status"]) == 0
+    out, err = capsys.readouterr()
+    assert [row[0] for row in table(out).values()] == ["STATE", "closed", "closed"]
+    assert len(err.splitlines()) == 1  # which configuration is used
+
+    server.healthy = False
+    assert main(["chat", "--tiers", "first", "hi"]) == 1
+    assert main(["status"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert (rows["first"][:2], rows["last"][:2]) == (["open", "primary"], ["closed", "secondary"])
+    assert 3500 < int(rows["first"][3].removesuffix(" s")) <= 3600
+    assert "ServerError" in rows["first"][4]
+    asked = len(server.bodies)
+    assert main(["chat", "--tiers", "first", "hi"]) == 1
+    assert len(server.bodies) == asked  # its breaker is open: nobody was asked
+
+    server.healthy = True
+    capsys.readouterr()
+    assert main(["check"]) == 1
+    rows = table(capsys.readouterr().out)
+    assert (rows["first"][0], rows["last"][0]) == ("ok", "failed")
+    assert main(["reset", "first"]) == 0
+    assert "open" in capsys.readouterr().out
+    assert main(["reset", "frist"]) == 2
+    assert "'first'" in capsys.readouterr().err
+    assert main(["chat", "--tiers", "first", "hi"]) == 0
+    assert capsys.readouterr().out == "you said hi\n"
+
+
+def test_status_check_and_reset_as_json(server: Server, tmp_path: Path, capsys: Printed) -> None:
+    config(tmp_path, TWO_TIERS.format(url=server.url))
+    assert main(["check", "--json"]) == 1
+    first, last = json.loads(capsys.readouterr().out)
+    assert (first["name"], first["last_error"]) == ("first", None)
+    assert last["last_error"].startswith("ProviderUnavailable")
+    assert main(["status", "--json"]) == 0
+    states = [tier["breaker"]["state"] for tier in json.loads(capsys.readouterr().out)]
+    assert states == ["closed", "open"]
+    assert main(["reset", "last", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tier": "last", "was": "open"}
+
+
+def test_a_store_that_is_missing_or_down_is_said(
+    server: Server, tmp_path: Path, capsys: Printed
+) -> None:
+    text = TWO_TIERS.format(url=server.url)
+    for said, told in ((text.replace("breakers.db", "missing/breakers.db"), "store"),
+                       (re.sub(r"(?s)\[store\].*?(?=\[\[)", "", text, count=1), "[store]")):  # fmt: skip
+        config(tmp_path, said)
+        for arguments in (["status"], ["reset", "first"]):
+            assert main(arguments) == 0
+            assert told in capsys.readouterr().err.partition("\n")[2]
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_colour_only_on_a_terminal_and_never_with_no_color(
+    no_color: str, coloured: bool, server: Server, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    config(tmp_path, TWO_TIERS.format(url=server.url))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    for kind, expected in ((Terminal, coloured), (io.StringIO, False)):
+        for command, words in (("check", ["ok", "failed"]), ("status", ["closed"])):
+            monkeypatch.setattr(sys, "stdout", shown := kind())
+            main([command])
+            assert ("\033[" in shown.getvalue()) == expected
+            assert all(word in shown.getvalue() for word in words)
+
+
+def test_check_waits_no_longer_than_its_timeout(server: Server, capsys: Printed) -> None:
+    server.shutdown_request = lambda request: None  # type: ignore[assignment,method-assign]
+    server.process_request = lambda *_: None  # type: ignore[assignment,method-assign]
+    start = time.monotonic()
+    assert main(["check", "--base-url", server.url, "--timeout", "0.1"]) == 1
+    assert time.monotonic() - start < 4.0  # and not the five seconds that are the default
+    assert "ProviderTimeout" in capsys.readouterr().out
+
+
+# -- as a program
+
+
+def run(folder: Path, *arguments: str, python: str = "", shell: str = "", **environ: str) -> Any:
+    """``python copilot_router.py …`` in a folder with nothing but the file."""
+    if not (folder / "copilot_router.py").exists():
+        shutil.copy(copilot_router.__file__, folder)
+    words = [sys.executable, *python.split(), "copilot_router.py", *arguments]
+    if shell:
+        words = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *words]
+    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)  # fmt: skip
+
+
+def test_a_vendored_file_goes_from_init_to_an_answer(server: Server, tmp_path: Path) -> None:
+    done = run(tmp_path, "init", LMSTUDIO_BASE_URL=server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run(tmp_path, "check")
+    assert (done.returncode, done.stderr) == (0, "copilot-router: using copilot-router.toml\n")
+    done = run(tmp_path, "chat", "Hello")
+    assert (done.returncode, done.stdout) == (0, "you said Hello\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"copilot_router.py", "copilot-router.toml"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(("shell", "status"), [("> /dev/full", 1), (">&-", 1), ("<&- 2>&-", 0)])
+def test_python_complains_of_no_stream_when_it_exits(
+    shell: str, status: int, server: Server, tmp_path: Path
+) -> None:
+    for arguments in (chat(server, "hi"), ["--help"]):
+        done = run(tmp_path, *arguments, shell=shell)
+        assert done.returncode in (status, 0 if "--help" in arguments and shell == ">&-" else status)
+        assert len(done.stderr.splitlines()) <= 1
+        assert "Traceback" not in done.stderr
+
+
+def test_a_program_without_requests_says_what_to_install(tmp_path: Path) -> None:
+    done = run(tmp_path, "chat", "--provider", "lmstudio", "hi", python="-S")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install requests" in done.stderr
+
+
+def test_python_dash_m_runs_the_command_line(tmp_path: Path) -> None:
+    folder = str(Path(copilot_router.__file__).parent)
+    done = subprocess.run([sys.executable, "-m", "copilot_router", "--version"], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONPATH": folder}, capture_output=True, timeout=60)  # fmt: skip
+    assert done.stdout == f"copilot-router {copilot_router.__version__}\n"

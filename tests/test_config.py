@@ -13,7 +13,6 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,27 +238,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_without_a_toml_parser_it_says_what_to_install(
     write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tomllib", None)
-    monkeypatch.setitem(sys.modules, "tomli", None)
+    for name in ("tomllib", "tomli"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match="pip install tomli"):
         FailoverChain.from_config(write(GOOD))
     assert FailoverChain.from_config(tomllib.loads(GOOD)).tiers[0].name == "a"
-
-
-def test_tomli_reads_the_file_where_there_is_no_tomllib(
-    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def load(file: Any) -> dict[str, Any]:
-        asked.append(file.name)
-        return tomllib.load(file)
-
-    monkeypatch.setitem(sys.modules, "tomllib", None)
-    monkeypatch.setitem(sys.modules, "tomli", SimpleNamespace(load=load))
-    path = write(GOOD)
-    assert FailoverChain.from_config(str(path)).tiers[0].name == "a"
-    assert asked == [str(path)]
 
 
 #: A class, what it needs, an argument that it does not have, and the nearest that it has.
