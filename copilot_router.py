@@ -5749,13 +5749,12 @@ def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
     provider, params = settings.get("provider"), settings.get("params")
     if provider is None:
         raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai"')
-    settings["provider"] = _typed(provider, _PROVIDERS, f"{where} [tier.provider]", in_file)
+    settings["provider"] = made = _typed(provider, _PROVIDERS, f"{where} [tier.provider]", in_file)
     if isinstance(provider, Mapping):
-        settings["provider"]._key_from = provider.get("api_key_env")  # the command line names it
-        for name in params if isinstance(params, Mapping) else ():
-            if name not in _OPTIONS:
-                cure = f"{_near(name, _OPTIONS)} Fields of one vendor go into extra_body"
-                raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
+        made._key_from = provider.get("api_key_env")  # the command line names it after a 401
+        for name in params.keys() - _OPTIONS if isinstance(params, Mapping) else ():
+            cure = f"{_near(name, _OPTIONS)} Fields of one vendor go into extra_body"
+            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
     if isinstance(settings.get("breaker"), Mapping):
         place = f"{where} [tier.breaker]"
         breaker = {"name": settings.get("name"), **_settings(settings["breaker"], place, in_file)}
@@ -5785,7 +5784,7 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
     taken = [inspect.signature(base.__init__).parameters.values() for base in reversed(makers)]
     known = {item.name: item for items in taken for item in items if item.kind != item.VAR_KEYWORD}
-    del known["self"]
+    known.pop("self", None)
     for name, value in settings.items():
         if name not in known:
             cure = f"{_near(name, known)} Known: {', '.join(known)}"
@@ -6065,12 +6064,12 @@ def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
 def _reset_command(options: Any) -> int:
     with _chain_from(options) as chain:
         tiers = {tier.name: tier for tier in chain.tiers}
-        if options.tier not in tiers:
-            near = f"{_near(options.tier, tiers)} Known: {', '.join(tiers)}"
-            raise ConfigError(f"no tier is called {options.tier!r}.{near}")
-        old = tiers[options.tier].breaker.state
-        tiers[options.tier].breaker.reset()
-        _say_whose(options.screen, [tiers[options.tier]])
+        tier = tiers.get(options.tier)
+        if tier is None:
+            raise ConfigError(f"no tier is called {options.tier!r}.{_near(options.tier, tiers)}")
+        old = tier.breaker.state
+        tier.breaker.reset()
+        _say_whose(options.screen, [tier])
     plain = f"{_escaped(options.tier)}: was {old}, is closed"
     print(json.dumps({"tier": options.tier, "was": old}) if options.json else plain)
     return 0
@@ -6095,6 +6094,7 @@ timeout = 60.0              # seconds for a whole call, failover included
 
 def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str]) -> str:
     """A tier as TOML. It is switched on if the environment has what it needs but for a model."""
+
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -3,6 +3,7 @@ on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -28,8 +29,6 @@ REFUSED = "http://127.0.0.1:9/v1"
 #: Escape, bell, C1, and the character that turns the direction of writing.
 HOSTILE = "a\x1b]0;owned\x07\x9b2J\u202eb"
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-Printed = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 
 class Server(ThreadingHTTPServer):
@@ -118,14 +117,51 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
 
+class Cli:
+    """Runs commands in this process, against a server on this machine, in an empty directory."""
+
+    def __init__(self, folder: Path, server: Server, patch: pytest.MonkeyPatch, capsys: Any) -> None:
+        self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """The exit status, standard output and standard error."""
+        self.capsys.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(str(end.code or 0))
+        return (status, *self.capsys.readouterr())
+
+    def ask(self, *more: str) -> tuple[int, str, str]:
+        """``chat`` with the server."""
+        return self("chat", "--base-url", self.server.url, "--model", "m", *more)
+
+    def config(self, text: str = "", name: str = "copilot-router.toml", url: str = "") -> None:
+        text = (text or TWO_TIERS).replace("{url}", url or self.server.url)
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def streams(self, **streams: Any) -> None:
+        for name, stream in streams.items():
+            self.patch.setattr(sys, name, stream)
+
+    def environ(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self.patch.setenv(name, value)
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the server was asked."""
+        return [body["messages"][-1]["content"] for body in self.server.bodies]
+
+
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: Patch) -> Iterator[Server]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Cli]:
     monkeypatch.chdir(tmp_path)
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            yield server
+            yield Cli(tmp_path, server, monkeypatch, capsys)
         finally:
             server.go.set()
             server.shutdown()
@@ -147,472 +183,6 @@ class Terminal(io.StringIO):
             self.seen.set()
         return super().write(text)
 
-
-def chat(server: Server, *more: str) -> list[str]:
-    return ["chat", "--base-url", server.url, "--model", "m", *more]
-
-
-def config(folder: Path, text: str, name: str = "copilot-router.toml") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-# -- chat: the answer
-
-
-def test_chat_prints_the_answer_and_nothing_else(server: Server, capsys: Printed) -> None:
-    assert main(chat(server, "hello")) == 0
-    assert capsys.readouterr() == ("you said hello\n", "")
-    assert server.bodies[0]["messages"][-1] == {"role": "user", "content": "hello"}
-
-
-@pytest.mark.parametrize(("name", "path"), [("openai", "/v1/models"), ("lmstudio", "/v1/models"),
-                                            ("ollama", "/api/tags"), ("anthropic", "/v1/models"),
-                                            ("gemini", "/v1beta/models")])  # fmt: skip
-def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
-    name: str, path: str, server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv("MY_KEY", KEY)
-    aim = ["--provider", name, "--base-url", server.url, "--api-key-env", "MY_KEY"]
-    assert main(["check", *aim]) == 0
-    assert server.heads[0].startswith(path)
-    assert KEY in server.heads[0]
-
-
-def test_chat_streams_and_no_stream_prints_in_one_piece(server: Server, monkeypatch: Patch) -> None:
-    class Pieces(io.StringIO):
-        def write(self, text: str) -> int:
-            pieces.extend([text] if text else [])
-            return super().write(text)
-
-    for more, expected in ((["lines"], ["one\n", "two", "\n"]),
-                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):  # fmt: skip
-        pieces: list[str] = []
-        monkeypatch.setattr(sys, "stdout", Pieces())
-        assert main(chat(server, *more)) == 0
-        assert pieces == expected
-
-
-def test_chat_as_json_prints_the_whole_response(server: Server, capsys: Printed) -> None:
-    assert main(chat(server, "--json", "hi")) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    told = json.loads(line)
-    assert (told["content"], told["provider"], told["model"]) == ("you said hi", "openai", "m")
-    assert told["usage"]["prompt_tokens"] == 21
-    assert [attempt["outcome"] for attempt in told["attempts"]] == ["ok"]
-
-
-def test_chat_takes_its_tiers_from_the_environment(
-    server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    monkeypatch.setenv("OPENAI_MODEL", "m")
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", REFUSED)
-    assert main(["chat", "--tiers", "openai, lmstudio", "--model", "m", "hi"]) == 0
-    assert main(["chat", "--tiers", "openai", "--system", "Be brief.", "hi"]) == 0
-    assert server.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert capsys.readouterr().out == "you said hi\n" * 2
-    assert main(["chat", "--tiers", "opnai", "hi"]) == 2
-    assert "'openai'" in capsys.readouterr().err
-
-
-def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(
-    server: Server, capsys: Printed
-) -> None:
-    asked = ["chat", "--base-url", server.url, "--model", "weak", "--escalation-model", "strong"]
-    assert main([*asked, "hi"]) == 0
-    assert capsys.readouterr().out == "you said hi\n"
-    assert main([*asked, "give up"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "openai" in err
-
-
-def test_wait_lets_a_call_sleep_until_its_tier_is_ready(server: Server, capsys: Printed) -> None:
-    assert main(chat(server, "limit once")) == 1
-    server.bodies.clear()
-    assert main(chat(server, "--wait", "20", "limit once")) == 0
-    assert capsys.readouterr().out == "you said limit once\n"
-
-
-# -- chat: the prompt
-
-
-@pytest.mark.parametrize("prompt", [[], ["-"]])
-def test_standard_input_is_the_prompt_where_none_is_given(
-    prompt: list[str], server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
-    assert main(chat(server, *prompt)) == 0
-    assert capsys.readouterr() == ("you said from a pipe\n", "")
-    monkeypatch.setattr(sys, "stdin", Terminal("typed"))
-    assert main(chat(server, *prompt)) == 0
-    out, err = capsys.readouterr()
-    assert out == "you said typed\n"
-    assert "Ctrl-D" in err
-
-
-@pytest.mark.parametrize("kind", ["pipe", "file"])
-@pytest.mark.parametrize(("text", "sent"), [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")])
-def test_a_pipe_or_file_is_joined_to_a_given_prompt(
-    kind: str, text: str, sent: str, server: Server, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    reading, writing = os.pipe()
-    os.write(writing, text.encode())
-    os.close(writing)
-    (tmp_path / "input").write_text(text)
-    with open(reading) as pipe, open(tmp_path / "input") as file:
-        monkeypatch.setattr(sys, "stdin", pipe if kind == "pipe" else file)
-        assert main(chat(server, "sum up")) == 0
-    assert server.bodies[0]["messages"][-1]["content"] == sent
-
-
-def test_a_given_prompt_does_not_wait_for_other_kinds_of_standard_input(
-    server: Server, monkeypatch: Patch
-) -> None:
-    closed = io.StringIO()
-    closed.close()
-    with open(os.devnull) as device:
-        for stdin in (None, closed, device, Terminal("typed"), io.StringIO("no file")):
-            monkeypatch.setattr(sys, "stdin", stdin)
-            assert main(chat(server, "hi")) == 0
-    assert {body["messages"][-1]["content"] for body in server.bodies} == {"hi"}
-
-
-@pytest.mark.parametrize("stdin", [None, b"", b" \n", b"\xff\xfe"])
-def test_no_prompt_and_one_that_is_no_text_are_usage_errors(
-    stdin: bytes | None, server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", given)
-    assert main(chat(server)) == 2
-    assert main(chat(server, "half a character: \udcff")) == 2
-    out, err = capsys.readouterr()
-    assert (out, len(err.splitlines()), server.bodies) == ("", 2, [])
-
-
-def test_a_prompt_without_quotes_is_told_to_be_quoted(server: Server, capsys: Printed) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(chat(server, "what", "is", "the", "sky"))
-    assert end.value.code == 2
-    assert '"what is the sky"' in capsys.readouterr().err
-
-
-# -- how it ends
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "parts"),
-    [
-        (["limit"], 1, ["RateLimited", "try again in"]),
-        (["down"], 1, ["ServerError", "(2 times)"]),
-        (["refuse"], 1, ["BadRequest", "not so"]),
-        (["--timeout", "0.1", "silence"], 124, ["deadline"]),
-        (["--wait", "-1", "hi"], 2, ["wait=-1"]),
-        (["--tiers", "other", "hi"], 2, ["'other'"]),
-        (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
-        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"]),
-    ],
-)
-def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
-    arguments: list[str], status: int, parts: list[str], server: Server, capsys: Printed
-) -> None:
-    assert main(chat(server, *arguments)) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert [part for part in parts if part not in err] == []
-    assert (server.url in err) == (status != 2)
-    assert all(line.startswith("copilot-router: ") for line in err.splitlines())
-    assert main(chat(server, "--json", *arguments)) == status
-    out, err = capsys.readouterr()
-    told = json.loads(out)
-    assert told["error"]["message"]
-    assert issubclass(getattr(copilot_router, told["error"]["type"]), copilot_router.RouterError)
-    assert bool(told.get("attempts")) == (status != 2)
-    assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
-    assert all(part not in out for part in ("null", '""', "[]", "{}"))
-    assert err
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
-@pytest.mark.parametrize("command", [["chat", "hi"], ["check"]])
-def test_a_timeout_that_is_not_above_zero_is_a_usage_error(
-    command: list[str], value: str, capsys: Printed
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--timeout", value])
-    assert end.value.code == 2
-    assert "--timeout" in capsys.readouterr().err
-
-
-def test_a_tier_that_is_not_running_is_named_with_its_address(
-    capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", "http://127.0.0.1:9")
-    assert main(["chat", "hi"]) == 1
-    assert f"lmstudio: refused at {REFUSED}: is it running?" in capsys.readouterr().err
-    assert main(["check"]) == 1
-    assert f"refused at {REFUSED}: is it running?" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("how", ["environment", "flag", "configuration"])
-def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(
-    how: str, server: Server, tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
-    variable = "OPENAI_API_KEY" if how == "environment" else "MY_KEY"
-    monkeypatch.setenv(variable, "bad-key")
-    flags = ["--base-url", server.url, "--api-key-env", "MY_KEY"] if how == "flag" else []
-    if how == "environment":
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    if how == "configuration":
-        config(tmp_path, f"""
-            [[tier]]
-            name = "cloud"
-            [tier.provider]
-            type = "openai"
-            base_url = "{server.url}"
-            api_key_env = "MY_KEY"
-        """)  # fmt: skip
-    assert main(["chat", *flags, "--model", "m", "hi"]) == 1
-    err = capsys.readouterr().err
-    assert f"check {variable}" in err
-    assert server.url in err
-    assert "try again" not in err
-    assert main(["check", *flags]) == 1
-    assert f"check {variable}" in capsys.readouterr().out
-
-
-def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(
-    server: Server, capsys: Printed
-) -> None:
-    for more, status in ((["break"], 1), (["--timeout", "0.5", "hold"], 124)):
-        assert main(chat(server, *more)) == status
-        out, err = capsys.readouterr()
-        assert out == "one \n"
-        assert server.url in err
-
-
-@pytest.mark.parametrize(
-    ("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")]
-)
-def test_an_interrupt_ends_the_line_and_is_status_130(
-    prompt: str, left: str, server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    """While the server is silent, and as soon as the first text is shown."""
-
-    class Interrupted(io.StringIO):
-        def write(self, text: str) -> int:
-            done = super().write(text)
-            if text.startswith("one"):
-                signal.raise_signal(signal.SIGINT)
-            return done
-
-    monkeypatch.setattr(sys, "stdout", shown := Interrupted())
-    assert main(chat(server, prompt)) == 130
-    assert (shown.getvalue(), capsys.readouterr().err) == (left, "")
-
-
-# -- streams and terminals
-
-
-def open_stream(kind: str) -> Any:
-    if kind == "pipe":
-        reading, writing = os.pipe()
-        os.close(reading)
-        return open(writing, "w")
-    if kind == "closed":
-        stream = io.StringIO()
-        stream.close()
-        return stream
-    return open("/dev/full", "w") if kind == "full" else None
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize(("kind", "status"), [("full", 1), ("none", 1), ("closed", 1), ("pipe", 0)])
-@pytest.mark.parametrize("arguments", [["chat", "lines"], ["chat", "--json", "down"], ["check"],
-                                       ["status"], ["reset", "openai"]])  # fmt: skip
-def test_an_output_that_cannot_be_written_is_one_sentence(
-    arguments: list[str], kind: str, status: int, server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    """A pipe whose reader has gone is no failure."""
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    monkeypatch.setenv("OPENAI_MODEL", "m")
-    monkeypatch.setattr(sys, "stdout", stream := open_stream(kind))
-    assert main(arguments) == status
-    err = capsys.readouterr().err
-    assert err.count("standard output") == status
-    if stream is not None:
-        stream.close()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("kind", ["full", "none", "closed", "pipe"])
-def test_a_standard_error_that_cannot_be_written_changes_nothing(
-    kind: str, server: Server, monkeypatch: Patch, capsys: Printed
-) -> None:
-    monkeypatch.setattr(sys, "stderr", stream := open_stream(kind))
-    assert main(chat(server, "-v", "hi")) == 0
-    assert main(chat(server, "-v", "down")) == 1
-    assert capsys.readouterr().out == "you said hi\n"
-    if stream is not None:
-        with pytest.raises(OSError) if kind in ("full", "pipe") else io.StringIO():
-            stream.close()
-
-
-def test_a_letter_that_the_terminal_lacks_does_not_stop_the_answer(
-    server: Server, monkeypatch: Patch
-) -> None:
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    assert main(chat(server, "Grüße")) == 0
-    assert shown.getvalue().decode().startswith("you said Gr")
-
-
-def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(
-    server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    assert main(chat(server, "hostile")) == 0
-    assert capsys.readouterr().out == f"{HOSTILE}\n\ttabtwo\n"
-    for more in ([], ["--no-stream"]):
-        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-        assert main(chat(server, *more, "hostile")) == 0
-        assert STEERS.search(terminal.getvalue()) is None
-        assert terminal.getvalue().endswith("b\n\ttabtwo\n")
-        assert "\\x1b" in terminal.getvalue()
-
-
-@pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
-                                       ["status"], ["reset", "cl\u202eoud"]])  # fmt: skip
-def test_messages_and_names_cannot_steer_a_terminal(
-    arguments: list[str], server: Server, tmp_path: Path, capsys: Printed
-) -> None:
-    server.healthy = False
-    config(tmp_path, f"""
-        [[tier]]
-        name = "cl\\u202eoud"
-        models = ["m"]
-        [tier.provider]
-        type = "lmstudio"
-        base_url = "{server.url}"
-    """)  # fmt: skip
-    main(arguments)
-    out, err = capsys.readouterr()
-    assert STEERS.search(out.replace("\n", "") + err.replace("\n", "")) is None
-    assert "cl\\u202eoud" in out + err
-
-
-def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(
-    server: Server, tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv("MY_KEY", KEY)
-    config(tmp_path, f"""
-        [[tier]]
-        name = "local"
-        [tier.provider]
-        type = "lmstudio"
-        base_url = "{REFUSED}"
-        [[tier]]
-        name = "cloud"
-        models = ["m"]
-        prices = [1.0, 1.0]
-        [tier.provider]
-        type = "openai"
-        base_url = "{server.url}"
-        api_key_env = "MY_KEY"
-    """)  # fmt: skip
-    assert main(["chat", "-v", "a question"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "you said a question\n"
-    lines = err.splitlines()
-    assert len(lines) == len(set(lines)) > 3
-    assert all(line.startswith("copilot-router: ") for line in lines)
-    assert f"local: refused at {REFUSED}: is it running?" in err
-    assert "$0.000031" in lines[-1]
-    assert KEY not in err
-    assert "question" not in err
-
-
-def test_verbose_is_not_glued_to_an_unfinished_answer(server: Server, monkeypatch: Patch) -> None:
-    """Both streams of a terminal, in the order of writing."""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert main(chat(server, "-v", "break")) == 1
-    shown = terminal.getvalue()
-    assert "one \n" in shown
-    assert all(line.startswith(("copilot-router: ", "one ")) for line in shown.splitlines())
-
-
-def test_a_person_who_waits_is_told_for_whom(server: Server, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal("", "openai", server.go))
-    assert main(chat(server, "silence")) == 0
-    assert terminal.getvalue().count("openai") == 1
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert main(chat(server, "hi")) == 0
-    assert terminal.getvalue() == ""
-
-
-# -- what a new user meets first
-
-
-def test_no_arguments_print_the_help(capsys: Printed) -> None:
-    assert main([]) == 0
-    out, err = capsys.readouterr()
-    assert "usage: copilot-router" in out
-    assert err == ""
-
-
-VARIABLES = ["LMSTUDIO_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY", "GEMINI_API_KEY",
-             "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"]  # fmt: skip
-HELP = {
-    "chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system", "-v",
-             "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
-    "status": ["--config", "--json"], "check": ["--config", "--json", "--timeout"],
-    "reset": ["TIER", "--config"], "init": ["FILE"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help_names_flags_variables_and_exit_statuses(command: str, capsys: Printed) -> None:
-    told = []
-    for arguments in (["--help"], [command, "--help"]):
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        told.append(capsys.readouterr().out)
-        assert end.value.code == 0
-        assert all(f"{status} " in told[-1] for status in (0, 1, 2, 124, 130))
-        assert max(map(len, told[-1].splitlines())) <= 100
-    assert [name for name in (command, *VARIABLES) if name not in told[0]] == []
-    assert [flag for flag in HELP[command] if flag not in told[1]] == []
-
-
-@pytest.mark.parametrize("arguments", [["chat", "--nonsense"], ["sing"], ["reset"], ["--nonsense"]])
-def test_wrong_usage_is_status_2(arguments: list[str], capsys: Printed) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    assert "usage: copilot-router" in capsys.readouterr().err
-
-
-def test_no_provider_and_no_model_name_what_to_set(
-    server: Server, capsys: Printed, monkeypatch: Patch
-) -> None:
-    for command in (["chat", "hi"], ["status"], ["check"]):
-        assert main(command) == 2
-        err = capsys.readouterr().err
-        assert "OPENAI_API_KEY" in err
-        assert "--provider" not in err or command != ["status"]
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    assert main(["chat", "hi"]) == 2
-    assert "ANTHROPIC_MODEL" in capsys.readouterr().err
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", server.url)
-    assert main(["chat", "hi"]) == 0  # LM Studio needs no model
-    assert main(["chat", "--tiers", "anthropic", "hi"]) == 2
-    assert capsys.readouterr().out == "you said hi\n"
-
-
-# -- the configuration of this directory, status, check, reset
 
 TWO_TIERS = """
 [chain]
@@ -637,6 +207,378 @@ base_url = "http://127.0.0.1:9"
 """
 
 
+# -- chat: the answer
+
+
+def test_chat_prints_the_answer_and_nothing_else(cli: Cli) -> None:
+    assert cli.ask("hello") == (0, "you said hello\n", "")
+    assert cli.prompts == ["hello"]
+
+
+@pytest.mark.parametrize(("name", "path"), [("openai", "/v1/models"), ("lmstudio", "/v1/models"),
+                                            ("ollama", "/api/tags"), ("anthropic", "/v1/models"),
+                                            ("gemini", "/v1beta/models")])  # fmt: skip
+def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
+    name: str, path: str, cli: Cli
+) -> None:
+    cli.environ(MY_KEY=KEY)
+    aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
+    assert cli("check", *aim)[0] == 0
+    assert cli.server.heads[0].startswith(path)
+    assert KEY in cli.server.heads[0]
+
+
+def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.extend([text] if text else [])
+            return super().write(text)
+
+    for more, expected in ((["lines"], ["one\n", "two", "\n"]),
+                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):  # fmt: skip
+        pieces: list[str] = []
+        cli.streams(stdout=Pieces())
+        assert cli.ask(*more)[0] == 0
+        assert pieces == expected
+
+
+def test_chat_as_json_prints_the_whole_response(cli: Cli) -> None:
+    status, out, _ = cli.ask("--json", "hi")
+    told = json.loads(out)
+    assert (status, len(out.splitlines())) == (0, 1)
+    assert (told["content"], told["provider"], told["model"]) == ("you said hi", "openai", "m")
+    assert told["usage"]["prompt_tokens"] == 21
+    assert [attempt["outcome"] for attempt in told["attempts"]] == ["ok"]
+
+
+def test_chat_takes_its_tiers_from_the_environment(cli: Cli) -> None:
+    cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m", LMSTUDIO_BASE_URL=REFUSED)
+    assert cli("chat", "--tiers", "openai, lmstudio", "--model", "m", "hi")[0] == 0
+    assert cli("chat", "--tiers", "openai", "--system", "Be brief.", "hi")[1] == "you said hi\n"
+    assert cli.server.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    status, _, err = cli("chat", "--tiers", "opnai", "hi")
+    assert (status, "'openai'" in err) == (2, True)
+
+
+def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -> None:
+    asked = ["chat", "--base-url", cli.server.url, "--model", "weak", "--escalation-model", "strong"]
+    assert cli(*asked, "hi")[:2] == (0, "you said hi\n")
+    assert cli(*asked, "give up")[:2] == (1, "")
+
+
+def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
+    assert cli.ask("limit once")[0] == 1
+    cli.server.bodies.clear()
+    assert cli.ask("--wait", "20", "limit once")[:2] == (0, "you said limit once\n")
+
+
+# -- chat: the prompt
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_standard_input_is_the_prompt_where_none_is_given(prompt: list[str], cli: Cli) -> None:
+    cli.streams(stdin=io.StringIO("from a pipe"))
+    assert cli.ask(*prompt) == (0, "you said from a pipe\n", "")
+    cli.streams(stdin=Terminal("typed"))
+    status, out, err = cli.ask(*prompt)
+    assert (status, out, "Ctrl-D" in err) == (0, "you said typed\n", True)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+@pytest.mark.parametrize(
+    ("text", "sent"), [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")]
+)
+def test_a_pipe_or_file_is_joined_to_a_given_prompt(
+    kind: str, text: str, sent: str, cli: Cli
+) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    Path("input").write_text(text)
+    with open(reading) as pipe, open("input") as file:
+        cli.streams(stdin=pipe if kind == "pipe" else file)
+        assert cli.ask("sum up")[0] == 0
+    assert cli.prompts == [sent]
+
+
+def test_a_given_prompt_does_not_wait_for_other_kinds_of_standard_input(cli: Cli) -> None:
+    closed = io.StringIO()
+    closed.close()
+    with open(os.devnull) as device:
+        for stdin in (None, closed, device, Terminal("typed"), io.StringIO("no file")):
+            cli.streams(stdin=stdin)
+            assert cli.ask("hi")[0] == 0
+    assert cli.prompts == ["hi"] * 5
+
+
+@pytest.mark.parametrize("stdin", [None, b"", b" \n", b"\xff\xfe"])
+def test_no_prompt_and_one_that_is_no_text_are_usage_errors(stdin: bytes | None, cli: Cli) -> None:
+    given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    cli.streams(stdin=given)
+    for prompt in ([], ["half a character: \udcff"]):
+        status, out, err = cli.ask(*prompt)
+        assert (status, out, len(err.splitlines()), cli.prompts) == (2, "", 1, [])
+
+
+def test_a_prompt_without_quotes_is_told_to_be_quoted(cli: Cli) -> None:
+    status, _, err = cli.ask("what", "is", "the", "sky")
+    assert (status, '"what is the sky"' in err) == (2, True)
+
+
+# -- how it ends
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "parts"),
+    [
+        (["limit"], 1, ["RateLimited", "try again in"]),
+        (["down"], 1, ["ServerError", "(2 times)"]),
+        (["refuse"], 1, ["BadRequest", "not so"]),
+        (["--timeout", "0.1", "silence"], 124, ["deadline"]),
+        (["--wait", "-1", "hi"], 2, ["wait=-1"]),
+        (["--tiers", "other", "hi"], 2, ["'other'"]),
+        (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
+        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"]),
+    ],
+)
+def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
+    arguments: list[str], status: int, parts: list[str], cli: Cli
+) -> None:
+    ended, out, err = cli.ask(*arguments)
+    assert (ended, out) == (status, "")
+    assert [part for part in parts if part not in err] == []
+    assert (cli.server.url in err) == (status != 2)
+    assert all(line.startswith("copilot-router: ") for line in err.splitlines())
+    ended, out, err = cli.ask("--json", *arguments)
+    told = json.loads(out)
+    assert (ended, bool(err)) == (status, True)
+    assert told["error"]["message"]
+    assert issubclass(getattr(copilot_router, told["error"]["type"]), copilot_router.RouterError)
+    assert bool(told.get("attempts")) == (status != 2)
+    assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
+    assert all(part not in out for part in ("null", '""', "[]", "{}"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+@pytest.mark.parametrize("command", [["chat", "hi"], ["check"]])
+def test_a_timeout_that_is_not_above_zero_is_a_usage_error(
+    command: list[str], value: str, cli: Cli
+) -> None:
+    status, _, err = cli(*command, "--timeout", value)
+    assert (status, "--timeout" in err) == (2, True)
+
+
+def test_a_tier_that_is_not_running_is_named_with_its_address(cli: Cli) -> None:
+    cli.environ(LMSTUDIO_BASE_URL="http://127.0.0.1:9")
+    status, out, err = cli("chat", "hi")
+    assert (status, out) == (1, "")
+    assert f"lmstudio: refused at {REFUSED}: is it running?" in err
+    status, out, _ = cli("check")
+    assert (status, f"refused at {REFUSED}: is it running?" in out) == (1, True)
+
+
+@pytest.mark.parametrize("how", ["environment", "flag", "configuration"])
+def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(how: str, cli: Cli) -> None:
+    variable = "OPENAI_API_KEY" if how == "environment" else "MY_KEY"
+    cli.environ(**{variable: "bad-key"})
+    flags = ["--base-url", cli.server.url, "--api-key-env", "MY_KEY"] if how == "flag" else []
+    if how == "environment":
+        cli.environ(OPENAI_BASE_URL=cli.server.url)
+    if how == "configuration":
+        cli.config('[[tier]]\nname = "cloud"\n[tier.provider]\ntype = "openai"\n'
+                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')  # fmt: skip
+    status, out, err = cli("chat", *flags, "--model", "m", "hi")
+    assert (status, out) == (1, "")
+    assert f"check {variable}" in err
+    assert cli.server.url in err
+    assert "try again" not in err
+    status, out, _ = cli("check", *flags)
+    assert (status, f"check {variable}" in out) == (1, True)
+
+
+def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> None:
+    for more, status in ((["break"], 1), (["--timeout", "0.5", "hold"], 124)):
+        ended, out, err = cli.ask(*more)
+        assert (ended, out, cli.server.url in err) == (status, "one \n", True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")]
+)
+def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
+    """While the server is silent, and as soon as the first text is shown."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            done = super().write(text)
+            if text.startswith("one"):
+                signal.raise_signal(signal.SIGINT)
+            return done
+
+    cli.streams(stdout=Interrupted())
+    shown: Any = sys.stdout
+    status, _, err = cli.ask(prompt)
+    assert (status, shown.getvalue(), err) == (130, left, "")
+
+
+# -- streams and terminals
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+def lost(kind: str) -> Any:
+    """A stream that cannot be written to."""
+    if kind == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        return open(writing, "w")
+    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()
+    if kind == "closed":
+        stream.close()
+    return None if kind == "none" else stream
+
+
+@needs_full
+@pytest.mark.parametrize(("kind", "status"), [("full", 1), ("none", 1), ("closed", 1), ("pipe", 0)])
+@pytest.mark.parametrize("arguments", [["chat", "lines"], ["chat", "--json", "down"], ["check"],
+                                       ["status"], ["reset", "openai"]])  # fmt: skip
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    arguments: list[str], kind: str, status: int, cli: Cli
+) -> None:
+    """A pipe whose reader has gone is no failure."""
+    cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m")
+    cli.streams(stdout=lost(kind))
+    stream: Any = sys.stdout
+    ended, _, err = cli(*arguments)
+    assert (ended, err.count("standard output")) == (status, status)
+    with contextlib.suppress(AttributeError):
+        stream.close()  # nothing is left to be written, which would fail
+
+
+@needs_full
+@pytest.mark.parametrize("kind", ["full", "none", "closed", "pipe"])
+def test_a_standard_error_that_cannot_be_written_changes_nothing(kind: str, cli: Cli) -> None:
+    cli.streams(stderr=lost(kind))
+    stream: Any = sys.stderr
+    assert cli.ask("-v", "hi")[:2] == (0, "you said hi\n")
+    assert cli.ask("-v", "down")[:2] == (1, "")
+    with contextlib.suppress(AttributeError, OSError):
+        stream.close()
+
+
+def test_a_letter_that_the_terminal_lacks_does_not_stop_the_answer(cli: Cli) -> None:
+    shown = io.BytesIO()
+    cli.streams(stdout=io.TextIOWrapper(shown, encoding="ascii"))
+    assert cli.ask("Grüße")[0] == 0
+    assert shown.getvalue().startswith(b"you said Gr")
+
+
+def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) -> None:
+    assert cli.ask("hostile")[:2] == (0, f"{HOSTILE}\n\ttabtwo\n")
+    for more in ([], ["--no-stream"]):
+        cli.streams(stdout=Terminal())
+        terminal: Any = sys.stdout
+        assert cli.ask(*more, "hostile")[0] == 0
+        assert STEERS.search(terminal.getvalue()) is None
+        assert terminal.getvalue().endswith("b\n\ttabtwo\n")
+        assert "\\x1b" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
+                                       ["status"], ["reset", "cl\u202eoud"]])  # fmt: skip
+def test_messages_and_names_cannot_steer_a_terminal(arguments: list[str], cli: Cli) -> None:
+    cli.server.healthy = False
+    cli.config(TWO_TIERS.replace("first", "cl\\u202eoud"))
+    _, out, err = cli(*arguments)
+    assert STEERS.search(out.replace("\n", "") + err.replace("\n", "")) is None
+    assert "cl\\u202eoud" in out + err
+
+
+def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli) -> None:
+    cli.environ(MY_KEY=KEY)
+    cli.config(
+        f'[[tier]]\nname = "local"\nprovider = {{type = "lmstudio", base_url = "{REFUSED}"}}\n'
+        '[[tier]]\nname = "cloud"\nmodels = ["m"]\nprices = [1.0, 1.0]\n'
+        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n'
+    )
+    status, out, err = cli("chat", "-v", "a question")
+    assert (status, out) == (0, "you said a question\n")
+    lines = err.splitlines()
+    assert len(lines) == len(set(lines)) > 3
+    assert all(line.startswith("copilot-router: ") for line in lines)
+    assert f"local: refused at {REFUSED}: is it running?" in err
+    assert "$0.000031" in lines[-1]
+    assert KEY not in err
+    assert "question" not in err
+
+
+def test_verbose_is_not_glued_to_an_unfinished_answer(cli: Cli) -> None:
+    """Both streams of a terminal, in the order of writing."""
+    terminal = Terminal()
+    cli.streams(stdout=terminal, stderr=terminal)
+    assert cli.ask("-v", "break")[0] == 1
+    lines = terminal.getvalue().splitlines()
+    assert "one " in lines
+    assert all(line.startswith(("copilot-router: ", "one ")) for line in lines)
+
+
+def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
+    for prompt, times in (("silence", 1), ("hi", 0)):
+        terminal = Terminal("", "openai", cli.server.go)
+        cli.streams(stderr=terminal)
+        assert cli.ask(prompt)[0] == 0
+        assert terminal.getvalue().count("openai") == times
+
+
+# -- what a new user meets first
+
+VARIABLES = ["LMSTUDIO_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY", "GEMINI_API_KEY",
+             "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY",
+             "ANTHROPIC_BASE_URL"]  # fmt: skip
+HELP = {
+    "chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system", "-v",
+             "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
+    "status": ["--config", "--json"], "check": ["--config", "--json", "--timeout"],
+    "reset": ["TIER", "--config"], "init": ["FILE"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_names_flags_variables_and_exit_statuses(command: str, cli: Cli) -> None:
+    whole, part = cli("--help"), cli(command, "--help")
+    assert whole == cli()  # which is what no arguments print
+    for status, out, err in (whole, part):
+        assert (status, err) == (0, "")
+        assert all(f"{number} " in out for number in (0, 1, 2, 124, 130))
+        assert max(map(len, out.splitlines())) <= 100
+    assert [name for name in (command, *VARIABLES) if name not in whole[1]] == []
+    assert [flag for flag in HELP[command] if flag not in part[1]] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chat", "--nonsense"], ["sing"], ["reset"], ["--nonsense"], ["status", "-v"]]
+)
+def test_wrong_usage_is_status_2(arguments: list[str], cli: Cli) -> None:
+    status, out, err = cli(*arguments)
+    assert (status, out, "usage: copilot-router" in err) == (2, "", True)
+
+
+def test_no_provider_and_no_model_name_what_to_set(cli: Cli) -> None:
+    for command in (["chat", "hi"], ["status"], ["check"]):
+        status, _, err = cli(*command)
+        assert (status, [name for name in VARIABLES if name not in err]) == (2, [])
+        assert "--provider" not in err or command != ["status"]
+    cli.environ(ANTHROPIC_API_KEY=KEY)
+    status, _, err = cli("chat", "hi")
+    assert (status, "ANTHROPIC_MODEL" in err) == (2, True)
+    cli.environ(LMSTUDIO_BASE_URL=cli.server.url)  # which needs no model
+    assert cli("chat", "hi") == (0, "you said hi\n", "")
+    assert cli("chat", "--tiers", "anthropic", "hi")[0] == 2
+
+
+# -- the configuration of this directory, status, check, reset
+
+
 def table(out: str) -> dict[str, list[str]]:
     """A printed table's rows by the tier; every column begins at the same place in all rows."""
     lines = out.splitlines()
@@ -646,140 +588,119 @@ def table(out: str) -> dict[str, list[str]]:
     return {row[1]: row[:1] + row[2:] for row in rows}
 
 
-def test_a_configuration_in_this_directory_is_used_and_said(
-    server: Server, tmp_path: Path, capsys: Printed, monkeypatch: Patch
-) -> None:
-    """Unless --config or --provider or --base-url say otherwise; it goes before the environment."""
-    monkeypatch.setenv("OLLAMA_HOST", REFUSED)
-    config(tmp_path, TWO_TIERS.format(url=server.url))
-    other = config(tmp_path, TWO_TIERS.format(url=server.url).replace("first", "other"), "o.toml")
+def test_a_configuration_in_this_directory_is_used_and_said(cli: Cli) -> None:
+    """It goes before the environment, and behind --config, --provider and --base-url."""
+    cli.environ(OLLAMA_HOST=REFUSED)
+    cli.config()
+    cli.config(TWO_TIERS.replace("first", "other"), "o.toml")
     for arguments in (["chat", "hi"], ["status"], ["check"], ["reset", "first"]):
-        main(arguments)
-        out, err = capsys.readouterr()
+        _, out, err = cli(*arguments)
         assert "copilot-router.toml" in err
         assert "ollama" not in out + err
-    assert main(["status", "--config", str(other)]) == 0
-    assert main(chat(server, "hi")) == 0
-    out, err = capsys.readouterr()
-    assert "other" in out
-    assert "copilot-router.toml" not in err
+    status, out, err = cli("status", "--config", "o.toml")
+    assert (status, "other" in out, "copilot-router.toml" in err) == (0, True, False)
+    assert cli.ask("hi") == (0, "you said hi\n", "")
 
 
-def test_status_check_and_reset_work_on_what_all_processes_share(
-    server: Server, tmp_path: Path, capsys: Printed
-) -> None:
-    config(tmp_path, TWO_TIERS.format(url=server.url))
-    assert main(["status"]) == 0
-    out, err = capsys.readouterr()
+def test_status_check_and_reset_work_on_what_all_processes_share(cli: Cli) -> None:
+    cli.config()
+    status, out, err = cli("status")
     assert [row[0] for row in table(out).values()] == ["STATE", "closed", "closed"]
-    assert len(err.splitlines()) == 1  # which configuration is used
+    assert (status, len(err.splitlines())) == (0, 1)  # which configuration is used
 
-    server.healthy = False
-    assert main(["chat", "--tiers", "first", "hi"]) == 1
-    assert main(["status"]) == 0
-    rows = table(capsys.readouterr().out)
+    cli.server.healthy = False
+    assert cli("chat", "--tiers", "first", "hi")[0] == 1
+    rows = table(cli("status")[1])
     assert (rows["first"][:2], rows["last"][:2]) == (["open", "primary"], ["closed", "secondary"])
     assert 3500 < int(rows["first"][3].removesuffix(" s")) <= 3600
     assert "ServerError" in rows["first"][4]
-    asked = len(server.bodies)
-    assert main(["chat", "--tiers", "first", "hi"]) == 1
-    assert len(server.bodies) == asked  # its breaker is open: nobody was asked
+    assert cli("chat", "--tiers", "first", "hi")[0] == 1
+    assert cli.prompts == ["hi"]  # its breaker is open: the second call did not ask
 
-    server.healthy = True
-    capsys.readouterr()
-    assert main(["check"]) == 1
-    rows = table(capsys.readouterr().out)
-    assert (rows["first"][0], rows["last"][0]) == ("ok", "failed")
-    assert main(["reset", "first"]) == 0
-    assert "open" in capsys.readouterr().out
-    assert main(["reset", "frist"]) == 2
-    assert "'first'" in capsys.readouterr().err
-    assert main(["chat", "--tiers", "first", "hi"]) == 0
-    assert capsys.readouterr().out == "you said hi\n"
+    cli.server.healthy = True
+    status, out, _ = cli("check")
+    assert (status, table(out)["first"][0], table(out)["last"][0]) == (1, "ok", "failed")
+    status, out, _ = cli("reset", "first")
+    assert (status, "open" in out) == (0, True)
+    status, _, err = cli("reset", "frist")
+    assert (status, "'first'" in err) == (2, True)
+    assert cli("chat", "--tiers", "first", "hi")[:2] == (0, "you said hi\n")
 
 
-def test_status_check_and_reset_as_json(server: Server, tmp_path: Path, capsys: Printed) -> None:
-    config(tmp_path, TWO_TIERS.format(url=server.url))
-    assert main(["check", "--json"]) == 1
-    first, last = json.loads(capsys.readouterr().out)
-    assert (first["name"], first["last_error"]) == ("first", None)
+def test_status_check_and_reset_as_json(cli: Cli) -> None:
+    cli.config()
+    status, out, _ = cli("check", "--json")
+    first, last = json.loads(out)
+    assert (status, first["name"], first["last_error"]) == (1, "first", None)
     assert last["last_error"].startswith("ProviderUnavailable")
-    assert main(["status", "--json"]) == 0
-    states = [tier["breaker"]["state"] for tier in json.loads(capsys.readouterr().out)]
+    states = [tier["breaker"]["state"] for tier in json.loads(cli("status", "--json")[1])]
     assert states == ["closed", "open"]
-    assert main(["reset", "last", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"tier": "last", "was": "open"}
+    assert json.loads(cli("reset", "last", "--json")[1]) == {"tier": "last", "was": "open"}
 
 
-def test_a_store_that_is_missing_or_down_is_said(
-    server: Server, tmp_path: Path, capsys: Printed
-) -> None:
-    text = TWO_TIERS.format(url=server.url)
-    for said, told in ((text.replace("breakers.db", "missing/breakers.db"), "store"),
-                       (re.sub(r"(?s)\[store\].*?(?=\[\[)", "", text, count=1), "[store]")):  # fmt: skip
-        config(tmp_path, said)
+def test_a_store_that_is_missing_or_down_is_said(cli: Cli) -> None:
+    down = TWO_TIERS.replace("breakers.db", "missing/breakers.db")
+    missing = re.sub(r"(?s)\[store\].*?(?=\[\[)", "", TWO_TIERS, count=1)
+    for text, told in ((down, "store"), (missing, "[store]")):
+        cli.config(text)
         for arguments in (["status"], ["reset", "first"]):
-            assert main(arguments) == 0
-            assert told in capsys.readouterr().err.partition("\n")[2]
+            status, _, err = cli(*arguments)
+            assert (status, told in err.partition("\n")[2]) == (0, True)
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_colour_only_on_a_terminal_and_never_with_no_color(
-    no_color: str, coloured: bool, server: Server, tmp_path: Path, monkeypatch: Patch
+    no_color: str, coloured: bool, cli: Cli
 ) -> None:
-    config(tmp_path, TWO_TIERS.format(url=server.url))
-    monkeypatch.setenv("NO_COLOR", no_color)
+    cli.config()
+    cli.environ(NO_COLOR=no_color)
     for kind, expected in ((Terminal, coloured), (io.StringIO, False)):
-        for command, words in (("check", ["ok", "failed"]), ("status", ["closed"])):
-            monkeypatch.setattr(sys, "stdout", shown := kind())
-            main([command])
-            assert ("\033[" in shown.getvalue()) == expected
-            assert all(word in shown.getvalue() for word in words)
+        for command, word in (("check", "failed"), ("status", "closed")):
+            shown = kind()
+            cli.streams(stdout=shown)
+            cli(command)
+            assert ("\033[" in shown.getvalue(), word in shown.getvalue()) == (expected, True)
 
 
-def test_check_waits_no_longer_than_its_timeout(server: Server, capsys: Printed) -> None:
-    server.silent = True
+def test_check_waits_no_longer_than_its_timeout(cli: Cli) -> None:
+    cli.server.silent = True
     start = time.monotonic()
-    assert main(["check", "--base-url", server.url, "--timeout", "0.1"]) == 1
+    status, out, _ = cli("check", "--base-url", cli.server.url, "--timeout", "0.1")
     assert time.monotonic() - start < 4.0  # and not the five seconds that are the default
-    assert "ProviderTimeout" in capsys.readouterr().out
+    assert (status, "ProviderTimeout" in out) == (1, True)
 
 
 # -- as a program
 
 
-def run(folder: Path, *arguments: str, python: str = "", shell: str = "", **environ: str) -> Any:
-    """``python copilot_router.py …`` in a folder with nothing but the file."""
-    if not (folder / "copilot_router.py").exists():
-        shutil.copy(copilot_router.__file__, folder)
+def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> Any:
+    """``python copilot_router.py …`` in this directory, which has nothing but the file."""
+    shutil.copy(copilot_router.__file__, "copilot_router.py")
     words = [sys.executable, *python.split(), "copilot_router.py", *arguments]
     if shell:
         words = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *words]
-    return subprocess.run(words, cwd=folder, env={**os.environ, **environ}, capture_output=True,
-                          stdin=subprocess.DEVNULL, text=True, timeout=60)  # fmt: skip
+    return subprocess.run(words, env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
 
 
-def test_a_vendored_file_goes_from_init_to_an_answer(server: Server, tmp_path: Path) -> None:
-    done = run(tmp_path, "init", LMSTUDIO_BASE_URL=server.url)
+def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:
+    done = run("init", LMSTUDIO_BASE_URL=cli.server.url)
     assert (done.returncode, done.stderr) == (0, "")
-    done = run(tmp_path, "check")
-    assert (done.returncode, done.stderr) == (0, "copilot-router: using copilot-router.toml\n")
-    done = run(tmp_path, "chat", "Hello")
+    assert run("check").returncode == 0
+    done = run("chat", "Hello")
     assert (done.returncode, done.stdout) == (0, "you said Hello\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"copilot_router.py", "copilot-router.toml"}
+    assert sorted(os.listdir()) == ["copilot-router.toml", "copilot_router.py"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@needs_full
 @pytest.mark.parametrize(("shell", "status"), [("> /dev/full", 1), (">&-", 1), ("<&- 2>&-", 0)])
-def test_python_complains_of_no_stream_when_it_exits(
-    shell: str, status: int, server: Server, tmp_path: Path
-) -> None:
-    done = run(tmp_path, *chat(server, "hi"), shell=shell)
+def test_python_complains_of_no_stream_when_it_exits(shell: str, status: int, cli: Cli) -> None:
+    done = run("chat", "--base-url", cli.server.url, "hi", shell=shell)
     assert (done.returncode, len(done.stderr.splitlines())) == (status, status)
-    assert "Traceback" not in run(tmp_path, "--help", shell=shell).stderr
+    assert "Traceback" not in run("--help", shell=shell).stderr
 
 
-def test_a_program_without_requests_says_what_to_install(tmp_path: Path) -> None:
-    done = run(tmp_path, "chat", "--provider", "lmstudio", "hi", python="-S")
+def test_a_program_without_requests_says_what_to_install(cli: Cli) -> None:
+    done = run("chat", "--provider", "lmstudio", "hi", python="-S")
     assert (done.returncode, done.stdout) == (2, "")
     assert "pip install requests" in done.stderr
