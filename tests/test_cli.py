@@ -118,9 +118,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Cli:
-    """Runs commands in this process, against a server on this machine, in an empty directory."""
+    """Runs commands in this process, in an empty directory, against a server."""
 
-    def __init__(self, folder: Path, server: Server, patch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def __init__(self, folder: Path, server: Server, patch: Any, capsys: Any) -> None:
         self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
@@ -261,7 +261,7 @@ def test_chat_takes_its_tiers_from_the_environment(cli: Cli) -> None:
 
 
 def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -> None:
-    asked = ["chat", "--base-url", cli.server.url, "--model", "weak", "--escalation-model", "strong"]
+    asked = ["chat", "--base-url", cli.server.url, "--model", "weak", "--escalation-model", "top"]
     assert cli(*asked, "hi")[:2] == (0, "you said hi\n")
     assert cli(*asked, "give up")[:2] == (1, "")
 
