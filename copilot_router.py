@@ -5815,8 +5815,7 @@ exit status: 0 answered, 1 every tier failed (or the output was lost),
 _BEGIN = f"""\
 begin with a model on this machine (LM Studio here), or with a key:
   copilot-router chat --provider lmstudio "Say hello."
-  export OPENAI_API_KEY=... OPENAI_MODEL=...
-  copilot-router chat "Say hello."
+  OPENAI_API_KEY=... OPENAI_MODEL=... copilot-router chat "Say hello."
 then write several tiers down: copilot-router init
 
 without --config, {_CONFIG_FILE} in this directory is used, else the
@@ -5850,19 +5849,22 @@ class _Screen:
         self.verbose = self.json = False
         self.unfinished = False  #: whether the answer has begun a line and not ended it
         self._said: set[str] = set()
-        self._tier = ""
-        self._timer: threading.Timer | None = None
+        self.timer = threading.Timer(2.0, self.end_line)  #: tells a person who is being asked
 
     def __call__(self, event: Event) -> None:
-        self._tier = event.tier or self._tier
         if "store" in event.data:
             self.say(f"the store of {event.tier}: {event.data['store']}")
         elif self.verbose and event.kind in _SENTENCES:
             self.say(_SENTENCES[event.kind].format(tier=event.tier, **event.data))
+        elif event.kind == "attempt" and _is_open(sys.stderr, terminal=True):
+            self.timer.cancel()
+            self.timer = threading.Timer(2.0, self.say, [f"waiting for {event.tier}"])
+            self.timer.daemon = True
+            self.timer.start()
 
     def say(self, text: str) -> None:
         """A sentence on standard error, once, on a line of its own."""
-        self.patient(False)
+        self.timer.cancel()
         if _is_open(sys.stdout, terminal=True):
             self.end_line()
         if text not in self._said and _is_open(sys.stderr):
@@ -5872,7 +5874,7 @@ class _Screen:
 
     def show(self, text: str) -> None:
         """A piece of the answer. On a terminal it keeps only its line ends and tabs."""
-        self.patient(False)
+        self.timer.cancel()
         self.unfinished = not text.endswith("\n") if text else self.unfinished
         safe = _is_open(sys.stdout, terminal=True)
         print(_escaped(text, rf"(?![\n\t]){_UNSHOWN}") if safe else text, end="", flush=True)
@@ -5882,16 +5884,6 @@ class _Screen:
         if self.unfinished:
             self.unfinished = False
             print(flush=True)
-
-    def patient(self, waiting: bool) -> None:
-        """Whether a person at a terminal is to be told, after two seconds, who is being asked."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if waiting and not self.verbose and _is_open(sys.stderr, terminal=True):
-            self._timer = threading.Timer(2.0, lambda: self.say(f"waiting for {self._tier}"))
-            self._timer.daemon = True
-            self._timer.start()
 
 
 def _why(name: str, error: str, chain: FailoverChain) -> str:
@@ -5962,12 +5954,13 @@ def _chain_from(options: Any) -> FailoverChain:
         provider._key_from = variable
         models = [model for model in (options.model, ladder) if model]
         tier = ProviderTier(name or "openai", provider, models)
-        screen.chain = FailoverChain([tier], **settings)
+        chain = FailoverChain([tier], **settings)
     elif options.config:
-        screen.chain = _chain_from_config(FailoverChain, options.config, **settings)
+        chain = _chain_from_config(FailoverChain, options.config, **settings)
     else:
-        screen.chain = FailoverChain.from_env(**settings)
-    return screen.chain
+        chain = FailoverChain.from_env(**settings)
+    screen.chain = chain
+    return chain
 
 
 def _prompt(given: str, screen: _Screen) -> str:
@@ -6004,7 +5997,6 @@ def _chat_command(options: Any) -> int:
             name, path = tiers[0].name, options.config
             cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
             raise ConfigError(f"{name} has no model: pass --model, or {cure}")
-        screen.patient(True)
         if options.json or options.no_stream:
             response = chain.chat(prompt, **asked)
             screen.show(json.dumps(response.to_dict()) if options.json else response.text)
@@ -6094,15 +6086,12 @@ timeout = 60.0              # seconds for a whole call, failover included
 
 def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str]) -> str:
     """A tier as TOML. It is switched on if the environment has what it needs but for a model."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
     key, url = kind._from_environment(environ)
     model, on = environ.get(f"{name.upper()}_MODEL"), any(map(environ.get, _variables(kind)))
     variable = next(filter(environ.get, kind._key_variables), kind._key_variables[0])
     wants_key = variable in _variables(kind)
     gap = "  # FILL IN the name of a model" if kind._needs_model and not model else ""
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as TOML wants it
     lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
              "# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion",
              "[tier.provider]", f'type = "{name}"']  # fmt: skip
@@ -6219,7 +6208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv, screen)
         finally:
-            screen.patient(False)
+            screen.timer.cancel()
             if _is_open(sys.stdout):
                 sys.stdout.flush()
     except KeyboardInterrupt:

@@ -664,7 +664,7 @@ def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, s
     return path.read_text(encoding="utf-8")
 
 
-STRANGE = 'a"\\ 🦙\x7f {x}'
+STRANGE = 'a"\\ 🦙 {x}'
 LM_STUDIO = ("lmstudio", "http://localhost:1234/v1", [])
 INIT = [
     *ENVIRONMENTS,
