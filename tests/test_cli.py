@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -704,3 +705,10 @@ def test_a_program_without_requests_says_what_to_install(cli: Cli) -> None:
     done = run("chat", "--provider", "lmstudio", "hi", python="-S")
     assert (done.returncode, done.stdout) == (2, "")
     assert "pip install requests" in done.stderr
+
+
+def test_the_file_is_its_own_command(cli: Cli) -> None:
+    cli.patch.setattr(sys, "argv", ["copilot_router.py", "chat", "hi"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(copilot_router.__file__, run_name="__main__")
+    assert end.value.code == 2

@@ -3,8 +3,10 @@ is told with its place and what to do."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
+import io
 import json
 import logging
 import math
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import requests
 
+import copilot_router
 from copilot_router import (
     AnthropicProvider,
     CircuitBreaker,
@@ -82,10 +85,6 @@ def of_tier(line: str) -> str:
     return f"{TIER}{line}\n{PROVIDER}"
 
 
-def of_models(models: str) -> str:
-    return f'[[tier]]\nname = "a"\nmodels = {models}\n{PROVIDER}'
-
-
 def of_provider(line: str) -> str:
     return f"{GOOD}{line}\n"
 
@@ -105,7 +104,7 @@ def of_store(lines: str) -> str:
 IN_PROVIDER = ("[[tier]] 1", "(a)", "[tier.provider]")
 IN_BREAKER = ("[[tier]] 1", "(a)", "[tier.breaker]")
 #: A file with one mistake, and what its message has to hold: the place, what stands there, and the
-#: nearest name where there is one.
+#: nearest name where there is one. What each constructor checks is tested with the constructor.
 MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("[chain\n", ("line 1",)),
     (f"[chian]\n{GOOD}", ("'chian'", "chain")),
@@ -119,24 +118,14 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     ("a = " + "[" * 5000 + "]" * 5000, ("TOML",)),
     (of_chain("timeot = 5"), ("[chain]", "FailoverChain", "'timeot'", "'timeout'")),
     (of_chain('timeout = "5"'), ("[chain]", "timeout='5'")),
-    (of_chain("wait = -1"), ("[chain]", "wait=-1")),
     (of_chain("timeout = nan"), ("[chain]", "timeout=nan")),
-    (of_chain("max_retry_after = true"), ("[chain]", "max_retry_after=True")),
-    (of_chain("failure_threshold = 0"), ("[chain]", "failure_threshold=0")),
-    (of_chain("failure_threshold = 1.5"), ("[chain]", "failure_threshold=1.5")),
-    (of_chain("recovery_timeout = inf"), ("[chain]", "recovery_timeout=inf")),
     (of_chain('on_event = "print"'), ("[chain]", "on_event", "mapping")),
     (of_chain('clock = "time.time"'), ("[chain]", "clock", "mapping")),
     (of_chain('escalation_marker = ""'), ("[chain]", "escalation_marker=''")),
-    (of_chain('escalation_marker = "**"'), ("[chain]", "escalation_marker='**'")),
-    (of_chain("escalation_marker = 3"), ("[chain]", "escalation_marker=3")),
     (of_chain('escalation_model = "mm"'), ("[chain]", "escalation_model='mm'", "'m'")),
-    (of_chain("escalation_model = 3"), ("[chain]", "escalation_model=3")),
-    (of_chain("escalation_prompt = 3"), ("[chain]", "escalation_prompt=3")),
     (of_chain('on_error = {RateLimit = "next"}'), ("[chain]", "on_error", "'RateLimit'")),
     (of_chain('on_error = {ProviderTier = "next"}'), ("[chain]", "on_error", "ProviderTier")),
     (of_chain('on_error = {RateLimited = "retry"}'), ("[chain]", "RateLimited", "'retry'")),
-    (of_chain('on_error = ["RateLimited"]'), ("[chain]", "on_error")),
     (of_chain("tiers = []"), ("[chain]", "tiers", "[[tier]]")),
     (of_chain('store = "x.db"'), ("[chain]", "store", "[store]")),
     (GOOD + GOOD, ("[chain]", "'a'")),
@@ -147,20 +136,12 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_tier('model = ["x"]'), ("[[tier]] 1", "(a)", "ProviderTier", "'model'", "'models'")),
     (of_tier('role = "primry"'), ("[[tier]] 1", "role='primry'", "'primary'")),
     (of_tier('role = ["primary"]'), ("[[tier]] 1", "role=['primary']")),
-    (of_tier("retries = 0.5"), ("[[tier]] 1", "retries=0.5")),
-    (of_tier("max_concurrency = 0"), ("[[tier]] 1", "max_concurrency=0")),
-    (of_tier('timeout = "5s"'), ("[[tier]] 1", "timeout='5s'")),
     (of_tier("prices = [1.0]"), ("[[tier]] 1", "prices=[1.0]")),
-    (of_tier("prices = {m = 1.0}"), ("[[tier]] 1", "prices['m']=1.0")),
-    (of_tier('prices = ["1", "2"]'), ("[[tier]] 1", "prices='1'")),
     (of_tier('supports_tools = "no"'), ("[[tier]] 1", "supports_tools='no'")),
     (of_tier('params = ["seed"]'), ("[[tier]] 1", "params", "list")),
     (of_tier("params = {temprature = 1}"), ("[tier.params]", "'temprature'", "'temperature'")),
     (of_tier("breaker = 3"), ("[[tier]] 1", "breaker", "int")),
-    (of_models('"m"'), ("[[tier]] 1", "models='m'")),
-    (of_models('[""]'), ("[[tier]] 1", "''")),
-    (of_models('[["m"]]'), ("[[tier]] 1", "['m']")),
-    (of_models("{m = 3}"), ("[[tier]] 1", "'m': 3")),
+    (f'[[tier]]\nname = "a"\nmodels = "m"\n{PROVIDER}', ("[[tier]] 1", "models='m'")),
     (TIER, ("[[tier]] 1", "(a)", "[tier.provider]")),
     (f'{TIER}provider = "openai"\n', (*IN_PROVIDER, "str")),
     (of_type(""), (*IN_PROVIDER, "type", "lmstudio, ollama, gemini, openai, anthropic")),
@@ -170,7 +151,6 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_type('type = "openai"\nbase_url = 3'), (*IN_PROVIDER, "base_url", "3")),
     (of_provider("timeout = 5"), (*IN_PROVIDER, "OpenAIProvider", "'timeout'", "'stall_timeout'")),
     (of_provider('stall_timeout = "x"'), (*IN_PROVIDER, "stall_timeout='x'")),
-    (of_provider("max_response_bytes = 0"), (*IN_PROVIDER, "max_response_bytes=0")),
     (of_provider("stream_upstream = 1"), (*IN_PROVIDER, "stream_upstream=1")),
     (of_provider('session = "mine"'), (*IN_PROVIDER, "session", "mapping")),
     (of_provider('api = "response"'), (*IN_PROVIDER, "'response'", "'responses'")),
@@ -184,7 +164,6 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_provider('base_url_env = "HOME"'), (*IN_PROVIDER, "base_url", "base_url_env")),
     (of_breaker("failures = 3"), (*IN_BREAKER, "CircuitBreaker", "'failure_threshold'")),
     (of_breaker("failure_threshold = 0"), (*IN_BREAKER, "failure_threshold=0")),
-    (of_breaker("max_recovery_timeout = 1"), (*IN_BREAKER, "max_recovery_timeout=1")),
     (of_breaker('on_change = "print"'), (*IN_BREAKER, "on_change", "mapping")),
     (of_tier('breaker = {store = {type = "sqlight"}}'), (*IN_BREAKER, "'sqlight'", "'sqlite'")),
     (f'store = "x.db"\n{GOOD}', ("[store]", "str")),
@@ -721,11 +700,20 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(
     mine.write_text("mine", encoding="utf-8")
     assert main(["init", str(mine)]) == 2
     assert main(["init", str(tmp_path / "missing" / "router.toml")]) == 2
+
+    class Full(io.FileIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copilot_router, "open", lambda path, _: Full(path, "x"), raising=False)
+        assert main(["init", str(tmp_path / "new.toml")]) == 2
     monkeypatch.setenv("OLLAMA_HOST", "h\udcffst")  # what Python makes of a byte that is not UTF-8
     assert main(["init", str(tmp_path / "new.toml")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert len(err.splitlines()) == 3
+    assert len(err.splitlines()) == 4
+    assert "No space left" in err
     assert str(mine) in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]
     assert mine.read_text(encoding="utf-8") == "mine"
