@@ -5630,34 +5630,38 @@ def _whole(response: LLMResponse) -> Generator[str, None, LLMResponse]:
     return response
 
 
-# ==== configuration ===================================================================================================
+# ==== configuration ===============================================================================
+# A chain from a mapping, a TOML file or the environment. Names, variables and addresses come from
+# the classes: a new provider needs one row in this table, and nothing else in these two sections.
 
 _PROVIDERS: dict[str, type[_HTTPProvider]] = {
-    "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider, "openai": OpenAIProvider,
-    "anthropic": AnthropicProvider,
+    "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider,
+    "openai": OpenAIProvider, "anthropic": AnthropicProvider,
 }  # fmt: skip
 _STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
-#: Headers that carry a key, and what a URL has of one: a user's name and password, or a parameter.
-_KEY_HEADERS = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
+#: Arguments that are functions or other objects of Python: a file cannot hold them.
+_OBJECTS = frozenset({"accept", "on_event", "on_change", "clock", "sleep", "session"})
+#: Arguments and headers that carry a key, and what a URL has of one.
+_KEY_NAMES = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
 _KEY_IN_URL = r"(?i)://[^/?#]*@|[?&][^=&]*(key|token|secret|password|sig|signature)="
-#: Entries that name environment variables.
-_VARIABLES = {"api_key_env", "base_url_env", "url_env", "headers_env"}
-#: How to give what cannot be left out.
-_EXAMPLES = {"name": 'name = "local"', "path": 'path = "breakers.db"', "client_or_url": 'url = "redis://localhost:6379/0"'}
+
+
+def _variables(kind: type[_HTTPProvider]) -> list[str]:
+    """The environment variables that make a tier. A server on this machine needs its address."""
+    keys = kind._key_variables if kind._default_url.startswith("https") else ()
+    return [name for name in (*keys, kind._url_variable) if name]
 
 
 def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     tiers, missing = [], []
     for name, kind in _PROVIDERS.items():
+        if not any(environ.get(variable) for variable in _variables(kind)):
+            missing.append(" or ".join(_variables(kind)))
+            continue
         key, url = kind._from_environment(environ)
-        local = not kind._default_url.startswith("https")
-        variables = [name for name in (*(() if local else kind._key_variables), kind._url_variable) if name]
-        if url or (key and not local):
-            model = environ.get(f"{name.upper()}_MODEL", "")
-            tiers.append(ProviderTier(name, kind(key, url or kind._default_url), [model] if model else []))
-            _log.info("from_env: %s with %s", name, model or f"no model: {name.upper()}_MODEL is not set")
-        else:
-            missing.append(" or ".join(variables))
+        models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
+        tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
+        _log.info("from_env: %s with %s", name, *models or [f"no {name.upper()}_MODEL"])
     if not tiers:
         raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
     _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
@@ -5670,22 +5674,18 @@ def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any)
     where = f"{config}: " if in_file else ""
     for name in table:
         if name not in ("chain", "tier", "store"):
-            near = _near(name, ("chain", "tier", "store"))
-            if name != "tiers" and name in inspect.signature(FailoverChain).parameters:
-                near = " It belongs under [chain]."
-            raise ConfigError(f"{where}unknown section {name!r}.{near} Known: chain, tier, store")
-    tiers = table.get("tier", ())
-    if isinstance(tiers, Mapping):
-        raise ConfigError(f"{where}[tier] is one table: write [[tier]], once for each tier")
+            raise ConfigError(f"{where}unknown section {name!r}: give chain, tier or store")
+    tiers = table.get("tier")
     if not isinstance(tiers, (list, tuple)) or not tiers:
-        raise ConfigError(f"{where}no tiers: give at least one [[tier]] with a name and a [tier.provider]")
+        raise ConfigError(f"{where}no tiers: write [[tier]], once for each, with a [tier.provider]")
     settings = _settings(table.get("chain", {}), f"{where}[chain]", in_file)
-    for name, cure in (("tiers", "[[tier]], once for each tier"), ("store", "[store]")):
-        if isinstance(settings.get(name), (str, Mapping, list, tuple)):
-            raise ConfigError(f"{where}[chain]: {name} does not stand here: write {cure}")
-    if isinstance(settings.get("on_error"), Mapping):
-        settings["on_error"] = {_error_class(name, where): then for name, then in settings["on_error"].items()}
-    settings["tiers"] = [_tier_from(tier, f"{where}[[tier]] {at + 1}", in_file) for at, tier in enumerate(tiers)]
+    for name in settings.keys() & {"tiers", "store"}:
+        raise ConfigError(f"{where}[chain]: {name} does not stand here: write [[tier]] or [store]")
+    if isinstance(policy := settings.get("on_error"), Mapping):  # a file has names of classes
+        public = {name: globals()[name] for name in __all__}
+        settings["on_error"] = {public.get(name, name): then for name, then in policy.items()}
+    places = ((f"{where}[[tier]] {number}", tier) for number, tier in enumerate(tiers, 1))
+    settings["tiers"] = [_tier_from(tier, place, in_file) for place, tier in places]
     if "store" in table:
         settings["store"] = _typed(table["store"], _STORES, f"{where}[store]", in_file)
     chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
@@ -5694,110 +5694,87 @@ def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any)
 
 def _read_toml(path: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"the configuration is a {type(path).__name__}: give a mapping, or the path of a TOML file")
+        raise ConfigError(f"a {type(path).__name__}: give a mapping, or the path of a TOML file")
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[no-redef]
-        except ImportError:
-            raise ConfigError("TOML needs Python 3.11 or PyPI's tomli: pip install tomli, or give a mapping") from None
-    try:
+        toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli")
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return toml.load(file)
+    except ImportError:
+        raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a TOML file") from None
-    except ValueError as error:
+        raise ConfigError(f"{path}: the file cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-def _error_class(name: Any, where: str) -> Any:
-    if isinstance(name, str):
-        found = ((kind, globals()[kind]) for kind in __all__)
-        known = {kind: item for kind, item in found if isinstance(item, type) and issubclass(item, Exception)}
-        if name not in known:
-            raise ConfigError(f"{where}[chain] on_error: no error is called {name!r}.{_near(name, known)}")
-        return known[name]
-    return name
-
-
 def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
-    """A table whose ``…_env`` entries are replaced by what the environment holds. In a file a key of one's own is refused."""
+    """A table whose ``…_env`` entries are replaced by what the environment holds."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
-    headers = table.get("headers") or {}
-    if not isinstance(headers, Mapping):
-        raise ConfigError(f'{where}: headers is a {type(headers).__name__}: give a table, such as {{"X-Team" = "blue"}}')
-    if in_file:
-        _refuse_keys(table, where)
-    found = {name: value for name, value in table.items() if name not in _VARIABLES}
-    for name in table.keys() & _VARIABLES:
-        plain, value = name.removesuffix("_env"), table[name]
-        if name == "headers_env":
-            if not isinstance(value, Mapping):
-                cure = 'give a table, such as {"X-Api-Key" = "VARIABLE"}'
-                raise ConfigError(f"{where}: headers_env is a {type(value).__name__}: {cure}")
-            named = {header: _variable(variable, f"{where} headers_env") for header, variable in value.items()}
-            found[plain] = {**headers, **named}
-        elif plain in found:
+    found = dict(table)
+    headers, named = found.get("headers") or {}, found.pop("headers_env", None) or {}
+    if not isinstance(headers, Mapping) or not isinstance(named, Mapping):
+        raise ConfigError(f"{where}: headers and headers_env have to be tables")
+    for name, value in {**headers, **table}.items() if in_file else ():
+        held = name.endswith("url") and _pattern(_KEY_IN_URL).search(str(value))
+        if name in _OBJECTS:
+            raise ConfigError(f"{where}: {name} is an object: give it in a mapping, not in a file")
+        if held or _pattern(_KEY_NAMES).fullmatch(name):
+            cure = "name an environment variable: api_key_env, base_url_env, url_env, headers_env"
+            raise ConfigError(f"{where}: a file must not hold the key in {name!r}: {cure}")
+    for name in found.keys() & {"api_key_env", "base_url_env", "url_env"}:
+        plain = name.removesuffix("_env")
+        if plain in table:
             raise ConfigError(f"{where}: both {plain} and {name}: give one of them")
-        else:
-            found[plain] = _variable(value, f"{where} {name}")
+        found[plain] = _variable(found.pop(name), f"{where} {name}")
+    if named:
+        read = {name: _variable(item, f"{where} headers_env") for name, item in named.items()}
+        found["headers"] = {**headers, **read}
     return found
 
 
-def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
-    for name in table.get("headers") or ():
-        if _pattern(_KEY_HEADERS).fullmatch(name):
-            cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
-            raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
-    if "api_key" in table:
-        raise ConfigError(f'{where}: a file must not hold an api_key: write api_key_env = "VARIABLE"')
-    for name in ("base_url", "url", "client_or_url"):
-        if _pattern(_KEY_IN_URL).search(str(table.get(name, ""))):
-            cure = f'{name.removeprefix("client_or_")}_env = "VARIABLE"'
-            raise ConfigError(f"{where}: a file must not hold a password or a key in {name}: write {cure}")
-
-
 def _variable(name: Any, where: str) -> str:
+    """What an environment variable holds. What is no name in capitals may be a key by mistake."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
-    if not os.environ.get(name):  # what does not look like one may be the key itself
-        named = _pattern("[A-Z][A-Z0-9_]*").fullmatch(name)
-        shown = f" {name!r}" if named else ", whose name is to stand here, not a key itself,"
-        raise ConfigError(f"{where}: the environment variable{shown} is not set: set it, or remove this entry")
+    if not os.environ.get(name):
+        shown = f" {name}" if _pattern("[A-Z][A-Z0-9_]*").fullmatch(name) else ""
+        raise ConfigError(f"{where}: the variable{shown} is not set: set it, or name another")
     return os.environ[name]
 
 
 def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
     settings = _settings(table, where, in_file)
     where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
-    if "provider" not in settings:
-        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai" or another')
-    described = isinstance(settings["provider"], Mapping)
-    settings["provider"] = _typed(settings["provider"], _PROVIDERS, f"{where} [tier.provider]", in_file)
-    for name in settings.get("params") or () if described and isinstance(settings.get("params"), Mapping) else ():
-        if name not in _OPTIONS:
-            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{_near(name, _OPTIONS)} For others: extra_body")
+    provider, params = settings.get("provider"), settings.get("params")
+    if provider is None:
+        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai"')
+    settings["provider"] = made = _typed(provider, _PROVIDERS, f"{where} [tier.provider]", in_file)
+    if isinstance(provider, Mapping):
+        made._key_from = provider.get("api_key_env")  # the command line names it after a 401
+        for name in params.keys() - _OPTIONS if isinstance(params, Mapping) else ():
+            cure = f"{_near(name, _OPTIONS)} Fields of one vendor go into extra_body"
+            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
     if isinstance(settings.get("breaker"), Mapping):
-        breaker = {"name": settings.get("name", ""), **_settings(settings["breaker"], f"{where} [tier.breaker]", in_file)}
+        place = f"{where} [tier.breaker]"
+        breaker = {"name": settings.get("name"), **_settings(settings["breaker"], place, in_file)}
         if isinstance(breaker.get("store"), Mapping):
-            breaker["store"] = _typed(breaker["store"], _STORES, f"{where} [tier.breaker.store]", in_file)
-        settings["breaker"] = _built(CircuitBreaker, breaker, f"{where} [tier.breaker]")
+            breaker["store"] = _typed(breaker["store"], _STORES, f"{place} store", in_file)
+        settings["breaker"] = _built(CircuitBreaker, breaker, place)
     tier: ProviderTier = _built(ProviderTier, settings, where)
     return tier
 
 
 def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> Any:
-    """An object of the class that a table's ``type`` names; an object that is there already is taken as it is."""
+    """An object of the class that a table's ``type`` names; an object is taken as it is."""
     if not isinstance(table, Mapping) and not in_file:
         return table
     settings = _settings(table, where, in_file)
     name = settings.pop("type", None)
     if not isinstance(name, str) or name not in kinds:
-        shown = "no type" if name is None else f"type={name!r}"
-        raise ConfigError(f"{where}: {shown}: give one of {', '.join(kinds)}.{_near(str(name), kinds)}")
-    if "url" in settings:  # Redis has one argument for a client and for a URL
+        cure = f"give one of {', '.join(kinds)}.{_near(str(name), kinds)}"
+        raise ConfigError(f"{where}: {'no type' if name is None else f'type={name!r}'}: {cure}")
+    if "url" in settings:  # RedisStore has one argument for a client and for a URL
         settings["client_or_url"] = settings.pop("url")
     return _built(kinds[name], settings, where)
 
@@ -5805,342 +5782,448 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
 def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     """``kind(**settings)``, with errors that say where."""
     makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
-    items = {item.name: item for base in makers for item in inspect.signature(base.__init__).parameters.values()}
-    known = {name: item for name, item in items.items() if name != "self" and item.kind != item.VAR_KEYWORD}
+    taken = [inspect.signature(base.__init__).parameters.values() for base in reversed(makers)]
+    known = {item.name: item for items in taken for item in items if item.kind != item.VAR_KEYWORD}
+    known.pop("self", None)
     for name, value in settings.items():
         if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}.{_near(name, known)} Known: {', '.join(known)}")
-        wanted = str(known[name].annotation)
-        if wanted in ("bool", "str") and not isinstance(value, bool if wanted == "bool" else str):
-            raise ConfigError(f"{where}: {name}={value!r}: give {'true or false' if wanted == 'bool' else 'a text'}")
-        if wanted.startswith(("Callable", "requests.")) and isinstance(value, (str, int, float, list, dict)):
-            raise ConfigError(f"{where}: {name}={value!r}: give an object of Python's, in a mapping instead of a file")
+            cure = f"{_near(name, known)} Known: {', '.join(known)}"
+            raise ConfigError(f"{where}: {kind.__name__} has no argument {name!r}.{cure}")
+        switch = isinstance(known[name].default, bool) and name != "escalation_prompt"
+        if switch and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {name}={value!r}: give true or false")
     for name, item in known.items():
         if item.default is item.empty and name not in settings:
-            raise ConfigError(f"{where}: no {name.removeprefix('client_or_')}: give {_EXAMPLES.get(name, 'one')}")
+            raise ConfigError(f"{where}: no {name.removeprefix('client_or_')}: give one")
     try:
         return kind(**settings)
     except ConfigError as error:
-        text = str(error).removeprefix(f"tier {settings.get('name')!r}: ")  # which the place says already
+        text = str(error).removeprefix(f"tier {settings.get('name')!r}: ")  # the place says it
         raise ConfigError(f"{where}: {text}") from None
     except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).partition('() ')[2] or error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
-# ==== command line ====================================================================================================
+# ==== command line ================================================================================
+# A command's result goes to standard output, everything else to standard error. What servers say
+# is escaped before it is shown, so that it cannot steer the terminal.
 
+_CONFIG_FILE = "copilot-router.toml"
 _EXIT_CODES = """\
-exit status: 0 answered, 1 every tier failed, 2 usage or configuration,
-124 deadline, 130 interrupted"""
-#: How to begin, under ``--help``.
+exit status: 0 answered, 1 every tier failed (or the output was lost),
+2 usage or configuration, 124 deadline, 130 interrupted"""
 _BEGIN = f"""\
 begin with a model on this machine (LM Studio here), or with a key:
   copilot-router chat --provider lmstudio "Say hello."
-  export OPENAI_API_KEY=... OPENAI_MODEL=...
-  copilot-router chat "Say hello."
-then write down several tiers, and see how they are:
-  copilot-router init
-  copilot-router chat --config copilot-router.toml "Say hello."
-  copilot-router check --config copilot-router.toml
+  OPENAI_API_KEY=... OPENAI_MODEL=... copilot-router chat "Say hello."
+then write several tiers down: copilot-router init
 
-without --config the environment names the tiers: a key or an address
-(LMSTUDIO_BASE_URL, OLLAMA_HOST, GOOGLE_API_KEY, OPENAI_API_KEY or
-OPENAI_BASE_URL, ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), and for the
-model OPENAI_MODEL and so on
+without --config, {_CONFIG_FILE} in this directory is used, else the
+environment: a tier for each of these, with its model in OPENAI_MODEL and so on"""
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+#: What -v says about the events of a call, by their kind.
+_SENTENCES = {
+    "attempt": "asking {tier}", "retry": "asking {tier} once more, in {pause:.1f} s",
+    "resend": "{tier} does not take {field} as it was sent: sending it corrected",
+    "skip": "passing over {tier}: {reason}", "escalation": "{tier} gave up: asking {to}",
+    "wait": "no tier is ready: waiting {seconds:.1f} s",
+    "breaker": "the breaker of {tier} was {old} and is {new}: {reason}",
+}  # fmt: skip
 
-{_EXIT_CODES}"""
 
-#: What ``init`` writes above the tiers.
+def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
+    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _is_open(stream: Any, *, terminal: bool = False) -> bool:
+    """Whether a standard stream is there (and is a terminal)."""
+    return not getattr(stream, "closed", True) and (not terminal or stream.isatty())
+
+
+class _Screen:
+    """What a command shows besides its result; it is the chain's ``on_event``."""
+
+    def __init__(self) -> None:
+        self.chain: FailoverChain | None = None
+        self.verbose = self.json = False
+        self.unfinished = False  #: whether the answer has begun a line and not ended it
+        self._said: set[str] = set()
+        self.timer = threading.Timer(2.0, self.end_line)  #: tells a person who is being asked
+
+    def __call__(self, event: Event) -> None:
+        if "store" in event.data:
+            self.say(f"the store of {event.tier}: {event.data['store']}")
+        elif self.verbose and event.kind in _SENTENCES:
+            self.say(_SENTENCES[event.kind].format(tier=event.tier, **event.data))
+        elif event.kind == "attempt" and _is_open(sys.stderr, terminal=True):
+            self.timer.cancel()
+            self.timer = threading.Timer(2.0, self.say, [f"waiting for {event.tier}"])
+            self.timer.daemon = True
+            self.timer.start()
+
+    def say(self, text: str) -> None:
+        """A sentence on standard error, once, on a line of its own."""
+        self.timer.cancel()
+        if _is_open(sys.stdout, terminal=True):
+            self.end_line()
+        if text not in self._said and _is_open(sys.stderr):
+            self._said.add(text)
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"copilot-router: {_escaped(text)}", file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        """A piece of the answer. On a terminal it keeps only its line ends and tabs."""
+        self.timer.cancel()
+        self.unfinished = not text.endswith("\n") if text else self.unfinished
+        safe = _is_open(sys.stdout, terminal=True)
+        print(_escaped(text, rf"(?![\n\t]){_UNSHOWN}") if safe else text, end="", flush=True)
+
+    def end_line(self) -> None:
+        """End the line of the answer if it is unfinished."""
+        if self.unfinished:
+            self.unfinished = False
+            print(flush=True)
+
+
+def _why(name: str, error: str, chain: FailoverChain) -> str:
+    """Why a tier failed, from ``"Class: message"``: with its address and what to look at."""
+    provider: Any = next((tier.provider for tier in chain.tiers if tier.name == name), None)
+    kind, _, text = error.partition(": ")
+    url = getattr(provider, "base_url", "")
+    where = f" at {url}" if url not in text else ""
+    if kind == "CircuitOpen":
+        return text
+    if kind == "ProviderUnavailable" and text:
+        return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
+    names = getattr(provider, "_key_variables", ())
+    used = [variable for variable in names if os.environ.get(variable)] or names
+    named = getattr(provider, "_key_from", None) or "".join(used[:1])
+    cure = f": check {named}" if kind == "AuthenticationError" and named else ""
+    return f"{kind}{where}{text and ': ' + text}{cure}"
+
+
+def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str]:
+    """A sentence for each tier that did not answer, with the number of its failures."""
+    bad = [attempt for attempt in attempts if attempt.outcome != "ok"]
+    lines = [f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain]
+    times = {line: lines.count(line) for line in lines}
+    return [line + (f" ({number} times)" if number > 1 else "") for line, number in times.items()]
+
+
+def _filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
+
+
+def _failed(screen: _Screen, error: BaseException) -> int:
+    """Say what went wrong, with --json also as an object; the exit status."""
+    screen.end_line()
+    attempts: tuple[Attempt, ...] = getattr(error, "attempts", ())
+    lines = _steps(attempts, screen.chain) or [str(error) or type(error).__name__]
+    if attempts and isinstance(error, (DeadlineExceeded, EscalationFailed, StreamInterrupted)):
+        lines.insert(0, str(error).partition(": ")[0])
+    later = getattr(error, "retry_after", None) or 0.0
+    if later > 1.0:
+        lines.append(f"try again in {math.ceil(later)} s")
+    for line in lines:
+        screen.say(line)
+    if screen.json:
+        what = {"type": type(error).__name__, "message": str(error)}
+        records = [{**at._asdict(), "usage": vars(at.usage)} for at in attempts]
+        told = json.dumps({"error": what, "attempts": records, "retry_after": later})
+        print(json.dumps(json.loads(told, object_pairs_hook=_filled)), flush=True)
+    if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
+        return 124
+    return 1 if isinstance(error, (AllProvidersFailed, ProviderError)) else 2
+
+
+def _chain_from(options: Any) -> FailoverChain:
+    """The chain that the flags, the configuration or the environment describe."""
+    screen, flags = options.screen, vars(options)
+    name, url, variable = (flags.get(flag) for flag in ("provider", "base_url", "api_key_env"))
+    ladder = flags.get("escalation_model")
+    settings = {"on_event": screen, **({"escalation_model": ladder} if ladder else {})}
+    if options.config is None and not (name or url) and os.path.exists(_CONFIG_FILE):
+        options.config = _CONFIG_FILE
+        screen.say(f"using {_CONFIG_FILE}")
+    if (name or url) if options.config else (variable and not (name or url)):
+        raise ConfigError("give --config, or --provider or --base-url with --api-key-env")
+    if name or url:
+        key = _variable(variable, "--api-key-env") if variable else None
+        provider: Any = _PROVIDERS[name or "openai"](key, url)
+        provider._key_from = variable
+        models = [model for model in (options.model, ladder) if model]
+        tier = ProviderTier(name or "openai", provider, models)
+        chain = FailoverChain([tier], **settings)
+    elif options.config:
+        chain = _chain_from_config(FailoverChain, options.config, **settings)
+    else:
+        chain = FailoverChain.from_env(**settings)
+    screen.chain = chain
+    return chain
+
+
+def _prompt(given: str, screen: _Screen) -> str:
+    """The prompt of the command line, joined to what is piped in. A prompt that is given does not
+    wait for a terminal or a socket, which might never end."""
+    import stat
+
+    alone, piped = given == "-", ""
+    try:
+        mode = 0 if alone else os.fstat(sys.stdin.fileno()).st_mode
+        if alone and _is_open(sys.stdin, terminal=True):
+            screen.say("reading the question from standard input; Ctrl-D ends it")
+        if alone or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            piped = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
+    except (AttributeError, OSError, ValueError):
+        pass  # closed, or none
+    prompt = piped if alone else f"{given}\n\n{piped}" if piped.strip() else given
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give it as an argument or on standard input")
+    prompt.encode()  # half a character is a UnicodeError
+    return prompt
+
+
+def _chat_command(options: Any) -> int:
+    screen, prompt = options.screen, _prompt(options.prompt, options.screen)
+    asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
+    asked["tiers"] = options.tiers and [name.strip() for name in options.tiers.split(",")]
+    with _chain_from(options) as chain:
+        tiers = [tier for tier in chain.tiers if tier.name in (asked["tiers"] or (tier.name,))]
+        lost = [tier for tier in tiers if getattr(tier.provider, "_wants_model", False)]
+        if lost == tiers != [] and not any((options.model, *(tier.models for tier in tiers))):
+            name, path = tiers[0].name, options.config
+            cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
+            raise ConfigError(f"{name} has no model: pass --model, or {cure}")
+        if options.json or options.no_stream:
+            response = chain.chat(prompt, **asked)
+            screen.show(json.dumps(response.to_dict()) if options.json else response.text)
+        else:
+            with chain.stream(prompt, **asked) as stream:
+                for delta in stream:
+                    screen.show(delta)
+            response = stream.response
+        screen.end_line()
+    if options.verbose:
+        cost = response.cost or 0.0  # with two significant digits, never as 3e-05
+        price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
+        told = "" if response.cost is None else f" for ${price}"
+        last = f"{response.provider} answered in {response.latency:.2g} s{told}"
+        for line in (*_steps(response.attempts, chain), last):
+            screen.say(line)
+    return 0
+
+
+def _tiers_command(options: Any) -> int:
+    """status and check: a table with the state in front, in colour on a terminal."""
+    checked = options.command == "check"
+    with _chain_from(options) as chain:
+        found = chain.check(options.timeout) if checked else chain.health()
+    bad = sum(tier.last_error is not None for tier in found) if checked else 0
+    if options.json:
+        print(json.dumps([tier.to_dict() for tier in found]))
+        return 1 if bad else 0
+    rows = [["STATE", "TIER", "ROLE", "FAILURES", "RETRY IN", "REASON"]]
+    for tier in found:
+        seen, error = tier.breaker, tier.last_error
+        state, reason = seen.state, seen.reason
+        if checked:
+            state, reason = ("failed", _why(tier.name, error, chain)) if error else ("ok", "")
+        left = "" if seen.retry_after is None else f"{math.ceil(seen.retry_after)} s"
+        cells = [state, tier.name, tier.role, str(seen.failures), left, reason or ""]
+        rows.append([_escaped(cell) or "-" for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    plain = os.environ.get("NO_COLOR") or not _is_open(sys.stdout, terminal=True)
+    colours = {} if plain else {"ok": 32, "closed": 32, "failed": 31, "open": 31, "half_open": 33}
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        if row[0] in colours:
+            cells[0] = f"\033[{colours[row[0]]}m{cells[0]}\033[0m"
+        print("  ".join(cells).rstrip())
+    if not checked:
+        _say_whose(options.screen, chain.tiers)
+    return 1 if bad else 0
+
+
+def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
+    alone = ", ".join(tier.name for tier in tiers if tier.breaker._shared is None)
+    if alone:
+        screen.say(f"{alone}: without a [store] the breakers of other processes are not seen")
+
+
+def _reset_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        tiers = {tier.name: tier for tier in chain.tiers}
+        tier = tiers.get(options.tier)
+        if tier is None:
+            raise ConfigError(f"no tier is called {options.tier!r}.{_near(options.tier, tiers)}")
+        old = tier.breaker.state
+        tier.breaker.reset()
+        _say_whose(options.screen, [tier])
+    plain = f"{_escaped(options.tier)}: was {old}, is closed"
+    print(json.dumps({"tier": options.tier, "was": old}) if options.json else plain)
+    return 0
+
+
+#: What init writes above the tiers.
 _TEMPLATE = """\
-# copilot_router: tiers are asked from top to bottom until one answers. Try it: copilot-router chat --config {path} "Hello"
-# Every argument of FailoverChain, ProviderTier, CircuitBreaker, the providers and the stores may stand here by its name.
-# Keys never do: api_key_env names the environment variable that holds one. To switch a tier on, take the "# " from its lines
-# and name a model.
+# copilot-router asks these tiers from top to bottom until one answers. To switch one on, take the
+# "# " from its lines and name a model. Arguments of FailoverChain, ProviderTier, CircuitBreaker,
+# providers and stores may stand here, but no key: api_key_env names the variable that holds one.
 
 [chain]
 timeout = 60.0              # seconds for a whole call, failover included
-# wait = 120.0              # seconds that a call may sleep in all until a tier is ready again (cron jobs)
+# wait = 120.0              # seconds that a call may sleep until a tier is ready (cron jobs)
 # escalation_model = "…"    # who answers when a weaker model begins with [ESCALATE]
-failure_threshold = 3       # failures in a row that open a tier's breaker
-recovery_timeout = 15.0     # seconds until one call tries it again
 
-# [store]                   # share the breakers: type = "sqlite" with a path, or "redis" with a url or url_env
+# [store]                   # share the breakers between processes; "redis" has a url_env
 # type = "sqlite"
 # path = "copilot-router.db"  # better absolute: else it depends on where a program is started
 """
-_TIER_TEMPLATE = """\
-[[tier]]
-name = "{name}"
-models = [{model}]
-# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion[, cached[, cache write]]
-[tier.provider]
-type = "{name}"
-{access}
-"""
 
 
-def _config_text(path: str, environ: Mapping[str, str]) -> str:
-    """A commented configuration: the tiers whose key or address and model the environment holds are switched on, LM Studio,
-    which needs neither, if there are none."""
-    blocks = {}
-    for name, kind in _PROVIDERS.items():
-        key, url = kind._from_environment(environ)
-        local = not kind._default_url.startswith("https")
-        model = environ.get(f"{name.upper()}_MODEL", "")
-        variable = next((variable for variable in kind._key_variables if environ.get(variable)), kind._key_variables[0])
-        access = [f'api_key_env = "{variable}"'] if key or not (local or url) else []
-        if _pattern(_KEY_IN_URL).search(url):
-            access.append(f'base_url_env = "{kind._url_variable}"')
-        elif url or local:
-            access.append(f"base_url = {_quoted(url or kind._default_url)}")
-        on = bool((url if local else key or url) and (model or not kind._needs_model))
-        model = _quoted(model) if model else '"name of a model"' if kind._needs_model else ""
-        blocks[name] = (on, model, access)
-    if not any(on for on, _, _ in blocks.values()):
-        blocks["lmstudio"] = (True, "", blocks["lmstudio"][2])
-    text = _TEMPLATE.format(path=path)
-    for name, (on, model, access) in blocks.items():
-        lines = _TIER_TEMPLATE.format(name=name, model=model, access="\n".join(access))
-        text += "\n" + (lines if on else re.sub("(?m)^(?=.)", "# ", lines))
-    return text
+def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str]) -> str:
+    """A tier as TOML. It is switched on if the environment has what it needs but for a model."""
+    key, url = kind._from_environment(environ)
+    model, on = environ.get(f"{name.upper()}_MODEL"), any(map(environ.get, _variables(kind)))
+    variable = next(filter(environ.get, kind._key_variables), kind._key_variables[0])
+    wants_key = variable in _variables(kind)
+    gap = "  # FILL IN the name of a model" if kind._needs_model and not model else ""
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as TOML wants it
+    lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
+             "# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion",
+             "[tier.provider]", f'type = "{name}"']  # fmt: skip
+    if key or (wants_key and not url):
+        lines.append(f'api_key_env = "{variable}"')
+    if _pattern(_KEY_IN_URL).search(url):
+        lines.append(f'base_url_env = "{kind._url_variable}"')
+    elif url or not wants_key:
+        lines.append(f"base_url = {quoted(url or kind._default_url)}")
+    return "\n".join(("", *(line if on else f"# {line}" for line in lines), ""))
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string: JSON's, but without surrogates
+def _init_command(options: Any) -> int:
+    tiers = [_tier_text(name, kind, os.environ) for name, kind in _PROVIDERS.items()]
+    if all(text.startswith("\n#") for text in tiers):  # nothing is set: LM Studio needs nothing
+        tiers[0] = tiers[0].replace("\n# ", "\n")
+    data, made = (_TEMPLATE + "".join(tiers)).encode(), False
+    try:
+        with open(options.path, "xb") as file:
+            made = True
+            file.write(data)
+    except (OSError, ValueError) as error:
+        if made:
+            os.unlink(options.path)
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{options.path}: cannot be written ({why}): name another file") from None
+    on = _pattern(r'(?m)^name = "(.*)"\n(.*FILL IN)?').findall("".join(tiers))
+    gaps = ", ".join(name for name, gap in on if gap)
+    told = f"Fill in the models of {gaps}, then try:" if gaps else "Try:"
+    flag = "" if options.path == _CONFIG_FILE else f" --config {options.path}"
+    text = f"{options.path} is written, with {', '.join(name for name, _ in on)}. {told}"
+    print(_escaped(f"{text} copilot-router check{flag}"))
+    return 0
 
 
 def _parser() -> Any:
     import argparse
 
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    rows = [f"  {name:<10} {' or '.join(_variables(kind))}" for name, kind in _PROVIDERS.items()]
+    begin = "\n".join((_BEGIN, *rows, "", _EXIT_CODES))
     says = "Ask LLM providers, one after the other, until one answers."
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="copilot-router", description=says, epilog=_BEGIN, formatter_class=shape)
+    parser = argparse.ArgumentParser("copilot-router", description=says, epilog=begin, **shape)
     parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(run=None, json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     which = argparse.ArgumentParser(add_help=False)
-    which.add_argument("--config", metavar="FILE", help="a TOML file (init writes one); else what the environment names")
+    which.add_argument("--config", metavar="FILE", help=f"TOML; else {_CONFIG_FILE} if it is there")
     which.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    which.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens")
-
     aim = argparse.ArgumentParser(add_help=False, parents=[which])
     aim.add_argument("--provider", choices=sorted(_PROVIDERS), help="ask this one instead")
-    aim.add_argument("--base-url", metavar="URL", help="its address, such as http://localhost:8080/v1")
+    aim.add_argument("--base-url", metavar="URL", help="its address: http://localhost:8080/v1")
+    aim.add_argument("--api-key-env", metavar="NAME", help="the variable that holds its key")
     aim.add_argument("--model", help="the model to ask first")
 
     def command(name: str, says: str, run: Callable[[Any], int], *parents: Any) -> Any:
-        text = f"{says[0].upper()}{says[1:]}."
-        words: dict[str, Any] = {"help": says, "description": text, "epilog": _EXIT_CODES}
-        made = commands.add_parser(name, **words, parents=parents, formatter_class=shape)
+        words = {"help": says, "description": f"{says}.", "epilog": _EXIT_CODES, **shape}
+        made = commands.add_parser(name, parents=parents, **words)
         made.set_defaults(run=run)
         return made
 
     chat = command("chat", "ask a question and print the answer as it comes", _chat_command, aim)
-    chat.add_argument("prompt", nargs="?", default="-", help="the question; - or nothing reads standard input")
-    chat.add_argument("--escalation-model", metavar="MODEL", help="who answers when the first model gives up")
+    says = "the question, in quotes; piped input is added to it; - or nothing reads the input alone"
+    chat.add_argument("prompt", nargs="?", default="-", help=says)
+    chat.add_argument("--escalation-model", metavar="MODEL", help="asked when the first gives up")
     chat.add_argument("--system", metavar="TEXT", help="a system message")
-    chat.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included")
-    chat.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait in all for a tier to be ready again")
+    chat.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything")
+    chat.add_argument("--wait", type=float, metavar="SECONDS", help="for a tier to be ready again")
     chat.add_argument("--tiers", metavar="NAMES", help="ask only these, separated by commas")
-    chat.add_argument("--no-stream", action="store_true", help="print the answer at once when it is complete")
-    command("status", "show the state of every tier, as its store has it", _status_command, which)
-    check = command("check", "ping every tier; exits 1 if one fails", _check_command, aim)
-    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each (default 5)")
+    chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    chat.add_argument("-v", "--verbose", action="store_true", help="say what happens")
+    command("status", "show the state of every tier, as its store has it", _tiers_command, which)
+    check = command("check", "ping every tier; exits 1 if one fails", _tiers_command, aim)
+    check.add_argument("--timeout", type=float, default=5.0, help="for each (default 5)")
     reset = command("reset", "close the breaker of a tier", _reset_command, which)
     reset.add_argument("tier", metavar="TIER", help="its name")
     init = command("init", "write a commented configuration", _init_command)
-    init.add_argument("path", nargs="?", default="copilot-router.toml", metavar="FILE", help="default: copilot-router.toml")
+    init.add_argument("path", nargs="?", default=_CONFIG_FILE, metavar="FILE", help=_CONFIG_FILE)
     return parser
 
 
-def _chain_from(options: Any) -> FailoverChain:
-    """The chain that the flags, the configuration or the environment describe."""
-    ladder = getattr(options, "escalation_model", None)
-    overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
-    provider, base_url = getattr(options, "provider", None), getattr(options, "base_url", None)
-    if provider or base_url:
-        if options.config:
-            raise ConfigError("--config and --provider or --base-url: give one or the other")
-        models = [name for name in (options.model, ladder) if name]
-        kind = _PROVIDERS[provider or "openai"]
-        return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], **overrides)
-    if options.config is None:
-        try:
-            return FailoverChain.from_env(**overrides)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; or give --config FILE (copilot-router init writes one), or --provider") from None
-    return _chain_from_config(FailoverChain, options.config, **overrides)
+def _run(argv: Sequence[str] | None, screen: _Screen) -> int:
+    import warnings
 
-
-class _Progress:
-    """On a terminal, after a second of silence: which tier is being asked, and for how long already. A thread of the command
-    line's own; the library has none."""
-
-    def __init__(self) -> None:
-        self._tier = ""
-        self._over = threading.Event()
-        self._shown = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __call__(self, event: Event) -> None:
-        self._tier = event.tier or self._tier
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            self._thread.start()
-        return self
-
-    def _run(self) -> None:
-        start = time.monotonic()
-        while not self._over.wait(1.0):
-            self._shown = True
-            print(f"\r\033[K{self._tier}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        """The answer begins: clear the line."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _chat_command(options: Any) -> int:
-    prompt = options.prompt
-    if prompt == "-":
-        if sys.stdin.isatty():
-            print("copilot-router: reading the question from standard input; Ctrl-D ends it", file=sys.stderr)
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
-    if not prompt.strip():
-        raise ConfigError("the prompt is empty: give it as an argument or on standard input")
-    names = None if options.tiers is None else [name.strip() for name in options.tiers.split(",")]
-    asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
-    asked["tiers"] = names
-    with _Progress() as options.on_event, _chain_from(options) as chain:
-        tiers = chain.tiers if names is None else chain._restricted(names)
-        if not options.model and all(not tier.models and getattr(tier.provider, "_wants_model", False) for tier in tiers):
-            cure = f"pass --model, set {tiers[0].name.upper()}_MODEL, or list models in the configuration"
-            raise ConfigError(f"{tiers[0].name} has no model: {cure}")
-        if options.json or options.no_stream:
-            response = chain.chat(prompt, **asked)
-            options.on_event.stop()
-            print(json.dumps(response.to_dict()) if options.json else response.text)
-        else:
-            with chain.stream(prompt, **asked) as stream:
-                options.on_event.stop()
-                for delta in stream:
-                    print(delta, end="", flush=True)
-            print()
-            response = stream.response
-    if options.verbose:
-        print(response.explain(), file=sys.stderr)
-    return 0
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _print_health(options: Any, found: list[TierHealth], rows: list[list[str]]) -> None:
-    if options.json:
-        print(json.dumps([{**tier._asdict(), "breaker": tier.breaker._asdict()} for tier in found]))
-    else:
-        print(_table(rows))
-
-
-def _say_whose(tiers: Iterable[ProviderTier]) -> None:
-    """What a person may take for the state of all processes is only this one's without a store that answers."""
-    seen = [(tier.name, tier.breaker._shared) for tier in tiers]
-    for why, names in (
-        ("no [store] is configured", [name for name, shared in seen if shared is None]),
-        ("the store does not answer", [name for name, shared in seen if shared is not None and shared._down]),
-    ):
-        if names:
-            told = f"{', '.join(names)}: {why}: other processes' breakers are out of reach"
-            print(f"copilot-router: {told}", file=sys.stderr)
-
-
-def _status_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        found = chain.health()
-        _say_whose(chain.tiers)
-    rows = [["TIER", "ROLE", "STATE", "FAILURES", "RETRY IN", "LAST REASON"]]
-    for tier in found:
-        seen = tier.breaker
-        left = "-" if seen.retry_after is None else f"{seen.retry_after:.0f} s"
-        rows.append([tier.name, tier.role, seen.state, str(seen.failures), left, seen.reason or "-"])
-    _print_health(options, found, rows)
-    return 0
-
-
-def _check_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        found = chain.check(options.timeout)
-    _print_health(options, found, [[tier.name, tier.last_error or "ok"] for tier in found])
-    return 1 if any(tier.last_error for tier in found) else 0
-
-
-def _reset_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        tier = chain._restricted([options.tier])[0]
-        old = tier.breaker.state
-        tier.breaker.reset()
-        _say_whose([tier])
-    print(json.dumps({"tier": tier.name, "was": old}) if options.json else f"{tier.name}: was {old}, is closed")
-    return 0
-
-
-def _init_command(options: Any) -> int:
-    text = _config_text(options.path, os.environ)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command == "chat" and not any(word.startswith("-") for word in rest):
+        parser.error(f'quote the prompt: copilot-router chat "{" ".join((options.prompt, *rest))}"')
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    limit = getattr(options, "timeout", None)
+    if limit is not None and not limit > 0.0:
+        parser.error("argument --timeout: give a number of seconds above 0")
+    options.screen, screen.json, screen.verbose = screen, options.json, options.verbose
+    if not _is_open(sys.stdout):
+        raise OSError(0, "it is closed")
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a letter it lacks becomes "?"
     try:
-        with open(options.path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"{options.path}: cannot be written ({error.strerror}): name another file") from None
-    names = ", ".join(re.findall('(?m)^name = "(.*)"', text))
-    print(f"{options.path} is written, with {names}: read it, then try copilot-router chat --config {options.path} Hello")
-    return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: screen.say(str(message))
+            return int(options.run(options)) if options.run else parser.print_help() or 0
+    except UnicodeError:
+        text = "text that is not UTF-8 stands in the arguments, the input or the environment"
+        return _failed(screen, ConfigError(f"{text}: convert it"))
+    except (RouterError, TypeError, ImportError, RecursionError) as error:
+        return _failed(screen, error)  # requests, redis or tomli may be missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import warnings
-
-    options = _parser().parse_args(argv)
-    if getattr(options, "verbose", False):
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-        _log.setLevel(logging.DEBUG)
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a terminal that cannot show a letter shows "?"
+    screen, status = _Screen(), 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"copilot-router: {message}", file=sys.stderr)
-            status: int = options.run(options)
-        sys.stdout.flush()
-        return status
-    except (AllProvidersFailed, ProviderError) as error:
-        if isinstance(error, StreamInterrupted):
-            print(flush=True)  # after the text so far
-        print(f"copilot-router: {error}", file=sys.stderr)
-        if getattr(error, "retry_after", None) is not None:
-            print(f"copilot-router: try again in {error.retry_after:.0f} s", file=sys.stderr)
-        late = isinstance(error, StreamInterrupted) and error.code == "attempt_timeout"
-        return 124 if late or isinstance(error, DeadlineExceeded) else 1
-    except (RouterError, TypeError, ImportError) as error:  # requests, redis or tomli may be missing
-        print(f"copilot-router: {error}", file=sys.stderr)
-        return 2
+        try:
+            return _run(argv, screen)
+        finally:
+            screen.timer.cancel()
+            if _is_open(sys.stdout):
+                sys.stdout.flush()
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            screen.unfinished = screen.unfinished or _is_open(sys.stdout, terminal=True)
+            screen.end_line()
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has had enough: no traceback at exit
-        return 0
+        status = 0  # the reader has had enough
+    except OSError as error:
+        screen.unfinished = False
+        screen.say(f"standard output cannot be written: {error.strerror or error}")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Python flushes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":
