@@ -448,7 +448,7 @@ def test_a_gzip_body_of_several_members_is_whole(dialect: Dialect) -> None:
     members = [gzip.compress(wire[:70]), gzip.compress(wire[70:])]
     packed = reply(b"".join(members), kind=dialect.stream_kind, Content_Encoding="gzip")
     assert said(dialect, packed).content == "Hello, world"
-    short = reply(b"".join(members)[:-40], kind=dialect.stream_kind, Content_Encoding="gzip")
+    short = reply(b"".join(members)[: len(members[0]) + 15], kind=dialect.stream_kind, Content_Encoding="gzip")
     with pytest.raises(InvalidResponse):
         said(dialect, short)
 
@@ -865,6 +865,8 @@ UNWRITABLE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("asked", UNWRITABLE, ids=range(len(UNWRITABLE)))
 def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, asked: Any) -> None:
     """It is the caller's fault, so that the breaker learns nothing from it."""
+    if dialect.name == "gemini" and asked is UNWRITABLE[4]:
+        pytest.skip("Gemini is sent no ids")
     with served(dialect, Answer()) as (server, provider):
         chain = chain_of(provider, failure_threshold=1)
         with pytest.raises(BadRequest):
