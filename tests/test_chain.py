@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import json
+import linecache
 import logging
 import math
 import pickle
@@ -64,7 +65,6 @@ from copilot_router import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EmptyResponse,
-    EscalationFailed,
     Event,
     FailoverChain,
     GeminiProvider,
@@ -1244,28 +1244,35 @@ class Interrupted(BaseException):
     """What a signal handler raises."""
 
 
-def interrupted_at(line: int, work: Callable[[], Any]) -> bool:
-    """Raises Interrupted at the line of the module that is executed as this one; whether it was."""
+def interrupted_at(point: int, work: Callable[[], Any], calls_only: bool) -> bool:
+    """Raises Interrupted at this point of the module's code; whether it came to that.
+
+    Points are lines, or beginnings and ends of calls, where the interpreter runs signal handlers.
+    Lines that begin with "with" are none: it leaves their blocks without running any.
+    """
     seen, raised = 0, False
 
     def trace(frame: Any, kind: str, _: Any) -> Any:
         nonlocal seen, raised
-        if frame.f_code.co_filename != copilot_router.__file__ or raised:
+        code = frame.f_code
+        if code.co_filename != copilot_router.__file__ or raised:
             return None
-        if kind == "line":
-            seen += 1
-            if seen == line:
+        if kind in ("call", "c_call", "c_return") if calls_only else kind == "line":
+            line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
+            seen += calls_only or not line.startswith("with ")
+            if seen == point:
                 raised = True
                 raise Interrupted
         return trace
 
     before = sys.gettrace()
-    sys.settrace(trace)
+    (sys.setprofile if calls_only else sys.settrace)(trace)
     try:
         work()
     except Interrupted:
         pass
     finally:
+        sys.setprofile(None)
         sys.settrace(before)
     return raised
 
@@ -1285,8 +1292,9 @@ def ways_of_asking() -> dict[str, Callable[[FailoverChain], Any]]:
 @pytest.mark.quiet
 @pytest.mark.parametrize("way", ["chat", "stream", "given up"])
 @pytest.mark.parametrize("trial", [False, True], ids=["closed", "trial"])
-def test_an_interruption_at_any_line_takes_nothing_along(
-    monkeypatch: pytest.MonkeyPatch, way: str, trial: bool
+@pytest.mark.parametrize("calls_only", [False, True], ids=["lines", "calls"])
+def test_an_interruption_at_any_point_takes_nothing_along(
+    monkeypatch: pytest.MonkeyPatch, way: str, trial: bool, calls_only: bool
 ) -> None:
     """Afterwards each place is free, the next call works, and no breaker is open or held.
 
@@ -1307,7 +1315,7 @@ def test_an_interruption_at_any_line_takes_nothing_along(
             chain = FailoverChain(tiers, failure_threshold=9)
             if trial:
                 chain.tiers[1].breaker.open(0)
-            if not interrupted_at(line, lambda chain=chain: ask(chain)):
+            if not interrupted_at(line, lambda chain=chain: ask(chain), calls_only):
                 return line, lost
             gc.collect(0)
             try:
@@ -1926,9 +1934,3 @@ def test_an_outage_of_a_minute(clock: VirtualClock, error: type[ProviderError]) 
     grows = error is AuthenticationError
     assert min(at for at, by in served if at >= end and by == "first") <= end + (80 if grows else 30)
     assert {by for at, by in served if at < begin or at > end + 80} == {"first"}
-
-
-def test_a_streamed_escalation_failure_is_an_all_providers_failed() -> None:
-    assert issubclass(EscalationFailed, AllProvidersFailed)
-    assert issubclass(DeadlineExceeded, TimeoutError)
-    assert issubclass(LLMProvider, object)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.fakes import Limits, scripted, tier
 
 from copilot_router import (
     AllProvidersFailed,
+    BadRequest,
     EscalationFailed,
     FailoverChain,
     LLMResponse,
@@ -18,10 +20,6 @@ from copilot_router import (
 )
 
 MARKED = "[ESCALATE] too hard"
-
-
-def tier(name: str, *items: Any, models: Any = None, **settings: Any) -> ProviderTier:
-    return ProviderTier(name, ScriptedProvider(items, repeat=True), [name] if models is None else models, **settings)
 
 
 def told(chain: FailoverChain, name: str, call: int = -1) -> bool:
@@ -180,6 +178,49 @@ def test_accept_sends_a_bad_answer_on() -> None:
         FailoverChain([tier("a", "bad"), tier("b", "also bad")], accept=accept, wait=100).chat("hi")
     assert failed.value.response is not None
     assert failed.value.response.text == "also bad"
+    assert "accept" in str(failed.value)
+
+
+def test_an_answer_that_accept_refuses_has_not_given_up() -> None:
+    """The last one that was refused is attached, and the error says who refused."""
+    tiers = [tier("a", "weak"), tier("big", "strong")]
+    picky = FailoverChain(tiers, escalation_model="big", accept=lambda one: one.text == "strong")
+    response = picky.chat("q")
+    assert (response.text, response.escalation) == ("strong", "refused by accept")
+    assert response.attempts[0].error == "refused by accept"
+    never = FailoverChain(tiers, escalation_model="big", accept=lambda one: False)
+    for ask in (never.chat, never.stream):
+        with pytest.raises(EscalationFailed, match="accept") as caught:
+            ask("q")
+        assert caught.value.response is not None
+        assert caught.value.response.text == "strong"
+
+
+def test_who_stands_on_the_ladder_goes_up_from_there() -> None:
+    """By its name there, which may be an alias."""
+    for models in (["mid", "top"], {"mid": "vendor/mid", "top": "vendor/top"}):
+        provider = scripted("[ESCALATE] hard", "done")
+        chain = FailoverChain([ProviderTier("a", provider, models)], escalation_model=["mid", "top"])
+        assert chain.chat("q", model="mid").text == "done"
+        assert [call["model"] for call in provider.calls] == list(chain.tiers[0].models.values())
+
+
+def test_an_escalation_has_five_times_the_silence_limits() -> None:
+    strong = Limits(first_token_timeout=1)
+    tiers = [tier("a", "[ESCALATE]"), ProviderTier("b", strong, ["big"]), tier("c", "x")]
+    chain = FailoverChain(tiers, escalation_model="big")
+    chain.chat("q")
+    chain.chat("q", tiers=["b", "c"])
+    assert [first for first, _ in strong.seen] == [5, 1]
+
+
+def test_after_the_stronger_one_come_the_others_in_order() -> None:
+    tiers = [tier("a", "[ESCALATE] hard"), tier("b", "b"), tier("top", BadRequest("no"))]
+    response = FailoverChain(tiers, escalation_model="top").chat("q")
+    assert [(one.tier, one.outcome) for one in response.attempts] == [
+        ("a", "escalated"), ("top", "failed"), ("b", "ok"),
+    ]  # fmt: skip
+    assert response.escalation == "hard"
 
 
 def test_what_accept_raises_is_raised() -> None:
