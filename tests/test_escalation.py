@@ -25,7 +25,9 @@ MARKED = "[ESCALATE] too hard"
 def told(chain: FailoverChain, name: str, call: int = -1) -> bool:
     provider = next(tier.provider for tier in chain.tiers if tier.name == name)
     assert isinstance(provider, ScriptedProvider)
-    return any("[ESCALATE]" in str(message["content"]) for message in provider.calls[call]["messages"])
+    return any(
+        "[ESCALATE]" in str(message["content"]) for message in provider.calls[call]["messages"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,15 @@ def told(chain: FailoverChain, name: str, call: int = -1) -> bool:
 )  # fmt: skip
 def test_a_marker_in_any_dress_escalates(text: str) -> None:
     """It is shown to nobody; the reason is kept."""
-    chain = FailoverChain([tier("weak", text), tier("strong", "the answer")], escalation_model="strong")
+    chain = FailoverChain(
+        [tier("weak", text), tier("strong", "the answer")], escalation_model="strong"
+    )
     response = chain.chat("hi")
-    assert (response.text, response.provider, response.escalation) == ("the answer", "strong", "why")
+    assert (response.text, response.provider, response.escalation) == (
+        "the answer",
+        "strong",
+        "why",
+    )
     assert [attempt.outcome for attempt in response.attempts] == ["escalated", "ok"]
 
 
@@ -71,7 +79,9 @@ def test_only_models_below_the_top_are_told_on_a_copy() -> None:
     assert told(chain, "weak")
     assert not told(chain, "strong")
     assert messages[0] == {"role": "system", "content": "be kind"}
-    chain.chat([{"role": "developer", "content": [{"type": "text", "text": "be kind"}]}, messages[1]])
+    chain.chat(
+        [{"role": "developer", "content": [{"type": "text", "text": "be kind"}]}, messages[1]]
+    )
     assert told(chain, "weak")
     chain.chat("hi")
     assert told(chain, "weak")
@@ -85,8 +95,12 @@ def test_the_instruction_may_be_replaced_or_left_out() -> None:
     silent = FailoverChain(tiers, escalation_model="strong", escalation_prompt=False)
     silent.chat("hi")
     assert not told(silent, "weak")
-    custom = FailoverChain(tiers, escalation_model="strong", escalation_prompt="say {marker} if lost",
-        escalation_marker="[UP]")
+    custom = FailoverChain(
+        tiers,
+        escalation_model="strong",
+        escalation_prompt="say {marker} if lost",
+        escalation_marker="[UP]",
+    )
     custom.chat("hi")
     assert custom.tiers[0].provider.calls[-1]["messages"][0]["content"] == "say [UP] if lost"  # type: ignore[attr-defined]
 
@@ -94,7 +108,8 @@ def test_the_instruction_may_be_replaced_or_left_out() -> None:
 def test_a_ladder_is_climbed_rung_by_rung() -> None:
     """Weakest first; a named rung starts above itself."""
     chain = FailoverChain(
-        [tier("weak", MARKED), tier("mid", "[ESCALATE] still too hard"), tier("top", "x")], escalation_model=["mid", "top"]
+        [tier("weak", MARKED), tier("mid", "[ESCALATE] still too hard"), tier("top", "x")],
+        escalation_model=["mid", "top"],
     )
     response = chain.chat("hi")
     assert [(attempt.tier, attempt.outcome) for attempt in response.attempts] == [
@@ -108,11 +123,20 @@ def test_a_ladder_is_climbed_rung_by_rung() -> None:
 def test_the_tiers_after_the_one_that_gave_up_come_next() -> None:
     """When the stronger model cannot be reached, a later tier may still answer."""
     chain = FailoverChain(
-        [tier("before", ProviderUnavailable), tier("weak", MARKED), tier("strong", ProviderUnavailable),
-            tier("after", "fine")],
+        [
+            tier("before", ProviderUnavailable),
+            tier("weak", MARKED),
+            tier("strong", ProviderUnavailable),
+            tier("after", "fine"),
+        ],
         escalation_model="strong",
     )
-    assert [attempt.tier for attempt in chain.chat("hi").attempts] == ["before", "weak", "strong", "after"]
+    assert [attempt.tier for attempt in chain.chat("hi").attempts] == [
+        "before",
+        "weak",
+        "strong",
+        "after",
+    ]
 
 
 def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it() -> None:
@@ -120,9 +144,14 @@ def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it() -> 
     both = FailoverChain([tier("a", MARKED, "x", models=["small", "big"])], escalation_model="big")
     assert [attempt.model for attempt in both.chat("hi").attempts] == ["small", "big"]
     anything = FailoverChain([tier("any", MARKED, "x", models=[])], escalation_model="big")
-    assert [attempt.model for attempt in anything.chat("hi", model="small").attempts] == ["small", "big"]
+    assert [attempt.model for attempt in anything.chat("hi", model="small").attempts] == [
+        "small",
+        "big",
+    ]
     with pytest.raises(EscalationFailed):
-        FailoverChain([tier("any", MARKED, models=[])], escalation_model="big").chat("hi", model="big")
+        FailoverChain([tier("any", MARKED, models=[])], escalation_model="big").chat(
+            "hi", model="big"
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +164,9 @@ def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it() -> 
     ],
     ids=["down", "gives up too", "nowhere to go", "top itself"],
 )
-def test_when_the_stronger_side_fails_the_weak_answer_is_attached(strong: Any, options: dict[str, Any]) -> None:
+def test_when_the_stronger_side_fails_the_weak_answer_is_attached(
+    strong: Any, options: dict[str, Any]
+) -> None:
     """EscalationFailed, which is an AllProvidersFailed; its response has no marker."""
     chain = FailoverChain([tier("weak", MARKED), tier("strong", strong)], escalation_model="strong")
     with pytest.raises(EscalationFailed) as failed:
@@ -152,7 +183,9 @@ def test_when_the_stronger_side_fails_the_weak_answer_is_attached(strong: Any, o
 
 def test_a_marker_without_a_reason() -> None:
     """The reason says so, and the attached answer is empty."""
-    chain = FailoverChain([tier("weak", "[ESCALATE]"), tier("strong", ProviderUnavailable)], escalation_model="strong")
+    chain = FailoverChain(
+        [tier("weak", "[ESCALATE]"), tier("strong", ProviderUnavailable)], escalation_model="strong"
+    )
     with pytest.raises(EscalationFailed) as failed:
         chain.chat("hi")
     assert failed.value.response is not None
@@ -170,8 +203,9 @@ def test_accept_sends_a_bad_answer_on() -> None:
     assert [(attempt.outcome, attempt.error) for attempt in response.attempts] == [
         ("escalated", "refused by accept"), ("ok", None),
     ]  # fmt: skip
-    response = FailoverChain([tier("a", "bad"), tier("x", "bad"), tier("b", "good")], accept=accept,
-        escalation_model="b").chat("hi")
+    response = FailoverChain(
+        [tier("a", "bad"), tier("x", "bad"), tier("b", "good")], accept=accept, escalation_model="b"
+    ).chat("hi")
     assert [attempt.tier for attempt in response.attempts] == ["a", "b"]
     assert tiers[0].breaker.snapshot().failures == 0
     with pytest.raises(EscalationFailed) as failed:
@@ -200,7 +234,9 @@ def test_who_stands_on_the_ladder_goes_up_from_there() -> None:
     """By its name there, which may be an alias."""
     for models in (["mid", "top"], {"mid": "vendor/mid", "top": "vendor/top"}):
         provider = scripted("[ESCALATE] hard", "done")
-        chain = FailoverChain([ProviderTier("a", provider, models)], escalation_model=["mid", "top"])
+        chain = FailoverChain(
+            [ProviderTier("a", provider, models)], escalation_model=["mid", "top"]
+        )
         assert chain.chat("q", model="mid").text == "done"
         assert [call["model"] for call in provider.calls] == list(chain.tiers[0].models.values())
 
@@ -237,6 +273,8 @@ def test_costs_of_both_sides_add_up() -> None:
     """The weak answer was paid for, too."""
     weak = LLMResponse(MARKED, usage=Usage(10**6, 0))
     strong = LLMResponse("x", usage=Usage(10**6, 0))
-    chain = FailoverChain([tier("weak", weak, prices=(1, 1)), tier("strong", strong, prices=(5, 5))],
-        escalation_model="strong")
+    chain = FailoverChain(
+        [tier("weak", weak, prices=(1, 1)), tier("strong", strong, prices=(5, 5))],
+        escalation_model="strong",
+    )
     assert chain.chat("hi").cost == 6.0

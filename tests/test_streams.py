@@ -369,7 +369,9 @@ def test_ending_early_is_no_failure(
         assert list(again) == PARTS
 
 
-@pytest.mark.parametrize("end", [list, ChatStream.close, forget, read], ids=lambda end: end.__name__)
+@pytest.mark.parametrize(
+    "end", [list, ChatStream.close, forget, read], ids=lambda end: end.__name__
+)
 def test_a_stream_holds_its_place_until_it_ends(clock: VirtualClock, end: Any) -> None:
     deltas = [*PARTS, InvalidResponse("x")] if end is read else PARTS
     first = ProviderTier("a", Watched(*deltas), max_concurrency=1)
@@ -480,6 +482,7 @@ def test_a_tier_that_trickles_counts_in_real_time() -> None:
         return False
 
     with serve(trickle) as server, ThreadPoolExecutor(4) as pool:
+
         def ask(streaming: bool, timeout: float) -> int:
             chain = FailoverChain([server.tier("a"), tier("b", "x")])
             with pytest.raises(RouterError):
@@ -525,7 +528,10 @@ MIDDLE = {
 def test_a_fault_before_the_first_delta_fails_over_and_after_it_is_told(fault: str) -> None:
     healthy = whole("well")
     for beginning, partial in ((b"", None), (event("a") + event("b"), "ab")):
-        with serve(answering(HEAD + beginning + MIDDLE[fault])) as ill, serve(answering(healthy)) as well:
+        with (
+            serve(answering(HEAD + beginning + MIDDLE[fault])) as ill,
+            serve(answering(healthy)) as well,
+        ):
             chain = FailoverChain([ill.tier("ill"), well.tier("well")])
             if partial is None:
                 assert list(chain.stream(PROMPT)) == ["well"]
@@ -569,7 +575,9 @@ def test_a_tier_may_fail_over_after_thoughts() -> None:
     assert [one for one in deltas if type(one) is not copilot_router.Thought] == ["well"]
     assert (stream.text, stream.response.provider) == ("well", "well")
     assert outcomes(stream.response.attempts) == ["ill:failed", "well:ok"]
-    assert [(one.tier, one.data["to"]) for one in events if one.kind == "failover"] == [("ill", "well")]
+    assert [(one.tier, one.data["to"]) for one in events if one.kind == "failover"] == [
+        ("ill", "well")
+    ]
 
 
 def test_a_break_after_thoughts_and_text_has_only_the_text_as_partial() -> None:
@@ -757,7 +765,10 @@ def test_an_escalation_goes_on_with_the_stronger_models_deltas(clock: VirtualClo
     gave_up = LLMResponse("[ESCALATE] too hard", usage=Usage(10**6, 0))
     weak = Watched("[ESC", "ALATE] too", " hard", response=gave_up)
     strong = Watched(*PARTS, response=LLMResponse("".join(PARTS), usage=Usage(0, 10**6)))
-    tiers = ProviderTier("weak", weak, prices=(1, 1)), ProviderTier("b", strong, ["big"], prices=(2, 8))
+    tiers = (
+        ProviderTier("weak", weak, prices=(1, 1)),
+        ProviderTier("b", strong, ["big"], prices=(2, 8)),
+    )
     events: list[Event] = []
     stream = chain_of(clock, *tiers, escalation_model="big", on_event=events.append).stream(PROMPT)
     assert list(stream) == PARTS
@@ -781,7 +792,9 @@ def test_accept_sees_the_whole_answer_before_the_reader_sees_any(clock: VirtualC
         seen.append(response.text)
         return response.text.startswith("the")
 
-    stream = chain_of(clock, tier("a", ["bad ", "one"]), tier("b", PARTS), accept=accept).stream(PROMPT)
+    stream = chain_of(clock, tier("a", ["bad ", "one"]), tier("b", PARTS), accept=accept).stream(
+        PROMPT
+    )
     assert seen == ["bad one", "".join(PARTS)]
     assert list(stream) == ["".join(PARTS)]
     assert outcomes(stream.response.attempts) == ["a:escalated", "b:ok"]
@@ -792,7 +805,10 @@ def test_accept_sees_the_whole_answer_before_the_reader_sees_any(clock: VirtualC
 
 def test_hundreds_of_abandoned_streams_leave_nothing_behind() -> None:
     """At each point and in each way: afterwards no descriptor, no place and no trial is held."""
-    with warnings.catch_warnings(record=True) as warned, serve(answering(whole(*"abcdef"))) as server:
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        serve(answering(whole(*"abcdef"))) as server,
+    ):
         warnings.simplefilter("always")
         provider = server.provider(connect_timeout=30)
         chain = FailoverChain([ProviderTier("a", provider, ["m"], max_concurrency=4)])
