@@ -1263,7 +1263,8 @@ class Interrupted(BaseException):
 def interrupted_at(point: int, work: Callable[[], Any], calls_only: bool) -> bool:
     """Raises Interrupted at this point of the module's code; whether it came to that.
 
-    Points are lines, or beginnings and ends of calls, where the interpreter runs signal handlers.
+    Points are lines, or the beginnings of functions and the ends of calls of C functions, where
+    the interpreter runs signal handlers.
     Lines that begin with "with" are none: it leaves their blocks without running any.
     """
     seen, raised = 0, False
@@ -1273,7 +1274,7 @@ def interrupted_at(point: int, work: Callable[[], Any], calls_only: bool) -> boo
         code = frame.f_code
         if code.co_filename != copilot_router.__file__ or raised:
             return None
-        if kind in ("call", "c_call", "c_return") if calls_only else kind == "line":
+        if kind in ("call", "c_return") if calls_only else kind == "line":
             line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
             seen += calls_only or not line.startswith("with ")
             if seen == point:
