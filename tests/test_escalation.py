@@ -33,9 +33,12 @@ def told(chain: FailoverChain, name: str, call: int = -1) -> bool:
 @pytest.mark.parametrize(
     "text",
     [
-        "[ESCALATE] why", "[escalate] why", "  \n[ESCALATE] why", "**[ESCALATE]** why", "`[ESCALATE]` why", '"[ESCALATE] why"',
-        "> [ESCALATE] why", "```\n[ESCALATE] why\n```", "```text\n[ESCALATE] why", "# [Escalate]: why", "\u201c[ESCALATE] why",
-        "<think>hm</think>\n[ESCALATE] why", "~~[ESCALATE]~~ why", "__[ESCALATE]__ why", "'[ESCALATE]' why",
+        "[ESCALATE] why", "[escalate] why", "  \n[ESCALATE] why", "**[ESCALATE]** why",
+        "`[ESCALATE]` why", '"[ESCALATE] why"',
+        "> [ESCALATE] why", "```\n[ESCALATE] why\n```", "```text\n[ESCALATE] why",
+        "# [Escalate]: why", "\u201c[ESCALATE] why",
+        "<think>hm</think>\n[ESCALATE] why", "~~[ESCALATE]~~ why", "__[ESCALATE]__ why",
+        "'[ESCALATE]' why",
     ],
 )  # fmt: skip
 def test_a_marker_in_any_dress_escalates(text: str) -> None:
@@ -54,9 +57,11 @@ def test_a_marker_in_any_dress_escalates(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["I would [ESCALATE]", "[ESCALATE", "ESCALATE", "(ESCALATE)", "[ESCALATED]", "[ ESCALATE ]", "a [ESCALATE]",
+    ["I would [ESCALATE]", "[ESCALATE", "ESCALATE", "(ESCALATE)", "[ESCALATED]", "[ ESCALATE ]",
+    "a [ESCALATE]",
         "1. [ESCALATE]",
-     "[NOTE] [ESCALATE]", "text\n[ESCALATE]", "[escalate please]", "{[ESCALATE]}", "<think>[ESCALATE]</think> fine"],
+     "[NOTE] [ESCALATE]", "text\n[ESCALATE]", "[escalate please]", "{[ESCALATE]}",
+     "<think>[ESCALATE]</think> fine"],
 )  # fmt: skip
 def test_look_alikes_are_answers(text: str) -> None:
     """A marker elsewhere means nothing; the text comes out unchanged."""
@@ -102,7 +107,8 @@ def test_the_instruction_may_be_replaced_or_left_out() -> None:
         escalation_marker="[UP]",
     )
     custom.chat("hi")
-    assert custom.tiers[0].provider.calls[-1]["messages"][0]["content"] == "say [UP] if lost"  # type: ignore[attr-defined]
+    provider: Any = custom.tiers[0].provider
+    assert provider.calls[-1]["messages"][0]["content"] == "say [UP] if lost"
 
 
 def test_a_ladder_is_climbed_rung_by_rung() -> None:

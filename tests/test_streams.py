@@ -1,4 +1,4 @@
-"""Streams fail over until the first delta, never end in silence after it, and give back all they hold."""
+"""Streams fail over until the first delta, never end in silence, and give back all they hold."""
 
 from __future__ import annotations
 
@@ -164,7 +164,8 @@ def test_an_answer_without_text_has_no_delta(clock: VirtualClock) -> None:
         (ServerError("x"), "closed", 1), (InvalidResponse("x"), "closed", 1),
         (ProviderTimeout("x", code="stall_timeout"), "closed", 1), (KeyError("x"), "closed", 1),
         (BadRequest("x"), "closed", 0), (ContentFiltered("x"), "closed", 0),
-        (RateLimited("x", retry_after=30), "open", 30), (Overloaded("x", retry_after=20), "open", 20),
+        (RateLimited("x", retry_after=30), "open", 30), (Overloaded("x", retry_after=20),
+        "open", 20),
         (AuthenticationError("x"), "open", 15), (QuotaExceeded("x"), "open", 15),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
@@ -663,15 +664,18 @@ DRESSED = [
     "[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** because", "`[ESCALATE]` because",
     '"[ESCALATE] because"', "> [ESCALATE] because", "```text\n[ESCALATE]", "```3d\n[ESCALATE]",
     "# [Escalate]: because", "\u201c[ESCALATE]\u201d because", "<think>hm</think>\n[ESCALATE]",
-    "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'", "<think>\n</think><think></think>[ESCALATE]",
+    "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
+    "<think>\n</think><think></think>[ESCALATE]",
 ]  # fmt: skip
 #: What only looks like the marker, and the part of it after which that is certain.
 LOOK_ALIKES = [
-    ("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"), ("[ESCALATE this", "[ESCALATE "),
+    ("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"), ("[ESCALATE this",
+    "[ESCALATE "),
     ("(ESCALATE)", "("), ("[ESCALATED] it was", "[ESCALATED"), ("[ ESCALATE ] no", "[ "),
     ("1. [ESCALATE]", "1"), ("[[ESCALATE]]", "[["), ("**bold** [ESCALATE]", "**b"),
     ("```python\nprint()\n```", "```python\np"), ("```c++\n[ESCALATE]", "```c+"),
-    ("<thinking>[ESCALATE]", "<thinki"), ("<think>[ESCALATE]</think> fine", "<think>[ESCALATE]</think> f"),
+    ("<thinking>[ESCALATE]", "<thinki"), ("<think>[ESCALATE]</think> fine",
+    "<think>[ESCALATE]</think> f"),
     ("<b>[ESCALATE]</b>", "<b"), ("\u00bb[\u0415SCALATE] Cyrillic", "\u00bb[\u0415"),
 ]  # fmt: skip
 
@@ -719,8 +723,10 @@ def test_a_look_alike_is_exact_and_held_back_no_longer_than_needed(text: str, ce
 
 
 FRAGMENTS = st.sampled_from(
-    ["[ESCALATE]", "[ESC", "ALATE]", "<think>", "</think>", "<thi", "nk>", "```", "3d", "text", "\n", " ",
-     "*", "_", '"', "\u201c", ">", "#", "[", "]", "because", "\u0130", "\u2028", "\x00", "\U0001f600"]
+    ["[ESCALATE]", "[ESC", "ALATE]", "<think>", "</think>", "<thi", "nk>", "```", "3d", "text",
+    "\n", " ",
+     "*", "_", '"', "\u201c", ">", "#", "[", "]", "because", "\u0130", "\u2028", "\x00",
+     "\U0001f600"]
 )  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """A loopback server: ``answer(handler, body)`` writes raw bytes to ``handler.wfile``.
 
-    A true result keeps the connection. ``bodies`` are the requests, ``connections`` is their number.
+    A true result keeps the connection. ``bodies`` are the requests.
     """
 
     daemon_threads = True
@@ -206,14 +206,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, answer: Callable[[Handler, Any], Any]) -> None:
         self.answer = answer
         self.bodies: list[Any] = []
-        self.connections = 0
         self.stopping = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections += 1
-        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # the client is gone
