@@ -17,6 +17,7 @@ import json
 import linecache
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -452,7 +453,7 @@ def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
 # -- code that is stopped at each of its lines
 
 
-def traced(work: Callable[[], Any], visit: Callable[[Any], None]) -> None:
+def traced(work: Callable[[], Any], visit: Callable[[Any], None], skip: str = "$.") -> None:
     """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
 
     Two kinds of lines are left out, since the interpreter never handles a signal there: the way
@@ -467,7 +468,7 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None]) -> None:
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             leaving = line.startswith("with ") and name.startswith("LOAD_CONST")
-            if not leaving and not line.endswith(".release()"):
+            if not (leaving or line.endswith(".release()") or re.match(skip, line)):
                 caller = frame.f_back.f_lineno if frame.f_back else 0
                 visit((frame.f_code.co_name, frame.f_lineno, caller))
         return on
@@ -480,7 +481,7 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None]) -> None:
 
 
 def at_each_line(
-    make: Callable[[], Any], work: Callable[[Any], Any], act: Callable[[Any], None]
+    make: Callable[[], Any], work: Callable[[Any], Any], act: Callable[[Any], None], skip: str = "$."
 ) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
@@ -488,7 +489,7 @@ def at_each_line(
     """
     points: dict[Any, None] = {}
     first = make()
-    traced(lambda: work(first), points.setdefault)
+    traced(lambda: work(first), points.setdefault, skip)
     assert len(points) > 10
     for point in points:
         subject, done = make(), []
@@ -499,7 +500,7 @@ def at_each_line(
                 act(subject)
 
         with suppress(Interrupted):
-            traced(lambda subject=subject: work(subject), visit)  # type: ignore[misc]
+            traced(lambda subject=subject: work(subject), visit, skip)  # type: ignore[misc]
         yield point, subject
 
 
