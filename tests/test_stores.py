@@ -25,16 +25,44 @@ from typing import Any
 import pytest
 from support import stores
 from support.stores import (
-    KINDS, SHARED_KINDS, FakeClock, Handles, Interrupted, RedisServer, StoreContract, Wrapped,
-    at_each_line, done, end, fail, in_a_thread, needs_fork, needs_redis, python, seconds_of,
+    KINDS,
+    SHARED_KINDS,
+    FakeClock,
+    Handles,
+    Interrupted,
+    StoreContract,
+    Wrapped,
+    at_each_line,
+    done,
+    end,
+    fail,
+    in_a_thread,
+    needs_fork,
+    needs_redis,
+    python,
+    seconds_of,
     spare_port,
-)  # fmt: skip
+)
 
 from copilot_router import (
-    AuthenticationError, BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError,
-    Event, FailoverChain, MemoryStore, ProviderTier, ProviderUnavailable, RateLimited, RedisStore,
-    ScriptedProvider, ServerError, SQLiteStore, Ticket,
-)  # fmt: skip
+    AuthenticationError,
+    BadRequest,
+    BreakerRecord,
+    CircuitBreaker,
+    CircuitOpen,
+    ConfigError,
+    Event,
+    FailoverChain,
+    MemoryStore,
+    ProviderTier,
+    ProviderUnavailable,
+    RateLimited,
+    RedisStore,
+    ScriptedProvider,
+    ServerError,
+    SQLiteStore,
+    Ticket,
+)
 
 #: Seconds that a store in trouble may add to a call.
 ADDED = 0.25
@@ -145,13 +173,13 @@ def chain_on(store: Any, events: list[Any], *tiers: Any, **settings: Any) -> Fai
 # -- settings
 
 
-def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path: Path) -> None:
+def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path):
     for match, make in [
         ("name", lambda: CircuitBreaker(store=MemoryStore())),
         (r"dict.*load", lambda: CircuitBreaker(name="x", store={})),
         ("path", lambda: SQLiteStore("")),
-        ("path", lambda: SQLiteStore(None)),  # type: ignore[arg-type]
-        ("path", lambda: SQLiteStore(3)),  # type: ignore[arg-type]
+        ("path", lambda: SQLiteStore(None)),
+        ("path", lambda: SQLiteStore(3)),
         ("timeout", lambda: SQLiteStore("x", timeout=-1)),
         ("timeout", lambda: SQLiteStore("x", timeout=math.inf)),
         ("refresh", lambda: SQLiteStore("x", refresh=math.nan)),
@@ -161,7 +189,7 @@ def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path: Path) -> Non
     assert str(tmp_path) in repr(SQLiteStore(tmp_path / "file"))
 
 
-def test_settings_of_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_redis(monkeypatch):
     """A URL that is refused is not repeated, since it may hold a password."""
     pytest.importorskip("redis")
     with pytest.raises(ConfigError) as refused:
@@ -177,7 +205,7 @@ def test_settings_of_redis(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_redis
-def test_a_client_of_the_user_is_not_changed(redis_url: str) -> None:
+def test_a_client_of_the_user_is_not_changed(redis_url):
     """Its address is used; its patience of 5 s is too long for a store. Keys expire one day."""
     import redis
 
@@ -196,7 +224,7 @@ def test_a_client_of_the_user_is_not_changed(redis_url: str) -> None:
 
 
 @needs_redis
-def test_namespaces_are_kept_apart(make_store: Make) -> None:
+def test_namespaces_are_kept_apart(make_store):
     for space, name in (("a", "b:c"), ("a:b", "c"), ("a", "b"), ("", "a:b")):
         store = make_store("redis", namespace=space)
         assert store.load(name)[0] is None
@@ -208,7 +236,7 @@ def test_namespaces_are_kept_apart(make_store: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", SHARED_KINDS)
-def test_a_store_that_is_down_from_the_beginning(kind: str, tmp_path: Path) -> None:
+def test_a_store_that_is_down_from_the_beginning(kind, tmp_path):
     """Building works, every call works, the breaker works; it is said once for each tier."""
     events: list[Any] = []
     url = f"redis://127.0.0.1:{spare_port()}/0"
@@ -225,7 +253,7 @@ def test_a_store_that_is_down_from_the_beginning(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
-def test_a_store_that_goes_down_later(state: str, clock: FakeClock, shared: Wrapped) -> None:
+def test_a_store_that_goes_down_later(state, clock, shared):
     """The last known state holds; what happens alone is there for all when the store is back."""
     changes: list[Any] = []
     breaker = breaker_on(shared, clock, on_change=lambda *change: changes.append(change[1:3]))
@@ -261,30 +289,7 @@ def test_a_store_that_goes_down_later(state: str, clock: FakeClock, shared: Wrap
     assert breaker.snapshot().opened == other.snapshot().opened
 
 
-def test_each_process_has_its_trial_while_the_store_is_down(
-    clock: FakeClock, shared: Wrapped
-) -> None:
-    """The first success closes it for all when the store is back."""
-    breaker, other = breaker_on(shared, clock), breaker_on(shared, clock)
-    fail(breaker)
-    assert other.is_open
-    shared.error = DOWN
-    clock.advance(15)
-    mine, theirs = breaker.admit(), other.admit()
-    assert mine.is_trial
-    assert theirs.is_trial
-    mine.success()
-    assert breaker.is_closed
-    assert other.is_half_open
-    shared.error = None
-    clock.advance(60)
-    assert breaker.is_closed
-    assert other.is_closed
-
-
-def test_the_newer_record_is_taken_over_after_an_outage(
-    clock: FakeClock, shared: Wrapped, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     """The others closed it meanwhile. Said once at each edge, as a warning and as information."""
     caplog.set_level("INFO", "copilot_router")
     events: list[Any] = []
@@ -306,9 +311,7 @@ def test_the_newer_record_is_taken_over_after_an_outage(
     assert [record.levelname for record in lines] == ["WARNING", "INFO"]
 
 
-def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(
-    clock: FakeClock, shared: Wrapped
-) -> None:
+def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(clock, shared):
     events: list[Any] = []
     chain = chain_on(shared, events, clock=clock)
     shared.error = DOWN
@@ -336,25 +339,6 @@ def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(
     assert events == ["down", "back", "down"]
 
 
-def test_one_breaker_finds_out_for_all(clock: FakeClock, shared: Wrapped) -> None:
-    """Five tiers on a hung store: a call waits for one operation, not for five."""
-    events: list[Any] = []
-    tiers = [scripted(f"t{at}", ServerError) for at in range(4)]
-    chain = chain_on(
-        shared, events, *tiers, scripted("last"), clock=clock, sleep=clock.sleep
-    )
-    shared.error = TimeoutError()
-    chain.chat("hi")
-    chain.health()
-    assert shared.loads + shared.swaps == 1
-    assert events == ["down"] * 5
-    shared.error = None
-    clock.advance(60)
-    chain.health()
-    assert shared.loads == 6
-    assert events[5:] == ["back"] * 5
-
-
 # -- a store that returns nonsense
 
 
@@ -368,13 +352,13 @@ NONSENSE: list[Any] = [
         ("generation", None), ("era", 1.5), ("failures", "many"), ("deadline", "soon"),
         ("deadline", math.nan), ("deadline", None), ("span", {}), ("trips", None),
         ("takeovers", ""), ("opened", []), ("reason", None), ("reason", 3)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: f"{answer!r:.60}")
-def test_a_load_that_returns_nonsense_counts_as_down(answer: Any, clock: FakeClock) -> None:
+def test_a_load_that_returns_nonsense_counts_as_down(answer, clock):
     store = Wrapped(MemoryStore(clock))
-    store.load = lambda name: answer  # type: ignore[method-assign]
+    store.load = lambda name: answer
     events: list[Any] = []
     tier = ProviderTier("x", ScriptedProvider([*[ServerError] * 3, "fine"]), retries=0)
     chain = chain_on(store, events, tier, scripted("y"), clock=clock)
@@ -392,9 +376,9 @@ def test_a_load_that_returns_nonsense_counts_as_down(answer: Any, clock: FakeClo
 
 
 @pytest.mark.parametrize("answer", [None, 0, {}, "yes", (True, 1), [False], math.nan])
-def test_a_swap_that_returns_nonsense_fails_no_call(answer: Any, clock: FakeClock) -> None:
+def test_a_swap_that_returns_nonsense_fails_no_call(answer, clock):
     store = Wrapped(MemoryStore(clock))
-    store.swap = lambda *_: answer  # type: ignore[method-assign]
+    store.swap = lambda *_: answer
     chain = chain_on(store, [], scripted("x", ServerError), scripted("y"), clock=clock)
     assert [chain.chat("hi").provider for _ in range(5)] == ["y"] * 5
     assert chain.tiers[0].breaker.is_open
@@ -409,9 +393,7 @@ LOCAL = [ProviderUnavailable("refused"), AuthenticationError("wrong key")]
 
 
 @pytest.mark.parametrize("error", LOCAL, ids=["unavailable", "wrong key"])
-def test_local_trouble_opens_only_the_local_breaker(
-    error: Exception, clock: FakeClock, apart: Wrapped
-) -> None:
+def test_local_trouble_opens_only_the_local_breaker(error, clock, apart):
     """Its own recovery closes it; the recovery of another machine does not, its opening counts."""
     broken, other = breaker_on(apart, clock), breaker_on(apart, clock)
     for _ in range(3):
@@ -432,9 +414,7 @@ def test_local_trouble_opens_only_the_local_breaker(
     assert (broken.state, other.state) == ("closed", "closed")
 
 
-def test_a_shared_trial_that_fails_locally_is_handed_back(
-    clock: FakeClock, apart: Wrapped
-) -> None:
+def test_a_shared_trial_that_fails_locally_is_handed_back(clock, apart):
     """It says nothing about the provider: the others' next trial is due, and none opened anew."""
     healthy, broken = breaker_on(apart, clock), breaker_on(apart, clock)
     fail(healthy)
@@ -451,7 +431,7 @@ def test_a_shared_trial_that_fails_locally_is_handed_back(
     assert healthy.is_closed
 
 
-def test_a_trial_that_another_holds_is_not_handed_back(clock: FakeClock, apart: Wrapped) -> None:
+def test_a_trial_that_another_holds_is_not_handed_back(clock, apart):
     """Neither by a late error of an older call nor by one whose lease was taken over."""
     healthy, broken = breaker_on(apart, clock), breaker_on(apart, clock)
     late = broken.admit()
@@ -471,7 +451,7 @@ def test_a_trial_that_another_holds_is_not_handed_back(clock: FakeClock, apart: 
     assert breaker_on(apart, clock).is_closed
 
 
-def test_separate_counts_stay_separate(clock: FakeClock, apart: Wrapped) -> None:
+def test_separate_counts_stay_separate(clock, apart):
     """Neither written, nor published after an outage, nor lost when others write."""
     one, other = breaker_on(apart, clock), breaker_on(apart, clock)
     fail(one)
@@ -502,9 +482,7 @@ def test_separate_counts_stay_separate(clock: FakeClock, apart: Wrapped) -> None
 
 @pytest.mark.parametrize("kind", SHARED_KINDS)
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
-def test_a_lost_record_is_told_again(
-    kind: str, state: str, clock: FakeClock, make_store: Make, tmp_path: Path, request: Any
-) -> None:
+def test_a_lost_record_is_told_again(kind, state, clock, make_store, tmp_path, request):
     """A newcomer starts closed, until a breaker that knows better looks at the store."""
     server = request.getfixturevalue("redis_server") if kind == "redis" else None
     store: Any = RedisStore(server.url, timeout=5.0, shared_counts=True) if server else None
@@ -532,28 +510,10 @@ def test_a_lost_record_is_told_again(
     store.store.close()
 
 
-def test_a_ticket_of_a_lost_record_does_not_match_the_new_one(
-    clock: FakeClock, shared: Wrapped
-) -> None:
-    breaker = breaker_on(shared, clock)
-    fail(breaker)
-    clock.advance(15)
-    trial, before = breaker.admit(), breaker.snapshot().generation
-    shared.store = MemoryStore(clock)
-    newcomer = breaker_on(shared, clock)
-    fail(newcomer, 1)
-    clock.advance(1)
-    assert breaker.is_closed
-    assert breaker.snapshot().generation > before
-    trial.failure()
-    snapshot = breaker.snapshot()
-    assert (snapshot.state, snapshot.failures, snapshot.stale) == ("closed", 1, 1)
-
-
 # -- at the same time
 
 
-def test_a_blocked_store_blocks_one_thread() -> None:
+def test_a_blocked_store_blocks_one_thread():
     """The others get their verdicts from what is known; what they change is saved later."""
     store = Wrapped(MemoryStore())
     breaker = breaker_on(store, time.monotonic)
@@ -574,13 +534,11 @@ def test_a_blocked_store_blocks_one_thread() -> None:
     hold.set()
     waiting.join(10)
     assert breaker.is_closed
-    record = store.store.load("x")[0]
-    assert record is not None
-    assert record.failures == breaker.snapshot().failures == 1
+    assert store.store.load("x")[0].failures == breaker.snapshot().failures == 1
 
 
-def test_user_code_runs_without_a_lock(clock: FakeClock, shared: Wrapped) -> None:
-    """While the store works, or an event or a change is told, another thread may use the breaker."""
+def test_user_code_runs_without_a_lock(clock, shared):
+    """While the store works, and while a change is told, another thread may use the breaker."""
     free: list[bool] = []
 
     def probe(*_: Any) -> None:
@@ -599,119 +557,46 @@ def test_user_code_runs_without_a_lock(clock: FakeClock, shared: Wrapped) -> Non
     shared.error = None
     clock.advance(60)
     assert breaker.is_open
-    assert len(free) >= 8
+    assert len(free) >= 5
     assert all(free)
 
 
-def test_a_change_that_others_keep_overtaking_is_saved_later(
-    clock: FakeClock, shared: Wrapped
-) -> None:
+@pytest.mark.parametrize("pause", [0, 0.06], ids=["quick", "slow"])
+def test_a_change_that_others_keep_overtaking_is_saved_later(clock, shared, pause):
+    """It is tried again a few times, and not for long where the store is slow."""
     breaker = breaker_on(shared, clock)
-    real = shared.store.swap
-    shared.store.swap = lambda *_: False
-    breaker.open(50, "by me")
+    shared.before = lambda name: threading.Event().wait(pause)
+    real, shared.store.swap = shared.store.swap, lambda *_: False
+    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.06 * 3 + 0.1
     assert breaker.is_open
-    assert 2 <= shared.swaps <= 100
+    assert 2 <= shared.swaps <= (4 if pause else 100)
     shared.store.swap = real
     clock.advance(2)
     assert breaker.is_open
     assert breaker_on(shared, clock).retry_after == 48
 
 
-def test_a_slow_store_that_others_overtake_is_not_asked_for_long(
-    clock: FakeClock, shared: Wrapped
-) -> None:
-    breaker = breaker_on(shared, clock)
-    shared.store.swap = lambda *_: False
-    shared.before = lambda name: threading.Event().wait(0.06)  # type: ignore[assignment]
-    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.06 * 3 + 0.1
-    assert breaker.is_open
-    assert shared.swaps <= 4
-
-
-def test_a_trial_that_another_took_first_is_refused_and_not_saved(
-    clock: FakeClock, shared: Wrapped
-) -> None:
-    one, other = breaker_on(shared, clock), breaker_on(shared, clock)
-    fail(one)
-    assert other.is_open
-    clock.advance(15)
-    assert other.is_open  # it has looked at this moment
-    one.admit()
-    with pytest.raises(CircuitOpen):
-        other.admit()
-    assert other.snapshot().rejected == 1
-    swaps = shared.swaps
-    clock.advance(2)
-    assert other.is_half_open
-    assert shared.swaps == swaps
-
-
 @pytest.mark.parametrize("when", ["load", "swap"])
-@pytest.mark.parametrize("thread", [False, True], ids=["by a finalizer", "by a thread"])
-def test_a_verdict_in_the_middle_of_an_operation_is_not_lost(
-    when: str, thread: bool, clock: FakeClock, shared: Wrapped
-) -> None:
+def test_a_verdict_by_a_finalizer_inside_an_operation_is_not_lost(clock, shared, when):
     breaker = breaker_on(shared, clock, failure_threshold=5)
     fail(breaker, 1)
     dropped, ticket = breaker.admit(), breaker.admit()
 
-    def settle(name: str) -> None:
+    def finalize(name: str) -> None:
         if name == when:
             shared.before = None
-            if thread:
-                assert in_a_thread(lambda: dropped.failure("meanwhile"))
-            else:
-                dropped.failure("dropped")
+            dropped.failure("dropped")
 
-    shared.before = settle
+    shared.before = finalize
     clock.advance(2 if when == "load" else 0)
-    breaker.snapshot()
     ticket.failure("down")
-    clock.advance(2)
-    assert breaker.is_closed
-    clock.advance(2)
-    assert breaker.is_closed
-    record = shared.store.load("x")[0]
-    assert record is not None
-    assert record.failures == breaker.snapshot().failures == 3
+    for _ in range(2):
+        clock.advance(2)
+        assert breaker.is_closed
+    assert shared.load("x")[0].failures == breaker.snapshot().failures == 3
 
 
-def test_opened_while_another_thread_is_saving(shared: Wrapped) -> None:
-    breaker = breaker_on(shared, time.monotonic)
-    fail(breaker, 1)
-
-    def meanwhile(name: str) -> None:
-        if name == "swap":
-            shared.before = None
-            assert in_a_thread(lambda: breaker.open(50, "meanwhile"))
-
-    shared.before = meanwhile
-    breaker.admit().failure("second")
-    assert breaker.is_open
-    assert breaker_on(shared, time.monotonic).is_open
-
-
-def test_two_breakers_that_find_out_at_once_wait_one_pause(
-    clock: FakeClock, shared: Wrapped
-) -> None:
-    one, other = breaker_on(shared, clock), breaker_on(shared, clock, name="other")
-
-    def meanwhile(name: str) -> None:
-        shared.before = None
-        assert other.is_closed
-
-    shared.before, shared.error = meanwhile, DOWN
-    assert one.is_closed
-    assert shared.loads == 2
-    shared.error = None
-    clock.advance(1)
-    assert one.is_closed
-    assert other.is_closed
-    assert shared.loads == 4
-
-
-def test_a_good_ping_makes_the_trial_due_for_all(clock: FakeClock, shared: Wrapped) -> None:
+def test_a_good_ping_makes_the_trial_due_for_all(clock, shared):
     """It closes nothing, and does not touch what was opened by hand."""
     chain, other = chain_on(shared, [], clock=clock), breaker_on(shared, clock)
     fail(other)
@@ -725,9 +610,7 @@ def test_a_good_ping_makes_the_trial_due_for_all(clock: FakeClock, shared: Wrapp
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 2), (2, 1), (2, 2)])
-def test_an_open_state_wins_when_both_sides_changed_it(
-    mine: int, theirs: int, clock: FakeClock, shared: Wrapped
-) -> None:
+def test_an_open_state_wins_when_both_sides_changed_it(mine, theirs, clock, shared):
     """One breaker is cut off while the other goes on; either, or both, open it."""
     cut_off, other = Wrapped(shared.store, refresh=1.0), breaker_on(shared, clock)
     breaker = breaker_on(cut_off, clock)
@@ -749,9 +632,9 @@ def test_an_open_state_wins_when_both_sides_changed_it(
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("local", [True, False])
-def test_after_any_outages_all_agree(counts: bool, local: bool) -> None:
+def test_after_any_outages_all_agree(counts, local):
     """Three processes, any steps, each cut off and back at any time; generations only grow."""
-    words = "admit admit admit settle settle settle settle settle off back back wait long open reset"
+    words = "admit admit settle settle settle settle off back back wait long open reset"
     errors = [None, ServerError("x"), ServerError("x"), BadRequest("x"), RateLimited("x")]
     errors += [ProviderUnavailable("x")] if local else []
     for seed in range(60):
@@ -796,7 +679,7 @@ def test_after_any_outages_all_agree(counts: bool, local: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupt_at_each_line_leaves_no_lock(kind: str, make_store: Make) -> None:
+def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
     """Afterwards another thread can use breaker and store at once, and what it does is saved."""
     settings = {"shared_counts": True} if kind == "redis" else {}
     store = make_store(kind, refresh=0, timeout=1.0, **settings)
@@ -837,35 +720,13 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind: str, make_store: Make) -
     stuck = []
     for point, breaker in at_each_line(make, work, interrupt):
         try:
-            in_time = in_a_thread(lambda breaker=breaker: use(breaker))  # type: ignore[misc]
+            in_time = in_a_thread(lambda breaker=breaker: use(breaker))
         except (AssertionError, TimeoutError):
             in_time = False
         if not in_time:
             stuck.append(point)
             break  # a lock of the store may be held for good
     assert not stuck
-
-
-@pytest.mark.parametrize("when", ["load", "swap"])
-def test_an_interrupt_inside_a_store_comes_through(
-    when: str, clock: FakeClock, shared: Wrapped
-) -> None:
-    breaker = breaker_on(shared, clock)
-    ticket = breaker.admit()
-
-    def interrupt(name: str) -> None:
-        if name == when:
-            shared.before = None
-            raise KeyboardInterrupt
-
-    shared.before = interrupt
-    clock.advance(2)
-    with pytest.raises(KeyboardInterrupt):
-        breaker.admit()
-        ticket.failure()
-    assert in_a_thread(lambda: fail(breaker))
-    assert breaker.is_open
-    assert breaker_on(shared, clock).is_open
 
 
 # -- SQLite
@@ -881,7 +742,7 @@ def open_files(path: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
-def test_sqlite_keeps_nothing_open_between_operations(tmp_path: Path) -> None:
+def test_sqlite_keeps_nothing_open_between_operations(tmp_path):
     """After success, refusal and failure, in any thread, and without close()."""
     store = SQLiteStore(tmp_path / "file", timeout=5.0)
     assert in_a_thread(lambda: store.load("x"))
@@ -896,7 +757,7 @@ def test_sqlite_keeps_nothing_open_between_operations(tmp_path: Path) -> None:
     assert open_files(tmp_path) == []
 
 
-def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path: Path, clock: FakeClock) -> None:
+def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path, clock):
     """The very next operation sees what is there now."""
     store, other = SQLiteStore(tmp_path / "a", timeout=5.0), SQLiteStore(tmp_path / "b")
     assert store.swap("x", None, BreakerRecord(reason="old"))
@@ -909,15 +770,11 @@ def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path: Path, clock: FakeCl
     for path in tmp_path.glob("a*"):
         path.unlink()
     (tmp_path / "b").replace(tmp_path / "a")
-    record = store.load("x")[0]
-    assert record is not None
-    assert record.reason == "new"
+    assert store.load("x")[0].reason == "new"
 
 
 @pytest.mark.parametrize("name", ["file:x", "file:x?mode=memory", "a?b=c#d", "naïve 中文", "%41"])
-def test_the_path_of_a_sqlite_store_is_a_path(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_path_of_a_sqlite_store_is_a_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = SQLiteStore(name)
     assert store.swap("x", None, BreakerRecord())
@@ -927,9 +784,7 @@ def test_the_path_of_a_sqlite_store_is_a_path(
     assert record == BreakerRecord()
 
 
-def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(
-    clock: FakeClock, make_store: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, monkeypatch):
     """Back by an hour: no longer than the open time; forward: only who did not know it is early."""
     wall = FakeClock(time.time())
     monkeypatch.setattr(time, "time", wall)
@@ -949,7 +804,7 @@ def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(
 
 
 @needs_redis
-def test_with_redis_the_servers_clock_counts(make_store: Make) -> None:
+def test_with_redis_the_servers_clock_counts(make_store):
     """Two machines whose clocks are ninety seconds apart see the same open time."""
     here, there = FakeClock(100.0), FakeClock(190.0)
     store = make_store("redis")
@@ -965,7 +820,7 @@ def test_with_redis_the_servers_clock_counts(make_store: Make) -> None:
     assert one.is_half_open
 
 
-def test_another_connection_holds_the_writers_lock(tmp_path: Path, clock: FakeClock) -> None:
+def test_another_connection_holds_the_writers_lock(tmp_path, clock):
     """A call waits for the budget, once, and goes on alone; the change is saved later."""
     events: list[Any] = []
     store = SQLiteStore(tmp_path / "file")
@@ -981,9 +836,7 @@ def test_another_connection_holds_the_writers_lock(tmp_path: Path, clock: FakeCl
     assert breaker.is_open
     clock.advance(5)
     assert breaker.is_open
-    record = store.load("x")[0]
-    assert record is not None
-    assert record.state == "open"
+    assert store.load("x")[0].state == "open"
     assert events == ["down", "open", "back"]
     store.close()
 
@@ -1022,7 +875,7 @@ SPOIL: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", SPOIL)
-def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how: str, tmp_path: Path) -> None:
+def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how, tmp_path):
     """It is said once, and the breaker works alone."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -1035,20 +888,14 @@ def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how: str, tmp_path: Pat
         assert max(seconds_of(lambda: chain.chat("hi")) for _ in range(5)) < ADDED
         assert chain.tiers[0].breaker.is_open
         root = how == "read-only" and os.geteuid() == 0  # nothing is read-only for root
-        assert sorted(events) == (["open"] if root else ["down", "open"])
+        assert set(events) == {"open"} if root else {"down", "open"}
+        assert len(events) <= 3
     finally:
         folder.chmod(stat.S_IRWXU)
         store.close()
 
 
-def test_a_file_of_another_version_is_named_and_left_alone(tmp_path: Path) -> None:
-    sql(tmp_path / "file", "PRAGMA user_version = 7")
-    with pytest.raises(sqlite3.DatabaseError, match=r"version 7"):
-        SQLiteStore(tmp_path / "file").load("b")
-    assert sql(tmp_path / "file", "PRAGMA user_version") == (7,)
-
-
-def test_a_store_that_can_be_read_and_not_written(clock: FakeClock, make_store: Make) -> None:
+def test_a_store_that_can_be_read_and_not_written(clock, make_store):
     """A full disk: one event, and no more of them later."""
     events: list[Any] = []
     store = Wrapped(make_store("sqlite"), clock)
@@ -1064,57 +911,44 @@ def test_a_store_that_can_be_read_and_not_written(clock: FakeClock, make_store: 
     clock.advance(60)
     assert breaker.is_open
     assert events[2:] == ["back"]
-    record = store.load("x")[0]
-    assert record is not None
-    assert record.state == "open"
+    assert store.load("x")[0].state == "open"
 
 
 PLAIN = BreakerRecord(deadline=3.0)._asdict()
 GARBAGE = [
-    "", "null", "[]", "{}", "not json", '{"state": "closed"}', "[" * 100_000,
+    "", "null", "[]", "{}", "not json", '{"state": "closed"}',
     json.dumps({**PLAIN, "generation": "1"}), json.dumps({**PLAIN, "generation": 1.5}),
     json.dumps({**PLAIN, "deadline": math.nan}), json.dumps({**PLAIN, "state": "ajar"}),
-]  # fmt: skip
+]
 
 
-def test_a_damaged_record_is_read_whole_or_not_at_all(make_store: Make, tmp_path: Path) -> None:
-    """One damaged record leaves its neighbour alone; an unknown field of a newer version too."""
+@pytest.mark.parametrize("text", GARBAGE, ids=lambda text: text[:40])
+def test_a_damaged_record_is_read_whole_or_not_at_all(clock, make_store, tmp_path, text):
+    """Its breaker goes on alone, and the breaker next to it does not."""
     store = make_store("sqlite")
-    store.swap("good", None, BreakerRecord())
     store.swap("bad", None, BreakerRecord())
-    write = "UPDATE breakers SET record = '{}' WHERE name = 'bad'"
-    for text in GARBAGE:
-        sql(tmp_path / "breakers.sqlite", write.format(text))
-        with pytest.raises((ValueError, TypeError, LookupError, RecursionError)):
-            store.load("bad")
-        assert store.load("good")[0] == BreakerRecord()
-    newer = json.dumps({**PLAIN, "colour": "blue"})
-    sql(tmp_path / "breakers.sqlite", write.format(newer))
-    assert store.load("bad")[0] == BreakerRecord(deadline=3)
-
-
-def test_a_breaker_with_a_damaged_record_goes_on_alone(
-    clock: FakeClock, make_store: Make, tmp_path: Path
-) -> None:
-    store = Wrapped(make_store("sqlite"), clock)
+    file = tmp_path / "breakers.sqlite"
+    sql(file, f"UPDATE breakers SET record = '{text}'")
+    with pytest.raises((ValueError, TypeError, LookupError, RecursionError)):
+        store.load("bad")
     events: list[Any] = []
-    chain = chain_on(store, events, scripted("bad"), scripted("good"), clock=clock)
-    for text in GARBAGE:
-        store.store.swap("bad", None, BreakerRecord())
-        sql(tmp_path / "breakers.sqlite", f"UPDATE breakers SET record = '{text}'")
+    chain = chain_on(Wrapped(store, clock), events, scripted("bad"), scripted("good"), clock=clock)
     for tier in chain.tiers:
         fail(tier.breaker)
         assert tier.breaker.is_open
     assert sorted(events) == ["down", "open", "open"]
-    assert store.load("good")[0].state == "open"  # type: ignore[union-attr]
+    assert store.load("good")[0].state == "open"
+    newer = json.dumps({**PLAIN, "colour": "blue"})  # a field of a newer version does no harm
+    sql(file, f"UPDATE breakers SET record = '{newer}' WHERE name = 'bad'")
+    assert store.load("bad")[0] == BreakerRecord(deadline=3)
 
 
 # -- Redis
 
 
 @needs_redis
-def test_a_hung_server_costs_the_budget_once(redis_server: RedisServer) -> None:
-    """For a whole call over four tiers, then nothing until the next try."""
+def test_a_hung_server_costs_the_budget_once(redis_server):
+    """Each thread that calls then, for a whole call over four tiers; later calls nothing."""
     events: list[Any] = []
     store = RedisStore(redis_server.url, refresh=0.0)
     tiers = [scripted(f"t{at}", ServerError) for at in range(3)]
@@ -1122,10 +956,16 @@ def test_a_hung_server_costs_the_budget_once(redis_server: RedisServer) -> None:
     chain.chat("hi")
     assert not events
     redis_server.pause()
-    took = [seconds_of(lambda: chain.chat("hi")) for _ in range(6)]
-    assert 0.09 < took[0] < ADDED
-    assert max(took[1:]) < 0.09
-    assert events == ["down"] * 4
+    took: list[float] = []
+    work = lambda: took.append(seconds_of(lambda: chain.chat("hi")))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert 0.09 < max(took) < ADDED
+    assert max(seconds_of(lambda: chain.chat("hi")) for _ in range(5)) < 0.09
+    assert sorted(events) == ["down"] * 4
     fresh = chain_on(RedisStore(redis_server.url), [])
     assert seconds_of(lambda: fresh.chat("hi")) < ADDED  # it connects, and nobody answers
     redis_server.resume()
@@ -1181,9 +1021,7 @@ DRIPS: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("what", DRIPS)
 @pytest.mark.parametrize("operation", ["load", "swap"])
-def test_one_operation_of_redis_ends_within_its_timeout_in_all(
-    what: str, operation: str
-) -> None:
+def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     """Also where the server keeps every single read shorter than the timeout."""
     pytest.importorskip("redis")
     with dripping(*DRIPS[what], pause=0.03) as url:
@@ -1201,13 +1039,12 @@ def test_one_operation_of_redis_ends_within_its_timeout_in_all(
 
 
 @needs_redis
-def test_a_server_that_restarts_is_told_the_open_state(
-    redis_server: RedisServer, clock: FakeClock
-) -> None:
+def test_a_server_that_restarts_is_told_the_open_state(redis_server, clock):
     """Records and scripts are gone; there is still one trial for all."""
     store = Wrapped(RedisStore(redis_server.url, timeout=5.0), clock)
     events: list[Any] = []
-    one, other = chain_on(store, events, clock=clock).tiers[0].breaker, breaker_on(store, clock)
+    chain, other = chain_on(store, events, clock=clock), breaker_on(store, clock)
+    one = chain.tiers[0].breaker
     fail(one)
     clock.advance(1)
     assert other.is_open
@@ -1228,82 +1065,6 @@ def test_a_server_that_restarts_is_told_the_open_state(
         with pytest.raises(CircuitOpen):
             breaker.admit()
     store.store.close()
-
-
-@needs_redis
-def test_commands_of_a_healthy_breaker(redis_server: RedisServer, clock: FakeClock) -> None:
-    """By the server's own count: one read in each interval, no write, however many calls."""
-    import redis
-
-    store = RedisStore(redis_server.url)
-    breaker = breaker_on(store, clock)
-    for _ in range(1000):
-        breaker.call(int)
-        clock.advance(0.01)
-    with redis.Redis.from_url(redis_server.url) as client:
-        stats = client.info("commandstats")
-    store.close()
-    assert 9 <= stats["cmdstat_hget"]["calls"] <= 11
-    assert not {"cmdstat_eval", "cmdstat_evalsha", "cmdstat_hset", "cmdstat_set"} & set(stats)
-
-
-@needs_redis
-@pytest.mark.quiet
-def test_a_redis_in_trouble_under_load_fails_no_call(redis_server: RedisServer) -> None:
-    """Paused, emptied, stopped and started while four threads call; each waits for the budget."""
-    store = Wrapped(RedisStore(redis_server.url, refresh=0.02, shared_counts=True))
-    turn = itertools.count()
-
-    def flaky(*_: Any, **__: Any) -> str:
-        if next(turn) % 3 == 0:
-            raise ServerError("now and then")
-        return "fine"
-
-    chain = FailoverChain(
-        [scripted("flaky", flaky), scripted("steady")],
-        store=store, failure_threshold=2, recovery_timeout=0.01,
-    )  # fmt: skip
-    stopping = threading.Event()
-    wrong: list[BaseException] = []
-    worst: dict[str, float] = {}
-    phase = "well"
-
-    def work() -> None:
-        while not stopping.wait(0.001):
-            now, start = phase, time.monotonic()
-            try:
-                chain.chat("hi")
-            except BaseException as error:
-                wrong.append(error)
-            worst[now] = max(worst.get(now, 0.0), time.monotonic() - start)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    tries = {}
-    try:
-        for phase, seconds, step in [
-            ("well", 0.3, lambda: None), ("paused", 1.2, redis_server.pause),
-            ("resumed", 0.6, redis_server.resume), ("emptied", 0.2, redis_server.flush),
-            ("stopped", 0.6, redis_server.stop), ("started", 0.3, redis_server.start),
-        ]:  # fmt: skip
-            before = store.loads + store.swaps
-            step()
-            assert not stopping.wait(seconds)
-            tries[phase] = store.loads + store.swaps - before
-        before, until = store.loads, time.monotonic() + 10
-        while store.loads < before + 5 and time.monotonic() < until:
-            assert not stopping.wait(0.05)
-        assert store.loads >= before + 5  # it is used again
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join(30)
-        redis_server.resume()
-        store.store.close()
-    assert not wrong
-    assert max(worst.values()) <= ADDED + worst["well"]  # what else the machine does, too
-    assert 1 <= tries["paused"] <= 8
 
 
 # -- processes
@@ -1402,28 +1163,28 @@ assert ended == [0] * 25, ended
 
 
 @needs_fork
-def test_a_fork_shares_the_store_and_no_connection(where: tuple[str, str]) -> None:
+def test_a_fork_shares_the_store_and_no_connection(where):
     done(python(STORE + FORK, *where))
     if where[0] == "sqlite":
         assert sql(Path(where[1]), "PRAGMA integrity_check") == ("ok",)
 
 
 @needs_fork
-def test_one_process_of_eight_has_the_trial(where: tuple[str, str]) -> None:
+def test_one_process_of_eight_has_the_trial(where):
     rounds = done(python(STORE + RACE, *where, ROUNDS), timeout=60 + 2 * ROUNDS).splitlines()
     assert rounds == ["0 0 0 0 0 0 0 1"] * ROUNDS
 
 
 @needs_fork
-def test_a_sqlite_file_is_made_by_many_processes_at_once(tmp_path: Path) -> None:
+def test_a_sqlite_file_is_made_by_many_processes_at_once(tmp_path):
     """None is told that it is locked, and one is the first to write."""
     done(python(STORE + MAKE, "sqlite", tmp_path / "file"))
 
 
 @needs_fork
-def test_a_fork_while_other_threads_are_inside_the_store(where: tuple[str, str]) -> None:
+def test_a_fork_while_other_threads_are_inside_sqlite(tmp_path):
     """The locks of SQLite itself are free in every child."""
-    done(python(STORE + STORM, *where), timeout=120)
+    done(python(STORE + STORM, "sqlite", tmp_path / "file"), timeout=120)
 
 
 LEASE = 1.0
@@ -1459,7 +1220,7 @@ def tell(process: subprocess.Popen[str], word: str = "", answer: bool = True) ->
 
 
 @pytest.mark.parametrize("fate", ["SIGKILL", "SIGSTOP"])
-def test_the_holder_of_the_trial_is_gone(fate: str, where: tuple[str, str]) -> None:
+def test_the_holder_of_the_trial_is_gone(fate, where):
     """Another process has the next trial after the lease; a late verdict has no effect."""
     if not hasattr(signal, fate):
         pytest.skip("no such signal here")
@@ -1494,7 +1255,7 @@ except ConnectionResetError:
 """
 
 
-def test_five_runs_that_fail_once_each_open_it_for_the_sixth(tmp_path: Path) -> None:
+def test_five_runs_that_fail_once_each_open_it_for_the_sixth(tmp_path):
     run = STORE + ONCE
     runs = [done(python(run, "sqlite", tmp_path / "file")).strip() for _ in range(6)]
     assert runs == ["called"] * 5 + ["refused True"]
@@ -1506,22 +1267,17 @@ WORKERS, THREADS, RECOVERY = 2, 8, 0.4
 
 
 @contextmanager
-def gunicorn(app: str, **variables: str) -> Iterator[Callable[[str], dict[str, Any]]]:
+def gunicorn(**variables: str) -> Iterator[Callable[[str], dict[str, Any]]]:
     """A function that asks a running gunicorn."""
     config = pytest.importorskip("gunicorn.config")
-    pytest.importorskip(app.partition("_")[0])
+    pytest.importorskip("flask")
     port = spare_port()
-    quiet = ["--no-control-socket"] if hasattr(config, "ControlSocketDisable") else []
-    words = [
-        *(sys.executable, "-m", "gunicorn", "--preload", "--workers", WORKERS, "--threads"),
-        *(THREADS, "--bind", f"127.0.0.1:{port}", "--log-level", "error"),
-        *(*quiet, f"support.stores:{app}()"),
-    ]
-    server = subprocess.Popen(
-        [str(word) for word in words],
-        env=stores.environment(TEST_RECOVERY=str(RECOVERY), **variables),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    words = f"-m gunicorn --preload --workers {WORKERS} --threads {THREADS} --log-level error "
+    words += f"--bind 127.0.0.1:{port} support.stores:flask_app() "
+    words += "--no-control-socket" if hasattr(config, "ControlSocketDisable") else ""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = stores.environment(TEST_RECOVERY=str(RECOVERY), **variables)
+    server = subprocess.Popen([sys.executable, *words.split()], env=environment, **pipes)
 
     def ask(prompt: str) -> dict[str, Any]:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
@@ -1529,7 +1285,7 @@ def gunicorn(app: str, **variables: str) -> Iterator[Callable[[str], dict[str, A
             response = connection.getresponse()
             body = response.read()
         assert response.status == 200, body
-        return json.loads(body)  # type: ignore[no-any-return]
+        return json.loads(body)
 
     try:
         until = time.monotonic() + 60
@@ -1550,13 +1306,10 @@ def gunicorn(app: str, **variables: str) -> Iterator[Callable[[str], dict[str, A
 
 @needs_fork
 @pytest.mark.quiet
-@pytest.mark.parametrize(
-    ("app", "where"), [("flask_app", "sqlite"), ("django_app", "redis")], indirect=["where"]
-)
-def test_the_workers_of_gunicorn_share_one_breaker(app: str, where: tuple[str, str]) -> None:
+def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
     """The primary fails: it sees the threshold, then one attempt in each recovery time for both
     workers together. It works again: both go back to it. Each answer is the caller's own."""
-    primary, secondary = stores.Upstream(), stores.Upstream()
+    failing, failed = tmp_path / "failing", tmp_path / "failed"
     wrong: list[str] = []
     by: Counter[Any] = Counter()
     numbers = itertools.count()
@@ -1566,9 +1319,11 @@ def test_the_workers_of_gunicorn_share_one_breaker(app: str, where: tuple[str, s
         nonlocal broke, mended
         while (number := next(numbers)) < REQUESTS or time.monotonic() < mended + 0.5:
             if number == REQUESTS // 5:
-                primary.failing, broke = True, time.monotonic()
+                broke = time.monotonic()
+                failing.touch()
             if mended == math.inf and time.monotonic() > broke + 3 * RECOVERY:
-                primary.failing, mended = False, time.monotonic()
+                mended = time.monotonic()
+                failing.unlink(missing_ok=True)
             try:
                 found = ask(f"nonce-{number}")
                 by[found["provider"], found["pid"]] += 1
@@ -1577,9 +1332,7 @@ def test_the_workers_of_gunicorn_share_one_breaker(app: str, where: tuple[str, s
             except Exception as error:
                 wrong.append(f"{number}: {error!r}")
 
-    with primary.running() as one, secondary.running() as two, gunicorn(
-        app, TEST_STORE=" ".join(where), TEST_primary=one, TEST_secondary=two
-    ) as ask:
+    with gunicorn(TEST_STORE=" ".join(where), TEST_FOLDER=str(tmp_path)) as ask:
         callers = [threading.Thread(target=load) for _ in range(WORKERS * THREADS)]
         for caller in callers:
             caller.start()
@@ -1593,7 +1346,7 @@ def test_the_workers_of_gunicorn_share_one_breaker(app: str, where: tuple[str, s
     assert not wrong
     assert {provider for provider, _ in by} == {"primary", "secondary"}
     assert len({pid for _, pid in by}) == len(back) == WORKERS
-    dead = primary.failed
+    dead = sorted(map(float, failed.read_text().split()))
     first = [at for at in dead if at < dead[0] + RECOVERY * 0.9]
     later = [first[0], *dead[len(first) :]]
     assert 3 <= len(first) <= 3 + 2 * WORKERS * THREADS

@@ -1,5 +1,5 @@
-"""For tests of breakers and stores: clocks, a Redis server, stores that can be broken, the contract
-that every store must keep, code that is stopped at each of its lines, other processes, gunicorn apps.
+"""For tests of breakers and stores: a clock, a Redis server, stores that can be broken, what every
+store must do, code that is stopped at each of its lines, other processes, an app for gunicorn.
 
 The contract works for a store of your own as well::
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dis
 import itertools
-import json
 import linecache
 import math
 import os
@@ -26,8 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +37,9 @@ from copilot_router import (
     CircuitBreaker,
     CircuitOpen,
     FailoverChain,
+    LLMProvider,
+    LLMResponse,
     MemoryStore,
-    OpenAIProvider,
     ProviderTier,
     RedisStore,
     ServerError,
@@ -53,7 +52,7 @@ REDIS = shutil.which("redis-server")
 try:
     import redis
 except ImportError:
-    redis = None  # type: ignore[assignment]
+    redis = None
 needs_redis = pytest.mark.skipif(
     REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed"
 )
@@ -234,7 +233,7 @@ ODD_NAMES = [
     "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
     "breakers", "0", "None",
-]  # fmt: skip
+]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
 RECORDS = [
     BreakerRecord(),
@@ -244,6 +243,7 @@ RECORDS = [
     BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300),
 ]
 Handles = Callable[[], Any]
+Action = Callable[[Any], Any]
 Process = Callable[..., CircuitBreaker]
 
 
@@ -274,7 +274,7 @@ class StoreContract:
 
         return make
 
-    def test_an_unknown_name_has_no_record_and_time_goes_on(self, handles: Handles) -> None:
+    def test_an_unknown_name_has_no_record_and_time_goes_on(self, handles):
         record, now = handles().load("unknown")
         again, later = handles().load("unknown")
         assert (record, again) == (None, None)
@@ -282,13 +282,13 @@ class StoreContract:
         assert now <= later
 
     @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.state)
-    def test_a_record_comes_back_as_it_was(self, handles: Handles, record: BreakerRecord) -> None:
+    def test_a_record_comes_back_as_it_was(self, handles, record):
         assert handles().swap("x", None, record) is True
         found = handles().load("x")[0]
         assert found == record
         assert [type(value) for value in found] == [type(value) for value in record]
 
-    def test_only_the_expected_generation_is_replaced(self, handles: Handles) -> None:
+    def test_only_the_expected_generation_is_replaced(self, handles):
         one, two = handles(), handles()
         first, second = BreakerRecord(generation=10), BreakerRecord(generation=20)
         assert one.swap("x", 10, first) is False
@@ -301,7 +301,7 @@ class StoreContract:
         assert one.swap("x", 10, first) is False
         assert one.load("x")[0] == second
 
-    def test_each_name_has_its_own_record(self, handles: Handles, process: Process) -> None:
+    def test_each_name_has_its_own_record(self, handles, process):
         store = handles()
         for at, name in enumerate(ODD_NAMES, 1):
             assert store.swap(name, None, BreakerRecord(generation=at, reason=name[:9]))
@@ -312,7 +312,7 @@ class StoreContract:
         opened = [process(name).is_open for name in ODD_NAMES]
         assert opened == [at % 2 == 0 for at in range(len(ODD_NAMES))]
 
-    def test_of_many_threads_one_writes_each_generation(self, handles: Handles) -> None:
+    def test_of_many_threads_one_writes_each_generation(self, handles):
         won: list[int] = []
         barrier = threading.Barrier(8)
 
@@ -337,7 +337,7 @@ class StoreContract:
             thread.join(60)
         assert sorted(won) == list(range(1, 161))
 
-    def test_one_trips_and_the_other_refuses(self, process: Process, clock: FakeClock) -> None:
+    def test_one_trips_and_the_other_refuses(self, process, clock):
         one, other = process(), process()
         assert other.is_closed
         fail(one)
@@ -352,7 +352,7 @@ class StoreContract:
         assert one.is_closed
         other.admit().success()
 
-    def test_failures_are_counted_together(self, process: Process) -> None:
+    def test_failures_are_counted_together(self, process):
         for count in range(1, 6):
             breaker = process(failure_threshold=5)  # a new process forgets nothing
             breaker.admit().failure()
@@ -360,7 +360,7 @@ class StoreContract:
         with pytest.raises(CircuitOpen):
             process(failure_threshold=5).admit()
 
-    def test_one_trial_for_all(self, process: Process, clock: FakeClock) -> None:
+    def test_one_trial_for_all(self, process, clock):
         """After its lease another process takes over, and the late verdict changes nothing."""
         breakers = [process(trial_timeout=40) for _ in range(4)]
         fail(breakers[0])
@@ -382,47 +382,7 @@ class StoreContract:
         held.success()
         assert all(breaker.is_open for breaker in breakers)
 
-    def test_of_two_parks_the_later_end_holds(self, process: Process, clock: FakeClock) -> None:
-        changes: list[tuple[str, ...]] = []
-        one, other = process(), process(on_change=lambda *change: changes.append(change[1:3]))
-        tickets = [one.admit(), other.admit(), one.admit()]
-        tickets[0].park(10)
-        tickets[1].park(60)
-        clock.advance(1)
-        tickets[2].park(5)
-        assert one.retry_after == other.retry_after == pytest.approx(59)
-        assert changes == [("closed", "open")]
-        assert other.snapshot().opened == 1
-
-    def test_older_results_change_nothing(self, process: Process, clock: FakeClock) -> None:
-        """Admitted here while closed; opened and tried there: neither verdict counts any more."""
-        one, other = process(), process()
-        late, later = one.admit(), one.admit()
-        fail(other)
-        clock.advance(15)
-        trial = other.admit()
-        late.failure()
-        later.success()
-        clock.advance(1)
-        assert one.is_half_open
-        trial.success()
-        clock.advance(1)
-        snapshot = one.snapshot()
-        assert one.is_closed
-        assert (snapshot.failures, snapshot.stale) == (0, 2)
-
-    def test_opened_and_reset_by_hand_for_all(self, process: Process, clock: FakeClock) -> None:
-        one, other = process(), process()
-        assert other.is_closed
-        one.open(reason="maintenance")
-        clock.advance(1e6)
-        assert other.is_open
-        assert other.retry_after is None
-        other.reset()
-        clock.advance(1)
-        assert one.is_closed
-
-    def test_a_healthy_call_writes_nothing(self, handles: Handles, clock: FakeClock) -> None:
+    def test_a_healthy_call_writes_nothing(self, handles, clock):
         """A thousand good calls in ten seconds: at most one read in each refresh interval."""
         store = Wrapped(handles(), clock)
         breaker = CircuitBreaker(name="x", clock=clock, store=store)
@@ -434,12 +394,6 @@ class StoreContract:
         assert store.swaps == 0
         if refresh:
             assert 1 <= store.loads <= 10 / refresh + 1
-
-    def test_a_guarded_calls_error_opens_it_for_all(self, process: Process) -> None:
-        one, other = process(failure_threshold=1), process(failure_threshold=1)
-        end(one.admit(), ServerError("down"))
-        with pytest.raises(CircuitOpen):
-            other.call(int)
 
 
 def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
@@ -481,7 +435,7 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], skip: str = "$
 
 
 def at_each_line(
-    make: Callable[[], Any], work: Callable[[Any], Any], act: Callable[[Any], None], skip: str = "$."
+    make: Callable[[], Any], work: Action, act: Action, skip: str = "$."
 ) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
@@ -500,7 +454,7 @@ def at_each_line(
                 act(subject)
 
         with suppress(Interrupted):
-            traced(lambda subject=subject: work(subject), visit, skip)  # type: ignore[misc]
+            traced(lambda subject=subject: work(subject), visit, skip)
         yield point, subject
 
 
@@ -555,88 +509,39 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
 # -- gunicorn
 
 
-class Upstream:
-    """Chat Completions on loopback: the answer repeats the prompt; while ``failing``, it is 500."""
+class Switched(LLMProvider):
+    """It repeats the prompt; while there is a file "failing" in its folder, it fails and notes it."""
 
-    def __init__(self) -> None:
-        self.failing = False
-        self.failed: list[float] = []  #: when
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        """Its base URL."""
-        upstream = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                message = {"role": "assistant", "content": body["messages"][-1]["content"]}
-                answer: Any = {"choices": [{"message": message, "finish_reason": "stop"}]}
-                if failing := upstream.failing:
-                    upstream.failed.append(time.monotonic())
-                    answer = {"error": {"message": "out of order"}}
-                sent = json.dumps(answer).encode()
-                self.send_response(500 if failing else 200)
-                self.send_header("Content-Length", str(len(sent)))
-                self.end_headers()
-                self.wfile.write(sent)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join(10)
-
-
-def web_chain() -> FailoverChain:
-    """As gunicorn loads it before it forks. It is asked once, so that it has connections then."""
-    kind, where = os.environ["TEST_STORE"].split(" ", 1)
-    store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
-    tiers = [
-        ProviderTier(name, OpenAIProvider("sk-test", os.environ[f"TEST_{name}"]), ["any"])
-        for name in ("primary", "secondary")
-    ]
-    recovery = float(os.environ["TEST_RECOVERY"])
-    chain = FailoverChain(tiers, store=store, timeout=30.0, recovery_timeout=recovery)
-    chain.chat("before the fork")
-    return chain
-
-
-def web_answer(chain: FailoverChain, prompt: str) -> dict[str, Any]:
-    response = chain.chat(prompt)
-    return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
+        if (self.folder / "failing").exists():
+            with (self.folder / "failed").open("a") as file:
+                file.write(f"{time.monotonic()}\n")
+            raise ServerError("out of order")
+        return LLMResponse(messages[-1]["content"])
 
 
 def flask_app() -> Any:
+    """What gunicorn loads before it forks. It is asked once, so that the store is connected."""
     import flask
 
-    app, chain = flask.Flask(__name__), web_chain()
-    app.get("/ask/<prompt>")(lambda prompt: web_answer(chain, prompt))
+    kind, where = os.environ["TEST_STORE"].split(" ", 1)
+    folder, recovery = Path(os.environ["TEST_FOLDER"]), float(os.environ["TEST_RECOVERY"])
+    store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
+    tiers = [
+        ProviderTier("primary", Switched(folder), retries=0),
+        ProviderTier("secondary", Switched(folder / "other")),
+    ]
+    chain = FailoverChain(tiers, store=store, timeout=30.0, recovery_timeout=recovery)
+    chain.tiers[0].breaker.admit().failure()
+    chain.chat("before the fork")
+    app = flask.Flask(__name__)
+
+    @app.get("/ask/<prompt>")
+    def ask(prompt: str) -> Any:
+        response = chain.chat(prompt)
+        return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
+
     return app
-
-
-urlpatterns: list[Any] = []
-
-
-def django_app() -> Any:
-    import django
-    from django.conf import settings
-    from django.core.wsgi import get_wsgi_application
-    from django.http import JsonResponse
-    from django.urls import path
-
-    settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="of a test")
-    django.setup(set_prefix=False)
-    chain = web_chain()
-    answer = lambda request, prompt: JsonResponse(web_answer(chain, prompt))  # noqa: E731
-    urlpatterns.append(path("ask/<prompt>", answer))
-    return get_wsgi_application()
