@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -861,7 +862,22 @@ def test_a_snapshot_can_be_taken_at_each_line_of_a_change():
         assert breaker.is_closed
 
 
-def test_a_finalizer_may_settle_at_each_line_of_a_change():
+def plain_store() -> Any:
+    records: dict[str, Any] = {}
+
+    def swap(name: str, expected_generation: int | None, record: Any) -> bool:
+        present = records.get(name)
+        if (present and present.generation) != expected_generation:
+            return False
+        records[name] = record
+        return True
+
+    load = lambda name: (records.get(name), time.monotonic())  # noqa: E731
+    return SimpleNamespace(load=load, swap=swap, shared_counts=True, refresh=0.0)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_finalizer_may_settle_at_each_line_of_a_change(store):
     """In the middle of it, in the same thread; neither verdict is lost.
 
     No finalizer can run before a line that only stores what is at hand.
@@ -869,7 +885,8 @@ def test_a_finalizer_may_settle_at_each_line_of_a_change():
     held: dict[int, Ticket] = {}
 
     def make() -> CircuitBreaker:
-        breaker = CircuitBreaker(10)
+        settings = {"store": plain_store(), "name": "x"} if store else {}
+        breaker = CircuitBreaker(10, **settings)
         held[id(breaker)] = breaker.admit()
         return breaker
 
@@ -883,6 +900,25 @@ def test_a_finalizer_may_settle_at_each_line_of_a_change():
     for point, breaker in at_each_line(make, work, finalize, skip=r"self\.\w+ = \w+$"):
         breaker.admit().failure("later")  # at the latest the next change takes it in
         assert breaker.snapshot().failures == 4, point
+
+
+@pytest.mark.parametrize("first", ["reset", "admit"])
+def test_a_race_for_the_trial_has_one_winner(first):
+    """Another caller comes between the look at the breaker and the change."""
+    clock, steps = FakeClock(), []
+
+    def ticking() -> float:
+        if steps:
+            steps.pop()()
+        return clock()
+
+    breaker = tripped(CircuitBreaker(clock=ticking))
+    clock.advance(15)
+    steps.append(getattr(breaker, first))
+    if first == "reset":
+        assert not breaker.admit().is_trial
+    else:
+        refused(breaker)
 
 
 @needs_fork

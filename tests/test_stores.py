@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -727,6 +728,43 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
             stuck.append(point)
             break  # a lock of the store may be held for good
     assert not stuck
+
+
+@pytest.mark.parametrize("where", ["store", "listener"])
+def test_a_task_limit_comes_through(clock, shared, monkeypatch, where):
+    """A task queue raises it anywhere: no store is down then, and no listener has failed."""
+    limit = type("SoftTimeLimitExceeded", (Exception,), {})
+    module = SimpleNamespace(SoftTimeLimitExceeded=limit)
+    monkeypatch.setitem(sys.modules, "billiard.exceptions", module)
+
+    def stop(*_: Any) -> None:
+        shared.before = None
+        raise limit
+
+    settings = {"on_change": stop} if where == "listener" else {}
+    breaker = breaker_on(shared, clock, **settings)
+    shared.before = stop if where == "store" else None
+    with pytest.raises(limit):
+        breaker.open()
+    breaker.reset() if where == "store" else None
+    assert in_a_thread(lambda: breaker.snapshot() and breaker.state)
+    assert breaker_on(shared, clock).state == breaker.state
+
+
+def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
+    one, other = breaker_on(shared, clock), breaker_on(shared, clock, name="other")
+
+    def meanwhile(name: str) -> None:
+        shared.before = None
+        assert other.is_closed
+
+    shared.before, shared.error = meanwhile, DOWN
+    assert one.is_closed
+    shared.error = None
+    clock.advance(1)
+    assert one.is_closed
+    assert other.is_closed
+    assert shared.loads == 4
 
 
 # -- SQLite
