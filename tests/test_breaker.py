@@ -1,6 +1,6 @@
 """The circuit breaker: its states, tickets and trials, and what happens around a change."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import contextlib
 import copy
@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import SimpleNamespace
@@ -23,46 +24,19 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    invariant,
-    rule,
+    Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule,
     run_state_machine_as_test,
 )
 from support.stores import (
-    KINDS,
-    FakeClock,
-    Wrapped,
-    at_each_line,
-    done,
-    end,
-    fail,
-    in_a_thread,
-    needs_fork,
-    python,
+    KINDS, FakeClock, Wrapped, at_each_line, done, end, fail, in_a_thread, needs_fork, python,
     seconds_of,
 )
 
 from copilot_router import (
-    AuthenticationError,
-    BadRequest,
-    CircuitBreaker,
-    CircuitOpen,
-    ConfigError,
-    ContextLengthExceeded,
-    EmptyResponse,
-    FailoverChain,
-    MemoryStore,
-    ModelNotFound,
-    ProviderError,
-    ProviderTier,
-    QuotaExceeded,
-    RateLimited,
-    ScriptedProvider,
-    ServerError,
-    StreamInterrupted,
-    Ticket,
+    AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen, ConfigError,
+    ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
+    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ScriptedProvider, ServerError,
+    StreamInterrupted, Ticket,
 )
 
 New = Callable[..., CircuitBreaker]
@@ -937,7 +911,8 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
         ended.append(os.waitpid(child, 0)[1])
 
     new = lambda: CircuitBreaker(1, 0.0, store=MemoryStore(), name="x")  # noqa: E731
-    for point, _ in at_each_line(new, all_steps, lambda b: in_a_thread(lambda: fork(b), 30)):
+    fork_in_a_thread = lambda breaker: in_a_thread(lambda: fork(breaker), 30)  # noqa: E731
+    for point, _ in at_each_line(new, all_steps, fork_in_a_thread, callers=False):
         assert ended[-1] == 0, point
 
 
@@ -999,73 +974,59 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock(0.0)
-        self.both = [self.made(f"run {next(_runs)}")] * 2
+        settings: dict[str, Any] = {"name": f"run {next(_runs)}", "trial_timeout": LEASE}
         if self.store is not None:
-            name = self.both[0].name
-            self.both = [self.made(name, store=Wrapped(self.store, self.clock)) for _ in "12"]
-        self.breaker = self.both[0]
+            settings["store"] = Wrapped(self.store, self.clock)
+        new = lambda: CircuitBreaker(THRESHOLD, RECOVERY, clock=self.clock, **settings)  # noqa: E731
+        self.breaker = new()
+        self.other = self.breaker if self.store is None else new()
         self.state, self.until, self.failures, self.era, self.takeovers = "closed", 0.0, 0, 0, 0
         self.generation = 0
 
-    def made(self, name: str, **settings: Any) -> CircuitBreaker:
-        settings = {"trial_timeout": LEASE, "clock": self.clock, "name": name, **settings}
-        return CircuitBreaker(THRESHOLD, RECOVERY, **settings)
-
-    def change(self, state: str, until: float = 0.0) -> None:
-        self.state, self.until = state, until
+    def change(self, state: str, until: float = 0.0, takeovers: int = 0) -> None:
+        self.state, self.until, self.takeovers = state, until, takeovers
         self.era += 1
         if state == "closed":
             self.failures = 0
 
     @rule(target=tickets)
-    def admit(self) -> tuple[Ticket | None, int, bool]:
-        due = self.state != "closed" and self.clock.now >= self.until
-        try:
-            ticket = self.breaker.admit()
-        except CircuitOpen:
-            assert self.state != "closed"
-            assert not due
-            return (None, -1, False)
-        assert self.state == "closed" or due
+    def admit(self) -> Any:
+        now, due = self.clock.now, self.state != "closed" and self.clock.now >= self.until
+        if self.state != "closed" and not due:
+            refused(self.breaker)
+            return multiple()
+        ticket = self.breaker.admit()
         assert ticket.is_trial == due
         if due:
-            self.takeovers += self.state == "half_open"
-            lease = LEASE * min(2 ** max(0, self.takeovers - 1), 8)
-            self.change("half_open", self.clock.now + lease)
-        return (ticket, self.era, due)
+            takeovers = self.takeovers + (self.state == "half_open")
+            self.change("half_open", now + LEASE * min(2 ** max(0, takeovers - 1), 8), takeovers)
+        return ticket, self.era
 
     @rule(
         held=consumes(tickets),
         verdict=st.sampled_from(["success", "failure", "neutral", "park"]),
     )
-    def settle(self, held: tuple[Ticket | None, int, bool], verdict: str) -> None:
-        ticket, era, trial = held
-        if ticket is None:
-            return
+    def settle(self, held: tuple[Ticket, int], verdict: str) -> None:
+        ticket, era = held
+        now, trial = self.clock.now, ticket.is_trial
         assert self.breaker.state == self.state
         getattr(ticket, verdict)(*([30.0] if verdict == "park" else []))
         if verdict == "park":
-            until = self.clock.now + 30
             if self.state != "open":
-                self.takeovers = 0
-                self.change("open", until)
-            self.until = max(self.until, until)
-        elif era == self.era:
-            self.judge(verdict, trial)
-
-    def judge(self, verdict: str, trial: bool) -> None:
-        if verdict == "success":
+                self.change("open", now + 30)
+            self.until = max(self.until, now + 30)
+        elif era != self.era:
+            return
+        elif verdict == "success":
             self.failures = 0
             if trial:
-                self.takeovers = 0
                 self.change("closed")
         elif verdict == "failure":
             self.failures += 1
             if trial or self.failures >= THRESHOLD:
-                self.takeovers = 0
-                self.change("open", self.clock.now + RECOVERY)
+                self.change("open", now + RECOVERY)
         elif trial:
-            self.change("open", self.clock.now)
+            self.change("open", now, self.takeovers)
 
     @rule(seconds=st.sampled_from([0.5, 5.0, 15.0, 41.0, 400.0]))
     def advance(self, seconds: float) -> None:
@@ -1074,37 +1035,31 @@ class Model(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([None, 0.0, 20.0]))
     def open(self, seconds: float | None) -> None:
         self.breaker.open(seconds)
-        self.takeovers = 0
         self.change("open", math.inf if seconds is None else self.clock.now + seconds)
 
     @rule()
     def reset(self) -> None:
         self.breaker.reset()
-        self.takeovers = 0
         self.change("closed")
 
     @rule()
     def switch(self) -> None:
-        self.both.reverse()
-        self.breaker = self.both[0]
+        self.breaker, self.other = self.other, self.breaker
 
     @invariant()
     def same(self) -> None:
-        assert [breaker.state for breaker in self.both] == [self.state] * 2
+        assert self.breaker.state == self.other.state == self.state
         snapshot = self.breaker.snapshot()
-        assert snapshot == self.breaker.snapshot()
-        assert snapshot.state == self.state
+        assert (snapshot.state, snapshot) == (self.state, self.breaker.snapshot())
         assert snapshot.generation >= self.generation
         self.generation = snapshot.generation
+        left: float | None = max(0.0, self.until - self.clock.now)
         if self.state == "closed":
             assert snapshot.failures == self.failures
-            assert snapshot.retry_after is None
-        elif self.until == math.inf:
-            assert snapshot.retry_after is None
-        else:
-            left = max(0.0, self.until - self.clock.now)
-            left = min(left, 1.0) if self.state == "half_open" else left
-            assert snapshot.retry_after == left
+            left = None
+        elif self.state == "half_open":
+            left = min(left or 0.0, 1.0)
+        assert snapshot.retry_after == (None if left == math.inf else left)
 
 
 @pytest.mark.parametrize("kind", ["alone", *KINDS])
