@@ -871,9 +871,12 @@ def test_a_finalizer_may_settle_at_each_line_of_a_change(store):
     def finalize(breaker: CircuitBreaker) -> None:
         held[id(breaker)].failure("of a finalizer")
 
-    for point, breaker in at_each_line(make, work, finalize, skip=r"self\.\w+ = \w+$"):
-        breaker.admit().failure("later")  # at the latest the next change takes it in
-        assert breaker.snapshot().failures == 4, point
+    def run() -> None:
+        for point, breaker in at_each_line(make, work, finalize, skip=r"self\.\w+ = \w+$"):
+            breaker.admit().failure("later")  # at the latest the next change takes it in
+            assert breaker.snapshot().failures == 4, point
+
+    assert in_a_thread(run, 60), "a lock is waited for that its own thread holds"
 
 
 @pytest.mark.parametrize("first", ["reset", "admit"])

@@ -194,6 +194,26 @@ def test_a_client_of_the_user_is_not_changed(redis_url):
         store.close()
 
 
+def test_what_each_store_shares(tmp_path):
+    """SQLite and memory: everything. Redis: no counts unless asked, and no local trouble."""
+    pytest.importorskip("redis")
+    for store, shared in [
+        (MemoryStore(), (True, True)), (SQLiteStore(tmp_path / "x"), (True, True)),
+        (RedisStore("redis://localhost"), (False, False)),
+        (RedisStore("redis://localhost", shared_counts=True), (True, False)),
+    ]:
+        assert (store.shared_counts, store.shares_local_errors) == shared
+
+
+def test_a_failure_costs_one_write_and_no_read(clock, shared):
+    """As long as what was read still serves."""
+    breaker = breaker_on(shared, clock)
+    fail(breaker, 1)
+    before = shared.loads, shared.swaps
+    fail(breaker, 1)
+    assert (shared.loads, shared.swaps) == (before[0], before[1] + 1)
+
+
 @needs_redis
 def test_namespaces_are_kept_apart(make_store):
     for space, name in (("a", "b:c"), ("a:b", "c"), ("a", "b"), ("", "a:b")):
@@ -1118,6 +1138,7 @@ for turn in range(5):
 """
 
 STORM = """
+import signal
 breaker = CircuitBreaker(10**9, name="x", store=store)
 stop = threading.Event()
 def work():
