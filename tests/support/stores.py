@@ -16,7 +16,6 @@ import itertools
 import linecache
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -388,22 +387,24 @@ def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
 # -- code that is stopped at each of its lines
 
 
-def traced(work: Callable[[], Any], visit: Callable[[Any], None], skip: str = "$.") -> None:
+def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "line") -> None:
     """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
+
+    With ``event="call"`` it is called where each function begins.
 
     Two kinds of lines are left out, since the interpreter never handles a signal there: the way
     out of a ``with`` block, and a line in ``finally`` that only releases a lock.
     """
     before = sys.gettrace()
 
-    def on(frame: Any, event: str, _: Any) -> Any:
+    def on(frame: Any, what: str, _: Any) -> Any:
         if frame.f_code.co_filename != copilot_router.__file__:
             return None
-        if event == "line":
+        if what == event:
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             leaving = line.startswith("with ") and name.startswith("LOAD_CONST")
-            if not (leaving or line.endswith(".release()") or re.match(skip, line)):
+            if not leaving and not line.endswith(".release()"):
                 caller = frame.f_back.f_lineno if frame.f_back else 0
                 visit((frame.f_code.co_name, frame.f_lineno, caller))
         return on
@@ -416,7 +417,7 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], skip: str = "$
 
 
 def at_each_line(
-    make: Callable[[], Any], work: Action, act: Action, skip: str = "$.", callers: bool = True
+    make: Callable[[], Any], work: Action, act: Action, event: str = "line", callers: bool = True
 ) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
@@ -426,7 +427,7 @@ def at_each_line(
     """
     points: dict[Any, None] = {}
     first = make()
-    traced(lambda: work(first), lambda at: points.setdefault(at[: 2 + callers]), skip)
+    traced(lambda: work(first), lambda at: points.setdefault(at[: 2 + callers]), event)
     assert len(points) > 10
     for point in points:
         subject, done = make(), []
@@ -437,7 +438,7 @@ def at_each_line(
                 act(subject)
 
         with suppress(Interrupted):
-            traced(lambda subject=subject: work(subject), visit, skip)
+            traced(lambda subject=subject: work(subject), visit, event)
         yield point, subject
 
 
