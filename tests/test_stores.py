@@ -18,9 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from support import stores
@@ -66,13 +67,12 @@ class TestRedis(StoreContract):
         return lambda: make_store("redis", shared_counts=True)
 
 
+@dataclass
 class Folder:
-    """A store as a user may write one: a file for each name, two methods, nothing else."""
+    """A store as a user may write one: a file for each name, two methods, and no hash."""
 
-    lock = threading.Lock()
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
+    lock: ClassVar[Any] = threading.Lock()
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         try:
