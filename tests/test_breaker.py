@@ -1037,8 +1037,10 @@ class Model(RuleBasedStateMachine):
         assert self.breaker.state == self.other.state == self.state
         snapshot = self.breaker.snapshot()
         assert (snapshot.state, snapshot) == (self.state, self.breaker.snapshot())
-        assert snapshot.generation >= self.generation
-        self.generation = snapshot.generation
+        record = self.store and self.store.load(self.breaker.name)[0]
+        if record or self.store is None:  # what was never written has no generation to keep
+            assert snapshot.generation >= self.generation
+            self.generation = snapshot.generation
         left: float | None = max(0.0, self.until - self.clock.now)
         if self.state == "closed":
             assert snapshot.failures == self.failures
@@ -1053,7 +1055,7 @@ def test_any_steps_give_the_answers_of_the_model(kind, make_store):
     """One breaker alone; or two that share a store and take turns: together they are one."""
     settings = {"shared_counts": True} if kind == "redis" else {}
     store = None if kind == "alone" else make_store(kind, refresh=0, **settings)
-    examples = {"alone": 100, "memory": 60, "sqlite": 15, "redis": 15}[kind]
+    examples = {"alone": 100, "memory": 80, "sqlite": 30, "redis": 20}[kind]
     run_state_machine_as_test(
         type("Model", (Model,), {"store": store}),
         settings=hypothesis_settings(
