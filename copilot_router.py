@@ -122,6 +122,7 @@ class RouterError(Exception):
     """
 
     attempts: tuple[Attempt, ...] = ()
+    _cost: float | None = None  #: USD of those attempts
 
 
 class ProviderError(RouterError):
@@ -459,7 +460,7 @@ class _Facts(NamedTuple):
     overruled: str | None = None  #: what ``on_error`` says of this class: next, raise or None
     retries: int = 0  #: how often this tier may still be asked again in this call
     may_wait: bool = False  #: a Retry-After may still be waited out
-    max_wait: float = 0.0  #: the longest Retry-After that is waited out
+    max_wait: float = math.inf  #: the longest Retry-After that is waited out
     left: float = math.inf  #: until the deadline of the call
     given: float = 0.0  #: what the tier has had for this request
     pause: float = 0.0  #: before the same tier is asked again, where the error names no time
@@ -483,6 +484,8 @@ def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa
     then, outcome, hint = "next", "failure", None
     if isinstance(error, ProviderError):
         then, outcome = error.then, error.breaker
+        if isinstance(error, EmptyResponse) and error.code == "length":
+            outcome = "neutral"
         hint = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
     then = facts.overruled or then
     if isinstance(error, RateLimited):
@@ -714,7 +717,8 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
 # ``_after``. A change is a step from the old record to the new one. Steps wait in a queue, and
 # whoever finds the lock free applies all that wait, in order. So nobody waits for the lock, and a
 # finalizer that settles a ticket in the middle of another change only adds its step to the queue.
-# Reads take no lock. No user code (call, clock, listener) runs under the lock; only a store does.
+# While the holder of the lock waits for a store, the others change the record alone. Reads take no
+# lock. No user code (call, clock, listener) runs under the lock; only a store does.
 
 #: What retry_after says at most during a trial, and for a tier that failed but is still closed.
 _SOON = 1.0
@@ -995,7 +999,7 @@ class CircuitBreaker:
         self._clock = clock
         self._listeners = [on_change] if on_change else []
         self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
-        self._record = BreakerRecord()  #: replaced only by who holds _lock
+        self._record = BreakerRecord()
         self._steps: deque[_Step] = deque()  #: changes that wait
         self._changes: deque[tuple[str, str, str]] = deque()  #: what is to be told
         self._rejected = 0
@@ -1009,7 +1013,7 @@ class CircuitBreaker:
 
     def _renew_locks(self) -> None:
         self._lock, self._delivering = threading.Lock(), threading.Lock()
-        self._tally = threading.Lock()  #: guards _rejected
+        self._brief = threading.Lock()  #: guards _rejected, and the replacing of _record
 
     def _share(self, store: Any) -> None:
         """Keep the record in a store from now on."""
@@ -1141,7 +1145,7 @@ class CircuitBreaker:
         found = self._trial(now) if now >= record.deadline else None
         if found is not None:
             return Ticket(self, *found)
-        with self._tally:
+        with self._brief:
             self._rejected += 1
         return None
 
@@ -1154,10 +1158,11 @@ class CircuitBreaker:
             new, found = _admitted(old, now, self._rules)
             return new
 
-        if self._lock.locked():
-            return None
-        with self._lock:
-            self._keep(change)
+        if not self._lock.locked():
+            with self._lock:
+                self._keep(change)
+        elif self._shared is not None and self._shared.hangs():
+            self._change_alone(change)
         self._work()
         return found
 
@@ -1193,6 +1198,9 @@ class CircuitBreaker:
         """Take in a verdict. ``local``: the trouble may be this machine's own."""
         if ticket._settled:
             return
+        if kind == "neutral" and not ticket.is_trial:
+            ticket._settled = True
+            return
         now = self._clock()
         stretch = _drawn(1.0, 1.0 + self.jitter) if self.jitter else 1.0
         what = _Outcome(kind, ticket.is_trial, False, seconds, reason, stretch)
@@ -1221,21 +1229,29 @@ class CircuitBreaker:
 
     def _work(self) -> None:
         """Apply all steps that wait, unless somebody else does so at this moment; then tell."""
-        while self._steps and not self._lock.locked():
-            with self._lock:
-                while self._steps:
-                    self._apply(*self._steps.popleft())
+        while self._steps:
+            if not self._lock.locked():
+                with self._lock:
+                    while self._steps:
+                        self._apply(*self._steps.popleft(), self._keep)
+            elif self._shared is not None and self._shared.in_store is not None:
+                with contextlib.suppress(IndexError):  # another thread was quicker
+                    self._apply(*self._steps.popleft(), self._change_alone)
+            else:
+                break
         while self._changes and not self._delivering.locked():
             with self._delivering:
                 while self._changes:
                     self._tell(*self._changes.popleft())
 
-    def _apply(self, change: _Change, ticket: Ticket | None, local: bool) -> None:
+    def _apply(
+        self, change: _Change, ticket: Ticket | None, local: bool, keep: Callable[..., None]
+    ) -> None:
         if ticket is None:
-            self._keep(change)
+            keep(change)
         elif not ticket._settled:
             before = self._record
-            self._keep(change, ticket._era if local else None)
+            keep(change, ticket._era if local else None)
             self._stale += self._record is before and ticket._era not in (before.era, _NO_ERA)
             ticket._settled = True  # after the change: what interrupts it leaves the ticket open
 
@@ -1245,14 +1261,31 @@ class CircuitBreaker:
         ``local``: the era of a ticket whose trouble may be this machine's own.
         """
         if self._shared is None:
-            self._set(change(self._record))
+            self._set(self._record, change(self._record))
         else:
             self._shared.keep(change, local)
 
-    def _set(self, new: BreakerRecord) -> None:
-        old, self._record = self._record, new
+    def _change_alone(self, change: _Change, local: int | None = None) -> None:
+        """Change the record while the holder of the lock waits for the store."""
+        assert self._shared is not None
+        self._shared.overtaken = True
+        while True:
+            old = self._record
+            new = change(old)
+            if new is not old and new.generation == old.generation:
+                new = new._replace(generation=old.generation + 1)
+            if self._set(old, new):
+                return
+
+    def _set(self, old: BreakerRecord, new: BreakerRecord) -> bool:
+        """Replace the record, unless it is another by now."""
+        with self._brief:
+            if self._record is not old:
+                return False
+            self._record = new
         if new.state != old.state:
             self._changes.append((old.state, new.state, new.reason))
+        return True
 
     def _tell(self, old: str, new: str, reason: str) -> None:
         name = _ascii(self.name or "circuit")
@@ -1348,7 +1381,7 @@ class _SharedView:
     """One breaker's record in a store: reads that serve a while, and compare-and-set writes.
 
     All methods but ``is_due`` are called by the holder of the breaker's lock. The breaker's own
-    record is one of three things (``standing``):
+    record is one of three things (``_standing``):
 
     shared   the stored record as of the last look, perhaps with failures that are not shared;
     ahead    changed while the store was down or busy: it is written as soon as the store answers;
@@ -1366,6 +1399,8 @@ class _SharedView:
         self._offset = 0.0  #: the store's time less the breaker's
         self._next_read = -math.inf
         self._down = False  #: the store does not answer: left alone until _next_read
+        self.in_store: float | None = None  #: since when the holder of the lock waits for the store
+        self.overtaken = False  #: others changed the record meanwhile
         self._unreadable = _Outage()  #: of this record alone
         try:
             outages = _outages.setdefault(store, {})
@@ -1375,6 +1410,11 @@ class _SharedView:
 
     def is_due(self) -> bool:
         return self._breaker._clock() >= self._next_read
+
+    def hangs(self) -> bool:
+        """Whether the store has kept the holder of the lock for longer than it may take."""
+        since = self.in_store
+        return since is not None and time.monotonic() - since > 2 * _STORE_BUDGET
 
     def read_again(self) -> None:
         """What was seen of the store may be out of date."""
@@ -1387,6 +1427,9 @@ class _SharedView:
             return
         self._next_read = now + self._refresh
         found = self._try(self._read)
+        if self.overtaken:
+            self.overtaken = False
+            self._standing = "ahead" if self._standing == "shared" else self._standing
         if found is None:
             return
         record, store_now = found
@@ -1397,7 +1440,7 @@ class _SharedView:
                 self._standing = "ahead"  # the store has lost it
             self._seen = None
         elif record.generation != self._seen:
-            newer = record.generation > mine.generation or mine.state == "closed"
+            newer = record.generation > mine.generation or record.state != mine.state == "closed"
             if self._standing != "ahead" or newer:
                 self._adopt(record, store_now)
         if self._standing == "ahead" and not self._write_ahead(record):
@@ -1422,18 +1465,26 @@ class _SharedView:
             saved = self._try(self._write, self._seen, new)
             if saved:
                 self._seen, self._standing = new.generation, "shared"
-                return self._breaker._set(new)
+                if not self._breaker._set(old, new):
+                    self._breaker._change_alone(change)
+                    self._fall_behind()
+                return
             if saved is None or time.monotonic() > until:
                 break
             self.read_again()
             self.load()  # another process was quicker
         old, new = self._step(change)
-        self._breaker._set(new)
+        while not self._breaker._set(old, new):
+            old, new = self._step(change)
         if local is not None or self._standing == "own":
             self._keep_to_itself(old, new, local)
         elif not counts and new is not old:
             self._standing = "ahead"
-        return None
+
+    def _fall_behind(self) -> None:
+        """Other threads have changed the breaker's record while the store worked."""
+        self._standing, self._seen = "ahead", -1  # no record has that generation
+        self.read_again()
 
     def _step(self, change: _Change) -> tuple[BreakerRecord, BreakerRecord]:
         """The record before and after a change. A record that is not in the store gets a generation
@@ -1441,7 +1492,8 @@ class _SharedView:
         old = self._breaker._record
         now_ms = int((self._breaker._clock() + self._offset) * 1000)
         if self._seen is None and old.generation < now_ms:
-            old = self._breaker._record = old._replace(generation=now_ms)
+            self._breaker._set(old, old._replace(generation=now_ms))
+            old = self._breaker._record
         new = change(old)
         if new is not old and new.generation == old.generation:
             new = new._replace(generation=old.generation + 1)
@@ -1460,7 +1512,7 @@ class _SharedView:
 
     def _write_ahead(self, record: BreakerRecord | None) -> bool:
         """Write the breaker's record, which is ahead of the stored one."""
-        new = self._breaker._record
+        mine = new = self._breaker._record
         stored = None if record is None else record.generation
         if stored is not None and new.generation <= stored:
             new = new._replace(generation=stored + 1)
@@ -1470,7 +1522,8 @@ class _SharedView:
         self._seen = new.generation if saved else -1
         if saved:
             self._standing = "shared"
-            self._breaker._set(new)
+            if not self._breaker._set(mine, new):
+                self._fall_behind()
         return True
 
     def _adopt(self, record: BreakerRecord, store_now: float) -> None:
@@ -1488,14 +1541,17 @@ class _SharedView:
             left = min(max(record.deadline - store_now, 0.0), record.span)
             left = math.inf if record.deadline == math.inf else left
             new = record._replace(deadline=self._breaker._clock() + left)
-        self._breaker._set(new)
+        if not self._breaker._set(mine, new):
+            self._fall_behind()
 
     def _read(self) -> tuple[BreakerRecord | None, float]:
         found = self._store.load(self._breaker.name)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError("load() of a store returns (record or None, its time)")
         record, now = found
-        return None if record is None else _checked_record(record), now + 0.0
+        if not math.isfinite(now):
+            raise ValueError("the time of a store is no number")
+        return None if record is None else _checked_record(record), now
 
     def _write(self, expected: int | None, record: BreakerRecord) -> bool:
         """Compare and set. Says whether it was done."""
@@ -1511,6 +1567,7 @@ class _SharedView:
         until = outage.until
         if clock() >= until:
             try:
+                self.in_store = time.monotonic()
                 return operation(*args)
             except Exception as error:
                 if _is_task_limit(error):
@@ -1520,6 +1577,8 @@ class _SharedView:
                     until = outage.until
                 if outage.until == until:  # else another breaker has just found out
                     outage.begin(clock(), error)
+            finally:
+                self.in_store = None
         self._next_read = outage.until
         if not self._down:
             self._down = True
@@ -1624,11 +1683,11 @@ class SQLiteStore:
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
         """How many rows were changed, and those found. Raises sqlite3.Error or OSError."""
-        import sqlite3
-
         connection = None
         try:
             with self._lock:
+                import sqlite3  # not while a child is forked: it would wait for the import
+
                 connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
                 connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -1641,7 +1700,8 @@ class SQLiteStore:
                 return cursor.rowcount, cursor.fetchall()
         finally:
             if connection is not None:
-                connection.close()
+                with self._lock:
+                    connection.close()
 
     def _make_table(self, connection: Any) -> None:
         columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
@@ -1684,21 +1744,28 @@ class _BoundedSocket:
     def __init__(self, sock: Any, left: Callable[[], float]) -> None:
         self._sock = sock
         self._left = left
+        self._given: float | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
+    def settimeout(self, seconds: float | None) -> None:
+        self._given = seconds
+        self._sock.settimeout(seconds)
+
+    def _bound(self) -> Any:
+        left = self._left()
+        self._sock.settimeout(left if self._given is None else min(left, self._given))
+        return self._sock
+
     def recv(self, *args: Any) -> Any:
-        self._sock.settimeout(self._left())
-        return self._sock.recv(*args)
+        return self._bound().recv(*args)
 
     def recv_into(self, *args: Any) -> Any:
-        self._sock.settimeout(self._left())
-        return self._sock.recv_into(*args)
+        return self._bound().recv_into(*args)
 
     def send(self, *args: Any) -> Any:
-        self._sock.settimeout(self._left())
-        return self._sock.send(*args)
+        return self._bound().send(*args)
 
     def sendall(self, data: Any, *_: Any) -> None:
         view = memoryview(data).cast("B")
@@ -1773,9 +1840,18 @@ class RedisStore:
 
         class Connection(kind):  # type: ignore[valid-type, misc]
             def _connect(self) -> Any:
-                return _BoundedSocket(super()._connect(), store._left)
+                sock = super()._connect()
+                store._begin()
+                return _BoundedSocket(sock, store._left)
+
+            def connect(self) -> None:
+                super().connect()  # it greets the server, which has its own time
+                store._begin()
 
         return redis.ConnectionPool(Connection, **settings)
+
+    def _begin(self) -> None:
+        self._operation.until = time.monotonic() + self.timeout
 
     def _left(self) -> float:
         """redis-py's own limit counts anew for each byte that comes: ours is for all of them."""
@@ -1787,13 +1863,13 @@ class RedisStore:
     def _key(self, name: str) -> str:
         from urllib.parse import quote
 
-        self._operation.until = time.monotonic() + self.timeout
         return f"{quote(self._namespace, safe='')}:{quote(name, safe='')}"
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record of a breaker, None if there is none, and the server's time."""
         key = self._key(name)
         asked = self._client.pipeline(transaction=False).hget(key, "record").time()
+        self._begin()
         text, (seconds, micros) = asked.execute()
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
@@ -1802,7 +1878,9 @@ class RedisStore:
         expected = "" if expected_generation is None else expected_generation
         span = record.span if record.span < math.inf else 365 * self._keeps
         values = (expected, record.generation, _record_text(record), int(1000 * (self._keeps + span)))
-        return bool(self._client.eval(self._script, 1, self._key(name), *values))
+        key = self._key(name)
+        self._begin()
+        return bool(self._client.eval(self._script, 1, key, *values))
 
     def close(self) -> None:
         """Close idle connections; the store stays usable."""
@@ -1938,7 +2016,6 @@ def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> 
         error = ContentFiltered("refused by a safety system", **told)
     elif response.finish_reason == "length":
         error = EmptyResponse("cut by the token limit before any text", code="length", **told)
-        error.breaker = "neutral"
     else:
         error = EmptyResponse("neither text nor tool call", **told)
         if messages and messages[-1]["role"] == "tool":
@@ -6109,8 +6186,9 @@ def _undecorated(text: str) -> int:
 def _after_marker(text: str | None, marker: str) -> str | None:
     """What follows the marker if the text begins with it, else None."""
     text = (text or "").lstrip()
-    if text.startswith("<think>"):
-        text = text[7:].partition("</think>")[2].lstrip()
+    for _ in range(8):
+        if text.startswith("<think>"):
+            text = text[7:].partition("</think>")[2].lstrip()
     at = _undecorated(text)
     if not text or text[at : at + len(marker)].lower() != marker.lower():
         return None
@@ -6407,7 +6485,7 @@ class _Run:
         try:
             return self._loop()
         except RouterError as error:
-            error.attempts = tuple(self.attempts)
+            error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self.tell_failure(error)
             raise
@@ -6602,8 +6680,8 @@ class _Run:
                 tier._thinkers.add(attempt.model)
         if self.cost is not None and (response is not None or usage.total_tokens):
             cost: float | None = None
-            if response is not None and inner:
-                cost = response.cost
+            if inner:
+                cost = response.cost if response is not None else getattr(error, "_cost", None)
             elif usage.total_tokens:  # what was used is not known of an answer without usage
                 answered = response.model if response is not None else ""
                 cost = tier._cost(usage, (answered, attempt.model))
@@ -6764,7 +6842,7 @@ class _Run:
     ) -> None:  # fmt: skip
         if self.observed or level > logging.DEBUG:
             if _log.isEnabledFor(level):
-                _log.log(level, "%s %s %s %s", _ascii(tier.name), kind, model or "", data)
+                _log.log(level, "%s %s %s %s", _ascii(tier.name), kind, model or "", _ascii(str(data)))
             self.chain._emit(kind, tier.name, model or "", data)
 
 
@@ -6778,6 +6856,9 @@ _INSTRUCTION = (
 )
 #: Jitter of the breakers that a chain makes for itself alone: a fleet must not try in step.
 _FLEET_JITTER = 0.25
+
+
+_warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
 class FailoverChain(LLMProvider):
@@ -6843,7 +6924,6 @@ class FailoverChain(LLMProvider):
         self._accept = accept
         self._clock = clock
         self._sleep = sleep
-        self._warned: set[str] = set()  #: places of faults in custom providers
         self._set_escalation(escalation_model, escalation_marker, escalation_prompt)
         for tier in self.tiers:
             if tier.breaker is None:
@@ -7109,10 +7189,11 @@ class FailoverChain(LLMProvider):
 
     def _warn_of(self, tier: ProviderTier, error: BaseException) -> None:
         """A fault in a custom provider, once for each place in its code."""
-        place = _ascii(f"{tier.name}: {_place(error)}")
-        if place not in self._warned and len(self._warned) < 1000:
-            self._warned.add(place)
-            _log.warning("%s: no ProviderError, so it counts as a failure", place)
+        place = _place(error)
+        if place not in _warned_of and len(_warned_of) < 1000:
+            _warned_of.add(place)
+            told = "%s: %s is no ProviderError: it counts as a failure"
+            _log.warning(told, _ascii(tier.name), _ascii(place))
 
     def _tell_answer(self, response: LLMResponse) -> None:
         if len(response.attempts) > 1 and _log.isEnabledFor(logging.INFO):

@@ -678,6 +678,7 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
         raise Interrupted
 
     def use(breaker: CircuitBreaker) -> None:
+        assert breaker.state  # an interrupted verdict may take effect only now
         record = store.load(breaker.name)[0]
         assert breaker.state == ("closed" if record is None else record.state)
         breaker.reset()

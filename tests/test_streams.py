@@ -94,7 +94,7 @@ def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
 
 ERRORS = [
     ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderTimeout("x"),
-    InvalidResponse("x"), RateLimited("x", retry_after=30), QuotaExceeded("x", retry_after=30),
+    InvalidResponse("x"), RateLimited("x", retry_after=30), QuotaExceeded("x", retry_after=90),
     ModelNotFound("x"), BadRequest("x"), KeyError("x"),
 ]  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_an_answer_without_text_has_no_delta(clock: VirtualClock) -> None:
         (BadRequest("x"), "closed", 0), (ContentFiltered("x"), "closed", 0),
         (RateLimited("x", retry_after=30), "open", 30), (Overloaded("x", retry_after=20),
         "open", 20),
-        (AuthenticationError("x"), "open", 15), (QuotaExceeded("x"), "open", 15),
+        (AuthenticationError("x"), "open", 15), (QuotaExceeded("x"), "open", 60),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )  # fmt: skip
