@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from leaks import MARKS, LeakWatch
-from stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
+from support.leaks import MARKS, LeakWatch
+from support.stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import faults
+
 import pytest
 import requests
-from faults import DIALECTS, FAULTS, Dialect, FaultServer, answer_to, descriptors, fault_server
+from support.faults import DIALECTS, FAULTS, Dialect, FaultServer, answer_to, descriptors, fault_server
 
 from copilot_router import (
     AllProvidersFailed,
@@ -415,7 +415,7 @@ def test_every_wire_format_is_as_safe(dialect: type[Dialect]) -> None:
 
 def test_a_gzip_bomb_is_stopped_by_the_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty kilobytes of compressed blank lines are much work; the deadline is looked at in between."""
-    monkeypatch.setattr(faults, "BOMB", gzip.compress(b"\n" * 40_000_000))
+    monkeypatch.setattr("support.faults.BOMB", gzip.compress(b"\n" * 40_000_000))
     with fault_server() as ill:
         chain = FailoverChain([ProviderTier("ill", OpenAIProvider(KEY, ill.url), ["gzip_bomb"])], timeout=0.3)
         start = time.monotonic()

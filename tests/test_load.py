@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 import pytest
-from faults import FAULTS, answer_to, descriptors, fault_server
+from support.faults import FAULTS, answer_to, descriptors, fault_server
 
 from copilot_router import FailoverChain, OpenAIProvider, ProviderTier
 
