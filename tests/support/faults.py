@@ -1,14 +1,7 @@
-"""A server that misbehaves on purpose: raw sockets on loopback, one fault per model name, a log of all attempts with times.
+"""A server that misbehaves on purpose: raw sockets on loopback, one fault per model name, a log.
 
-A fault is a function of one Exchange, registered by its name. It closes the connection at its end unless it sets ``keep``:
-
-    @fault
-    def cut_chunked(x: Exchange) -> None:
-        x.head("Transfer-Encoding: chunked")
-        x.chunk(x.part)
-
-What goes over the wire in between (``x.body``, ``x.part``, ``x.texts``, ``x.keep_alive``) comes from a Dialect, so that the
-same fault serves every wire format. A fault of one vendor's own content names its dialect: ``@fault(only=Chat)``.
+``ROWS`` is the table: a row names a fault, serves it as a function of one Exchange, and says what is
+expected of it. What goes over the wire comes from a Dialect, so that one row serves every format.
 """
 
 from __future__ import annotations
@@ -22,10 +15,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, ClassVar, NamedTuple
 
-from copilot_router import AnthropicProvider, GeminiProvider, LLMProvider, OllamaProvider, OpenAIProvider
+from copilot_router import (
+    AnthropicProvider,
+    AuthenticationError,
+    BadRequest,
+    ContentFiltered,
+    ContextLengthExceeded,
+    EmptyResponse,
+    GeminiProvider,
+    InvalidResponse,
+    LLMProvider,
+    ModelNotFound,
+    OllamaProvider,
+    OpenAIProvider,
+    Overloaded,
+    ProviderTimeout,
+    ProviderUnavailable,
+    QuotaExceeded,
+    RateLimited,
+    ServerError,
+    UnsupportedRequest,
+)
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
 PATIENCE = 30.0
@@ -458,32 +472,32 @@ class Entry(NamedTuple):
 
 
 def answer_to(prompt: str) -> str:
-    """The complete answer to a prompt: whoever has less, or another's, can be told."""
+    """The complete answer to a prompt: a part of it, or another's, can be told."""
     return f"This is the whole answer to {prompt}, from its first word to its last."
 
 
 class Exchange:
-    """One request, and the means to answer it well or badly."""
+    """One request, and the means to answer it well or badly. Most methods return it, for chains.
+
+    The connection is closed at the end of a fault unless ``keep`` is set.
+    """
 
     def __init__(
-        self, server: FaultServer, connection: socket.socket, prompt: str, stream: bool, asked: dict[str, Any], key: str
+        self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes, path: str
     ) -> None:
-        dialect = server.dialect
+        self.server, self.connection, self.dialect = server, connection, server.dialect
         self.asked = asked  #: the body of the request
-        self.server = server
-        self.key = key  #: what the client authenticated itself with
-        self.connection = connection
-        self.dialect = dialect
-        self.prompt = prompt
-        self.stream = stream  #: whether the client wants one
+        self.key = self._key_in(head)  #: what the client authenticated itself with
+        dialect = self.dialect
+        self.model, self.prompt, self.stream = dialect.asked(path, asked)
         self.number = 0  #: which request for this fault this is, from 1
-        self.keep = False  #: whether the connection stays open afterwards
-        self.keep_alive = dialect.keep_alive if stream else b"\n"
+        self.keep = False
+        self.keep_alive = dialect.keep_alive if self.stream else b"\n"
         self.until = time.monotonic() + PATIENCE
-        text = answer_to(prompt)
+        text = answer_to(self.prompt)
         self.texts = [text[at : at + 9] for at in range(0, len(text), 9)]
         self.whole = json.dumps(dialect.document(text)).encode()
-        if stream:
+        if self.stream:
             self.kind = dialect.stream_type
             self.opening = dialect.frames(dialect.opening())  #: no text yet
             self.part = self.told(self.texts[:4])  #: some text, and no end
@@ -496,108 +510,111 @@ class Exchange:
             self.complete = self.body = self.whole
             self.part = self.whole[: len(self.whole) * 2 // 3]
 
+    @staticmethod
+    def _key_in(head: bytes) -> str:
+        for line in head.decode("latin-1").split("\r\n"):
+            name, _, value = line.partition(":")
+            if name.lower() in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
+                return value.strip().removeprefix("Bearer ")
+        return ""
+
     def told(self, texts: list[str]) -> bytes:
         """The beginning of a stream, as far as these texts."""
         return self.opening + self.dialect.frames(self.dialect.texts(texts))
 
+    def counted(self, last: int) -> bytes:
+        """A beginning of so many tokens."""
+        return self.told([f"{number} " for number in range(last)]) if self.stream else self.part
+
     def more(self, text: str) -> bytes:
         """One more event with text, after ``part``."""
-        return self.dialect.frame(self.dialect.texts([text])[-1])
+        return self.dialect.frame(self.dialect.texts([text])[-1]) if self.stream else b" " * len(text)
 
     def error(self, kind: str) -> bytes:
         """An error where an answer should be: an event, or a document."""
         body = self.dialect.refusal(kind)
         return self.dialect.frame(body) if self.stream else json.dumps(body).encode()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> Exchange:
         self.connection.sendall(data)
+        return self
 
-    def head(self, *headers: str, status: str = "200 OK", kind: str | None = None) -> None:
+    def head(self, *headers: str, status: str = "200 OK", kind: str | None = None) -> Exchange:
         """Status line and headers, with the content type of a healthy answer."""
         lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind or self.kind}", *headers, "", ""]
-        self.send("\r\n".join(lines).encode("latin-1"))
+        return self.send("\r\n".join(lines).encode("latin-1"))
 
-    def chunk(self, data: bytes) -> None:
-        self.send(b"%x\r\n%s\r\n" % (len(data), data))
+    def until_closed(self, data: bytes, **told: Any) -> Exchange:
+        """A body whose end is the connection's."""
+        return self.head("Connection: close", **told).send(data)
 
-    def end(self) -> None:
-        """The last chunk: the connection may serve the next request."""
-        self.send(b"0\r\n\r\n")
-        self.keep = True
+    def chunks(self, *pieces: bytes) -> Exchange:
+        """The head and the beginning of a chunked body."""
+        self.head("Transfer-Encoding: chunked")
+        return self.send(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
 
-    def reply(self, status: str, body: bytes, *headers: str, kind: str = "application/json") -> None:
+    def reply(
+        self, status: str, body: bytes, *headers: str, kind: str = "application/json"
+    ) -> Exchange:
         """A whole answer with its length, well-formed as HTTP goes."""
-        self.head(f"Content-Length: {len(body)}", *headers, status=status, kind=kind)
-        self.send(body)
+        self.head(f"Content-Length: {len(body)}", *headers, status=status, kind=kind).send(body)
         self.keep = True
+        return self
 
-    def ok(self, body: bytes | None = None, *headers: str) -> None:
+    def say(self, status: int, body: Any, *headers: str) -> Exchange:
+        """A whole answer in JSON."""
+        return self.reply(f"{status} So", json.dumps(body).encode(), *headers)
+
+    def ok(self, body: bytes | None = None, kind: str | None = None) -> Exchange:
         """A healthy answer, chunk by chunk if a stream is wanted; or this body in its place."""
         body = self.body if body is None else body
         if not self.stream:
-            return self.reply("200 OK", body, *headers)
-        self.head("Transfer-Encoding: chunked", *headers)
+            return self.reply("200 OK", body, kind=kind or self.kind)
+        self.head("Transfer-Encoding: chunked", kind=kind)
         self.send(chunked(*(piece + b"\n\n" for piece in body.split(b"\n\n") if piece)))
         self.keep = True
+        return self
 
-    def refuse(self, kind: str, *headers: str) -> None:
+    def refuse(self, kind: str, *headers: str) -> Exchange:
         """A refusal in the dialect's own words."""
-        body = json.dumps(self.dialect.refusal(kind)).encode()
-        self.reply(f"{self.dialect.refusals[kind][0]} No", body, *headers)
+        return self.say(self.dialect.refusals[kind][0], self.dialect.refusal(kind), *headers)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait; False when it is time to give up."""
-        return not self.server.stopping.wait(seconds) and time.monotonic() < self.until
+    def pause(self, seconds: float) -> Exchange:
+        self.server.stopping.wait(seconds)
+        return self
 
-    def hang(self) -> None:
+    def hang(self) -> Exchange:
         """Say nothing, until the client goes away."""
         self.connection.settimeout(PATIENCE)
         self.connection.recv(1)
+        return self
 
-    def drip(self, data: bytes, gap: float = 0.02) -> None:
+    def drip(self, data: bytes) -> Exchange:
         """A byte at a time."""
-        for at in range(len(data)):
-            self.send(data[at : at + 1])
-            if not self.wait(gap):
-                return
+        self.server.drip(self.connection, data)
+        return self
 
-    def gush(self, data: bytes, gap: float = 0.0) -> None:
+    def gush(self, data: bytes, gap: float = 0.02) -> Exchange:
         """The same again and again."""
         self.send(data)
-        while self.wait(gap):
+        while not self.server.stopping.wait(gap) and time.monotonic() < self.until:
             self.send(data)
+        return self
 
-    def reset(self) -> None:
+    def reset(self) -> Exchange:
         """Close with RST and not with FIN."""
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.connection.close()
-
-
-class Fault(NamedTuple):
-    """A registered fault."""
-
-    name: str
-    serve: Callable[[Exchange], Any]
-    only: type[Dialect] | None
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(serve: Any = None, *, name: str = "", only: type[Dialect] | None = None) -> Any:
-    """Register a function of one Exchange under its own name or the one given."""
-    if serve is None:
-        return lambda given: fault(given, name=name, only=only)
-    known = Fault(name or serve.__name__, serve, only)
-    assert known.name not in FAULTS, f"two faults are called {known.name}"
-    FAULTS[known.name] = known
-    return serve
+        return self
 
 
 class FaultServer(Peer):
-    """Serves the fault that the model's name says; ``pick(model)`` may choose another one instead."""
+    """Serves the fault that the model's name says; ``pick(model)`` may choose another one."""
 
-    def __init__(self, dialect: Dialect | None = None, pick: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
+    ) -> None:
         self.dialect = dialect or Chat()
         self.log: list[Entry] = []
         self._pick = pick
@@ -609,36 +626,29 @@ class FaultServer(Peer):
         """How many requests were for this fault."""
         return sum(entry.fault == name for entry in self.log)
 
-    @staticmethod
-    def _key_in(head: bytes) -> str:
-        for line in head.decode("latin-1").split("\r\n"):
-            name, _, value = line.partition(":")
-            if name.lower() in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
-                return value.strip().removeprefix("Bearer ")
-        return ""
-
     def _exchange(self, connection: socket.socket, request: bytes) -> bool:
         now = time.monotonic()
         self.requests.clear()  # the log is enough, and takes less room
         head, _, body = request.partition(b"\r\n\r\n")
         method, path, _ = head.decode("latin-1").split(" ", 2)
         if method != "POST" or self.dialect.path not in path:
-            stolen = b'{"choices": [{"message": {"content": "from somewhere else"}}], "data": []}'
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(stolen) + stolen)
+            stolen = b'{"choices": [{"message": {"content": "from elsewhere"}}], "data": []}'
+            top = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+            connection.sendall(top % len(stolen) + stolen)
             return True
-        asked = json.loads(body)
-        model, prompt, stream = self.dialect.asked(path, asked)
-        known = FAULTS[self._pick(model) if self._pick else model]
-        exchange = Exchange(self, connection, prompt, stream, asked, self._key_in(head))
+        x = Exchange(self, connection, json.loads(body), head, path)
+        row = BY_NAME[self._pick(x.model) if self._pick else x.model]
         with self._numbering:
-            exchange.number = self._seen[known.name] = self._seen.get(known.name, 0) + 1
-            self.log.append(Entry(now, known.name, prompt, connection.getpeername()[1]))
-        known.serve(exchange)
-        return exchange.keep
+            x.number = self._seen[row.name] = self._seen.get(row.name, 0) + 1
+            self.log.append(Entry(now, row.name, x.prompt, connection.getpeername()[1]))
+        row.serve(x)
+        return x.keep
 
 
 @contextmanager
-def fault_server(dialect: Dialect | None = None, pick: Callable[[str], str] | None = None) -> Iterator[FaultServer]:
+def fault_server(
+    dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
+) -> Iterator[FaultServer]:
     """A FaultServer for the time of a with block."""
     server = FaultServer(dialect, pick)
     try:
@@ -647,782 +657,507 @@ def fault_server(dialect: Dialect | None = None, pick: Callable[[str], str] | No
         server.stop()
 
 
-# -- no fault at all
+# -- the table
 
 
-@fault
-def healthy(x: Exchange) -> None:
-    """A good answer."""
-    x.ok()
+class ANSWER:
+    """Expected of a row: the complete answer of the tier itself."""
 
 
-@fault
-def healthy_without_end_marker(x: Exchange) -> None:
-    """Complete, but nothing says so after the finish reason."""
-    x.ok(x.complete)
+#: What ``requests.post(..., timeout=1).json()["choices"][0]["message"]["content"]`` makes of it.
+HELD = "held long past its timeout"
+WRONG = "took something for the answer that is not"
+RAW = "failed with KeyError, TypeError, JSONDecodeError or the like: nothing about the cause"
+HONEST = "failed with an exception that names the trouble"
+RIGHT = "got the answer"
+FOOLED = (HELD, WRONG, RAW)
 
 
-@fault(only=Chat)
-def healthy_without_finish_reason(x: Exchange) -> None:
-    """An end marker is as good as a finish reason."""
-    x.ok(x.told(x.texts) + x.dialect.end if x.stream else x.body)
+@dataclass
+class Row:
+    """One fault, and all that is expected of it."""
 
+    name: str
+    expect: type
+    naive: str
+    seen: str  #: requests to the tier that is ill, and its breaker afterwards: a state, and failures
+    #: if closed, seconds until somebody is let through if open ("long": 14 to 600)
+    serve: Callable[[Exchange], Any]
+    only: type[Dialect] | None = None  #: the wire format, for faults of its content
+    within: float = 1.0  #: seconds that the call may take at most with a healthy second tier
+    calls: int = 1
+    timeout: float | None = None  #: of the tier
+    options: dict[str, Any] = field(default_factory=dict)
+    told: Callable[[str], str] = str  #: what becomes of the text
+    alone: type | None = None  #: expected with no other tier and little time, if something else
+    after: bool = False  #: a stream has shown text before the fault strikes
 
-@fault
-def healthy_until_closed(x: Exchange) -> None:
-    """Its end is the connection's."""
-    x.head("Connection: close")
-    x.send(x.body)
+    @property
+    def requests(self) -> int:
+        return int(self.seen.split(" ")[0])
 
+    @property
+    def breaker(self) -> str:
+        return self.seen.partition(" ")[2]
 
-@fault
-def healthy_http_1_0(x: Exchange) -> None:
-    """An old server, without a reason phrase."""
-    x.send(f"HTTP/1.0 200\r\nContent-Type: {x.kind}\r\n\r\n".encode() + x.body)
 
+ROWS: list[Row] = []
+ONE, TWO, FINE, NEUTRAL = "1 closed 1", "2 closed 2", "1 closed 0", "1 closed 0"
 
-@fault
-def healthy_after_keep_alives(x: Exchange) -> None:
-    """Signs of life before and in between."""
-    x.ok(x.keep_alive * 3 + x.body)
 
+def row(
+    name: str, expect: type, naive: str, seen: str, serve: Callable[[Exchange], Any], **more: Any
+) -> None:
+    ROWS.append(Row(name, expect, naive, seen, serve, **more))
 
-@fault
-def healthy_then_silence(x: Exchange) -> None:
-    """The answer is complete, but its body never ends."""
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.complete)
-    x.hang()
 
+def answers(name: str, naive: str, serve: Callable[[Exchange], Any], seen: str = FINE, **more: Any):
+    row(name, ANSWER, naive, seen, serve, **more)
 
-@fault
-def healthy_then_reset(x: Exchange) -> None:
-    """The answer is complete, but the connection breaks before its body ends."""
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.complete)
-    x.wait(0.05)
-    x.reset()
 
+def late(name: str, naive: str, serve: Callable[[Exchange], Any], **more: Any) -> None:
+    row(name, ProviderTimeout, naive, ONE, serve, **more)
 
-@fault
-def continue_first(x: Exchange) -> None:
-    """100 Continue, which nobody asked for, then a good answer."""
-    x.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-    x.ok()
 
+def broken(name: str, naive: str, serve: Callable[[Exchange], Any], **more: Any) -> None:
+    row(name, InvalidResponse, naive, more.pop("seen", ONE), serve, **more)
 
-@fault
-def early_hints_first(x: Exchange) -> None:
-    """103 Early Hints, a little later a good answer."""
-    x.send(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n")
-    x.wait(0.1)
-    x.ok()
 
+def closed(name: str, naive: str, serve: Callable[[Exchange], Any]) -> None:
+    row(name, ServerError, naive, TWO, serve)
 
-@fault
-def invalid_utf8(x: Exchange) -> None:
-    """A byte that is no UTF-8 in the middle of the text."""
-    x.ok(x.body.replace(b"answer", b"ans\xffer"))
 
+CLOSE = "Connection: close"
+OK = b"HTTP/1.1 200 OK\r\n"
 
-@fault
-def compressed(x: Exchange) -> None:
-    """gzip, though nobody asked for it."""
-    x.reply("200 OK", gzip.compress(x.body), "Content-Encoding: gzip", kind=x.kind)
 
-
-# -- time
-
-
-@fault
-def endless_status_line(x: Exchange) -> None:
-    """A reason phrase that goes on and on, a byte at a time."""
-    x.send(b"HTTP/1.1 200 ")
-    x.gush(b"O", 0.02)
-
-
-@fault
-def dripped_status_line(x: Exchange) -> None:
-    """A good answer, but a byte at a time from the very first."""
-    x.drip(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + x.body)
-
-
-@fault
-def dripped_headers(x: Exchange) -> None:
-    """Headers that take a long time."""
-    x.send(b"HTTP/1.1 200 OK\r\n")
-    for number in range(90):
-        x.drip(b"X-Header-%d: value\r\n" % number)
-
-
-@fault
-def dripped_body(x: Exchange) -> None:
-    """A good answer, a byte at a time."""
-    x.head("Connection: close")
-    x.drip(x.body)
-
-
-@fault
-def dripped_chunk_size(x: Exchange) -> None:
-    """The line that tells a chunk's size never ends."""
-    x.head("Transfer-Encoding: chunked")
-    x.send(b"5;")
-    x.gush(b"x", 0.02)
-
-
-@fault
-def dripped_refusal(x: Exchange) -> None:
-    """An error whose body drips."""
-    x.head("Content-Length: 10000", status="500 Oops", kind="application/json")
-    x.drip(b" " * 10000)
-
-
-@fault
-def keep_alives_for_ever(x: Exchange) -> None:
-    """Signs of life, and never an answer."""
-    x.head("Connection: close")
-    x.gush(x.keep_alive, 0.02)
-
-
-@fault
-def blank_lines_for_ever(x: Exchange) -> None:
-    """The same with blank lines."""
-    x.head("Connection: close")
-    x.gush(b"\r\n", 0.02)
-
-
-@fault
-def keep_alives_in_the_middle(x: Exchange) -> None:
-    """Text, then only signs of life."""
-    x.head("Connection: close")
-    x.send(x.part)
-    x.gush(x.keep_alive, 0.02)
-
-
-@fault
-def nothing_but_a_beginning(x: Exchange) -> None:
-    """Opening events again and again, without any text."""
-    x.head("Connection: close")
-    x.gush(x.opening if x.stream else b" ", 0.02)
-
-
-@fault
-def silence(x: Exchange) -> None:
-    """Nothing at all."""
-    x.hang()
-
-
-@fault
-def silence_after_headers(x: Exchange) -> None:
-    """Headers, then nothing."""
-    x.head("Connection: close")
-    x.hang()
-
-
-@fault
-def silence_after_the_beginning(x: Exchange) -> None:
-    """The opening events, then nothing."""
-    x.head("Connection: close")
-    x.send(x.opening)
-    x.hang()
-
-
-@fault
-def stall(x: Exchange) -> None:
-    """Some text, then nothing."""
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.part)
-    x.hang()
-
-
-@fault
-def late_first_token(x: Exchange) -> None:
-    """Headers at once, and the answer after twenty seconds."""
-    x.head("Connection: close")
-    if x.wait(20):
-        x.send(x.body)
-
-
-@fault
-def stall_after_20_tokens(x: Exchange) -> None:
-    """An answer of sixty that stops."""
-    x.head("Connection: close")
-    x.send(x.told([f"{number} " for number in range(20)]) if x.stream else x.part)
-    x.hang()
-
-
-@fault
-def long_content_length(x: Exchange) -> None:
-    """The connection stays open, but half of what was promised does not come."""
-    x.head(f"Content-Length: {2 * len(x.body)}")
-    x.send(x.part)
-    x.hang()
-
-
-@fault
-def slow_tokens(x: Exchange) -> None:
-    """Text all the time, but too slowly for any deadline."""
-    x.head("Connection: close")
-    x.send(x.part)
-    x.gush(x.more("more ") if x.stream else b" ", 0.05)
-
-
-@fault
-def endless_interim_answers(x: Exchange) -> None:
-    """100 Continue for ever."""
-    x.gush(b"HTTP/1.1 100 Continue\r\n\r\n", 0.02)
-
-
-@fault
-def endless_early_hints(x: Exchange) -> None:
-    """103 for ever."""
-    x.gush(b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02)
-
-
-# -- broken connections
-
-
-@fault
-def reset_before_headers(x: Exchange) -> None:
-    x.reset()
-
-
-@fault
-def closed_before_headers(x: Exchange) -> None:
-    """As quiet as it is."""
-
-
-@fault
-def closed_in_the_status_line(x: Exchange) -> None:
-    x.send(b"HTTP/1.1 2")
-
-
-@fault
-def closed_in_the_headers(x: Exchange) -> None:
-    x.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-str")
-
-
-@fault
-def reset_in_the_headers(x: Exchange) -> None:
-    x.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-str")
-    x.wait(0.05)
-    x.reset()
-
-
-@fault
-def closed_after_headers(x: Exchange) -> None:
-    x.head("Connection: close")
-
-
-@fault
-def cut_chunked(x: Exchange) -> None:
-    """A chunk that promises more than comes."""
-    x.head("Transfer-Encoding: chunked")
-    x.send(b"%x\r\n" % (2 * len(x.body)) + x.part)
-
-
-@fault
-def cut_between_chunks(x: Exchange) -> None:
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.part)
-
-
-@fault
-def cut_until_closed(x: Exchange) -> None:
-    """No exception in the world tells this from a good end."""
-    x.head("Connection: close")
-    x.send(x.part)
-
-
-@fault
-def cut_after_40_tokens(x: Exchange) -> None:
-    """An answer of sixty that ends."""
-    x.head("Connection: close")
-    x.send(x.told([f"{number} " for number in range(40)]) if x.stream else x.part)
-
-
-@fault
-def short_content_length(x: Exchange) -> None:
-    """The server stops in the middle of what it promised."""
-    x.head(f"Content-Length: {len(x.body)}")
-    x.send(x.part)
-
-
-@fault
-def content_length_too_short(x: Exchange) -> None:
-    """The server promises less than it sends."""
-    x.head(f"Content-Length: {len(x.part)}", "Connection: close")
-    x.send(x.body)
-
-
-@fault
-def ended_too_early(x: Exchange) -> None:
-    """A proper end of the body, but not of the answer."""
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.part)
-    x.end()
-
-
-@fault
-def cut_in_a_character(x: Exchange) -> None:
-    """Inside an event, inside a character."""
-    x.head("Connection: close")
-    x.send(x.part + b'data: {"choices": [{"delta": {"content": "\xc3')
-
-
-@fault
-def reset_in_the_body(x: Exchange) -> None:
-    x.head("Transfer-Encoding: chunked")
-    x.chunk(x.part)
-    x.wait(0.05)
-    x.reset()
-
-
-@fault
-def closed_while_idle(x: Exchange) -> None:
-    """A good answer on a connection that is then closed without a word."""
-    x.ok()
-    x.keep = False
-
-
-@fault
-def dropped_on_reuse(x: Exchange) -> None:
-    """Every second request, which comes on a kept connection, is met with a closed door."""
-    if x.number != 2:
-        x.ok()
-
-
-@fault
 def a_second_answer(x: Exchange) -> None:
     """A good answer, and in the same breath another one that nobody asked for."""
     other = json.dumps(x.dialect.document("the answer to something else")).encode()
     head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
-    x.send(b"".join(head.format(kind, len(body)).encode() + body for kind, body in ((x.kind, x.body), (x.kind, other))))
+    x.send(b"".join(head.format(x.kind, len(body)).encode() + body for body in (x.body, other)))
     x.keep = True
 
 
-# -- garbled HTTP
+def closed_while_idle(x: Exchange) -> None:
+    x.ok().keep = False
 
 
-@fault
-def not_http(x: Exchange) -> None:
-    x.send(b"SSH-2.0-OpenSSH_9.6\r\n")
+def stream_by_the_book(x: Exchange) -> None:
+    """A byte order mark, CRLF, no space after colons, data in several lines, comments, U+2028."""
+    body = x.body
+    if x.stream:
+        body = body.replace(b"\n\n", b"\r\n\r\n", 2).replace(b'"choices"', b'\ndata: "choices"')
+        body = b"\xef\xbb\xbf" + body.replace(b"data: [DONE]", b"data:[DONE]")
+        body = body.replace(b"data: {", b": \xe2\x80\xa8\ndata:{")
+        body = body.replace(b"answer", "ans\u2028er".encode())
+    x.ok(body)
 
 
-@fault
-def html_without_headers(x: Exchange) -> None:
-    x.send(b"<html><body>Welcome to the hotel's network</body></html>")
+def without_prefill(x: Exchange) -> None:
+    """Answers, but never goes on with an answer that somebody else began."""
+    if x.asked["messages"][-1]["role"] == "assistant":
+        x.say(400, {"error": {"message": "No prefill.", "type": "invalid_request_error"}})
+    else:
+        x.ok()
 
 
-@fault
-def huge_header(x: Exchange) -> None:
-    x.head("X-Huge: " + "x" * 100_000)
-    x.send(x.body)
+def refuses_a_hint(x: Exchange) -> None:
+    """Refuses temperature by name, and answers without it."""
+    message = "Unsupported value: 'temperature' does not support 0.2 with this model."
+    body = {"error": {"message": message, "param": "temperature", "code": "unsupported_value"}}
+    x.say(400, body) if x.number == 1 else x.ok()
 
 
-@fault
-def too_many_headers(x: Exchange) -> None:
-    x.head(*(f"X-{number}: y" for number in range(500)), "Connection: close")
-    x.send(x.body)
+def echoes(x: Exchange) -> None:
+    """Repeats the key and the prompt wherever there is room."""
+    echo = f"{x.key} {x.prompt}"
+    error = {"message": f"You sent {echo}", "type": echo, "code": echo, "param": echo}
+    body = json.dumps({"error": error}).encode()
+    x.reply("400 Bad", body, f"X-Echo: {echo}", kind=f"application/json; of={x.key}")
 
 
-@fault
-def bad_chunk_size(x: Exchange) -> None:
-    x.head("Transfer-Encoding: chunked")
-    x.send(b"not a number\r\n" + x.part)
+def strange_but_complete(x: Exchange) -> None:
+    """Types that are wrong where it does not matter: the answer counts."""
+    message = {"content": answer_to(x.prompt), "refusal": 0, "reasoning": [1]}
+    choice = {"message": message, "finish_reason": "eos", "index": "x"}
+    odd = {"choices": [choice], "usage": "many", "model": 5, "error": None, "id": None}
+    x.reply("200 OK", json.dumps(odd).encode(), kind="text/plain")
 
 
-@fault
-def switching_protocols(x: Exchange) -> None:
-    x.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n")
-    x.hang()
-
-
-@fault
-def no_content(x: Exchange) -> None:
-    x.send(b"HTTP/1.1 204 No Content\r\n\r\n")
-    x.keep = True
-
-
-@fault
-def empty_body(x: Exchange) -> None:
-    x.reply("200 OK", b"")
-
-
-@fault
-def strange_content_length(x: Exchange) -> None:
-    """A superscript two, which is a digit to some and a number to none."""
-    x.head("Content-Length: \xb2", "Connection: close")
-    x.send(x.body)
-
-
-@fault
-def enormous_content_length(x: Exchange) -> None:
-    """More digits than anybody converts."""
-    x.head("Content-Length: " + "9" * 6000, "Connection: close")
-    x.send(x.part)
-
-
-# -- redirects
-
-
-@fault
-def redirect_302(x: Exchange) -> None:
-    x.reply("302 Found", b"", f"Location: http://127.0.0.1:{x.server.port}/elsewhere")
-
-
-@fault
-def redirect_307(x: Exchange) -> None:
-    x.reply("307 Temporary Redirect", b"", "Location: /elsewhere")
-
-
-@fault
-def redirect_without_location(x: Exchange) -> None:
-    x.reply("308 Permanent Redirect", b"<html>moved</html>", kind="text/html")
-
-
-# -- memory
-
-
-@fault
-def endless_body(x: Exchange) -> None:
-    """White space for ever, as fast as the client takes it."""
-    x.head("Connection: close")
-    x.gush((x.keep_alive * 65536)[:65536], 0.01)
-
-
-@fault
-def endless_line(x: Exchange) -> None:
-    x.head("Connection: close")
-    x.send(x.part)
-    x.gush(b"x" * 65536, 0.01)
-
-
-@fault
-def endless_text(x: Exchange) -> None:
-    """A model that never stops."""
-    x.head("Connection: close")
-    x.send(x.part)
-    x.gush(x.more("again and again " * 4000) if x.stream else b" " * 65536, 0.01)
-
-
-@fault
-def endless_refusal(x: Exchange) -> None:
-    """An error body without end."""
-    x.head("Connection: close", status="500 Oops")
-    x.gush(b" " * 65536, 0.01)
+def without_reason(x: Exchange, told: bool) -> None:
+    """A stream that ends with its end marker alone; ``told``: the reason stands there as null."""
+    body = x.told(x.texts) + x.dialect.end
+    x.ok(body if told else body.replace(b', "finish_reason": null', b"") if x.stream else x.body)
 
 
 BOMB = gzip.compress(b" " * 40_000_000)
+GZIP = "Content-Encoding: gzip"
 
+# No fault at all, or none that matters.
+answers("healthy", RIGHT, lambda x: x.ok())
+answers("healthy_without_end_marker", RIGHT, lambda x: x.ok(x.complete))
+answers("healthy_without_finish_reason", RIGHT, lambda x: without_reason(x, False), only=Chat)
+answers("healthy_until_closed", RIGHT, lambda x: x.until_closed(x.body))
+answers("healthy_http_1_0", RIGHT, lambda x: x.send(
+    f"HTTP/1.0 200\r\nContent-Type: {x.kind}\r\n\r\n".encode() + x.body))  # fmt: skip
+answers("healthy_after_keep_alives", RIGHT, lambda x: x.ok(x.keep_alive * 3 + x.body))
+answers("healthy_then_silence", HONEST, lambda x: x.chunks(x.complete).hang())
+answers("healthy_then_reset", HONEST, lambda x: x.chunks(x.complete).pause(0.05).reset())
+answers("continue_first", RIGHT, lambda x: x.send(b"HTTP/1.1 100 Continue\r\n\r\n").ok())
+answers("early_hints_first", RAW, lambda x: x.send(
+    b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n").pause(0.1).ok(),
+    "2 closed 0", calls=2)  # fmt: skip
+answers("invalid_utf8", WRONG, lambda x: x.ok(x.body.replace(b"answer", b"ans\xffer")),
+        told=lambda text: text.replace("answer", "ans\ufffder"))  # fmt: skip
+answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), GZIP, kind=x.kind))
+for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
+    answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
+answers("whole_json_as_stream", RIGHT, lambda x: x.reply("200 OK", x.whole, kind=x.dialect.stream_type))
 
-@fault
-def gzip_bomb(x: Exchange) -> None:
-    x.reply("200 OK", BOMB, "Content-Encoding: gzip", kind=x.kind)
+# Time.
+late("endless_status_line", HELD, lambda x: x.send(b"HTTP/1.1 200 ").gush(b"O"))
+late("dripped_status_line", HELD, lambda x: x.drip(OK + b"Connection: close\r\n\r\n" + x.body))
+late("dripped_headers", HELD, lambda x: x.send(OK).drip(b"X-Header: value\r\n" * 90))
+late("dripped_body", HELD, lambda x: x.head(CLOSE).drip(x.body))
+late("dripped_chunk_size", HELD, lambda x: x.chunks().send(b"5;").gush(b"x"))
+row("dripped_refusal", ServerError, HELD, TWO, lambda x: x.head(
+    "Content-Length: 10000", status="500 Oops", kind="application/json").drip(b" " * 10000),
+    within=6.0)  # fmt: skip
+late("keep_alives_for_ever", HELD, lambda x: x.head(CLOSE).gush(x.keep_alive))
+late("blank_lines_for_ever", HELD, lambda x: x.head(CLOSE).gush(b"\r\n"))
+late("keep_alives_in_the_middle", HELD, lambda x: x.until_closed(x.part).gush(x.keep_alive),
+     after=True)  # fmt: skip
+late("nothing_but_a_beginning", HELD, lambda x: x.head(CLOSE).gush(x.opening if x.stream else b" "))
+late("silence", HONEST, lambda x: x.hang())
+late("silence_after_headers", HONEST, lambda x: x.head(CLOSE).hang())
+late("silence_after_the_beginning", HONEST, lambda x: x.until_closed(x.opening).hang())
+late("stall", HONEST, lambda x: x.chunks(x.part).hang(), after=True)
+late("late_first_token", HONEST, lambda x: x.head(CLOSE).pause(20).send(x.body))
+late("stall_after_20_tokens", HONEST, lambda x: x.until_closed(x.counted(20)).hang(), after=True)
+late("long_content_length", HONEST, lambda x: x.head(
+    f"Content-Length: {2 * len(x.body)}").send(x.part).hang(), after=True)  # fmt: skip
+late("slow_tokens", HELD, lambda x: x.until_closed(x.part).gush(
+    x.more("more "), 0.05), timeout=0.5, after=True)  # fmt: skip
+late("endless_interim_answers", HELD, lambda x: x.gush(b"HTTP/1.1 100 Continue\r\n\r\n"))
+late("endless_early_hints", RAW, lambda x: x.gush(b"HTTP/1.1 103 Early Hints\r\n\r\n"))
 
+# Connections that break.
+HALF_A_HEADER = OK + b"Content-Type: text/event-str"
+closed("reset_before_headers", HONEST, lambda x: x.reset())
+closed("closed_before_headers", HONEST, lambda x: None)
+broken("closed_in_the_status_line", HONEST, lambda x: x.send(b"HTTP/1.1 2"))
+broken("closed_in_the_headers", RAW, lambda x: x.send(HALF_A_HEADER))
+closed("reset_in_the_headers", HONEST, lambda x: x.send(HALF_A_HEADER).pause(0.05).reset())
+broken("closed_after_headers", RAW, lambda x: x.head(CLOSE))
+broken("cut_chunked", HONEST, lambda x: x.chunks().send(b"%x\r\n" % (2 * len(x.body)) + x.part),
+       after=True)  # fmt: skip
+broken("cut_between_chunks", HONEST, lambda x: x.chunks(x.part), after=True)
+broken("cut_until_closed", RAW, lambda x: x.until_closed(x.part), after=True)
+broken("cut_after_40_tokens", RAW, lambda x: x.until_closed(x.counted(40)), after=True)
+broken("cut_before_the_reason", RAW, lambda x: without_reason(x, True), only=Chat, after=True)
+broken("short_content_length", HONEST, lambda x: x.head(
+    f"Content-Length: {len(x.body)}").send(x.part), after=True)  # fmt: skip
+broken("content_length_too_short", RAW, lambda x: x.head(
+    f"Content-Length: {len(x.part)}", CLOSE).send(x.body), after=True)  # fmt: skip
+broken("ended_too_early", RAW, lambda x: x.chunks(x.part).send(b"0\r\n\r\n"), after=True)
+broken("cut_in_a_character", RAW, lambda x: x.until_closed(
+    x.part + b'data: {"choices": [{"delta": {"content": "\xc3'), after=True)  # fmt: skip
+broken("reset_in_the_body", HONEST, lambda x: x.chunks(x.part).pause(0.05).reset(), after=True)
+answers("closed_while_idle", RIGHT, closed_while_idle, "2 closed 0", calls=2)
+answers("dropped_on_reuse", RIGHT, lambda x: x.number == 2 or x.ok(), "3 closed 0", calls=2)
+answers("a_second_answer", RIGHT, a_second_answer, "2 closed 0", calls=2)
+IDLE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+answers("given_up_while_idle", RIGHT, lambda x: x.ok().send(IDLE), "2 closed 0", calls=2)
+answers("given_up_on_reuse", RIGHT, lambda x: x.send(IDLE) if x.number == 2 else x.ok(),
+        "3 closed 0", calls=2)  # fmt: skip
 
-# -- garbled bodies
+# Garbled HTTP, redirects.
+broken("not_http", HONEST, lambda x: x.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
+broken("html_without_headers", HONEST, lambda x: x.send(b"<html>Welcome to the hotel</html>"))
+broken("huge_header", HONEST, lambda x: x.head("X-Huge: " + "x" * 100_000).send(x.body))
+broken("too_many_headers", HONEST, lambda x: x.head(*["X-A: y"] * 500, CLOSE).send(x.body))
+broken("bad_chunk_size", HONEST, lambda x: x.chunks().send(b"not a number\r\n" + x.part))
+broken("switching_protocols", RAW, lambda x: x.send(
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").hang(),
+    seen=TWO, calls=2)  # fmt: skip
+broken("no_content", RAW, lambda x: x.send(b"HTTP/1.1 204 No Content\r\n\r\n"))
+broken("empty_body", RAW, lambda x: x.reply("200 OK", b""))
+answers("strange_content_length", RIGHT, lambda x: x.head("Content-Length: \xb2", CLOSE).send(x.body))
+broken("enormous_content_length", RAW, lambda x: x.head(
+    "Content-Length: " + "9" * 6000, CLOSE).send(x.part), after=True)  # fmt: skip
+broken("redirect_302", WRONG, lambda x: x.reply(
+    "302 Found", b"", f"Location: http://127.0.0.1:{x.server.port}/elsewhere"))  # fmt: skip
+broken("redirect_307", WRONG, lambda x: x.reply("307 Temporary", b"", "Location: /elsewhere"))
+broken("redirect_without_location", RAW, lambda x: x.reply("308 Permanent", b"<html>moved</html>"))
 
+# Memory.
+broken("endless_body", HELD, lambda x: x.head(CLOSE).gush((x.keep_alive * 65536)[:65536], 0.01))
+broken("endless_line", HELD, lambda x: x.until_closed(x.part).gush(b"x" * 65536, 0.01), after=True)
+broken("endless_text", HELD, lambda x: x.until_closed(x.part).gush(
+    x.more("again and again " * 4000), 0.01), after=True)  # fmt: skip
+broken("endless_refusal", HELD, lambda x: x.head(CLOSE, status="500 Oops").gush(b" " * 65536, 0.01))
+broken("gzip_bomb", RAW, lambda x: x.reply("200 OK", BOMB, GZIP, kind=x.kind))
 
-@fault
-def invalid_gzip(x: Exchange) -> None:
-    x.reply("200 OK", x.body, "Content-Encoding: gzip", kind=x.kind)
+# Garbled bodies.
+broken("invalid_gzip", HONEST, lambda x: x.reply("200 OK", x.body, GZIP, kind=x.kind))
+broken("cut_gzip", RAW, lambda x: x.reply(
+    "200 OK", gzip.compress(x.body)[: len(gzip.compress(x.body)) // 2], GZIP, kind=x.kind))  # fmt: skip
+broken("unknown_coding", RIGHT, lambda x: x.reply(
+    "200 OK", x.body, "Content-Encoding: br", kind=x.kind))  # fmt: skip
+broken("html", RAW, lambda x: x.reply("200 OK", b"<!doctype html>Sign in", kind="text/html"))
+broken("html_as_stream", RAW, lambda x: x.reply(
+    "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))  # fmt: skip
+broken("json_as_stream", RAW, lambda x: x.reply(
+    "200 OK", x.whole[:-9], kind=x.dialect.stream_type))  # fmt: skip
+broken("wrong_content_type", RAW, lambda x: x.reply(
+    "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))  # fmt: skip
+broken("invalid_json", RAW, lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th'))
+broken("deep_json", RAW, lambda x: x.reply("200 OK", b"[" * 200_000))
+broken("garbled_event", RAW, lambda x: x.ok(
+    x.part + x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2 + x.body[len(x.part) :]
+    if x.stream else x.body[:-7]), after=True)  # fmt: skip
 
+# Refusals, in the dialect's words.
+answers("server_error_once", RAW, lambda x: x.refuse("server_error") if x.number == 1 else x.ok(),
+        "2 closed 0")  # fmt: skip
+answers("reset_once", HONEST, lambda x: x.reset() if x.number == 1 else x.ok(), "2 closed 0")
+answers("rate_limited_once", RAW, lambda x: x.refuse(
+    "rate_limited", "Retry-After: 0.05") if x.number == 1 else x.ok(), "2 closed 0")  # fmt: skip
+answers("rate_limited_for_two_seconds", RAW, lambda x: x.refuse(
+    "rate_limited", "Retry-After: 2") if x.number == 1 else x.ok(),
+    "2 closed 0", within=3.0, alone=RateLimited)  # fmt: skip
+row("error_in_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(
+    (x.part if x.stream else b"") + x.error("overloaded")), after=True)  # fmt: skip
+row("error_instead_of_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(x.error("overloaded")))
 
-@fault
-def cut_gzip(x: Exchange) -> None:
-    """The body has the length that it says, but the compressed data stop half-way."""
-    data = gzip.compress(x.body)
-    x.reply("200 OK", data[: len(data) // 2], "Content-Encoding: gzip", kind=x.kind)
-
-
-@fault
-def unknown_coding(x: Exchange) -> None:
-    x.reply("200 OK", x.body, "Content-Encoding: br", kind=x.kind)
-
-
-@fault
-def html(x: Exchange) -> None:
-    """A login page in place of an answer."""
-    x.reply("200 OK", b"<!doctype html><title>Sign in</title>", kind="text/html; charset=utf-8")
-
-
-@fault
-def html_as_stream(x: Exchange) -> None:
-    """The same under the content type of an answer."""
-    x.reply("200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind)
-
-
-@fault
-def json_as_stream(x: Exchange) -> None:
-    """A whole answer, cut, that calls itself a stream."""
-    x.reply("200 OK", x.whole[:-9], kind=x.dialect.stream_type)
-
-
-@fault
-def wrong_content_type(x: Exchange) -> None:
-    """An image, it says."""
-    x.reply("200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png")
-
-
-@fault
-def invalid_json(x: Exchange) -> None:
-    x.reply("200 OK", b'{"choices": [{"message": {"content": "This is the whole', kind="application/json")
-
-
-@fault
-def deep_json(x: Exchange) -> None:
-    """Nested more deeply than any parser likes."""
-    x.reply("200 OK", b"[" * 200_000)
-
-
-@fault
-def garbled_event(x: Exchange) -> None:
-    """One event in the middle that cannot be read: it may have held text."""
-    half = x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2
-    x.ok(x.part + half + x.body[len(x.part) :] if x.stream else x.body[:-7])
-
-
-# -- refusals, in the dialect's words
-
-
-@fault
-def server_error_once(x: Exchange) -> None:
-    x.refuse("server_error") if x.number == 1 else x.ok()
-
-
-@fault
-def reset_once(x: Exchange) -> None:
-    x.reset() if x.number == 1 else x.ok()
-
-
-@fault
-def rate_limited_once(x: Exchange) -> None:
-    """With a short hint: it pays to wait."""
-    x.refuse("rate_limited", "Retry-After: 0.05") if x.number == 1 else x.ok()
-
-
-@fault
-def rate_limited_for_two_seconds(x: Exchange) -> None:
-    """As much as anybody waits for."""
-    x.refuse("rate_limited", "Retry-After: 2") if x.number == 1 else x.ok()
-
-
-@fault
-def error_in_a_stream(x: Exchange) -> None:
-    """At status 200, after some text."""
-    x.ok(x.part + x.error("overloaded") if x.stream else x.error("overloaded"))
-
-
-@fault
-def error_instead_of_a_stream(x: Exchange) -> None:
-    """At status 200, as the first thing."""
-    x.ok(x.error("overloaded"))
-
-
-#: Name -> a kind of refusal and its headers: the retry hints that a header can give.
+#: Name -> headers of a rate limit, and the seconds of the park. 15 is the recovery timeout.
 HINTS = {
-    "hint_seconds": "Retry-After: 30",
-    "hint_float": "Retry-After: 30.4",
-    "hint_milliseconds": "retry-after-ms: 30000",
-    "hint_milliseconds_first": "Retry-After: 99\r\nretry-after-ms: 30000",
-    "hint_hours": "Retry-After: 86400",
-    "hint_nonsense": "Retry-After: soon",
-    "hint_negative": "Retry-After: -30",
-    "hint_nan": "Retry-After: nan",
-    "hint_infinite": "Retry-After: inf",
-    "hint_huge": "Retry-After: 1e308",
-    "hint_past_date": "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT",
-    "hint_impossible_date": "Retry-After: Thu, 99 Foo 1970 99:00:00 GMT",
-    "hint_reset_duration": "x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s",
-    "hint_absent": "X-Nothing: 1",
+    "seconds": ("Retry-After: 30", 30),
+    "float": ("Retry-After: 30.4", 30),
+    "milliseconds": ("retry-after-ms: 30000", 30),
+    "both": ("Retry-After: 99\r\nretry-after-ms: 30000", 99),
+    "zero_milliseconds": ("Retry-After: 30\r\nretry-after-ms: 0", 30),
+    "hours": ("Retry-After: 86400", 3600),
+    "nonsense": ("Retry-After: soon", 15),
+    "negative": ("Retry-After: -30", 15),
+    "nan": ("Retry-After: nan", 15),
+    "infinite": ("Retry-After: inf", 15),
+    "huge": ("Retry-After: 1e308", 3600),
+    "impossible_date": ("Retry-After: Thu, 99 Foo 1970 99:00:00 GMT", 15),
+    "reset_duration": ("x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s", 90),
+    "absent": ("X-Nothing: 1", 15),
 }
-for _name, _header in HINTS.items():
-    fault(lambda x, header=_header: x.refuse("rate_limited", header), name=_name)
+for _name, (_header, _seconds) in HINTS.items():
+    row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
+        lambda x, header=_header: x.refuse("rate_limited", header))  # fmt: skip
+row("hint_past_date", RateLimited, RAW, "2 open 0", lambda x: x.refuse(
+    "rate_limited", "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"))  # fmt: skip
+row("hint_date", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
+    "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))  # fmt: skip
+row("hint_epoch_milliseconds", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
+    "rate_limited", "X-RateLimit-Remaining: 0",
+    f"X-RateLimit-Reset: {(time.time() + 30.5) * 1000:.0f}"))  # fmt: skip
 
-
-@fault
-def hint_date(x: Exchange) -> None:
-    x.refuse("rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}")
-
-
-#: Pages of gateways: name -> status and reason.
-PAGES = {
-    "page_404": "404 Not Found", "page_408": "408 Request Timeout", "page_409": "409 Conflict", "page_413": "413 Too Large",
-    "page_425": "425 Too Early", "page_500": "500 Internal Server Error", "page_502": "502 Bad Gateway",
-    "page_503": "503 Service Unavailable", "page_504": "504 Gateway Timeout", "page_520": "520 Unknown Error",
-    "page_529": "529 Site Is Overloaded", "page_600": "600 What", "page_401": "401 Unauthorized", "page_403": "403 Forbidden",
-    "page_429": "429 Too Many Requests", "page_402": "402 Payment Required", "page_410": "410 Gone",
+#: Pages of gateways, without any JSON: class, status and reason -> requests and breaker.
+PAGES: dict[type, dict[str, str]] = {
+    ProviderUnavailable: {"404 Not Found": ONE, "410 Gone": ONE},
+    ProviderTimeout: {"408 Request Timeout": ONE},
+    ServerError: dict.fromkeys(("409 Conflict", "425 Too Early", "500 Internal Server Error",
+        "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout", "520 Unknown"), TWO),
+    BadRequest: {"413 Too Large": NEUTRAL},
+    Overloaded: {"529 Site Is Overloaded": TWO},
+    InvalidResponse: {"600 What": ONE},
+    AuthenticationError: {"401 Unauthorized": "1 open long"},
+    RateLimited: {"429 Too Many Requests": "1 open 15"},
+    QuotaExceeded: {"402 Payment Required": "1 open long"},
 }  # fmt: skip
-for _name, _status in PAGES.items():
-    fault(lambda x, status=_status: x.reply(status, b"<h1>" + status.encode() + b"</h1>", kind="text/html"), name=_name)
+for _class, _pages in PAGES.items():
+    for _status, _seen in _pages.items():
+        row(f"page_{_status[:3]}", _class, RAW, _seen, lambda x, status=_status: x.reply(
+            status, f"<h1>{status}</h1>".encode(), kind="text/html"))  # fmt: skip
+row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.reply(
+    "403 Forbidden", b"<h1>Sorry, you have been blocked</h1>", kind="text/html"))  # fmt: skip
 
 
 # -- Chat Completions only
 
-#: Refusals as they are found in the wild: name -> status and body.
-REFUSALS: dict[str, tuple[int, Any]] = {
-    "bad_request": (400, {"error": {"message": "Invalid 'messages'", "type": "invalid_request_error", "code": None}}),
-    "error_is_text": (400, {"error": "n_predict is wrong"}),
-    "error_is_a_list": (400, [{"error": {"code": 400, "message": "wrong", "status": "INVALID_ARGUMENT"}}]),
-    "error_is_a_number": (500, {"error": 7}),
-    "error_is_null": (500, {"error": None}),
-    "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required", "type": "missing"}]}),
-    "top_level_error": (400, {"object": "error", "message": "bad", "type": "BadRequestError", "code": 40001}),
-    "invalid_key": (401, {"error": {"message": "Incorrect API key provided: sk-te***7890.", "code": "invalid_api_key"}}),
-    "country": (403, {"error": {"message": "no", "code": "unsupported_country_region_territory"}}),
-    "no_model": (404, {"error": {"message": "The model `no_model` does not exist.", "code": "model_not_found"}}),
-    "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.", "type": "NotFoundError"}),
-    "no_model_loaded": (404, {"error": {"message": "No models loaded. Please load a model.", "code": None}}),
-    "wrong_path": (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
-    "context_length": (400, {"error": {"message": "too long", "code": "context_length_exceeded"}}),
-    "context_length_vllm": (400, {"message": "This model's maximum context length is 5 tokens. However, you requested 9"}),
-    "context_length_500": (500, {"error": {"message": "exceeds the available context size", "type": "server_error"}}),
-    "context_length_200": (200, {"error": "Trying to keep the first 9 tokens when context the overflows."}),
-    "too_large_for_the_limit": (429, {"error": {"message": "Request too large for gpt on tokens per min", "type": "tokens"}}),
-    "no_quota": (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "x"}}),
-    "spend_limit": (429, {"error": {"message": "x", "type": "insufficient_quota", "code": "project_spend_limit_exceeded"}}),
-    "no_balance": (402, {"error": {"message": "Insufficient Balance"}}),
-    "hint_in_the_body": (429, {"error": {"message": "Please try again in 20s.", "code": "rate_limit_exceeded"}}),
-    "policy": (400, {"error": {"message": "no", "code": "content_policy_violation"}}),
-    "policy_azure": (400, {"error": {"message": "filtered", "code": "content_filter", "innererror": {"code": "x"}}}),
-    "moderation": (403, {"error": {"code": 403, "message": "flagged", "metadata": {"reasons": ["violence"]}}}),
-    "no_tools": (400, {"error": {"message": "this model does not support tools"}}),
-    "failed_tool_call": (400, {"error": {"message": "Failed to call a function.", "code": "tool_use_failed"}}),
-    "loading": (503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}),
-    "overloaded_503": (503, {"error": {"message": "The engine is currently overloaded", "type": "server_error"}}),
-    "capacity": (498, {"error": {"message": "x", "code": "capacity_exceeded"}}),
-    "server_error": (500, {"error": {"message": "The server had an error", "type": "server_error", "code": None}}),
-    "nothing_said": (500, {}),
-    "code_superscript": (500, {"error": {"message": "x", "code": "\xb2", "status_code": "\xb2"}}),
-    "message_to_search_for_ever": (400, {"error": {"message": "n_keep " * 30_000}}),
-    "message_is_an_object": (400, {"error": {"message": {"a": ["b"]}, "code": {"c": 1}, "type": [], "param": 4}}),
-    "error_200": (200, {"error": {"code": 502, "message": "upstream broke"}}),
-    "error_200_text": (200, {"error": "something broke"}),
-    "error_200_list": (200, [{"error": {"code": 429, "message": "slower, please"}}]),
-    "error_200_choice": (200, {"choices": [{"error": {"code": 503, "message": "gone"}, "finish_reason": "error"}]}),
-    "error_200_reason": (200, {"choices": [{"message": {"role": "assistant", "content": "hal"}, "finish_reason": "error"}]}),
+
+def _says(message: str, **fields: Any) -> dict[str, Any]:
+    return {"error": {"message": message, **fields}}
+
+
+#: Refusals as they are found in the wild: class -> name -> status and body.
+REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
+    BadRequest: {
+        "bad_request": (400, _says("Invalid 'messages'", type="invalid_request_error", code=None)),
+        "error_is_text": (400, {"error": "n_predict is wrong"}),
+        "error_is_a_list": (400, [_says("wrong", code=400, status="INVALID_ARGUMENT")]),
+        "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required"}]}),
+        "top_level_error": (400, {"object": "error", "message": "bad", "code": 40001}),
+        "message_to_search_for_ever": (400, _says("n_keep " * 30_000)),
+        "message_is_an_object": (400, {"error": {"message": {"a": ["b"]}, "code": {"c": 1},
+                                                 "type": [], "param": 4}}),
+    },
+    ServerError: {
+        "error_is_a_number": (500, {"error": 7}),
+        "error_is_null": (500, {"error": None}),
+        "server_error": (500, _says("The server had an error", type="server_error", code=None)),
+        "nothing_said": (500, {}),
+        "code_superscript": (500, _says("x", code="\xb2", status_code="\xb2")),
+        "error_200": (200, _says("upstream broke", code=502)),
+        "error_200_choice": (200, {"choices": [{"error": {"code": 503, "message": "gone"},
+                                                "finish_reason": "error"}]}),
+    },
+    AuthenticationError: {
+        "invalid_key": (401, _says("Incorrect API key: sk-te***7890.", code="invalid_api_key")),
+        "country": (403, _says("no", code="unsupported_country_region_territory")),
+    },
+    ModelNotFound: {
+        "no_model": (404, _says("The model `no_model` does not exist.", code="model_not_found")),
+        "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.",
+                                "type": "NotFoundError"}),
+        "no_model_loaded": (404, _says("No models loaded. Please load a model.", code=None)),
+    },
+    ProviderUnavailable: {
+        "wrong_path": (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
+    },
+    ContextLengthExceeded: {
+        "context_length": (400, _says("too long", code="context_length_exceeded")),
+        "context_length_vllm": (400, {"message": "This model's maximum context length is 5 tokens."}),
+        "context_length_500": (500, _says("exceeds the available context size", type="server_error")),
+        "context_length_200": (200, {"error": "Trying to keep the first 9 when context the overflows."}),
+        "too_large_for_the_limit": (429, _says("Request too large for gpt on tokens per min (TPM): "
+                                               "Limit 30, Requested 99.", code="rate_limit_exceeded")),
+    },
+    QuotaExceeded: {
+        "no_quota": (429, _says("You exceeded your current quota", type="insufficient_quota")),
+        "spend_limit": (429, _says("x", type="tokens", code="project_spend_limit_exceeded")),
+        "no_balance": (402, _says("Insufficient Balance")),
+    },
+    ContentFiltered: {
+        "policy": (400, _says("no", code="content_policy_violation")),
+        "policy_azure": (400, _says("filtered", code="content_filter", innererror={"code": "x"})),
+        "moderation": (403, _says("flagged", code=403, metadata={"reasons": ["violence"]})),
+    },
+    UnsupportedRequest: {"no_tools": (400, _says("this model does not support tools"))},
+    InvalidResponse: {
+        "failed_tool_call": (400, _says("Failed to call a function.", code="tool_use_failed")),
+        "error_200_text": (200, {"error": "something broke"}),
+        "error_200_reason": (200, {"choices": [{"message": {"content": "hal"},
+                                                "finish_reason": "error"}]}),
+    },
+    Overloaded: {
+        "loading": (503, _says("Loading model", type="unavailable_error", code=503)),
+        "overloaded_503": (503, _says("The engine is currently overloaded", type="server_error")),
+        "capacity": (498, _says("x", code="capacity_exceeded")),
+    },
 }  # fmt: skip
-for _name, (_number, _body) in REFUSALS.items():
-    fault(lambda x, status=_number, body=_body: x.reply(f"{status} So", json.dumps(body).encode()), name=_name, only=Chat)
+_SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
+         QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}  # fmt: skip
+for _class, _bodies in REFUSALS.items():
+    for _name, (_number, _body) in _bodies.items():
+        row(_name, _class, WRONG if _name == "error_200_reason" else RAW, _SEEN.get(_class, NEUTRAL),
+            lambda x, status=_number, body=_body: x.say(status, body), only=Chat)  # fmt: skip
+row("hint_in_the_body", RateLimited, RAW, "1 open 20", lambda x: x.say(
+    429, _says("Please try again in 20s.", code="rate_limit_exceeded")), only=Chat)  # fmt: skip
+row("error_200_list", RateLimited, RAW, "1 open 15", lambda x: x.say(
+    200, [_says("slower, please", code=429)]), only=Chat)  # fmt: skip
 
 
-def _choice(message: Any, finish: Any = "stop", **fields: Any) -> dict[str, Any]:
-    return {"choices": [{"message": message, "finish_reason": finish}], **fields}
+def _choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": finish}]}
 
 
-#: Whole answers that are none: name -> body.
-WRONG: dict[str, Any] = {
-    "empty_text": _choice({"content": ""}),
-    "no_text": _choice({"content": None}),
-    "blank_text": _choice({"content": " \n\t "}),
-    "no_message": _choice(None),
-    "message_is_text": _choice("hello"),
-    "message_is_a_list": _choice(["hello"]),
-    "content_is_a_number": _choice({"content": 42}),
-    "content_is_an_object": _choice({"content": {"text": "hello"}}),
-    "content_is_true": _choice({"content": True}),
-    "content_is_an_empty_list": _choice({"content": []}),
-    "finish_is_a_number": _choice({"content": "hello"}, 7),
-    "calls_are_text": _choice({"content": None, "tool_calls": "f()"}),
-    "calls_are_numbers": _choice({"content": None, "tool_calls": [1, 2]}),
-    "call_without_a_name": _choice({"content": None, "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]}),
-    "arguments_are_a_list": _choice({"content": None, "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}),
-    "no_choices": {"choices": []},
-    "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
-    "choices_null": {"choices": None},
-    "choices_text": {"choices": "hello"},
-    "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
-    "choices_of_null": {"choices": [None]},
-    "choices_of_text": {"choices": ["hello"]},
-    "choice_is_empty": {"choices": [{}]},
-    "body_is_a_list": [],
-    "body_is_text": "hello",
-    "body_is_a_number": 1,
-    "body_is_null": None,
-    "body_is_empty": {},
-    "cut_by_length": _choice({"content": ""}, "length"),
-    "filtered": _choice({"content": None}, "content_filter"),
-    "refused": _choice({"content": None, "refusal": "I cannot help with that."}),
+def _calls(*calls: Any) -> dict[str, Any]:
+    return _choice({"content": None, "tool_calls": calls[0] if len(calls) == 1 else list(calls)})
+
+
+#: Whole answers that are none: class -> what a client of one line makes of it -> name -> body.
+NONE: dict[type, dict[str, dict[str, Any]]] = {
+    EmptyResponse: {
+        WRONG: {"empty_text": _choice({"content": ""}), "no_text": _choice({"content": None}),
+                "blank_text": _choice({"content": " \n\t "}),
+                "content_is_an_empty_list": _choice({"content": []})},
+        RAW: {"body_is_a_list": []},
+    },
+    InvalidResponse: {
+        WRONG: {"content_is_a_number": _choice({"content": 42}),
+                "content_is_true": _choice({"content": True}),
+                "finish_is_a_number": _choice({"content": "hello"}, 7),
+                "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),
+                "call_without_a_name": _calls([{"id": "a", "function": {"arguments": "{}"}}]),
+                "arguments_are_a_list": _calls([{"function": {"name": "f", "arguments": [1]}}])},
+        RAW: {"no_message": _choice(None), "message_is_text": _choice("hello"),
+              "message_is_a_list": _choice(["hello"]), "no_choices": {"choices": []},
+              "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
+              "choices_null": {"choices": None}, "choices_text": {"choices": "hello"},
+              "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
+              "choices_of_null": {"choices": [None]}, "choices_of_text": {"choices": ["hello"]},
+              "choice_is_empty": {"choices": [{}]}, "body_is_text": "hello", "body_is_a_number": 1,
+              "body_is_null": None, "body_is_empty": {}},
+    },
 }  # fmt: skip
-for _name, _body in WRONG.items():
-    fault(lambda x, body=_body: x.reply("200 OK", json.dumps(body).encode()), name=_name, only=Chat)
+for _class, _columns in NONE.items():
+    for _naive, _bodies in _columns.items():
+        for _name, _body in _bodies.items():
+            row(_name, _class, _naive, ONE, lambda x, body=_body: x.say(200, body), only=Chat)
+row("cut_by_length", EmptyResponse, WRONG, NEUTRAL,
+    lambda x: x.say(200, _choice({"content": ""}, "length")), only=Chat)  # fmt: skip
+for _name, _body in (("filtered", _choice({"content": None}, "content_filter")),
+                     ("refused", _choice({"content": None, "refusal": "I cannot."}))):  # fmt: skip
+    row(_name, ContentFiltered, WRONG, NEUTRAL, lambda x, body=_body: x.say(200, body), only=Chat)
+
+
+def _between(odd: bytes) -> Callable[[Exchange], Any]:
+    """A stream with this event in its middle."""
+    return lambda x: x.ok(x.part + odd + x.body[len(x.part) :] if x.stream else x.part)
+
 
 #: Events in the middle of a stream that make it none: name -> event.
 WRONG_EVENTS: dict[str, bytes] = {
     "event_is_text": b'data: "hello"\n\n',
-    "event_is_a_number": b"data: 7\n\n",
-    "event_is_null": b"data: null\n\n",
     "event_is_a_list": b"data: [1]\n\n",
-    "event_is_an_empty_list": b"data: []\n\n",
-    "event_without_choices": b'data: {"id": "x"}\n\n',
     "event_choices_text": b'data: {"choices": "x"}\n\n',
     "event_choice_null": b'data: {"choices": [null]}\n\n',
     "event_delta_text": b'data: {"choices": [{"delta": "x"}]}\n\n',
     "event_content_number": b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
     "event_cut_json": b'data: {"choices": [{"delta": {"content": "whole ans\n\n',
-    "event_named_error": b'event: error\ndata: {"message": "gone", "code": 500}\n\n',
-    "event_old_error": b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n',
     "event_error_text": b'data: {"error": "broken pipe"}\n\n',
     "event_error_list": b'data: [{"error": {"message": "x"}}]\n\n',
     "event_finish_error": b'data: {"choices": [{"delta": {}, "finish_reason": "error"}]}\n\n',
+    "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n',
+}
+#: Events that carry nothing: passed over.
+EMPTY_EVENTS: dict[str, bytes] = {
+    "event_is_empty": b"data:\n\n",
+    "event_is_null": b"data: null\n\n",
+    "event_is_an_empty_text": b'data: ""\n\n',
+    "event_is_a_word": b"data: ping\n\n",
+    "event_is_an_empty_list": b"data: []\n\n",
+    "event_without_choices": b'data: {"id": "x"}\n\n',
+    "event_choices_null": b'data: {"choices": null}\n\n',
+    "event_ping": b'event: ping\ndata: {"type": "ping"}\n\n',
 }
 for _name, _event in WRONG_EVENTS.items():
-    fault(lambda x, odd=_event: x.ok(x.part + odd + x.body[len(x.part) :] if x.stream else x.part), name=_name, only=Chat)
+    broken(_name, RAW, _between(_event), only=Chat, after=True)
+for _name, _event in EMPTY_EVENTS.items():
+    answers(_name, RAW, _between(_event), only=Chat)
+row("event_named_error", ServerError, RAW, TWO, _between(
+    b'event: error\ndata: {"message": "gone", "code": 500}\n\n'), only=Chat, after=True)  # fmt: skip
+row("event_old_error", ServerError, RAW, TWO, _between(
+    b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
+    only=Chat, after=True)  # fmt: skip
+row("echoes_the_request", BadRequest, RAW, NEUTRAL, echoes, only=Chat)
+broken("echoes_the_request_in_headers", RAW, lambda x: x.reply(
+    "200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key), only=Chat)  # fmt: skip
+broken("echoes_the_key_as_coding", RIGHT, lambda x: x.reply(
+    "200 OK", x.body, f"Content-Encoding: {x.key}"), only=Chat)  # fmt: skip
+answers("strange_but_complete", RIGHT, strange_but_complete, only=Chat)
+answers("stream_by_the_book", RIGHT, stream_by_the_book, only=Chat,
+        told=lambda text: text.replace("answer", "ans\u2028er"))  # fmt: skip
+answers("healthy_without_prefill", RIGHT, without_prefill, only=Chat)
+answers("refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2}, only=Chat)
 
-
-@fault(only=Chat)
-def echoes_the_request(x: Exchange) -> None:
-    """Repeats the key and the prompt wherever there is room."""
-    echo = f"{x.key} {x.prompt}"
-    error = {"message": f"You sent {echo}", "type": echo, "code": echo, "param": echo}
-    x.reply("400 Bad Request", json.dumps({"error": error}).encode(), f"X-Echo: {echo}", kind=f"application/json; of={x.key}")
-
-
-@fault(only=Chat)
-def echoes_the_request_in_headers(x: Exchange) -> None:
-    """The same where a content type and a coding should stand."""
-    x.reply("200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key)
-
-
-@fault(only=Chat)
-def echoes_the_key_as_coding(x: Exchange) -> None:
-    x.reply("200 OK", x.body, f"Content-Encoding: {x.key}")
-
-
-@fault(only=Chat)
-def strange_but_complete(x: Exchange) -> None:
-    """Types that are wrong where it does not matter: the answer counts."""
-    odd = {"choices": [{"message": {"content": answer_to(x.prompt), "refusal": 0, "reasoning": [1]}, "finish_reason": "eos",
-           "index": "x"}], "usage": "many", "model": 5, "error": None, "id": None}  # fmt: skip
-    x.reply("200 OK", json.dumps(odd).encode(), kind="text/plain")
-
-
-@fault(only=Chat)
-def stream_by_the_book(x: Exchange) -> None:
-    """A byte order mark, CR and CRLF, no space after the colon, data in several lines, comments, U+2028 in the text."""
-    body = x.body
-    if x.stream:
-        body = b"\xef\xbb\xbf" + body.replace(b"\n\n", b"\r\n\r\n", 2).replace(b'"choices"', b'\ndata: "choices"')
-        body = body.replace(b"data: [DONE]\n\n", b"data:[DONE]\r\r").replace(b"data: {", b": \xe2\x80\xa8\ndata:{")
-        body = body.replace(b"answer", "ans\u2028er".encode())
-    x.ok(body)
-
-
-@fault(only=Chat)
-def healthy_without_prefill(x: Exchange) -> None:
-    """Answers, but never goes on with somebody else's answer."""
-    if x.asked["messages"][-1]["role"] == "assistant":
-        body = {"error": {"message": "No assistant message prefill here.", "type": "invalid_request_error"}}
-        return x.reply("400 Bad Request", json.dumps(body).encode())
-    x.ok()
-
-
-@fault(only=Chat)
-def refuses_a_hint(x: Exchange) -> None:
-    """Refuses temperature by name, and answers without it."""
-    if x.number == 1:
-        message = "Unsupported value: 'temperature' does not support 0.2 with this model."
-        body = {"error": {"message": message, "param": "temperature", "code": "unsupported_value"}}
-        return x.reply("400 Bad Request", json.dumps(body).encode())
-    x.ok()
+BY_NAME = {row.name: row for row in ROWS}
+FAULTS = BY_NAME
