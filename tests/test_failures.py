@@ -71,7 +71,7 @@ def pair(ill: FaultServer, well: FaultServer, row: Row) -> FailoverChain:
 
 
 def stands(chain: FailoverChain, expected: str) -> bool:
-    """Whether the first breaker is as the row says; seconds are rounded: a date has no fractions."""
+    """Whether the first breaker is as the row says; dates have no fractions of seconds."""
     state, _, number = expected.partition(" ")
     seen = chain.tiers[0].breaker.snapshot()
     if state == "closed":
@@ -179,7 +179,9 @@ def test_a_stream_fails_over_or_says_that_it_broke(row: Row) -> None:
 def test_every_wire_format_is_as_safe(dialect: type[Dialect], check: Any) -> None:
     """Each fault that is not of Chat Completions' own content; how much text is in half of the
     compressed bytes differs from format to format."""
-    rows = [row for row in ROWS if row.only is None and (check is check_chat or row.name != "cut_gzip")]
+    rows = [
+        row for row in ROWS if row.only is None and (check is check_chat or row.name != "cut_gzip")
+    ]
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lambda row: check(row, dialect(), slack=2.0), rows))) > 95
 
@@ -269,5 +271,3 @@ def test_nothing_is_left_of_broken_connections() -> None:
             threading.Event().wait(0.01)  # for the server's own ends
         assert descriptors() <= before
         assert threading.active_count() <= threads
-
-
