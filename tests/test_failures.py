@@ -302,7 +302,7 @@ def test_nothing_is_left_of_broken_connections() -> None:
 
 # -- what statuses, codes and words mean
 
-BASE = "http://server.test"
+BASE = "https://server.test"
 OVERDUE = "Access denied, please make sure your account is in good standing."
 SPENT = "Your team has either used all available credits or reached its monthly spending limit."
 SUSPENDED = "Your account <ak> is suspended due to insufficient balance, please recharge your account"
@@ -412,7 +412,7 @@ CASES = [
 def refused(
     status: int = 200,
     body: Any = None,
-    headers: dict[str, str] | None = None,
+    told: dict[str, str] | None = None,
     *,
     vendor: Any = OpenAIProvider,
     messages: Any = "hi",
@@ -421,7 +421,7 @@ def refused(
     """The error that a provider of one vendor raises for this answer."""
     with responses.RequestsMock() as mock:
         data = body if isinstance(body, (str, bytes)) else json.dumps(body)
-        mock.post(re.compile(".*"), status=status, body=data, headers=headers)
+        mock.post(re.compile(".*"), status=status, body=data, headers=told)
         with pytest.raises(ProviderError) as caught:
             vendor(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings).chat(
                 messages, model="m"
@@ -649,17 +649,16 @@ SECRET = "tulip-Violet-9081726354"
         ({"headers": {"X-Gateway": SECRET}}, SECRET),
         ({"headers": {"Cookie": f"session={SECRET}"}}, SECRET.lower()),
         ({"headers": {"Proxy-Authorization": f"Bearer {SECRET}"}}, SECRET),
-        ({"base_url": f"http://me:{SECRET}@server.test"}, SECRET),
-        ({"base_url": f"http://server.test/v1?key={SECRET}"}, SECRET),
-        ({"base_url": f"http://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
+        ({"base_url": f"https://me:{SECRET}@server.test"}, SECRET),
+        ({"base_url": f"https://server.test/v1?key={SECRET}"}, SECRET),
+        ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
     ],
 )
 def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str) -> None:
     """Echoed in the message, the code, the type or a header, in any case of letters."""
     body = says(f"no: {shown}", code=shown, type=shown, param=shown)
     error = refused(400, body, {"X-Request-Id": shown}, **settings)
-    told = f"{error} {error!r} {vars(error)}"
-    assert SECRET.lower() not in told.lower()
+    assert SECRET.lower() not in f"{error} {error!r} {vars(error)}".lower()
     assert "no: ***" in str(error)
     whole = OpenAIProvider(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings)
     assert SECRET.lower() not in f"{whole!r} {whole.base_url}".lower()
