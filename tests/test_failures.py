@@ -40,6 +40,7 @@ from support.faults import (
     peer,
     says,
 )
+from support.leaks import FRAMES
 
 from copilot_router import (
     AllProvidersFailed,
@@ -305,7 +306,9 @@ def test_nothing_is_left_of_broken_connections() -> None:
 BASE = "https://server.test"
 OVERDUE = "Access denied, please make sure your account is in good standing."
 SPENT = "Your team has either used all available credits or reached its monthly spending limit."
-SUSPENDED = "Your account <ak> is suspended due to insufficient balance, please recharge your account"
+SUSPENDED = (
+    "Your account <ak> is suspended due to insufficient balance, please recharge your account"
+)
 RAW_JSON = json.dumps(says(SUSPENDED, type="exceeded_current_quota_error"))
 THROUGH = {"message": "Provider returned error", "code": 400}
 #: Vendors' bodies as public reports and error pages show them: class -> status and body.
@@ -402,11 +405,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
     ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
     ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {})],
 }  # fmt: skip
-CASES = [
-    (kind, status, body)
-    for kind, bodies in MEANINGS.items()
-    for status, body in bodies
-]
+CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
 
 
 def refused(
@@ -523,9 +522,17 @@ def asked(status: int, body: Any, messages: Any, calls: int = 3, **headers: str)
         (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"),
         (403, "", "hi"),
         (403, "Request blocked by rule 942100", "select * from users"),
-        (400, says("cannot parse: why is it an incorrect api key"), "why is it an incorrect api key?"),
+        (
+            400,
+            says("cannot parse: why is it an incorrect api key"),
+            "why is it an incorrect api key?",
+        ),
         (400, says("bad token near insufficient balance"), "explain insufficient balance"),
-        (400, says("Invalid prompt: YOU EXCEEDED YOUR CURRENT QUOTA!"), "You exceeded your current quota"),
+        (
+            400,
+            says("Invalid prompt: YOU EXCEEDED YOUR CURRENT QUOTA!"),
+            "You exceeded your current quota",
+        ),
         (422, {"detail": [{"msg": "no: invalid api key"}]}, "he said: invalid api key"),
         (500, says("crashed on: the server is overloaded"), "the server is overloaded"),
         (403, says("sentence not liked: insufficient balance"), "insufficient balance"),
@@ -595,7 +602,9 @@ def test_how_long_to_wait(
 ) -> None:
     """Headers first, then the body's words; the headers of limits only at 429, 503 and 529."""
     found = refused(status, says(words or "no"), headers).retry_after
-    assert found == (None if seconds is None else pytest.approx(seconds, abs=1.5 if seconds > 9 else 0))
+    assert found == (
+        None if seconds is None else pytest.approx(seconds, abs=1.5 if seconds > 9 else 0)
+    )
 
 
 def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
@@ -692,9 +701,8 @@ def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixtu
         connection.sendall(odd + b"Content-Length: 0\r\nX: y\r\n\r\n")
         return False
 
-    with peer(serve) as server:
-        with pytest.raises(ProviderError):
-            OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
+    with peer(serve) as server, pytest.raises(ProviderError):
+        OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
     assert SECRET not in caplog.text
 
 
@@ -737,7 +745,9 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
         chain = FailoverChain([ProviderTier("a", client, ["m"], retries=0)])
         calls: dict[str, Callable[[], Any]] = {
             "cut": lambda: chain.chat(prompt, timeout=5),
-            "bad messages": lambda: client.chat([{"role": "user", "content": prompt}, 5], model="m"),
+            "bad messages": lambda: client.chat(
+                [{"role": "user", "content": prompt}, 5], model="m"
+            ),
             "unknown option": lambda: chain.chat(prompt, temprature=1),
             "stream": lambda: list(chain.stream(prompt, timeout=5)),
             "interrupt": lambda: chain.chat(prompt + " silent", timeout=5),
@@ -746,7 +756,7 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
             calls[name]()
     trace, seen = caught.value.__traceback__, set()
     while trace:
-        if "test_failures" not in trace.tb_frame.f_code.co_filename:
+        if any(part in trace.tb_frame.f_code.co_filename for part in FRAMES):
             for local, value in trace.tb_frame.f_locals.items():
                 if any(secret in repr(value) for secret in (SECRET, prompt, text)):
                     seen.add(f"{trace.tb_frame.f_code.co_name}.{local}")

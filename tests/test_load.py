@@ -187,7 +187,9 @@ PLANTED = {
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a session of its own: what it finds must not be found in this one."""
     folder = tmp_path_factory.mktemp("planted")
-    rules = (HERE / "conftest.py").read_text(encoding="utf-8").replace("_GRACE = 5.0", "_GRACE = 0.01")
+    rules = (
+        (HERE / "conftest.py").read_text(encoding="utf-8").replace("_GRACE = 5.0", "_GRACE = 0.01")
+    )
     (folder / "conftest.py").write_text(rules, encoding="utf-8")
     tests = [f"def test_{name}():\n    {body}\n" for name, (body, _) in PLANTED.items()]
     (folder / "test_planted.py").write_text(HEAD + "".join(tests), encoding="utf-8")

@@ -30,7 +30,13 @@ MARKS = re.compile(
 PRIVATE = ("partial", "response", "errors")
 #: Parts of the names of files whose frames are looked at.
 FRAMES = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
-PROVIDERS = ("OpenAIProvider", "LMStudioProvider", "OllamaProvider", "AnthropicProvider", "GeminiProvider")
+PROVIDERS = (
+    "OpenAIProvider",
+    "LMStudioProvider",
+    "OllamaProvider",
+    "AnthropicProvider",
+    "GeminiProvider",
+)
 
 
 class LeakWatch(logging.Handler):
