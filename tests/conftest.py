@@ -1,4 +1,4 @@
-"""No test reaches beyond this machine, sees its environment, leaves threads behind, or shows a secret."""
+"""No test reaches beyond this machine, sees its environment, leaves threads, or shows a secret."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from leaks import MARKS, LeakWatch
-from stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
+from support.faults import FaultServer, fault_server
+from support.leaks import MARKS, LeakWatch
+from support.stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex
 _real_getaddrinfo = socket.getaddrinfo
 
 #: What a person may have set for their own use. Upper and lower case mean the same.
-_PREFIXES = ("OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_")
-_NAMES = ("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_COLOR", "FORCE_COLOR")
+_PREFIXES = tuple("OPENAI_ LM_ LMSTUDIO_ ANTHROPIC_ GEMINI_ GOOGLE_ OLLAMA_ AZURE_".split())
+_NAMES = """NETRC REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR NO_COLOR
+    FORCE_COLOR""".split()
 #: Seconds that a thread has to end once its test is over.
 _GRACE = 5.0
 
@@ -37,30 +40,26 @@ def _is_local(host: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sockets lead to this machine only; whoever tries otherwise fails, even if the code under test swallows the error."""
+    """Sockets lead to this machine only. A test that tries otherwise fails, whatever it catches."""
     attempts: list[str] = []
 
-    def refuse(target: Any) -> None:
-        attempts.append(f"a test wants to reach {target!r}: only loopback is allowed")
-        raise ReachedOut(attempts[-1])
-
-    def check(address: Any) -> None:
-        if isinstance(address, tuple) and not _is_local(address[0]):
-            refuse(address)
+    def check(host: Any) -> None:
+        if not _is_local(host):
+            attempts.append(f"a test wants to reach {host!r}: only loopback is allowed")
+            raise ReachedOut(attempts[-1])
 
     def connect(self: socket.socket, address: Any) -> None:
-        check(address)
+        check(address[0] if isinstance(address, tuple) else None)
         _real_connect(self, address)
 
     def connect_ex(self: socket.socket, address: Any) -> int:
-        check(address)
+        check(address[0] if isinstance(address, tuple) else None)
         return _real_connect_ex(self, address)
 
     def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(host).endswith(".invalid"):  # a name that never resolves (RFC 6761), without asking anybody
+        if str(host).endswith(".invalid"):  # RFC 6761: never resolves; nobody is asked
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        if not _is_local(host):
-            refuse(host)
+        check(host)
         return _real_getaddrinfo(host, *args, **kwargs)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
@@ -82,27 +81,29 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_thread_survives() -> Iterator[None]:
-    """A test that leaves a thread behind fails: it would run into the next one. A server's handlers may end by themselves."""
+    """A test that leaves a thread behind fails: the thread would run into the next test."""
     before = set(threading.enumerate())
     yield
     until = time.monotonic() + _GRACE
     for thread in set(threading.enumerate()) - before:
         if thread.daemon and "process_request_thread" in thread.name:
-            continue
+            continue  # a handler of http.server, which ends by itself
         thread.join(max(0.0, until - time.monotonic()))
         if thread.is_alive():
             pytest.fail(f"the thread {thread.name} is still running")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # run in the background by a shell: children would ignore it, too
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "quiet: run without the library's log at DEBUG, as most programs do")
+    config.addinivalue_line("markers", "quiet: run without the library's log at DEBUG")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_leaks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A key, a prompt or an answer in a log, an event, an error or a repr fails the test that saw it."""
+def _nothing_leaks(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A key, a prompt or an answer in a log, an event, an error or a repr fails the test."""
     watch = LeakWatch()
     watch.install(monkeypatch, quiet=request.node.get_closest_marker("quiet") is not None)
     yield
@@ -119,3 +120,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.outcome = "failed"
         report.longrepr = f"leaked: {printed.group()!r} was printed or logged"
     return report
+
+
+@pytest.fixture
+def faulty_server() -> Iterator[Callable[..., FaultServer]]:
+    """``faulty_server(dialect, pick)``: a server of all faults that ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(fault_server(*args, **kwargs))

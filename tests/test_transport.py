@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faults import Peer, chunked, descriptors, event, peer
+from support.faults import Peer, chunked, descriptors, event, peer
 
 from copilot_router import (
     FailoverChain,

@@ -1,8 +1,8 @@
 """Whether a key, a prompt or an answer of the tests shows up where nobody should see it.
 
-Watched during every test: all log records at DEBUG with their tracebacks, all events, everything that a chain or a provider
-raises (text, repr, arguments, record, and the locals of the library's frames in its traceback), the reprs of answers, chains
-and health, and at its end what the test printed.
+Watched during every test: log records at DEBUG with their tracebacks, events, everything that a
+chain or a provider raises (text, repr, arguments, attributes, and the locals of the library's
+frames in its traceback), the reprs of answers and chains, and at its end what the test printed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,23 @@ import pytest
 import copilot_router
 from copilot_router import FailoverChain, RouterError
 
-#: The tests' keys are called sk-test-…-key-…; their prompts and answers are called secret where they matter.
-MARKS = re.compile(r"sk-test-\w+-key|\bsecret (?:prompt|question|answer)|the prompt of this test|This is the whole answer to")
-#: Attributes that exist to hold what nobody else may see.
-PRIVATE = ("partial", "response", "errors")  # errors are looked at one by one
+#: The tests' keys are called sk-test-…-key-…; prompts and answers are called secret where they
+#: matter.
+MARKS = re.compile(
+    r"(?i)sk-test-\w+-key|\bsecret (?:prompt|question|answer)|the prompt of this test|"
+    r"This is the whole answer to"
+)
+#: Attributes that exist to hold what nobody else may see; errors are looked at one by one.
+PRIVATE = ("partial", "response", "errors")
+#: Parts of the names of files whose frames are looked at.
+FRAMES = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
+PROVIDERS = (
+    "OpenAIProvider",
+    "LMStudioProvider",
+    "OllamaProvider",
+    "AnthropicProvider",
+    "GeminiProvider",
+)
 
 
 class LeakWatch(logging.Handler):
@@ -31,11 +44,9 @@ class LeakWatch(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
-        self.looked = 0
         self.found: list[str] = []
 
     def look(self, text: str, where: str) -> None:
-        self.looked += 1
         seen = MARKS.search(text)
         if seen:
             start = max(0, seen.start() - 60)
@@ -47,10 +58,9 @@ class LeakWatch(logging.Handler):
             self.look_at_frames(record.exc_info[2], "a log record's traceback")
 
     def look_at_frames(self, trace: TracebackType | None, where: str) -> None:
-        """The lines of a traceback, and the locals of those frames that are the library's or what it calls."""
+        """The locals of those frames that are the library's or what it calls."""
         for frame, _ in traceback.walk_tb(trace):
-            name = frame.f_code.co_filename
-            if name == copilot_router.__file__ or any(part in name for part in ("/requests/", "/urllib3/", "/http/client")):
+            if any(part in frame.f_code.co_filename for part in FRAMES):
                 for local, value in list(frame.f_locals.items()):
                     self.look(repr(value), f"{where}, {local} in {frame.f_code.co_name}()")
 
@@ -63,19 +73,20 @@ class LeakWatch(logging.Handler):
             if not isinstance(item, BaseException) or any(item is known for known in seen):
                 continue
             seen.append(item)
+            name = type(item).__name__
             if isinstance(item, RouterError):
-                shown = {name: value for name, value in vars(item).items() if name not in PRIVATE}
-                self.look(f"{item} {item!r} {item.args} {shown}", f"{type(item).__name__} from {where}")
+                shown = {key: value for key, value in vars(item).items() if key not in PRIVATE}
+                self.look(f"{item} {item!r} {item.args} {shown}", f"{name} from {where}")
                 if isinstance(item, copilot_router.AllProvidersFailed):
-                    self.look(item.explain(), f"explain() of {type(item).__name__}")
+                    self.look(item.explain(), f"explain() of {name}")
                 queue += [item.__cause__, item.__context__, *getattr(item, "errors", ())]
             if isinstance(error, RouterError):
-                self.look_at_frames(item.__traceback__, f"the traceback of {type(item).__name__} from {where}")
+                self.look_at_frames(item.__traceback__, f"the traceback of {name} from {where}")
 
-    def look_at_result(self, chain: Any, result: Any) -> None:
+    def look_at_result(self, owner: Any, result: Any) -> None:
         self.look(repr(result), "the repr of an answer")
-        if isinstance(chain, FailoverChain):
-            self.look(f"{chain!r} {chain.tiers} {chain.health()}", "the repr of a chain")
+        if isinstance(owner, FailoverChain):
+            self.look(f"{owner!r} {owner.tiers} {owner.health()}", "the repr of a chain")
         if isinstance(result, copilot_router.LLMResponse):
             self.look(result.explain(), "explain() of an answer")
 
@@ -90,7 +101,8 @@ class LeakWatch(logging.Handler):
                 self.look_at_error(error, method.__qualname__)
                 raise
             self.look_at_result(owner, result)
-            return self.read(result, method.__qualname__) if type(result).__name__ == "generator" else result
+            is_stream = type(result).__name__ == "generator"
+            return self.read(result, method.__qualname__) if is_stream else result
 
         return watched
 
@@ -101,8 +113,25 @@ class LeakWatch(logging.Handler):
             self.look_at_error(error, where)
             raise
 
+    def listening(self, made: Callable[..., None]) -> Callable[..., None]:
+        """A chain's ``__init__``, with a look at the events that a test listens to."""
+
+        @functools.wraps(made)
+        def init(chain: FailoverChain, *args: Any, **kwargs: Any) -> None:
+            listener = kwargs.get("on_event")
+            if callable(listener):
+
+                def heard(event: Any) -> None:
+                    self.look(repr(event), f"the event {event.kind}")
+                    listener(event)
+
+                kwargs["on_event"] = heard
+            made(chain, *args, **kwargs)
+
+        return init
+
     def filter(self, record: logging.LogRecord) -> bool:
-        """As a filter of the logger: sees every record, and lets through what the test's own level lets through."""
+        """Sees every record, and lets through what the test's own level lets through."""
         self.emit(record)
         return record.levelno >= logging.getLogger("copilot_router").getEffectiveLevel()
 
@@ -111,17 +140,11 @@ class LeakWatch(logging.Handler):
         logger = logging.getLogger("copilot_router")
         patch.setattr(logger, "filters", [*logger.filters, self])
         if not quiet:
-            patch.setattr(logger, "isEnabledFor", lambda level: True)  # and the level stays: nobody else need keep it all
-        for kind, names in (
-            (FailoverChain, ("chat", "stream", "check")),
-            (copilot_router._HTTPProvider, ("chat", "stream", "ping")),
-        ):
-            for name in names:
-                patch.setattr(kind, name, self.wrapped(kind.__dict__[name]))
-        tell: Any = FailoverChain._emit
-
-        def emit(chain: Any, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
-            self.look(f"{tier} {model} {data}", f"the event {kind}")
-            tell(chain, kind, tier, model, data)
-
-        patch.setattr(FailoverChain, "_emit", emit)
+            patch.setattr(logger, "isEnabledFor", lambda level: True)  # the level itself stays
+        watched = {(FailoverChain, name) for name in ("chat", "stream", "check")}
+        for kind in (getattr(copilot_router, name) for name in PROVIDERS):
+            for name in ("chat", "stream", "ping"):
+                watched.add((next(base for base in kind.__mro__ if name in vars(base)), name))
+        for owner, name in watched:
+            patch.setattr(owner, name, self.wrapped(vars(owner)[name]))
+        patch.setattr(FailoverChain, "__init__", self.listening(FailoverChain.__init__))

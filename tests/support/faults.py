@@ -1,0 +1,1267 @@
+"""A server that misbehaves on purpose: raw sockets on loopback, one fault per model name, a log.
+
+``ROWS`` is the table: a row names a fault, serves it as a function of one Exchange, and says what
+is expected of it. What goes over the wire comes from a Dialect: one row serves every format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Any, ClassVar, NamedTuple
+
+from copilot_router import (
+    AnthropicProvider,
+    AuthenticationError,
+    BadRequest,
+    ContentFiltered,
+    ContextLengthExceeded,
+    EmptyResponse,
+    GeminiProvider,
+    InvalidResponse,
+    LLMProvider,
+    ModelNotFound,
+    OllamaProvider,
+    OpenAIProvider,
+    Overloaded,
+    ProviderTimeout,
+    ProviderUnavailable,
+    QuotaExceeded,
+    RateLimited,
+    ServerError,
+    UnsupportedRequest,
+)
+
+#: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
+PATIENCE = 30.0
+
+
+def chunked(*pieces: bytes) -> bytes:
+    """A whole body in the chunked transfer coding."""
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def descriptors() -> int:
+    """Open file descriptors of this process, 0 where nobody knows."""
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+# -- a raw server
+
+
+class Peer:
+    """A raw server on loopback: ``serve(server, connection, request)`` answers each request."""
+
+    def __init__(self, serve: Callable[[Any, socket.socket, bytes], bool]) -> None:
+        self.serve = serve
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.stopping = threading.Event()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._threads = {threading.Thread(target=self._accept)}
+        for thread in self._threads:
+            thread.start()
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.stopping.is_set():
+                connection.close()
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections += 1
+            self._open.add(connection)
+            thread = threading.Thread(target=self._talk, args=(connection,))
+            thread.start()
+            self._threads.add(thread)  # afterwards: stop() cannot join what has not begun
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            while (request := self._request(connection)) and not self.stopping.is_set():
+                self.requests.append(request)
+                if not self.serve(self, connection, request):
+                    return
+        except OSError:
+            return
+        finally:
+            self._open.discard(connection)
+            connection.close()
+            self._threads.discard(threading.current_thread())
+
+    @staticmethod
+    def _request(connection: socket.socket) -> bytes:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            piece = connection.recv(65536)
+            if not piece:
+                return b""
+            data += piece
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = next(
+            (
+                int(line[15:])
+                for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length:")
+            ),
+            0,
+        )
+        while len(body) < length:
+            piece = connection.recv(65536)
+            if not piece:
+                return b""
+            body += piece
+        return head + b"\r\n\r\n" + body
+
+    def drip(self, connection: socket.socket, data: bytes, gap: float = 0.02) -> None:
+        """One byte at a time."""
+        for at in range(len(data)):
+            connection.sendall(data[at : at + 1])
+            if self.stopping.wait(gap):
+                return
+
+    def stop(self) -> None:
+        """Hang up on everybody; returns when all threads have ended."""
+        self.stopping.set()
+        with socket.socket() as waker:
+            waker.connect_ex(("127.0.0.1", self.port))
+        self._listener.close()
+        for connection in list(self._open):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for thread in list(self._threads):
+            thread.join(5)
+
+
+@contextmanager
+def peer(serve: Callable[[Any, socket.socket, bytes], bool]) -> Iterator[Peer]:
+    """A Peer for the time of a with block."""
+    server = Peer(serve)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+# -- wire formats
+
+
+def event(text: str | None = None, finish: str | None = None) -> bytes:
+    """One event of a Chat Completions stream."""
+    delta = {"content": text} if text else {}
+    return (
+        b"data: "
+        + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode()
+        + b"\n\n"
+    )
+
+
+def _refusals(names: str, overloaded: int = 503) -> dict[str, tuple[int, str]]:
+    """A refusal's kind -> its status and the vendor's name for it."""
+    kinds = ("bad_request", "unauthorized", "rate_limited", "server_error", "overloaded")
+    statuses = (400, 401, 429, 500, overloaded)
+    return dict(zip(kinds, zip(statuses, names.split(), strict=True), strict=True))
+
+
+class Dialect:
+    """How a vendor says what every healthy answer says, as plain objects."""
+
+    name: str
+    path: str  #: in the path of the requests that faults are for; any other gets a list of models
+    stream_type = "text/event-stream"
+    keep_alive = b": keep-alive\n\n"  #: what a stream may say without saying anything
+    end = b""  #: the end marker
+    ends_twice = False  #: whether the end marker alone completes an answer, too
+    refusals: ClassVar[dict[str, tuple[int, str]]]
+
+    def __init__(
+        self, model: str = "a-model", prompt_tokens: int = 11, completion_tokens: int = 7
+    ) -> None:
+        self.model = model  #: as the server reports it
+        self.tokens = (prompt_tokens, completion_tokens)
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        """The provider that speaks it."""
+        raise NotImplementedError
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        """Model, text of the last message, and whether a stream is wanted."""
+        return body["model"], body["messages"][-1]["content"], bool(body.get("stream"))
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What opens a stream, without any sign of generation."""
+        return []
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Events with these pieces of text, which are the first content of an answer."""
+        raise NotImplementedError
+
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        """What follows when that content is over."""
+        return []
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        """Events of one tool call, the at-th piece of content."""
+        raise NotImplementedError
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        """What makes the answer complete, before the end marker."""
+        raise NotImplementedError
+
+    def document(self, text: str) -> dict[str, Any]:
+        """The same answer in one JSON document."""
+        raise NotImplementedError
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        """The body of a refusal of this kind."""
+        return {
+            "error": {"message": f"this is {kind}", "type": self.refusals[kind][1], "code": None}
+        }
+
+    def frame(self, item: Any) -> bytes:
+        """One event as it is sent."""
+        return b"data: " + json.dumps(item).encode() + b"\n\n"
+
+    def frames(self, items: list[dict[str, Any]]) -> bytes:
+        return b"".join(map(self.frame, items))
+
+
+class Chat(Dialect):
+    """Chat Completions."""
+
+    name = "chat"
+    path = "/chat/completions"
+    end = b"data: [DONE]\n\n"
+    ends_twice = True
+    refusals = _refusals(
+        "invalid_request_error authentication_error requests server_error unavailable_error"
+    )
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OpenAIProvider(key, url, api="chat", **settings)
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+        }
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        return {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1]}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._chunk({"content": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        head = {
+            "index": at,
+            "id": f"id-{at}",
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
+        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
+        rest = [{"index": at, "function": {"arguments": piece}} for piece in pieces]
+        return [self._chunk({"tool_calls": [piece]}) for piece in (head, *rest)]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [
+            self._chunk({}, "tool_calls" if called else "stop"),
+            {"choices": [], "usage": self._usage},
+        ]
+
+    def document(self, text: str) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+        }
+        return {"model": self.model, "choices": [choice], "usage": self._usage}
+
+
+class Responses(Dialect):
+    """OpenAI's Responses API."""
+
+    name = "responses"
+    path = "/responses"
+    refusals = Chat.refusals
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OpenAIProvider(key, url, api="responses", **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        content = body["input"][-1]["content"]
+        return (
+            body["model"],
+            content if isinstance(content, str) else content[-1]["text"],
+            bool(body.get("stream")),
+        )
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"type": "response.created", "response": {"status": "in_progress"}}]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [
+            {"type": "response.output_text.delta", "output_index": 0, "delta": text}
+            for text in texts
+        ]
+
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        item = {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "".join(texts)}],
+        }
+        return [{"type": "response.output_item.done", "output_index": 0, "item": item}]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        item = {
+            "type": "function_call",
+            "call_id": f"id-{at}",
+            "name": name,
+            "arguments": arguments,
+        }
+        return [
+            {
+                "type": "response.function_call_arguments.delta",
+                "output_index": at,
+                "delta": arguments,
+            },
+            {"type": "response.output_item.done", "output_index": at, "item": item},
+        ]
+
+    def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
+        return {
+            "object": "response",
+            "status": "completed",
+            "model": self.model,
+            "output": items,
+            "usage": usage,
+        }
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [{"type": "response.completed", "response": self._response([])}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        part = {"type": "output_text", "text": text}
+        return self._response([{"type": "message", "role": "assistant", "content": [part]}])
+
+
+class Anthropic(Dialect):
+    """Anthropic's Messages."""
+
+    name = "anthropic"
+    path = "/messages"
+    keep_alive = b'event: ping\ndata: {"type": "ping"}\n\n'
+    end = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+    ends_twice = True
+    refusals = _refusals(
+        "invalid_request_error authentication_error rate_limit_error api_error overloaded_error",
+        overloaded=529,
+    )
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return AnthropicProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        content = body["messages"][-1]["content"]
+        return (
+            body["model"],
+            content if isinstance(content, str) else content[-1]["text"],
+            bool(body.get("stream")),
+        )
+
+    def opening(self) -> list[dict[str, Any]]:
+        message = {"type": "message", "role": "assistant", "model": self.model, "content": [],
+                   "usage": {"input_tokens": self.tokens[0], "output_tokens": 1}}  # fmt: skip
+        return [{"type": "message_start", "message": message}, {"type": "ping"}]
+
+    def _block(
+        self, at: int, block: dict[str, Any], deltas: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        grown = [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
+        opened = {"type": "content_block_start", "index": at, "content_block": block}
+        return [opened, *grown]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return self._block(
+            0,
+            {"type": "text", "text": ""},
+            [{"type": "text_delta", "text": text} for text in texts],
+        )
+
+    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [{"type": "content_block_stop", "index": 0}]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
+        block = {"type": "tool_use", "id": f"id-{at}", "name": name, "input": {}}
+        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+        return [*self._block(at, block, deltas), {"type": "content_block_stop", "index": at}]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        delta = {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
+        return [
+            {"type": "message_delta", "delta": delta, "usage": {"output_tokens": self.tokens[1]}}
+        ]
+
+    def document(self, text: str) -> dict[str, Any]:
+        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
+        content = [{"type": "text", "text": text}]
+        head = {"type": "message", "role": "assistant", "model": self.model, "content": content}
+        return {**head, "stop_reason": "end_turn", "usage": usage}
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        return {
+            "type": "error",
+            "error": {"type": self.refusals[kind][1], "message": f"this is {kind}"},
+        }
+
+    def frame(self, item: Any) -> bytes:
+        name = item.get("type", "error") if isinstance(item, dict) else "message"
+        return f"event: {name}\ndata: {json.dumps(item)}\n\n".encode()
+
+
+class Gemini(Dialect):
+    """Google's generateContent."""
+
+    name = "gemini"
+    path = "enerateContent"
+    refusals = _refusals("INVALID_ARGUMENT UNAUTHENTICATED RESOURCE_EXHAUSTED INTERNAL UNAVAILABLE")
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return GeminiProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        model = path.rpartition("/")[2].partition(":")[0]
+        return model, body["contents"][-1]["parts"][-1]["text"], "streamGenerateContent" in path
+
+    def _part(self, part: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0, **fields}
+        return {"candidates": [candidate], "modelVersion": self.model}
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        return {"promptTokenCount": self.tokens[0], "candidatesTokenCount": self.tokens[1]}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"modelVersion": self.model, "responseId": "a-response"}]
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._part({"text": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        return [
+            self._part(
+                {"functionCall": {"id": f"id-{at}", "name": name, "args": json.loads(arguments)}}
+            )
+        ]
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [{**self._part({"text": ""}, finishReason="STOP"), "usageMetadata": self._usage}]
+
+    def document(self, text: str) -> dict[str, Any]:
+        return {**self._part({"text": text}, finishReason="STOP"), "usageMetadata": self._usage}
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        status, name = self.refusals[kind]
+        return {"error": {"code": status, "message": f"this is {kind}", "status": name}}
+
+
+class Ollama(Dialect):
+    """Ollama's own: a JSON document a line."""
+
+    name = "ollama"
+    path = "/api/chat"
+    stream_type = "application/x-ndjson"
+    keep_alive = b"\n"
+    refusals = _refusals("- - - - -")
+
+    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+        return OllamaProvider(key, url, **settings)
+
+    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
+        return body["model"], body["messages"][-1]["content"], body.get("stream", True)
+
+    def _line(self, message: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "message": {"role": "assistant", **message},
+            "done": False,
+            **fields,
+        }
+
+    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        return [self._line({"content": text}) for text in texts]
+
+    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
+        function = {"name": name, "arguments": json.loads(arguments)}
+        return [
+            self._line({"content": "", "tool_calls": [{"id": f"id-{at}", "function": function}]})
+        ]
+
+    @property
+    def _done(self) -> dict[str, Any]:
+        return {
+            "done": True,
+            "done_reason": "stop",
+            "prompt_eval_count": self.tokens[0],
+            "eval_count": self.tokens[1],
+        }
+
+    def closing(self, called: bool = False) -> list[dict[str, Any]]:
+        return [self._line({"content": ""}, **self._done)]
+
+    def document(self, text: str) -> dict[str, Any]:
+        return self._line({"content": text}, **self._done)
+
+    def refusal(self, kind: str) -> dict[str, Any]:
+        text = {
+            "overloaded": "server busy, please try again. maximum pending requests exceeded"
+        }.get(kind, f"this is {kind}")
+        return {"error": text}
+
+    def frame(self, item: Any) -> bytes:
+        return json.dumps(item).encode() + b"\n"
+
+
+DIALECTS: tuple[type[Dialect], ...] = (Chat, Responses, Anthropic, Gemini, Ollama)
+
+
+# -- one request and what may be done to it
+
+
+class Entry(NamedTuple):
+    """One attempt, as the server saw it."""
+
+    time: float
+    fault: str
+    prompt: str
+    connection: int
+
+
+def answer_to(prompt: str) -> str:
+    """The complete answer to a prompt: a part of it, or another's, can be told."""
+    return f"This is the whole answer to {prompt}, from its first word to its last."
+
+
+class Exchange:
+    """One request, and the means to answer it well or badly. Most methods return it, for chains.
+
+    The connection is closed at the end of a fault unless ``keep`` is set.
+    """
+
+    def __init__(
+        self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes, path: str
+    ) -> None:
+        self.server, self.connection, self.dialect = server, connection, server.dialect
+        self.asked = asked  #: the body of the request
+        self.key = self._key_in(head)  #: what the client authenticated itself with
+        dialect = self.dialect
+        self.model, self.prompt, self.stream = dialect.asked(path, asked)
+        self.number = 0  #: which request for this fault this is, from 1
+        self.keep = False
+        self.keep_alive = dialect.keep_alive if self.stream else b"\n"
+        self.until = time.monotonic() + PATIENCE
+        text = answer_to(self.prompt)
+        self.texts = [text[at : at + 9] for at in range(0, len(text), 9)]
+        self.whole = json.dumps(dialect.document(text)).encode()
+        if self.stream:
+            self.kind = dialect.stream_type
+            self.opening = dialect.frames(dialect.opening())  #: no text yet
+            self.part = self.told(self.texts[:4])  #: some text, and no end
+            rest = [*dialect.texts_end(self.texts), *dialect.closing()]
+            self.complete = self.told(self.texts) + dialect.frames(rest)  #: all but the end marker
+            self.body = self.complete + dialect.end
+        else:
+            self.kind = "application/json"
+            self.opening = b"{"
+            self.complete = self.body = self.whole
+            self.part = self.whole[: len(self.whole) * 2 // 3]
+
+    @staticmethod
+    def _key_in(head: bytes) -> str:
+        for line in head.decode("latin-1").split("\r\n"):
+            name, _, value = line.partition(":")
+            if name.lower() in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
+                return value.strip().removeprefix("Bearer ")
+        return ""
+
+    def told(self, texts: list[str]) -> bytes:
+        """The beginning of a stream, as far as these texts."""
+        return self.opening + self.dialect.frames(self.dialect.texts(texts))
+
+    def counted(self, last: int) -> bytes:
+        """A beginning of so many tokens."""
+        return self.told([f"{number} " for number in range(last)]) if self.stream else self.part
+
+    def more(self, text: str) -> bytes:
+        """One more event with text, after ``part``."""
+        return (
+            self.dialect.frame(self.dialect.texts([text])[-1]) if self.stream else b" " * len(text)
+        )
+
+    def error(self, kind: str) -> bytes:
+        """An error where an answer should be: an event, or a document."""
+        body = self.dialect.refusal(kind)
+        return self.dialect.frame(body) if self.stream else json.dumps(body).encode()
+
+    def send(self, data: bytes) -> Exchange:
+        self.connection.sendall(data)
+        return self
+
+    def head(self, *headers: str, status: str = "200 OK", kind: str | None = None) -> Exchange:
+        """Status line and headers, with the content type of a healthy answer."""
+        lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind or self.kind}", *headers, "", ""]
+        return self.send("\r\n".join(lines).encode("latin-1"))
+
+    def until_closed(self, data: bytes, **told: Any) -> Exchange:
+        """A body whose end is the connection's."""
+        return self.head("Connection: close", **told).send(data)
+
+    def chunks(self, *pieces: bytes) -> Exchange:
+        """The head and the beginning of a chunked body."""
+        self.head("Transfer-Encoding: chunked")
+        return self.send(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
+
+    def reply(
+        self, status: str, body: bytes, *headers: str, kind: str = "application/json"
+    ) -> Exchange:
+        """A whole answer with its length, well-formed as HTTP goes."""
+        self.head(f"Content-Length: {len(body)}", *headers, status=status, kind=kind).send(body)
+        self.keep = True
+        return self
+
+    def say(self, status: int, body: Any, *headers: str) -> Exchange:
+        """A whole answer in JSON."""
+        return self.reply(f"{status} So", json.dumps(body).encode(), *headers)
+
+    def ok(self, body: bytes | None = None, kind: str | None = None) -> Exchange:
+        """A healthy answer, chunk by chunk if a stream is wanted; or this body in its place."""
+        body = self.body if body is None else body
+        if not self.stream:
+            return self.reply("200 OK", body, kind=kind or self.kind)
+        self.head("Transfer-Encoding: chunked", kind=kind)
+        self.send(chunked(*(piece + b"\n\n" for piece in body.split(b"\n\n") if piece)))
+        self.keep = True
+        return self
+
+    def refuse(self, kind: str, *headers: str) -> Exchange:
+        """A refusal in the dialect's own words."""
+        return self.say(self.dialect.refusals[kind][0], self.dialect.refusal(kind), *headers)
+
+    def pause(self, seconds: float) -> Exchange:
+        self.server.stopping.wait(seconds)
+        return self
+
+    def hang(self) -> Exchange:
+        """Say nothing, until the client goes away."""
+        self.connection.settimeout(PATIENCE)
+        self.connection.recv(1)
+        return self
+
+    def drip(self, data: bytes) -> Exchange:
+        """A byte at a time."""
+        self.server.drip(self.connection, data)
+        return self
+
+    def gush(self, data: bytes, gap: float = 0.02) -> Exchange:
+        """The same again and again."""
+        self.send(data)
+        while not self.server.stopping.wait(gap) and time.monotonic() < self.until:
+            self.send(data)
+        return self
+
+    def reset(self) -> Exchange:
+        """Close with RST and not with FIN."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.connection.close()
+        return self
+
+
+class FaultServer(Peer):
+    """Serves the fault that the model's name says; ``pick(model)`` may choose another one."""
+
+    def __init__(
+        self, dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
+    ) -> None:
+        self.dialect = dialect or Chat()
+        self.log: list[Entry] = []
+        self._pick = pick
+        self._seen: dict[str, int] = {}
+        self._numbering = threading.Lock()
+        super().__init__(FaultServer._exchange)
+
+    def count(self, name: str) -> int:
+        """How many requests were for this fault."""
+        return sum(entry.fault == name for entry in self.log)
+
+    def _exchange(self, connection: socket.socket, request: bytes) -> bool:
+        now = time.monotonic()
+        self.requests.clear()  # the log is enough, and takes less room
+        head, _, body = request.partition(b"\r\n\r\n")
+        method, path, _ = head.decode("latin-1").split(" ", 2)
+        if method != "POST" or self.dialect.path not in path:
+            stolen = b'{"choices": [{"message": {"content": "from elsewhere"}}], "data": []}'
+            top = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+            connection.sendall(top % len(stolen) + stolen)
+            return True
+        x = Exchange(self, connection, json.loads(body), head, path)
+        row = BY_NAME[self._pick(x.model) if self._pick else x.model]
+        with self._numbering:
+            x.number = self._seen[row.name] = self._seen.get(row.name, 0) + 1
+            self.log.append(Entry(now, row.name, x.prompt, connection.getpeername()[1]))
+        row.serve(x)
+        return x.keep
+
+
+@contextmanager
+def fault_server(
+    dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
+) -> Iterator[FaultServer]:
+    """A FaultServer for the time of a with block."""
+    server = FaultServer(dialect, pick)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+# -- the table
+
+
+class ANSWER:
+    """Expected of a row: the complete answer of the tier itself."""
+
+
+#: What ``requests.post(..., timeout=1).json()["choices"][0]["message"]["content"]`` makes of it.
+HELD = "held long past its timeout"
+WRONG = "took something for the answer that is not"
+RAW = "failed with KeyError, TypeError, JSONDecodeError or the like: nothing about the cause"
+HONEST = "failed with an exception that names the trouble"
+RIGHT = "got the answer"
+FOOLED = (HELD, WRONG, RAW)
+
+
+@dataclass
+class Row:
+    """One fault, and all that is expected of it."""
+
+    name: str
+    expect: type
+    naive: str
+    seen: (
+        str  #: requests to the tier that is ill, and its breaker afterwards: a state, and failures
+    )
+    #: if closed, seconds until somebody is let through if open ("long": 14 to 600)
+    serve: Callable[[Exchange], Any]
+    only: type[Dialect] | None = None  #: the wire format, for faults of its content
+    within: float = 1.0  #: seconds that the call may take at most with a healthy second tier
+    calls: int = 1
+    timeout: float | None = None  #: of the tier
+    options: dict[str, Any] = field(default_factory=dict)
+    told: Callable[[str], str] = str  #: what becomes of the text
+    alone: type | None = None  #: expected with no other tier and little time, if something else
+    after: bool = False  #: a stream has shown text before the fault strikes
+
+    @property
+    def requests(self) -> int:
+        return int(self.seen.split(" ")[0])
+
+    @property
+    def breaker(self) -> str:
+        return self.seen.partition(" ")[2]
+
+
+ROWS: list[Row] = []
+ONE, TWO, FINE, NEUTRAL = "1 closed 1", "2 closed 2", "1 closed 0", "1 closed 0"
+
+
+def row(
+    name: str, expect: type, naive: str, seen: str, serve: Callable[[Exchange], Any], **more: Any
+) -> None:
+    ROWS.append(Row(name, expect, naive, seen, serve, **more))
+
+
+def answers(name: str, naive: str, serve: Callable[[Exchange], Any], seen: str = FINE, **more: Any):
+    row(name, ANSWER, naive, seen, serve, **more)
+
+
+def late(name: str, naive: str, serve: Callable[[Exchange], Any], **more: Any) -> None:
+    row(name, ProviderTimeout, naive, ONE, serve, **more)
+
+
+def broken(name: str, naive: str, serve: Callable[[Exchange], Any], **more: Any) -> None:
+    row(name, InvalidResponse, naive, more.pop("seen", ONE), serve, **more)
+
+
+def closed(name: str, naive: str, serve: Callable[[Exchange], Any]) -> None:
+    row(name, ServerError, naive, TWO, serve)
+
+
+CLOSE = "Connection: close"
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def a_second_answer(x: Exchange) -> None:
+    """A good answer, and in the same breath another one that nobody asked for."""
+    other = json.dumps(x.dialect.document("the answer to something else")).encode()
+    head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
+    x.send(b"".join(head.format(x.kind, len(body)).encode() + body for body in (x.body, other)))
+    x.keep = True
+
+
+def closed_while_idle(x: Exchange) -> None:
+    x.ok().keep = False
+
+
+def stream_by_the_book(x: Exchange) -> None:
+    """A byte order mark, CRLF, no space after colons, data in several lines, comments, U+2028."""
+    body = x.body
+    if x.stream:
+        body = body.replace(b"\n\n", b"\r\n\r\n", 2).replace(b'"choices"', b'\ndata: "choices"')
+        body = b"\xef\xbb\xbf" + body.replace(b"data: [DONE]", b"data:[DONE]")
+        body = body.replace(b"data: {", b": \xe2\x80\xa8\ndata:{")
+        body = body.replace(b"answer", "ans\u2028er".encode())
+    x.ok(body)
+
+
+def without_prefill(x: Exchange) -> None:
+    """Answers, but never goes on with an answer that somebody else began."""
+    if x.asked["messages"][-1]["role"] == "assistant":
+        x.say(400, {"error": {"message": "No prefill.", "type": "invalid_request_error"}})
+    else:
+        x.ok()
+
+
+def refuses_a_hint(x: Exchange) -> None:
+    """Refuses temperature by name, and answers without it."""
+    message = "Unsupported value: 'temperature' does not support 0.2 with this model."
+    body = {"error": {"message": message, "param": "temperature", "code": "unsupported_value"}}
+    x.say(400, body) if x.number == 1 else x.ok()
+
+
+def echoes(x: Exchange) -> None:
+    """Repeats the key and the prompt wherever there is room."""
+    echo = f"{x.key} {x.prompt}"
+    error = {"message": f"You sent {echo}", "type": echo, "code": echo, "param": echo}
+    body = json.dumps({"error": error}).encode()
+    x.reply("400 Bad", body, f"X-Echo: {echo}", kind=f"application/json; of={x.key}")
+
+
+def strange_but_complete(x: Exchange) -> None:
+    """Types that are wrong where it does not matter: the answer counts."""
+    message = {"content": answer_to(x.prompt), "refusal": 0, "reasoning": [1]}
+    choice = {"message": message, "finish_reason": "eos", "index": "x"}
+    odd = {"choices": [choice], "usage": "many", "model": 5, "error": None, "id": None}
+    x.reply("200 OK", json.dumps(odd).encode(), kind="text/plain")
+
+
+def without_reason(x: Exchange, told: bool) -> None:
+    """A stream that ends with its end marker alone; ``told``: the reason stands there as null."""
+    body = x.told(x.texts) + x.dialect.end
+    x.ok(body if told else body.replace(b', "finish_reason": null', b"") if x.stream else x.body)
+
+
+BOMB = gzip.compress(b" " * 40_000_000)
+GZIP = "Content-Encoding: gzip"
+
+# No fault at all, or none that matters.
+answers("healthy", RIGHT, lambda x: x.ok())
+answers("healthy_without_end_marker", RIGHT, lambda x: x.ok(x.complete))
+answers("healthy_without_finish_reason", RIGHT, lambda x: without_reason(x, False), only=Chat)
+answers("healthy_until_closed", RIGHT, lambda x: x.until_closed(x.body))
+answers("healthy_http_1_0", RIGHT, lambda x: x.send(
+    f"HTTP/1.0 200\r\nContent-Type: {x.kind}\r\n\r\n".encode() + x.body))  # fmt: skip
+answers("healthy_after_keep_alives", RIGHT, lambda x: x.ok(x.keep_alive * 3 + x.body))
+answers("healthy_then_silence", HONEST, lambda x: x.chunks(x.complete).hang())
+answers("healthy_then_reset", HONEST, lambda x: x.chunks(x.complete).pause(0.05).reset())
+answers("continue_first", RIGHT, lambda x: x.send(b"HTTP/1.1 100 Continue\r\n\r\n").ok())
+answers("early_hints_first", RAW, lambda x: x.send(
+    b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n").pause(0.1).ok(),
+    "2 closed 0", calls=2)  # fmt: skip
+answers("invalid_utf8", WRONG, lambda x: x.ok(x.body.replace(b"answer", b"ans\xffer")),
+        told=lambda text: text.replace("answer", "ans\ufffder"))  # fmt: skip
+answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), GZIP, kind=x.kind))
+for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
+    answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
+answers(
+    "whole_json_as_stream", RIGHT, lambda x: x.reply("200 OK", x.whole, kind=x.dialect.stream_type)
+)
+
+# Time.
+late("endless_status_line", HELD, lambda x: x.send(b"HTTP/1.1 200 ").gush(b"O"))
+late("dripped_status_line", HELD, lambda x: x.drip(OK + b"Connection: close\r\n\r\n" + x.body))
+late("dripped_headers", HELD, lambda x: x.send(OK).drip(b"X-Header: value\r\n" * 90))
+late("dripped_body", HELD, lambda x: x.head(CLOSE).drip(x.body))
+late("dripped_chunk_size", HELD, lambda x: x.chunks().send(b"5;").gush(b"x"))
+row("dripped_refusal", ServerError, HELD, TWO, lambda x: x.head(
+    "Content-Length: 10000", status="500 Oops", kind="application/json").drip(b" " * 10000),
+    within=6.0)  # fmt: skip
+late("keep_alives_for_ever", HELD, lambda x: x.head(CLOSE).gush(x.keep_alive))
+late("blank_lines_for_ever", HELD, lambda x: x.head(CLOSE).gush(b"\r\n"))
+late("keep_alives_in_the_middle", HELD, lambda x: x.until_closed(x.part).gush(x.keep_alive),
+     after=True)  # fmt: skip
+late("nothing_but_a_beginning", HELD, lambda x: x.head(CLOSE).gush(x.opening if x.stream else b" "))
+late("silence", HONEST, lambda x: x.hang())
+late("silence_after_headers", HONEST, lambda x: x.head(CLOSE).hang())
+late("silence_after_the_beginning", HONEST, lambda x: x.until_closed(x.opening).hang())
+late("stall", HONEST, lambda x: x.chunks(x.part).hang(), after=True)
+late("late_first_token", HONEST, lambda x: x.head(CLOSE).pause(20).send(x.body))
+late("stall_after_20_tokens", HONEST, lambda x: x.until_closed(x.counted(20)).hang(), after=True)
+late("long_content_length", HONEST, lambda x: x.head(
+    f"Content-Length: {2 * len(x.body)}").send(x.part).hang(), after=True)  # fmt: skip
+late("slow_tokens", HELD, lambda x: x.until_closed(x.part).gush(
+    x.more("more "), 0.05), timeout=0.5, after=True)  # fmt: skip
+late("endless_interim_answers", HELD, lambda x: x.gush(b"HTTP/1.1 100 Continue\r\n\r\n"))
+late("endless_early_hints", RAW, lambda x: x.gush(b"HTTP/1.1 103 Early Hints\r\n\r\n"))
+
+# Connections that break.
+HALF_A_HEADER = OK + b"Content-Type: text/event-str"
+closed("reset_before_headers", HONEST, lambda x: x.reset())
+closed("closed_before_headers", HONEST, lambda x: None)
+broken("closed_in_the_status_line", HONEST, lambda x: x.send(b"HTTP/1.1 2"))
+broken("closed_in_the_headers", RAW, lambda x: x.send(HALF_A_HEADER))
+closed("reset_in_the_headers", HONEST, lambda x: x.send(HALF_A_HEADER).pause(0.05).reset())
+broken("closed_after_headers", RAW, lambda x: x.head(CLOSE))
+broken("cut_chunked", HONEST, lambda x: x.chunks().send(b"%x\r\n" % (2 * len(x.body)) + x.part),
+       after=True)  # fmt: skip
+broken("cut_between_chunks", HONEST, lambda x: x.chunks(x.part), after=True)
+broken("cut_until_closed", RAW, lambda x: x.until_closed(x.part), after=True)
+broken("cut_after_40_tokens", RAW, lambda x: x.until_closed(x.counted(40)), after=True)
+broken("cut_before_the_reason", RAW, lambda x: without_reason(x, True), only=Chat, after=True)
+broken("short_content_length", HONEST, lambda x: x.head(
+    f"Content-Length: {len(x.body)}").send(x.part), after=True)  # fmt: skip
+broken("content_length_too_short", RAW, lambda x: x.head(
+    f"Content-Length: {len(x.part)}", CLOSE).send(x.body), after=True)  # fmt: skip
+broken("ended_too_early", RAW, lambda x: x.chunks(x.part).send(b"0\r\n\r\n"), after=True)
+broken("cut_in_a_character", RAW, lambda x: x.until_closed(
+    x.part + b'data: {"choices": [{"delta": {"content": "\xc3'), after=True)  # fmt: skip
+broken("reset_in_the_body", HONEST, lambda x: x.chunks(x.part).pause(0.05).reset(), after=True)
+answers("closed_while_idle", RIGHT, closed_while_idle, "2 closed 0", calls=2)
+answers("dropped_on_reuse", RIGHT, lambda x: x.number == 2 or x.ok(), "3 closed 0", calls=2)
+answers("a_second_answer", RIGHT, a_second_answer, "2 closed 0", calls=2)
+IDLE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+answers("given_up_while_idle", RIGHT, lambda x: x.ok().send(IDLE), "2 closed 0", calls=2)
+answers("given_up_on_reuse", RIGHT, lambda x: x.send(IDLE) if x.number == 2 else x.ok(),
+        "3 closed 0", calls=2)  # fmt: skip
+
+# Garbled HTTP, redirects.
+broken("not_http", HONEST, lambda x: x.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
+broken("html_without_headers", HONEST, lambda x: x.send(b"<html>Welcome to the hotel</html>"))
+broken("huge_header", HONEST, lambda x: x.head("X-Huge: " + "x" * 100_000).send(x.body))
+broken("too_many_headers", HONEST, lambda x: x.head(*["X-A: y"] * 500, CLOSE).send(x.body))
+broken("bad_chunk_size", HONEST, lambda x: x.chunks().send(b"not a number\r\n" + x.part))
+broken("switching_protocols", RAW, lambda x: x.send(
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").hang(),
+    seen=TWO, calls=2)  # fmt: skip
+broken("no_content", RAW, lambda x: x.send(b"HTTP/1.1 204 No Content\r\n\r\n"))
+broken("empty_body", RAW, lambda x: x.reply("200 OK", b""))
+answers(
+    "strange_content_length", RIGHT, lambda x: x.head("Content-Length: \xb2", CLOSE).send(x.body)
+)
+broken("enormous_content_length", RAW, lambda x: x.head(
+    "Content-Length: " + "9" * 6000, CLOSE).send(x.part), after=True)  # fmt: skip
+broken("redirect_302", WRONG, lambda x: x.reply(
+    "302 Found", b"", f"Location: http://127.0.0.1:{x.server.port}/elsewhere"))  # fmt: skip
+broken("redirect_307", WRONG, lambda x: x.reply("307 Temporary", b"", "Location: /elsewhere"))
+broken("redirect_without_location", RAW, lambda x: x.reply("308 Permanent", b"<html>moved</html>"))
+
+# Memory.
+broken("endless_body", HELD, lambda x: x.head(CLOSE).gush((x.keep_alive * 65536)[:65536], 0.01))
+broken("endless_line", HELD, lambda x: x.until_closed(x.part).gush(b"x" * 65536, 0.01), after=True)
+broken("endless_text", HELD, lambda x: x.until_closed(x.part).gush(
+    x.more("again and again " * 4000), 0.01), after=True)  # fmt: skip
+broken("endless_refusal", HELD, lambda x: x.head(CLOSE, status="500 Oops").gush(b" " * 65536, 0.01))
+broken("gzip_bomb", RAW, lambda x: x.reply("200 OK", BOMB, GZIP, kind=x.kind))
+
+# Garbled bodies.
+broken("invalid_gzip", HONEST, lambda x: x.reply("200 OK", x.body, GZIP, kind=x.kind))
+broken("cut_gzip", RAW, lambda x: x.reply(
+    "200 OK", gzip.compress(x.body)[: -len(x.body) // 6], GZIP, kind=x.kind))  # fmt: skip
+broken("unknown_coding", RIGHT, lambda x: x.reply(
+    "200 OK", x.body, "Content-Encoding: br", kind=x.kind))  # fmt: skip
+broken("html", RAW, lambda x: x.reply("200 OK", b"<!doctype html>Sign in", kind="text/html"))
+broken("html_as_stream", RAW, lambda x: x.reply(
+    "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))  # fmt: skip
+broken("json_as_stream", RAW, lambda x: x.reply(
+    "200 OK", x.whole[:-9], kind=x.dialect.stream_type))  # fmt: skip
+broken("wrong_content_type", RAW, lambda x: x.reply(
+    "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))  # fmt: skip
+broken(
+    "invalid_json", RAW, lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th')
+)
+broken("deep_json", RAW, lambda x: x.reply("200 OK", b"[" * 200_000))
+broken("garbled_event", RAW, lambda x: x.ok(
+    x.part + x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2 + x.body[len(x.part) :]
+    if x.stream else x.body[:-7]), after=True)  # fmt: skip
+
+# Refusals, in the dialect's words.
+answers("server_error_once", RAW, lambda x: x.refuse("server_error") if x.number == 1 else x.ok(),
+        "2 closed 0")  # fmt: skip
+answers("reset_once", HONEST, lambda x: x.reset() if x.number == 1 else x.ok(), "2 closed 0")
+answers("rate_limited_once", RAW, lambda x: x.refuse(
+    "rate_limited", "Retry-After: 0.05") if x.number == 1 else x.ok(), "2 closed 0")  # fmt: skip
+answers("rate_limited_for_two_seconds", RAW, lambda x: x.refuse(
+    "rate_limited", "Retry-After: 2") if x.number == 1 else x.ok(),
+    "2 closed 0", within=3.0, alone=RateLimited)  # fmt: skip
+row("error_in_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(
+    (x.part if x.stream else b"") + x.error("overloaded")), after=True)  # fmt: skip
+row("error_instead_of_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(x.error("overloaded")))
+
+#: Name -> headers of a rate limit, and the seconds of the park. 15 is the recovery timeout.
+HINTS = {
+    "seconds": ("Retry-After: 30", 30),
+    "float": ("Retry-After: 30.4", 30),
+    "milliseconds": ("retry-after-ms: 30000", 30),
+    "both": ("Retry-After: 99\r\nretry-after-ms: 30000", 99),
+    "zero_milliseconds": ("Retry-After: 30\r\nretry-after-ms: 0", 30),
+    "hours": ("Retry-After: 86400", 3600),
+    "nonsense": ("Retry-After: soon", 15),
+    "negative": ("Retry-After: -30", 15),
+    "nan": ("Retry-After: nan", 15),
+    "infinite": ("Retry-After: inf", 15),
+    "huge": ("Retry-After: 1e308", 3600),
+    "impossible_date": ("Retry-After: Thu, 99 Foo 1970 99:00:00 GMT", 15),
+    "reset_duration": ("x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s", 90),
+    "absent": ("X-Nothing: 1", 15),
+}
+for _name, (_header, _seconds) in HINTS.items():
+    row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
+        lambda x, header=_header: x.refuse("rate_limited", header))  # fmt: skip
+row("hint_past_date", RateLimited, RAW, "2 open 0", lambda x: x.refuse(
+    "rate_limited", "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"))  # fmt: skip
+row("hint_date", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
+    "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))  # fmt: skip
+row("hint_epoch_milliseconds", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
+    "rate_limited", "X-RateLimit-Remaining: 0",
+    f"X-RateLimit-Reset: {(time.time() + 30.5) * 1000:.0f}"))  # fmt: skip
+
+#: Pages of gateways, without any JSON: class, status and reason -> requests and breaker.
+PAGES: dict[type, dict[str, str]] = {
+    ProviderUnavailable: {"404 Not Found": ONE, "410 Gone": ONE},
+    ProviderTimeout: {"408 Request Timeout": ONE},
+    ServerError: dict.fromkeys(("409 Conflict", "425 Too Early", "500 Internal Server Error",
+        "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout", "520 Unknown"), TWO),
+    BadRequest: {"413 Too Large": NEUTRAL},
+    Overloaded: {"529 Site Is Overloaded": TWO},
+    InvalidResponse: {"600 What": ONE},
+    AuthenticationError: {"401 Unauthorized": "1 open long"},
+    RateLimited: {"429 Too Many Requests": "1 open 15"},
+    QuotaExceeded: {"402 Payment Required": "1 open long"},
+}  # fmt: skip
+for _class, _pages in PAGES.items():
+    for _status, _seen in _pages.items():
+        row(f"page_{_status[:3]}", _class, RAW, _seen, lambda x, status=_status: x.reply(
+            status, f"<h1>{status}</h1>".encode(), kind="text/html"))  # fmt: skip
+row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.reply(
+    "403 Forbidden", b"<h1>Sorry, you have been blocked</h1>", kind="text/html"))  # fmt: skip
+
+
+# -- Chat Completions only
+
+
+def says(message: str, **fields: Any) -> dict[str, Any]:
+    """The body of a refusal in OpenAI's form."""
+    return {"error": {"message": message, **fields}}
+
+
+#: Refusals as they are found in the wild: class -> name -> status and body.
+REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
+    BadRequest: {
+        "bad_request": (400, says("Invalid 'messages'", type="invalid_request_error", code=None)),
+        "error_is_text": (400, {"error": "n_predict is wrong"}),
+        "error_is_a_list": (400, [says("wrong", code=400, status="INVALID_ARGUMENT")]),
+        "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required"}]}),
+        "top_level_error": (400, {"object": "error", "message": "bad", "code": 40001}),
+        "message_to_search_for_ever": (400, says("n_keep " * 30_000)),
+        "message_is_an_object": (400, {"error": {"message": {"a": ["b"]}, "code": {"c": 1},
+                                                 "type": [], "param": 4}}),
+    },
+    ServerError: {
+        "error_is_a_number": (500, {"error": 7}),
+        "error_is_null": (500, {"error": None}),
+        "server_error": (500, says("The server had an error", type="server_error", code=None)),
+        "nothing_said": (500, {}),
+        "code_superscript": (500, says("x", code="\xb2", status_code="\xb2")),
+        "error_200": (200, says("upstream broke", code=502)),
+        "error_200_choice": (200, {"choices": [{"error": {"code": 503, "message": "gone"},
+                                                "finish_reason": "error"}]}),
+    },
+    AuthenticationError: {
+        "invalid_key": (401, says("Incorrect API key: sk-te***7890.", code="invalid_api_key")),
+        "country": (403, says("no", code="unsupported_country_region_territory")),
+    },
+    ModelNotFound: {
+        "no_model": (404, says("The model `no_model` does not exist.", code="model_not_found")),
+        "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.",
+                                "type": "NotFoundError"}),
+        "no_model_loaded": (404, says("No models loaded. Please load a model.", code=None)),
+    },
+    ProviderUnavailable: {
+        "wrong_path": (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
+    },
+    ContextLengthExceeded: {
+        "context_length": (400, says("too long", code="context_length_exceeded")),
+        "context_length_vllm": (400, {"message": "maximum context length is 5 tokens."}),
+        "context_length_500": (500, says("exceeds the context size", type="server_error")),
+        "context_length_200": (200, {"error": "Trying to keep 9 when context the overflows."}),
+        "too_large_for_the_limit": (429, says("Request too large for gpt on tokens per min: "
+                                               "Limit 3, Requested 9", code="rate_limit_exceeded")),
+    },
+    QuotaExceeded: {
+        "no_quota": (429, says("You exceeded your current quota", type="insufficient_quota")),
+        "spend_limit": (429, says("x", type="tokens", code="project_spend_limit_exceeded")),
+        "no_balance": (402, says("Insufficient Balance")),
+    },
+    ContentFiltered: {
+        "policy": (400, says("no", code="content_policy_violation")),
+        "policy_azure": (400, says("filtered", code="content_filter", innererror={"code": "x"})),
+        "moderation": (403, says("flagged", code=403, metadata={"reasons": ["violence"]})),
+    },
+    UnsupportedRequest: {"no_tools": (400, says("this model does not support tools"))},
+    InvalidResponse: {
+        "failed_tool_call": (400, says("Failed to call a function.", code="tool_use_failed")),
+        "error_200_text": (200, {"error": "something broke"}),
+        "error_200_reason": (200, {"choices": [{"message": {"content": "hal"},
+                                                "finish_reason": "error"}]}),
+    },
+    Overloaded: {
+        "loading": (503, says("Loading model", type="unavailable_error", code=503)),
+        "overloaded_503": (503, says("The engine is currently overloaded", type="server_error")),
+        "capacity": (498, says("x", code="capacity_exceeded")),
+    },
+}  # fmt: skip
+_SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
+         QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}  # fmt: skip
+for _class, _bodies in REFUSALS.items():
+    for _name, (_number, _body) in _bodies.items():
+        row(_name, _class, WRONG if _name == "error_200_reason" else RAW,
+            _SEEN.get(_class, NEUTRAL), lambda x, status=_number, body=_body: x.say(status, body),
+            only=Chat)  # fmt: skip
+row("hint_in_the_body", RateLimited, RAW, "1 open 20", lambda x: x.say(
+    429, says("Please try again in 20s.", code="rate_limit_exceeded")), only=Chat)  # fmt: skip
+row("error_200_list", RateLimited, RAW, "1 open 15", lambda x: x.say(
+    200, [says("slower, please", code=429)]), only=Chat)  # fmt: skip
+
+
+def _choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": finish}]}
+
+
+def _calls(*calls: Any) -> dict[str, Any]:
+    return _choice({"content": None, "tool_calls": calls[0] if len(calls) == 1 else list(calls)})
+
+
+#: Whole answers that are none: class -> what a client of one line makes of it -> name -> body.
+NONE: dict[type, dict[str, dict[str, Any]]] = {
+    EmptyResponse: {
+        WRONG: {"empty_text": _choice({"content": ""}), "no_text": _choice({"content": None}),
+                "blank_text": _choice({"content": " \n\t "}),
+                "content_is_an_empty_list": _choice({"content": []})},
+        RAW: {"body_is_a_list": []},
+    },
+    InvalidResponse: {
+        WRONG: {"content_is_a_number": _choice({"content": 42}),
+                "content_is_true": _choice({"content": True}),
+                "finish_is_a_number": _choice({"content": "hello"}, 7),
+                "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),
+                "call_without_a_name": _calls([{"id": "a", "function": {"arguments": "{}"}}]),
+                "arguments_are_a_list": _calls([{"function": {"name": "f", "arguments": [1]}}])},
+        RAW: {"no_message": _choice(None), "message_is_text": _choice("hello"),
+              "message_is_a_list": _choice(["hello"]), "no_choices": {"choices": []},
+              "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
+              "choices_null": {"choices": None}, "choices_text": {"choices": "hello"},
+              "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
+              "choices_of_null": {"choices": [None]}, "choices_of_text": {"choices": ["hello"]},
+              "choice_is_empty": {"choices": [{}]}, "body_is_text": "hello", "body_is_a_number": 1,
+              "body_is_null": None, "body_is_empty": {}},
+    },
+}  # fmt: skip
+for _class, _columns in NONE.items():
+    for _naive, _bodies in _columns.items():
+        for _name, _body in _bodies.items():
+            row(_name, _class, _naive, ONE, lambda x, body=_body: x.say(200, body), only=Chat)
+row("cut_by_length", EmptyResponse, WRONG, NEUTRAL,
+    lambda x: x.say(200, _choice({"content": ""}, "length")), only=Chat)  # fmt: skip
+for _name, _body in (("filtered", _choice({"content": None}, "content_filter")),
+                     ("refused", _choice({"content": None, "refusal": "I cannot."}))):  # fmt: skip
+    row(_name, ContentFiltered, WRONG, NEUTRAL, lambda x, body=_body: x.say(200, body), only=Chat)
+
+
+def _between(odd: bytes) -> Callable[[Exchange], Any]:
+    """A stream with this event in its middle."""
+    return lambda x: x.ok(x.part + odd + x.body[len(x.part) :] if x.stream else x.part)
+
+
+#: Events in the middle of a stream that make it none: name -> event.
+WRONG_EVENTS: dict[str, bytes] = {
+    "event_is_text": b'data: "hello"\n\n',
+    "event_is_a_list": b'data: ["hello"]\n\n',
+    "event_choices_text": b'data: {"choices": "x"}\n\n',
+    "event_choice_null": b'data: {"choices": [null]}\n\n',
+    "event_delta_text": b'data: {"choices": [{"delta": "x"}]}\n\n',
+    "event_content_number": b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
+    "event_cut_json": b'data: {"choices": [{"delta": {"content": "whole ans\n\n',
+    "event_error_text": b'data: {"error": "broken pipe"}\n\n',
+    "event_error_list": b'data: [{"error": {"message": "x"}}]\n\n',
+    "event_finish_error": b'data: {"choices": [{"delta": {}, "finish_reason": "error"}]}\n\n',
+    "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n',
+}
+#: Events that carry nothing: passed over.
+EMPTY_EVENTS: dict[str, bytes] = {
+    "event_is_empty": b"data:\n\n",
+    "event_is_null": b"data: null\n\n",
+    "event_is_an_empty_text": b'data: ""\n\n',
+    "event_is_a_word": b"data: ping\n\n",
+    "event_is_an_empty_list": b"data: []\n\n",
+    "event_without_choices": b'data: {"id": "x"}\n\n',
+    "event_choices_null": b'data: {"choices": null}\n\n',
+    "event_ping": b'event: ping\ndata: {"type": "ping"}\n\n',
+}
+for _name, _event in WRONG_EVENTS.items():
+    broken(_name, RAW, _between(_event), only=Chat, after=True)
+for _name, _event in EMPTY_EVENTS.items():
+    answers(_name, RAW, _between(_event), only=Chat)
+row("event_named_error", ServerError, RAW, TWO, _between(
+    b'event: error\ndata: {"message": "gone", "code": 500}\n\n'),
+    only=Chat, after=True)  # fmt: skip
+row("event_old_error", ServerError, RAW, TWO, _between(
+    b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
+    only=Chat, after=True)  # fmt: skip
+row("echoes_the_request", BadRequest, RAW, NEUTRAL, echoes, only=Chat)
+broken("echoes_the_request_in_headers", RAW, lambda x: x.reply(
+    "200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key), only=Chat)  # fmt: skip
+broken("echoes_the_key_as_coding", RIGHT, lambda x: x.reply(
+    "200 OK", x.body, f"Content-Encoding: {x.key}"), only=Chat)  # fmt: skip
+answers("strange_but_complete", RIGHT, strange_but_complete, only=Chat)
+answers("stream_by_the_book", RIGHT, stream_by_the_book, only=Chat,
+        told=lambda text: text.replace("answer", "ans\u2028er"))  # fmt: skip
+answers("healthy_without_prefill", RIGHT, without_prefill, only=Chat)
+answers(
+    "refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2}, only=Chat
+)
+
+BY_NAME = {row.name: row for row in ROWS}
+FAULTS = BY_NAME

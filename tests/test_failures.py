@@ -1,0 +1,832 @@
+"""Reading failures: each fault of the fault server, and what statuses, bodies and headers mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import requests
+import responses
+from support.faults import (
+    ANSWER,
+    BY_NAME,
+    DIALECTS,
+    FOOLED,
+    HELD,
+    HONEST,
+    RAW,
+    RIGHT,
+    ROWS,
+    WRONG,
+    Chat,
+    Dialect,
+    FaultServer,
+    Peer,
+    Row,
+    answer_to,
+    descriptors,
+    fault_server,
+    peer,
+    says,
+)
+from support.leaks import FRAMES
+
+from copilot_router import (
+    AllProvidersFailed,
+    AnthropicProvider,
+    AuthenticationError,
+    BadRequest,
+    ContentFiltered,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    FailoverChain,
+    GeminiProvider,
+    InvalidResponse,
+    ModelNotFound,
+    OllamaProvider,
+    OpenAIProvider,
+    Overloaded,
+    ProviderError,
+    ProviderTier,
+    ProviderTimeout,
+    ProviderUnavailable,
+    QuotaExceeded,
+    RateLimited,
+    RouterError,
+    ScriptedProvider,
+    ServerError,
+    StreamInterrupted,
+    UnsupportedRequest,
+    Usage,
+)
+
+KEY = "sk-test-faults-key-5678901234"
+PROMPT = "the secret question about "
+#: Seconds for a call that nobody can answer.
+DEADLINE = 0.6
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def limits(row: Row) -> dict[str, Any]:
+    """Short limits of silence only where silence is the fault: a busy machine is slow, too."""
+    short: dict[str, Any] = {"max_response_bytes": 300_000}
+    slow = row.expect is ProviderTimeout or row.name == "dripped_refusal"
+    short["first_token_timeout"] = 0.3 if slow and not row.after else 5.0
+    short["stall_timeout"] = 0.3 if slow or row.name == "healthy_then_silence" else 5.0
+    return short
+
+
+def tier(name: str, server: FaultServer, model: str, row: Row, **settings: Any) -> ProviderTier:
+    client = server.dialect.client(KEY, server.url, **settings)
+    return ProviderTier(name, client, [model], timeout=row.timeout if name == "ill" else None)
+
+
+def pair(ill: FaultServer, well: FaultServer, row: Row) -> FailoverChain:
+    """The tier that is ill and one that is not; the chain does not pause long before a retry."""
+    tiers = [tier("ill", ill, row.name, row, **limits(row)), tier("well", well, "healthy", row)]
+    return FailoverChain(tiers, sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+
+
+def stands(chain: FailoverChain, expected: str) -> bool:
+    """Whether the first breaker is as the row says; dates have no fractions of seconds."""
+    state, _, number = expected.partition(" ")
+    seen = chain.tiers[0].breaker.snapshot()
+    if state == "closed":
+        return seen.state == state and (not number or seen.failures == int(number))
+    wide = {"long": (14, 600), "15": (14, 20)}  # a chain draws the time of its own breakers
+    low, high = wide.get(number) or (int(number) - 1, int(number) + 1)
+    return seen.state == state and low <= (seen.retry_after or 0.0) <= high
+
+
+def failures(attempts: Any) -> set[str]:
+    return {(one.error or "").partition(":")[0] for one in attempts if one.outcome == "failed"}
+
+
+def fits(names: set[str], row: Row) -> bool:
+    """Whether these failures are the row's; an answer of the wrong form may also count as empty."""
+    also = {"EmptyResponse"} if row.expect is InvalidResponse else set()
+    return bool(names) and names <= {row.expect.__name__} | also
+
+
+def hidden(error: RouterError) -> bool:
+    shown = f"{error} {error!r} {error.attempts}"
+    return PROMPT not in shown and KEY not in shown
+
+
+def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
+    """All calls of a row: what comes out, how soon, after how many requests, and the breaker."""
+    with fault_server(dialect) as ill, fault_server(dialect) as well, pair(ill, well, row) as chain:
+        for call in range(row.calls):
+            prompt = f"{PROMPT}{row.name} {call}"
+            start = time.monotonic()
+            if row.expect is ContentFiltered:
+                with pytest.raises(ContentFiltered) as refused:
+                    chain.chat(prompt, timeout=5, **row.options)
+                attempts = refused.value.attempts
+            else:
+                response = chain.chat(prompt, timeout=5, **row.options)
+                attempts = response.attempts
+                own = response.provider == "ill"
+                assert own == (row.expect is ANSWER), (row.name, attempts)
+                assert response.text == (row.told if own else str)(answer_to(prompt)), row.name
+            assert time.monotonic() - start < row.within + slack, row.name
+            if row.expect is ANSWER:
+                assert attempts[-1].outcome == "ok"
+            else:
+                assert fits(failures(attempts), row), (row.name, attempts)
+        assert ill.count(row.name) == row.requests, row.name
+        assert stands(chain, row.breaker), (row.name, chain.tiers[0].breaker.snapshot())
+
+
+def read(chain: FailoverChain, prompt: str, row: Row) -> str:
+    """Read one stream, check what holds of each, and say who gave the answer."""
+    seen: list[str] = []
+    stream = chain.stream(prompt, timeout=5, **row.options)
+    try:
+        seen += stream
+    except StreamInterrupted as error:
+        assert "".join(seen) == error.partial == stream.text != ""
+        assert type(error.__cause__) is row.expect
+        assert [(one.tier, one.outcome) for one in error.attempts] == [("ill", "failed")]
+        assert hidden(error)
+        return "nobody"
+    own = stream.response.provider == "ill"
+    text = (row.told if own else str)(answer_to(prompt))
+    assert "".join(seen) == stream.text == stream.response.text == text
+    if not own:
+        assert fits(failures(stream.response.attempts), row)
+    return stream.response.provider
+
+
+def check_stream(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
+    """Before the first delta a stream fails over as chat() does; after it the reader is told."""
+    side = "ill" if row.expect is ANSWER else "nobody" if row.after else "well"
+    with fault_server(dialect) as ill, fault_server(dialect) as well, pair(ill, well, row) as chain:
+        for call in range(row.calls):
+            start = time.monotonic()
+            if row.expect is ContentFiltered:
+                with pytest.raises(ContentFiltered):
+                    chain.stream(PROMPT, timeout=5)
+            else:
+                assert read(chain, f"{PROMPT}{row.name} {call}", row) == side, row.name
+            assert time.monotonic() - start < row.within + slack, row.name
+        assert ill.count(row.name) == (1 if row.after else row.requests), row.name
+        assert stands(chain, "closed 1" if row.after else row.breaker), row.name
+        assert not (row.after and well.log), row.name
+
+
+def test_the_table_of_faults_is_wide() -> None:
+    assert len(BY_NAME) == len(ROWS) >= 190
+    assert sum(row.naive in FOOLED for row in ROWS) >= 120
+    assert sum(row.after for row in ROWS) >= 30
+
+
+@each_row
+def test_a_healthy_second_tier_answers(row: Row) -> None:
+    check_chat(row, Chat())
+
+
+@each_row
+def test_a_stream_fails_over_or_says_that_it_broke(row: Row) -> None:
+    check_stream(row, Chat())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS[1:], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("check", [check_chat, check_stream], ids=["chat", "stream"])
+def test_every_wire_format_is_as_safe(dialect: type[Dialect], check: Any) -> None:
+    """Each fault that is not of Chat Completions' own content; how much text is in half of the
+    compressed bytes differs from format to format."""
+    rows = [
+        row for row in ROWS if row.only is None and (check is check_chat or row.name != "cut_gzip")
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda row: check(row, dialect(), slack=2.0), rows))) > 95
+
+
+@each_row
+def test_alone_a_tier_fails_in_time(row: Row) -> None:
+    """With no other tier to ask: the error's class, never later than the deadline allows."""
+    prompt = f"{PROMPT}{row.name}"
+    expected: Any = row.alone or row.expect
+    short = {**limits(row), "first_token_timeout": 0.3, "stall_timeout": 0.3}
+    with fault_server() as ill:
+        chain = FailoverChain(
+            [tier("ill", ill, row.name, row, **short)], timeout=DEADLINE, sleep=lambda seconds: None
+        )
+        start, failure = time.monotonic(), None
+        try:
+            assert chain.chat(prompt, **row.options).text == row.told(answer_to(prompt))
+        except RouterError as error:
+            failure = error
+        taken = time.monotonic() - start
+        chain.close()
+    assert taken < DEADLINE * 1.05 + 0.1
+    assert (failure is None) == (expected is ANSWER)
+    if isinstance(failure, AllProvidersFailed):
+        assert all(isinstance(error, expected) for error in failure.errors)
+        assert failure.__cause__ is failure.errors[0]
+        assert isinstance(failure, DeadlineExceeded) == (taken >= DEADLINE)
+    elif failure is not None:
+        assert type(failure) is expected
+        assert row.breaker in ("closed 0", "closed")
+    if failure is not None:
+        assert issubclass(expected, ProviderError)
+        assert failure.attempts[0].tier == "ill"
+        assert hidden(failure)
+
+
+def test_what_the_faults_do_to_a_client_of_one_line() -> None:
+    """The column says it, and here it is tried: all faults at once, one thread each."""
+
+    def naive(server: FaultServer, model: str) -> str:
+        question = {"model": model, "messages": [{"role": "user", "content": PROMPT}]}
+        url = server.url + "/chat/completions"
+        try:
+            answer = requests.post(url, json=question, timeout=1).json()
+            content = answer["choices"][0]["message"]["content"]
+        except requests.exceptions.JSONDecodeError:
+            return RAW
+        except requests.exceptions.RequestException:
+            return HONEST
+        except Exception:
+            return RAW
+        return RIGHT if content == answer_to(PROMPT) else WRONG
+
+    server = FaultServer()
+    with ThreadPoolExecutor(len(ROWS)) as pool:
+        try:
+            futures = {row.name: pool.submit(naive, server, row.name) for row in ROWS}
+            wait(futures.values(), timeout=4)
+            seen = {name: one.result() if one.done() else HELD for name, one in futures.items()}
+        finally:
+            server.stop()
+    assert seen == {row.name: row.naive for row in ROWS}
+
+
+def test_nothing_is_left_of_broken_connections() -> None:
+    """After faults that break or abandon one: no descriptor and no thread more than before."""
+    names = [row.name for row in ROWS if row.expect in (InvalidResponse, ServerError)]
+    with fault_server() as ill:
+        provider = Chat().client(KEY, ill.url, max_response_bytes=300_000, stall_timeout=0.3)
+        chain = FailoverChain(
+            [ProviderTier("ill", provider, names, retries=0)], failure_threshold=10_000
+        )
+        for name in names[:3]:
+            with pytest.raises(RouterError):
+                chain.chat(PROMPT, model=name)
+        before, threads = descriptors(), threading.active_count()
+        for name in names:
+            with pytest.raises(RouterError):
+                chain.chat(PROMPT, model=name, timeout=5)
+            if BY_NAME[name].after:
+                next(chain.stream(PROMPT, model=name, timeout=5))
+        chain.close()
+        until = time.monotonic() + 5
+        while (descriptors() > before or threading.active_count() > threads) and (
+            time.monotonic() < until
+        ):
+            threading.Event().wait(0.01)  # for the server's own ends
+        assert descriptors() <= before
+        assert threading.active_count() <= threads
+
+
+# -- what statuses, codes and words mean
+
+BASE = "https://server.test"
+OVERDUE = "Access denied, please make sure your account is in good standing."
+SPENT = "Your team has either used all available credits or reached its monthly spending limit."
+SUSPENDED = (
+    "Your account <ak> is suspended due to insufficient balance, please recharge your account"
+)
+RAW_JSON = json.dumps(says(SUSPENDED, type="exceeded_current_quota_error"))
+THROUGH = {"message": "Provider returned error", "code": 400}
+#: Vendors' bodies as public reports and error pages show them: class -> status and body.
+MEANINGS: dict[type, list[tuple[int, Any]]] = {
+    QuotaExceeded: [
+        (400, says("You have reached your specified API usage limits. You will regain access on "
+                   "2026-12-01 at 00:00 UTC.", type="invalid_request_error")),  # Anthropic
+        (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
+        (400, {"code": "Arrearage", "message": OVERDUE}),
+        (429, says("Insufficient balance or no resource package.", code="1113")),  # z.ai
+        (429, says("\u4f59\u989d\u4e0d\u8db3", code="1113")),
+        (429, says("[1113][Please recharge.][2026]", type="rate_limit_error", code="1113")),
+        (429, {"code": "Some resource has been exhausted", "error": SPENT}),  # xAI
+        (403, {"code": "permission-denied", "error": SPENT}),
+        (429, says(SUSPENDED, type="exceeded_current_quota_error")),  # Moonshot
+        (429, says("x", type="exceeded_current_quota_error")),
+        (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": RAW_JSON}}}),  # OpenRouter
+        (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
+        (429, says("insufficient balance (1008)", type="insufficient_balance_error")),  # MiniMax
+        (403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),
+        (402, says("This request requires more credits, or fewer max_tokens.", code=402)),
+        (429, says("You exceeded your current quota", type="insufficient_quota", code="x")),
+    ],
+    ContextLengthExceeded: [
+        (400, says("<400> InternalError.Algo.InvalidParameter: Range of input length should be "
+                   "[1, 983616]", code="invalid_parameter_error")),  # DashScope
+        (400, says("Invalid request: Your request exceeded model token limit: 8192")),  # Moonshot
+        (400, says("Input length 203743 exceeds the maximum length 202752")),  # GLM at Ark
+        (400, says("Prompt exceeds max length", code="1261")),  # GLM
+        (400, {"message": "Input is too long for requested model."}),  # Bedrock
+        (400, {"code": "Client specified an invalid argument", "error": "This model's maximum "
+               "prompt length is 131072 but the request contains 136973 tokens."}),  # xAI
+        (400, says("prompt token count of 138898 exceeds the limit of 64000",
+                   code="model_max_prompt_tokens_exceeded")),  # Copilot
+        (413, says("Request body too large for gpt-4o model. Max size: 8000 tokens.",
+                   code="tokens_limit_reached")),  # GitHub Models
+        (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= "
+               "65537. Given: 79993 `inputs` tokens and 1024 `max_new_tokens`"}),  # TGI
+        (422, {"error": "Input validation error: `inputs` must have less than 2048 tokens. Given: "
+               "2222", "error_type": "validation"}),
+        (400, {"error": "Input is too long for this model, shorten your input"}),  # hubs
+        (400, says("The input token count (2845475) exceeds the maximum number of tokens allowed")),
+        (429, says("Request too large for gpt-4o in organization org-z on tokens per min (TPM): "
+                   "Limit 30000, Requested 132819.", type="tokens", code="rate_limit_exceeded")),
+        (400, {"error": {**THROUGH, "metadata": {"raw": json.dumps(says(
+            "This model's maximum context length is 8192 tokens"))}}}),
+    ],
+    ModelNotFound: [
+        (400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
+        (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
+        (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model",
+               "code": "1500"}),  # Mistral
+        (404, says("The model 'm' does not exist or you do not have access to it.")),
+        (404, says("model: m", type="not_found_error")),  # Anthropic
+        (410, says("The model m has been retired.")),
+    ],
+    UnsupportedRequest: [
+        (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
+                   "variant `image_url`, expected `text` at line 1", code="invalid_request_error")),
+        (400, {"message": "The model m does not support image modality"}),  # Bedrock
+        (400, {"message": "This model doesn't support the image field for user messages."}),
+        (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
+        (500, says("tools param requires --jinja flag", type="server_error", code=500)),  # llama.cpp
+        (404, says("No endpoints found that support image input", code=404)),  # OpenRouter
+        (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}}),
+    ],
+    AuthenticationError: [
+        (401, says("x", type="api_error")), (401, says("x", type="server_error")), (401, {}),
+        (403, says("no permission", type="permission_error")),
+        (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
+                   details=[{"reason": "API_KEY_INVALID"}])),  # Gemini
+    ],
+    RateLimited: [
+        (429, says("x", type="api_error")), (429, says("x", type="server_error")),
+        (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
+               "rate-limited upstream"}}}),
+        (429, says("Rate limit reached for gpt in organization o on tokens per min (TPM)",
+                   type="tokens", code="rate_limit_exceeded")),
+    ],
+    BadRequest: [
+        (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
+        (415, says("Unsupported media type", type="internal_error")),
+        (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
+    ],
+    ProviderTimeout: [(408, says("x", type="api_error"))],
+    ServerError: [
+        (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
+    ],
+    Overloaded: [
+        (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
+        (503, says("server busy, maximum pending requests exceeded")),
+        (200, says("x", type="overloaded_error")),
+    ],
+    ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
+    ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {})],
+}  # fmt: skip
+CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
+
+
+def refused(
+    status: int = 200,
+    body: Any = None,
+    told: dict[str, str] | None = None,
+    *,
+    vendor: Any = OpenAIProvider,
+    messages: Any = "hi",
+    **settings: Any,
+) -> ProviderError:
+    """The error that a provider of one vendor raises for this answer."""
+    with responses.RequestsMock() as mock:
+        data = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        mock.post(re.compile(".*"), status=status, body=data, headers=told)
+        with pytest.raises(ProviderError) as caught:
+            vendor(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings).chat(
+                messages, model="m"
+            )
+    return caught.value
+
+
+@pytest.mark.parametrize(("kind", "status", "body"), CASES)
+def test_what_bodies_mean(kind: type, status: int, body: Any) -> None:
+    error = refused(status, body)
+    assert type(error) is kind
+    assert (error.status, error.provider, error.model) == (status, "openai", "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [(kind, body) for kind, _, body in CASES
+     if kind in (QuotaExceeded, ContextLengthExceeded, Overloaded)
+     and isinstance(body.get("error"), dict) and "metadata" not in body["error"]
+     and "Loading" not in str(body)],
+)  # fmt: skip
+def test_the_same_words_mean_the_same_inside_an_answer(kind: type, body: Any) -> None:
+    """As a whole answer at status 200, and as an event in a stream."""
+    assert type(refused(200, body)) is kind
+    assert type(refused(200, f"data: {json.dumps(body)}\n\n")) is kind
+
+
+@pytest.mark.parametrize("vendor", [AnthropicProvider, GeminiProvider, OllamaProvider])
+@pytest.mark.parametrize("kind", [QuotaExceeded, ContextLengthExceeded, AuthenticationError])
+def test_the_shared_words_hold_for_each_vendor(vendor: Any, kind: type) -> None:
+    for status, body in MEANINGS[kind]:
+        assert type(refused(status, body, vendor=vendor)) is kind, body
+
+
+def test_the_reason_of_the_provider_behind_a_gateway_is_shown() -> None:
+    for raw in ("the tulip is rate-limited", json.dumps(says("the tulip is limited")), {"a": 1}, 5):
+        error = refused(429, {"error": {**THROUGH, "metadata": {"raw": raw}}})
+        assert isinstance(error, RateLimited)
+        assert ("tulip" in str(error)) == ("tulip" in str(raw))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "waits", "kind"),
+    [
+        (402, says("x"), {}, QuotaExceeded),
+        (402, says("x"), {"Retry-After": "30"}, RateLimited),
+        (402, says("x"), {"retry-after-ms": "30000"}, RateLimited),
+        (503, says("x", type="server_error"), {}, ServerError),
+        (503, says("x", type="server_error"), {"Retry-After": "5"}, Overloaded),
+    ],
+)
+def test_a_hint_when_to_come_back_changes_the_class(
+    status: int, body: Any, waits: dict[str, str], kind: type
+) -> None:
+    assert type(refused(status, body, waits)) is kind
+
+
+@pytest.mark.parametrize(
+    ("message", "quota", "kind"),
+    [
+        ("You exceeded your current quota.", "GenerateRequestsPerMinutePerProject", RateLimited),
+        ("You exceeded your current quota.", "GenerateRequestsPerDayPerProject", QuotaExceeded),
+        ("Quota exceeded. limit: 0", "GenerateRequestsPerMinutePerProject", QuotaExceeded),
+    ],
+)
+@pytest.mark.parametrize("delay", ["6s", "0s"])
+def test_geminis_quota_of_a_minute_is_a_rate_limit(
+    message: str, quota: str, kind: type, delay: str
+) -> None:
+    types = "type.googleapis.com/google.rpc."
+    details = [
+        {"@type": types + "QuotaFailure", "violations": [{"quotaId": quota}]},
+        {"@type": types + "RetryInfo", "retryDelay": delay},
+    ]
+    body = says(message, code=429, status="RESOURCE_EXHAUSTED", details=details)
+    error = refused(429, body, vendor=GeminiProvider)
+    assert (type(error), error.retry_after) == (kind, float(delay[0]))
+
+
+# -- what must not park a tier for everybody
+
+
+def asked(status: int, body: Any, messages: Any, calls: int = 3, **headers: str) -> int:
+    """How many of three calls reach a tier that answers so."""
+    with responses.RequestsMock() as mock:
+        data = body if isinstance(body, str) else json.dumps(body)
+        mock.post(re.compile(".*"), status=status, body=data, headers=headers)
+        spare = ProviderTier("b", ScriptedProvider(["fine"], repeat=True))
+        tier = ProviderTier("a", OpenAIProvider(KEY, BASE), ["m"], retries=0)
+        chain = FailoverChain([tier, spare], failure_threshold=100)
+        for _ in range(calls):
+            chain.chat(messages, timeout=5)
+        return len(mock.calls)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "prompt"),
+    [
+        (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"),
+        (403, "", "hi"),
+        (403, "Request blocked by rule 942100", "select * from users"),
+        (
+            400,
+            says("cannot parse: why is it an incorrect api key"),
+            "why is it an incorrect api key?",
+        ),
+        (400, says("bad token near insufficient balance"), "explain insufficient balance"),
+        (
+            400,
+            says("Invalid prompt: YOU EXCEEDED YOUR CURRENT QUOTA!"),
+            "You exceeded your current quota",
+        ),
+        (422, {"detail": [{"msg": "no: invalid api key"}]}, "he said: invalid api key"),
+        (500, says("crashed on: the server is overloaded"), "the server is overloaded"),
+        (403, says("sentence not liked: insufficient balance"), "insufficient balance"),
+    ],
+)
+def test_one_request_that_is_disliked_parks_nobody(status: int, body: Any, prompt: str) -> None:
+    """Neither the page of a firewall nor words that the server repeats of the request."""
+    assert asked(status, body, prompt) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, "no"), (402, ""), (403, says("Your API key has no permission for this model")),
+        (403, says("x", type="permission_error")), (429, says("Insufficient balance")),
+        (429, says("slow", type="requests")), (400, says(OVERDUE, code="Arrearage")),
+    ],
+)  # fmt: skip
+def test_a_key_without_money_or_permission_parks(status: int, body: Any) -> None:
+    assert asked(status, body, "hi") == 1
+
+
+def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None:
+    prompt = "what does it mean: model overloaded, context length, tools not supported?"
+    for kind, status in ((ServerError, 500), (BadRequest, 400), (RateLimited, 429)):
+        assert type(refused(status, says(f"cannot read '{prompt}'"), messages=prompt)) is kind
+
+
+# -- how long to wait
+
+
+def in_epoch(seconds: float, scale: float = 1.0) -> str:
+    return f"{(time.time() + seconds) * scale:.0f}"
+
+
+LIMIT = {"x-ratelimit-reset-requests": "7s"}
+HINTS: list[tuple[int, dict[str, str], str, float | None]] = [
+    *((status, {"Retry-After": "7"}, "", 7.0) for status in (429, 500, 503, 529, 408)),
+    *((status, LIMIT, "", 7.0) for status in (429, 503, 529)),
+    *((status, LIMIT, "", None) for status in (400, 401, 500, 504)),
+    *((429, {f"x-ratelimit-reset-{what}": "7s", f"x-ratelimit-remaining-{what}": left}, "", seconds)
+      for what in ("requests", "tokens", "input-tokens", "output-tokens")
+      for left, seconds in (("0", 7.0), ("1", None))),
+    (429, {"retry-after-ms": "0", "retry-after": "1"}, "", 1.0),
+    (429, {"retry-after-ms": "2500", "retry-after": "2"}, "", 2.5),
+    (429, {"retry-after-ms": "250"}, "", 0.25),
+    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(40, 1000)}, "", 40.0),
+    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(40)}, "", 40.0),
+    (429, {"anthropic-ratelimit-requests-reset": "2000-01-01T00:00:00Z"}, "", 0.0),
+    (429, {"x-ratelimit-reset-tokens": " 1h2m3s. "}, "", 3723.0),
+    (429, {"x-ratelimit-reset-tokens": "120ms", "x-ratelimit-reset-requests": "1s"}, "", 1.0),
+    (429, {"x-ratelimit-reset-tokens": "soon"}, "", None),
+    *((429, {"Retry-After": odd}, "", None) for odd in ("nan", "inf", "-1", "", "1 January")),
+    *((429, {}, text, seconds) for text, seconds in (
+        ("Please wait 42342 seconds before retrying.", 42342.0), ("try again in 6m0s", 360.0),
+        ("try again in 120ms", 0.12), ("retry after 20 seconds", 20.0), ("retry after 20", 20.0),
+        ("try again in 2 minutes", 120.0), ("try again in 1 hour", 3600.0),
+        ("Try again in 2 days", 172_800.0), ("try again after 1 seconds", 1.0),
+        ("try again in 500 milliseconds", 0.5), ("try again in 5 ms", 0.005),
+        ("try again later", None), ("try again in a while", None))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "headers", "words", "seconds"), HINTS)
+def test_how_long_to_wait(
+    status: int, headers: dict[str, str], words: str, seconds: float | None
+) -> None:
+    """Headers first, then the body's words; the headers of limits only at 429, 503 and 529."""
+    found = refused(status, says(words or "no"), headers).retry_after
+    assert found == (
+        None if seconds is None else pytest.approx(seconds, abs=1.5 if seconds > 9 else 0)
+    )
+
+
+def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"HTTP/1.1 429 Slow\r\nRetry-After: 60\r\nContent-Length: 99\r\n\r\n{")
+        server.stopping.wait(10)
+        return False
+
+    with peer(serve) as server:
+        start = time.monotonic()
+        with pytest.raises(RateLimited) as caught:
+            OpenAIProvider(KEY, server.url, stall_timeout=0.2).chat("q", model="m")
+        assert time.monotonic() - start < 3
+        assert caught.value.retry_after == 60
+
+
+# -- request ids
+
+ID_HEADERS = """x-request-id request-id apim-request-id x-ms-request-id x-generation-id
+    mistral-correlation-id x-ds-trace-id inference-id""".split()
+
+
+@pytest.mark.parametrize("header", ID_HEADERS)
+def test_the_id_of_a_request_under_each_vendors_header(header: str) -> None:
+    assert refused(500, {}, {header: "r-1"}).request_id == "r-1"
+    with responses.RequestsMock() as mock:
+        answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+        mock.post(f"{BASE}/v1/chat/completions", json=answer, headers={header: "r-2"})
+        assert OpenAIProvider(KEY, BASE).chat("q", model="m").request_id == "r-2"
+
+
+def test_a_broken_stream_keeps_its_request_id_and_what_it_had_used() -> None:
+    usage = {"prompt_tokens": 11, "completion_tokens": 7}
+    chunk = {"choices": [{"delta": {"content": "x"}}], "usage": usage}
+    error = refused(200, f"data: {json.dumps(chunk)}\n\n", {"x-request-id": "req_1"})
+    assert isinstance(error, InvalidResponse)
+    assert (error.status, error.request_id, error.usage) == (200, "req_1", Usage(11, 7))
+
+
+# -- secrets
+
+SECRET = "tulip-Violet-9081726354"
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"api_key": SECRET}, SECRET),
+        ({"api_key": SECRET}, SECRET.upper()),
+        ({"api_key": lambda: SECRET}, SECRET),
+        ({"headers": {"X-Gateway": SECRET}}, SECRET),
+        ({"headers": {"Cookie": f"session={SECRET}"}}, SECRET.lower()),
+        ({"headers": {"Proxy-Authorization": f"Bearer {SECRET}"}}, SECRET),
+        ({"base_url": f"https://me:{SECRET}@server.test"}, SECRET),
+        ({"base_url": f"https://server.test/v1?key={SECRET}"}, SECRET),
+        ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
+    ],
+)
+def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str) -> None:
+    """Echoed in the message, the code, the type or a header, in any case of letters."""
+    body = says(f"no: {shown}", code=shown, type=shown, param=shown)
+    error = refused(400, body, {"X-Request-Id": shown}, **settings)
+    assert SECRET.lower() not in f"{error} {error!r} {vars(error)}".lower()
+    assert "no: ***" in str(error)
+    whole = OpenAIProvider(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings)
+    assert SECRET.lower() not in f"{whole!r} {whole.base_url}".lower()
+
+
+@pytest.mark.parametrize("change", [str, str.upper, str.title, lambda text: text[5:-3]])
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], str]) -> None:
+    prompt = "the violet garden behind the old house"
+    messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    error = refused(status, says(f"no: {change(prompt)}!"), messages=messages)
+    assert "garden behind" not in str(error).lower()
+    assert "***" in str(error)
+
+
+def test_no_text_of_the_answer_is_shown_by_an_error_inside_it() -> None:
+    text = "the amber answer of this model"
+    chunk = json.dumps({"choices": [{"delta": {"content": text}}]})
+    broken = json.dumps(says(f"stopped after: {text}"))
+    error = refused(200, f"data: {chunk}\n\ndata: {broken}\n\n")
+    assert "amber" not in f"{error} {error!r} {vars(error)}"
+
+
+@pytest.mark.quiet
+def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixture) -> None:
+    """urllib3 logs the path of a request, and at DEBUG headers that it cannot read."""
+    caplog.set_level(logging.DEBUG)
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        odd = b"HTTP/1.1 500 Oops\r\n" + SECRET.encode() + b" without colon\r\n"
+        connection.sendall(odd + b"Content-Length: 0\r\nX: y\r\n\r\n")
+        return False
+
+    with peer(serve) as server, pytest.raises(ProviderError):
+        OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
+    assert SECRET not in caplog.text
+
+
+def test_a_message_shows_no_control_characters_and_is_clipped() -> None:
+    error = refused(400, says("a\x1b[31m\u202eb\r\n\x00c" + " x" * 5000))
+    assert str(error).isprintable()
+    assert len(str(error)) < 400
+
+
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+@pytest.mark.parametrize("name", ["cut", "bad messages", "unknown option", "stream", "interrupt"])
+def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
+    """Reporters of errors show the locals of frames."""
+    prompt, text = "violet prompt", "amber answer"
+    chunk = json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"silent" in request:
+            server.stopping.wait(5)
+        top = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+        connection.sendall(top + b"data: " + chunk + b"\n\n")
+        return False
+
+    with peer(serve) as server:
+        client = OpenAIProvider(SECRET, server.url)
+        chain = FailoverChain([ProviderTier("a", client, ["m"], retries=0)])
+        calls: dict[str, Callable[[], Any]] = {
+            "cut": lambda: chain.chat(prompt, timeout=5),
+            "bad messages": lambda: client.chat(
+                [{"role": "user", "content": prompt}, 5], model="m"
+            ),
+            "unknown option": lambda: chain.chat(prompt, temprature=1),
+            "stream": lambda: list(chain.stream(prompt, timeout=5)),
+            "interrupt": lambda: chain.chat(prompt + " silent", timeout=5),
+        }
+        with pytest.raises(BaseException) as caught, interrupted(0.3 if name == "interrupt" else 9):
+            calls[name]()
+    trace, seen = caught.value.__traceback__, set()
+    while trace:
+        if any(part in trace.tb_frame.f_code.co_filename for part in FRAMES):
+            for local, value in trace.tb_frame.f_locals.items():
+                if any(secret in repr(value) for secret in (SECRET, prompt, text)):
+                    seen.add(f"{trace.tb_frame.f_code.co_name}.{local}")
+        trace = trace.tb_next
+    assert not seen
+
+
+# -- searching is bounded
+
+SIZE = 64 * 1024
+PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image response_format
+    json_schema max_tokens try-again-in wait-for retry-after current-length-is-1 temperature"""
+HOSTILE = [
+    *(piece * (SIZE // len(piece)) for piece in PIECES.split()),
+    *(piece * (SIZE // len(piece)) for piece in (
+        " ", "model ", "the model x ", "n_keep ", "tool choice ", "try again in ", "1 ms ",
+        "unsupported parameter: ", "'temperature' ", "current length is 1 while ", "wait for 1 ")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["message", "code", "header", "delay", "page", "event", "id"])
+def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
+    """64 KiB of digits, blanks or half-matches, wherever a server's text is read."""
+    limits = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset")
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        text = HOSTILE[int(request.rpartition(b"hostile ")[2].partition(b'"')[0])]
+        status, body, headers = "429 No", says("no"), ""
+        if place == "message":
+            body = says(text)
+        elif place == "code":
+            body = says("no", code=text, type=text, param=text, status=text)
+        elif place in ("header", "id"):
+            names = (*limits, "retry-after") if place == "header" else ("x-request-id",)
+            one = text.encode("ascii", "replace").decode().strip()[: 65_000 // len(names)]
+            headers = "".join(f"{name}: {one}\r\n" for name in names)
+        elif place == "delay":
+            body = says("no", details=[{"retryDelay": text, "reason": text}])
+        elif place == "event":
+            status = "200 OK"
+        data = text.encode() if place == "page" else json.dumps(body).encode()
+        if place == "event":
+            data = b"data: " + json.dumps(says(text)).encode() + b"\n\n"
+        top = f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n{headers}\r\n"
+        connection.sendall(top.encode("latin-1") + data)
+        return True
+
+    with peer(serve) as server:
+        client = OpenAIProvider(KEY, server.url)
+        for number in range(len(HOSTILE)):
+            start = time.monotonic()
+            with pytest.raises(ProviderError):
+                client.chat(f"hostile {number}", model="m", temperature=0.5, timeout=5)
+            assert time.monotonic() - start < 0.5, (place, HOSTILE[number][:30])
+        client.close()
+
+
+def test_a_large_prompt_does_not_make_failures_slow() -> None:
+    """Echoes are looked for in bounded time: 8 MiB of prompt, and a message of prompt-like text."""
+    words = [f"word{number} " for number in range(1000)]
+    prompt = "".join(random.Random(1).choices(words, k=1_000_000))
+    message = "no: " + prompt[4_000_000:4_001_000]
+    with responses.RequestsMock() as mock:
+        mock.post(f"{BASE}/v1/chat/completions", status=400, json=says(message))
+        mock.post(f"{BASE}/v1/chat/completions", status=400, json=says("x"))
+        client, taken = OpenAIProvider(KEY, BASE), []
+        for _ in range(2):
+            start = time.monotonic()
+            with pytest.raises(BadRequest) as caught:
+                client.chat(prompt, model="m")
+            taken.append(time.monotonic() - start)
+            assert prompt[4_000_100:4_000_140] not in str(caught.value)
+    assert taken[0] < taken[1] + 1.0
