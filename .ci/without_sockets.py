@@ -1,4 +1,4 @@
-"""A plugin of pytest where there are neither sockets nor threads nor processes: what needs one skips."""
+"""A plugin of pytest for Pythons without sockets, threads and processes: what needs one skips."""
 
 from __future__ import annotations
 
