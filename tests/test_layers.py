@@ -91,13 +91,8 @@ def test_lines_and_bodies_are_short_and_parameters_few() -> None:
 
 def test_tests_use_public_names() -> None:
     module = "copilot_router"  # a variable, so that the lines below are no use of private names
-    assert private_names(f"import {module} as cr
-cr._a, {module}._b, 'x._c'") == ["_a", "_b"]
-    assert private_names(f"from {module} import (
-    Event,
-    _c,
-)
-") == ["_c"]
+    assert private_names(f"import {module} as cr\ncr._a, {module}._b, x._c") == ["_a", "_b"]
+    assert private_names(f"from {module} import (\n    Event,\n    _c,\n)\n") == ["_c"]
     files = [path for path in TESTS.rglob("*.py") if path != PRIVATE]
     used = {str(path.relative_to(TESTS)): private_names(path.read_text("utf-8")) for path in files}
     assert {path: names for path, names in used.items() if names} == {}
