@@ -219,8 +219,8 @@ def by_client(recording: Recording, url: str) -> Reading:
 def provider_for(kind: str, url: str) -> cr.LLMProvider:
     if kind in ("chat", "responses"):
         return cr.OpenAIProvider(KEY, url, api=kind)
-    known = {"anthropic": cr.AnthropicProvider, "gemini": cr.GeminiProvider, "ollama": cr.OllamaProvider}
-    return known[kind](KEY, url)
+    name = {"anthropic": "Anthropic", "gemini": "Gemini", "ollama": "Ollama"}[kind]
+    return getattr(cr, name + "Provider")(KEY, url)
 
 
 def differences(ours: Reading, theirs: Reading) -> Iterator[str]:
