@@ -2,7 +2,8 @@
 
 Each process has a breaker of its own, as a chain without a store makes it, and makes five calls a
 second. What reaches the provider is counted in tenths of a second: the mean of half a second and of
-several runs, so that chance does not count as a crowd. Processes that notice an outage together must
+several runs, so that chance does not count as a crowd. Processes that notice an outage together
+must
 not come back together: the exit status is 1 if, from the second round of trials on, more than four
 times the requests of an even spread come at once.
 """
@@ -71,7 +72,9 @@ def main() -> int:
     seen = {tenth: number / RUNS for tenth, number in total.items()}
     even = PROCESSES / RECOVERY / 10
     print(f"{PROCESSES} processes, {CALLS} calls a second each, down for {DOWN:.0f} s;")
-    print(f"{sum(seen.values()):.0f} requests, {even:.1f} in a tenth of a second if evenly spread\n")
+    print(
+        f"{sum(seen.values()):.0f} requests, {even:.1f} in a tenth of a second if evenly spread\n"
+    )
     print(f"{'round':<10}{'seconds':<14}{'requests':>9}{'most at once':>14}{'of even':>9}")
     worst, start, rounds = 0.0, 0.0, 0
     while start < DOWN - 1:

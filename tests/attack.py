@@ -1,9 +1,12 @@
-"""Everything that may break a promise, in one command: hostile servers, signals, fuzzed bodies, many threads.
+"""Everything that may break a promise, in one command: hostile servers, signals, fuzzed bodies,
+many threads.
 
     python tests/attack.py [SECONDS, 600]
 
-Hostile servers: every row of tests/support/faults.py in every wire format, ``chat()`` and ``stream()``,
-under a deadline. Signals: a handler raises at a random point of a call, over HTTP and over each store;
+Hostile servers: every row of tests/support/faults.py in every wire format, ``chat()`` and
+``stream()``,
+under a deadline. Signals: a handler raises at a random point of a call, over HTTP and over each
+store;
 the next call has to work, and nothing may stay open. Fuzzed bodies: tests/test_fuzz.py with many
 examples. Threads: sixteen call at once while the server picks faults at random. The servers run in
 another process. The closing table counts cases, how late the latest call was, leaks (descriptors,

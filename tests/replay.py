@@ -57,7 +57,6 @@ class Reading(NamedTuple):
     usage: tuple[int, int] | None
 
 
-
 def archives(folder: Path) -> Iterator[Path]:
     for package in PACKAGES:
         name = package.replace("-", "_")
