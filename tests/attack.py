@@ -220,10 +220,7 @@ def interrupted(work: Callable[[], Any], within: float) -> bool:
 
 
 def sweep(name: str, until: float, made: Callable[[], Any]) -> Part:
-    """Interrupt one kind of call at many points; after each the next call has to work.
-
-    ``made()`` is a pair: what is called, and what ends it.
-    """
+    """Interrupt a call at many points. ``made()`` gives the call, and what ends it."""
     part = Part(f"signals: {name}")
     with nothing_left(part, name):
         work, close = made()
@@ -333,10 +330,8 @@ def fuzz(seconds: float) -> Part:
     environment = {**os.environ, "COPILOT_ROUTER_FUZZ": str(examples)}
     command = [sys.executable, "-m", "pytest", "-q", "-s", str(TESTS / "test_fuzz.py")]
     try:
-        done = subprocess.run(
-            command, cwd=TESTS.parent, env=environment, capture_output=True, text=True,
-            timeout=seconds * 4 + 60,
-        )  # fmt: skip
+        settings: Any = {"cwd": TESTS.parent, "env": environment, "timeout": seconds * 4 + 60}
+        done = subprocess.run(command, capture_output=True, text=True, **settings)
     except subprocess.TimeoutExpired:
         part.say("the fuzzers did not end in time")
         return part
