@@ -53,9 +53,9 @@ fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the de
 stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
 	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest $(or $(wildcard tests/test_load.py),tests/test_stress.py) -q -s
 
-processes: $(VENV)/dev  ## eight processes and one trial, 200 rounds on SQLite and on Redis; gunicorn with 2,000 requests
-	COPILOT_ROUTER_ROUNDS=200 COPILOT_ROUTER_REQUESTS=2000 $(RUN) -m pytest -q -s \
-		$(or $(wildcard tests/test_load.py),tests/test_processes.py tests/test_gunicorn.py)
+processes: $(VENV)/dev  ## many processes and one trial, 200 rounds on SQLite and on Redis; gunicorn with 2,000 requests
+	COPILOT_ROUTER_ROUNDS=200 COPILOT_ROUTER_REQUESTS=2000 $(RUN) -m pytest -q -s -k "process or gunicorn" \
+		$(wildcard $(foreach name,stores load processes gunicorn,tests/test_$(name).py))
 
 soak: $(VENV)/dev  ## ten minutes of calls while servers, stores and breakers fail at random (SECONDS=120)
 	$(RUN) tests/soak.py $(SECONDS)

@@ -1,562 +1,157 @@
-"""The HTTP transport over real sockets: connections, deadlines, forks, TLS and proxies."""
+"""The transport over real sockets: connecting, proxies, TLS, limits, bodies, kept connections."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import gzip
 import json
 import os
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
-import types
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from support.faults import Peer, chunked, descriptors, event, peer
 
 from copilot_router import (
-    FailoverChain,
     InvalidResponse,
     OpenAIProvider,
-    ProviderTier,
     ProviderTimeout,
     ProviderUnavailable,
     ServerError,
-    _Answer,
-    _Limits,
-    _unchunked,
 )
 
 KEY = "sk-test-transport-key-1234567890"
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-
-
+OK = b"HTTP/1.1 200 OK\r\n"
+HEAD = OK + b"Content-Type: text/event-stream\r\n"
+CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
+STREAM = CHUNKS + chunked(*ANSWER.splitlines(keepends=True))
+WHOLE = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}).encode()
 
 
-STREAM = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*ANSWER.splitlines(keepends=True))
+def whole(body: bytes = WHOLE, *headers: str) -> bytes:
+    lines = [f"Content-Length: {len(body)}", *headers, "", ""]
+    return OK + "\r\n".join(lines).encode() + body
 
 
-def healthy(server: Peer, connection: socket.socket, request: bytes) -> bool:
-    connection.sendall(STREAM)
-    return True
+def says(data: bytes, keep: bool = True, then_silent: bool = False) -> Callable[..., bool]:
+    """A server that gives this answer to each request."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(data)
+        if then_silent:
+            server.stopping.wait(10)
+        return keep
+
+    return serve
 
 
-@contextmanager
-def provider(url: str, **settings: object) -> Iterator[OpenAIProvider]:
-    made = OpenAIProvider(KEY, url, **settings)  # type: ignore[arg-type]
+def silent(server: Peer, connection: socket.socket, request: bytes) -> bool:
+    return server.stopping.wait(10)
+
+
+healthy = says(STREAM)
+
+
+@contextlib.contextmanager
+def provider(url: str, **settings: Any) -> Iterator[OpenAIProvider]:
+    made = OpenAIProvider(KEY, url, **settings)
     try:
         yield made
     finally:
         made.close()
 
 
-def test_twenty_calls_use_one_connection() -> None:
-    """A finished stream gives its connection back, because the body is read to its end and not only to [DONE]."""
-    with peer(healthy) as server, provider(server.url) as client:
-        for _ in range(20):
-            assert client.chat("hi", model="m", timeout=5).text == "good"
+def ask(client: OpenAIProvider, text: str = "hi", **options: Any) -> str:
+    return client.chat(text, **{"model": "m", "timeout": 5, **options}).text
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds * 1.05 + 0.15
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``proxied(url)``: every kind of request has this proxy in the environment."""
+
+    def use(url: str) -> None:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, url)
+            monkeypatch.setenv(name.upper(), url)
+
+    return use
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """``resolved(*ports)``: every name has these ports of loopback; returns ports connected to."""
+    tried: list[int] = []
+    connect = socket.socket.connect
+
+    def noted(self: socket.socket, address: Any) -> None:
+        tried.append(address[1])
+        connect(self, address)
+
+    def use(*ports: int) -> list[int]:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        monkeypatch.setattr(socket.socket, "connect", noted)
+        return tried
+
+    return use
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        return unused.getsockname()[1]
+
+
+# -- connections
+
+
+@pytest.mark.parametrize("answer", [STREAM, whole()], ids=["stream", "whole"])
+def test_calls_use_one_connection_until_the_provider_is_closed(answer: bytes) -> None:
+    with peer(says(answer)) as server, provider(server.url) as client:
+        assert [ask(client) for _ in range(5)] == ["good"] * 5
         assert server.connections == 1
-
-
-def test_whole_json_uses_one_connection_too() -> None:
-    """An answer with a Content-Length gives its connection back."""
-    body = b'{"choices": [{"message": {"content": "whole"}, "finish_reason": "stop"}]}'
-
-    def whole(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-        connection.sendall(head + body)
-        return True
-
-    with peer(whole) as server, provider(server.url, stream_upstream=False) as client:
-        for _ in range(5):
-            assert client.chat("hi", model="m", timeout=5).text == "whole"
-        assert server.connections == 1
-
-
-def test_closing_leaves_the_provider_usable() -> None:
-    """close() drops the pool; the next call makes a new one."""
-    with peer(healthy) as server, provider(server.url) as client:
-        client.chat("hi", model="m", timeout=5)
         client.close()
-        assert client.chat("hi", model="m", timeout=5).text == "good"
+        assert ask(client) == "good"
         assert server.connections == 2
 
 
-def test_a_kept_connection_that_was_closed_is_replaced_unseen() -> None:
-    """The server closes after each answer without saying so: every call still succeeds, with no failed attempt."""
-
-    def answer_and_close(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(STREAM)
-        return False
-
-    with peer(answer_and_close) as server, provider(server.url) as client:
-        chain = FailoverChain([ProviderTier("only", client, ["m"])])
-        for _ in range(5):
-            response = chain.chat("hi", timeout=5)
-            assert [attempt.outcome for attempt in response.attempts] == ["ok"]
+def test_a_ping_gives_its_connection_back_and_ends_in_its_time() -> None:
+    with peer(says(whole(b'{"data": []}'))) as server, provider(server.url) as client:
+        for _ in range(3):
+            client.ping()
+        assert (server.connections, len(server.requests)) == (1, 3)
+    with peer(silent) as server, provider(server.url) as client, within(0.2):
+        with pytest.raises(ProviderTimeout):
+            client.ping(0.2)
 
 
-def test_a_kept_connection_reset_after_sending_is_retried_once_on_a_new_one() -> None:
-    """The race of keep-alive: the server drops the connection on receiving the second request."""
-
-    def drop_the_second(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        if len(server.requests) == 2:
-            return False
-        connection.sendall(STREAM)
-        return True
-
-    with peer(drop_the_second) as server, provider(server.url) as client:
-        assert client.chat("one", model="m", timeout=5).text == "good"
-        assert client.chat("two", model="m", timeout=5).text == "good"
-        assert (len(server.requests), server.connections) == (3, 2)
-
-
-def test_a_new_connection_that_closes_is_not_retried_by_the_transport() -> None:
-    """Only a reused connection earns the unseen retry; otherwise it is a ServerError and the policy's business."""
+def test_a_request_on_a_new_connection_is_not_sent_again_by_the_transport() -> None:
     with peer(lambda *_: False) as server, provider(server.url) as client:
         with pytest.raises(ServerError):
-            client.chat("hi", model="m", timeout=5)
+            ask(client)
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "data",
-    [STREAM, HEAD + b"\r\n" + b": keep-alive\n\n" * 500, HEAD + b"\r\n" + event("x") * 200],
-    ids=["from the status line on", "keep-alives", "tokens"],
-)
-def test_a_dripping_server_cannot_hold_a_call(data: bytes) -> None:
-    """A byte every 20 ms, wherever it drips: the call ends at its deadline."""
-
-    def drip(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        server.drip(connection, data)
-        return False
-
-    with peer(drip) as server, provider(server.url) as client:
-        start = time.monotonic()
-        with pytest.raises(ProviderTimeout):
-            client.chat("hi", model="m", timeout=0.5)
-        assert time.monotonic() - start < 0.5 * 1.05 + 0.1
-
-
-def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
-    """The upload of a large body counts, too."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with provider(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
-            start = time.monotonic()
-            with pytest.raises(ProviderTimeout):
-                client.chat("x" * 20_000_000, model="m", timeout=0.6)
-            assert time.monotonic() - start < 1.2  # 20 MB of JSON are written before the first byte is sent
-
-
-def test_silence_is_judged_by_the_providers_own_limit() -> None:
-    """When the attempt's time is over, silence that had reached the provider's own limit is named for what it is."""
-
-    def silent(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        server.stopping.wait(5)
-        return False
-
-    with peer(silent) as server, provider(server.url, first_token_timeout=0.1) as client:
-        with pytest.raises(ProviderTimeout) as patient:
-            client.chat("hi", model="m", timeout=0.3, first_token_timeout=60)
-        assert patient.value.code == "first_token_timeout"
-    with peer(silent) as server, provider(server.url, first_token_timeout=5) as client:
-        with pytest.raises(ProviderTimeout) as hurried:
-            client.chat("hi", model="m", timeout=0.2)
-        assert hurried.value.code == "attempt_timeout"
-
-
-def test_the_callers_pauses_are_not_the_servers_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """stall_timeout counts the server's silence, never the time the caller takes between deltas."""
-
-    def two_parts(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("one ") + event("two"))
-        paused.wait(5)
-        connection.sendall(event(finish="stop"))
-        return False
-
-    paused, pause = threading.Event(), [0.0]
-    monkeypatch.setattr("copilot_router.time", types.SimpleNamespace(monotonic=lambda: time.monotonic() + pause[0]))
-    with peer(two_parts) as server, provider(server.url, stall_timeout=2) as client:
-        stream = client.stream("hi", model="m", timeout=60)
-        assert next(stream) == "one "
-        pause[0] = 10.0  # longer than the stall limit: this is the caller's own time
-        paused.set()
-        assert list(stream) == ["two"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no signals to a thread")
-@pytest.mark.parametrize("sent", [b"", HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(event("half"))[:-5]])
-def test_a_tasks_time_limit_is_no_fault_of_the_server(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal's exception out of the middle of a request, before or after the headers, reaches the task; nobody is blamed."""
-
-    class JobTimeout(Exception):
-        """As RQ and Celery raise it."""
-
-    def stop(*_: object) -> None:
-        raise JobTimeout
-
-    def silent(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(sent)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
-        connection.recv(1)  # until the client is gone
-        return False
-
-    module = types.ModuleType("rq.timeouts")
-    module.BaseTimeoutException = JobTimeout  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rq.timeouts", module)
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        with peer(silent) as server, provider(server.url) as client:
-            chain = FailoverChain([ProviderTier("only", client, ["m"]), ProviderTier("next", client, ["m"])])
-            with pytest.raises(JobTimeout):
-                chain.chat("hi", timeout=5)
-            assert len(server.requests) == 1
-            assert chain.tiers[0].breaker.snapshot().failures == 0
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_an_abandoned_stream_closes_its_connection() -> None:
-    """Closing a stream early closes the connection and leaks no descriptor; the next call opens a new one."""
-    with peer(healthy) as server, provider(server.url) as client:
-        client.chat("hi", model="m", timeout=5)
-        before = descriptors()
-        for _ in range(5):
-            stream = client.stream("hi", model="m", timeout=5)
-            next(stream)
-            stream.close()
-        assert client.chat("hi", model="m", timeout=5).text == "good"
-        assert descriptors() <= before + 1
-
-
-def test_a_stream_may_be_read_in_another_thread() -> None:
-    """The limits travel with the connection, not with the thread that opened it."""
-    got: list[str] = []
-    with peer(healthy) as server, provider(server.url) as client:
-        stream = client.stream("hi", model="m", timeout=5)
-        first = next(stream)
-        reader = threading.Thread(target=lambda: got.extend(stream))
-        reader.start()
-        reader.join(5)
-        assert [first, *got] == ["good"]
-
-
-def test_sixteen_threads_share_a_provider() -> None:
-    """Every caller gets the answer to its own question."""
-
-    def echo(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        body = json.loads(request.partition(b"\r\n\r\n")[2])
-        text = body["messages"][0]["content"]
-        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(event(text), event(finish="stop")))
-        return True
-
-    wrong: list[str] = []
-
-    def ask(client: OpenAIProvider, who: int) -> None:
-        barrier.wait(5)
-        for turn in range(10):
-            answer = client.chat(f"question {who}/{turn}", model="m", timeout=10).text
-            if answer != f"question {who}/{turn}":
-                wrong.append(answer)
-
-    barrier = threading.Barrier(16)
-    with peer(echo) as server, provider(server.url) as client:
-        threads = [threading.Thread(target=ask, args=(client, who)) for who in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert not wrong
-        assert server.connections <= 16
-
-
-FORK = """
-import os, sys, threading
-from copilot_router import FailoverChain, OpenAIProvider, ProviderTier
-inside = threading.Event()
-chain = FailoverChain([ProviderTier("t", OpenAIProvider("k" * 20, sys.argv[1]), ["m"])],
-                      on_event=lambda event: inside.set() if event.kind == "attempt" else None)
-assert chain.chat("before").text == "good"
-inside.clear()
-busy = threading.Thread(target=lambda: chain.chat("slow", timeout=20))
-busy.start()
-inside.wait(10)
-child = os.fork()
-if child == 0:
-    ok = chain.chat("in the child", timeout=10).text == "good"
-    os._exit(0 if ok else 1)
-_, status = os.waitpid(child, 0)
-busy.join()
-assert chain.chat("after").text == "good"
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_uses_its_own_sockets() -> None:
-    """Fork while another thread's call is under way: the child's call works, and so does the parent's next one."""
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        if b'"slow"' in request:
-            server.stopping.wait(0.3)
-        connection.sendall(STREAM)
-        return True
-
-    root = str(Path(__file__).resolve().parent.parent)
-    with peer(serve) as server:
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore::DeprecationWarning"}
-        environment["PYTHONPATH"] = os.pathsep.join((root, environment.get("PYTHONPATH", "")))
-        done = subprocess.run(
-            [sys.executable, "-c", FORK, server.url], env=environment, timeout=60, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert server.connections == 2  # one of the parent's, one of the child's own
-
-
-def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """http_proxy is honoured, and the key goes along."""
-    with peer(healthy) as proxy:
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        with provider("http://provider.invalid/v1") as client:
-            assert client.chat("hi", model="m", timeout=5).text == "good"
-        assert proxy.requests[0].startswith(b"POST http://provider.invalid/v1/chat/completions HTTP/1.1")
-        assert KEY.encode() in proxy.requests[0]
-
-
-def test_a_tunnel_through_a_proxy_that_refuses_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONNECT answered with 403: the provider cannot be reached."""
-
-    def refuse(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
-        return False
-
-    with peer(refuse) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client, pytest.raises(ProviderUnavailable):
-            client.chat("hi", model="m", timeout=5)
-        assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
-
-
-def test_a_dripping_proxy_cannot_hold_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer to CONNECT, a byte every 20 ms, is under the same deadline as everything else."""
-
-    def drip(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        server.drip(connection, b"HTTP/1.1 200 OK\r\n" + b"X-Padding: padding\r\n" * 50 + b"\r\n")
-        return False
-
-    with peer(drip) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client:
-            start = time.monotonic()
-            with pytest.raises(ProviderTimeout):
-                client.chat("hi", model="m", timeout=0.5)
-            assert time.monotonic() - start < 0.5 * 1.05 + 0.1
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
-    """A server's side of TLS for provider.invalid and this machine, and the file with its certificate."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=provider.invalid"]
-    subprocess.run([*make, "-addext", names, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    return context, certificate
-
-
-def over_tls(context: ssl.SSLContext, server: Peer, connection: socket.socket, serve: Any = healthy) -> bool:
-    """Everything more on this connection, inside of TLS."""
-    with context.wrap_socket(connection, server_side=True) as inside:
-        while (request := server._request(inside)) and not server.stopping.is_set():
-            server.requests.append(request)
-            if not serve(server, inside, request):
-                break
-    return False
-
-
-def test_tls_and_a_tunnel_through_a_proxy(tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONNECT, then TLS to the provider inside: one connection for all calls, and the proxy is not shown the key."""
-    context, certificate = tls
-
-    def tunnel(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        return over_tls(context, server, connection)
-
-    with peer(tunnel) as proxy:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        with provider("https://provider.invalid/v1") as client:
-            assert [client.chat("hi", model="m", timeout=5).text for _ in range(3)] == ["good"] * 3
-        assert proxy.connections == 1
-        assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
-        assert KEY.encode() not in proxy.requests[0]
-        assert [request.split(b" ", 2)[:2] for request in proxy.requests[1:]] == [[b"POST", b"/v1/chat/completions"]] * 3
-
-
-def test_tls_without_a_proxy(tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same to the provider itself; what it drips is bounded as without TLS; a certificate that nobody knows is refused."""
-    context, certificate = tls
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        if b"drip" in request:
-            server.drip(connection, HEAD + b"Connection: close\r\n\r\n" + event("x" * 2000))
-        return healthy(server, connection, request)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server: Any = SimpleNamespace(requests=[], stopping=threading.Event(), _request=Peer._request)
-        server.drip = functools.partial(Peer.drip, server)
-
-        def accept() -> None:
-            while not server.stopping.is_set():
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
-                    over_tls(context, server, connection, serve)
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with provider(url) as client, pytest.raises(ProviderUnavailable, match="TLS failed"):
-            client.chat("hi", model="m", timeout=5)
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        with provider(url) as client:
-            assert [client.chat("hi", model="m", timeout=5).text for _ in range(3)] == ["good"] * 3
-            start = time.monotonic()
-            with pytest.raises(ProviderTimeout):
-                client.chat("drip", model="m", timeout=0.5)
-            assert time.monotonic() - start < 0.5 * 1.05 + 0.1
-        server.stopping.set()
-        with socket.socket() as waker:
-            waker.connect_ex(listener.getsockname())
-        thread.join(5)
-
-
-def test_a_server_without_tls_is_unavailable_over_https() -> None:
-    """A failed handshake is ProviderUnavailable, in time."""
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def talk_plain() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(100)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        thread = threading.Thread(target=talk_plain)
-        thread.start()
-        with provider(f"https://127.0.0.1:{listener.getsockname()[1]}") as client, pytest.raises(ProviderUnavailable):
-            client.chat("hi", model="m", timeout=5)
-        thread.join(5)
-
-
-def test_a_handshake_that_hangs_ends_at_the_connect_limit() -> None:
-    """TLS counts as connecting."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with provider(url, connect_timeout=0.3) as client:
-            start = time.monotonic()
-            with pytest.raises((ProviderUnavailable, ProviderTimeout)):
-                client.chat("hi", model="m", timeout=5)
-            assert time.monotonic() - start < 0.6
-
-
-def test_names_that_do_not_resolve_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A DNS failure says so."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable, match="resolved"):
-        client.chat("hi", model="m", timeout=5)
-
-
-def test_the_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several addresses share the connect limit."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        closed = unused.getsockname()[1]
-    with peer(healthy) as server:
-
-        def two(*_: object, **__: object) -> list[tuple[object, ...]]:
-            return [
-                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (closed, server.port)
-            ]
-
-        monkeypatch.setattr(socket, "getaddrinfo", two)
-        with provider("http://two.invalid:1234") as client:
-            assert client.chat("hi", model="m", timeout=5).text == "good"
-
-
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_an_answer_is_the_same_however_it_is_cut(size: int) -> None:
-    """Chunks of any size, UTF-8 split between them."""
-    text = "Grüße, 世界 \u2028 \U0001f600"
-    body = event(text) + event(finish="stop") + b"data: [DONE]\n\n"
-    pieces = [body[at : at + size] for at in range(0, len(body), size)]
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*pieces))
-        return True
-
-    with peer(serve) as server, provider(server.url) as client:
-        assert client.chat("hi", model="m", timeout=5).text == text
-
-
-@pytest.mark.parametrize("coding", ["gzip", "deflate"])
-def test_a_compressed_answer_is_read(coding: str) -> None:
-    """We ask for none, but a server may compress all the same."""
-    import gzip
-    import zlib
-
-    data = gzip.compress(ANSWER) if coding == "gzip" else zlib.compress(ANSWER)
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        head = HEAD + f"Content-Encoding: {coding}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-        connection.sendall(head + data)
-        return True
-
-    with peer(serve) as server, provider(server.url) as client:
-        assert client.chat("hi", model="m", timeout=5).text == "good"
-
-
-def test_a_gzip_bomb_is_stopped_at_the_limit() -> None:
-    """max_response_bytes counts decompressed bytes, and memory stays bounded."""
-    import gzip
-
-    data = gzip.compress(b" " * 30_000_000)
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
-        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-        return False
-
-    with peer(serve) as server, provider(server.url, max_response_bytes=1_000_000) as client:
-        too_large = pytest.raises(InvalidResponse, match="max_response_bytes")
-        with too_large:
-            client.chat("hi", model="m", timeout=5)
-
-
 def test_all_kept_connections_may_have_been_dropped() -> None:
-    """The unseen retry insists on a new connection, not on the next kept one."""
+    """The unseen retry takes a new connection and not the next kept one."""
     both = threading.Barrier(2)
     old: list[socket.socket] = []
 
@@ -570,176 +165,604 @@ def test_all_kept_connections_may_have_been_dropped() -> None:
         return True
 
     with peer(one_answer_each) as server, provider(server.url) as client:
-        threads = [threading.Thread(target=client.chat, args=("first",), kwargs={"model": "m"}) for _ in range(2)]
+        threads = [threading.Thread(target=ask, args=(client, "first")) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(5)
-        assert client.chat("second", model="m", timeout=5).text == "good"
+        assert ask(client, "second") == "good"
         assert server.connections == 3
 
 
-def test_a_new_connection_is_insisted_on() -> None:
-    """After a kept connection failed, no other kept one is trusted, whoever put it back meanwhile."""
+def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        return healthy(server, connection, request) if b"one" in request else silent(server, connection, b"")
+
+    with peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
+        assert ask(client, "one", timeout=60) == "good"
+        with pytest.raises(ProviderTimeout), within(0.2):
+            ask(client, "two", timeout=0.2)
+        assert server.connections == 1
+
+
+def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
+    """Without a garbage collector, too."""
+    with peer(says(HEAD + b"\r\n" + event("good"), then_silent=True)) as server:
+        with provider(server.url) as client:
+            next(client.stream("hi", model="m", timeout=5))
+            before = descriptors()
+            gc.disable()
+            try:
+                for _ in range(5):
+                    stream = client.stream("hi", model="m", timeout=5)
+                    assert next(stream) == "good"
+                    stream.close()
+                assert descriptors() <= before + 5  # the server's ends
+            finally:
+                gc.enable()
+            assert server.connections == 6
+
+
+def test_a_stream_may_be_read_in_another_thread() -> None:
+    got: list[str] = []
     with peer(healthy) as server, provider(server.url) as client:
-        client.chat("hi", model="m", timeout=5)
-        limits = _Limits(5.0, 5.0, 5.0, 5.0, (5.0, 5.0))
-        limits.fresh = True
-        client._send("POST", "/chat/completions", b'{"messages": [{"content": "x"}]}', limits).close()
-        assert not limits.reused
-        assert server.connections == 2
+        stream = client.stream("hi", model="m", timeout=5)
+        got.append(next(stream))
+        reader = threading.Thread(target=lambda: got.extend(stream))
+        reader.start()
+        reader.join(5)
+        assert got == ["good"]
 
 
-def test_no_time_is_left_for_a_read() -> None:
-    """The limits say so before the socket is asked."""
-    limits = _Limits(0.0, 5.0, 5.0, 5.0, (5.0, 5.0))
-    for left in (limits.left, limits.connect_left):
-        with pytest.raises(TimeoutError):
-            left()
+FORK = """
+import os, sys, threading
+from copilot_router import OpenAIProvider
+client = OpenAIProvider("k" * 20, sys.argv[1])
+assert client.chat("before", model="m").text == "good"
+busy = threading.Thread(target=lambda: client.chat("slow", model="m", timeout=20))
+busy.start()
+while not sys.stdin.read(1): pass
+child = os.fork()
+if child == 0:
+    os._exit(0 if client.chat("in the child", model="m", timeout=10).text == "good" else 1)
+_, status = os.waitpid(child, 0)
+busy.join()
+assert client.chat("after", model="m").text == "good"
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_uses_its_own_sockets() -> None:
+    """It forks while another thread's request is under way."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b'"slow"' in request and child.stdin:
+            child.stdin.write(b"x")
+            child.stdin.flush()
+            forked.wait(10)
+        if b"in the child" in request:
+            forked.set()
+        return healthy(server, connection, request)
+
+    root, forked = str(Path(__file__).resolve().parent.parent), threading.Event()
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    with peer(serve) as server:
+        with subprocess.Popen(
+            [sys.executable, "-c", FORK, server.url], env=environment, stdin=subprocess.PIPE
+        ) as child:
+            assert child.wait(30) == 0
+        assert server.connections in (2, 3)  # the parent's one or two, and the child's own
+
+
+# -- connecting
+
+
+def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: Any) -> None:
+    with peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
+        closed = closed_port()
+        tried = resolved(closed, server.port)
+        assert ask(client) == "good"
+        assert tried == [closed, server.port]
+        client.close()
+        assert ask(client) == "good"
+        assert tried == [closed, server.port, server.port]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's queue of connections")
+def test_an_address_that_swallows_packets_costs_its_share_once(resolved: Any) -> None:
+    with socket.socket() as full, peer(healthy) as server, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with provider("http://two.invalid", connect_timeout=0.6) as client:
+            resolved(full.getsockname()[1], server.port)
+            with within(0.6):
+                assert ask(client) == "good"
+            client.close()
+            with within(0.1):
+                assert ask(client) == "good"
+
+
+def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
+    urls = ["http://nowhere.invalid", f"http://127.0.0.1:{closed_port()}"]
+    for url, settings in ((urls[0], {}), (urls[1], {}), (urls[1], {"connect_timeout": 0})):
+        with provider(url, **settings) as client, pytest.raises(ProviderUnavailable):
+            ask(client)
+    resolved()
+    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable):
+        ask(client)
+
+
+# -- limits
+
+
+def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with provider(url) as client, within(1.2):  # 20 MB of JSON are written first
+            with pytest.raises(ProviderTimeout):
+                ask(client, "x" * 20_000_000, timeout=0.6)
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("own", "options", "code"),
     [
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n" % 500 + event("half"),
-        HEAD + b"Connection: close\r\n\r\n" + event("half"),
-        HEAD + b"Content-Length: 500\r\n\r\n" + event("half"),
-        HEAD + b"Content-Length: 500\r\nContent-Type: application/json\r\n\r\n{}",
+        (0.1, {"timeout": 5}, "first_token_timeout"),
+        (0.1, {"timeout": 0.3, "first_token_timeout": 60}, "first_token_timeout"),
+        (5, {"timeout": 0.2}, "attempt_timeout"),
+        (5, {"first_token_timeout": 0.1}, "first_token_timeout"),
     ],
-    ids=["chunked", "close", "length", "whole"],
 )
-def test_17_a_cut_answer_is_no_answer(data: bytes) -> None:
-    """However the body's end is told."""
+def test_silence_is_judged_by_the_providers_own_limit(
+    own: float, options: dict[str, float], code: str
+) -> None:
+    with peer(silent) as server, provider(server.url, first_token_timeout=own) as client:
+        with pytest.raises(ProviderTimeout) as caught:
+            ask(client, **options)
+        assert caught.value.code == code
 
-    def cut(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(data)
+
+def test_the_limit_of_silence_after_the_first_token_has_its_own_code() -> None:
+    with peer(says(HEAD + b"\r\n" + event("x"), then_silent=True)) as server:
+        with provider(server.url, stall_timeout=0.1) as client, within(0.3):
+            with pytest.raises(ProviderTimeout) as caught:
+                ask(client)
+            assert caught.value.code == "stall_timeout"
+
+
+def test_the_callers_own_time_is_not_the_servers_silence() -> None:
+    paused = threading.Event()
+
+    def two_parts(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("one ") + event("two"))
+        paused.wait(5)
+        connection.sendall(event(finish="stop"))
         return False
 
-    with peer(cut) as server, provider(server.url) as client, pytest.raises(InvalidResponse, match="truncated"):
-        client.chat("hi", model="m", timeout=5)
+    with peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
+        stream = client.stream("hi", model="m", timeout=60)
+        assert next(stream) == "one "
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:  # the caller works
+            pass
+        paused.set()
+        assert list(stream) == ["two"]
 
 
-CHUNKED = {
-    "plain": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
-    "an extension": b"3;name=value\r\nabc\r\n4 ; x\r\ndefg\r\n0;last\r\n\r\n",
-    "trailers": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\nExpires: never\r\nA: b\r\n\r\n",
-    "line feeds": b"3\nabc\r\n4\ndefg\r\n0\n\n",
-    "zeros and capitals": b"0003\r\nabc\r\n0000000000004\r\ndefg\r\n000\r\n\r\n",
-    "line ends inside": b"a\r\n\r\n0\r\n\r\n\n\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
-    "no blank line": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n",
-}
-
-
-def unchunked(*reads: bytes) -> list[bytes]:
-    left = list(reads)
-    return list(_unchunked(lambda: left.pop(0) if left else b""))
-
-
-@pytest.mark.parametrize("body", CHUNKED.values(), ids=CHUNKED)
-def test_chunks_may_be_cut_anywhere(body: bytes) -> None:
-    """Two reads, or a read for every byte: the same content, nothing empty in it, and as much at once as has come."""
-    content = b"\r\n0\r\n\r\n\n\r\nabc" if body.startswith(b"a") else b"abcdefg" if b"defg" in body else b"abc"
-    assert unchunked(body) == [content]
-    for at in range(1, len(body)):
-        pieces = unchunked(body[:at], body[at:])
-        assert b"".join(pieces) == content and all(pieces)
-    assert unchunked(*(body[at : at + 1] for at in range(len(body)))) == [content[at : at + 1] for at in range(len(content))]
-
-
-def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
-    reads = iter([b"8\r\nab", b"cd", b"efgh", b"\r\n0\r\n", b"\r\n"])
-    chunks = _unchunked(lambda: next(reads))
-    assert [next(chunks), next(chunks), next(chunks)] == [b"ab", b"cd", b"efgh"]
-    assert list(reads) == [b"\r\n0\r\n", b"\r\n"]
-
-
-def test_nothing_is_read_behind_the_blank_line() -> None:
-    reads = iter([b"1\r\na\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n", b"more"])
-    assert list(_unchunked(lambda: next(reads))) == [b"a"]
-    assert list(reads) == [b"more"]
-
-
-@pytest.mark.parametrize(
-    "size", [b"", b"x", b"-1", b"-0x1", b"3 3", b"HTTP/1.1 200 OK", b"\xff", b"1" * 70_000, b"1" * 65_530]
-)
-def test_a_chunk_without_a_size_is_no_answer(size: bytes) -> None:
-    for reads in ([size + b"\r\nabc\r\n0\r\n\r\n"], [b"1\r\na\r\n" + size, b"\r\nabc\r\n0\r\n\r\n"]):
-        with pytest.raises(InvalidResponse, match=r"garbled HTTP|truncated"):
-            unchunked(*reads)
-
-
-def test_trailers_without_end_are_no_answer() -> None:
-    endless = (b"0\r\n", *[b"X-Trailer: " + b"x" * 1000 + b"\r\n"] * 1000)
-    with pytest.raises(InvalidResponse, match="garbled HTTP"):
-        unchunked(*endless)
-
-
-@pytest.mark.parametrize("body", CHUNKED.values(), ids=CHUNKED)
-def test_a_chunked_body_that_is_cut_says_so(body: bytes) -> None:
-    """Until the size of the last chunk, that is: what may stand behind it is of no use to anybody."""
-    end = body.rindex(b"\n0") + 2
-    for at in range(1, end):
-        with pytest.raises(InvalidResponse, match="truncated"):
-            unchunked(body[:at])
-
-
-def test_a_complete_answer_survives_a_cut_afterwards() -> None:
-    """The finish reason has come; that the connection then breaks costs nothing. A role alone is no sign of life."""
-    role = b'data: {"choices": [{"delta": {"role": "assistant"}, "finish_reason": null}]}\n\n'
-    body = role + event("all") + event(finish="stop")
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n")
-        return False
-
-    with peer(serve) as server, provider(server.url) as client:
-        assert client.chat("hi", model="m", timeout=5).text == "all"
-
-
-def test_a_mid_stream_error_is_classified() -> None:
-    """An error object in the middle of a stream, with the usage so far."""
-    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 7}}\n\n'
-    error = b'data: {"error": {"message": "overloaded", "code": "server_is_overloaded"}}\n\n'
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("par") + usage + error)
-        return False
-
-    with peer(serve) as server, provider(server.url) as client, pytest.raises(ServerError) as raised:
-        client.chat("hi", model="m", timeout=5)
-    assert raised.value.usage is not None
-    assert raised.value.usage.prompt_tokens == 7
-
-
-def test_no_time_to_connect_and_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connect limit of 0, and a name without addresses."""
-    with provider("http://127.0.0.1:9", connect_timeout=0) as client, pytest.raises(ProviderUnavailable, match="timeout"):
-        client.chat("hi", model="m", timeout=5)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
-    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable, match="cannot connect"):
-        client.chat("hi", model="m", timeout=5)
-
-
-def test_no_time_at_all_is_a_timeout() -> None:
-    """timeout=0: nothing is sent."""
+def test_without_any_time_nothing_is_sent() -> None:
     with peer(healthy) as server, provider(server.url) as client:
         with pytest.raises(ProviderTimeout):
-            client.chat("hi", model="m", timeout=0)
+            ask(client, timeout=0)
         assert not server.requests
 
 
-def test_a_stream_that_is_given_up_needs_no_collector() -> None:
-    """What was read of it goes at once, also in programs that have switched the collector off."""
-    with peer(healthy) as server, provider(server.url) as client:
-        before = set(_Answer._under_way)
-        stream = client.stream("hi", model="m", timeout=5)
+# -- bodies
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_an_answer_is_the_same_however_it_is_cut(size: int) -> None:
+    text = "Grüße, 世界 \u2028 \U0001f600"
+    body = event(text) + event(finish="stop") + b"data: [DONE]\n\n"
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    with peer(says(CHUNKS + chunked(*pieces))) as server, provider(server.url) as client:
+        assert ask(client) == text
+
+
+def in_chunks(form: str) -> bytes:
+    """The answer in two chunks; ``form`` has a place for each size, and for the last one."""
+    half = len(ANSWER) // 2
+    parts = [ANSWER[:half], ANSWER[half:], b""]
+    data = b"".join(
+        (line % len(part)).encode() + part + (b"\r\n" if part else b"")
+        for line, part in zip(form.split("|"), parts, strict=True)
+    )
+    return CHUNKS + data
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%x\r\n|%x\r\n|%x\r\n\r\n", "%x;name=value\r\n|%x ; x\r\n|%x;last\r\n\r\n",
+        "%X\r\n|000%x\r\n|000%x\r\n\r\n", "%x\n|%x\n|%x\n\n",
+        "%x\r\n|%x\r\n|%x\r\nExpires: never\r\nA: b\r\n\r\n", "%x\r\n|%x\r\n|%x\r\n",
+    ],
+)  # fmt: skip
+def test_forms_of_chunks(form: str) -> None:
+    """Extensions, capitals, zeros, line feeds alone, trailers; without a blank line at the end."""
+    with peer(says(in_chunks(form), keep=False)) as server, provider(server.url) as client:
+        assert ask(client) == "good"
+
+
+@pytest.mark.parametrize(
+    "size", ["", "x", "-1", "-0x1", "3 3", "HTTP/1.1 200 OK", "\xff", "1" * 70_000, "f" * 65_530]
+)
+def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
+    for data in (size.encode() + b"\r\n" + ANSWER, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
+        with peer(says(CHUNKS + data, keep=False)) as server, provider(server.url) as client:
+            with pytest.raises(InvalidResponse):
+                ask(client)
+
+
+def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
+    seen = threading.Event()
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(CHUNKS + b"%x\r\n" % len(ANSWER) + event("good"))
+        assert seen.wait(5)
+        connection.sendall(ANSWER[len(event("good")) :] + b"\r\n0\r\n\r\n")
+        return True
+
+    with peer(serve) as server, provider(server.url) as client:
+        stream = client.stream("hi", model="m", timeout=4)
         assert next(stream) == "good"
-        (answer,) = (weakref.ref(found) for found in _Answer._under_way - before)
-        before.clear()
-        gc.disable()
+        seen.set()
+        assert not list(stream)
+
+
+@pytest.mark.parametrize("more", ["\r\nHTTP/1.1 500 No\r\n\r\n", "Content-Length: 9999\r\n"])
+def test_chunks_count_and_not_what_stands_beside_or_behind_them(more: str) -> None:
+    data = STREAM + more.encode() if more[0] == "\r" else STREAM.replace(HEAD, HEAD + more.encode())
+    with peer(says(data)) as server, provider(server.url) as client:
+        assert [ask(client) for _ in range(2)] == ["good"] * 2
+
+
+MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
+
+
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [
+        ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("gzip", MEMBERS),
+        ("deflate", zlib.compress(WHOLE)), ("deflate", zlib.compress(WHOLE)[2:-4]),
+        ("identity", WHOLE),
+    ],
+)  # fmt: skip
+def test_codings_of_a_body(coding: str, data: bytes) -> None:
+    """Also several members of gzip, and deflate with and without its header."""
+    with peer(says(whole(data, f"Content-Encoding: {coding}"))) as server:
+        with provider(server.url) as client:
+            assert ask(client) == "good"
+
+
+@pytest.mark.parametrize("body", [ANSWER, WHOLE, gzip.compress(WHOLE)], ids=["sse", "json", "gzip"])
+def test_the_largest_answer(body: bytes) -> None:
+    """``max_response_bytes`` counts decompressed bytes; one less is too little."""
+    zipped = body[:2] == b"\x1f\x8b"
+    data = whole(body, "Content-Encoding: gzip") if zipped else whole(body)
+    size = len(WHOLE if zipped else body)
+    with peer(says(data)) as server:
+        with provider(server.url, max_response_bytes=size) as client:
+            assert ask(client) == "good"
+        with provider(server.url, max_response_bytes=size - 20) as client:
+            with pytest.raises(InvalidResponse, match="max_response_bytes"):
+                ask(client)
+
+
+@pytest.mark.parametrize("promised", [10**9, 10**12, 10**18, 10**30])
+@pytest.mark.parametrize("body", [WHOLE[:-9], ANSWER[:20]], ids=["json", "sse"])
+def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
+    data = OK + b"Content-Length: %d\r\n\r\n" % promised + body
+    with peer(says(data, keep=False)) as server, provider(server.url) as client:
+        with pytest.raises(InvalidResponse), within(1):
+            ask(client)
+
+
+def test_a_complete_answer_survives_a_cut_afterwards() -> None:
+    body = event("all") + event(finish="stop")
+    data = CHUNKS + b"%x\r\n" % len(body) + body + b"\r\n"
+    with peer(says(data, keep=False)) as server, provider(server.url) as client:
+        assert ask(client) == "all"
+
+
+# -- the session of a user
+
+
+def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"/silent/" in request:
+            return silent(server, connection, request)
+        if b"/drip/" in request:
+            connection.sendall(HEAD + b"\r\n")
+            server.drip(connection, event("and on ") * 100)
+        elif b"/moved/" in request:
+            connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
+        else:
+            connection.sendall(STREAM)
+        return False
+
+    with peer(serve) as server, requests.Session() as session:
+        session.headers["X-Session"] = "yes"
+        assert ask(OpenAIProvider(KEY, server.url, session=session)) == "good"
+        assert b"X-Session: yes" in server.requests[0]
+        for place, error in (("silent", ProviderTimeout), ("drip", ProviderTimeout),
+                             ("moved", InvalidResponse)):  # fmt: skip
+            client = OpenAIProvider(KEY, f"{server.url}/{place}", session=session)
+            with pytest.raises(error), within(1):
+                ask(client, timeout=0.3)
+        assert len(server.requests) == 4
+        client = OpenAIProvider(KEY, server.url, session=session)
+        assert ask(client, timeout=float("inf"), first_token_timeout=float("inf")) == "good"
+
+
+# -- proxies
+
+
+def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
+    with peer(healthy) as proxy:
+        proxied(f"http://127.0.0.1:{proxy.port}")
+        with provider("http://provider.invalid/v1") as client:
+            assert ask(client) == "good"
+        assert proxy.requests[0].startswith(b"POST http://provider.invalid/v1/chat/completions")
+        assert KEY.encode() in proxy.requests[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2"])
+def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, proxied: Any) -> None:
+    with peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, peer(healthy) as server:
+        proxied(f"http://127.0.0.1:{proxy.port}")
+        bound = "127.0.0.2" if host == "127.0.0.2" else None
+        with provider(f"http://{host}:{server.port}/v1", connect_timeout=1) as client:
+            with pytest.raises(ProviderUnavailable) if bound else contextlib.nullcontext():
+                assert ask(client) == "good"
+        assert not proxy.requests
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
+        (b"HTTP/1.1 407 Who are you?\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
+        (b"not HTTP at all\r\n\r\n", (ProviderUnavailable, InvalidResponse)),
+        (b"", (ProviderUnavailable, ServerError)),
+    ],
+)
+def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) -> None:
+    with peer(says(answer, keep=False)) as proxy:
+        proxied(f"http://127.0.0.1:{proxy.port}")
+        with provider("https://provider.invalid/v1") as client, pytest.raises(error):
+            ask(client)
+        assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
+        assert KEY.encode() not in proxy.requests[0]
+
+
+@pytest.mark.parametrize("form", ["dripped", "late"])
+def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
+    """Its answer comes a byte at a time, or late; then TLS is silent."""
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if form == "dripped":
+            server.drip(connection, OK + b"X-Padding: padding\r\n" * 50 + b"\r\n")
+        server.stopping.wait(0.4)
+        connection.sendall(OK + b"\r\n")
+        return silent(server, connection, request)
+
+    with peer(serve) as proxy:
+        proxied(f"http://127.0.0.1:{proxy.port}")
+        with provider("https://provider.invalid/v1") as client, within(0.5):
+            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
+                ask(client, timeout=0.5)
+
+
+def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
+    pytest.importorskip("socks", reason="PyPI's pysocks is not installed")
+
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def socks() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(connection.recv(2)[1])
+                connection.sendall(b"\5\0")
+                asked.append(connection.recv(262))
+                connection.sendall(b"\5\0\0\1\x7f\0\0\1\0\0")
+                while Peer._request(connection):
+                    connection.sendall(STREAM)
+
+        thread = threading.Thread(target=socks)
+        thread.start()
+        proxied(f"socks5h://127.0.0.1:{listener.getsockname()[1]}")
+        with provider("http://provider.invalid/v1") as client:
+            assert [ask(client) for _ in range(2)] == ["good"] * 2
+        thread.join(5)
+    assert b"provider.invalid" in asked[0]
+    with peer(silent) as server:  # the limits hold there, too
+        proxied(f"socks5h://127.0.0.1:{server.port}")
+        with provider("http://provider.invalid/v1", connect_timeout=0.3) as client, within(0.5):
+            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
+                ask(client, timeout=0.5)
+
+
+def test_a_socks_proxy_without_pysocks_is_named(
+    proxied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+    monkeypatch.setattr("requests.adapters.SOCKSProxyManager", missing)
+    proxied("socks5h://127.0.0.1:9")
+    with provider("https://provider.invalid/v1") as client:
+        with pytest.raises(ProviderUnavailable, match=r"(?i)socks|proxy"):
+            ask(client)
+
+
+# -- TLS
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
+    """A server's side of TLS for provider.invalid and loopback, and the file of its certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=provider.invalid".split()
+    subprocess.run(
+        [*make, "-addext", names, "-keyout", key, "-out", certificate],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, str(certificate)
+
+
+class SecurePeer(Peer):
+    """A Peer behind TLS."""
+
+    def __init__(self, serve: Any, context: ssl.SSLContext) -> None:
+        self.context = context
+        super().__init__(serve)
+        self.url = self.url.replace("http:", "https:")
+
+    def _talk(self, connection: socket.socket) -> None:
         try:
-            stream.close()
-            del stream
-            assert answer() is None
-        finally:
-            gc.enable()
+            with self.context.wrap_socket(connection, server_side=True) as inside:
+                self._open.add(inside)
+                super()._talk(inside)
+        except OSError:
+            self._threads.discard(threading.current_thread())
+
+
+@contextlib.contextmanager
+def secure(serve: Any, context: ssl.SSLContext) -> Iterator[Peer]:
+    server = SecurePeer(serve, context)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any) -> bool:
+    """The answer to CONNECT, and TLS inside of the tunnel: healthy, or silent without a context."""
+    connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    if context is None:
+        return silent(server, connection, b"")
+    with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as inside:
+        while request := server._request(inside):
+            server.requests.append(request)
+            inside.sendall(STREAM)
+    return False
+
+
+def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown certificate is refused; limits hold inside of TLS as without."""
+    context, certificate = tls
+
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        if b"drip" in request:
+            server.drip(connection, HEAD + b"Connection: close\r\n\r\n" + event("x" * 2000))
+        return healthy(server, connection, request)
+
+    with secure(serve, context) as server:
+        with provider(server.url) as client, pytest.raises(ProviderUnavailable, match="TLS"):
+            ask(client)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        with provider(server.url) as client:
+            assert [ask(client) for _ in range(3)] == ["good"] * 3
+            with pytest.raises(ProviderTimeout), within(0.5):
+                ask(client, "drip", timeout=0.5)
+
+
+def test_a_tunnel_through_a_proxy_is_kept(
+    tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, certificate = tls
+    with peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
+        proxied(f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        with provider("https://provider.invalid/v1") as client:
+            assert [ask(client) for _ in range(3)] == ["good"] * 3
+        assert proxy.connections == 1
+        assert KEY.encode() not in proxy.requests[0]
+
+
+@pytest.mark.parametrize("inner", ["silent", "late"])
+def test_tls_inside_of_tls_is_under_the_same_limit(
+    tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    """A proxy that is asked over https, and a handshake inside of it that does not go on."""
+    context, certificate = tls
+
+    def serve(server: Peer, connection: Any, request: bytes) -> bool:
+        if inner == "late":
+            server.stopping.wait(0.3)
+        return tunnel(None, server, connection)
+
+    with secure(serve, context) as proxy:
+        proxied(f"https://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        with provider("https://provider.invalid/v1") as client, within(0.6):
+            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
+                ask(client, timeout=0.6)
+
+
+def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
+    with peer(says(b"HTTP/1.1 400 Bad Request\r\n\r\n", keep=False)) as server:
+        with provider(server.url.replace("http:", "https:")) as client:
+            with pytest.raises(ProviderUnavailable):
+                ask(client, timeout=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        with provider(url, connect_timeout=0.3) as client, within(0.3):
+            with pytest.raises((ProviderUnavailable, ProviderTimeout)):
+                ask(client)
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_bundle_of_certificates_that_is_not_there_is_named(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "/nonexistent/bundle.pem")
+    with peer(healthy) as server, provider(server.url.replace("http:", "https:")) as client:
+        with pytest.raises(ProviderUnavailable, match=r"(?i)certificate|bundle"):
+            ask(client)
+
+
+GEVENT = """
+import sys, warnings
+from copilot_router import *
+warnings.simplefilter("ignore")
+first = ProviderTier("a", OpenAIProvider("k" * 20, sys.argv[1]), ["m"])
+chain = FailoverChain([first, ProviderTier("b", ScriptedProvider(["ok"]), ["n"])])
+import gevent.monkey
+gevent.monkey.patch_all()
+print(chain.chat("hi", timeout=10).text)
+"""
+
+
+def test_a_program_that_gevent_patched_late_fails_over() -> None:
+    """gevent replaces ssl after the provider was made: no bare RecursionError."""
+    pytest.importorskip("gevent", reason="gevent is not installed")
+    root = str(Path(__file__).resolve().parent.parent)
+    with peer(lambda *_: False) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", GEVENT, server.url.replace("http:", "https:")],
+            env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.stdout == "ok\n", done.stderr
