@@ -2193,6 +2193,18 @@ def _check_hooks() -> None:
             raise ConfigError(f"{module} ({version}) has no {kind}.{name}: {cure}")
 
 
+#: What urllib3 logs of a query, and of headers that it cannot read.
+_SHOWN_BY_URLLIB3 = r"(?s)\?[^\s\"')]*|,? unparsed data.*"
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """urllib3 logs addresses with their queries, and headers that it cannot read. Not for us."""
+    if getattr(_sending, "under_way", False):
+        record.msg, record.args = re.sub(_SHOWN_BY_URLLIB3, "", record.getMessage()), ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
 @functools.cache
 def _http() -> tuple[Any, Callable[[], Any]]:
     """requests, and a maker of sessions with our adapter; imported when first needed."""
@@ -2205,6 +2217,8 @@ def _http() -> tuple[Any, Callable[[], Any]]:
     from requests.adapters import HTTPAdapter
 
     _check_hooks()
+    for name in ("connection", "connectionpool"):
+        logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
 
     class Response(http.client.HTTPResponse):
         """Passes over interim answers such as 103: http.client takes all but 100 for the final one."""
@@ -2420,6 +2434,7 @@ class _Answer:
 
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
+        self.key = ""  #: that was sent
         self.limits = limits
         self.most = most
         self._raw = response.raw
@@ -2744,6 +2759,7 @@ _CODES = _coded({
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
+    " accountoverdueerror"
     " allocationquota.freetieronly account_deactivated token_quota_reached",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
@@ -2768,13 +2784,15 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"input tokens exceed|input token count|request too large for|current length is \d{1,9} while|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
      r"input is too long|maximum prompt length|prompt token count .{0,60}exceeds|max size: \d|"
-     r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)",
+     r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
+     r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
      ContextLengthExceeded),
     # OpenRouter, DeepSeek, xAI, Moonshot, Together
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
-     r"exceeded your monthly included credits|check your plan and billing", QuotaExceeded),
+     r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
+     r"specified api usage limits", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
@@ -2786,7 +2804,8 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
     (r"loading model|model is loading|overloaded|server busy|maximum pending requests|"
      r"at capacity", Overloaded),
-    (r"does not support (tools|images?|vision|thinking|chat|function)|image (input|modality)|"
+    (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
+     r"image (input|modality)|unsupported param: tools|"
      r"requires (--enable-auto-tool-choice|--jinja)|--jinja|unknown variant .image_url|"
      r"no endpoints found that support|(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
@@ -2849,13 +2868,16 @@ def _report(body: Any) -> _Report:
         if not inner or not isinstance(inner, (dict, str, list)):
             break
         body = inner
-        inner = body.get("error") if isinstance(body, dict) else body[0] if body != str(body) else 0
+        if isinstance(body, dict):
+            inner = body.get("error") or body.get("errors")
+        else:
+            inner = body[0] if isinstance(body, list) else None
     if isinstance(body, str):
         return _Report(body[:_SEARCHED])
     body = _dict(body)
     minimax = _dict(body.get("base_resp"))
     message = body.get("message") or body.get("detail") or body.get("error_description") or (
-        minimax.get("status_msg") or body.get("errors") or "")  # fmt: skip
+        minimax.get("status_msg") or "")  # fmt: skip
     param = body.get("param")
     if isinstance(message, list):
         message, param = _listed(message)
@@ -3079,18 +3101,18 @@ def _retry_hint(
 
 def _in_words(words: _Words) -> float | None:
     """Seconds of ``try again in 6m0s``, ``wait 42342 seconds`` or ``retry after 2 minutes``."""
-    found = words.find(
-        r"(?i)(?:try again|retry|wait)(?: in| after| for)? "
-        r"((?:\d{1,9}(?:\.\d{1,9})?(?:ms|[hms])(?![a-z])){1,4}|\d{1,12}(?:\.\d{1,9})?) ?([a-z]{0,20})"
-    )
+    amount = r"\d{1,12}(?:\.\d{1,9})? ?[a-z]{0,20}"
+    found = words.find(rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({amount}(?: ?{amount}){{0,3}})")
     if found is None:
         return None
-    number, unit = found.group(1).lower(), found.group(2).lower()
-    if not number[-1].isdigit():
-        return _duration(number)
     scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400))
-    scale = next((scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit)), 1.0)
-    return _seconds(number, scale)
+    total = 0.0
+    for number, unit in _pattern(r"(\d{1,12}(?:\.\d{1,9})?) ?([a-z]{0,20})").findall(
+        found.group(1).lower()
+    ):
+        known = (scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit))
+        total += float(number) * next(known, 1.0)
+    return total
 
 
 def _reset(headers: Mapping[str, str], kind: str) -> float | None:
@@ -3598,7 +3620,8 @@ class _Collector:
     keep name key item          an item of a list that may have to go back; None: a key of its own
     piece name key field str    one field of such an item grows
     needed                      the items must go back
-    usage Usage · refusal       tokens so far · the model refuses, in words
+    usage counts read           counts so far, and how to read them; missing ones stay as they were
+    refusal                     the model refuses, in words
     alive                       a sign of life
     choice index                the facts that follow are of this one of several: 0 is taken
     stop reason · end           the finish reason (None: named, but empty) · the end marker
@@ -3635,6 +3658,7 @@ class _Collector:
         self._calls: list[dict[str, Any]] = []
         self._by_key: dict[Any, dict[str, Any]] = {}
         self._open: set[Any] = set()  #: parts whose end has not come
+        self._counts: dict[str, Any] = {}
         self._grown: dict[str, list[str]] = {}
         self._kept: dict[str, dict[Any, Any]] = {}
         self._pieces: dict[tuple[str, Any], dict[str, list[str]]] = {}
@@ -3791,11 +3815,10 @@ class _Collector:
     def _take_needed(self) -> None:
         self._needed = True
 
-    def _take_usage(self, usage: Usage | None) -> None:
-        """Counts are cumulative and may be repeated, or be null at the end."""
-        if usage is not None and self.usage is not None:
-            usage = Usage(*map(max, vars(usage).values(), vars(self.usage).values()))
-        self.usage = usage or self.usage
+    def _take_usage(self, counts: Any, read: Callable[[dict[str, Any]], Usage]) -> None:
+        if isinstance(counts, dict):
+            self._counts.update({name: value for name, value in counts.items() if value})
+            self.usage = read(self._counts)
 
     def _take_refusal(self) -> None:
         self._refused = self.alive = True
@@ -4004,7 +4027,9 @@ class _HTTPProvider(LLMProvider):
         self._key = self._checked_key(api_key)
         own = {name: _sendable(text, f"headers[{name!r}]") for name, text in (headers or {}).items()}
         in_query = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
-        self._secrets = (*self._basic.values(), *self._user, *own.values(), *in_query)
+        given = (*self._basic.values(), *self._user, *own.values(), *in_query)
+        pieces = (piece for text in given for piece in re.split(r"[\s=;,]+", text))
+        self._secrets = (*given, *(piece for piece in pieces if len(piece) > 7))
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
@@ -4255,12 +4280,15 @@ class _HTTPProvider(LLMProvider):
         """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
-        headers = {**self._headers, **self._auth_headers(self._current_key()), **self._own_headers}
+        key = self._current_key()
+        headers = {**self._headers, **self._auth_headers(key), **self._own_headers}
         _sending.limits = limits
         while True:
             try:
+                _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
+                answer.key = key
                 stale = answer.status == 408 and limits.reused and not limits.fresh
                 if not stale:  # a 408 on a kept connection may have been meant for its idle time
                     return answer
@@ -4270,6 +4298,8 @@ class _HTTPProvider(LLMProvider):
                     raise
                 failure = _transport_error(error, limits, "connecting")
                 stale = limits.reused and not limits.fresh and isinstance(failure, ServerError)
+            finally:
+                _sending.under_way = False
             if not stale:
                 failure.provider = self._vendor
                 raise failure  # outside the handler: what requests raised holds headers and body
@@ -4463,12 +4493,12 @@ class _HTTPProvider(LLMProvider):
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        secrets = (*self._secrets, self._key if isinstance(self._key, str) else "")
+        secrets = (*self._secrets, answer.key)
         said = _masked(_clean(words.shown), secrets) or f"status {status} without a message to show"
         error = kind(
             said, provider=self._vendor, model=call.model or "", status=status,
             request_id=self._request_id(answer),
-            code=self._token(report.codes[0]) if report.codes else None,
+            code=self._token(report.codes[0], answer) if report.codes else None,
             retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
         )  # fmt: skip
         if not certain:
@@ -4477,15 +4507,12 @@ class _HTTPProvider(LLMProvider):
 
     def _request_id(self, answer: _Answer) -> str | None:
         names = (name for name in _REQUEST_IDS if name in answer.headers)
-        return self._token(next((answer.headers[name] for name in names), ""))
+        return self._token(next((answer.headers[name] for name in names), ""), answer)
 
-    def _token(self, text: str) -> str | None:
-        """A server's code or id; None for what is none, or repeats the key."""
-        key = self._key if isinstance(self._key, str) else ""
-        is_one = _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not (
-            key and key.lower() in text.lower()
-        )
-        return text if is_one else None
+    def _token(self, text: str, answer: _Answer) -> str | None:
+        """A server's code or id; None for what is none, or repeats a secret."""
+        told = any(len(s) > 3 and s.lower() in text.lower() for s in (*self._secrets, answer.key))
+        return text if _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not told else None
 
     # -- what a model refuses is learned from its error
 
@@ -4688,7 +4715,7 @@ def _chat_facts(body: dict[str, Any]) -> _FactsFound:
     for choice in choices or ():
         index = choice.get("index")
         if index or len(choices) > 1:
-            yield "choice", index or 0
+            yield "choice", index if isinstance(index, int) else 0
         if choice.get("error"):
             raise _InBandError(choice)
         message = choice.get("delta")
@@ -4709,10 +4736,12 @@ def _chat_facts(body: dict[str, Any]) -> _FactsFound:
             finish = choice["finish_reason"]
             failed = isinstance(native, str) and native.lower() in _FAILED and finish is not None
             yield "stop", native if failed else finish
+    if len(choices or ()) > 1:
+        yield "choice", 0
     yield "model", body.get("model")
     usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
-    if isinstance(usage, dict):
-        yield "usage", _chat_usage(usage)
+    if usage:
+        yield "usage", usage, _chat_usage
 
 
 def _chat_content(content: Any) -> _FactsFound:
@@ -4919,7 +4948,7 @@ class _ResponsesFacts:
 
     def __call__(self, body: dict[str, Any]) -> _FactsFound:
         kind, at = str(body.get("type", "")), body.get("output_index")
-        place = self._place(at, body.get("content_index"))
+        place = self._place(at, body.get("content_index") or 0)
         if body.get("object") == "response" or "output" in body:
             yield from self._end(body)
         elif kind in (
@@ -4968,7 +4997,7 @@ class _ResponsesFacts:
         if status not in ("completed", "incomplete", None):
             raise InvalidResponse("the response is neither completed nor incomplete")
         yield "model", body.get("model")
-        yield "usage", _responses_usage(_dict(body.get("usage")))
+        yield "usage", body.get("usage"), _responses_usage
         for at, item in enumerate(body.get("output") or ()):
             yield from self._item(at, item)
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
@@ -4994,7 +5023,7 @@ class _ResponsesFacts:
         for number, part in enumerate(item["content"] if kind == "message" else ()):
             if part.get("type") == "refusal":
                 yield ("refusal",)
-            place = self._place(None if ("text", None, None) in self._come else at, number)
+            place = self._place(None if ("text", None, 0) in self._come else at, number)
             yield "text", self._rest(place, part.get("text"))
 
 
@@ -5176,7 +5205,7 @@ def _anthropic_facts(body: dict[str, Any]) -> _FactsFound:
     elif kind == "content_block_stop":
         yield "closed", body.get("index")
     elif kind == "message_delta":
-        yield "usage", _anthropic_usage(_dict(body.get("usage")))
+        yield "usage", body.get("usage"), _anthropic_usage
         yield "stop", body["delta"].get("stop_reason")
     elif kind == "message_stop":
         yield ("end",)
@@ -5190,7 +5219,7 @@ def _anthropic_facts(body: dict[str, Any]) -> _FactsFound:
 
 def _anthropic_message(message: dict[str, Any]) -> _FactsFound:
     yield "model", message.get("model")
-    yield "usage", _anthropic_usage(_dict(message.get("usage")))
+    yield "usage", message.get("usage"), _anthropic_usage
 
 
 def _anthropic_begins(at: int, block: dict[str, Any]) -> _FactsFound:
@@ -5405,9 +5434,7 @@ _NO_ARGUMENTS = (
 def _gemini_facts(body: dict[str, Any]) -> _FactsFound:
     yield "model", body.get("modelVersion")
     yield "id", body.get("responseId")
-    usage = body.get("usageMetadata")
-    if isinstance(usage, dict):
-        yield "usage", _gemini_usage(usage)
+    yield "usage", body.get("usageMetadata"), _gemini_usage
     if _dict(body.get("promptFeedback")).get("blockReason"):
         yield "stop", "SAFETY"
     candidates = body.get("candidates") or ()
@@ -5579,7 +5606,7 @@ def _ollama_facts(body: dict[str, Any]) -> _FactsFound:
         key = ("call", call.get("id") or id(call))
         yield "call", key, call.get("id"), function["name"], function.get("arguments")
     if body.get("done"):
-        yield "usage", Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
+        yield "usage", body, _ollama_usage
         if not body.get("done_reason", "stop"):
             raise InvalidResponse("truncated: the server gave up")
         yield "closed", "answer"
@@ -5587,6 +5614,10 @@ def _ollama_facts(body: dict[str, Any]) -> _FactsFound:
         yield ("end",)
     else:
         yield "open", "answer"
+
+
+def _ollama_usage(body: dict[str, Any]) -> Usage:
+    return Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
 
 
 def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from copilot_router import (
 )
 
 KEY = "sk-test-provider-key-0987654321"
-BASE = "http://server.test/v1"
+BASE = "https://server.test/v1"
 URL = BASE + "/chat/completions"
 WHOLE = {"model": "m-1", "choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
 
