@@ -13,9 +13,9 @@ Tiers are asked in order, one after the other, under one deadline. Each has a ci
 three failures in a row a tier is skipped at once, and after 15 seconds one single call tries it
 again. What happens after a failure is declared by its exception class (section "errors").
 
-Contents, from leaf to facade: errors · data · circuit breaker · stores · provider interface ·
-transport · reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
-scripted provider · tier · one call · chain · configuration · command line. Search for "# ====".
+Contents: errors · data · circuit breaker · stores · provider interface · transport ·
+reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
+scripted provider · tier · configuration · one call · chain · command line. Search for "# ====".
 A section uses only what stands above it. A call enters at the chain and goes up the file.
 
 Times
@@ -373,6 +373,22 @@ def _ascii(text: str) -> str:
     )
 
 
+def _dollars(cost: float) -> str:
+    """USD with two significant digits below a dollar."""
+    return f"${cost:.2f}" if cost >= 1 or cost == 0 else f"${cost:.2g}"
+
+
+def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
+    steps = []
+    for attempt in attempts:
+        what = attempt.outcome if attempt.error is None else attempt.error[:80]
+        if attempt.outcome in ("skipped", "escalated") and attempt.error:
+            what = f"{attempt.outcome} ({what})"
+        took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
+        steps.append(f"{attempt.tier}: {what}{took}")
+    return _ascii(" -> ".join(steps) + (f" {_dollars(cost)}" if cost is not None else ""))
+
+
 def _place(error: BaseException) -> str:
     """``KeyError in provider.py, line 12``."""
     trace = error.__traceback__
@@ -696,22 +712,6 @@ def _arguments_text(call: ToolCall) -> str:
     return json.dumps(call.arguments)
 
 
-def _dollars(cost: float) -> str:
-    """USD with two significant digits below a dollar."""
-    return f"${cost:.2f}" if cost >= 1 or cost == 0 else f"${cost:.2g}"
-
-
-def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
-    steps = []
-    for attempt in attempts:
-        what = attempt.outcome if attempt.error is None else attempt.error[:80]
-        if attempt.outcome in ("skipped", "escalated") and attempt.error:
-            what = f"{attempt.outcome} ({what})"
-        took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
-        steps.append(f"{attempt.tier}: {what}{took}")
-    return _ascii(" -> ".join(steps) + (f" {_dollars(cost)}" if cost is not None else ""))
-
-
 # ==== circuit breaker =============================================================================
 # One immutable record holds the whole state. The rules are two pure functions, ``_admitted`` and
 # ``_after``. A change is a step from the old record to the new one. Steps wait in a queue, and
@@ -866,7 +866,7 @@ def _parked(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> Br
         length = rules.recovery * what.stretch
     if again and now + length <= old.deadline:
         return old
-    changes = {"parks": parks, "heals": heals, "reason": what.reason or "parked"}
+    changes: dict[str, Any] = {"parks": parks, "heals": heals, "reason": what.reason or "parked"}
     if again:
         return old._replace(deadline=now + length, span=length, **changes)
     return _opened(old, now, length, **changes)
@@ -1328,16 +1328,6 @@ class CircuitBreaker:
         raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or its snapshot()")
 
 
-# ==== stores ======================================================================================
-# A store keeps the records of breakers for several processes or machines. It is two methods, so that
-# the rules above exist once: ``load(name) -> (record or None, the store's time)`` and
-# ``swap(name, expected_generation, record) -> bool``, which writes the record only if the stored one
-# has that generation (None: if there is none) and says whether it did. They may raise anything: a
-# breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
-# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are
-# counted together) and ``shares_local_errors = False`` (whether one machine's trouble to connect, or
-# with its key, is everybody's).
-
 #: How often a change that others keep overtaking is tried again, before it is kept for later.
 _STORE_TRIES = 20
 #: Seconds until a store that is down is tried again: the first pause and the longest, doubling.
@@ -1589,6 +1579,16 @@ class _SharedView:
         """The breaker says it, in order with its changes, as soon as no lock is held."""
         self._breaker._changes.append(("store", "down" if self._down else "back", what))
 
+
+# ==== stores ======================================================================================
+# A store keeps the records of breakers for several processes or machines. It is two methods, so that
+# the rules above exist once: ``load(name) -> (record or None, the store's time)`` and
+# ``swap(name, expected_generation, record) -> bool``, which writes the record only if the stored one
+# has that generation (None: if there is none) and says whether it did. They may raise anything: a
+# breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
+# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are
+# counted together) and ``shares_local_errors = False`` (whether one machine's trouble to connect, or
+# with its key, is everybody's).
 
 class MemoryStore:
     """Records in this process: breakers of one name share one state. ``clock``: its time. Thread-safe."""
@@ -2392,17 +2392,14 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
 
 
 def _chunk_size(line: bytes) -> int:
-    try:
-        size = int(line[:64].partition(b";")[0], 16)
-    except ValueError:
-        size = -1
-    if size < 0:
+    digits = line[:64].partition(b";")[0].strip()
+    if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits):
         raise InvalidResponse("garbled HTTP")
-    return size
+    return int(digits, 16)
 
 
 class _Inflater:
-    """Decompresses gzip (several members too) and zlib, told apart by their headers."""
+    """Decompresses gzip (several members too) and deflate, with its header or without."""
 
     def __init__(self) -> None:
         self._machine = zlib.decompressobj(47)
@@ -2410,6 +2407,8 @@ class _Inflater:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         try:
+            if not self._begun and data[:1] not in (b"\x1f", b"\x78", b""):
+                self._machine = zlib.decompressobj(-15)
             while data:
                 self._begun = True
                 yield self._machine.decompress(data, _READ_SIZE)
@@ -2443,6 +2442,7 @@ class _Answer:
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
         self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
         self._read1: Callable[[], bytes]
+        read1: Callable[..., bytes]
         if self._original is None:  # a session of the user's
             read1 = functools.partial(self._raw.read1, decode_content=False)
         elif self._original.chunked:
@@ -2456,7 +2456,7 @@ class _Answer:
         """Decompressed bytes as they come, to the end. ProviderError for whatever breaks."""
         inflater = self._inflater()
         length = self._announced()
-        if length is not None and length > self.most:
+        if length is not None and length > self.most and not inflater:
             raise self._too_large()
         received = total = 0
         for data in self._content:
@@ -2868,10 +2868,10 @@ def _report(body: Any) -> _Report:
         if not inner or not isinstance(inner, (dict, str, list)):
             break
         body = inner
-        if isinstance(body, dict):
-            inner = body.get("error") or body.get("errors")
+        if isinstance(inner, dict):
+            inner = inner.get("error") or inner.get("errors")
         else:
-            inner = body[0] if isinstance(body, list) else None
+            inner = inner[0] if isinstance(inner, list) else None
     if isinstance(body, str):
         return _Report(body[:_SEARCHED])
     body = _dict(body)
@@ -3549,8 +3549,8 @@ def _clean(text: Any) -> str:
     """A name or an id without halves of characters; "" for what is no text."""
     if not isinstance(text, str) or not text:
         return ""
-    text, half = _whole_characters(text)
-    return text + ("\ufffd" if half else "")
+    whole, half = _whole_characters(text)
+    return whole + ("\ufffd" if half else "")
 
 
 def _cleaned(value: Any) -> Any:
@@ -3614,6 +3614,7 @@ class _Collector:
     text str · thought str      a delta of the answer, of the thinking
     call key id name arguments  a tool call or a piece of one; ``key``: of the pieces, None: the last
     arguments key str           more arguments of a call, if that has begun
+    called id name arguments    a whole tool call
     extra key value             what must go back with that call
     open key · closed key       a part of the answer has begun, is complete
     grow name str               a text that must go back with the message, in pieces
@@ -3770,6 +3771,10 @@ class _Collector:
             call["pieces"].append(text)
         self.alive = True
 
+    def _take_called(self, call_id: Any, name: Any, arguments: Any) -> None:
+        self._take_call(("whole", len(self._calls)), call_id, name, arguments)
+        self._take_closed(("whole", len(self._calls) - 1))
+
     def _take_arguments(self, key: Any, text: str) -> None:
         self.alive = True
         if key in self._by_key and not self.complete:
@@ -3915,8 +3920,8 @@ class _Collector:
         grown = self._pieces.get((name, key))
         if not grown:
             return item
-        return {**item, **{field_name: (item.get(field_name) or "") + "".join(pieces)
-                           for field_name, pieces in grown.items()}}  # fmt: skip
+        begun = {name: item.get(name) if isinstance(item.get(name), str) else "" for name in grown}
+        return {**item, **{name: begun[name] + "".join(grown[name]) for name in grown}}
 
     def _named(self) -> list[dict[str, Any]]:
         """The calls, without those that have neither a name nor arguments: they are none."""
@@ -4010,7 +4015,11 @@ class _HTTPProvider(LLMProvider):
         max_response_bytes: int = 32 * 1024 * 1024,
         stream_upstream: bool = True,
         session: requests.Session | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            near = _near(name, inspect.signature(_HTTPProvider).parameters)
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}.{near}")
         first = self._first_token if first_token_timeout is None else first_token_timeout
         self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
         self.first_token_timeout: float = _number(first, "first_token_timeout")
@@ -4057,20 +4066,22 @@ class _HTTPProvider(LLMProvider):
     def _checked_key(self, key: Any) -> str | Callable[[], str]:
         """The key, or the function that returns it. One of the environment stays with its vendor."""
         where, variable = type(self).__name__, self._key_variables[0]
+        text: str
         if key is None:
             key, url = self._from_environment(os.environ)
             named = _host_of(self._full_url(url)) if url else ""
             if key and not self._is_the_vendors() and self._host != named:
-                self._warn(f"{where} does not send {variable} to {self._host}: pass api_key= ('' sends none)")
+                told = f"does not send {variable} to {self._host}: pass api_key= ('' sends none)"
+                self._warn(f"{where} {told}")
                 key = ""
         if callable(key):
-            return key
-        key = _sendable(key, f"{where}(api_key)")
-        if not key and self._default_url.startswith("https") and self._is_the_vendors():
+            return key  # type: ignore[no-any-return]
+        text = _sendable(key, f"{where}(api_key)")
+        if not text and self._default_url.startswith("https") and self._is_the_vendors():
             self._warn(f"{where} has no key: set {variable} or pass api_key=")
-        if key and self.base_url.startswith("http:") and not _is_private(self._host):
+        if text and self.base_url.startswith("http:") and not _is_private(self._host):
             self._warn(f"{where} sends its key unencrypted to {self._host}: use https")
-        return key
+        return text
 
     def _is_the_vendors(self) -> bool:
         ends = (*self._key_hosts, _host_of(self._default_url))
@@ -4095,7 +4106,7 @@ class _HTTPProvider(LLMProvider):
             example = self._default_url + self._api_path
             if isinstance(url, str):  # without what may be a password or a key
                 url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
-                example = f"http://{url}" if re.fullmatch(r"[\w.-]+:\d+\S*", url) else example
+                example = f"http://{url}" if re.fullmatch(r"[\w.-]+:\d{1,5}\S*", url) else example
             raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {example}")
         address, _, self._query = url.strip().partition("?")
         scheme, _, rest = address.partition("://")
@@ -4172,13 +4183,17 @@ class _HTTPProvider(LLMProvider):
         """Lists the models: cheap, free, and proof of address and key (not of quota)."""
         deadline = time.monotonic() + _number(timeout, "timeout")
         limits = _Limits(deadline, self.connect_timeout, (timeout, timeout), (timeout, timeout))
-        answer = self._send("GET", self._ping_path, b"", limits)
+        answer = None
         try:
+            answer = self._send("GET", self._ping_path, b"", limits)
             if answer.status >= 300:
                 raise self._failure(answer, _Call([], None, None, {}))[0]
             _json(answer.body(), "the list of models")
+        except BaseException as error:
+            raise _bare(error)  # noqa: B904 - it is the same error
         finally:
-            answer.close()
+            if answer is not None:
+                answer.close()
 
     def close(self) -> None:
         """Close idle connections; the provider stays usable. A session of the user's is left alone."""
@@ -4360,9 +4375,9 @@ class _HTTPProvider(LLMProvider):
             raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
             texts = [collector.text]
-            error = self._reported(in_band.body, answer, call, texts)[0]
-            error.usage = collector.usage
-            raise error from None
+            told = self._reported(in_band.body, answer, call, texts)[0]
+            told.usage = collector.usage
+            raise told from None
         except ProviderError as error:
             error.usage = error.usage or collector.usage
             error.request_id = error.request_id or collector.request_id
@@ -4714,7 +4729,7 @@ def _chat_facts(body: dict[str, Any]) -> _FactsFound:
     choices = body.get("choices")
     for choice in choices or ():
         index = choice.get("index")
-        if index or len(choices) > 1:
+        if index or len(choices or ()) > 1:
             yield "choice", index if isinstance(index, int) else 0
         if choice.get("error"):
             raise _InBandError(choice)
@@ -5303,7 +5318,8 @@ def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, 
         return _anthropic_kept(turn.carry["blocks"])
     blocks: list[dict[str, Any]] = []
     for call_id, _, parts in turn.results:
-        block = {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64)}
+        block: dict[str, Any] = {"type": "tool_result"}
+        block["tool_use_id"] = _safe(call_id, _NOT_PLAIN, 64)
         block["content"] = _anthropic_blocks(parts) or "(empty)"
         if [part.data for part in parts] == [_NO_RESULT]:
             block["is_error"] = True
@@ -5462,8 +5478,7 @@ def _gemini_part_facts(part: dict[str, Any]) -> _FactsFound:
     if signed:
         yield ("needed",)
     if called is not None:
-        key = ("part", called.get("id") or id(part))
-        yield "call", key, called.get("id"), called["name"], called.get("args")
+        yield "called", called.get("id"), called["name"], called.get("args")
     yield "text", text
 
 
@@ -5603,8 +5618,7 @@ def _ollama_facts(body: dict[str, Any]) -> _FactsFound:
     yield "text", message.get("content")
     for call in message.get("tool_calls") or ():
         function = call["function"]
-        key = ("call", call.get("id") or id(call))
-        yield "call", key, call.get("id"), function["name"], function.get("arguments")
+        yield "called", call.get("id"), function["name"], function.get("arguments")
     if body.get("done"):
         yield "usage", body, _ollama_usage
         if not body.get("done_reason", "stop"):
@@ -6047,7 +6061,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
         key, url = kind._from_environment(environ)
         models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
         tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
-        _log.info("from_env: %s with %s", name, *models or [f"no {name.upper()}_MODEL"])
+        _log.info("from_env: %s with %s", name, *(models or [f"no {name.upper()}_MODEL"]))
     if not tiers:
         raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
     _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
@@ -6406,15 +6420,14 @@ class _Try:
 
     def failed(self, error: BaseException, retries: int = 0, may_wait: bool = False) -> _Verdict:
         """End a failed request, record it, and say what follows."""
-        if isinstance(error, UnknownModel) and isinstance(self.tier.provider, LLMProvider):
-            if self.tier.provider._is_chain:
-                error = ModelNotFound(str(error))  # another tier may serve it
+        if isinstance(error, UnknownModel) and getattr(self.tier.provider, "_is_chain", False):
+            error = ModelNotFound(str(error))  # another tier may serve it
         run, now = self.run, self.run.clock()
         given, limit = now - self.start - self.idle, self.tier.timeout
         left = run.deadline - now
-        if self.idle and limit is not None and given < limit:
-            if getattr(error, "code", None) == "attempt_timeout":
-                given = left = 0.0  # it was in time; its reader was not
+        late = getattr(error, "code", None) == "attempt_timeout"
+        if late and self.idle and limit is not None and given < limit:
+            given = left = 0.0  # it was in time; its reader was not
         chain = run.chain
         facts = _Facts(
             chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
@@ -6428,6 +6441,7 @@ class _Try:
             chain._warn_of(self.tier, error)
         if isinstance(error, ProviderError):
             error.provider, error.model = self.tier.name, error.model or self.model or ""
+        assert isinstance(error, Exception)
         run.record(self, error, None)
         if verdict.then == "raise":
             raise error
@@ -6557,8 +6571,11 @@ class _Run:
             retries, may_wait = (retries, False) if limited else (retries - 1, may_wait)
             self.tell("retry", tier, model, {"pause": verdict.pause})
             self.chain._sleep(verdict.pause)
-            attempt = self._admitted(tier, model) if tier.breaker.is_closed else self._refused_by(
-                tier, model)  # fmt: skip
+            attempt = None
+            if tier.breaker.is_closed:
+                attempt = self._admitted(tier, model)
+            else:
+                self._refused_by(tier, model)
         return None
 
     def _tell_failover(self, tier: ProviderTier, model: str | None) -> None:
@@ -6568,13 +6585,15 @@ class _Run:
     def _admitted(self, tier: ProviderTier, model: str | None) -> _Try | None:
         """A request with a ticket and a place, or None: then the skip is recorded."""
         if self.chain._picky and (unable := self._unable(tier)):
-            return self._skip(tier, model, UnsupportedRequest(unable))
+            self._skip(tier, model, UnsupportedRequest(unable))
+            return None
         while True:
             breaker = tier.breaker
             forced = tier.role == "emergency"
             ticket = breaker._force_admit() if forced else breaker._try_admit()
             if ticket is None:
-                return self._refused_by(tier, model)
+                self._refused_by(tier, model)
+                return None
             attempt = _Try(self, tier, model, ticket)
             why, places = "", tier._slots
             if places is not None and not attempt.take_place(places, not self._later_ready(tier)):
@@ -6585,7 +6604,8 @@ class _Run:
                 return attempt
             attempt.end(None, _Verdict("next", "neutral"))
             if why:
-                return self._skip(tier, model, CircuitOpen(why))
+                self._skip(tier, model, CircuitOpen(why))
+                return None
 
     def request(self, attempt: _Try) -> tuple[list[Message], dict[str, Any]]:
         """Messages and options for one request. Here time becomes seconds."""
@@ -6602,9 +6622,9 @@ class _Run:
         if asked.thoughts and tier._is_ours:
             options["thoughts"] = True
         messages = asked.messages if tier._is_ours else self._bare_messages()
-        if self.instructs and not self.chain._is_top(model, tier):
-            if not _wants_json(options.get("response_format")):
-                messages = _instructed(messages, self.chain._instruction)
+        plain = self.instructs and not _wants_json(options.get("response_format"))
+        if plain and not self.chain._is_top(model, tier):
+            messages = _instructed(messages, self.chain._instruction)
         if self.observed:
             self.tell("attempt", tier, model, {"timeout": options["timeout"]})
         return messages, options
@@ -7133,7 +7153,8 @@ class FailoverChain(LLMProvider):
         environment variables; a file must not hold a key itself. A mapping may, and may hold objects
         where a file has tables. Raises ConfigError that says where, what and what to do.
         """
-        return _chain_from_config(cls, config)
+        chain: FailoverChain = _chain_from_config(cls, config)
+        return chain
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
