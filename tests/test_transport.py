@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,9 @@ HEAD = OK + b"Content-Type: text/event-stream\r\n"
 CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
 STREAM = CHUNKS + chunked(*ANSWER.splitlines(keepends=True))
-WHOLE = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}).encode()
+WHOLE = json.dumps(
+    {"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}
+).encode()
 
 
 def whole(body: bytes = WHOLE, *headers: str) -> bytes:
@@ -66,7 +69,9 @@ healthy = says(STREAM)
 
 @contextlib.contextmanager
 def provider(url: str, **settings: Any) -> Iterator[OpenAIProvider]:
-    made = OpenAIProvider(KEY, url, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the key that goes out over plain http
+        made = OpenAIProvider(KEY, url, **settings)
     try:
         yield made
     finally:
@@ -176,7 +181,11 @@ def test_all_kept_connections_may_have_been_dropped() -> None:
 
 def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        return healthy(server, connection, request) if b"one" in request else silent(server, connection, b"")
+        return (
+            healthy(server, connection, request)
+            if b"one" in request
+            else silent(server, connection, b"")
+        )
 
     with peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
         assert ask(client, "one", timeout=60) == "good"
@@ -402,7 +411,8 @@ def test_forms_of_chunks(form: str) -> None:
     "size", ["", "x", "-1", "-0x1", "3 3", "HTTP/1.1 200 OK", "\xff", "1" * 70_000, "f" * 65_530]
 )
 def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
-    for data in (size.encode() + b"\r\n" + ANSWER, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
+    half = event("half")
+    for data in (size.encode() + b"\r\n" + half, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
         with peer(says(CHUNKS + data, keep=False)) as server, provider(server.url) as client:
             with pytest.raises(InvalidResponse):
                 ask(client)
@@ -438,27 +448,26 @@ MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
     ("coding", "data"),
     [
         ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("gzip", MEMBERS),
-        ("deflate", zlib.compress(WHOLE)), ("deflate", zlib.compress(WHOLE)[2:-4]),
-        ("identity", WHOLE),
+        ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE),
     ],
 )  # fmt: skip
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
-    """Also several members of gzip, and deflate with and without its header."""
+    """Also several members of gzip."""
     with peer(says(whole(data, f"Content-Encoding: {coding}"))) as server:
         with provider(server.url) as client:
             assert ask(client) == "good"
 
 
-@pytest.mark.parametrize("body", [ANSWER, WHOLE, gzip.compress(WHOLE)], ids=["sse", "json", "gzip"])
-def test_the_largest_answer(body: bytes) -> None:
-    """``max_response_bytes`` counts decompressed bytes; one less is too little."""
-    zipped = body[:2] == b"\x1f\x8b"
-    data = whole(body, "Content-Encoding: gzip") if zipped else whole(body)
-    size = len(WHOLE if zipped else body)
+@pytest.mark.parametrize("body", [ANSWER, WHOLE], ids=["stream", "whole"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_largest_answer(body: bytes, zipped: bool) -> None:
+    """``max_response_bytes`` counts decompressed bytes."""
+    body += b"\n" * 500
+    data = whole(gzip.compress(body), "Content-Encoding: gzip") if zipped else whole(body)
     with peer(says(data)) as server:
-        with provider(server.url, max_response_bytes=size) as client:
+        with provider(server.url, max_response_bytes=len(body)) as client:
             assert ask(client) == "good"
-        with provider(server.url, max_response_bytes=size - 20) as client:
+        with provider(server.url, max_response_bytes=len(ANSWER)) as client:
             with pytest.raises(InvalidResponse, match="max_response_bytes"):
                 ask(client)
 
@@ -493,7 +502,7 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
             connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
         else:
             connection.sendall(STREAM)
-        return False
+        return True
 
     with peer(serve) as server, requests.Session() as session:
         session.headers["X-Session"] = "yes"
@@ -575,8 +584,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def socks() -> None:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.recv(connection.recv(2)[1])
                 connection.sendall(b"\5\0")
                 asked.append(connection.recv(262))
@@ -584,6 +592,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
                 while Peer._request(connection):
                     connection.sendall(STREAM)
 
+        listener.settimeout(3)
         thread = threading.Thread(target=socks)
         thread.start()
         proxied(f"socks5h://127.0.0.1:{listener.getsockname()[1]}")
@@ -723,10 +732,19 @@ def test_tls_inside_of_tls_is_under_the_same_limit(
 
 
 def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
-    with peer(says(b"HTTP/1.1 400 Bad Request\r\n\r\n", keep=False)) as server:
-        with provider(server.url.replace("http:", "https:")) as client:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def talk_plain() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=talk_plain)
+        thread.start()
+        with provider(f"https://127.0.0.1:{listener.getsockname()[1]}") as client:
             with pytest.raises(ProviderUnavailable):
-                ask(client, timeout=0.5)
+                ask(client)
+        thread.join(5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"https://127.0.0.1:{listener.getsockname()[1]}"
         with provider(url, connect_timeout=0.3) as client, within(0.3):
