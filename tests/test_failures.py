@@ -623,8 +623,7 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
 
 # -- request ids
 
-ID_HEADERS = """x-request-id request-id apim-request-id x-ms-request-id x-generation-id
-    mistral-correlation-id x-ds-trace-id inference-id""".split()
+ID_HEADERS = ["x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id", "mistral-correlation-id", "x-ds-trace-id", "inference-id"]
 
 
 @pytest.mark.parametrize("header", ID_HEADERS)

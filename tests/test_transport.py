@@ -631,7 +631,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     folder = tmp_path_factory.mktemp("tls")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=provider.invalid".split()
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=provider.invalid"]
     subprocess.run(
         [*make, "-addext", names, "-keyout", key, "-out", certificate],
         check=True, capture_output=True, timeout=60,
