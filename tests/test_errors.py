@@ -59,7 +59,8 @@ TREE: dict[type[ProviderError], tuple[type, str, str]] = {
     ContentFiltered: (ProviderError, "raise", "neutral"),
 }
 FIELDS = {
-    "provider": "p", "model": "m", "status": 429, "code": "c", "retry_after": 3.5, "request_id": "r",
+    "provider": "p", "model": "m", "status": 429, "code": "c", "retry_after": 3.5,
+    "request_id": "r",
 }  # fmt: skip
 each_class = pytest.mark.parametrize("kind", TREE)
 

@@ -371,7 +371,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"message": "The model m does not support image modality"}),  # Bedrock
         (400, {"message": "This model doesn't support the image field for user messages."}),
         (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
-        (500, says("tools param requires --jinja flag", type="server_error", code=500)),  # llama.cpp
+        (500, says("tools param requires --jinja flag", type="server_error")),  # llama.cpp
         (404, says("No endpoints found that support image input", code=404)),  # OpenRouter
         (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}}),
     ],
@@ -623,7 +623,10 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
 
 # -- request ids
 
-ID_HEADERS = ["x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id", "mistral-correlation-id", "x-ds-trace-id", "inference-id"]
+ID_HEADERS = [
+    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
+    "mistral-correlation-id", "x-ds-trace-id", "inference-id"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("header", ID_HEADERS)
@@ -766,8 +769,8 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
 # -- searching is bounded
 
 SIZE = 64 * 1024
-PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image response_format
-    json_schema max_tokens try-again-in wait-for retry-after current-length-is-1 temperature"""
+PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image
+    response_format json_schema max_tokens try-again-in wait-for retry-after current-length-is-1 temperature"""
 HOSTILE = [
     *(piece * (SIZE // len(piece)) for piece in PIECES.split()),
     *(piece * (SIZE // len(piece)) for piece in (

@@ -41,9 +41,11 @@ WHOLE = {"model": "m-1", "choices": [{"message": {"content": "fine"}, "finish_re
 #: Class -> its name, default address and variables for a key and an address.
 VENDORS: dict[Any, tuple[str, str, tuple[str, ...], str]] = {
     OpenAIProvider: ("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
-    LMStudioProvider: ("lmstudio", "http://localhost:1234/v1", ("LM_API_TOKEN",), "LMSTUDIO_BASE_URL"),
+    LMStudioProvider: ("lmstudio", "http://localhost:1234/v1", ("LM_API_TOKEN",),
+                       "LMSTUDIO_BASE_URL"),
     OllamaProvider: ("ollama", "http://localhost:11434", (), "OLLAMA_HOST"),
-    AnthropicProvider: ("anthropic", "https://api.anthropic.com", ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"),
+    AnthropicProvider: ("anthropic", "https://api.anthropic.com", ("ANTHROPIC_API_KEY",),
+                        "ANTHROPIC_BASE_URL"),
     GeminiProvider: ("gemini", "https://generativelanguage.googleapis.com",
                      ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ""),
 }  # fmt: skip
@@ -206,9 +208,10 @@ def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(
 @pytest.mark.parametrize(
     ("url", "warns"),
     [
-        ("http://example.test/v1", True), ("http://8.8.8.8/v1", True), ("https://example.test", False),
-        ("http://127.0.0.1:1/v1", False), ("http://localhost:1/v1", False), ("http://[::1]:1", False),
-        ("http://10.1.2.3/v1", False), ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
+        ("http://example.test/v1", True), ("http://8.8.8.8/v1", True),
+        ("https://example.test", False), ("http://127.0.0.1:1/v1", False),
+        ("http://localhost:1/v1", False), ("http://[::1]:1", False), ("http://10.1.2.3", False),
+        ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
     ],
 )  # fmt: skip
 def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
