@@ -770,7 +770,7 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
 
 SIZE = 64 * 1024
 PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image
-    response_format json_schema max_tokens try-again-in wait-for retry-after current-length-is-1 temperature"""
+    response_format json_schema max_tokens try-again-in wait-for retry-after temperature"""
 HOSTILE = [
     *(piece * (SIZE // len(piece)) for piece in PIECES.split()),
     *(piece * (SIZE // len(piece)) for piece in (

@@ -636,7 +636,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     subprocess.run(
-        [*make, "-subj", "/CN=provider.invalid", "-addext", names, "-keyout", key, "-out", certificate],
+        [*make, "-subj", "/CN=provider.invalid", "-addext", names,
+         "-keyout", key, "-out", certificate],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
