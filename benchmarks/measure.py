@@ -1,8 +1,11 @@
 """How the benchmarks measure, and what they compare with.
 
-Absolute times say more about the machine than about the code. So contenders take turns, round after round in one run, and
-what counts is the median of the rounds' ratios. Each has the same time in a round, so that what else the machine does hits
-all alike; and where nothing waits for anything, the time of the processor is taken instead of the clock's.
+Absolute times say more about the machine than about the code. So contenders take turns, round after
+round in one run, and
+what counts is the median of the rounds' ratios. Each has the same time in a round, so that what
+else the machine does hits
+all alike; and where nothing waits for anything, the time of the processor is taken instead of the
+clock's.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Rounds:
 
     def ratio(self, name: str, other: str) -> float:
         """The median of the rounds' ratios."""
-        return statistics.median(mine / theirs for mine, theirs in zip(self.times[name], self.times[other], strict=True))
+        return statistics.median(
+            mine / theirs for mine, theirs in zip(self.times[name], self.times[other], strict=True)
+        )
 
     def best_ratio(self, name: str, other: str) -> float:
         """The ratio of the minimums."""
@@ -80,7 +85,8 @@ def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Ro
 
 
 def _settle() -> None:
-    """Wait, at most a second, until what the one before left to its threads is done: some log there, or count tokens."""
+    """Wait, at most a second, until what the one before left to its threads is done: some log
+    there, or count tokens."""
     for _ in range(100):
         before = time.process_time()
         time.sleep(0.01)
@@ -92,7 +98,8 @@ def timed(
     statement: str | Callable[[], Any], number: int = 0, names: Mapping[str, Any] | None = None, *,
     turn: float = 0.005, timer: Callable[[], float] = time.perf_counter,
 ) -> Callable[[], float]:  # fmt: skip
-    """Seconds for one run of a statement, from ``number`` runs, or from as many as fill a turn of so many seconds."""
+    """Seconds for one run of a statement, from ``number`` runs, or from as many as fill a turn of
+    so many seconds."""
     prepared = timeit.Timer(statement, timer=timer, globals=dict(names or {}))
 
     def measure() -> float:
@@ -113,7 +120,8 @@ computed = functools.partial(timed, timer=time.process_time)
 
 
 def in_threads(calls: Sequence[Callable[[], Any]], number: int) -> Callable[[], float]:
-    """Seconds for one call, of all together, when each of the calls is made ``number`` times in a thread of its own."""
+    """Seconds for one call, of all together, when each of the calls is made ``number`` times in a
+    thread of its own."""
 
     def measure() -> float:
         barrier = threading.Barrier(len(calls) + 1)
@@ -152,9 +160,11 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def fresh_python() -> Iterator[Callable[[str], Callable[[], float]]]:
-    """Turns a program into the seconds that a fresh interpreter needs for it, with only the module beside it.
+    """Turns a program into the seconds that a fresh interpreter needs for it, with only the module
+    beside it.
 
-    The interpreter runs in an empty virtual environment: what another one has installed may start things of its own.
+    The interpreter runs in an empty virtual environment: what another one has installed may start
+    things of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         venv.create(os.path.join(folder, "empty"), symlinks=os.name != "nt")
@@ -163,7 +173,12 @@ def fresh_python() -> Iterator[Callable[[str], Callable[[], float]]]:
         py_compile.compile(copy, doraise=True)  # as after the first import on any machine
 
         def seconds(program: str) -> Callable[[], float]:
-            command = [python, "-I", "-c", program.replace("import copilot_router", _BESIDE.format(folder=folder))]
+            command = [
+                python,
+                "-I",
+                "-c",
+                program.replace("import copilot_router", _BESIDE.format(folder=folder)),
+            ]
             return timed(lambda: subprocess.run(command, check=True), 2)
 
         yield seconds
@@ -187,7 +202,10 @@ def answer() -> int:
 
 
 def raise_and_catch() -> Callable[[], float]:
-    return computed("try:\n    refuse()\nexcept Refused:\n    pass", names={"refuse": refuse, "Refused": Refused})
+    return computed(
+        "try:\n    refuse()\nexcept Refused:\n    pass",
+        names={"refuse": refuse, "Refused": Refused},
+    )
 
 
 class Instant(LLMProvider):
@@ -195,27 +213,43 @@ class Instant(LLMProvider):
 
     response = LLMResponse(content="Hello!", model="m")
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         return self.response
 
 
 def instant_chain(open_tiers: int = 0) -> FailoverChain:
     """So many tiers whose breakers are open, one that answers, and one more that is never asked."""
-    tiers = [ProviderTier(f"down-{at}", Instant(), ["m"], breaker=CircuitBreaker()) for at in range(open_tiers)]
+    tiers = [
+        ProviderTier(f"down-{at}", Instant(), ["m"], breaker=CircuitBreaker())
+        for at in range(open_tiers)
+    ]
     for tier in tiers:
         tier.breaker.open(1e6, "ServerError: down")
-    return FailoverChain([*tiers, ProviderTier("up", Instant(), ["m"]), ProviderTier("spare", Instant(), ["m"])])
+    return FailoverChain(
+        [*tiers, ProviderTier("up", Instant(), ["m"]), ProviderTier("spare", Instant(), ["m"])]
+    )
 
 
 def each_open_tier() -> Callable[[], float]:
-    """What each tier that is open adds to a call: a tenth of the difference between eleven of them and one."""
-    one, eleven = (computed("chat(messages)", names={"chat": instant_chain(n).chat, "messages": MESSAGES}) for n in (1, 11))
+    """What each tier that is open adds to a call: a tenth of the difference between eleven of them
+    and one."""
+    one, eleven = (
+        computed("chat(messages)", names={"chat": instant_chain(n).chat, "messages": MESSAGES})
+        for n in (1, 11)
+    )
     return lambda: max((eleven() - one()) / 10, 1e-9)
 
 
-def by_hand(providers: Sequence[Callable[..., Any]], retry_on: type[Exception] = ServerError) -> Callable[..., Any]:
-    """What one writes with tenacity and pybreaker: a list of providers, each with a breaker, each tried twice."""
-    backends = [(provider, pybreaker.CircuitBreaker(fail_max=3, reset_timeout=15)) for provider in providers]
+def by_hand(
+    providers: Sequence[Callable[..., Any]], retry_on: type[Exception] = ServerError
+) -> Callable[..., Any]:
+    """What one writes with tenacity and pybreaker: a list of providers, each with a breaker, each
+    tried twice."""
+    backends = [
+        (provider, pybreaker.CircuitBreaker(fail_max=3, reset_timeout=15)) for provider in providers
+    ]
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(2),
         wait=tenacity.wait_random(0.1, 0.3),
@@ -227,7 +261,9 @@ def by_hand(providers: Sequence[Callable[..., Any]], retry_on: type[Exception] =
         errors = []
         for provider, breaker in backends:
             try:
-                return retrying(breaker.call, provider, messages, tools=None, model="m", timeout=300.0)
+                return retrying(
+                    breaker.call, provider, messages, tools=None, model="m", timeout=300.0
+                )
             except Exception as error:
                 errors.append(error)
         raise AllProvidersFailed(str(errors))
@@ -240,9 +276,16 @@ def by_hand(providers: Sequence[Callable[..., Any]], retry_on: type[Exception] =
 
 def bare_stream(session: requests.Session, url: str) -> str:
     """A streamed answer, read to its end."""
-    body = {"model": "m", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": "m",
+        "messages": MESSAGES,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     pieces = []
-    with session.post(f"{url}/chat/completions", json=body, headers=_KEY, stream=True, timeout=300) as response:
+    with session.post(
+        f"{url}/chat/completions", json=body, headers=_KEY, stream=True, timeout=300
+    ) as response:
         for line in response.iter_lines():
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
@@ -251,7 +294,12 @@ def bare_stream(session: requests.Session, url: str) -> str:
 
 def bare_whole(session: requests.Session, url: str) -> str:
     """A whole JSON answer."""
-    response = session.post(f"{url}/chat/completions", json={"model": "m", "messages": MESSAGES}, headers=_KEY, timeout=300)
+    response = session.post(
+        f"{url}/chat/completions",
+        json={"model": "m", "messages": MESSAGES},
+        headers=_KEY,
+        timeout=300,
+    )
     text: str = response.json()["choices"][0]["message"]["content"]
     return text
 

@@ -1,7 +1,9 @@
 """The other libraries, each used as its own documentation shows, with its defaults.
 
-A contender offers up to four calls: ``whole(url)`` and ``stream(url)`` return the text of one answer over HTTP,
-``instant()`` an answer without a network, and ``failover(first, second, seconds)`` one from the first of two servers that
+A contender offers up to four calls: ``whole(url)`` and ``stream(url)`` return the text of one
+answer over HTTP,
+``instant()`` an answer without a network, and ``failover(first, second, seconds)`` one from the
+first of two servers that
 gives one, with so many seconds for a request. Libraries are imported when first asked for.
 """
 
@@ -110,7 +112,12 @@ def _sdk_stream(url: str) -> Call:
     create = _client(url).chat.completions.create
 
     def ask() -> str:
-        return "".join([event.choices[0].delta.content or "" for event in create(model="m", messages=MESSAGES, stream=True)])
+        return "".join(
+            [
+                event.choices[0].delta.content or ""
+                for event in create(model="m", messages=MESSAGES, stream=True)
+            ]
+        )
 
     return ask
 
@@ -123,7 +130,11 @@ def _sdk_failover(first: str, second: str, seconds: float) -> Call:
     def ask() -> Any:
         for client in clients:
             try:
-                return client.chat.completions.create(model="m", messages=MESSAGES).choices[0].message.content
+                return (
+                    client.chat.completions.create(model="m", messages=MESSAGES)
+                    .choices[0]
+                    .message.content
+                )
             except openai.APIError as error:
                 failure = error
         raise failure
@@ -141,10 +152,15 @@ def _router(*deployments: dict[str, Any]) -> Any:
     litellm.suppress_debug_info = True
     names = ["m", "spare"][: len(deployments)]
     models = [
-        {"model_name": name, "litellm_params": {"model": "openai/m", "api_key": "key", **deployment}}
+        {
+            "model_name": name,
+            "litellm_params": {"model": "openai/m", "api_key": "key", **deployment},
+        }
         for name, deployment in zip(names, deployments, strict=True)
     ]
-    return litellm.Router(model_list=models, fallbacks=[{"m": ["spare"]}] if len(names) == 2 else [])
+    return litellm.Router(
+        model_list=models, fallbacks=[{"m": ["spare"]}] if len(names) == 2 else []
+    )
 
 
 def _router_whole(url: str) -> Call:
@@ -180,7 +196,9 @@ def _model(url: str, seconds: float | None = None) -> Any:
     from pydantic_ai.providers.openai import OpenAIProvider
 
     settings: Any = None if seconds is None else {"timeout": seconds}
-    return OpenAIChatModel("m", provider=OpenAIProvider(base_url=url, api_key="key"), settings=settings)
+    return OpenAIChatModel(
+        "m", provider=OpenAIProvider(base_url=url, api_key="key"), settings=settings
+    )
 
 
 def _asked(*models: Any) -> Call:
@@ -212,7 +230,9 @@ def _fallback_instant() -> Call:
     from pydantic_ai.messages import ModelResponse, TextPart
     from pydantic_ai.models.function import FunctionModel
 
-    return _asked(*[FunctionModel(lambda *_: ModelResponse(parts=[TextPart("Hello!")])) for _ in range(2)])
+    return _asked(
+        *[FunctionModel(lambda *_: ModelResponse(parts=[TextPart("Hello!")])) for _ in range(2)]
+    )
 
 
 # ---- LangChain
@@ -237,7 +257,9 @@ def _lang_stream(url: str) -> Call:
 def _lang_instant() -> Call:
     from langchain_core.language_models import FakeListChatModel
 
-    model = FakeListChatModel(responses=["Hello!"]).with_fallbacks([FakeListChatModel(responses=["Hello!"])])
+    model = FakeListChatModel(responses=["Hello!"]).with_fallbacks(
+        [FakeListChatModel(responses=["Hello!"])]
+    )
     return lambda: model.invoke(MESSAGES)
 
 

@@ -1,8 +1,12 @@
-"""The server of the benchmarks, in a process of its own: it sends prepared bytes, so that the client is what is measured.
+"""The server of the benchmarks, in a process of its own: it sends prepared bytes, so that the
+client is what is measured.
 
-The first part of the path says what it does: ``/50/v1/chat/completions`` answers with 50 events, or with one JSON answer of
-the same text if no stream is asked for; ``/error/…`` with status 500, ``/limited/…`` with 429 and Retry-After 30, and
-``/silent/…`` not at all. What follows a dash there (``/error-2/…``) only keeps counts apart. GET tells the counts.
+The first part of the path says what it does: ``/50/v1/chat/completions`` answers with 50 events, or
+with one JSON answer of
+the same text if no stream is asked for; ``/error/…`` with status 500, ``/limited/…`` with 429 and
+Retry-After 30, and
+``/silent/…`` not at all. What follows a dash there (``/error-2/…``) only keeps counts apart. GET
+tells the counts.
 """
 
 from __future__ import annotations
@@ -28,12 +32,24 @@ def text_of(events: int) -> str:
 
 
 def _http(status: str, kind: str, body: bytes, *headers: str) -> bytes:
-    lines = (f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers, "", "")
+    lines = (
+        f"HTTP/1.1 {status}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        *headers,
+        "",
+        "",
+    )
     return "\r\n".join(lines).encode() + body
 
 
 def _failed(status: str, kind: str, *headers: str) -> bytes:
-    return _http(status, "application/json", json.dumps({"error": {"message": "no", "type": kind}}).encode(), *headers)
+    return _http(
+        status,
+        "application/json",
+        json.dumps({"error": {"message": "no", "type": kind}}).encode(),
+        *headers,
+    )
 
 
 _FAILURES = {
@@ -42,11 +58,23 @@ _FAILURES = {
 }
 
 
-def _answer(kind: str, events: int, part: str, message: dict[str, str], finish: str | None) -> bytes:
+def _answer(
+    kind: str, events: int, part: str, message: dict[str, str], finish: str | None
+) -> bytes:
     choice = {"index": 0, part: message, "logprobs": None, "finish_reason": finish}
-    body: dict[str, Any] = {"id": "chatcmpl-1", "object": kind, "created": 1, "model": "m", "choices": [choice]}
+    body: dict[str, Any] = {
+        "id": "chatcmpl-1",
+        "object": kind,
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+    }
     if finish:
-        body["usage"] = {"prompt_tokens": 9, "completion_tokens": events, "total_tokens": 9 + events}
+        body["usage"] = {
+            "prompt_tokens": 9,
+            "completion_tokens": events,
+            "total_tokens": 9 + events,
+        }
     return json.dumps(body).encode()
 
 
@@ -55,16 +83,25 @@ def prepared(events: int, streaming: bool) -> bytes:
     """The whole HTTP answer. Each event is in a chunk of its own, as servers send them."""
     if not streaming:
         message = {"role": "assistant", "content": text_of(events)}
-        return _http("200 OK", "application/json", _answer("chat.completion", events, "message", message, "stop"))
+        return _http(
+            "200 OK",
+            "application/json",
+            _answer("chat.completion", events, "message", message, "stop"),
+        )
     items = []
     for at in range(events):
         delta = {"role": "assistant"} if at == 0 else {}
         delta["content"] = f"word{at} "
         finish = "stop" if at == events - 1 else None
-        items.append(b"data: " + _answer("chat.completion.chunk", events, "delta", delta, finish) + b"\n\n")
+        items.append(
+            b"data: " + _answer("chat.completion.chunk", events, "delta", delta, finish) + b"\n\n"
+        )
     items.append(b"data: [DONE]\n\n")
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(item), item) for item in items) + b"0\r\n\r\n"
-    return b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    return (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + chunks
+    )
 
 
 def _read_request(connection: socket.socket) -> bytes:
@@ -75,7 +112,14 @@ def _read_request(connection: socket.socket) -> bytes:
             return b""
         data += piece
     head, _, body = data.partition(b"\r\n\r\n")
-    length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    length = next(
+        (
+            int(line[15:])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length:")
+        ),
+        0,
+    )
     while len(body) < length:
         body += connection.recv(65536)
     return head + b"\r\n\r\n" + body
@@ -87,7 +131,9 @@ def _talk(connection: socket.socket) -> None:
         while request := _read_request(connection):
             verb, path = request.split(None, 2)[:2]
             if verb == b"GET":
-                connection.sendall(_http("200 OK", "application/json", json.dumps(_counts).encode()))
+                connection.sendall(
+                    _http("200 OK", "application/json", json.dumps(_counts).encode())
+                )
                 continue
             if not known:
                 known = True
@@ -148,7 +194,9 @@ class Server:
 def server() -> Iterator[Server]:
     """A server in a process of its own."""
     command = [sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin and process.stdout
         try:
             yield Server(int(process.stdout.readline()))

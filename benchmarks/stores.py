@@ -1,7 +1,10 @@
-"""What a healthy call costs on each store, as ratios to the same call without one: ``make bench-stores``, under a minute.
+"""What a healthy call costs on each store, as ratios to the same call without one: ``make
+bench-stores``, under a minute.
 
-Measured in turn, round after round, in one process; what counts is the median of the rounds' ratios and differences. A healthy
-call writes nothing and reads at most once per refresh interval, so there are two prices: of the calls in between, and of the
+Measured in turn, round after round, in one process; what counts is the median of the rounds' ratios
+and differences. A healthy
+call writes nothing and reads at most once per refresh interval, so there are two prices: of the
+calls in between, and of the
 one that reads. Starts a redis-server of its own on loopback. Exit status 1 if a target is missed.
 """
 
@@ -21,7 +24,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import copilot_router
-from copilot_router import CircuitBreaker, FailoverChain, LLMResponse, MemoryStore, ProviderTier, RedisStore, SQLiteStore
+from copilot_router import (
+    CircuitBreaker,
+    FailoverChain,
+    LLMResponse,
+    MemoryStore,
+    ProviderTier,
+    RedisStore,
+    SQLiteStore,
+)
 
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 ROUNDS = 60
@@ -61,7 +72,9 @@ def redis_server() -> Iterator[str]:
 class Instant(copilot_router.LLMProvider):
     """Answers at once, so that the chain is what is measured."""
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         return LLMResponse(content="hello")
 
 
@@ -95,8 +108,11 @@ def compare(made: dict[str, Callable[[], Any]], against: str, calls: int) -> Ite
         )
 
 
-def show(title: str, figures: Iterator[Figure], micro: dict[str, float], most: float | None = None) -> int:
-    """Print a table; how many targets were missed. ``micro``: microseconds that a store may add; ``most``: the ratio."""
+def show(
+    title: str, figures: Iterator[Figure], micro: dict[str, float], most: float | None = None
+) -> int:
+    """Print a table; how many targets were missed. ``micro``: microseconds that a store may add;
+    ``most``: the ratio."""
     missed = 0
     print(f"\n{title:<34}{'time':>11}{'ratio':>9}{'added':>12}{'target':>13}  verdict")
     for figure in figures:
@@ -116,7 +132,9 @@ def main() -> int:
     if shutil.which("redis-server") is None:
         print("redis-server is not installed", file=sys.stderr)
         return 2
-    print(f"copilot_router {copilot_router.__version__}, Python {sys.version.split()[0]}; medians of {ROUNDS} rounds in turn")
+    print(
+        f"copilot_router {copilot_router.__version__}, Python {sys.version.split()[0]}; medians of {ROUNDS} rounds in turn"
+    )
     with tempfile.TemporaryDirectory() as folder, redis_server() as url:
         import redis
 
@@ -134,8 +152,13 @@ def main() -> int:
         micro = {"SQLite": 30.0, "SQLite, reading each time": 30.0, "Redis": 30.0}
         missed = show("breaker.call", compare(calls, "no store", CALLS), micro)
         missed += show("chain.chat", compare(chats, "no store", CALLS), micro)
-        reads = {"a bare PING": client.ping, "Redis, reading each time": calls["Redis, reading each time"]}
-        missed += show("one read against one round trip", compare(reads, "a bare PING", CALLS), {}, 2.5)
+        reads = {
+            "a bare PING": client.ping,
+            "Redis, reading each time": calls["Redis, reading each time"],
+        }
+        missed += show(
+            "one read against one round trip", compare(reads, "a bare PING", CALLS), {}, 2.5
+        )
         client.close()
         for store in stores.values():
             if hasattr(store, "close"):

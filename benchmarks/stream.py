@@ -1,6 +1,8 @@
-"""What a chain adds to a stream, as ratios to the same provider's own ``stream()``: ``python benchmarks/stream.py``.
+"""What a chain adds to a stream, as ratios to the same provider's own ``stream()``: ``python
+benchmarks/stream.py``.
 
-The delay to the first visible delta, and the cost of each further one, in turns within one run; medians of the rounds' ratios.
+The delay to the first visible delta, and the cost of each further one, in turns within one run;
+medians of the rounds' ratios.
 Exit status 1 if a target is missed.
 """
 
@@ -15,7 +17,14 @@ from measure import MESSAGES, Rounds, computed, duration, take_turns, timed
 from server import server
 
 import copilot_router
-from copilot_router import CircuitBreaker, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider, ProviderTier
+from copilot_router import (
+    CircuitBreaker,
+    FailoverChain,
+    LLMProvider,
+    LLMResponse,
+    OpenAIProvider,
+    ProviderTier,
+)
 
 EVENTS = 500
 Open = Callable[[], Iterator[str]]
@@ -28,7 +37,9 @@ class Instant(LLMProvider):
         self.deltas = deltas
         self.response = LLMResponse("word " * deltas, model="m")
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         return self.response
 
     def stream(
@@ -45,7 +56,8 @@ def drained(stream: Iterator[str]) -> None:
 
 
 def to_the_first(opened: Open, number: int = 10) -> Callable[[], float]:
-    """Seconds from the call to its first delta; the rest is read outside of the time, so that the connection is kept."""
+    """Seconds from the call to its first delta; the rest is read outside of the time, so that the
+    connection is kept."""
 
     def measure() -> float:
         total = 0.0
@@ -62,15 +74,23 @@ def to_the_first(opened: Open, number: int = 10) -> Callable[[], float]:
 
 def each(found: Rounds) -> Rounds:
     """The same for one delta."""
-    return Rounds({name: [seconds / EVENTS for seconds in times] for name, times in found.times.items()})
+    return Rounds(
+        {name: [seconds / EVENTS for seconds in times] for name, times in found.times.items()}
+    )
 
 
 def chain_of(provider: LLMProvider, open_tiers: int = 0, **settings: Any) -> FailoverChain:
     """The provider behind so many tiers that are open."""
-    down = [ProviderTier(f"down-{at}", provider, ["m"], breaker=CircuitBreaker()) for at in range(open_tiers)]
+    down = [
+        ProviderTier(f"down-{at}", provider, ["m"], breaker=CircuitBreaker())
+        for at in range(open_tiers)
+    ]
     for tier in down:
         tier.breaker.open(1e6, "ServerError: down")
-    return FailoverChain([*down, ProviderTier("up", provider, ["m"]), ProviderTier("top", provider, ["big"])], **settings)
+    return FailoverChain(
+        [*down, ProviderTier("up", provider, ["m"]), ProviderTier("top", provider, ["big"])],
+        **settings,
+    )
 
 
 def over_http(rounds: int) -> Iterator[tuple[str, Rounds, float]]:
@@ -83,7 +103,11 @@ def over_http(rounds: int) -> Iterator[tuple[str, Rounds, float]]:
             ("first delta, with a ladder", chain_of(short, escalation_model="big"), 1.3),
         ):
             ours: Open = lambda chain=chain: chain.stream(MESSAGES, timeout=60)  # type: ignore[misc] # noqa: E731
-            yield name, take_turns({"ours": to_the_first(ours), "provider": to_the_first(own)}, rounds), target
+            yield (
+                name,
+                take_turns({"ours": to_the_first(ours), "provider": to_the_first(own)}, rounds),
+                target,
+            )
 
         long = OpenAIProvider("key", local.url(EVENTS))
         chain = chain_of(long)
@@ -95,7 +119,8 @@ def over_http(rounds: int) -> Iterator[tuple[str, Rounds, float]]:
 
 
 def without_network(rounds: int) -> Iterator[tuple[str, Rounds, float]]:
-    """A delta that costs nothing to make: all that is left is the chain's own work, against a bare generator's."""
+    """A delta that costs nothing to make: all that is left is the chain's own work, against a bare
+    generator's."""
     provider = Instant(EVENTS)
     chain = chain_of(provider)
     contenders = {
@@ -108,19 +133,29 @@ def without_network(rounds: int) -> Iterator[tuple[str, Rounds, float]]:
 def main() -> int:
     """Print the table; 0 if every target is met."""
     start = time.perf_counter()
-    print(f"copilot_router {copilot_router.__version__}, Python {sys.version.split()[0]}; medians, ratios of paired rounds\n")
-    print(f"{'figure':<36}{'chain':>9}{'provider':>10}{'added':>9}{'ratio':>7}{'target':>9}  verdict")
+    print(
+        f"copilot_router {copilot_router.__version__}, Python {sys.version.split()[0]}; medians, ratios of paired rounds\n"
+    )
+    print(
+        f"{'figure':<36}{'chain':>9}{'provider':>10}{'added':>9}{'ratio':>7}{'target':>9}  verdict"
+    )
     missed = 0
     for figures in (over_http(100), without_network(100)):
         for name, found, target in figures:
-            ours, own, ratio = found.median("ours"), found.median("provider"), found.ratio("ours", "provider")
+            ours, own, ratio = (
+                found.median("ours"),
+                found.median("provider"),
+                found.ratio("ours", "provider"),
+            )
             missed += ratio > target
             print(
                 f"{name:<36}{duration(ours):>9}{duration(own):>10}{duration(max(ours - own, 1e-9)):>9}{ratio:>7.2f}"
                 f"{f'<= {target:g}':>9}  {'ok' if ratio <= target else 'MISSED'}",
                 flush=True,
             )
-    print(f"\n{'all targets met' if not missed else f'{missed} missed'}, in {time.perf_counter() - start:.0f} s")
+    print(
+        f"\n{'all targets met' if not missed else f'{missed} missed'}, in {time.perf_counter() - start:.0f} s"
+    )
     return 1 if missed else 0
 
 

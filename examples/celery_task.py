@@ -1,7 +1,7 @@
-"""A Celery task: its soft time limit is respected, and a failed call is retried when a provider will be ready again.
+"""A Celery task that keeps its time limit and is tried again when a provider is ready.
 
-    celery -A celery_task worker           # in the folder of this file; CELERY_BROKER_URL names the broker
-    python -c 'import celery_task; print(celery_task.answer.delay("Why is the sky blue?").get())'
+celery -A celery_task worker   # in the folder of this file, with CELERY_BROKER_URL set
+python -c 'import celery_task as t; print(t.answer.delay("Why is the sky blue?").get())'
 """
 
 from __future__ import annotations
@@ -13,18 +13,30 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+)
 
-app = Celery("celery_task", broker=os.environ.get("CELERY_BROKER_URL"), backend=os.environ.get("CELERY_RESULT_BACKEND"))
+app = Celery(
+    "celery_task",
+    broker=os.environ.get("CELERY_BROKER_URL"),
+    backend=os.environ.get("CELERY_RESULT_BACKEND"),
+)
 
 
 @functools.cache
 def chain() -> FailoverChain:
     """One for each worker process, made at its first task."""
-    return FailoverChain([
-        ProviderTier("local", LMStudioProvider()),
-        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
-    ])  # fmt: skip
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+        ]
+    )
 
 
 @app.task(bind=True, soft_time_limit=60, time_limit=70, max_retries=5)
@@ -34,7 +46,7 @@ def answer(self: Any, question: str) -> dict[str, Any]:
         return chain().chat(question, timeout=50).to_dict()  # the chain's own deadline comes first
     except AllProvidersFailed as error:
         if error.retry_after is None:
-            raise  # waiting will not help; the error pickles, for a result backend that takes it
+            raise  # waiting will not help
         raise self.retry(exc=error, countdown=error.retry_after) from None
-    except SoftTimeLimitExceeded:  # passes straight through a chain, and no breaker takes it for a provider's failure
+    except SoftTimeLimitExceeded:  # passes through a chain; no breaker counts it
         return {"content": None, "finish_reason": "out of time"}

@@ -1,9 +1,10 @@
-"""A cron job: sums up a log file, waits up to ten minutes for a provider, and remembers between runs who is down.
+"""A cron job that sums up a log file. It may wait ten minutes for a provider.
 
     17 * * * *  python cron_job.py /var/log/shop.log | mail -s "The last hour" you@example.com
 
-The breakers live in a SQLite file: a provider that failed three runs in a row is not asked again by the fourth until its
-breaker's time is over. Exit status: 0 a summary was printed, 75 (EX_TEMPFAIL) nobody answered, try again later.
+The breakers live in a SQLite file, so each run knows what the runs before it found out: after
+three failed runs in a row, a provider is not asked until its breaker's time is over. Exit
+status: 0 if a summary was printed, 75 (EX_TEMPFAIL) if nobody answered.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier, SQLiteStore
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderTier,
+    SQLiteStore,
+)
 
 STATE = os.environ.get("BREAKERS", "breakers.db")
 TAIL = 50_000  #: characters: the end of a log is what matters
@@ -36,7 +44,9 @@ def main(arguments: list[str], **settings: Any) -> int:
     log = Path(arguments[0]).read_text(encoding="utf-8", errors="replace")[-TAIL:]
     try:
         with make_chain(**settings) as chain:
-            response = chain.chat(log, system="Sum up this log in five lines. Name what an operator should look at.")
+            response = chain.chat(
+                log, system="Sum up this log in five lines. Name what an operator should look at."
+            )
     except AllProvidersFailed as error:
         print(error.explain(), file=sys.stderr)
         return 75

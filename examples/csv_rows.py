@@ -1,8 +1,9 @@
-"""A script over a CSV file: one question a row, progress on standard error, and it can be stopped and started again.
+"""A script over a CSV file, one question for each row. It can be stopped and started again.
 
-    python examples/csv_rows.py tickets.csv answers.csv "In one word, what is this ticket about?" text
+    python examples/csv_rows.py tickets.csv answers.csv "In one word, what is this about?" text
 
-Rows that are in the output already are not asked again. Exit status: 0 all done, 1 nobody answered (start it again later).
+Progress goes to standard error. Rows that the output already has are not asked again. Exit
+status: 0 if all rows are done, 1 if nobody answered: start it again later.
 """
 
 from __future__ import annotations
@@ -12,14 +13,22 @@ import sys
 import time
 from pathlib import Path
 
-from copilot_router import AllProvidersFailed, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderError, ProviderTier
+from copilot_router import (
+    AllProvidersFailed,
+    FailoverChain,
+    LMStudioProvider,
+    OpenAIProvider,
+    ProviderError,
+    ProviderTier,
+)
 
 
 def make_chain() -> FailoverChain:
     return FailoverChain(
         [
             ProviderTier("local", LMStudioProvider()),
-            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),  # USD per million tokens
+            # Prices are in USD per million tokens.
+            ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),
         ],
         timeout=60,
         wait=300,
@@ -51,9 +60,14 @@ def main(arguments: list[str], chain: FailoverChain | None = None) -> int:
                 answer, by = "", type(error).__name__
             assert writer is not None
             writer.writerow({**row, "answer": answer, "by": by})
-            file.flush()  # what is paid for is kept
+            file.flush()  # keeps the answers that are paid for
             pace = (time.monotonic() - start) / (at - done)
-            print(f"\r{at}/{len(rows)} {pace:.1f} s/row ${cost:.4f} {by}\033[K", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{at}/{len(rows)} {pace:.1f} s/row ${cost:.4f} {by}\033[K",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     print(file=sys.stderr)
     return 0
 

@@ -1,10 +1,11 @@
-"""Django: the chain described in the settings, a view, an async view, and a check that runs with ``manage.py check``.
+"""Django: the chain in the settings, a view, an async view, and a check for ``manage.py check``.
 
-    export OPENAI_API_KEY=…
+    export OPENAI_API_KEY=...
     python examples/django_view.py runserver
     curl -d question='Why is the sky blue?' localhost:8000/ask
 
-The settings stand in this one file so that it runs; in a project they are in settings.py, the rest in views.py and urls.py.
+The settings are in this file so that it runs alone. In a project they are in settings.py, and
+the rest is in views.py and urls.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ if not settings.configured:
             "chain": {"timeout": 25.0},
             "tier": [
                 {"name": "local", "provider": {"type": "lmstudio"}},
-                {"name": "cloud", "models": ["gpt-6-luna"], "provider": {"type": "openai", "api_key_env": "OPENAI_API_KEY"}},
+                {
+                    "name": "cloud",
+                    "models": ["gpt-6-luna"],
+                    "provider": {"type": "openai", "api_key_env": "OPENAI_API_KEY"},
+                },
             ],
-            # "store": {"type": "sqlite", "path": "/var/lib/mysite/breakers.db"},   # shared by all workers
+            # "store": {"type": "sqlite", "path": "/var/lib/mysite/breakers.db"},  # for all workers
         },
     )
 

@@ -1,9 +1,10 @@
-"""OpenTelemetry: a span for every request to a provider, with the attribute names of the GenAI semantic conventions.
+"""OpenTelemetry: a span for each request, with the names of the GenAI semantic conventions.
 
     python examples/otel_spans.py "Why is the sky blue?"      # prints the spans
 
-The spans are children of the one that is current where the chain is called, such as a web framework's. They hold no
-prompts and no answers: an event has none. Read a stream in the thread that opened it, or its span is ended by the next call.
+The spans are children of the current span, for example of the web framework's. They hold no
+prompts and no answers. Read a stream in the thread that opened it; else the next call ends its
+span.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ ENDS_A_REQUEST = ("retry", "failover", "escalation", "wait", "skip", "attempt", 
 
 
 class Spans:
-    """``on_event`` is called in the thread of its call, so that each thread has one request under way at most.
+    """Events come in the thread of their call, so each thread has one open span at most.
 
-    ``providers``: tier -> the convention's name for who serves it, where the tier is not called so.
+    ``providers``: the convention's name of a provider, for tiers that have another name.
     """
 
-    def __init__(self, tracer: trace.Tracer | None = None, providers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, tracer: trace.Tracer | None = None, providers: Mapping[str, str] | None = None
+    ) -> None:
         self._tracer = tracer or trace.get_tracer("copilot_router")
         self._providers = providers or {}
         self._here = threading.local()
@@ -38,7 +41,8 @@ class Spans:
             self._end(span, event)
             self._here.span = None
         elif span is not None:
-            span.add_event(event.kind, {name: str(value) for name, value in event.data.items()})  # resend, breaker
+            facts = {name: str(value) for name, value in event.data.items()}
+            span.add_event(event.kind, facts)  # resend, breaker
         if event.kind == "attempt":
             self._here.span = self._begin(event)
 
@@ -49,7 +53,9 @@ class Spans:
         }
         if event.model:
             attributes["gen_ai.request.model"] = event.model
-        return self._tracer.start_span(f"chat {event.model}".strip(), kind=SpanKind.CLIENT, attributes=attributes)
+        return self._tracer.start_span(
+            f"chat {event.model}".strip(), kind=SpanKind.CLIENT, attributes=attributes
+        )
 
     @staticmethod
     def _end(span: trace.Span, event: Event) -> None:
@@ -64,7 +70,10 @@ class Spans:
 
 
 def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
-    tiers = [ProviderTier("local", LMStudioProvider()), ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"])]
+    tiers = [
+        ProviderTier("local", LMStudioProvider()),
+        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
+    ]
     return FailoverChain(tiers, on_event=on_event)
 
 

@@ -1,8 +1,9 @@
-"""Two limits on where a question may go: what is private stays on this machine, and the cloud stops at a budget.
+"""Two limits on where a question may go: private ones stay here, and the cloud has a budget.
 
-    python examples/private_and_budget.py 0.50 questions.txt      # USD; lines that begin with "private:" stay local
+    python examples/private_and_budget.py 0.50 questions.txt
 
-``tiers=["local"]`` is strict: no other tier is asked, whatever fails, escalation included.
+The first argument is the budget in USD. Lines that begin with "private:" are asked of the local
+tier only: ``tiers=["local"]`` is strict, so no other tier is asked, whatever fails.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from copilot_router import (
 
 
 class Budget:
-    """Adds up what answered calls cost: pass it as ``on_event``. Thread-safe; calls under way can still overspend it.
+    """Adds up what answered calls cost: pass it as ``on_event``. Thread-safe.
 
-    A cost of None means that a tier has no price: that is refused here, since it would spend without being seen. Not seen
-    either: what a call used that nobody answered (its error's ``.attempts`` know), and streams given up by their readers.
+    Calls that are under way can still exceed the budget. A cost of None means that the price is not
+    known, so the budget counts as spent. Not counted: calls that nobody answered (``.attempts`` of
+    the error has their tokens) and streams that their readers left.
     """
 
     def __init__(self, usd: float) -> None:
@@ -48,7 +50,8 @@ class Budget:
 
 def make_chain(on_event: Callable[[Event], None]) -> FailoverChain:
     tiers = [
-        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),  # USD per million tokens
+        # Prices are in USD per million tokens.
+        ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"], prices=(0.1, 0.5)),
         ProviderTier("local", LMStudioProvider(), prices=(0, 0)),
     ]
     return FailoverChain(tiers, on_event=on_event, timeout=60)

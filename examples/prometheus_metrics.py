@@ -1,8 +1,9 @@
-"""Prometheus: counters of calls, requests, failovers, tokens and money, and which breakers are open, from ``on_event``.
+"""Prometheus: calls, requests, failovers, tokens, cost and open breakers, from ``on_event``.
 
-    python examples/prometheus_metrics.py "Why is the sky blue?"      # asks once and prints what would be scraped
+    python examples/prometheus_metrics.py "Why is the sky blue?"
 
-In a web application: ``FailoverChain(tiers, on_event=Metrics())`` and ``prometheus_client.start_http_server(9100)``.
+asks once and prints what would be scraped. In a web application, write
+``FailoverChain(tiers, on_event=Metrics())`` and ``prometheus_client.start_http_server(9100)``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 from copilot_router import Event, FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
 
@@ -19,13 +27,32 @@ class Metrics:
     """Called in the thread of the call, for every step of it: count and return."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.calls = Counter("llm_calls", "Calls by how they ended: ok, or an error's class", ["outcome"], registry=registry)
-        self.requests = Counter("llm_requests", "Requests sent", ["tier", "model"], registry=registry)
-        self.failovers = Counter("llm_failovers", "From one tier to the next", ["tier", "to"], registry=registry)
-        self.tokens = Counter("llm_tokens", "Tokens of the answers", ["tier", "kind"], registry=registry)
-        self.cost = Counter("llm_cost_usd", "Money spent on answered calls, where prices are known", registry=registry)
-        self.seconds = Histogram("llm_call_seconds", "How long calls took", ["outcome"], registry=registry)
-        self.open = Gauge("llm_breaker_open", "1 while a tier is not asked", ["tier"], registry=registry)
+        self.calls = Counter(
+            "llm_calls",
+            "Calls by how they ended: ok, or an error's class",
+            ["outcome"],
+            registry=registry,
+        )
+        self.requests = Counter(
+            "llm_requests", "Requests sent", ["tier", "model"], registry=registry
+        )
+        self.failovers = Counter(
+            "llm_failovers", "From one tier to the next", ["tier", "to"], registry=registry
+        )
+        self.tokens = Counter(
+            "llm_tokens", "Tokens of the answers", ["tier", "kind"], registry=registry
+        )
+        self.cost = Counter(
+            "llm_cost_usd",
+            "Money spent on answered calls, where prices are known",
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "llm_call_seconds", "How long calls took", ["outcome"], registry=registry
+        )
+        self.open = Gauge(
+            "llm_breaker_open", "1 while a tier is not asked", ["tier"], registry=registry
+        )
 
     def __call__(self, event: Event) -> None:
         if event.kind == "attempt":

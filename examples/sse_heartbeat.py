@@ -1,15 +1,16 @@
-"""Server-sent events to a browser, with a heartbeat while the model is thinking.
+"""Server-sent events to a browser, with a heartbeat while the model is silent.
 
-    export OPENAI_API_KEY=…
+    export OPENAI_API_KEY=...
     gunicorn --chdir examples 'sse_heartbeat:create_app()' --worker-class gthread --threads 8
     curl -N 'localhost:8000/events?question=Why+is+the+sky+blue'
 
-    new EventSource("/events?question=…").onmessage = (event) => page.append(JSON.parse(event.data))
+    new EventSource("/events?question=...").onmessage = (e) => page.append(JSON.parse(e.data))
 
-Proxies and browsers give up on a connection that says nothing, and a model may be silent for longer than they wait. ``next()``
-blocks until there is text, so a thread reads the stream and a queue hands it over; whenever the queue stays empty, a comment
-goes out in its place. The thread belongs to this recipe: the library itself needs none. Before the first text there is neither
-status nor heartbeat, so that an outage can still become a 503; first_token_timeout bounds that time.
+Proxies and browsers close a connection that is silent for too long, and a model may be silent
+for longer. ``next()`` on a stream blocks until there is text. So a thread reads the stream and
+puts the text into a queue. When the queue stays empty, a comment is sent as heartbeat. The
+thread belongs to this recipe; the library needs none. Before the first piece of text nothing is
+sent, so an outage can still become a 503. The setting first_token_timeout limits that time.
 """
 
 from __future__ import annotations
@@ -34,23 +35,27 @@ from copilot_router import (
     StreamInterrupted,
 )
 
-HEARTBEAT = float(os.environ.get("HEARTBEAT", "15"))  #: seconds; below the shortest patience on the way to the browser
+#: Seconds. Less than the shortest time limit between here and the browser.
+HEARTBEAT = float(os.environ.get("HEARTBEAT", "15"))
 
 
 def make_chain() -> FailoverChain:
-    return FailoverChain([
-        ProviderTier("local", LMStudioProvider()),  # LMSTUDIO_BASE_URL
-        ProviderTier("cloud", OpenAIProvider(), [os.environ.get("OPENAI_MODEL", "gpt-6-luna")]),  # OPENAI_BASE_URL
-    ])  # fmt: skip
+    return FailoverChain(
+        [
+            ProviderTier("local", LMStudioProvider()),  # LMSTUDIO_BASE_URL
+            ProviderTier("cloud", OpenAIProvider(), [os.environ.get("OPENAI_MODEL", "gpt-6-luna")]),
+        ]
+    )
 
 
 def event(data: Any, name: str = "message") -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON: a newline in the text must not end the event
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON has no newline in it
 
 
 def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
     """The stream's text as events, and a comment whenever it has been silent for so long."""
-    events: queue.Queue[str | None] = queue.Queue(maxsize=100)  # a slow browser slows the reading down
+    # The queue has a limit, so that a slow browser slows the reading down.
+    events: queue.Queue[str | None] = queue.Queue(maxsize=100)
     gone = threading.Event()  # the browser has hung up
 
     def put(item: str | None) -> bool:
@@ -63,12 +68,20 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
         return False
 
     def read() -> None:
-        with stream:  # closed by the thread that reads it, at the latest when the next text comes or the deadline passes
+        with stream:  # the thread that reads it closes it
             try:
                 for delta in stream:
                     if not put(event(delta)):
                         return
-                put(event({"by": stream.response.provider, "tokens": stream.response.usage.total_tokens}, "end"))
+                put(
+                    event(
+                        {
+                            "by": stream.response.provider,
+                            "tokens": stream.response.usage.total_tokens,
+                        },
+                        "end",
+                    )
+                )
             except StreamInterrupted:
                 put(event("the answer broke off", "broken"))
             finally:
@@ -91,17 +104,22 @@ def with_heartbeat(stream: ChatStream, seconds: float) -> Iterator[str]:
 
 def create_app(chain: FailoverChain | None = None) -> Flask:
     app = Flask(__name__)
-    chain = chain or make_chain()  # one for the whole process: its threads share connections and breakers
+    chain = chain or make_chain()  # one for the process: its threads share it
 
     @app.get("/events")
     def events() -> Any:
-        stream = chain.stream(request.args["question"], timeout=120)  # the first text is in hand, or this raises
+        # When this returns, the first text is there; else it raises.
+        stream = chain.stream(request.args["question"], timeout=120)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(with_heartbeat(stream, HEARTBEAT), mimetype="text/event-stream", headers=headers)
+        return Response(
+            with_heartbeat(stream, HEARTBEAT), mimetype="text/event-stream", headers=headers
+        )
 
     @app.errorhandler(AllProvidersFailed)
     def unavailable(error: AllProvidersFailed) -> Any:
-        wait = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        wait = (
+            {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+        )
         return {"error": "no answer at the moment"}, 503, wait
 
     return app

@@ -1,10 +1,10 @@
-"""A custom provider around a vendor's own SDK (openai here), for what only the SDK can do: its own sign-in, its own proxies.
+"""A custom provider around a vendor's SDK, for example for a sign-in that only the SDK can do.
 
     python examples/vendor_sdk.py "Why is the sky blue?"
 
-All there is to it: call the SDK without retries of its own, obey ``timeout``, and say what went wrong in the words of
-copilot_router, because the class of an error decides what happens next. A provider must not let messages or keys into its
-errors, so that an SDK's own text is left out.
+The provider calls the SDK without the SDK's own retries, obeys ``timeout``, and raises the
+errors of copilot_router, because the class of an error decides what happens next. It leaves out
+the text of the SDK's errors, which may hold messages or keys.
 """
 
 from __future__ import annotations
@@ -48,21 +48,27 @@ KINDS: list[tuple[type[Exception], type[ProviderError]]] = [
 
 class SDKProvider(LLMProvider):
     def __init__(self, client: openai.OpenAI) -> None:
-        self._client = client.with_options(max_retries=0)  # the chain has its own, within its deadline
+        # The chain has retries of its own, within its deadline.
+        self._client = client.with_options(max_retries=0)
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
+    def chat(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> LLMResponse:
         if tools:
             kwargs["tools"] = tools
-        try:  # timeout= is among kwargs. The SDK's is for each read: a server that drips can overstep it; ours are for all
+        try:  # kwargs hold timeout=; the SDK applies it to each read, not to the whole
             answer = self._client.chat.completions.create(model=model, messages=messages, **kwargs)
         except openai.APIError as error:
             raise self._translated(error) from None
         choice, usage = answer.choices[0], answer.usage
         calls = [self._tool_call(call) for call in choice.message.tool_calls or ()]
         return LLMResponse(
-            content=choice.message.content, tool_calls=calls, finish_reason=choice.finish_reason, model=answer.model,
+            content=choice.message.content,
+            tool_calls=calls,
+            finish_reason=choice.finish_reason,
+            model=answer.model,
             usage=Usage(usage.prompt_tokens, usage.completion_tokens) if usage else Usage(),
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _tool_call(call: Any) -> ToolCall:
@@ -71,7 +77,9 @@ class SDKProvider(LLMProvider):
             arguments = json.loads(text or "{}")
         except ValueError:
             arguments = None
-        return ToolCall(call.id, call.function.name, arguments if isinstance(arguments, dict) else None, text)
+        return ToolCall(
+            call.id, call.function.name, arguments if isinstance(arguments, dict) else None, text
+        )
 
     @staticmethod
     def _translated(error: openai.APIError) -> ProviderError:
@@ -79,16 +87,19 @@ class SDKProvider(LLMProvider):
         response = getattr(error, "response", None)
         wait = response.headers.get("retry-after", "") if response is not None else ""
         return kind(
-            type(error).__name__, status=getattr(error, "status_code", None), code=error.code,
+            type(error).__name__,
+            status=getattr(error, "status_code", None),
+            code=error.code,
             retry_after=float(wait) if wait.isdecimal() else None,
-        )  # fmt: skip
+        )
 
 
 def make_chain() -> FailoverChain:
-    return FailoverChain([
-        ProviderTier("sdk", SDKProvider(openai.OpenAI()), ["gpt-6-luna"]),  # OPENAI_API_KEY, OPENAI_BASE_URL
+    tiers = [
+        ProviderTier("sdk", SDKProvider(openai.OpenAI()), ["gpt-6-luna"]),  # reads OPENAI_API_KEY
         ProviderTier("local", LMStudioProvider(), role="emergency"),
-    ])  # fmt: skip
+    ]
+    return FailoverChain(tiers)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Sixteen threads call for minutes while everything around them fails: every answer right, none late, and nothing grows.
+"""Sixteen threads call for minutes while everything around them fails: every answer is right.
 
     python tests/soak.py [SECONDS, 600]
 
-Three chains share the work: with breakers in memory, in SQLite and, where it is installed, in Redis. Their first tier has any
-fault of tests/faults.py at random, their second is well; both servers are in another process. Meanwhile the SQLite file is
-locked, overwritten and removed, Redis is paused, stopped and started, breakers are reset, and the process forks; a child has
-to get its answers, too. A call that ends too late is excused only if, past its deadline, a mere sleep lasted as much too long.
+Three chains share the work: with breakers in memory, SQLite and, if installed, Redis. Their first
+tier has faults of tests/support/faults.py, their second is well; the servers are another process.
+Meanwhile the SQLite file is locked, overwritten and removed, Redis is paused, stopped and started,
+breakers are reset, and the process forks; a child has to get its answers, too. A call that ends too
+late is excused only if, past its deadline, a mere sleep lasted as much too long.
 """
 
 from __future__ import annotations
@@ -27,32 +28,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from faults import Entry, answer_to, descriptors, fault_server
-from stores import REDIS, RedisServer
-from test_faults import ROWS
+from support.faults import ROWS, Entry, answer_to, descriptors, fault_server
+from support.stores import REDIS, RedisServer
 
-from copilot_router import (
-    ContentFiltered,
-    DeadlineExceeded,
-    FailoverChain,
-    OpenAIProvider,
-    ProviderTier,
-    RedisStore,
-    SQLiteStore,
-    StreamInterrupted,
-)
+import copilot_router as cr
 
 KEY = "sk-test-soak-key-1029384756"
 THREADS = 16
 #: Seconds for a call: most have time enough to be answered, some have not.
 DEADLINES = (5.0, 5.0, 5.0, 0.5)
-LIMITS: dict[str, Any] = {"first_token_timeout": 0.2, "stall_timeout": 0.2, "max_response_bytes": 300_000}
+SILENCE = 0.2
+LIMITS: Any = dict(first_token_timeout=SILENCE, stall_timeout=SILENCE, max_response_bytes=300_000)
 #: What a call may take longer than its deadline: a twentieth, and as many seconds.
 LATE = 0.1
 #: Bytes that the process may have grown from the second to the last fifth of the time.
 GROWTH = 16 * 2**20
-#: By name: what tests/test_faults.py expects of a call. Not here: those that change the text.
-KINDS = {row.fault: row.expect.__name__ for row in ROWS if row.told is str and not row.options}
+#: By name: what a call gets from such a tier. Not here: rows that change the text.
+KINDS = {row.name: row.expect.__name__ for row in ROWS if row.told is str and not row.options}
 
 #: What some faults say on their own: numbers, more and more, or again and again.
 OTHER_TEXT = re.compile(r"^0 1 2 .*|(half|(more )+|again and .*)$")
@@ -69,9 +61,10 @@ class Tally:
 
 
 def serve() -> None:
-    """The other process: an ill server and a well one, until its input ends; then what it was asked."""
+    """The other process: an ill server and a well one, until its input ends; then the tally."""
     names = list(KINDS)
-    with fault_server(pick=lambda model: random.choice((random.choice(names), "healthy"))) as ill, fault_server() as well:
+    picked = fault_server(pick=lambda model: random.choice((random.choice(names), "healthy")))
+    with picked as ill, fault_server() as well:
         tally: Any = Tally()
         ill.log, well.log = tally, Tally()  # type: ignore[assignment]
         print(json.dumps([ill.url, well.url]), flush=True)
@@ -81,16 +74,15 @@ def serve() -> None:
 
 def size() -> int:
     """Bytes of memory that this process holds, 0 where nobody knows."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    known = Path("/proc/self/statm")
+    pages = int(known.read_text().split()[1]) if known.exists() else 0
+    return pages and pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Soak:
     """The chains, those who call them, and those who disturb them."""
 
-    def __init__(self, seconds: float, folder: Path, ill: str, well: str, redis: RedisServer | None) -> None:
+    def __init__(self, seconds: float, folder: Path, ill: str, well: str, redis: Any) -> None:
         self.seconds = seconds
         self.path = folder / "breakers.sqlite"
         self.redis = redis
@@ -103,17 +95,19 @@ class Soak:
         self.samples: list[tuple[int, int, int]] = []
         self.over = threading.Event()
         self.lock = threading.Lock()
-        self.stores: dict[str, Any] = {"memory": None, "sqlite": SQLiteStore(self.path, refresh=0.05)}
+        self.stores: dict[str, Any] = {"memory": None}
+        self.stores["sqlite"] = cr.SQLiteStore(self.path, refresh=0.05)
         if redis is not None:
-            self.stores["redis"] = RedisStore(redis.url, "soak", shared_counts=True, refresh=0.05)
-        self.chains = {
-            name: FailoverChain(
-                [ProviderTier("ill", OpenAIProvider(KEY, ill, **LIMITS), ["any"], timeout=1.0),
-                 ProviderTier("well", OpenAIProvider(KEY, well), ["healthy"], role="secondary")],
-                store=store, recovery_timeout=0.2, on_error={ContentFiltered: "next"}, on_event=self.heard,
-            )
-            for name, store in self.stores.items()
-        }  # fmt: skip
+            shared: Any = {"shared_counts": True, "refresh": 0.05}
+            self.stores["redis"] = cr.RedisStore(redis.url, "soak", **shared)
+        self.chains = {}
+        for name, store in self.stores.items():
+            tiers = [
+                cr.ProviderTier("ill", cr.OpenAIProvider(KEY, ill, **LIMITS), ["any"], timeout=1.0),
+                cr.ProviderTier("well", cr.OpenAIProvider(KEY, well), ["healthy"]),
+            ]
+            policy: Any = {"on_error": {cr.ContentFiltered: "next"}, "on_event": self.heard}
+            self.chains[name] = cr.FailoverChain(tiers, store=store, recovery_timeout=0.2, **policy)
 
     def heard(self, event: Any) -> None:
         with self.lock:
@@ -123,15 +117,14 @@ class Soak:
         with self.lock:
             self.wrong.append(what)
 
-    # -- those who call
-
     def ask(self, who: int) -> None:
         chance = random.Random(who)
         turn = 0
         while not self.over.is_set():
             turn += 1
             name = chance.choice(list(self.chains))
-            self.call(name, f"prompt {who:x}/{turn:x}", chance.choice(DEADLINES), chance.random() < 0.4)
+            timeout, streamed = chance.choice(DEADLINES), chance.random() < 0.4
+            self.call(name, f"prompt {who:x}/{turn:x}", timeout, streamed)
 
     def call(self, name: str, prompt: str, timeout: float, streamed: bool) -> None:
         begin = time.monotonic()
@@ -147,13 +140,13 @@ class Soak:
             outcome = f"answered by {by}"
             if text != answer_to(prompt):
                 self.say(f"{name}: another text by {by}")
-        except DeadlineExceeded:
+        except cr.DeadlineExceeded:
             outcome = "deadline of half a second" if timeout < 1 else "deadline of five seconds"
-        except StreamInterrupted as error:
+        except cr.StreamInterrupted as error:
             outcome = "stream interrupted"
-            told = OTHER_TEXT.sub("", error.partial)  # a fault's own, after or instead of the beginning of the answer
+            told = OTHER_TEXT.sub("", error.partial)  # the text of a fault itself
             if not streamed or not error.partial or not answer_to(prompt).startswith(told):
-                self.say(f"{name}: interrupted after …{error.partial[-60:]!r} by {error.__cause__!r}")
+                self.say(f"{name}: {error.partial[-60:]!r} and then {error.__cause__!r}")
         except Exception as error:
             outcome = "another error"
             self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
@@ -165,16 +158,15 @@ class Soak:
         if late > 0:
             time.sleep(0.05)  # the watch may be on its way
             due = begin + timeout
-            machine = sum(min(most, when - due) for when, most in list(self.overslept) if when > due)
+            overslept = list(self.overslept)
+            machine = sum(min(most, when - due) for when, most in overslept if when > due)
             if machine < late:
-                self.say(f"{name}: {taken:.3f} s for a deadline of {timeout} s ({outcome}); the machine: {machine:.3f} s")
+                self.say(f"{name}: {taken:.3f} s of {timeout} s ({outcome}), machine {machine:.3f}")
             else:
                 self.counts["calls late with the machine"] += 1
 
-    # -- those who disturb
-
     def watch(self) -> None:
-        """What this machine makes of a sleep of ten milliseconds, where it is late by more than as much."""
+        """Notes where a sleep of ten milliseconds takes more than twice as long."""
         while not self.over.is_set():
             start = time.monotonic()
             time.sleep(0.01)
@@ -182,45 +174,39 @@ class Soak:
             if now - start > 0.02:
                 self.overslept.append((now, now - start - 0.01))
 
-    def pause(self, seconds: float) -> bool:
-        return not self.over.wait(seconds)
-
     def disturb_sqlite(self) -> None:
         chance = random.Random("sqlite")
-        while self.pause(chance.uniform(0.5, 2)):
+        while not self.over.wait(chance.uniform(0.5, 2)):
             how = chance.choice(("locked", "garbage", "gone"))
             if how == "locked":
                 try:
                     other = sqlite3.connect(self.path, isolation_level=None, timeout=2)
                     other.execute("BEGIN EXCLUSIVE")
-                    self.pause(1)
+                    self.over.wait(1)
                     other.close()
                 except sqlite3.Error:
                     continue  # it is garbage still
-            elif how == "garbage":
+                self.counts["SQLite locked"] += 1
+                continue
+            if how == "garbage":
                 self.path.write_bytes(b"this is no database" * 500)
-                self.pause(0.5)
-                self.remove()
-            else:
-                self.remove()
+                self.over.wait(0.5)
+            for path in self.path.parent.glob("breakers.sqlite*"):
+                path.unlink(missing_ok=True)
             self.counts[f"SQLite {how}"] += 1
-
-    def remove(self) -> None:
-        for path in self.path.parent.glob("breakers.sqlite*"):
-            path.unlink(missing_ok=True)
 
     def disturb_redis(self) -> None:
         assert self.redis is not None
         chance = random.Random("redis")
-        while self.pause(chance.uniform(0.5, 2)):
+        while not self.over.wait(chance.uniform(0.5, 2)):
             how = chance.choice(("paused", "stopped", "emptied"))
             if how == "paused":
                 self.redis.pause()
-                self.pause(1)
+                self.over.wait(1)
                 self.redis.resume()
             elif how == "stopped":
                 self.redis.stop()
-                self.pause(1)
+                self.over.wait(1)
                 self.redis.start()
             else:
                 self.redis.flush()
@@ -229,7 +215,7 @@ class Soak:
     def disturb_breakers(self) -> None:
         """Some faults park a tier for an hour: an operator mends that, or shuts it for a moment."""
         chance = random.Random("breakers")
-        while self.pause(0.1):
+        while not self.over.wait(0.1):
             chain = chance.choice(list(self.chains.values()))
             if chance.random() < 0.9:
                 chain.reset()
@@ -260,25 +246,19 @@ class Soak:
         os.waitpid(child, 0)
         self.say("a forked child hung")
 
-    # -- all of it
-
     def run(self) -> None:
-        tasks = [self.watch, self.disturb_sqlite, self.disturb_breakers, *([self.disturb_redis] if self.redis else [])]
+        tasks = [self.watch, self.disturb_sqlite, self.disturb_breakers]
+        tasks += [self.disturb_redis] if self.redis else []
         threads = [threading.Thread(target=task) for task in tasks]
         threads += [threading.Thread(target=self.ask, args=(who,)) for who in range(THREADS)]
         for thread in threads:
             thread.start()
         until = time.monotonic() + self.seconds
-        turn = 0
         while time.monotonic() < until:
             time.sleep(min(1.0, self.seconds / 20))
-            turn += 1
-            if turn % 4 == 0 and hasattr(os, "fork"):
+            if len(self.samples) % 4 == 0 and hasattr(os, "fork"):
                 self.fork()
             self.samples.append((size(), threading.active_count(), descriptors()))
-            if turn % 60 == 0:
-                done = sum(sum(counts.values()) for counts in self.outcomes.values())
-                print(f"  {done} calls, {len(self.wrong)} of them wrong, {size() / 2**20:.0f} MiB", flush=True)
         self.over.set()
         for thread in threads:
             thread.join(60)
@@ -299,42 +279,38 @@ def main() -> None:
     if sys.argv[1:] == ["serve"]:
         return serve()
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 600.0
-    gc.collect()
     threads, files = threading.active_count(), descriptors()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))
         redis = RedisServer() if REDIS else None
         if redis is not None:
             stack.callback(redis.stop)
-        servers = stack.enter_context(subprocess.Popen([sys.executable, __file__, "serve"], stdin=-1, stdout=-1, text=True))
+        command = [sys.executable, __file__, "serve"]
+        servers = stack.enter_context(subprocess.Popen(command, stdin=-1, stdout=-1, text=True))
         stack.callback(servers.kill)
         assert servers.stdin is not None and servers.stdout is not None
         ill, well = json.loads(servers.stdout.readline())
         soak = Soak(seconds, Path(folder), ill, well, redis)
-        print(f"{THREADS} threads for {seconds:.0f} s: {len(KINDS)} faults, stores: {', '.join(soak.chains)}", flush=True)
+        print(f"{THREADS} threads, {len(KINDS)} faults, stores:", *soak.chains, flush=True)
         soak.run()
         servers.stdin.close()
         asked: dict[str, int] = json.loads(servers.stdout.readline())
     gc.collect()
     fifth = max(1, len(soak.samples) // 5)
     early, late = lowest(soak.samples[fifth : 2 * fifth]), lowest(soak.samples[-fifth:])
-    print("\nFaults reached, by what a call gets from such a tier alone:")
-    by_kind: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(KINDS):
-        by_kind[KINDS[name]].append(f"{name} {asked.get(name, 0)}")
-    for kind, entries in sorted(by_kind.items()):
-        print(f"  {kind}: {', '.join(entries)}")
-    print("Disturbances:", ", ".join(f"{name} {count}" for name, count in sorted(soak.counts.items())))
-    print("Events:", ", ".join(f"{name} {count}" for name, count in sorted(soak.kinds.items())))
-    for name, counts in soak.outcomes.items():
-        print(f"{name}, {sum(counts.values())} calls:", ", ".join(f"{what} {count}" for what, count in sorted(counts.items())))
-    print(f"Memory at its lowest: {early[0] / 2**20:.1f} MiB in the second fifth, {late[0] / 2**20:.1f} MiB in the last; "
-          f"threads and descriptors: {early[1:]}, {late[1:]}; "
-          f"before and after: {(threads, files)}, {(threading.active_count(), descriptors())}")  # fmt: skip
-    print(f"The latest call ended {soak.latest:+.3f} s from its deadline; a twentieth and {LATE} s are allowed.")
+    missed = [name for name in KINDS if not asked.get(name, 0)]
+    print(f"\nFaults: {len(KINDS) - len(missed)} of {len(KINDS)} kinds reached")
+    lines = {"Disturbances": soak.counts, "Events": soak.kinds, **soak.outcomes}
+    for title, counts in lines.items():
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        print(f"{title}, {sum(counts.values())}: {told}")
+    now = (threading.active_count(), descriptors())
+    print(f"Memory at its lowest: {early[0] / 2**20:.1f} MiB in the second fifth of the time,"
+          f" {late[0] / 2**20:.1f} MiB in the last")  # fmt: skip
+    print(f"Threads and descriptors: {(threads, files)} before, {now} after")
+    print(f"The latest call ended {soak.latest:+.3f} s from its deadline.")
     wrong = soak.wrong
     calls = sum(sum(counts.values()) for counts in soak.outcomes.values())
-    missed = [name for name in KINDS if not asked.get(name, 0)]
     if missed and seconds >= 100:
         wrong.append(f"faults never reached: {', '.join(missed)}")
     if late[0] - early[0] > GROWTH:
@@ -345,8 +321,7 @@ def main() -> None:
         wrong.append("more than one call in a hundred had no answer within five seconds")
     for line in wrong[:20]:
         print("WRONG:", line)
-    print(f"{calls} calls, {sum(asked.values())} requests to the ill server, {soak.counts['forks']} forks: "
-          f"{'all well' if not wrong else f'{len(wrong)} wrong'}")  # fmt: skip
+    print(f"{calls} calls, {sum(asked.values())} requests to the ill server: {len(wrong)} wrong")
     sys.exit(1 if wrong else 0)
 
 

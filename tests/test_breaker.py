@@ -1,42 +1,45 @@
-"""The breaker, scenario by scenario; the numbers are those of the scenario list that the breaker was designed against."""
+"""The circuit breaker: its states, tickets and trials, and what happens around a change."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import contextlib
 import copy
-import ctypes
 import gc
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Generator
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
-from clocks import FakeClock
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule,
+    run_state_machine_as_test,
+)
+from support.stores import (
+    KINDS, FakeClock, Wrapped, at_each_line, done, end, fail, in_a_thread, needs_fork, python,
+    seconds_of,
+)
 
 from copilot_router import (
-    AuthenticationError,
-    BadRequest,
-    CircuitBreaker,
-    CircuitOpen,
-    ConfigError,
-    ContextLengthExceeded,
-    EmptyResponse,
-    QuotaExceeded,
-    RateLimited,
-    ServerError,
-    StreamInterrupted,
-    _after_fork,
+    AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen, ConfigError,
+    ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
+    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ScriptedProvider, ServerError,
+    StreamInterrupted, Ticket,
 )
+
+New = Callable[..., CircuitBreaker]
 
 
 class Boom(Exception):
@@ -47,300 +50,223 @@ def boom() -> None:
     raise Boom("own error")
 
 
-def fail(breaker: CircuitBreaker, times: int = 1) -> None:
-    for _ in range(times):
-        with pytest.raises(Boom):
-            breaker.call(boom)
-
-
-def made(clock: FakeClock, **settings: object) -> CircuitBreaker:
-    return CircuitBreaker(clock=clock, **settings)  # type: ignore[arg-type]
-
-
-def tripped(clock: FakeClock, **settings: object) -> CircuitBreaker:
-    breaker = made(clock, **settings)
-    fail(breaker, breaker.failure_threshold)
-    assert breaker.is_open
-    return breaker
-
-
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
 
 
-# -- A: closed, counting
+@pytest.fixture(params=["alone", *KINDS])
+def new(request: pytest.FixtureRequest, clock: FakeClock, make_store: Any) -> New:
+    """Makes breakers that keep their state alone or in a store: nobody may see a difference."""
+    settings = {"shared_counts": True} if request.param == "redis" else {}
+
+    def make(threshold: int = 3, recovery: float = 15.0, **more: Any) -> CircuitBreaker:
+        more = {"clock": clock, **more}
+        if request.param != "alone":
+            more.setdefault("name", "x")
+            more["store"] = Wrapped(make_store(request.param, **settings), more["clock"])
+        return CircuitBreaker(threshold, recovery, **more)
+
+    return make
 
 
-def test_02_the_threshold_opens_and_the_caller_sees_its_own_error(clock: FakeClock) -> None:
-    """1, 2, 5: below the threshold closed; the tripping call raises its own exception object."""
-    breaker = made(clock)
-    fail(breaker, 2)
-    assert breaker.is_closed
-    error = Boom("this very object")
-
-    def raise_it() -> None:
-        raise error
-
-    with pytest.raises(Boom) as caught:
-        breaker.call(raise_it)
-    assert caught.value is error
+def tripped(breaker: CircuitBreaker) -> CircuitBreaker:
+    fail(breaker, breaker.failure_threshold)
     assert breaker.is_open
-    assert not breaker.is_closed
+    return breaker
 
 
-def test_03_a_success_resets_the_count(clock: FakeClock) -> None:
-    """F F S F F stays closed, one more opens."""
-    breaker = made(clock)
-    fail(breaker, 2)
-    assert breaker.call(lambda: "fine") == "fine"
-    fail(breaker, 2)
-    assert breaker.is_closed
-    fail(breaker)
-    assert breaker.is_open
+def on_trial(breaker: CircuitBreaker, clock: FakeClock) -> Ticket:
+    """The ticket of a trial, once the open time is over."""
+    tripped(breaker)
+    clock.advance(breaker.retry_after or 0)
+    ticket = breaker.admit()
+    assert ticket.is_trial
+    return ticket
 
 
-def test_04_neutral_neither_counts_nor_resets(clock: FakeClock) -> None:
-    """F F neutral F opens."""
-    breaker = made(clock)
-    fail(breaker, 2)
-    breaker.admit().neutral()
-    assert breaker.snapshot().failures == 2
-    fail(breaker)
-    assert breaker.is_open
+def refused(breaker: CircuitBreaker) -> CircuitOpen:
+    with pytest.raises(CircuitOpen) as caught:
+        breaker.admit()
+    return caught.value
 
 
-def test_06_a_result_may_be_classified_by_ticket(clock: FakeClock) -> None:
-    """Without an exception: the ticket's failure counts."""
-    breaker = made(clock, failure_threshold=1)
-    breaker.admit().failure("wrong answer")
-    assert breaker.snapshot().reason == "wrong answer"
+# -- settings
 
 
-@pytest.mark.parametrize("value", [0, -1, math.nan, True, "3", 2.5, None])
-def test_08_a_bad_threshold_is_refused(value: object) -> None:
-    """The message names the setting and the value."""
-    with pytest.raises(ConfigError, match="failure_threshold="):
-        CircuitBreaker(value)  # type: ignore[arg-type]
+def test_defaults_are_those_of_the_manual():
+    breaker = CircuitBreaker()
+    assert (breaker.failure_threshold, breaker.recovery_timeout) == (3, 15.0)
+    assert (breaker.trial_timeout, breaker.max_recovery_timeout, breaker.name) == (120.0, 15.0, "")
 
 
-@pytest.mark.parametrize("name", ["recovery_timeout", "trial_timeout", "max_recovery_timeout"])
-@pytest.mark.parametrize("value", [-1, math.nan, True, "3"])
-def test_08_bad_times_are_refused(name: str, value: object) -> None:
-    """Negative, NaN, booleans and text; a ConfigError is a ValueError."""
-    with pytest.raises(ValueError, match=name):
-        CircuitBreaker(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError):
-        CircuitBreaker(recovery_timeout=math.inf)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("failure_threshold", [0, -1, math.nan, True, "3", 2.5, None]),
+        ("recovery_timeout", [-1, math.nan, math.inf, True, "3"]),
+        ("max_recovery_timeout", [-1, 1, math.nan, True, "3"]),
+        ("trial_timeout", [0, 0.0, -1, math.nan, True, "3"]),
+        ("jitter", [-0.1, math.nan, math.inf, True, "3", None]),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_its_name(name, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=name) as caught:
+            CircuitBreaker(**{name: value})
+        assert isinstance(caught.value, ValueError)
 
 
-def test_08_zero_means_zero(clock: FakeClock) -> None:
-    """recovery_timeout=0: the next call is the trial, no default takes its place."""
-    breaker = tripped(clock, recovery_timeout=0)
-    assert breaker.call(lambda: 1) == 1
-    assert breaker.is_closed
+# -- one breaker, step by step
+
+#: Words are done one after the other. F, S, N, P (failure, success, neutral, park): the verdict on
+#: the newest ticket that is held, else on a new one; f, s, n, p: on the oldest one. hold: admit and
+#: keep the ticket; trial: the same, and it is a trial. A number: seconds that pass. Others: what
+#: the breaker does or must be now.
+STORIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "it opens at the threshold": ("F F closed failures=2 F open opened=1", {}),
+    "a success starts the count over": ("F F S failures=0 F F closed F open", {}),
+    "a neutral verdict changes nothing": ("F F N failures=2 F open", {}),
+    "only the first of many failures opens it": (
+        "hold hold hold hold hold F F F open F F opened=1 stale=2", {}),
+    "it refuses until its deadline": (
+        "F F F left=15 10 refused left=5 4.9 refused 1 left=0 trial", {}),
+    "reading changes nothing": ("F F F 100 open left=0 open left=0 trial half_open", {}),
+    "a recovery timeout of zero means zero": ("F F F open trial S closed", {"recovery": 0.0}),
+    "a good trial closes": (
+        "F F F 15 trial half_open refused S closed failures=0 left=None F F closed", {}),
+    "a failed trial opens from its end": (
+        "F F F 15 trial 4 F open left=15 14 refused 1 trial 4 F left=15 refused", {}),
+    "a refusal during a trial hints at a second": (
+        "F F F 15 trial refused left=1 1.5 left=0.5", {"trial_timeout": 2.0}),
+    "one caller takes over a hung trial": (
+        "F F F 15 trial 119 refused 1 trial refused s half_open stale=1 S closed", {}),
+    "a late trial counts until then": ("F F F 15 trial 500 half_open S closed", {}),
+    "a neutral trial is handed on": (
+        "F F F 15 trial N open left=0 trial refused N trial N trial refused S opened=1", {}),
+    "older results change nothing while open": (
+        "hold hold hold F 3 open s f open left=12 stale=2", {"threshold": 1}),
+    "a success of an older era does not close": (
+        "hold hold hold F F 15 trial s half_open stale=1 S closed", {"threshold": 2}),
+    "a failure of an older era does not count": (
+        "hold hold hold F F 15 trial f half_open S closed failures=0", {"threshold": 2}),
+    "a reset outruns the trial": ("F F F 15 trial reset F closed failures=0", {}),
+    "a park moves the deadline only later": (
+        "hold hold hold hold P=10 left=10 P=60 left=60 P=5 left=60 p=70 left=70", {}),
+    "a park lasts for the recovery timeout": ("P left=15 15 trial P left=15", {}),
+    "the open time doubles up to its maximum": (
+        "F F F left=1 1 F left=2 2 F left=4 4 F left=5 5 F left=5 5 S P=3 left=3 3 F left=1",
+        {"recovery": 1.0, "max_recovery_timeout": 5.0}),
+    "by hand it opens until reset": (
+        "open! left=None 1e9 refused open=30 left=30 open=10 left=10 reset closed", {}),
+}
 
 
-def test_10_one_trip_however_many_fail_at_once(clock: FakeClock) -> None:
-    """Thirty-two tickets fail; one opening, one event; the rest are stale."""
-    changes: list[tuple[str, ...]] = []
-    breaker = made(clock, on_change=lambda *change: changes.append(change), name="x")
-    for ticket in [breaker.admit() for _ in range(32)]:
-        ticket.failure("down")
-    assert changes == [("x", "closed", "open", "down")]
-    assert (breaker.snapshot().opened, breaker.snapshot().stale) == (1, 29)
+@pytest.mark.parametrize("story", STORIES)
+def test_step_by_step(new, clock, story):
+    words, settings = STORIES[story]
+    breaker, held = new(**settings), []
+    for at, word in enumerate(words.split()):
+        where = f"word {at}: {word}"
+        name, _, value = word.partition("=")
+        if name in ("left", "failures", "opened", "stale"):
+            wanted = None if value == "None" else pytest.approx(float(value))
+            found = breaker.retry_after if name == "left" else getattr(breaker.snapshot(), name)
+            assert found == wanted, where
+        elif name.upper() in "SFNP":
+            ticket = held.pop(0 if name.islower() else -1) if held else breaker.admit()
+            verdicts = {"S": "success", "F": "failure", "N": "neutral", "P": "park"}
+            getattr(ticket, verdicts[name.upper()])(*([float(value)] if value else []))
+        elif name in ("hold", "trial"):
+            held.append(breaker.admit())
+            assert held[-1].is_trial == (name == "trial"), where
+        elif name == "refused":
+            error = refused(breaker)
+            assert error.retry_after == breaker.retry_after, where
+        elif name == "reset":
+            breaker.reset()
+        elif word == "open!" or value:
+            breaker.open(float(value) if value else None)
+        elif name in ("closed", "open", "half_open"):
+            assert breaker.state == name, where
+            flags = (breaker.is_closed, breaker.is_open, breaker.is_half_open)
+            assert flags == tuple(name == state for state in ("closed", "open", "half_open"))
+        else:
+            clock.advance(float(word))
 
 
-# -- B: open, time
+def test_a_success_that_a_failure_overtook_resets_the_count(new):
+    breaker = new()
+
+    def overtaken() -> str:
+        fail(breaker, 1)
+        return "x"
+
+    assert breaker.call(overtaken) == "x"
+    assert breaker.snapshot().failures == 0
 
 
-def test_12_an_open_breaker_refuses_with_the_time_left(clock: FakeClock) -> None:
-    """The function is not called; retry_after counts down and is never negative."""
-    breaker = tripped(clock, name="db")
+def test_an_open_breaker_refuses_with_the_time_left(new, clock):
+    breaker = tripped(new(name="db"))
     called: list[int] = []
     clock.advance(5)
-    with pytest.raises(CircuitOpen, match="db is open") as refused:
+    with pytest.raises(CircuitOpen, match=r"db .*down") as caught:
         breaker.call(called.append, 1)
-    assert refused.value.retry_after == pytest.approx(10)
+    assert caught.value.retry_after == pytest.approx(10)
     assert not called
     clock.advance(100)
     assert breaker.retry_after == 0
 
 
 @pytest.mark.parametrize("timeout", [15.0, 0.25, 1e9])
-def test_13_the_trial_is_due_exactly_at_the_deadline(timeout: float) -> None:
-    """13, 16, 17: not a moment before, no rounding, no overflow."""
+def test_the_trial_is_due_exactly_at_the_deadline(timeout):
     clock = FakeClock(0.0)
-    breaker = tripped(clock, recovery_timeout=timeout)
+    breaker = tripped(CircuitBreaker(3, timeout, clock=clock))
     clock.now = math.nextafter(timeout, 0)
-    with pytest.raises(CircuitOpen):
-        breaker.admit()
+    refused(breaker)
     clock.now = timeout
     breaker.admit().success()
     assert breaker.is_closed
 
 
-def test_15_reading_changes_nothing(clock: FakeClock) -> None:
-    """State, snapshot and repr after the timeout: still open, and the trial is still there to be had."""
-    breaker = tripped(clock)
-    clock.advance(100)
-    before = breaker.snapshot()
-    for _ in range(10):
-        assert (breaker.state, breaker.is_open, breaker.is_half_open) == ("open", True, False)
-        assert "open" in repr(breaker)
-    assert breaker.snapshot() == before
-    assert breaker.call(lambda: 1) == 1
-
-
-def test_18_refusals_are_new_objects_of_constant_size(clock: FakeClock) -> None:
-    """No shared instance whose traceback grows."""
-    breaker = tripped(clock)
+def test_refusals_are_new_objects_of_constant_size():
+    breaker = tripped(CircuitBreaker())
     seen = set()
     for _ in range(1000):
-        try:
-            breaker.admit()
-        except CircuitOpen as error:
-            depth, trace = 0, error.__traceback__
-            while trace is not None:
-                depth, trace = depth + 1, trace.tb_next
-            seen.add(depth)
-    assert seen == {2}
+        trace, depth = refused(breaker).__traceback__, 0
+        while trace is not None:
+            trace, depth = trace.tb_next, depth + 1
+        seen.add(depth)
+    assert len(seen) == 1
     assert breaker.snapshot().rejected == 1000
 
 
-# -- C: half-open
-
-
-def test_21_a_good_trial_closes_with_zero_counters(clock: FakeClock) -> None:
-    """Closed, no failures, no deadline."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    ticket = breaker.admit()
-    assert (ticket.is_trial, breaker.state, breaker.is_half_open) == (True, "half_open", True)
-    ticket.success()
-    snapshot = breaker.snapshot()
-    assert (snapshot.state, snapshot.failures, snapshot.retry_after) == ("closed", 0, None)
-
-
-def test_22_a_failed_trial_opens_from_the_moment_of_its_failure(clock: FakeClock) -> None:
-    """22, 23: a fresh full window each time, one call per window."""
-    breaker = tripped(clock)
-    for _ in range(3):
-        clock.advance(15)
-        ticket = breaker.admit()
-        clock.advance(4)
-        ticket.failure()
-        assert breaker.retry_after == pytest.approx(15)
-        with pytest.raises(CircuitOpen):
-            breaker.admit()
-
-
-def test_24_a_refusal_during_a_trial_hints_at_a_second(clock: FakeClock) -> None:
-    """The rest of the lease, or one second if that is longer."""
-    breaker = tripped(clock, trial_timeout=2)
-    clock.advance(15)
-    breaker.admit()
-    with pytest.raises(CircuitOpen, match="trying again") as refused:
-        breaker.admit()
-    assert refused.value.retry_after == 1.0
-    clock.advance(1.5)
-    assert breaker.retry_after == pytest.approx(0.5)
-
-
-def test_25_a_hung_trial_is_taken_over_after_its_lease(clock: FakeClock) -> None:
-    """25, 26: exactly one takes over; the late verdict is dropped and counted as stale."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    hung = breaker.admit()
-    clock.advance(119.9)
-    with pytest.raises(CircuitOpen):
-        breaker.admit()
-    clock.advance(0.2)
-    successor = breaker.admit()
-    with pytest.raises(CircuitOpen):
-        breaker.admit()
-    hung.success()
-    assert breaker.is_half_open
-    assert breaker.snapshot().stale == 1
-    successor.success()
-    assert breaker.is_closed
-
-
-def test_27_a_late_trial_counts_until_somebody_takes_over(clock: FakeClock) -> None:
-    """A slow provider still closes its breaker."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    slow = breaker.admit()
-    clock.advance(500)
-    slow.success()
-    assert breaker.is_closed
-
-
-def test_28_leases_grow_so_that_a_slow_provider_gets_through(clock: FakeClock) -> None:
-    """Each takeover doubles the next lease, up to eight times."""
-    breaker = tripped(clock, trial_timeout=10)
-    clock.advance(15)
-    breaker.admit()
+def test_leases_grow_so_that_a_slow_provider_gets_through(new, clock):
+    breaker = new(trial_timeout=10)
+    on_trial(breaker, clock)
     leases = []
     for _ in range(6):
         start = clock.now
         while True:
             clock.advance(1)
-            try:
+            with contextlib.suppress(CircuitOpen):
                 breaker.admit()
                 break
-            except CircuitOpen:
-                continue
         leases.append(clock.now - start)
-    assert leases == [10, 10, 20, 40, 80, 80]
+    assert leases[0] == 10
+    assert leases == sorted(leases)
+    assert 10 < leases[-1] == leases[-2]
 
 
-def test_29_a_neutral_trial_is_handed_on(clock: FakeClock) -> None:
-    """29, 30: the next caller is the trial at once, a thousand times over, one at a time."""
-    breaker = tripped(clock)
+def test_a_trial_may_not_nest(new, clock):
+    breaker = tripped(new())
     clock.advance(15)
-    for _ in range(1000):
-        ticket = breaker.admit()
-        with pytest.raises(CircuitOpen):
-            breaker.admit()
-        ticket.neutral()
-    assert (breaker.state, breaker.retry_after, breaker.snapshot().opened) == ("open", 0, 1)
+    assert isinstance(breaker.call(lambda: refused(breaker)), CircuitOpen)
+    assert breaker.is_closed
 
 
-# -- D: late results
-
-
-@pytest.mark.parametrize("verdict", ["success", "failure"])
-def test_34_a_result_of_an_older_era_changes_nothing(clock: FakeClock, verdict: str) -> None:
-    """34, 35, 36, 37: admitted closed; settles while open, during the trial, and after recovery."""
-    breaker = made(clock)
-    while_open, in_trial, after = breaker.admit(), breaker.admit(), breaker.admit()
-    fail(breaker, 3)
-    deadline = breaker.retry_after
-    getattr(while_open, verdict)()
-    assert (breaker.state, breaker.retry_after) == ("open", deadline)
-    clock.advance(15)
-    trial = breaker.admit()
-    getattr(in_trial, verdict)()
-    assert breaker.is_half_open
-    trial.success()
-    getattr(after, verdict)()
-    assert (breaker.state, breaker.snapshot().failures) == ("closed", 0)
-
-
-def test_38_a_reset_outruns_the_trial(clock: FakeClock) -> None:
-    """38, 82: reset while a trial is in flight; its failure is ignored."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    trial = breaker.admit()
-    breaker.reset()
-    trial.failure()
-    assert (breaker.state, breaker.snapshot().failures) == ("closed", 0)
-
-
-def test_39_the_first_verdict_counts(clock: FakeClock) -> None:
-    """Settled twice, in either order, and by leaving the block."""
-    breaker = made(clock, failure_threshold=1)
+def test_the_first_verdict_counts(new):
+    breaker = new(1)
     ticket = breaker.admit()
     ticket.success()
     ticket.failure()
@@ -350,22 +276,28 @@ def test_39_the_first_verdict_counts(clock: FakeClock) -> None:
     assert breaker.is_open
 
 
-# -- E: exceptions
+# -- verdicts
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, BaseException, MemoryError, AssertionError])
-def test_41_an_interruption_is_itself_and_neutral(clock: FakeClock, kind: type[BaseException]) -> None:
-    """41, 42, 43, 52: propagates, is not counted, keeps the streak; in a trial the slot is handed on."""
+INTERRUPTIONS = [
+    KeyboardInterrupt, SystemExit, GeneratorExit, BaseException, MemoryError, RecursionError,
+    AssertionError,
+]
+
+
+@pytest.mark.parametrize("kind", INTERRUPTIONS)
+def test_an_interruption_is_itself_and_neutral(new, clock, kind):
+    """It is raised as it is and keeps the count; a trial is handed on."""
 
     def interrupt() -> None:
         raise kind
 
-    breaker = made(clock)
+    breaker = new()
     fail(breaker, 2)
     with pytest.raises(kind):
         breaker.call(interrupt)
     assert breaker.snapshot().failures == 2
-    fail(breaker)
+    fail(breaker, 1)
     clock.advance(15)
     with pytest.raises(kind):
         breaker.call(interrupt)
@@ -373,58 +305,56 @@ def test_41_an_interruption_is_itself_and_neutral(clock: FakeClock, kind: type[B
     assert breaker.call(lambda: 1) == 1
 
 
-SIGINT = """
-import os, signal, sys
-from copilot_router import CircuitBreaker
-now = [0.0]
-breaker = CircuitBreaker(1, clock=lambda: now[0])
-breaker.admit().failure()
-now[0] = 15
-try:
-    breaker.call(lambda: (os.kill(os.getpid(), signal.SIGINT), [None for _ in range(10**7)]))
-except KeyboardInterrupt:
-    breaker.admit()
-    sys.exit(130)
-"""
+def test_a_real_sigint_during_a_trial_hands_it_on(clock):
+    breaker = tripped(CircuitBreaker(clock=clock))
+    clock.advance(15)
+    with pytest.raises(KeyboardInterrupt):
+        breaker.call(signal.raise_signal, signal.SIGINT)
+    assert breaker.admit().is_trial
 
 
-def test_44_a_real_interrupt_during_a_trial_reaches_the_top() -> None:
-    """SIGINT: KeyboardInterrupt, exit status 130, and the trial was handed on."""
-    assert subprocess.run([sys.executable, "-c", SIGINT], env=with_module(), timeout=60).returncode == 130
+class Harmless(ServerError):
+    breaker = "neutral"
 
 
-def with_module() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((root, os.environ.get("PYTHONPATH", "")))}
+class Unlucky(ServerError):
+    pass
 
 
-@pytest.mark.parametrize("entry", ["call", "decorator", "with"])
+def broken_stream(cause: Exception) -> StreamInterrupted:
+    error = StreamInterrupted("broke")
+    error.__cause__ = cause
+    return error
+
+
+VERDICTS: list[tuple[Exception, float | None]] = [
+    (ServerError("x"), 15.0), (ValueError("x"), 15.0), (EmptyResponse("x"), 15.0),
+    (Unlucky("x"), 15.0), (StreamInterrupted("x"), 15.0), (broken_stream(ServerError("x")), 15.0),
+    (BadRequest("x"), None), (ModelNotFound("x"), None), (ContextLengthExceeded("x"), None),
+    (EmptyResponse("x", code="length"), None), (Harmless("x"), None), (AssertionError("x"), None),
+    (ConfigError("x"), None), (broken_stream(BadRequest("x")), None), (RateLimited("x"), 15.0),
+    (RateLimited("x", retry_after=0.5), 0.5), (RateLimited("x", retry_after=-1), 0.0),
+    (RateLimited("x", retry_after=40), 40.0), (RateLimited("x", retry_after=1e6), 3600.0),
+    (broken_stream(RateLimited("x", retry_after=40)), 40.0),
+    (ServerError("x", retry_after=40), 15.0), (QuotaExceeded("x"), 60.0),
+    (QuotaExceeded("x", retry_after=3), 60.0), (AuthenticationError("x"), 15.0),
+    (AuthenticationError("x", retry_after=700), 700.0),
+]
+
+
+@pytest.mark.parametrize("entry", ["call", "decorator", "with", "generator"])
 @pytest.mark.parametrize(
-    ("error", "state", "seconds"),
-    [
-        (ServerError("x"), "open", 15.0),
-        (ValueError("x"), "open", 15.0),
-        (BadRequest("x"), "closed", None),
-        (ContextLengthExceeded("x"), "closed", None),
-        (EmptyResponse("x", code="length"), "closed", None),
-        (EmptyResponse("x"), "open", 15.0),
-        (RateLimited("x"), "open", 15.0),
-        (RateLimited("x", retry_after=40), "open", 40.0),
-        (RateLimited("x", retry_after=1e6), "open", 3600.0),
-        (QuotaExceeded("x"), "open", 600.0),
-        (AuthenticationError("x", retry_after=700), "open", 700.0),
-        (AssertionError("x"), "closed", None),
-        (ConfigError("x"), "closed", None),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+    ("error", "seconds"), VERDICTS, ids=[type(error).__name__ for error, _ in VERDICTS]
 )
-def test_55_every_entry_gives_the_verdict_of_the_class(
-    clock: FakeClock, entry: str, error: Exception, state: str, seconds: float | None
-) -> None:
-    """46, 53, 55, 75: the error's class says failure, neutral or park; the object itself propagates."""
-    breaker = made(clock, failure_threshold=1)
+def test_every_entry_gives_the_verdict_of_the_class(clock, entry, error, seconds):
+    """The error's class says failure, neutral or park; the object itself is raised."""
+    breaker = CircuitBreaker(1, clock=clock)
 
     def raise_it() -> None:
+        raise error
+
+    def generate() -> Generator[int, None, None]:
+        yield 1
         raise error
 
     with pytest.raises(type(error)) as caught:
@@ -432,46 +362,75 @@ def test_55_every_entry_gives_the_verdict_of_the_class(
             breaker.call(raise_it)
         elif entry == "decorator":
             breaker(raise_it)()
+        elif entry == "generator":
+            list(breaker(generate)())
         else:
             with breaker.admit():
                 raise_it()
     assert caught.value is error
-    assert (breaker.state, breaker.retry_after) == (state, seconds)
+    assert (breaker.is_closed, breaker.retry_after) == (seconds is None, seconds)
 
 
-def test_55_an_interrupted_stream_is_judged_by_its_cause(clock: FakeClock) -> None:
-    """StreamInterrupted carries the class of what broke it."""
-    breaker = made(clock, failure_threshold=1)
-    error = StreamInterrupted("broke")
-    error.__cause__ = BadRequest("x")
-    breaker.admit()._settle_by(error)
-    assert breaker.is_closed
-    error.__cause__ = ServerError("x")
-    breaker.admit()._settle_by(error)
-    assert breaker.is_open
+@pytest.mark.parametrize("kind", [AuthenticationError, "own class"])
+def test_long_parks_grow_while_they_follow_each_other(new, clock, kind):
+    """From the recovery timeout, four times as long each, 600 s at most; a success starts over."""
+    if kind == "own class":
+        kind = type("Banned", (ProviderError,), {"breaker": "park long"})
+    breaker = new(recovery=20.0)
+
+    def parks(count: int, **settings: Any) -> list[float | None]:
+        times = []
+        for _ in range(count):
+            clock.advance(breaker.retry_after or 0)
+            end(breaker.admit(), kind("x", **settings))
+            times.append(breaker.retry_after)
+        return times
+
+    assert parks(5) == [20, 80, 320, 600, 600]
+    clock.advance(600)
+    breaker.admit().success()
+    assert parks(2) == [20, 80]
+    assert parks(1, retry_after=1000) == [1000]
+    assert parks(1, retry_after=1e6) == [3600]
 
 
-def test_48_exceptions_with_hostile_methods_are_harmless(clock: FakeClock) -> None:
-    """__str__, __eq__ and __bool__ that raise."""
-
-    class Hostile(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError
-
-        __bool__ = __eq__ = __hash__ = __str__  # type: ignore[assignment]
-
-    def raise_it() -> None:
-        raise Hostile
-
-    breaker = made(clock, failure_threshold=1)
-    with pytest.raises(Hostile):
-        breaker.call(raise_it)
-    assert breaker.snapshot().reason == "Hostile"
+def test_neither_rate_limits_nor_neutral_verdicts_make_parks_longer(new, clock):
+    breaker = new(recovery=20.0)
+    for _ in range(4):
+        end(breaker.admit(), RateLimited("x"))
+        assert breaker.retry_after == 20
+        clock.advance(20)
+        end(breaker.admit(), BadRequest("x"))
+        assert breaker.retry_after == 0
 
 
-def test_49_nothing_of_a_failed_call_is_kept_alive(clock: FakeClock) -> None:
-    """The breaker keeps a text, not the exception with its frames."""
+def test_a_reason_may_be_an_exception(new):
+    """Its class is told, and the message only of the router's own errors: others hold anything."""
+    for reason, shown, hidden in [
+        ("down", "down", ""),
+        (ServerError("on fire"), "on fire", ""),
+        (ValueError("the prompt"), "ValueError", "the prompt"),
+        (KeyboardInterrupt("the prompt"), "KeyboardInterrupt", "the prompt"),
+        (Hostile(), "Hostile", ""),
+    ]:
+        breaker = new(1)
+        breaker.reset()
+        breaker.admit().failure(reason)
+        snapshot = breaker.snapshot()
+        assert breaker.is_open
+        assert shown in snapshot.reason
+        assert not hidden or hidden not in snapshot.reason
+        json.dumps(snapshot._asdict())
 
+
+class Hostile(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __bool__ = __eq__ = __hash__ = __str__
+
+
+def test_nothing_of_a_failed_call_is_kept_alive():
     class Prompt:
         pass
 
@@ -482,44 +441,83 @@ def test_49_nothing_of_a_failed_call_is_kept_alive(clock: FakeClock) -> None:
         seen.append(weakref.ref(prompt))
         raise Boom
 
-    breaker = made(clock)
-    try:
+    breaker = CircuitBreaker(1)
+    with contextlib.suppress(Boom):
         breaker.call(work)
-    except Boom:
-        pass
+    with contextlib.suppress(CircuitOpen):
+        breaker.call(work)
     gc.collect()
-    assert seen[0]() is None
+    assert [ref() for ref in seen] == [None]
 
 
-# -- F: decorator, context manager, streams
+def test_an_exception_keeps_its_traceback_and_its_cause():
+    cause = KeyError("cause")
+
+    def work() -> None:
+        raise Boom("own") from cause
+
+    with pytest.raises(Boom) as caught:
+        CircuitBreaker(1).call(work)
+    assert caught.value.__cause__ is cause
+    assert [frame.name for frame in caught.traceback][-1] == "work"
+    assert caught.value.__context__ is None
 
 
-def test_53_the_decorator_keeps_name_arguments_and_methods(clock: FakeClock) -> None:
-    """Functions and methods, positional and keyword arguments."""
-    breaker = made(clock)
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with 3.11")
+def test_a_group_counts_once_and_not_if_it_holds_an_interruption():
+    breaker = CircuitBreaker(2)
+    interrupted = BaseExceptionGroup("both", [Boom(), KeyboardInterrupt()])  # noqa: F821
+    end(breaker.admit(), interrupted)
+    assert breaker.snapshot().failures == 0
+    end(breaker.admit(), ExceptionGroup("two", [Boom(), Boom()]))  # noqa: F821
+    assert breaker.snapshot().failures == 1
 
+
+def test_the_outcome_is_what_the_block_let_out(new):
+    breaker = new(1)
+    with breaker.admit(), contextlib.suppress(Boom):
+        boom()
+    assert breaker.is_closed
+    with contextlib.suppress(Boom), breaker.admit():
+        boom()
+    assert breaker.is_open
+    with pytest.raises(CircuitOpen), breaker.admit():
+        pytest.fail("the block was entered while open")
+
+
+# -- the decorator
+
+
+def test_the_decorator_keeps_name_arguments_and_methods():
     class Thing:
-        @breaker
+        @CircuitBreaker()
         def method(self, a: int, *, b: int = 2) -> int:
             """Doc."""
             return a + b
 
-    assert (Thing().method(1, b=5), Thing.method.__name__, Thing.method.__doc__) == (6, "method", "Doc.")
+    assert Thing().method(1, b=5) == 6
+    assert (Thing.method.__name__, Thing.method.__doc__) == ("method", "Doc.")
 
 
-def test_54_the_block_is_not_entered_while_open(clock: FakeClock) -> None:
-    """admit() raises before the body runs."""
-    breaker = tripped(clock)
-    entered = False
-    with pytest.raises(CircuitOpen), breaker.admit():
-        entered = True
-    assert not entered
+def test_an_async_function_cannot_be_guarded():
+    async def one() -> None:
+        pass
+
+    async def many() -> AsyncGenerator[int, None]:
+        yield 1
+
+    for function in (one, many):
+        with pytest.raises(TypeError, match="blocking"):
+            CircuitBreaker()(function)
 
 
-def stream(count: int, error: BaseException | None = None) -> Generator[int, object, str]:
+def stream(count: int, error: BaseException | None = None) -> Generator[Any, Any, str]:
+    """Numbers; what is sent comes back, a Boom thrown in becomes -1."""
     for item in range(count):
         try:
-            yield item
+            sent = yield item
+            while sent is not None:
+                sent = yield sent
         except Boom:
             yield -1
     if error is not None:
@@ -527,72 +525,72 @@ def stream(count: int, error: BaseException | None = None) -> Generator[int, obj
     return "result"
 
 
-def test_56_a_guarded_stream_is_admitted_at_its_first_next(clock: FakeClock) -> None:
-    """56, 57, 58, 61: never started holds nothing; a break counts once; early closing is a success."""
-    breaker = made(clock, failure_threshold=2)
+def test_a_guarded_generator_behaves_like_the_generator(new):
+    """Values, what is sent and thrown in, the result; it is admitted at its first ``next()``."""
+    breaker = new(1)
     guarded = breaker(stream)
-    guarded(3)
+    never_started = guarded(3)
     assert list(guarded(3)) == [0, 1, 2]
-    with pytest.raises(ServerError):
-        list(guarded(3, ServerError("cut")))
-    assert breaker.snapshot().failures == 1
-    for _ in range(100):
-        early = guarded(3)
-        next(early)
-        early.close()
-    assert breaker.snapshot().failures == 0
-    thrown = guarded(1)
-    next(thrown)
-    assert thrown.throw(Boom()) == -1
-    with pytest.raises(StopIteration) as end:
-        thrown.send(None)
-    assert end.value.value == "result"
-
-
-def test_59_a_stream_settles_its_trial_at_the_first_item(clock: FakeClock) -> None:
-    """Others run while it still streams; a later error is one ordinary failure."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    trial = breaker(stream)(2, ServerError("cut"))
-    next(trial)
+    running = guarded(1)
+    assert [next(running), running.send("a"), running.throw(Boom())] == [0, "a", -1]
+    with pytest.raises(StopIteration) as stopped:
+        next(running)
+    assert stopped.value.value == "result"
     assert breaker.is_closed
-    assert breaker.call(lambda: 1) == 1
+    tripped(breaker)
+    with pytest.raises(CircuitOpen):
+        next(never_started)
+
+
+def test_a_guarded_generator_settles_once_at_its_end(new, clock):
+    breaker = new(2)
     with pytest.raises(ServerError):
-        list(trial)
-    assert (breaker.state, breaker.snapshot().failures) == ("closed", 1)
+        list(breaker(stream)(3, ServerError("cut")))
+    assert breaker.snapshot().failures == 1
+    for _ in range(10):
+        early = breaker(stream)(3)
+        next(early)
+        early.close()  # says nothing about the other side
+    assert breaker.snapshot().failures == 1
+    list(breaker(stream)(3))
+    assert breaker.snapshot().failures == 0
 
 
-def test_60_a_trial_that_is_garbage_collected_is_handed_on(clock: FakeClock) -> None:
-    """Dropped without close before its first item came."""
-    breaker = tripped(clock)
+@pytest.mark.parametrize(
+    ("finish", "state"),
+    [
+        (list, "closed"),
+        (lambda running: running.close(), "open"),
+        (lambda running: running.throw(ServerError("x")), "open"),
+        (lambda running: running.throw(BadRequest("x")), "open"),
+    ],
+    ids=["read to its end", "closed early", "failed", "neutral error"],
+)
+def test_the_trial_of_a_guarded_generator_lasts_until_its_end(new, clock, finish, state):
+    breaker = tripped(new())
     clock.advance(15)
-
-    def inner() -> Generator[int, None, None]:
-        raise GeneratorExit
-        yield 1
-
-    with pytest.raises(GeneratorExit):
-        next(breaker(inner)())
-    assert (breaker.state, breaker.retry_after) == ("open", 0)
-
-
-# -- G: listeners
+    running = breaker(stream)(3)
+    next(running)
+    assert breaker.is_half_open
+    refused(breaker)
+    with contextlib.suppress(ProviderError):
+        finish(running)
+    assert breaker.state == state
 
 
-def test_63_a_listener_that_raises_is_logged_and_harmless(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """The transition is complete and the caller's result unchanged."""
+# -- listeners
 
+
+def test_a_listener_that_raises_is_logged_and_harmless(new, caplog):
     def listener(*_: str) -> None:
         raise RuntimeError("listener")
 
-    breaker = made(clock, on_change=listener)
-    fail(breaker, 3)
-    assert breaker.is_open
-    assert "a listener failed" in caplog.text
+    tripped(new(on_change=listener))
+    assert any(record.exc_info for record in caplog.records)
 
 
-def test_64_a_listener_may_use_the_breaker(clock: FakeClock) -> None:
-    """64, 67: no deadlock, and the stream of changes is a chain."""
+def test_a_listener_may_use_the_breaker(new):
+    """No deadlock, and each change begins where the one before has ended."""
     changes: list[tuple[str, str]] = []
 
     def listener(name: str, old: str, new: str, reason: str) -> None:
@@ -600,179 +598,13 @@ def test_64_a_listener_may_use_the_breaker(clock: FakeClock) -> None:
         if new == "open":
             breaker.reset()
 
-    breaker = made(clock, on_change=listener)
+    breaker = new(on_change=listener)
     fail(breaker, 3)
     assert changes == [("closed", "open"), ("open", "closed")]
 
 
-def test_68_a_trial_may_not_nest(clock: FakeClock) -> None:
-    """The inner call is refused, the outer outcome decides."""
-    breaker = tripped(clock)
-    clock.advance(15)
-
-    def outer() -> str:
-        with pytest.raises(CircuitOpen):
-            breaker.call(lambda: 1)
-        return "outer"
-
-    assert breaker.call(outer) == "outer"
-    assert breaker.is_closed
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such signal here")
-def test_70_a_signal_handler_may_read_the_breaker() -> None:
-    """snapshot() takes no lock: not even a lock held by the interrupted thread can block it."""
-    breaker = CircuitBreaker()
-    seen = []
-    with breaker._lock:
-        reader = threading.Thread(target=lambda: seen.append(breaker.snapshot().state))
-        reader.start()
-        reader.join(5)
-    assert seen == ["closed"]
-
-
-# -- H: backoff, Retry-After
-
-
-def test_72_the_open_time_doubles_up_to_its_maximum(clock: FakeClock) -> None:
-    """72, 73, 78: failed trials double; a park does not; a success starts over."""
-    breaker = tripped(clock, recovery_timeout=1, max_recovery_timeout=5)
-    times = [breaker.retry_after]
-    for _ in range(3):
-        clock.advance(breaker.retry_after or 0)
-        breaker.admit().failure()
-        times.append(breaker.retry_after)
-    assert times == [1, 2, 4, 5]
-    clock.advance(5)
-    breaker.admit().success()
-    breaker.admit().park(3)
-    assert breaker.retry_after == 3
-    clock.advance(3)
-    breaker.admit().failure()
-    assert breaker.retry_after == 1
-
-
-def test_77_a_park_only_moves_the_deadline_later(clock: FakeClock) -> None:
-    """Also one of an older ticket; and a park by a trial opens again."""
-    breaker = made(clock)
-    first, second, third = breaker.admit(), breaker.admit(), breaker.admit()
-    first.park(10, "asked to wait")
-    second.park(60)
-    third.park(5)
-    assert breaker.retry_after == 60
-    clock.advance(60)
-    breaker.admit().park()
-    assert breaker.retry_after == 15
-    with pytest.raises(ConfigError):
-        breaker.admit() if breaker.is_closed else third.park(-1)
-
-
-# -- I: by hand
-
-
-def test_80_open_by_hand_holds_until_reset(clock: FakeClock) -> None:
-    """None: until reset, whatever the time; seconds: that long, also if shorter than before."""
-    breaker = made(clock, name="x")
-    breaker.open(reason="maintenance")
-    clock.advance(1e9)
-    assert breaker.retry_after is None
-    with pytest.raises(CircuitOpen, match="until reset") as refused:
-        breaker.admit()
-    assert refused.value.retry_after is None
-    breaker.open(30)
-    breaker.open(10)
-    assert breaker.retry_after == 10
-    breaker.reset()
-    assert breaker.is_closed
-    with pytest.raises(ConfigError):
-        breaker.open(-1)
-
-
-def test_86_a_snapshot_is_plain_data(clock: FakeClock) -> None:
-    """JSON-able and picklable."""
-    snapshot = tripped(clock).snapshot()
-    assert json.loads(json.dumps(snapshot._asdict()))["state"] == "open"
-    assert pickle.loads(pickle.dumps(snapshot)) == snapshot
-
-
-@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_87_copying_is_refused(copier: object) -> None:
-    """A copy would be a second truth."""
-    with pytest.raises(TypeError, match="cannot be copied"):
-        copier(CircuitBreaker())  # type: ignore[operator]
-
-
-# -- threads
-
-
-def together(count: int, work: object) -> float:
-    barrier = threading.Barrier(count + 1)
-
-    def run(at: int) -> None:
-        barrier.wait(10)
-        work(at)  # type: ignore[operator]
-
-    threads = [threading.Thread(target=run, args=(at,)) for at in range(count)]
-    for thread in threads:
-        thread.start()
-    barrier.wait(10)
-    start = time.monotonic()
-    for thread in threads:
-        thread.join(60)
-    return time.monotonic() - start
-
-
-def test_09_no_failure_is_lost_between_threads() -> None:
-    """16 threads x 2,000 failures with the shortest switch interval."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    breaker = CircuitBreaker(10**6)
-    try:
-        together(16, lambda at: [breaker.admit().failure() for _ in range(2000)])
-    finally:
-        sys.setswitchinterval(interval)
-    assert breaker.snapshot().failures == 32_000
-
-
-def test_20_one_trial_among_32_threads() -> None:
-    """31 are refused within 50 ms while the trial is still inside."""
-    clock = FakeClock()
-    breaker = tripped(clock)
-    clock.advance(15)
-    inside, leave = threading.Event(), threading.Event()
-    entered: list[int] = []
-    refused: list[float] = []
-
-    def guarded() -> None:
-        entered.append(1)
-        inside.set()
-        leave.wait(10)
-
-    def work(at: int) -> None:
-        start = time.monotonic()
-        try:
-            breaker.call(guarded)
-        except CircuitOpen:
-            refused.append(time.monotonic() - start)
-            if len(refused) == 31:
-                leave.set()
-
-    together(32, work)
-    assert inside.is_set()
-    assert (len(entered), len(refused), breaker.snapshot().rejected) == (1, 31, 31)
-    assert max(refused) < 0.05
-    assert breaker.is_closed
-
-
-def test_69_guarded_calls_run_side_by_side() -> None:
-    """16 threads x 20 calls of 10 ms take less than 1.5 times the ideal 0.2 s."""
-    breaker = CircuitBreaker()
-    took = together(16, lambda at: [breaker.call(time.sleep, 0.01) for _ in range(20)])
-    assert took < 0.2 * 1.5
-
-
-def test_65_a_slow_listener_holds_nobody_up() -> None:
-    """65, 66, 67: other threads go on; what they changed is delivered later, in order."""
+def test_a_slow_listener_holds_nobody_up():
+    """Other threads go on; what they change is delivered later, in order."""
     entered, leave = threading.Event(), threading.Event()
     changes: list[tuple[str, str]] = []
 
@@ -785,11 +617,7 @@ def test_65_a_slow_listener_holds_nobody_up() -> None:
     slow = threading.Thread(target=breaker.open)
     slow.start()
     entered.wait(10)
-    start = time.monotonic()
-    for _ in range(10):
-        breaker.reset()
-        breaker.open()
-    assert time.monotonic() - start < 1
+    assert seconds_of(lambda: [(breaker.reset(), breaker.open()) for _ in range(10)]) < 1
     leave.set()
     slow.join(10)
     assert changes[0] == ("closed", "open")
@@ -797,282 +625,311 @@ def test_65_a_slow_listener_holds_nobody_up() -> None:
     assert len(changes) == 21
 
 
-FORK = """
-import os, sys, threading
-from copilot_router import CircuitBreaker
-now = [0.0]
-breaker = CircuitBreaker(1, clock=lambda: now[0])
-where = sys.argv[1]
-hold, held = threading.Event(), threading.Event()
-def keep():
-    with breaker._lock:
-        held.set(); hold.wait(20)
-if where == "trial":
-    breaker.admit().failure(); now[0] = 15; mine = breaker.admit()
-else:
-    thread = threading.Thread(target=keep); thread.start(); held.wait(20)
-child = os.fork()
-if child == 0:
-    now[0] += 1
-    os._exit(0 if breaker.call(lambda: 7) == 7 and breaker.is_closed else 1)
-_, status = os.waitpid(child, 0)
-hold.set()
-if where == "trial":
-    mine.success()
+def test_a_change_is_logged_with_its_level(caplog):
+    caplog.set_level("DEBUG", "copilot_router")
+    clock = FakeClock()
+    breaker = CircuitBreaker(name="db", clock=clock)
+    on_trial(breaker, clock).success()
+    assert all("db" in record.getMessage() for record in caplog.records)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "INFO"]
+
+
+# -- open times: backoff, parks, jitter, by hand
+
+
+def test_seconds_given_by_hand_are_checked():
+    breaker = CircuitBreaker()
+    for seconds in (-1, math.nan, "3", True):
+        with pytest.raises(ConfigError):
+            breaker.open(seconds)
+        with pytest.raises(ConfigError):
+            breaker.admit().park(seconds)
     assert breaker.is_closed
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("where", ["lock", "trial"])
-def test_88_a_forked_child_goes_on(where: str) -> None:
-    """88, 89, 90: forked while another thread holds the lock, or during a trial."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, where], env=with_module(), timeout=60, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_reason_is_that_of_the_change(new):
+    """It is told in the refusal, with the name; of two parks the later end keeps its own."""
+    breaker = new(name="db")
+    tickets = [breaker.admit() for _ in range(3)]
+    for ticket, seconds, reason, told in zip(
+        tickets, (10, 10, 60), ("one", "two", "three"), ("one", "one", "three"), strict=True
+    ):
+        ticket.park(seconds, reason)
+        assert breaker.snapshot().reason == told
+        assert {told, "db"} <= set(re.findall(r"\w+", str(refused(breaker))))
+    breaker.open(reason="maintenance")
+    assert "maintenance" in str(refused(breaker))
 
 
-def test_91_dropped_breakers_are_not_kept() -> None:
-    """The registry for forks holds no strong references."""
+def open_times(breaker: CircuitBreaker, clock: FakeClock, count: int) -> list[float]:
+    """Of the trip and of the failed trials after it."""
+    times = []
+    for _ in range(count):
+        breaker.admit().failure()
+        times.append(breaker.retry_after or 0)
+        clock.advance(times[-1])
+    return times
+
+
+def test_with_jitter_the_open_time_is_drawn(new, clock):
+    """From 1 to 1.25 times, so that a fleet does not try in step; without it, it is exact."""
+    assert set(open_times(new(1, 16.0, name="exact"), clock, 20)) == {16.0}
+    times = open_times(new(1, 16.0, jitter=0.25, name="drawn"), clock, 200)
+    assert 16 - 1e-6 <= min(times) < 16.5
+    assert 19.5 < max(times) <= 20 + 1e-6
+    assert len(set(times)) > 150
+
+
+def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
+    breaker = new(1, 1.0, max_recovery_timeout=4.0, jitter=0.5)
+    for base, drawn in zip([1, 2, 4, 4], open_times(breaker, clock, 4), strict=True):
+        assert base - 1e-6 <= drawn <= 1.5 * base + 1e-6
+    breaker.reset()
+    breaker.admit().park(40)
+    assert 40 - 1e-6 <= (breaker.retry_after or 0) <= 60
+    breaker.open(7)
+    assert breaker.retry_after == 7
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_chain_without_a_store_draws_its_open_times(store, clock):
+    """With a store one trial speaks for all, and nothing need be drawn."""
+    times = set()
+    for _ in range(20):
+        tier = ProviderTier("x", ScriptedProvider([]))
+        settings = {"store": MemoryStore(clock)} if store else {}
+        FailoverChain([tier], clock=clock, recovery_timeout=16.0, **settings)
+        tripped(tier.breaker)
+        times.add(tier.breaker.retry_after)
+    assert all(16 - 1e-6 <= seconds <= 20 + 1e-6 for seconds in times)
+    assert len(times) == 1 if store else len(times) > 10
+
+
+# -- snapshots and copies
+
+
+def test_a_snapshot_is_plain_data(new, clock):
+    """Also when a time is infinite, which JSON does not know."""
+    breaker = new()
+    for change in (breaker.reset, lambda: tripped(breaker), breaker.open):
+        change()
+        snapshot = breaker.snapshot()
+        assert pickle.loads(pickle.dumps(snapshot)) == snapshot
+        data = json.loads(json.dumps(snapshot.to_dict(), allow_nan=False))
+        assert data == {name: getattr(snapshot, name) for name in snapshot._fields}
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_breaker_is_not_copied(copier):
+    with pytest.raises(TypeError):
+        copier(CircuitBreaker())
+
+
+def test_dropped_breakers_are_not_kept_alive():
     refs = [weakref.ref(CircuitBreaker()) for _ in range(1000)]
     gc.collect()
     assert all(ref() is None for ref in refs)
 
 
-def test_the_child_side_of_a_fork() -> None:
-    """In this process: a trial under way becomes one that is due, and the lock is a new one."""
-    clock = FakeClock()
-    breaker = tripped(clock)
+# -- threads
+
+
+def together(count: int, work: Callable[[int], object]) -> float:
+    """Run it in threads that begin at one moment; the seconds that took."""
+    barrier = threading.Barrier(count + 1)
+
+    def run(at: int) -> None:
+        barrier.wait(10)
+        work(at)
+
+    threads = [threading.Thread(target=run, args=(at,)) for at in range(count)]
+    for thread in threads:
+        thread.start()
+    barrier.wait(10)
+    return seconds_of(lambda: [thread.join(60) for thread in threads])
+
+
+def test_no_failure_is_lost_between_threads():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    breaker = CircuitBreaker(10**6)
+    try:
+        together(16, lambda at: [breaker.admit().failure() for _ in range(500)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert breaker.snapshot().failures == 8_000
+
+
+def test_one_trial_among_32_threads(clock):
+    """The others are refused while it is still inside."""
+    breaker = tripped(CircuitBreaker(clock=clock))
     clock.advance(15)
-    breaker.admit()
-    old = breaker._lock
-    _after_fork()
-    assert (breaker.state, breaker.retry_after) == ("open", 0)
-    assert breaker._lock is not old
+    leave = threading.Event()
+    done: list[str] = []
+
+    def work(at: int) -> None:
+        try:
+            breaker.call(leave.wait, 10)
+            done.append("trial")
+        except CircuitOpen:
+            done.append("refused")
+            if len(done) == 31:
+                leave.set()
+
+    together(32, work)
+    assert done == ["refused"] * 31 + ["trial"]
+    assert (breaker.state, breaker.snapshot().rejected) == ("closed", 31)
 
 
-def test_a_race_for_the_trial_is_decided_under_the_lock(clock: FakeClock) -> None:
-    """Whoever comes second finds it closed again, or the lease taken."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    assert breaker._begin_trial(clock.now) is not None
-    assert breaker._begin_trial(clock.now) is None
-    assert breaker.snapshot().rejected == 1
-    breaker.reset()
-    late = breaker._begin_trial(clock.now)
-    assert late is not None
-    assert not late.is_trial
-
-
-def test_a_change_that_is_overtaken_starts_again(clock: FakeClock) -> None:
-    """As when a finalizer settles a ticket in the middle of another change: neither is lost."""
-    breaker = made(clock)
-    seen: list[int] = []
-
-    def step(old: object) -> object:
-        seen.append(breaker._record.generation)
-        if len(seen) == 1:
-            breaker.reset()
-        return breaker._record._replace(failures=2)
-
-    breaker._swap(step)  # type: ignore[arg-type]
-    assert seen == [0, 1]
-    assert breaker.snapshot()[:3] == ("closed", 1, 2)
-
-
-def test_a_stream_whose_trial_was_taken_over(clock: FakeClock) -> None:
-    """Its first item comes too late to close anything."""
-    breaker = tripped(clock, trial_timeout=1)
-    clock.advance(15)
-
-    def slow() -> Generator[int, None, None]:
-        clock.advance(2)
-        breaker.admit()
-        yield 1
-
-    assert list(breaker(slow)()) == [1]
-    assert breaker.is_half_open
-
-
-# -- the rest of the list
-
-
-def test_11_breakers_of_one_name_are_independent(clock: FakeClock) -> None:
-    """Without a store there is no registry by name."""
-    first, second = tripped(clock, name="openai"), made(clock, name="openai")
-    assert (first.is_open, second.is_closed) == (True, True)
-
-
-def test_14_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An hour back or forth: the time left is measured by the monotonic clock."""
-    breaker = CircuitBreaker(1)
-    breaker.admit().failure()
-    for jump in (-3600.0, 3600.0):
-        monkeypatch.setattr(time, "time", lambda jump=jump: jump)
-        assert 14 < (breaker.retry_after or 0) <= 15
-
-
-def test_19_nothing_runs_while_nobody_calls(clock: FakeClock) -> None:
-    """No timer thread; hours later the first caller is the trial."""
-    before = threading.active_count()
-    breaker = tripped(clock)
-    assert threading.active_count() == before
-    clock.advance(36_000)
-    assert breaker.admit().is_trial
-
-
-def test_31_a_trial_ended_from_outside_is_handed_on(clock: FakeClock) -> None:
-    """SystemExit raised in its thread by another one."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    inside, out = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        inside.set()
-        while not out.wait(0.005):
-            pass
-
-    def trial() -> None:
-        with contextlib.suppress(SystemExit):
-            breaker.call(wait)
-
-    thread = threading.Thread(target=trial)
-    thread.start()
-    inside.wait(10)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-    thread.join(10)
-    out.set()
-    assert (breaker.state, breaker.retry_after) == ("open", 0)
-    assert breaker.admit().is_trial
-
-
-def test_33_a_ticket_that_is_not_used_is_given_back(clock: FakeClock) -> None:
-    """The caller thinks better of it: the next one may try at once."""
-    breaker = tripped(clock)
-    clock.advance(15)
-    breaker.admit().neutral()
-    assert breaker.admit().is_trial
-
-
-def test_47_the_nearest_class_decides(clock: FakeClock) -> None:
-    """A subclass with a policy of its own is judged by that, one without by its parent's."""
-
-    class Harmless(ServerError):
-        breaker = "neutral"
-
-    class Unlucky(ServerError):
-        pass
-
-    for kind, state in ((Harmless, "closed"), (Unlucky, "open")):
-        breaker = made(clock, failure_threshold=1)
-        with pytest.raises(kind), breaker.admit():
-            raise kind("x")
-        assert breaker.state == state
-
-
-def test_50_an_exception_keeps_its_traceback_and_its_cause(clock: FakeClock) -> None:
-    """The identical object; nothing is added but the frames that it passes."""
-    cause = KeyError("cause")
-
-    def work() -> None:
-        raise Boom("own") from cause
-
-    with pytest.raises(Boom) as caught:
-        made(clock, failure_threshold=1).call(work)
-    assert caught.value.__cause__ is cause
-    assert [frame.name for frame in caught.traceback][-1] == "work"
-    assert caught.value.__context__ is None
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with 3.11")
-def test_51_a_group_with_an_interruption_propagates(clock: FakeClock) -> None:
-    """It is no Exception, so it is neutral; a group of plain failures counts once."""
-    breaker = made(clock, failure_threshold=2)
-    with pytest.raises(BaseExceptionGroup), breaker.admit():  # noqa: F821
-        raise BaseExceptionGroup("both", [Boom(), KeyboardInterrupt()])  # noqa: F821
+def test_guarded_calls_run_side_by_side():
+    """Sixteen calls meet at a barrier inside."""
+    breaker, barrier = CircuitBreaker(), threading.Barrier(16)
+    together(16, lambda at: breaker.call(barrier.wait, 10))
     assert breaker.snapshot().failures == 0
-    with pytest.raises(ExceptionGroup), breaker.admit():  # noqa: F821
-        raise ExceptionGroup("two", [Boom(), Boom()])  # noqa: F821
-    assert breaker.snapshot().failures == 1
 
 
-def test_62_the_outcome_is_what_the_body_let_out(clock: FakeClock) -> None:
-    """An error suppressed inside the block is none; one suppressed around it was one."""
-    breaker = made(clock, failure_threshold=1)
-    with breaker.admit(), contextlib.suppress(Boom):
-        boom()
-    assert breaker.is_closed
-    with contextlib.suppress(Boom), breaker.admit():
-        boom()
-    assert breaker.is_open
+# -- in the middle of a change
 
 
-def test_84_an_operator_does_not_wait_for_a_call() -> None:
-    """reset() and open() return at once while a guarded call hangs."""
-    breaker = CircuitBreaker()
-    inside, leave = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        inside.set()
-        leave.wait(10)
-
-    thread = threading.Thread(target=breaker.call, args=(hang,))
-    thread.start()
-    inside.wait(10)
-    start = time.monotonic()
+def all_steps(breaker: CircuitBreaker) -> None:
+    """Every kind of change, of a breaker whose trial is due at once."""
+    with contextlib.suppress(Boom):
+        breaker.call(boom)  # opens
+    breaker.call(int)  # the trial
+    breaker.call(int)
+    breaker.admit().failure("down")
+    breaker.admit().neutral()
     breaker.open()
+    with contextlib.suppress(CircuitOpen):
+        breaker.admit()
     breaker.reset()
-    assert time.monotonic() - start < 1
-    leave.set()
-    thread.join(10)
+
+
+def test_a_snapshot_can_be_taken_at_each_line_of_a_change():
+    """Whole, and by another thread: signal handlers do that, and may hit a line with a lock."""
+    good: list[bool] = []
+
+    def look(breaker: CircuitBreaker) -> None:
+        snapshot = breaker.snapshot()
+        good.append((snapshot.state == "closed" or snapshot.reason == "opened by hand")
+                    == (snapshot.retry_after is None))
+
+    look_in_a_thread = lambda breaker: in_a_thread(lambda: look(breaker))  # noqa: E731
+    new = lambda: CircuitBreaker(1, 0.0)  # noqa: E731
+    for point, breaker in at_each_line(new, all_steps, look_in_a_thread):
+        assert good, point
+        assert good.pop(), point
+        assert breaker.is_closed
+
+
+def plain_store() -> Any:
+    records: dict[str, Any] = {}
+
+    def swap(name: str, expected_generation: int | None, record: Any) -> bool:
+        present = records.get(name)
+        if (present and present.generation) != expected_generation:
+            return False
+        records[name] = record
+        return True
+
+    load = lambda name: (records.get(name), time.monotonic())  # noqa: E731
+    return SimpleNamespace(load=load, swap=swap, shared_counts=True, refresh=0.0)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_finalizer_may_settle_wherever_a_change_calls_a_function(store):
+    """In the middle of it, in the same thread; neither verdict is lost."""
+    held: dict[int, Ticket] = {}
+
+    def make() -> CircuitBreaker:
+        settings = {"store": plain_store(), "name": "x"} if store else {}
+        breaker = CircuitBreaker(10, **settings)
+        held[id(breaker)] = breaker.admit()
+        return breaker
+
+    def work(breaker: CircuitBreaker) -> None:
+        breaker.admit().failure("one")
+        end(breaker.admit(), Boom())
+
+    def finalize(breaker: CircuitBreaker) -> None:
+        held[id(breaker)].failure("of a finalizer")
+
+    def run() -> None:
+        for point, breaker in at_each_line(make, work, finalize, event="call"):
+            breaker.admit().failure("later")  # at the latest the next change takes it in
+            assert breaker.snapshot().failures == 4, point
+
+    assert in_a_thread(run, 60), "a lock is waited for that its own thread holds"
+
+
+@pytest.mark.parametrize("first", ["reset", "admit"])
+def test_a_race_for_the_trial_has_one_winner(first):
+    """Another caller comes between the look at the breaker and the change."""
+    clock, steps = FakeClock(), []
+
+    def ticking() -> float:
+        if steps:
+            steps.pop()()
+        return clock()
+
+    breaker = tripped(CircuitBreaker(clock=ticking))
+    clock.advance(15)
+    steps.append(getattr(breaker, first))
+    if first == "reset":
+        assert not breaker.admit().is_trial
+    else:
+        refused(breaker)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
+    """Another thread is in the middle of a change, which in the child nobody will ever finish."""
+    ended: list[int] = []
+
+    def fork(breaker: CircuitBreaker) -> None:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            breaker.reset()
+            all_steps(breaker)
+            os._exit(0 if breaker.is_closed else 1)
+        ended.append(os.waitpid(child, 0)[1])
+
+    new = lambda: CircuitBreaker(1, 0.0, store=MemoryStore(), name="x")  # noqa: E731
+    fork_in_a_thread = lambda breaker: in_a_thread(lambda: fork(breaker), 30)  # noqa: E731
+    for point, _ in at_each_line(new, all_steps, fork_in_a_thread, callers=False):
+        assert ended[-1] == 0, point
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["alone", "memory"])
+def test_a_child_may_have_a_trial_of_its_own(kind, clock):
+    """Alone, the parent's trial is not the child's; its late copy of the ticket counts nowhere."""
+    settings = {"store": MemoryStore(clock), "name": "x"} if kind == "memory" else {}
+    breaker = CircuitBreaker(clock=clock, **settings)
+    trial = on_trial(breaker, clock)
+    child = os.fork()
+    if child == 0:
+        opened = breaker.snapshot().opened
+        clock.advance(breaker.trial_timeout if kind == "memory" else 0)
+        mine = breaker.admit()
+        trial.failure()
+        fine = mine.is_trial and breaker.is_half_open and breaker.snapshot().opened == opened
+        mine.success()
+        os._exit(0 if fine and breaker.is_closed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert breaker.is_half_open
+    trial.success()
     assert breaker.is_closed
 
-
-def test_85_a_snapshot_is_never_torn() -> None:
-    """Sixteen threads write while one reads: never closed with a deadline, never open without one."""
-    breaker = CircuitBreaker(1, 60)
-    done = threading.Event()
-    odd: list[object] = []
-
-    def read() -> None:
-        while not done.is_set():
-            seen = breaker.snapshot()
-            if (seen.state == "closed") != (seen.retry_after is None):
-                odd.append(seen)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    together(16, lambda at: [breaker.open(60) if at % 2 else breaker.reset() for _ in range(200)])
-    done.set()
-    reader.join(10)
-    assert odd == []
-
-
-SPAWN = """
-import multiprocessing, threading
-import copilot_router
-def child(queue):
-    queue.put((threading.active_count(), copilot_router.CircuitBreaker().call(lambda: 7)))
-if __name__ == "__main__":
-    for method in ("spawn", "forkserver"):
-        context = multiprocessing.get_context(method)
-        queue = context.SimpleQueue()
-        process = context.Process(target=child, args=(queue,))
-        process.start()
-        assert queue.get() == (1, 7), method
-        process.join(30)
-"""
 
 GEVENT = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent
 from copilot_router import CircuitBreaker, CircuitOpen
-now = [0.0]
-breaker = CircuitBreaker(1, clock=lambda: now[0])
+breaker = CircuitBreaker(1, 0.0)
 breaker.admit().failure()
-now[0] = 15.0
 entered, refused = [], []
 def work(at):
     try:
@@ -1083,42 +940,125 @@ gevent.joinall([gevent.spawn(work, at) for at in range(200)])
 assert (len(entered), len(refused)) == (1, 199), (len(entered), len(refused))
 """
 
-EXIT = """
-import threading
-from copilot_router import CircuitBreaker
-now = [0.0]
-breaker = CircuitBreaker(1, clock=lambda: now[0])
-breaker.admit().failure()
-now[0] = 15.0
-inside = threading.Event()
-def hang():
-    inside.set()
-    threading.Event().wait()
-threading.Thread(target=breaker.call, args=(hang,), daemon=True).start()
-inside.wait(10)
-"""
+def test_of_200_greenlets_one_has_the_trial():
+    pytest.importorskip("gevent")
+    assert done(python(GEVENT)) == ""
 
 
-@pytest.mark.parametrize(("number", "program"), [(93, SPAWN), (94, GEVENT), (95, EXIT)])
-def test_93_other_ways_to_run(tmp_path: Path, number: int, program: str) -> None:
-    """93: spawned processes; 94: 200 greenlets at half-open, one trial; 95: exit with a trial in flight in a daemon thread."""
-    if number == 94:
-        pytest.importorskip("gevent")
-    file = tmp_path / "program.py"
-    file.write_text(program)
-    done = subprocess.run([sys.executable, str(file)], env=with_module(), timeout=60, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+# -- any sequence of steps, against a naive model
+
+THRESHOLD, RECOVERY, LEASE = 3, 15.0, 40.0
+_runs = itertools.count()
 
 
-def test_an_async_function_cannot_be_guarded() -> None:
-    """It would be over before it has begun; the breaker says so when it decorates."""
+class Model(RuleBasedStateMachine):
+    """Written from the manual, with the number of the era instead of anything clever."""
 
-    async def one() -> None:
-        pass
+    tickets = Bundle("tickets")
+    store: ClassVar[Any] = None  #: shared by two breakers that take turns; None: one breaker alone
 
-    async def many() -> AsyncGenerator[int, None]:
-        yield 1
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock(0.0)
+        settings: dict[str, Any] = {"name": f"run {next(_runs)}", "trial_timeout": LEASE}
+        if self.store is not None:
+            settings["store"] = Wrapped(self.store, self.clock)
+        new = lambda: CircuitBreaker(THRESHOLD, RECOVERY, clock=self.clock, **settings)  # noqa: E731
+        self.breaker = new()
+        self.other = self.breaker if self.store is None else new()
+        self.state, self.until, self.failures, self.era, self.takeovers = "closed", 0.0, 0, 0, 0
+        self.generation = 0
 
-    for function in (one, many):
-        with pytest.raises(TypeError, match="blocking"):
-            CircuitBreaker()(function)
+    def change(self, state: str, until: float = 0.0, takeovers: int = 0) -> None:
+        self.state, self.until, self.takeovers = state, until, takeovers
+        self.era += 1
+        if state == "closed":
+            self.failures = 0
+
+    @rule(target=tickets)
+    def admit(self) -> Any:
+        now, due = self.clock.now, self.state != "closed" and self.clock.now >= self.until
+        if self.state != "closed" and not due:
+            refused(self.breaker)
+            return multiple()
+        ticket = self.breaker.admit()
+        assert ticket.is_trial == due
+        if due:
+            takeovers = self.takeovers + (self.state == "half_open")
+            self.change("half_open", now + LEASE * min(2 ** max(0, takeovers - 1), 8), takeovers)
+        return ticket, self.era
+
+    @rule(
+        held=consumes(tickets),
+        verdict=st.sampled_from(["success", "failure", "neutral", "park"]),
+    )
+    def settle(self, held: tuple[Ticket, int], verdict: str) -> None:
+        ticket, era = held
+        now, trial = self.clock.now, ticket.is_trial
+        assert self.breaker.state == self.state
+        getattr(ticket, verdict)(*([30.0] if verdict == "park" else []))
+        if verdict == "park":
+            if self.state != "open":
+                self.change("open", now + 30)
+            self.until = max(self.until, now + 30)
+        elif era != self.era:
+            return
+        elif verdict == "success":
+            self.failures = 0
+            if trial:
+                self.change("closed")
+        elif verdict == "failure":
+            self.failures += 1
+            if trial or self.failures >= THRESHOLD:
+                self.change("open", now + RECOVERY)
+        elif trial:
+            self.change("open", now, self.takeovers)
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 15.0, 41.0, 400.0]))
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(seconds=st.sampled_from([None, 0.0, 20.0]))
+    def open(self, seconds: float | None) -> None:
+        self.breaker.open(seconds)
+        self.change("open", math.inf if seconds is None else self.clock.now + seconds)
+
+    @rule()
+    def reset(self) -> None:
+        self.breaker.reset()
+        self.change("closed")
+
+    @rule()
+    def switch(self) -> None:
+        self.breaker, self.other = self.other, self.breaker
+
+    @invariant()
+    def same(self) -> None:
+        assert self.breaker.state == self.other.state == self.state
+        snapshot = self.breaker.snapshot()
+        assert (snapshot.state, snapshot) == (self.state, self.breaker.snapshot())
+        record = self.store and self.store.load(self.breaker.name)[0]
+        if record or self.store is None:  # what was never written has no generation to keep
+            assert snapshot.generation >= self.generation
+            self.generation = snapshot.generation
+        left: float | None = max(0.0, self.until - self.clock.now)
+        if self.state == "closed":
+            assert snapshot.failures == self.failures
+            left = None
+        elif self.state == "half_open":
+            left = min(left or 0.0, 1.0)
+        assert snapshot.retry_after == (None if left == math.inf else left)
+
+
+@pytest.mark.parametrize("kind", ["alone", *KINDS])
+def test_any_steps_give_the_answers_of_the_model(kind, make_store):
+    """One breaker alone; or two that share a store and take turns: together they are one."""
+    settings = {"shared_counts": True} if kind == "redis" else {}
+    store = None if kind == "alone" else make_store(kind, refresh=0, **settings)
+    examples = {"alone": 100, "memory": 80, "sqlite": 30, "redis": 20}[kind]
+    run_state_machine_as_test(
+        type("Model", (Model,), {"store": store}),
+        settings=hypothesis_settings(
+            max_examples=examples, stateful_step_count=40, deadline=None
+        ),
+    )

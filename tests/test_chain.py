@@ -4,22 +4,57 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import json
+import linecache
 import logging
+import math
 import pickle
 import re
-import socket
+import signal
 import sys
 import threading
+import time
+import traceback
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from clocks import FakeClock
-from stores import Wrapped
+import requests
+from requests.adapters import BaseAdapter
+from support.fakes import (
+    HEAD,
+    IMAGE,
+    KEY,
+    PROMPT,
+    TOOL,
+    Custom,
+    Held,
+    Limits,
+    VirtualClock,
+    Watched,
+    answering,
+    calls,
+    chain_of,
+    event,
+    failures,
+    in_threads,
+    in_time,
+    outcomes,
+    refusal,
+    scripted,
+    serve,
+    silent_after,
+    tier,
+    whole,
+)
+from urllib3 import HTTPResponse
 
+import copilot_router
 from copilot_router import (
     AllProvidersFailed,
+    AnthropicProvider,
     Attempt,
     AuthenticationError,
     BadRequest,
@@ -30,14 +65,15 @@ from copilot_router import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EmptyResponse,
-    EscalationFailed,
     Event,
     FailoverChain,
+    GeminiProvider,
     InvalidResponse,
-    LLMProvider,
     LLMResponse,
     MemoryStore,
+    OllamaProvider,
     OpenAIProvider,
+    Overloaded,
     ProviderError,
     ProviderTier,
     ProviderTimeout,
@@ -51,94 +87,66 @@ from copilot_router import (
     UnknownModel,
     UnsupportedRequest,
     Usage,
-    _place,
 )
 
-PROMPT = "the secret prompt of this test suite"
+LOGGER = "copilot_router"
+MILLION = Usage(1_000_000, 0)
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+def clock() -> VirtualClock:
+    return VirtualClock()
 
 
-def scripted(*items: Any, repeat: bool = True) -> ScriptedProvider:
-    return ScriptedProvider(items, repeat=repeat)
+def about(seconds: float) -> Any:
+    """The time for which a breaker that a chain made stays open: up to a quarter longer."""
+    return pytest.approx(seconds * 1.125, rel=0.1112)
 
 
-def tier(name: str, *items: Any, models: Any = None, **settings: Any) -> ProviderTier:
-    return ProviderTier(name, scripted(*items), [f"{name}-model"] if models is None else models, **settings)
-
-
-def chain_of(clock: FakeClock, *tiers: ProviderTier, **settings: Any) -> FailoverChain:
-    return FailoverChain(tiers, clock=clock, sleep=clock.sleep, **settings)
-
-
-def calls(chain: FailoverChain, name: str) -> list[dict[str, Any]]:
-    provider = next(tier.provider for tier in chain.tiers if tier.name == name)
-    assert isinstance(provider, ScriptedProvider)
-    return provider.calls
-
-
-def outcomes(attempts: tuple[Attempt, ...]) -> list[str]:
-    return [f"{attempt.tier}:{attempt.outcome}" for attempt in attempts]
+def both_ways(chain: FailoverChain, *args: Any, **options: Any) -> list[Callable[[], Any]]:
+    """The same call as a whole answer and as a stream that is read to its end."""
+    return [lambda: chain.chat(*args, **options), lambda: list(chain.stream(*args, **options))]
 
 
 # -- order and models
 
 
-def test_the_original_quick_start_runs() -> None:
-    """Two providers that implement only chat(); the named model's tier answers."""
-
+def test_any_object_with_chat_is_a_provider() -> None:
     class Local:
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-            return LLMResponse(content=f"{model} says hello")
+        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+            return LLMResponse(f"{model} says hello")
 
-    chain = FailoverChain(
-        tiers=[
-            ProviderTier(name="local", provider=Local(), models=["llama-3"]),  # type: ignore[arg-type]
-            ProviderTier(name="cloud", provider=Local(), models=["gpt-4o"]),  # type: ignore[arg-type]
-        ]
-    )
-    assert chain.chat(messages=[{"role": "user", "content": "hi"}], model="llama-3").content == "llama-3 says hello"
+    tiers = [ProviderTier("local", Local(), ["llama-3"]), ProviderTier("cloud", Local(), ["gpt"])]
+    chain = FailoverChain(tiers)  # type: ignore[arg-type]
+    assert chain.chat([{"role": "user", "content": "hi"}], model="gpt").content == "gpt says hello"
+    assert list(chain.stream("hi")) == ["llama-3 says hello"]
     chain.check()
+    chain.ping()
     chain.close()
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_a_slow_store_may_take_the_time_that_was_left(clock: FakeClock, others: int) -> None:
-    """The deadline passes while the breaker asks its store: nobody is asked with less than no time left."""
-    slow = Wrapped(MemoryStore())
-    slow.before = lambda operation: clock.advance(2.0)
-    breaker = CircuitBreaker(store=slow, name="a", clock=clock)
-    chain = chain_of(clock, tier("a", "never", breaker=breaker), *[tier("b", "never")] * others)
-    with pytest.raises(DeadlineExceeded, match="a: CircuitOpen: no time left to ask it") as caught:
-        chain.chat(PROMPT, timeout=1)
-    assert outcomes(caught.value.attempts) == ["a:skipped", "b:skipped"][: others + 1]
-    assert not calls(chain, "a")
-    assert breaker.is_closed
-
-
-def test_tiers_are_asked_by_role_then_as_listed(clock: FakeClock) -> None:
-    """Primary, secondary, emergency; chain.tiers is in that order."""
+def test_tiers_are_asked_by_role_then_as_listed(clock: VirtualClock) -> None:
     down = ProviderUnavailable
-    chain = chain_of(
-        clock,
-        tier("e", "last", role="emergency"),
-        tier("s", down, role="secondary"),
-        tier("p1", down),
-        tier("p2", down),
-    )
+    emergency, secondary = tier("e", "x", role="emergency"), tier("s", down, role="secondary")
+    chain = chain_of(clock, emergency, secondary, tier("p1", down), tier("p2", down))
     assert [one.name for one in chain.tiers] == ["p1", "p2", "s", "e"]
     response = chain.chat("hi")
     assert response.provider == "e"
     assert outcomes(response.attempts) == ["p1:failed", "p2:failed", "s:failed", "e:ok"]
-    assert repr(chain) == "<FailoverChain p1 -> p2 -> s -> e>"
-    assert "p1" in repr(chain.tiers[0])
 
 
-def test_a_named_model_moves_its_tiers_forward(clock: FakeClock) -> None:
-    """Tiers that list it go first, but for emergency ones; the others follow with their default; aliases are resolved."""
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        (None, [("a", "a1"), ("any", None), ("b", "b-9"), ("e", "smart")]),
+        ("smart", [("b", "b-9"), ("a", "a1"), ("any", "smart"), ("e", "smart")]),
+        ("b-9", [("b", "b-9"), ("a", "a1"), ("any", "b-9"), ("e", "smart")]),
+        ("a2", [("a", "a2"), ("any", "a2"), ("b", "b-9"), ("e", "smart")]),
+        ("new", [("a", "a1"), ("any", "new"), ("b", "b-9"), ("e", "smart")]),
+    ],
+)
+def test_a_named_model_moves_its_tiers_forward(clock: VirtualClock, model: Any, asked: Any) -> None:
+    """But never an emergency tier. The other tiers follow with their own default."""
     down = ProviderUnavailable
     chain = chain_of(
         clock,
@@ -148,288 +156,528 @@ def test_a_named_model_moves_its_tiers_forward(clock: FakeClock) -> None:
         tier("e", down, models=["smart"], role="emergency"),
     )
     with pytest.raises(AllProvidersFailed) as failed:
-        chain.chat("hi", model="smart")
-    assert [(a.tier, a.model) for a in failed.value.attempts] == [
-        ("b", "b-9"), ("a", "a1"), ("any", "smart"), ("e", "smart"),
-    ]  # fmt: skip
-    chain.reset()
-    with pytest.raises(AllProvidersFailed) as failed:
-        chain.chat("hi", model="b-9")
-    assert failed.value.attempts[0][:2] == ("b", "b-9")
-    assert calls(chain, "any")[0]["model"] == "smart"
+        chain.chat("hi", model=model)
+    assert [(one.tier, one.model or None) for one in failed.value.attempts] == asked
+    assert [calls(chain, name)[0]["model"] for name, _ in asked] == [sent for _, sent in asked]
 
 
-def test_an_unknown_model_names_the_near_misses(clock: FakeClock) -> None:
-    """Before anybody is asked; a wrong type is a ConfigError."""
-    chain = chain_of(clock, tier("a", "x", models=["gpt-6-luna"]))
+def test_an_unknown_model_names_the_near_misses_and_the_known_ones(clock: VirtualClock) -> None:
+    chain = chain_of(clock, tier("a", "x", models=["gpt-6-luna", "haiku"]), tier("b", "x"))
     with pytest.raises(UnknownModel, match="Did you mean 'gpt-6-luna'"):
         chain.chat("hi", model="gpt6-luna")
+    with pytest.raises(UnknownModel) as unknown:
+        chain.stream("hi", model="zzz")
+    assert all(name in str(unknown.value) for name in ("gpt-6-luna", "haiku", "b"))
+    many = [f"model-{number:02}" for number in range(30)]
+    with pytest.raises(UnknownModel) as unknown:
+        chain_of(clock, tier("a", "x", models=many)).chat("hi", model="zzz")
+    assert sum(name in str(unknown.value) for name in many) == 10
     with pytest.raises(ConfigError, match="model=''"):
         chain.chat("hi", model="")
     assert not calls(chain, "a")
 
 
-def test_tiers_restricts_strictly(clock: FakeClock) -> None:
-    """Nobody else is asked, however it ends."""
+def test_tiers_restricts_strictly(clock: VirtualClock) -> None:
     chain = chain_of(clock, tier("local", ServerError), tier("cloud", "x"))
     with pytest.raises(AllProvidersFailed):
         chain.chat("hi", tiers=["local"])
+    with pytest.raises(UnknownModel):
+        chain.chat("hi", tiers=["local"], model="cloud")
     assert not calls(chain, "cloud")
     with pytest.raises(ConfigError, match=r"'clod'.*Did you mean 'cloud'"):
         chain.chat("hi", tiers=["clod"])
     for wrong in ("local", []):
         with pytest.raises(ConfigError, match="give a list of names"):
             chain.chat("hi", tiers=wrong)
-    with pytest.raises(UnknownModel):
-        chain.chat("hi", tiers=["local"], model="cloud-model")
 
 
-def test_a_tier_that_cannot_is_skipped(clock: FakeClock) -> None:
-    """Tools and images; if nobody can, UnsupportedRequest says who lacks what."""
-    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
-    chain = chain_of(clock, tier("blind", "a", supports_images=False), tier("all", "b", supports_tools=False))
-    assert outcomes(chain.chat(image).attempts) == ["blind:skipped", "all:ok"]
+def test_a_tier_that_cannot_serve_the_request_is_skipped(clock: VirtualClock) -> None:
+    blind, toolless = (
+        tier("blind", "a", supports_images=False),
+        tier("b", "b", supports_tools=False),
+    )
+    chain = chain_of(clock, blind, toolless)
+    response = chain.chat(IMAGE)
+    assert outcomes(response.attempts) == ["blind:skipped", "b:ok"]
+    skipped = response.attempts[0]
+    assert (skipped.model, skipped.latency) == ("blind", 0.0)
+    assert (skipped.error or "").startswith("UnsupportedRequest")
     assert chain.chat("hi").provider == "blind"
-    tool = {"type": "function", "function": {"name": "f"}}
-    with pytest.raises(UnsupportedRequest, match=r"blind takes no images; all takes no tools"):
-        chain.chat(image, [tool])
+    assert chain.chat("hi", [TOOL]).provider == "blind"
+    with pytest.raises(UnsupportedRequest) as unable:
+        chain.chat(IMAGE, [TOOL])
+    assert "blind takes no images" in str(unable.value)
+    assert "b takes no tools" in str(unable.value)
+    chain.tiers[0].breaker.open(60)  # one is open and the other one is unable: time may help
+    with pytest.raises(AllProvidersFailed):
+        chain.chat("hi", [TOOL])
 
 
-# -- retries, rate limits, parking
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:,x"}},
+        {"type": "input_image", "image_url": "data:,x"},
+        {"type": "image", "source": {}},
+    ],
+    ids=lambda part: part["type"],
+)
+def test_each_kind_of_image_part_counts_as_an_image(clock: VirtualClock, part: Any) -> None:
+    chain = chain_of(clock, tier("blind", "a", supports_images=False), tier("b", "b"))
+    text = {"type": "text", "text": "look"}
+    assert chain.chat([{"role": "user", "content": [text, part]}]).provider == "b"
+    assert chain.chat([{"role": "user", "content": [text]}]).provider == "blind"
 
 
-def test_a_server_error_is_tried_again_after_a_short_pause(clock: FakeClock) -> None:
-    """Once by default; every request is counted by itself."""
-    chain = chain_of(clock, tier("a", ServerError, "fine"))
-    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:ok"]
-    assert 0.1 <= clock.slept[0] <= 0.3
+# -- once more on the same tier
 
 
 @pytest.mark.parametrize(("retries", "requests"), [(0, 1), (1, 2), (2, 3)])
-def test_retries_are_bounded(clock: FakeClock, retries: int, requests: int) -> None:
-    """Then the next tier."""
-    chain = chain_of(clock, tier("a", ServerError, retries=retries), tier("b", "x"))
+@pytest.mark.parametrize("kind", [ServerError, Overloaded])
+def test_a_server_error_is_tried_again_after_a_short_pause(
+    clock: VirtualClock, kind: type, retries: int, requests: int
+) -> None:
+    chain = chain_of(clock, tier("a", kind, retries=retries), tier("b", "x"))
     chain.chat("hi")
-    assert len(calls(chain, "a")) == requests
+    assert len(calls(chain, "a")) == failures(chain) == requests
+    assert len(clock.slept) == requests - 1
+    assert all(0.1 <= pause <= 0.3 for pause in clock.slept)
 
 
-def test_no_pause_once_the_breaker_is_open(clock: FakeClock) -> None:
-    """The third failure opens it, and the call goes on at once."""
+def test_there_is_no_retry_once_the_breaker_is_open(clock: VirtualClock) -> None:
     chain = chain_of(clock, tier("a", ServerError, retries=5), tier("b", "x"))
     chain.chat("hi")
-    assert len(calls(chain, "a")) == 3
-    assert len(clock.slept) == 2
+    assert (len(calls(chain, "a")), len(clock.slept)) == (3, 2)
     assert chain.chat("hi").attempts[0].outcome == "skipped"
 
 
-def test_a_retry_after_replaces_the_pause(clock: FakeClock) -> None:
-    """A short one is waited for; a longer one than max_retry_after parks."""
-    chain = chain_of(clock, tier("a", ServerError("x", retry_after=1.5), ServerError("x", retry_after=40)), tier("b", "x"))
+def test_a_tier_that_another_thread_opens_during_the_pause_is_passed_over() -> None:
+    tiers = [tier("a", ServerError), tier("b", "x")]
+    chain = FailoverChain(tiers, sleep=lambda seconds: tiers[0].breaker.open())
+    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:skipped", "b:ok"]
+
+
+def test_retry_after_of_a_server_error_replaces_the_pause_or_parks(clock: VirtualClock) -> None:
+    errors = ServerError("x", retry_after=1.5), ServerError("x", retry_after=40)
+    chain = chain_of(clock, tier("a", *errors), tier("b", "x"))
     chain.chat("hi")
     assert clock.slept == [1.5]
     assert chain.tiers[0].breaker.retry_after == 40
+    for seconds, state in ((2.0, "closed"), (2.5, "open")):
+        chain = chain_of(clock, tier("a", ServerError("x", retry_after=seconds), retries=0))
+        with pytest.raises(AllProvidersFailed) as failed:
+            chain.chat("hi")
+        assert (chain.tiers[0].breaker.state, failed.value.retry_after) == (state, seconds)
 
 
-def test_a_short_retry_after_is_waited_out_once(clock: FakeClock) -> None:
-    """Neutral the first time; the second 429 parks."""
-    limited = RateLimited("x", retry_after=1)
+def test_a_short_retry_after_of_a_rate_limit_is_waited_out_once(clock: VirtualClock) -> None:
+    """It is neutral the first time, and the second 429 parks the tier."""
+    limited = RateLimited("x", retry_after=2.0)
     chain = chain_of(clock, tier("a", limited, "fine", limited, limited), tier("b", "x"))
     assert chain.chat("hi").provider == "a"
-    assert clock.slept == [1]
+    assert clock.slept == [2.0]
     assert chain.tiers[0].breaker.is_closed
     assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:failed", "b:ok"]
-    assert chain.tiers[0].breaker.retry_after == 1
+    assert chain.tiers[0].breaker.retry_after == 2.0
+
+
+@pytest.mark.parametrize("error", [RateLimited, ServerError])
+@pytest.mark.parametrize("timeout", [1.0, 2.0])
+def test_a_pause_that_does_not_end_before_the_deadline_is_not_begun(
+    clock: VirtualClock, error: Any, timeout: float
+) -> None:
+    chain = chain_of(clock, tier("a", error("x", retry_after=2)), tier("b", "x"))
+    assert chain.chat("hi", timeout=timeout).provider == "b"
+    assert not clock.slept
+
+
+# -- parks
 
 
 @pytest.mark.parametrize(
     ("error", "seconds"),
     [
         (RateLimited("x", retry_after=30), 30),
-        (RateLimited("x"), 15),
         (RateLimited("x", retry_after=9999), 3600),
-        (QuotaExceeded("x", retry_after=1), 600),
-        (AuthenticationError("x"), 600),
+        (RateLimited("x"), about(15)),
+        (QuotaExceeded("x", retry_after=100), 100),
+        (QuotaExceeded("x", retry_after=1), about(60)),
+        (QuotaExceeded("x"), about(60)),
+        (AuthenticationError("x"), about(15)),
     ],
 )
-def test_parking(clock: FakeClock, error: ProviderError, seconds: float) -> None:
-    """One request, no wait, and the tier rests for as long as it was told."""
+def test_a_parked_tier_is_asked_once_and_rests(
+    clock: VirtualClock, error: ProviderError, seconds: Any
+) -> None:
     chain = chain_of(clock, tier("a", error), tier("b", "x"))
-    for _ in range(3):
-        assert chain.chat("hi").provider == "b"
+    for call in (*both_ways(chain, "hi"), *both_ways(chain, "hi")):
+        call()
     assert len(calls(chain, "a")) == 1
     assert not clock.slept
     assert chain.tiers[0].breaker.retry_after == seconds
 
 
-def test_a_pause_that_does_not_fit_the_deadline_is_not_begun(clock: FakeClock) -> None:
-    """Neither for a 429 nor for a 500."""
-    for error in (RateLimited("x", retry_after=2), ServerError("x", retry_after=2)):
-        chain = chain_of(clock, tier("a", error), tier("b", "x"))
-        assert chain.chat("hi", timeout=1).provider == "b"
-    assert not clock.slept
+@pytest.mark.parametrize("kind", [AuthenticationError])
+def test_long_parks_grow_from_the_recovery_timeout_to_ten_minutes(
+    clock: VirtualClock, kind: type[ProviderError]
+) -> None:
+    """Four times as long with each further one in a row; an answer begins anew."""
+    breaker = CircuitBreaker(clock=clock)
+    answers = [kind("x")] * 5 + ["fine", kind("x")]
+    chain = chain_of(clock, tier("a", *answers, breaker=breaker), tier("b", "x"))
+    seen = []
+    for _ in range(7):
+        chain.chat("hi")
+        seen.append(breaker.retry_after)
+        clock.advance(seen[-1] or 0)
+    assert seen == [15, 60, 240, 600, 600, None, 15]
 
 
-def test_all_parked_fails_at_once_with_the_earliest_return(clock: FakeClock) -> None:
-    """Nobody is asked; retry_after is the smaller one; the errors are CircuitOpen."""
-    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=30)), tier("b", RateLimited("x", retry_after=20)))
-    for _ in range(2):
-        with pytest.raises(AllProvidersFailed) as failed:
+def test_long_parks_begin_with_the_chains_recovery_timeout(clock: VirtualClock) -> None:
+    chain = chain_of(clock, tier("a", AuthenticationError), tier("b", "x"), recovery_timeout=2)
+    chain.chat("hi")
+    assert chain.tiers[0].breaker.retry_after == about(2)
+
+
+def test_breakers_of_a_chain_without_a_store_do_not_open_in_step(clock: VirtualClock) -> None:
+    """Their open time is up to a quarter longer; with a store or by hand it is exact."""
+
+    def opened(**settings: Any) -> float | None:
+        chain = chain_of(clock, tier("a", ProviderUnavailable), failure_threshold=1, **settings)
+        with pytest.raises(AllProvidersFailed):
             chain.chat("hi")
-    assert failed.value.retry_after == 20
+        return chain.tiers[0].breaker.retry_after
+
+    times = {opened() for _ in range(50)}
+    assert len(times) > 10
+    assert all(seconds == about(15) for seconds in times)
+    assert opened(store=MemoryStore()) == pytest.approx(15, abs=0.1)
+
+
+def test_all_parked_fails_at_once_with_the_earliest_return(clock: VirtualClock) -> None:
+    first, second = RateLimited("x", retry_after=30), RateLimited("x", retry_after=20)
+    chain = chain_of(clock, tier("a", first), tier("b", second))
+    for call in (*both_ways(chain, "hi"), *both_ways(chain, "hi")):
+        with pytest.raises(AllProvidersFailed) as failed:
+            call()
+        assert failed.value.retry_after == 20
     assert [type(error) for error in failed.value.errors] == [CircuitOpen, CircuitOpen]
     assert failed.value.errors[0].retry_after == 30  # type: ignore[attr-defined]
-    skips = [f"{name}: skipped (CircuitOpen: {name} is open (RateLimited: x))" for name in "ab"]
-    assert failed.value.explain() == " -> ".join(skips)
     assert failed.value.__cause__ is failed.value.errors[0]
+    assert outcomes(failed.value.attempts) == ["a:skipped", "b:skipped"]
 
 
-# -- what passes, what is raised
-
-
-@pytest.mark.parametrize("kind", [BadRequest, ContextLengthExceeded])
-def test_the_same_neutral_class_of_all_is_raised_itself(clock: FakeClock, kind: type[ProviderError]) -> None:
-    """It holds for everybody; breakers stay closed."""
-    chain = chain_of(clock, tier("a", kind("x")), tier("b", kind("y")))
-    with pytest.raises(kind) as raised:
-        chain.chat("hi", wait=100)
-    assert len(raised.value.attempts) == 2
-    assert raised.value.provider == "a"
-    assert all(one.breaker.snapshot().failures == 0 for one in chain.tiers)
-
-
-def test_mixed_failures_name_every_tier(clock: FakeClock) -> None:
-    """With its class and message, and all the exceptions without their frames."""
-    chain = chain_of(clock, tier("a", BadRequest("too odd")), tier("b", ProviderUnavailable("refused")))
-    with pytest.raises(AllProvidersFailed, match=r"a: BadRequest: too odd; b: ProviderUnavailable: refused") as failed:
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (AuthenticationError("x"), None),
+        (QuotaExceeded("x"), None),
+        (QuotaExceeded("x", retry_after=100), 100),
+        (RateLimited("x"), about(15)),
+    ],
+)
+def test_a_long_park_gives_no_hint_unless_the_server_named_one(
+    clock: VirtualClock, error: ProviderError, hint: Any
+) -> None:
+    """Waiting does not help against a wrong key: nobody is told to, and ``wait`` does not."""
+    chain = chain_of(clock, tier("a", error))
+    for _ in range(2):
+        with pytest.raises(AllProvidersFailed) as failed:
+            chain.chat("hi", wait=0 if hint else 60)
+        assert failed.value.retry_after == hint
+    assert not clock.slept
+    chain = chain_of(clock, tier("a", error), tier("b", RateLimited("x", retry_after=7)))
+    with pytest.raises(AllProvidersFailed) as failed:
         chain.chat("hi")
+    assert failed.value.retry_after == 7
+
+
+# -- what is raised, and what passes
+
+
+@pytest.mark.parametrize("kind", [BadRequest, ContextLengthExceeded, UnsupportedRequest])
+def test_a_neutral_class_that_holds_for_all_is_raised_itself(
+    clock: VirtualClock, kind: type[ProviderError]
+) -> None:
+    chain = chain_of(clock, tier("a", kind("x")), tier("b", kind("y")))
+    for call in both_ways(chain, "hi", wait=100):
+        with pytest.raises(kind) as raised:
+            call()
+        assert outcomes(raised.value.attempts) == ["a:failed", "b:failed"]
+    assert failures(chain, 0) == failures(chain, 1) == 0
+    chain.tiers[0].breaker.open(60)  # what was asked decides
+    with pytest.raises(kind):
+        chain.chat("hi")
+
+
+def test_mixed_failures_name_every_tier(clock: VirtualClock) -> None:
+    chain = chain_of(clock, tier("a", BadRequest("odd")), tier("b", ProviderUnavailable("refused")))
+    with pytest.raises(AllProvidersFailed) as failed:
+        chain.chat("hi")
+    assert re.search("a: BadRequest: odd.*b: ProviderUnavailable: refused", str(failed.value))
     assert [type(error) for error in failed.value.errors] == [BadRequest, ProviderUnavailable]
     assert all(error.__traceback__ is None for error in failed.value.errors)
     assert failed.value.retry_after == 1.0
 
 
-def test_a_refusal_by_a_safety_system_is_raised_at_once(clock: FakeClock) -> None:
-    """No other tier is asked, not even the emergency one; on_error may change that."""
-    tiers = (tier("a", ContentFiltered("no")), tier("b", "x", role="emergency"))
-    with pytest.raises(ContentFiltered) as raised:
-        chain_of(clock, *tiers).chat("hi")
-    assert outcomes(raised.value.attempts) == ["a:failed"]
+def test_repeated_failures_of_a_tier_are_said_once_with_their_number(clock: VirtualClock) -> None:
+    same = tier("a", ServerError("boom"), retries=4)
+    chain = chain_of(clock, same, tier("b", ProviderUnavailable("refused")), failure_threshold=99)
+    with pytest.raises(AllProvidersFailed) as failed:
+        chain.chat("hi")
+    assert str(failed.value).count("boom") == 1
+    assert re.search(r"a: .*boom.*\b5\b.*b: ", str(failed.value))
+    assert len(failed.value.attempts) == 6
+    different = tier("a", ServerError("one"), ServerError("two"))
+    with pytest.raises(AllProvidersFailed, match=r"one.*two"):
+        chain_of(clock, different).chat("hi")
+
+
+def test_on_error_takes_the_nearest_class(clock: VirtualClock) -> None:
+    """Its rule holds for a foreign exception and for a rate limit too."""
+    policy = {ProviderError: "raise", ServerError: "next", KeyError: "raise"}
+    items = ServerError, BadRequest, KeyError, ValueError, RateLimited("x", retry_after=1)
+    chain = chain_of(
+        clock, tier("a", *items, retries=3), tier("b", "x"), on_error=policy, failure_threshold=99
+    )
+    assert chain.chat("hi").provider == "b"
+    for kind in (BadRequest, KeyError):
+        with pytest.raises(kind):
+            chain.chat("hi")
+    assert chain.chat("hi").provider == "b"
+    with pytest.raises(RateLimited):
+        chain.chat("hi")
+    assert chain.tiers[0].breaker.retry_after == 1
+    assert not clock.slept
+    chain = chain_of(clock, tier("a", ServerError, "x"), on_error={BadRequest: "raise"})
+    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:ok"]
+
+
+def test_a_refusal_by_a_safety_system_is_raised_at_once(clock: VirtualClock) -> None:
+    tiers = tier("a", ContentFiltered("no")), tier("b", "x", role="emergency")
+    for call in both_ways(chain_of(clock, *tiers), "hi"):
+        with pytest.raises(ContentFiltered) as raised:
+            call()
+        assert outcomes(raised.value.attempts) == ["a:failed"]
     assert chain_of(clock, *tiers, on_error={ContentFiltered: "next"}).chat("hi").provider == "b"
 
 
-def test_on_error_takes_the_nearest_class(clock: FakeClock) -> None:
-    """A subclass's own entry beats its base's; foreign exceptions may be named, too."""
-    policy = {ProviderError: "raise", ServerError: "next", KeyError: "raise"}
-    chain = chain_of(clock, tier("a", ServerError, BadRequest, KeyError, retries=3), tier("b", "x"), on_error=policy)
-    assert chain.chat("hi").provider == "b"
-    assert not clock.slept
-    with pytest.raises(BadRequest):
-        chain.chat("hi")
-    with pytest.raises(KeyError):
-        chain.chat("hi")
-    for wrong, message in (({"x": "next"}, "no exception class"), ({KeyError: "again"}, "give 'next' or 'raise'")):
-        with pytest.raises(ConfigError, match=message):
-            chain_of(clock, tier("a", "x"), on_error=wrong)
-
-
-@pytest.mark.parametrize("kind", [AssertionError, MemoryError, RecursionError, KeyboardInterrupt, GeneratorExit, ConfigError])
-def test_what_is_not_the_providers_passes_straight_through(clock: FakeClock, kind: type[BaseException]) -> None:
-    """Neutral for the breaker, and the second tier is not asked."""
-    chain = chain_of(clock, tier("a", kind), tier("b", "x"))
-    with pytest.raises(kind):
-        chain.chat("hi")
+@pytest.mark.parametrize(
+    "kind",
+    [AssertionError, MemoryError, RecursionError, KeyboardInterrupt, GeneratorExit, ConfigError],
+)
+def test_what_is_not_the_providers_fault_passes_through(
+    clock: VirtualClock, kind: type[BaseException]
+) -> None:
+    """It is neutral, the next tier is not asked, and a trial is handed on at once."""
+    chain = chain_of(clock, tier("a", kind, kind, "fine", max_concurrency=1), tier("b", "x"))
+    chain.tiers[0].breaker.open(5)
+    clock.advance(5)
+    for call in both_ways(chain, "hi"):
+        with pytest.raises(kind):
+            call()
     assert not calls(chain, "b")
-    assert chain.tiers[0].breaker.snapshot().failures == 0
+    assert failures(chain) == 0
+    assert chain.chat("hi").provider == "a"
+    assert chain.tiers[0].breaker.is_closed
 
 
-def test_task_limits_pass_through(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery's soft time limit is found in sys.modules, without importing anything."""
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("billiard.exceptions", "SoftTimeLimitExceeded"), ("rq.timeouts", "BaseTimeoutException")],
+)
+def test_the_limits_of_task_queues_pass_through_everywhere(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    """Providers, pings, listeners and stores may all be interrupted by one."""
+    limit = type(name, (Exception,), {})
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: limit}))
 
-    class SoftTimeLimitExceeded(Exception):
-        pass
-
-    module = types.ModuleType("billiard.exceptions")
-    module.SoftTimeLimitExceeded = SoftTimeLimitExceeded  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "billiard.exceptions", module)
-    with pytest.raises(SoftTimeLimitExceeded):
-        chain_of(clock, tier("a", SoftTimeLimitExceeded), tier("b", "x")).chat("hi")
-
-
-def test_a_task_limit_ends_listeners_stores_and_pings_too(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised wherever the task happens to be: nothing that catches other people's errors may swallow it."""
-
-    class SoftTimeLimitExceeded(Exception):
-        pass
-
-    def limit(*_: object) -> None:
-        raise SoftTimeLimitExceeded
+    def over(*_: object, **__: object) -> None:
+        raise limit
 
     class Store(MemoryStore):
-        load = limit  # type: ignore[assignment]
+        load = over  # type: ignore[assignment]
 
     class Pinged(ScriptedProvider):
-        ping = limit  # type: ignore[assignment]
+        ping = over  # type: ignore[assignment]
 
-    module = types.ModuleType("billiard.exceptions")
-    module.SoftTimeLimitExceeded = SoftTimeLimitExceeded  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "billiard.exceptions", module)
+    pinged = FailoverChain([ProviderTier(one, Pinged(["x"])) for one in "ab"])
     for step in (
-        lambda: FailoverChain([tier("a", "x")], on_event=limit).chat("hi"),
-        lambda: CircuitBreaker(on_change=limit).open(),
+        lambda: FailoverChain([tier("a", limit), tier("b", "x")]).chat("hi"),
+        lambda: FailoverChain([tier("a", limit), tier("b", "x")]).stream("hi"),
+        lambda: FailoverChain([tier("a", "x")], on_event=over).chat("hi"),
+        lambda: CircuitBreaker(on_change=over).open(),
         lambda: CircuitBreaker(name="x", store=Store()).admit(),
-        lambda: FailoverChain([ProviderTier("a", Pinged(["x"]))]).check(),
-        lambda: FailoverChain([ProviderTier("a", Pinged(["x"]))]).ping(),
+        pinged.check,
+        pinged.ping,
     ):
-        with pytest.raises(SoftTimeLimitExceeded):
+        with pytest.raises(limit):
             step()
 
 
-def test_any_other_exception_fails_over_and_its_text_is_not_repeated(clock: FakeClock) -> None:
-    """A foreign exception's text could hold anything."""
+def test_any_other_exception_fails_over_and_its_text_is_not_repeated(clock: VirtualClock) -> None:
     chain = chain_of(clock, tier("a", ValueError(PROMPT)), tier("b", ProviderUnavailable))
     with pytest.raises(AllProvidersFailed) as failed:
         chain.chat("hi")
     assert failed.value.attempts[0].error == "ValueError"
     assert PROMPT not in str(failed.value)
-    assert chain.tiers[0].breaker.snapshot().failures == 1
+    assert failures(chain) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_foreign_exception_is_logged_with_its_place_once(
+    caplog: pytest.LogCaptureFixture, streaming: bool
+) -> None:
+    """As a warning, since it is probably a mistake in the provider; once for each line."""
+
+    def faulty(again: bool = False, **_: Any) -> None:
+        if again:
+            raise KeyError("something private")
+        raise ValueError("something private")
+
+    def ask(**options: Any) -> None:
+        chain = FailoverChain([ProviderTier("mine", Custom(faulty)), tier("b", "x")])
+        assert list(chain.stream("hi", **options)) if streaming else chain.chat("hi", **options)
+
+    def warned() -> list[str]:
+        told = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+        return [text for text in told if "test_chain.py" in text]
+
+    ask()
+    ask()
+    ask(again=True)
+    ask()
+    kinds = [kind for text in warned() for kind in ("ValueError", "KeyError") if kind in text]
+    assert kinds == ["ValueError", "KeyError"]
+    assert all(re.search(r"test_chain\.py\D+\d+", text) for text in warned())
+    assert "private" not in caplog.text
+
+
+def test_a_router_error_of_a_provider_is_no_mistake_of_its_code(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    FailoverChain([tier("a", BadRequest("x"), ServerError("y")), tier("b", "x")]).chat("hi")
+    assert not [one for one in caplog.records if one.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("answer", [None, "text", {"content": "x"}])
-def test_a_provider_that_returns_something_else_is_a_config_error(clock: FakeClock, answer: object) -> None:
-    """Naming the tier, the class and the cure."""
+def test_a_provider_that_returns_something_else_is_a_config_error(
+    clock: VirtualClock, answer: object
+) -> None:
+    chain = chain_of(clock, ProviderTier("w", Custom(lambda **_: answer)))
+    with pytest.raises(ConfigError, match=r"tier 'w': Custom returned .*LLMResponse"):
+        chain.chat("hi")
 
-    class Wrong(LLMProvider):
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
-            return answer
 
-    with pytest.raises(ConfigError, match=r"tier 'w': Wrong returned \w+: return an LLMResponse"):
-        chain_of(clock, ProviderTier("w", Wrong())).chat("hi")
+ASKED = [{"role": "user", "content": "hi"}]
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+RESULTS = [
+    *ASKED,
+    {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    {"role": "tool", "tool_call_id": "1", "content": "done"},
+]
 
 
 @pytest.mark.parametrize(
-    ("response", "kind"),
+    ("messages", "response", "kind", "counted"),
     [
-        (LLMResponse(content=""), EmptyResponse),
-        (LLMResponse(content=" \n"), EmptyResponse),
-        (LLMResponse(finish_reason="length"), EmptyResponse),
-        (LLMResponse(finish_reason="content_filter"), ContentFiltered),
+        (ASKED, LLMResponse(""), EmptyResponse, 1),
+        (ASKED, LLMResponse(" \n"), EmptyResponse, 1),
+        (ASKED, LLMResponse(finish_reason="length"), EmptyResponse, 0),
+        (RESULTS, LLMResponse(""), EmptyResponse, 0),
+        (RESULTS, LLMResponse(None), EmptyResponse, 0),
+        ([*RESULTS, *ASKED], LLMResponse(""), EmptyResponse, 1),
+        (ASKED, LLMResponse(finish_reason="content_filter"), ContentFiltered, 0),
     ],
 )
-def test_an_empty_answer_is_no_answer_of_any_provider(clock: FakeClock, response: LLMResponse, kind: type) -> None:
-    """White space is nothing; a filtered one is a refusal; one that was cut by length is neutral."""
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_an_empty_answer_is_no_answer_of_any_provider(
+    clock: VirtualClock, messages: Any, response: LLMResponse, kind: type, counted: int, way: int
+) -> None:
+    """One that was cut by its length, or that follows tool results, says nothing of the tier."""
+    response.request_id = "r-1"
     chain = chain_of(clock, tier("a", response))
-    with pytest.raises((kind, AllProvidersFailed)) as raised:
-        chain.chat("hi")
-    error = raised.value if kind is ContentFiltered else raised.value.errors[0]  # type: ignore[union-attr]
+    with pytest.raises(RouterError) as raised:
+        both_ways(chain, messages)[way]()
+    error: Any = raised.value
+    error = error.errors[0] if isinstance(error, AllProvidersFailed) else error
     assert isinstance(error, kind)
-    cut = response.finish_reason in ("length", "content_filter")
-    assert chain.tiers[0].breaker.snapshot().failures == (0 if cut else 1)
+    assert error.request_id == "r-1"
+    assert failures(chain) == counted
+    if kind is EmptyResponse:
+        assert chain_of(clock, tier("a", response), tier("b", "x")).chat(messages).provider == "b"
 
 
-# -- emergency, wait, deadline
+# -- reading a built-in provider's answer
 
 
-def test_emergency_is_asked_even_while_open_unless_forced(clock: FakeClock) -> None:
-    """Its verdict then decides nothing; ordered open by hand, it is skipped."""
+class Body(io.BytesIO):
+    """The body of an answer whose reading fails."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def read(self, *_: Any) -> bytes:
+        raise self.error
+
+    read1 = readinto = read  # type: ignore[assignment]
+
+
+class Failing(BaseAdapter):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def send(self, request: Any, **_: Any) -> Any:  # type: ignore[override]
+        answer = requests.Response()
+        answer.status_code, answer.url, answer.request = 200, request.url, request
+        answer.headers["Content-Type"] = "text/event-stream"
+        answer.raw = HTTPResponse(
+            Body(self.error), dict(answer.headers), 200, preload_content=False
+        )
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError()], ids=lambda one: repr(one)[:6])
+@pytest.mark.parametrize(
+    "kind", [OpenAIProvider, AnthropicProvider, GeminiProvider, OllamaProvider]
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_little_memory_while_an_answer_is_read_fails_over(
+    error: Exception, kind: Any, streaming: bool
+) -> None:
+    """The answer is at fault there, as far as anybody can tell; a custom provider's own is not."""
+    session = requests.Session()
+    session.mount("http://", Failing(error))
+    given = {} if kind is OllamaProvider else {"api_key": KEY}
+    provider = kind(base_url="http://127.0.0.1:9", session=session, **given)
+    chain = FailoverChain([ProviderTier("a", provider, ["m"], retries=0), tier("b", "x")])
+    if streaming:
+        assert list(chain.stream("hi")) == ["x"]
+    else:
+        response = chain.chat("hi")
+        assert response.provider == "b"
+        assert (response.attempts[0].error or "").startswith("InvalidResponse")
+    assert failures(chain) == 1
+
+
+def test_an_answer_nested_too_deeply_fails_over() -> None:
+    deep = b"[" * 100_000
+    with serve(answering(HEAD + b"data: " + deep + b"\n\n", whole("x"))) as server:
+        chain = FailoverChain([server.tier("a"), server.tier("b")])
+        assert chain.chat("hi").provider == "b"
+        assert failures(chain) == 1
+
+
+# -- emergency and waiting
+
+
+def test_emergency_is_asked_even_while_open_unless_forced(clock: VirtualClock) -> None:
     chain = chain_of(clock, tier("a", ProviderUnavailable), tier("e", "x", role="emergency"))
     chain.tiers[1].breaker.open(100)
     assert chain.chat("hi").provider == "e"
@@ -439,31 +687,34 @@ def test_emergency_is_asked_even_while_open_unless_forced(clock: FakeClock) -> N
         chain.chat("hi")
 
 
-def test_waiting_for_a_tier(clock: FakeClock) -> None:
-    """A one-tier script sleeps until the tier is ready; the total is bounded and added to the default deadline."""
-    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=50), "fine"), timeout=10)
-    assert chain.chat("hi", wait=60).text == "fine"
+def test_wait_sleeps_until_a_tier_is_ready(clock: VirtualClock) -> None:
+    """The time is bounded in all, and added to the default deadline."""
+    limited = RateLimited("x", retry_after=50)
+    assert chain_of(clock, tier("a", limited, "x"), timeout=10).chat("hi", wait=50).text == "x"
     assert clock.slept == [50]
-    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=50)), wait=120)
+    chain = chain_of(clock, tier("a", limited), wait=120)
     with pytest.raises(AllProvidersFailed) as failed:
         chain.chat("hi")
     assert clock.slept == [50, 50, 50]
     assert outcomes(failed.value.attempts) == ["a:failed"] * 3
 
 
-def test_waiting_for_a_closed_tier_grows(clock: FakeClock) -> None:
-    """A tier that failed just now is not hammered."""
-    chain = chain_of(clock, tier("a", ProviderUnavailable, ProviderUnavailable, "fine"))
-    assert chain.chat("hi", wait=30).text == "fine"
-    assert clock.slept == [1, 2]
-
-
-def test_a_wait_that_does_not_fit_is_not_begun(clock: FakeClock) -> None:
-    """Neither beyond the deadline nor for what waiting will not mend."""
-    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=50)))
-    with pytest.raises(AllProvidersFailed):
-        chain.chat("hi", wait=100, timeout=20)
-    chain = chain_of(clock, tier("a", "x"))
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (RateLimited("x", retry_after=50), {"wait": 49}),
+        (RateLimited("x", retry_after=50), {"wait": 100, "timeout": 20}),
+        (RateLimited("x", retry_after=50), {"wait": 100, "timeout": 50}),
+        (BadRequest("x"), {"wait": 100}),
+        (AuthenticationError("x"), {"wait": 100}),
+    ],
+)
+def test_a_wait_that_does_not_fit_or_help_is_not_begun(
+    clock: VirtualClock, error: Exception, options: Any
+) -> None:
+    chain = chain_of(clock, tier("a", error))
+    with pytest.raises(RouterError):
+        chain.chat("hi", **options)
     chain.tiers[0].breaker.open()
     with pytest.raises(AllProvidersFailed) as failed:
         chain.chat("hi", wait=100)
@@ -471,498 +722,327 @@ def test_a_wait_that_does_not_fit_is_not_begun(clock: FakeClock) -> None:
     assert not clock.slept
 
 
-class Slow(LLMProvider):
-    """Takes its time, by the clock, and then fails."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        RateLimited("x", retry_after=0),
+        RateLimited("x", retry_after=0.001),
+        Overloaded("x", retry_after=0),
+        ServerError("x"),
+        ProviderUnavailable("x"),
+    ],
+    ids=lambda one: f"{type(one).__name__} {one.retry_after}",
+)
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+@pytest.mark.parametrize("recovery", [0.01, 15])
+def test_naps_grow_and_have_a_floor(
+    clock: VirtualClock, error: Any, way: int, recovery: float
+) -> None:
+    """Whoever may wait does not hammer a server that says ``Retry-After: 0`` or a past date."""
+    naps: list[float] = []
 
-    def __init__(self, clock: FakeClock, seconds: float, error: Exception) -> None:
-        self.clock, self.seconds, self.error = clock, seconds, error
-        self.timeouts: list[float] = []
+    def listen(event: Event) -> None:
+        if event.kind == "wait":
+            naps.append(event.data["seconds"])
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        self.timeouts.append(kwargs["timeout"])
-        self.clock.advance(self.seconds)
-        raise self.error
-
-
-def test_the_deadline_covers_all_tiers(clock: FakeClock) -> None:
-    """What is left shrinks; a tier's own timeout is smaller; who was not asked is named."""
-    one, two = Slow(clock, 4, ProviderTimeout("slow")), Slow(clock, 7, ProviderTimeout("slow"))
-    chain = chain_of(clock, ProviderTier("a", one), ProviderTier("b", two, timeout=100), tier("c", "x"))
-    with pytest.raises(DeadlineExceeded, match="c: CircuitOpen: no time left") as late:
-        chain.chat("hi", timeout=10)
-    assert isinstance(late.value, TimeoutError)
-    assert (one.timeouts, two.timeouts) == ([10], [6])
-    assert [a.tier for a in late.value.attempts] == ["a", "b", "c"]
-    assert len(late.value.errors) == 3
-
-
-@pytest.mark.parametrize(("code", "failures"),
-    [(None, 0), ("attempt_timeout", 0), ("first_token_timeout", 1), ("stall_timeout", 1)])
-def test_our_own_deadline_is_not_the_providers_fault(clock: FakeClock, code: str | None, failures: int) -> None:
-    """Neutral, unless its silence had reached its own limit."""
-    chain = chain_of(clock, ProviderTier("a", Slow(clock, 10, ProviderTimeout("x", code=code))))
-    with pytest.raises(DeadlineExceeded):
-        chain.chat("hi", timeout=10)
-    assert chain.tiers[0].breaker.snapshot().failures == failures
-
-
-def test_no_time_at_all(clock: FakeClock) -> None:
-    """timeout=0 asks nobody; a tier's own timeout is passed on."""
-    chain = chain_of(clock, tier("a", "x", timeout=3))
-    with pytest.raises(DeadlineExceeded):
-        chain.chat("hi", timeout=0)
-    assert not calls(chain, "a")
-    chain.chat("hi")
-    assert calls(chain, "a")[0]["kwargs"] == {"timeout": 3}
-
-
-class Recorder(OpenAIProvider):
-    """An HTTP provider that only notes the limits it is given."""
-
-    def __init__(self) -> None:
-        super().__init__("k" * 20, "http://127.0.0.1:9", first_token_timeout=12, stall_timeout=20)
-        self.limits: list[tuple[float, float]] = []
-
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        self.limits.append((kwargs["first_token_timeout"], kwargs["stall_timeout"]))
-        return LLMResponse(content="fine")
-
-
-def test_silence_limits(clock: FakeClock) -> None:
-    """As they are while a later tier is ready, never more than half of the time left; else five times as long."""
-    provider = Recorder()
-    chain = chain_of(clock, ProviderTier("a", provider, ["m"]), tier("b", "x"))
-    chain.chat("hi", timeout=300)
-    chain.chat("hi", timeout=30)
-    chain.chat("hi", timeout=300, model="m")
-    chain.chat("hi", timeout=300, reasoning_effort="high")
-    chain.tiers[1].breaker.open(1000)
-    chain.chat("hi", timeout=300)
-    chain.chat("hi", timeout=300, first_token_timeout=1)
-    assert provider.limits == [(12, 20), (12, 15), (60, 100), (60, 100), (60, 100), (5, 100)]
-
-
-# -- concurrency, health
-
-
-def test_a_full_tier_is_skipped_while_another_is_ready_else_waited_for() -> None:
-    """max_concurrency=1: the second caller goes elsewhere; alone, it waits its turn."""
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold(*_: Any, **__: Any) -> str:
-        inside.set()
-        leave.wait(10)
-        return "slow"
-
-    busy = ProviderTier("a", ScriptedProvider([hold, "fast", "fast"]), max_concurrency=1)
-    both, alone = FailoverChain([busy, tier("b", "x")]), FailoverChain([busy])
-    answers: list[str] = []
-    first = threading.Thread(target=lambda: answers.append(alone.chat("hi").text))
-    first.start()
-    inside.wait(10)
-    response = both.chat("hi")
-    assert outcomes(response.attempts) == ["a:skipped", "b:ok"]
-    assert "busy" in str(response.attempts[0].error)
+    one = tier("a", error)
+    chain = chain_of(clock, one, on_event=listen, recovery_timeout=recovery)
     with pytest.raises(AllProvidersFailed):
-        alone.chat("hi", timeout=0.05)
-    second = threading.Thread(target=lambda: answers.append(alone.chat("hi").text))
-    second.start()
-    leave.set()
-    first.join(10)
-    second.join(10)
-    assert sorted(answers) == ["fast", "slow"]
+        both_ways(chain, "hi", wait=30, timeout=60)[way]()
+    assert 2 <= len(naps) <= 20
+    assert len(calls(chain, "a")) <= 41
+    assert naps[0] >= 0.1
+    assert max(naps) > naps[0] or naps[0] >= 5
+    assert sum(naps) <= 30.001
 
 
-class Held(ScriptedProvider):
-    """Each call says that it has begun, and waits until it may go on."""
-
-    def __init__(self, *script: Any) -> None:
-        super().__init__(script, repeat=True)
-        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
-        self._counting = threading.Lock()
-        self.under_way = self.most = 0
-
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-        with self._counting:
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-        self.begun.release()
-        assert self.go_on.wait(30)
-        with self._counting:
-            self.under_way -= 1
-        return super().chat(messages, tools, model, **kwargs)
+def test_a_wait_is_told_of_and_belongs_to_no_tier(
+    clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    events: list[Event] = []
+    limited = RateLimited("x", retry_after=30)
+    chain = chain_of(clock, tier("a", limited, "x"), on_event=events.append)
+    assert chain.chat("hi", wait=60).text == "x"
+    waits = [(one.tier, one.model) for one in events if one.kind == "wait"]
+    assert waits == [("", "")]
+    told = [one for one in caplog.records if "waiting" in one.getMessage()]
+    assert [one.levelno for one in told] == [logging.INFO]
+    assert "30" in told[0].getMessage()
 
 
-def in_threads(count: int, work: Any) -> list[threading.Thread]:
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    return threads
+# -- the deadline
 
 
-def test_no_more_than_max_concurrency_at_once() -> None:
-    """Sixteen callers of a last tier with three places: never more than three inside, and all are answered."""
-    provider, answers = Held("x"), []
-    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=3)])
-    threads = in_threads(16, lambda: answers.append(chain.chat("hi").text))
-    for _ in range(3):
-        assert provider.begun.acquire(timeout=10)
-    assert not provider.begun.acquire(timeout=0.05)
-    provider.go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert answers == ["x"] * 16
-    assert provider.most == 3
+def slow(clock: VirtualClock, seconds: float, error: Exception, given: Any = None) -> Custom:
+    """A provider that takes its time, by the clock, and then fails."""
+
+    def late(**options: Any) -> None:
+        if given is not None:
+            given.append(options["timeout"])
+        clock.advance(seconds)
+        raise error
+
+    return Custom(late)
 
 
-@pytest.mark.parametrize("error", [ServerError, BadRequest, KeyboardInterrupt])
-def test_a_place_is_given_back_however_a_request_ends(clock: FakeClock, error: type[BaseException]) -> None:
-    """Failed, refused, interrupted: the next call finds it free."""
-    chain = chain_of(clock, ProviderTier("a", scripted(error, "fine", repeat=False), max_concurrency=1, retries=0))
-    with pytest.raises((RouterError, KeyboardInterrupt)):
-        chain.chat("hi")
-    assert chain.chat("hi").text == "fine"
+def test_the_deadline_covers_all_tiers(clock: VirtualClock) -> None:
+    """What is left shrinks, a tier's own timeout is an upper limit, who was not asked is named."""
+    given: list[float] = []
+    one, two = (slow(clock, took, ProviderTimeout("slow"), given) for took in (4, 7))
+    tiers = ProviderTier("a", one), ProviderTier("b", two, timeout=100), tier("c", "x")
+    with pytest.raises(DeadlineExceeded) as late:
+        chain_of(clock, *tiers).chat("hi", timeout=10)
+    assert isinstance(late.value, TimeoutError)
+    assert given == [10, 6]
+    assert outcomes(late.value.attempts) == ["a:failed", "b:failed", "c:skipped"]
+    assert len(late.value.errors) == 3
+    chain = chain_of(clock, tier("a", "x", timeout=3))
+    chain.chat("hi")
+    list(chain.stream("hi"))
+    assert [call["kwargs"] for call in calls(chain, "a")] == [{"timeout": 3}] * 2
 
 
-def full(*others: ProviderTier, **settings: Any) -> tuple[FailoverChain, Held, list[threading.Thread]]:
-    """A chain whose first tier has one place, which is taken."""
-    provider = Held("slow")
-    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1), *others], **settings)
-    threads = in_threads(1, lambda: chain.chat("hi", tiers=["a"]))
-    assert provider.begun.acquire(timeout=10)
-    return chain, provider, threads
+def test_without_any_time_nobody_is_asked_and_all_are_named(clock: VirtualClock) -> None:
+    chain = chain_of(clock, *(tier(name, "x") for name in "abc"))
+    for call in both_ways(chain, "hi", timeout=0):
+        with pytest.raises(DeadlineExceeded) as late:
+            call()
+        assert outcomes(late.value.attempts) == ["a:skipped", "b:skipped", "c:skipped"]
+    assert not calls(chain, "a")
 
 
-@pytest.mark.parametrize("why", ["open", "takes no tools"])
-def test_a_full_tier_is_waited_for_if_no_later_one_can_serve(why: str) -> None:
-    """A later tier whose breaker is open, or that cannot take the request, is none to go to."""
-    chain, provider, threads = full(tier("b", "x", supports_tools=why == "open"))
-    if why == "open":
-        chain.tiers[1].breaker.open()
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    answers: list[LLMResponse] = []
-    threads += in_threads(1, lambda: answers.append(chain.chat("hi", tools)))
-    assert not provider.begun.acquire(timeout=0.05)
-    provider.go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert [answer.provider for answer in answers] == ["a"]
+def test_a_tier_is_not_asked_when_the_breakers_store_took_the_time(clock: VirtualClock) -> None:
+    class Slow(MemoryStore):
+        def load(self, name: str) -> Any:
+            clock.advance(2.0)
+            return super().load(name)
 
-
-def test_a_full_tier_is_skipped_for_an_emergency(clock: FakeClock) -> None:
-    """The last resort is always ready, unlike a tier that is full: its breaker learns nothing from being full."""
-    chain, provider, threads = full(tier("e", "last", role="emergency"))
-    chain.tiers[1].breaker.open(1000)
-    assert outcomes(chain.chat("hi").attempts) == ["a:skipped", "e:ok"]
-    assert chain.tiers[0].breaker.snapshot()[:3] == ("closed", 0, 0)
-    provider.go_on.set()
-    threads[0].join(10)
-
-
-def test_two_full_tiers_and_the_last_is_waited_for() -> None:
-    """Busy, busy: the first is skipped, the second's next place is this caller's."""
-    last = Held("last")
-    chain, provider, threads = full(ProviderTier("b", last, max_concurrency=1))
-    threads += in_threads(1, lambda: chain.chat("hi", tiers=["b"]))
-    assert last.begun.acquire(timeout=10)
-    answers: list[LLMResponse] = []
-    threads += in_threads(1, lambda: answers.append(chain.chat("hi")))
-    assert not last.begun.acquire(timeout=0.05)
-    last.go_on.set()
-    assert last.begun.acquire(timeout=10)
-    provider.go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert [outcomes(answer.attempts) for answer in answers] == [["a:skipped", "b:ok"]]
-
-
-def test_a_trial_that_finds_its_tier_full_is_handed_on() -> None:
-    """The trial is not spent by a caller who could not even ask."""
-    chain, provider, threads = full(tier("b", "x"))
-    breaker = chain.tiers[0].breaker
-    breaker.open(0)
-    assert chain.chat("hi").provider == "b"
-    assert (breaker.state, breaker.retry_after) == ("open", 0)
-    provider.go_on.set()
-    threads[0].join(10)
-    assert chain.chat("hi").provider == "a"
+    breaker = CircuitBreaker(store=Slow(), name="a", clock=clock)
+    chain = chain_of(clock, tier("a", "x", breaker=breaker), tier("b", "x"))
+    with pytest.raises(DeadlineExceeded) as late:
+        chain.chat("hi", timeout=1)
+    assert outcomes(late.value.attempts) == ["a:skipped", "b:skipped"]
+    assert not calls(chain, "a")
     assert breaker.is_closed
 
 
-class Line:
-    """A tier's places, and who asked for one of them."""
+@pytest.mark.parametrize(
+    ("limit", "before", "code", "counted"),
+    [
+        (10, 0, None, 1),
+        (10, 0, "attempt_timeout", 1),
+        (5, 0, "attempt_timeout", 1),
+        (4.9, 0, "attempt_timeout", 0),
+        (10, 6, "attempt_timeout", 0),
+        (3, 0, "first_token_timeout", 1),
+        (3, 0, "stall_timeout", 1),
+    ],
+)
+def test_an_attempt_ended_by_the_deadline_counts_from_five_seconds_on(
+    clock: VirtualClock, limit: float, before: float, code: Any, counted: int
+) -> None:
+    """``before``: what an earlier tier took. A silence that reached its limit counts."""
 
-    def __init__(self, tier: ProviderTier) -> None:
-        self.places, self.came = tier._slots, threading.Semaphore(0)
-        self.put = self.places.put
-        tier._slots = self
+    def late(timeout: float, **_: Any) -> None:
+        clock.advance(timeout)
+        raise ProviderTimeout("x", code=code)
 
-    def get(self, block: bool, timeout: float) -> None:
-        self.came.release()
-        self.places.get(block, timeout)
-
-    def wait_for(self, count: int) -> None:
-        for _ in range(count):
-            assert self.came.acquire(timeout=10)
-
-
-def test_who_waited_for_a_tier_that_broke_meanwhile_does_not_ask_it() -> None:
-    """Ten callers in line for one place: after the threshold of failures the rest are refused without a request."""
-    provider = Held(ServerError)
-    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1, retries=0)], failure_threshold=2)
-    errors: list[AllProvidersFailed] = []
-
-    def ask() -> None:
-        with pytest.raises(AllProvidersFailed) as failed:
-            chain.chat("hi")
-        errors.append(failed.value)
-
-    line = Line(chain.tiers[0])
-    threads = in_threads(10, ask)
-    line.wait_for(10)
-    provider.go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert len(provider.calls) == 2
-    assert sum("CircuitOpen" in str(error.attempts[0].error) for error in errors) == 8
+    first = ProviderTier("a", slow(clock, before, ProviderUnavailable("x")))
+    chain = chain_of(clock, first, ProviderTier("b", Custom(late)), tier("c", "x"))
+    with pytest.raises(DeadlineExceeded):
+        chain.chat("hi", timeout=limit)
+    assert failures(chain, 1) == counted
 
 
-@pytest.mark.parametrize("role", ["primary", "emergency"])
-def test_who_waited_for_a_tier_that_recovered_meanwhile_asks_it(role: str) -> None:
-    """Opened and reset while one waited: the request is counted in the present era, by a new ticket."""
-    provider = Held("x")
-    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1, role=role)])
-    answers: list[str] = []
-    line = Line(chain.tiers[0])
-    threads = in_threads(2, lambda: answers.append(chain.chat("hi").text))
-    line.wait_for(2)
-    chain.reset()
-    provider.go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert answers == ["x", "x"]
-    assert chain.tiers[0].breaker.snapshot().stale == 1  # the one that was under way
+def test_a_tier_that_trickles_does_not_take_every_call_down(clock: VirtualClock) -> None:
+    def trickle(timeout: float, **_: Any) -> None:
+        clock.advance(timeout)
+        raise ProviderTimeout("x", code="attempt_timeout")
+
+    chain = chain_of(clock, ProviderTier("a", Custom(trickle)), tier("b", "x"))
+    for call in (*both_ways(chain, "hi", timeout=10), both_ways(chain, "hi", timeout=10)[0]):
+        with pytest.raises(DeadlineExceeded):
+            call()
+    assert chain.chat("hi", timeout=10).provider == "b"
 
 
-def test_health_and_check(clock: FakeClock) -> None:
-    """A failed ping counts; a good one makes an open breaker's trial due, and closes nothing."""
+def test_the_deadline_in_a_second_round_names_each_tier_once(clock: VirtualClock) -> None:
+    chain = chain_of(
+        clock, ProviderTier("a", slow(clock, 5, ProviderUnavailable("x"))), tier("b", ServerError)
+    )
+    with pytest.raises(DeadlineExceeded) as late:
+        chain.chat("hi", timeout=10, wait=4)
+    assert outcomes(late.value.attempts).count("a:failed") == 2
+    assert "b:skipped" not in outcomes(late.value.attempts)
 
-    class Pinged(ScriptedProvider):
-        error: Exception | None = None
 
-        def ping(self, timeout: float = 5.0) -> None:
-            if self.error is not None:
-                raise self.error
+def test_a_deadline_reached_while_waiting_was_allowed_says_both_numbers(
+    clock: VirtualClock,
+) -> None:
+    chain = chain_of(clock, ProviderTier("a", slow(clock, 17, ProviderUnavailable("x"))))
+    with pytest.raises(DeadlineExceeded) as late:
+        chain.chat("hi", timeout=17, wait=43)
+    assert "17" in str(late.value)
+    assert "43" in str(late.value)
 
-    provider = Pinged([ServerError, "x"])
-    chain = chain_of(clock, ProviderTier("a", provider, ["m"], retries=0), tier("b", "x"))
+
+# -- silence
+
+
+def silence(clock: VirtualClock, *answers: LLMResponse, **settings: Any) -> Any:
+    provider = Limits(*answers)
+    first = ProviderTier("a", provider, ["m", "other"])
+    return chain_of(clock, first, tier("b", "x"), **settings), provider
+
+
+def test_silence_limits_are_five_times_as_long_where_patience_is_due(clock: VirtualClock) -> None:
+    """They never take more than half of the time that is left while a later tier is ready."""
+    chain, provider = silence(clock)
+    emergency = chain_of(
+        clock, ProviderTier("a", provider, ["m"]), tier("e", "x", role="emergency")
+    )
+    emergency.tiers[1].breaker.open(100)
+    for patient, options in (
+        ((12, 20), {}),
+        ((12, 15), {"timeout": 30}),
+        ((60, 100), {"model": "m"}),
+        ((60, 100), {"reasoning_effort": "high"}),
+        ((60, 100), {"tiers": ["a"]}),
+        ((5, 20), {"first_token_timeout": 5}),
+        ((12, 3), {"stall_timeout": 3}),
+    ):
+        for call in both_ways(chain, "hi", **options):
+            call()
+            assert provider.seen.pop() == patient
+    emergency.chat("hi")
+    assert provider.seen.pop() == (12, 20)  # an emergency tier is always ready
+    chain.tiers[1].breaker.open(100)
     chain.chat("hi")
-    health = chain.health()[0]
-    assert (health.name, health.role, health.models, health.calls, health.failures) == ("a", "primary", ("m",), 1, 1)
-    assert (health.last_error, health.last_latency, health.breaker.failures) == ("ServerError", 0.0, 1)
-    assert chain.check()[0].breaker.failures == 1
-    provider.error = ProviderUnavailable("refused")
-    assert chain.check()[0].last_error == "ProviderUnavailable: refused"
-    assert chain.check()[0].breaker.state == "open"
-    deadline = chain.tiers[0].breaker.retry_after
-    assert chain.check()[0].breaker.retry_after == deadline
-    provider.error = None
-    assert chain.check()[0].breaker[:4] == ("open", 1, 3, 0)
-    assert chain.check()[0].last_error is None
-    chain.ping()
-    assert chain.chat("hi").provider == "a"
-    provider.error = ServerError("x")
-    chain.ping()
-    with pytest.raises(ServerError):
-        FailoverChain([chain.tiers[0]]).ping()
-    with pytest.raises(ConfigError):
-        chain.check(-1)
-
-
-def test_a_ping_does_not_touch_an_open_by_hand(clock: FakeClock) -> None:
-    """Only reset() ends it; the context manager closes providers and leaves the chain usable."""
-    with chain_of(clock, tier("a", "x")) as chain:
-        chain.tiers[0].breaker.open()
-        chain.check()
-        assert chain.tiers[0].breaker.retry_after is None
-        chain.reset()
-    assert chain.chat("hi").text == "x"
-
-
-# -- the record: attempts, usage, cost, events, logs
-
-
-def test_cost_and_usage_tell_the_truth(clock: FakeClock) -> None:
-    """Summed over attempts, failed ones too; cached tokens have their own price; no price is None, never 0."""
-    failed = InvalidResponse("cut")
-    failed.usage = Usage(100, 10)
-    answer = LLMResponse("x", usage=Usage(1000, 500, 400, 100), model="b-2026")
-    prices = {"b-2026": (1.0, 2.0, 0.5)}
-    chain = chain_of(clock, tier("a", failed, prices=(10, 20)), tier("b", answer, prices=prices))
-    response = chain.chat("hi")
-    expected = (100 * 10 + 10 * 20 + 500 * 1 + 400 * 0.5 + 100 * 1 + 500 * 2) / 1e6
-    assert response.cost == pytest.approx(expected)
-    assert response.usage == Usage(1000, 500, 400, 100)
-    assert response.total_usage == Usage(1100, 510, 400, 100)
-    assert response.total_usage.total_tokens == 1610
-    assert response.explain() == "a: InvalidResponse: cut 0 ms -> b: ok 0 ms $0.0030"
-    assert chain_of(clock, tier("a", failed), tier("b", answer, prices=prices)).chat("hi").cost is None
-    assert chain_of(clock, tier("b", answer, prices={"other": (1, 2)})).chat("hi").cost is None
-    assert chain_of(clock, tier("b", "x", prices=(1, 2))).chat("hi").cost == 0
-    free = chain_of(clock, tier("a", ServerError, retries=0), tier("b", answer, prices=(1, 1))).chat("hi")
-    assert free.cost is not None
-
-
-def test_events_tell_every_step(clock: FakeClock) -> None:
-    """By kind and order, with plain data; what the callback raises is dropped."""
-    events: list[Event] = []
-
-    def listen(event: Event) -> None:
-        events.append(event)
-        raise RuntimeError("listener")
-
-    tiers = (tier("a", ServerError, ServerError, RateLimited("x", retry_after=9)),
-        tier("b", "one", ServerError, ServerError, "two"))
-    chain = chain_of(clock, *tiers, on_event=listen)
-    chain.chat(PROMPT)
-    assert [event.kind for event in events] == ["attempt", "retry", "attempt", "failover", "attempt", "done"]
-    assert events[-1].data["outcome"] == "ok"
-    assert events[0].time == 1000.0
-    events.clear()
-    chain.chat(PROMPT, wait=60)
-    assert [event.kind for event in events][:3] == ["attempt", "breaker", "failover"]
-    assert "wait" in [event.kind for event in events]
-    json.dumps([event._asdict() for event in events])
-    chain.reset()
-    events.clear()
-    chain.tiers[0].breaker.open()
-    chain.tiers[1].breaker.open()
-    with pytest.raises(AllProvidersFailed):
-        chain.chat(PROMPT)
-    assert [event.kind for event in events] == ["breaker", "breaker", "skip", "skip", "done"]
-    assert events[-1].data["outcome"] == "AllProvidersFailed"
-
-
-def test_log_levels_and_no_secret_anywhere(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """Attempts DEBUG, failover and recovery INFO, opened and failed WARNING; no prompt, no answer."""
-    caplog.set_level(logging.DEBUG, "copilot_router")
-    answer = "the secret answer of this test suite"
-    chain = chain_of(clock, tier("a", ServerError, ServerError, ServerError, "x"), tier("b", answer))
-    chain.chat(PROMPT)
-    chain.chat(PROMPT)
-    clock.advance(15)
-    chain.chat(PROMPT)
-    chain.tiers[0].breaker.open()
-    with pytest.raises(AllProvidersFailed):
-        chain.chat(PROMPT, tiers=["a"])
-    levels = {(record.levelname, record.getMessage().split()[0]) for record in caplog.records}
-    text = caplog.text
-    assert ("WARNING", "call") in levels
-    assert "a: open (ServerError)" in text
-    assert "a: closed (recovered)" in text
-    assert "a failover" in text
-    assert "a attempt" in text
-    assert PROMPT not in text
-    assert answer not in text
-    assert answer not in repr(chain.chat(PROMPT))
-
-
-def test_nothing_given_is_modified(clock: FakeClock) -> None:
-    """Messages, tools, params and the provider's own response object."""
-    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    answer = LLMResponse("[ESCALATE] no")
-    before = copy.deepcopy((messages, tools, answer))
-    chain = chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b-model")
-    response = chain.chat(messages, tools)
-    assert (messages, tools, answer) == before
-    assert response is not answer
-
-
-def test_params_lie_under_the_calls_own_options(clock: FakeClock) -> None:
-    """A None in the call removes one; options go to the provider as they are."""
-    chain = chain_of(clock, tier("a", "x", params={"temperature": 0.2, "seed": 1}))
-    chain.chat("hi", temperature=None, top_p=0.5)
-    assert calls(chain, "a")[0]["kwargs"] == {"seed": 1, "top_p": 0.5, "timeout": 300.0}
-
-
-def test_system_is_put_in_front(clock: FakeClock) -> None:
-    """A str is one user message."""
-    chain = chain_of(clock, tier("a", "x"))
-    chain.chat("hi", system="be brief")
-    assert calls(chain, "a")[0]["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-
-
-# -- nesting
-
-
-def test_a_chain_is_a_tier(clock: FakeClock) -> None:
-    """Its attempts join the record, on success and on failure; costs add up; its failure counts."""
-    paid = LLMResponse("x", usage=Usage(10**6, 0))
-    inner = chain_of(clock, tier("x", ProviderUnavailable), tier("y", paid, prices=(3, 0)))
-    outer = chain_of(clock, ProviderTier("in", inner), tier("b", "x"))
-    response = outer.chat("hi")
-    assert outcomes(response.attempts) == ["in/x:failed", "in/y:ok"]
-    assert (response.provider, response.cost, response.total_usage) == ("in/y", 3.0, Usage(10**6, 0))
-    for one in inner.tiers:
-        one.breaker.open()
-    response = outer.chat("hi")
-    assert outcomes(response.attempts) == ["in/x:skipped", "in/y:skipped", "b:ok"]
-    assert outer.tiers[0].breaker.snapshot().failures == 1
-    assert list(inner.stream("hi", tiers=["y"])) if inner.reset() else True
-
-
-def test_a_chain_streams_at_least_its_whole_answer(clock: FakeClock) -> None:
-    """The default of every provider: the content as one delta."""
-    chain = chain_of(clock, tier("a", "whole", LLMResponse(tool_calls=[ToolCall("1", "f", {})])))
-    assert list(chain.stream("hi")) == ["whole"]
-    assert list(chain.stream("hi")) == []
-
-
-# -- bad input
+    assert provider.seen.pop() == (60, 100)
+    clock.advance(100)
+    chain.chat("hi")
+    assert provider.seen.pop() == (12, 20)  # the other tier's trial is due
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("thinking", "learned"),
     [
-        (lambda: FailoverChain([]), "tiers is empty"),
-        (lambda: FailoverChain("abc"), "give a list of ProviderTier"),
-        (lambda: FailoverChain([scripted("x")]), r"tiers\[0\] is a ScriptedProvider"),
-        (lambda: FailoverChain([tier("a", "x"), tier("a", "x")]), "'a' is taken"),
-        (lambda: FailoverChain([tier("a", "x")], timeout=-1), "timeout=-1"),
-        (lambda: FailoverChain([tier("a", "x")], wait=float("nan")), "wait=nan"),
-        (lambda: FailoverChain([tier("a", "x")], timeout="5"), "timeout='5'"),
-        (lambda: FailoverChain([tier("a", "x")], escalation_model="a-modle"), "Did you mean 'a-model'"),
-        (lambda: FailoverChain([tier("a", "x")], escalation_marker=" "), "escalation_marker"),
-        (lambda: ProviderTier("", scripted("x")), "give the tier a name"),
-        (lambda: tier("a", "x", role="primry"), "Did you mean 'primary'"),
-        (lambda: tier("a", "x", models="gpt"), r"models='gpt': give a list"),
-        (lambda: tier("a", "x", models=["x", ""]), "every model is a non-empty str"),
-        (lambda: tier("a", "x", retries=1.5), "retries=1.5"),
-        (lambda: tier("a", "x", max_concurrency=0), "max_concurrency=0"),
-        (lambda: tier("a", "x", prices=(1,)), "prices"),
-        (lambda: tier("a", "x", prices={"m": (1, -2)}), "-2"),
-        (lambda: tier("a", "x", breaker="on"), "breaker is a str"),
-        (lambda: ProviderTier("a", ScriptedProvider), "provider is ScriptedProvider: give an object"),
-        (lambda: ProviderTier("a", object()), "give an object with a chat"),
-        (lambda: ScriptedProvider("text"), "script is a str"),
+        (LLMResponse("x", usage=Usage(5, 60, reasoning_tokens=50)), True),
+        (LLMResponse("x", reasoning="hm"), True),
+        (LLMResponse("x", usage=Usage(5, 60)), False),
+    ],
+    ids=["tokens", "text", "none"],
+)
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_a_model_that_thinks_gets_five_times_the_silence(
+    clock: VirtualClock, thinking: LLMResponse, learned: bool, way: int
+) -> None:
+    """It is learned from its answers, for this model alone."""
+    chain, provider = silence(clock, thinking)
+    for _ in range(3):
+        both_ways(chain, "hi")[way]()
+    later = (60, 100) if learned else (12, 20)
+    assert provider.seen == [(12, 20), later, later]
+    other = chain_of(clock, ProviderTier("a", provider, ["other"]), tier("b", "x"))
+    other.chat("hi")
+    assert provider.seen[-1] == (12, 20)
+
+
+def test_a_model_that_thought_may_be_silent_for_longer() -> None:
+    """Over a real socket: longer than the limit, less than five times as long."""
+    usage = {"completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}}
+    counted = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+
+    def answer(handler: Any, body: Any) -> bool:
+        handler.wfile.write(HEAD)
+        handler.server.stopping.wait(0.6 if len(handler.server.bodies) > 1 else 0)
+        handler.wfile.write(event("yes") + event(finish="stop") + counted)
+        return False
+
+    with serve(answer) as server:
+        thinker = server.tier("thinker", first_token_timeout=0.25)
+        chain = FailoverChain([thinker, tier("other", "x")])
+        assert [chain.chat("hi", timeout=20).provider for _ in range(2)] == ["thinker"] * 2
+
+
+# -- options
+
+
+def test_params_lie_under_the_calls_own_options(clock: VirtualClock) -> None:
+    chain = chain_of(clock, tier("a", "x", params={"temperature": 0.2, "seed": 1, "odd": 3}))
+    for call in both_ways(chain, "hi", temperature=None, top_p=0.5):
+        call()
+        sent = calls(chain, "a")[-1]["kwargs"]
+        assert sent == {"seed": 1, "top_p": 0.5, "odd": 3, "timeout": 300.0}
+
+
+@pytest.mark.parametrize("own", ["messages", "tools", "model", "timeout"])
+def test_params_do_not_take_the_chains_own_arguments(own: str) -> None:
+    with pytest.raises(ConfigError, match=f"params\\['{own}'\\]"):
+        tier("a", "x", params={own: 1})
+
+
+def test_system_is_put_in_front_and_nothing_given_is_modified(clock: VirtualClock) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    tools = [TOOL]
+    answer = LLMResponse("[ESCALATE] no")
+    before = copy.deepcopy((messages, tools, answer))
+    chain = chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b")
+    response = chain.chat(messages, tools, system="be brief")
+    assert (messages, tools, answer) == before
+    assert response is not answer
+    assert calls(chain, "b")[0]["messages"] == [
+        {"role": "system", "content": "be brief"},
+        *messages,
+    ]
+    list(chain_of(clock, tier("a", "x")).stream("hi", system="be brief"))
+
+
+def test_a_custom_provider_sees_plain_messages() -> None:
+    """What ``response.message`` keeps for its own vendor is left out for all others."""
+    with serve(
+        answering(HEAD + event("x", reasoning_content="hm") + event(finish="stop"))
+    ) as server:
+        kept = FailoverChain([server.tier()]).chat("hi").message
+    provider = scripted("x")
+    FailoverChain([ProviderTier("a", provider)]).chat([*ASKED, kept, *ASKED])
+    seen = provider.calls[0]["messages"]
+    assert seen == [*ASKED, {"role": "assistant", "content": "x"}, *ASKED]
+
+
+def http_tier(name: str = "a") -> ProviderTier:
+    """An HTTP tier that is never reached: its options are refused before anything is sent."""
+    return ProviderTier(name, OpenAIProvider(KEY, "http://127.0.0.1:9/v1"), ["m"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("temprature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("first_token_timout", "first_token_timeout"),
+        ("stall_timeouts", "stall_timeout"),
+        ("timout", "timeout"),
     ],
 )
-def test_bad_settings_are_refused_at_once(build: Any, message: str) -> None:
-    """A ConfigError, which is a ValueError, naming the value and the cure."""
-    with pytest.raises(ConfigError, match=message):
-        build()
+def test_an_unknown_option_is_a_type_error_with_the_nearest_name(wrong: str, right: str) -> None:
+    chain = FailoverChain([http_tier(), tier("b", "x")])
+    for call in both_ways(chain, "hi", **{wrong: 1}):
+        with pytest.raises(TypeError, match=f"{wrong}.*'?{right}\\b") as unknown:
+            call()
+        assert type(unknown.value).__name__ == "TypeError"
+    assert not calls(chain, "b")
+    assert failures(chain) == 0
 
 
-def test_a_chat_with_the_wrong_arguments_is_refused() -> None:
-    """When the tier is built, not at the first outage."""
-
-    class Old:
-        def chat(self, prompt: str) -> str:
-            return prompt
-
-    with pytest.raises(ConfigError, match=r"chat\(\) of Old cannot be called .* write def chat"):
-        ProviderTier("a", Old())  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["first_token_timeout", "stall_timeout"])
+def test_a_limit_that_is_no_number_is_a_config_error(name: str) -> None:
+    chain = FailoverChain([http_tier()])
+    for call in both_ways(chain, "hi", **{name: "5"}):
+        with pytest.raises(ConfigError, match=name):
+            call()
+    assert failures(chain) == 0
 
 
 @pytest.mark.parametrize(
@@ -979,24 +1059,842 @@ def test_a_chat_with_the_wrong_arguments_is_refused() -> None:
         ([{"role": "user", "content": ["hi"]}], "part that is no dict"),
     ],
 )
-def test_bad_messages_are_refused_before_anybody_is_asked(clock: FakeClock, messages: Any, message: str) -> None:
-    """BadRequest, naming the place and never the text."""
+def test_bad_messages_are_refused_before_anybody_is_asked(
+    clock: VirtualClock, messages: Any, message: str
+) -> None:
     chain = chain_of(clock, tier("a", "x"))
-    with pytest.raises(BadRequest, match=message):
-        chain.chat(messages)
+    for call in (chain.chat, chain.stream):
+        with pytest.raises(BadRequest, match=message):
+            call(messages)
     assert not calls(chain, "a")
 
 
-def test_scripts(clock: FakeClock) -> None:
-    """All kinds of items; past the end a ConfigError, or from the start again."""
-    called: list[Any] = []
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FailoverChain([]), "tiers is empty"),
+        (lambda: FailoverChain("abc"), "give a list of ProviderTier"),
+        (lambda: FailoverChain([scripted("x")]), r"tiers\[0\] is a ScriptedProvider"),
+        (lambda: FailoverChain([tier("a", "x"), tier("a", "x")]), "'a' is taken"),
+        (lambda: FailoverChain([tier("a")], timeout=-1), "timeout=-1"),
+        (lambda: FailoverChain([tier("a")], wait=math.nan), "wait=nan"),
+        (lambda: FailoverChain([tier("a")], timeout="5"), "timeout='5'"),
+        (lambda: FailoverChain([tier("apple")], escalation_model="aple"), "Did you mean 'apple'"),
+        (lambda: FailoverChain([tier("a")], escalation_model=5), "escalation_model=5"),
+        (lambda: FailoverChain([tier("a")], escalation_marker=" "), "escalation_marker"),
+        (lambda: FailoverChain([tier("a")], escalation_marker="**"), "escalation_marker"),
+        (lambda: FailoverChain([tier("a")], escalation_prompt=5), "escalation_prompt=5"),
+        (lambda: FailoverChain([tier("a")], accept="x"), "accept='x'"),
+        (lambda: FailoverChain([tier("a")], on_event=5), "on_event=5"),
+        (lambda: FailoverChain([tier("a")], on_error={"x": "next"}), "no exception class"),
+        (lambda: FailoverChain([tier("a")], on_error={KeyError: "again"}), "'next' or 'raise'"),
+        (lambda: FailoverChain([tier("a")], on_error=[KeyError]), "on_error"),
+        (lambda: ProviderTier("", scripted("x")), "give the tier a name"),
+        (lambda: tier("a", "x", role="primry"), "Did you mean 'primary'"),
+        (lambda: tier("a", "x", models="gpt"), "models='gpt': give a list"),
+        (lambda: tier("a", "x", models=["x", ""]), "every model is a non-empty str"),
+        (lambda: tier("a", "x", retries=1.5), "retries=1.5"),
+        (lambda: tier("a", "x", timeout=-1), "timeout=-1"),
+        (lambda: tier("a", "x", max_concurrency=0), "max_concurrency=0"),
+        (lambda: tier("a", "x", prices=(1,)), "prices"),
+        (lambda: tier("a", "x", prices=(1, 2, 3, 4, 5)), "prices"),
+        (lambda: tier("a", "x", prices={"m": (1, -2)}), "-2"),
+        (lambda: tier("a", "x", prices={"m": "12"}), r"prices\['m'\]"),
+        (lambda: tier("a", "x", params=[1]), "params is a list"),
+        (lambda: tier("a", "x", breaker="on"), "breaker is a str"),
+        (lambda: ProviderTier("a", ScriptedProvider), "provider is ScriptedProvider"),
+        (lambda: ProviderTier("a", object()), "give an object with a chat"),
+        (lambda: FailoverChain([tier("a")]).check(-1), "timeout=-1"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(build: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        build()
+    assert isinstance(refused.value, ValueError)
 
+
+def test_a_chat_that_cannot_take_the_arguments_is_refused_when_the_tier_is_built() -> None:
+    class Old:
+        def chat(self, prompt: str) -> str:
+            return prompt
+
+    class Toolless:
+        def chat(self, messages: Any, model: Any = None, timeout: float = 1.0) -> None: ...
+
+    class Odd:  # a built-in without a signature is taken as it is
+        chat = staticmethod(min)
+
+    for kind in (Old, Toolless):
+        with pytest.raises(ConfigError, match=rf"tier 'a': chat\(\) of {kind.__name__} cannot"):
+            ProviderTier("a", kind())  # type: ignore[arg-type]
+    assert ProviderTier("a", Odd()).name == "a"  # type: ignore[arg-type]
+
+
+# -- max_concurrency
+
+
+def joined(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(10)
+
+
+def full(*others: ProviderTier) -> tuple[FailoverChain, Held, list[threading.Thread]]:
+    """A chain whose first tier has one place, which is taken."""
+    provider = Held("slow")
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1), *others])
+    threads = in_threads(1, lambda: chain.chat("hi", tiers=["a"]))
+    assert provider.begun.acquire(timeout=10)
+    return chain, provider, threads
+
+
+def test_no_more_than_max_concurrency_at_once() -> None:
+    provider, answers = Held("x"), []
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=3)])
+    threads = in_threads(16, lambda: answers.append(chain.chat("hi").text))
+    for _ in range(3):
+        assert provider.begun.acquire(timeout=10)
+    assert not provider.begun.acquire(timeout=0.05)
+    provider.go_on.set()
+    joined(threads)
+    assert answers == ["x"] * 16
+    assert provider.most == 3
+
+
+@pytest.mark.parametrize("role", ["secondary", "emergency"])
+def test_a_full_tier_is_skipped_while_a_later_one_is_ready(role: str) -> None:
+    """Its breaker learns nothing from being full, and a trial is not spent."""
+    chain, provider, threads = full(tier("b", "x", role=role))
+    if role == "emergency":
+        chain.tiers[1].breaker.open(1000)
+    breaker = chain.tiers[0].breaker
+    breaker.open(0)
+    response = chain.chat("hi")
+    assert outcomes(response.attempts) == ["a:skipped", "b:ok"]
+    assert "busy" in str(response.attempts[0].error)
+    assert (breaker.state, breaker.retry_after) == ("open", 0)
+    provider.go_on.set()
+    joined(threads)
+    assert chain.chat("hi").provider == "a"
+    assert breaker.is_closed
+
+
+@pytest.mark.parametrize("why", ["open", "takes no tools", "is full", "none"])
+def test_a_full_tier_is_waited_for_if_no_later_one_can_serve(why: str) -> None:
+    last = ProviderTier("b", Held("x"), max_concurrency=1, supports_tools=why != "takes no tools")
+    chain, provider, threads = full(*[last] * (why != "none"))
+    waited = provider
+    if why == "open":
+        chain.tiers[1].breaker.open()
+    if why == "is full":  # then the last one is waited for
+        threads += in_threads(1, lambda: chain.chat("hi", tiers=["b"]))
+        waited = last.provider  # type: ignore[assignment]
+        assert waited.begun.acquire(timeout=10)
+    answers: list[LLMResponse] = []
+    threads += in_threads(1, lambda: answers.append(chain.chat("hi", [TOOL])))
+    assert not waited.begun.acquire(timeout=0.05)
+    waited.go_on.set()
+    assert waited.begun.acquire(timeout=10)
+    provider.go_on.set()
+    joined(threads)
+    assert [answer.provider for answer in answers] == ["b" if why == "is full" else "a"]
+
+
+def test_a_wait_for_a_full_tier_ends_at_the_deadline() -> None:
+    chain, provider, threads = full()
+    for call in both_ways(chain, "hi", timeout=0.1):
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            call()
+        assert 0.1 <= time.monotonic() - start < 2
+    provider.go_on.set()
+    joined(threads)
+
+
+@pytest.mark.parametrize("error", [ServerError, BadRequest, KeyboardInterrupt, ConfigError])
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_a_place_is_given_back_however_a_request_ends(error: Any, way: int) -> None:
+    chain = FailoverChain([tier("a", error, "fine", max_concurrency=1, retries=0)])
+    with pytest.raises((RouterError, KeyboardInterrupt)):
+        both_ways(chain, "hi")[way]()
+    assert chain.chat("hi", timeout=1).text == "fine"
+
+
+def test_who_waited_for_a_tier_that_broke_meanwhile_does_not_ask_it() -> None:
+    provider = Held(ServerError)
+    one = ProviderTier("a", provider, max_concurrency=1, retries=0)
+    chain = FailoverChain([one], failure_threshold=2)
+    errors: list[AllProvidersFailed] = []
+
+    def ask() -> None:
+        with pytest.raises(AllProvidersFailed) as failed:
+            chain.chat("hi")
+        errors.append(failed.value)
+
+    threads = in_threads(10, ask)
+    assert provider.begun.acquire(timeout=10)
+    assert not provider.begun.acquire(timeout=0.05)  # the others stand in line by now
+    provider.go_on.set()
+    joined(threads)
+    assert len(provider.calls) == 2
+    assert sum("CircuitOpen" in str(error.attempts[0].error) for error in errors) == 8
+
+
+@pytest.mark.parametrize("role", ["primary", "emergency"])
+def test_who_waited_for_a_tier_that_was_reset_meanwhile_asks_it(role: str) -> None:
+    provider, answers = Held("x"), []
+    chain = FailoverChain([ProviderTier("a", provider, max_concurrency=1, role=role)])
+    threads = in_threads(2, lambda: answers.append(chain.chat("hi").text))
+    assert provider.begun.acquire(timeout=10)
+    assert not provider.begun.acquire(timeout=0.05)
+    chain.reset()
+    provider.go_on.set()
+    joined(threads)
+    assert answers == ["x", "x"]
+    assert chain.tiers[0].breaker.snapshot().stale == 1  # the call that was under way
+
+
+# -- interruptions
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupted_at(point: int, work: Callable[[], Any], calls_only: bool) -> bool:
+    """Raises Interrupted at this point of the module's code; whether it came to that.
+
+    Points are lines, or the beginnings of functions and the ends of calls of C functions, where
+    the interpreter runs signal handlers.
+    Lines that begin with "with" are none: it leaves their blocks without running any.
+    """
+    seen, raised = 0, False
+
+    def trace(frame: Any, kind: str, _: Any) -> Any:
+        nonlocal seen, raised
+        code = frame.f_code
+        if code.co_filename != copilot_router.__file__ or raised:
+            return None
+        if kind in ("call", "c_return") if calls_only else kind == "line":
+            line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
+            seen += calls_only or not line.startswith("with ")
+            if seen == point:
+                raised = True
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    (sys.setprofile if calls_only else sys.settrace)(trace)
+    try:
+        work()
+    except Interrupted:
+        pass
+    finally:
+        sys.setprofile(None)
+        sys.settrace(before)
+    return raised
+
+
+# As they are outside of tests: the suite looks at all that these return, which takes long.
+chat_of, stream_of = FailoverChain.chat, FailoverChain.stream
+
+
+def ways_of_asking() -> dict[str, Callable[[FailoverChain], Any]]:
+    def given_up(chain: FailoverChain) -> None:
+        with stream_of(chain, "hi", timeout=5) as stream:
+            next(stream)
+
+    return {
+        "chat": lambda chain: chat_of(chain, "hi", timeout=5),
+        "stream": lambda chain: list(stream_of(chain, "hi", timeout=5)),
+        "given up": given_up,
+    }
+
+
+@pytest.mark.quiet
+@pytest.mark.parametrize("way", ["chat", "stream", "given up"])
+@pytest.mark.parametrize("calls_only", [False, True], ids=["lines", "calls"])
+def test_an_interruption_at_any_point_takes_nothing_along(
+    monkeypatch: pytest.MonkeyPatch, way: str, calls_only: bool
+) -> None:
+    """Afterwards each place is free, the next call works, and no breaker is open or held.
+
+    The interpreter swallows what is raised while an object is finalized: even then.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    ask = ways_of_asking()[way]
+
+    def sweep() -> tuple[int, list[str]]:
+        lost: list[str] = []
+        line = 0
+        while True:
+            line += 1
+            tiers = [
+                tier("down", ProviderUnavailable, max_concurrency=1),
+                ProviderTier("a", Watched("x", "y"), ["a"], max_concurrency=1),
+            ]
+            chain = FailoverChain(tiers, failure_threshold=9)
+            if not interrupted_at(line, lambda chain=chain: ask(chain), calls_only):
+                return line, lost
+            gc.collect(0)
+            try:
+                with stream_of(chain, "hi", timeout=0.1) as stream:
+                    assert list(stream) == ["x", "y"]
+                health = [one.breaker.state for one in chain.health()]
+                if (
+                    health != ["closed", "closed"]
+                    or stream.response.attempts[0].outcome != "failed"
+                ):
+                    lost.append(f"{line}: {health} {stream.response.attempts[0]}")
+            except RouterError as error:
+                lost.append(f"{line}: {error}")
+
+    lines, lost = in_time(sweep)
+    assert lines > 50
+    assert lost == []
+
+
+# -- secrets in the frames of errors
+
+
+SECRETS = re.compile(f"{re.escape(PROMPT)}|{re.escape(KEY)}|the secret answer")
+OURS = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
+
+
+def shown_by_frames(error: BaseException) -> set[str]:
+    """The local variables that show a secret in the frames of a traceback, and of all causes."""
+    found: set[str] = set()
+    queue, seen = [error], []
+    while queue:
+        item: Any = queue.pop()
+        if item is None or any(item is known for known in seen):
+            continue
+        seen.append(item)
+        queue += [item.__cause__, item.__context__, *getattr(item, "errors", ())]
+        for frame, _ in traceback.walk_tb(item.__traceback__):
+            if any(part in frame.f_code.co_filename for part in OURS):
+                for name, value in list(frame.f_locals.items()):
+                    if SECRETS.search(repr(value)):
+                        found.add(f"{type(item).__name__}: {name} in {frame.f_code.co_name}()")
+    return found
+
+
+def hung_up_on(handler: Any, body: Any) -> bool:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+    handler.server.stopping.wait(10)
+    return False
+
+
+CUT = answering(HEAD + event("the secret answer"))
+BAD = [{"role": "user", "content": PROMPT}, {"role": "nobody"}]
+LEAVING: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "cut": (CUT, PROMPT, {}),
+    "refused": (answering(refusal(400, PROMPT)), PROMPT, {}),
+    "late": (silent_after(HEAD), PROMPT, {"timeout": 0.1}),
+    "late after text": (silent_after(HEAD + event("the secret answer")), PROMPT, {"timeout": 0.1}),
+    "bad messages": (CUT, BAD, {}),
+    "unknown option": (CUT, PROMPT, {"temprature": 1}),
+    "bad option": (CUT, PROMPT, {"stall_timeout": "x"}),
+    "unknown model": (CUT, PROMPT, {"model": "zzz"}),
+    "interrupted": (hung_up_on, PROMPT, {"timeout": 5}),
+}
+
+
+@pytest.mark.quiet
+@pytest.mark.parametrize("case", LEAVING)
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_no_frame_of_an_error_holds_prompt_answer_or_key(case: str, way: int) -> None:
+    answer, messages, options = LEAVING[case]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with serve(answer) as server:
+            chain = FailoverChain([server.tier("a"), tier("b", ServerError, retries=0)])
+            if case == "interrupted":
+                chain = FailoverChain([server.tier("a")])
+            with pytest.raises((RouterError, TypeError, KeyboardInterrupt)) as left:
+                both_ways(chain, messages, **options)[way]()
+            assert shown_by_frames(left.value) == set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.quiet
+@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError, ConfigError, ContentFiltered])
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_no_frame_of_what_passes_through_holds_the_prompt(error: Any, way: int) -> None:
+    def fail(**_: Any) -> None:
+        raise error("x")
+
+    chain = FailoverChain([ProviderTier("a", Custom(fail))])
+    with pytest.raises(error) as left:
+        both_ways(chain, PROMPT, system=PROMPT)[way]()
+    assert shown_by_frames(left.value) == set()
+
+
+# -- health
+
+
+def test_health_is_plain_data(clock: VirtualClock) -> None:
+    chain = chain_of(clock, tier("a", ServerError, retries=0), tier("b", "x"))
+    chain.chat("hi")
+    health = chain.health()[0]
+    seen = health.name, health.role, health.models, health.calls, health.failures
+    assert seen == ("a", "primary", ("a",), 1, 1)
+    assert (health.last_error, health.last_latency) == ("ServerError", 0.0)
+    assert health.breaker.failures == 1
+    assert health.learned == {}
+
+
+def test_health_snapshots_and_events_are_json_by_name(clock: VirtualClock) -> None:
+    events: list[Event] = []
+    chain = chain_of(
+        clock, tier("a", ServerError, retries=0), tier("b", "x"), on_event=events.append
+    )
+    chain.chat("hi")
+    plain = json.loads(json.dumps([one.to_dict() for one in chain.health()]))
+    assert (plain[0]["name"], plain[0]["failures"], plain[0]["learned"]) == ("a", 1, {})
+    assert plain[0]["breaker"]["state"] == "closed"
+    snapshot = chain.tiers[0].breaker.snapshot()
+    assert json.loads(json.dumps(snapshot.to_dict())) == plain[0]["breaker"]
+    kinds = [json.loads(json.dumps(one.to_dict()))["kind"] for one in events]
+    assert kinds == ["attempt", "failover", "attempt", "done"]
+
+
+def test_a_learned_correction_is_shown_by_health_and_ends_with_reset() -> None:
+    message = "Unsupported value: 'temperature' does not support 0.5 with this model"
+    no = refusal(400, message, param="temperature", code="unsupported_value")
+    events: list[Event] = []
+    with serve(answering(no, whole("x"))) as server:
+        chain = FailoverChain([server.tier("a")], on_event=events.append)
+        assert [chain.chat("hi", temperature=0.5).text for _ in range(2)] == ["x", "x"]
+        assert ["temperature" in body for body in server.bodies] == [True, False, False]
+        assert chain.health()[0].learned == {"m": {"temperature": "drop"}}
+        chain.reset()
+        assert chain.health()[0].learned == {}
+    kinds = [one.kind for one in events]
+    assert kinds == ["attempt", "resend", "done", "attempt", "done"]
+
+
+class Pinged(ScriptedProvider):
+    """Its ping raises ``error``, and notes the time it was given."""
+
+    def __init__(self, *items: Any) -> None:
+        super().__init__(items, repeat=True)
+        self.error: Exception | None = None
+        self.given: list[float] = []
+
+    def ping(self, timeout: float = 0.0) -> None:
+        self.given.append(timeout)
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_failed_ping_counts_and_a_good_one_makes_the_trial_due(clock: VirtualClock) -> None:
+    provider = Pinged(ServerError, "x")
+    first = ProviderTier("a", provider, retries=0, breaker=CircuitBreaker(clock=clock))
+    chain = chain_of(clock, first, tier("b", "x"))
+    chain.chat("hi")
+    assert chain.check()[0].breaker.failures == 1  # a good one does not reset the count
+    provider.error = ProviderUnavailable("refused")
+    assert chain.check()[0].last_error == "ProviderUnavailable: refused"
+    assert chain.check()[0].breaker.state == "open"
+    assert chain.check()[0].breaker.retry_after == 15
+    provider.error = None
+    health = chain.check()[0]
+    assert (health.breaker.state, health.breaker.retry_after, health.last_error) == (
+        "open",
+        0,
+        None,
+    )
+    assert chain.chat("hi").provider == "a"
+    assert provider.given == [5.0] * 5
+    chain.tiers[0].breaker.open()
+    chain.check(1.0)
+    assert chain.tiers[0].breaker.retry_after is None  # open by hand: only reset() ends it
+    chain.reset()
+    assert chain.chat("hi").provider == "b"
+
+
+def test_ping_of_a_chain_has_one_time_for_all() -> None:
+    dead, alive = Pinged(), Pinged()
+    dead.error = ServerError("dead")
+    FailoverChain([ProviderTier("a", dead), ProviderTier("b", alive)]).ping()
+    assert 0 < alive.given[0] <= dead.given[0] <= 5.0
+    with pytest.raises(ServerError):
+        FailoverChain([ProviderTier("a", dead)]).ping(3.0)
+
+
+def test_closing_closes_every_provider_and_the_chain_stays_usable() -> None:
+    class Closed(ScriptedProvider):
+        def close(self) -> None:
+            closed.append(self)
+
+    closed: list[Any] = []
+    providers = [Closed(["x"], repeat=True) for _ in range(2)]
+    with FailoverChain([ProviderTier(str(at), one) for at, one in enumerate(providers)]) as chain:
+        pass
+    assert closed == providers
+    assert chain.chat("hi").text == "x"
+
+
+def test_a_given_breaker_is_used_and_may_be_shared(clock: VirtualClock) -> None:
+    breaker = CircuitBreaker(1, clock=clock, name="mine")
+    shared = tier("a", ProviderUnavailable, breaker=breaker)
+    heard: list[str] = []
+    chains = [
+        chain_of(clock, shared, tier(name, "x"), on_event=lambda one: heard.append(one.kind))
+        for name in "bc"
+    ]
+    chains[0].chat("hi")
+    skipped = chains[1].chat("hi").attempts[0]
+    assert (skipped.outcome, heard.count("breaker")) == ("skipped", 2)
+    assert "mine is open" in str(skipped.error)
+
+
+# -- usage and cost
+
+
+def test_cost_and_usage_are_summed_over_all_attempts(clock: VirtualClock) -> None:
+    failed = InvalidResponse("cut")
+    failed.usage = Usage(100, 10)
+    answer = LLMResponse("x", usage=Usage(1000, 500, 400, 100), model="b-2026")
+    prices = {"b-2026": (1.0, 2.0, 0.5)}
+    chain = chain_of(clock, tier("a", failed, prices=(10, 20)), tier("b", answer, prices=prices))
+    response = chain.chat("hi")
+    assert response.cost == pytest.approx((1000 + 200 + 500 + 200 + 100 + 1000) / 1e6)
+    assert response.usage == Usage(1000, 500, 400, 100)
+    assert response.total_usage == Usage(1100, 510, 400, 100)
+    assert response.total_usage.total_tokens == 1610
+    written = chain_of(clock, tier("b", answer, prices=(1, 2, 0.5, 3)))
+    assert written.chat("hi").cost == pytest.approx((500 + 200 + 300 + 1000) / 1e6)
+
+
+UNKNOWN = LLMResponse("x")
+KNOWN = LLMResponse("x", usage=MILLION, model="v-1")
+USED = ServerError("x")
+USED.usage = MILLION
+
+
+@pytest.mark.parametrize(
+    ("tiers", "cost"),
+    [
+        ([("a", [KNOWN], (2, 3))], 2),
+        ([("a", [KNOWN], {"v-1": (4, 3)})], 4),
+        ([("a", [KNOWN], {"fast": (5, 3)})], 5),
+        ([("a", [KNOWN], {"vendor": (6, 3), "fast": (2, 3)})], 6),
+        ([("a", [KNOWN], {"other": (1, 2)})], None),
+        ([("a", [KNOWN], None)], None),
+        ([("a", [UNKNOWN], (2, 3))], None),
+        ([("a", [UNKNOWN], None)], None),
+        ([("a", [ServerError("no")], None), ("b", [KNOWN], (2, 3))], 2),
+        ([("a", [USED], (1, 1)), ("b", [KNOWN], (2, 3))], 3),
+        ([("a", [USED], None), ("b", [KNOWN], (2, 3))], None),
+        ([("a", [USED], (1, 1)), ("b", [UNKNOWN], (2, 3))], None),
+        (
+            [
+                ("a", [ProviderUnavailable], (1, 1)),
+                ("b", [LLMResponse("x", usage=Usage(1))], (0, 0)),
+            ],
+            0,
+        ),
+    ],
+)
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_a_cost_is_none_where_tokens_or_prices_are_unknown(
+    clock: VirtualClock, tiers: Any, cost: float | None, way: int
+) -> None:
+    """It is never a sum that leaves something out."""
+    models = {"fast": "vendor"}
+    made = [
+        tier(name, *items, models=models, prices=prices, retries=0) for name, items, prices in tiers
+    ]
+    chain = chain_of(clock, *made)
+    if way:
+        with chain.stream("hi") as stream:
+            list(stream)
+        assert stream.response.cost == cost
+    else:
+        assert chain.chat("hi").cost == cost
+
+
+# -- chains in chains
+
+
+def test_a_nested_chain_is_one_attempt_of_the_outer_one(clock: VirtualClock) -> None:
+    """Its usage and cost count there; its own attempts stay its own."""
+    paid = LLMResponse("x", usage=MILLION)
+    inner = chain_of(
+        clock, tier("x", USED, retries=0, prices=(1, 1)), tier("y", paid, prices=(3, 0))
+    )
+    outer = chain_of(clock, ProviderTier("in", inner), tier("b", paid, prices=(5, 0)))
+    response = outer.chat("hi")
+    assert outcomes(response.attempts) == ["in:ok"]
+    assert (response.provider, response.cost) == ("in", 4.0)
+    assert response.total_usage == response.attempts[0].usage == MILLION + MILLION
+    with outer.stream("hi") as stream:
+        list(stream)
+    assert outcomes(stream.response.attempts) == ["in:ok"]
+    assert (stream.response.cost, stream.response.total_usage) == (4.0, MILLION + MILLION)
+
+
+def test_the_failure_of_a_nested_chain_keeps_its_attempts_and_its_cost(clock: VirtualClock) -> None:
+    inner = chain_of(
+        clock, tier("x", USED, retries=0, prices=(1, 1)), tier("y", ServerError, retries=0)
+    )
+    outer = chain_of(clock, ProviderTier("in", inner, retries=0), tier("b", KNOWN, prices=(5, 0)))
+    response = outer.chat("hi")
+    assert outcomes(response.attempts) == ["in:failed", "b:ok"]
+    assert (response.cost, response.attempts[0].usage) == (6.0, MILLION)
+    assert failures(outer) == 1
+    assert (outer.health()[0].last_error or "").startswith("AllProvidersFailed")
+    with pytest.raises(AllProvidersFailed) as failed:
+        outer.chat("hi", tiers=["in"])
+    nested: Any = failed.value.errors[0]
+    assert outcomes(failed.value.attempts) == ["in:failed"]
+    assert outcomes(nested.attempts) == ["x:failed", "y:failed"]
+    unpriced = chain_of(clock, tier("x", USED, retries=0))
+    outer = chain_of(
+        clock, ProviderTier("in", unpriced, retries=0), tier("b", KNOWN, prices=(5, 0))
+    )
+    assert outer.chat("hi").cost is None
+    unused = chain_of(clock, tier("x", ServerError, retries=0))
+    outer = chain_of(clock, ProviderTier("in", unused, retries=0), tier("b", KNOWN, prices=(5, 0)))
+    assert outer.chat("hi").cost == 5
+
+
+def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock: VirtualClock) -> None:
+    inner = FailoverChain([tier("i", "inner", models=["small"])])
+    tiers = tier("a", BadRequest, models=["big"]), ProviderTier("nested", inner), tier("c", "last")
+    response = chain_of(clock, *tiers).chat("hi", model="big")
+    assert outcomes(response.attempts) == ["a:failed", "nested:failed", "c:ok"]
+    assert "ModelNotFound" in str(response.attempts[1].error)
+
+
+# -- events, the log, explain()
+
+
+def test_events_tell_every_step_and_may_fail(
+    clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        raise RuntimeError("listener")
+
+    first = tier("a", ServerError, ServerError, RateLimited("x", retry_after=9))
+    second = tier("b", LLMResponse("one", usage=Usage(3, 4)), ServerError, ServerError, "two")
+    chain = chain_of(clock, first, second, on_event=listen)
+    chain.chat(PROMPT)
+    kinds = [event.kind for event in events]
+    assert kinds == ["attempt", "retry", "attempt", "failover", "attempt", "done"]
+    assert events[3].data["to"] == "b"
+    assert events[0].time == 1000.0
+    done = events[-1].data
+    assert (done["outcome"], done["prompt_tokens"], done["completion_tokens"]) == ("ok", 3, 4)
+    assert "on_event failed" in caplog.messages
+    events.clear()
+    chain.chat(PROMPT, wait=60)
+    kinds = [event.kind for event in events]
+    assert kinds[:3] == ["attempt", "breaker", "failover"]
+    assert "wait" in kinds
+    chain.reset()
+    events.clear()
+    for one in chain.tiers:
+        one.breaker.open()
+    with pytest.raises(AllProvidersFailed):
+        chain.chat(PROMPT)
+    assert [event.kind for event in events] == ["breaker", "breaker", "skip", "skip", "done"]
+    assert (events[-1].tier, events[-1].data["outcome"]) == ("", "AllProvidersFailed")
+
+
+def test_the_event_failover_names_who_is_asked_next(clock: VirtualClock) -> None:
+    """A tier that is skipped in between is not the one."""
+    events: list[Event] = []
+    tiers = tier("a", ProviderUnavailable), tier("b", "x"), tier("c", "x", supports_tools=False)
+    chain = chain_of(clock, *tiers, tier("d", "x"), on_event=events.append)
+    chain.tiers[1].breaker.open(60)
+    assert chain.chat("hi", [TOOL]).provider == "d"
+    told = [(event.tier, event.data["to"]) for event in events if event.kind == "failover"]
+    assert told in ([("a", "d")], [("a", "b")])
+
+
+def test_levels_of_the_log(clock: VirtualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """Attempts DEBUG, failover and recovery INFO, an opened breaker and a failed call WARNING."""
+    caplog.set_level(logging.DEBUG, LOGGER)
+    chain = chain_of(clock, tier("a", ServerError, ServerError, ServerError, "x"), tier("b", "x"))
+    chain.chat(PROMPT)
+    chain.chat(PROMPT)
+    clock.advance(20)
+    chain.chat(PROMPT)
+    chain.tiers[0].breaker.open()
+    with pytest.raises(AllProvidersFailed):
+        chain.chat(PROMPT, tiers=["a"])
+
+    def levels(*words: str) -> set[int]:
+        told = ((one.levelno, one.getMessage()) for one in caplog.records)
+        return {level for level, text in told if all(word in text for word in words)}
+
+    assert levels("a", "attempt") == {logging.DEBUG}
+    assert levels("a", "failover") == {logging.INFO}
+    assert levels("a", "open (ServerError)") == {logging.WARNING}
+    assert levels("a", "closed (recovered)") == {logging.INFO}
+    assert logging.WARNING in levels("call failed")
+
+
+@pytest.mark.quiet
+@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
+def test_only_an_answer_after_other_attempts_is_worth_a_line(
+    caplog: pytest.LogCaptureFixture, way: int
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    both_ways(FailoverChain([tier("a", "hi")]), "hi")[way]()
+    assert caplog.messages == []
+    both_ways(FailoverChain([tier("a", ServerError("no"), retries=0), tier("b", "x")]), "hi")[way]()
+    assert "answered: a: ServerError: no" in caplog.text
+
+
+def test_the_library_prints_nothing_where_nobody_listens() -> None:
+    assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
+
+
+@pytest.mark.quiet
+def test_the_same_answers_come_without_anybody_watching(clock: VirtualClock) -> None:
+    """No event and no log: a failover, a retry, a skip, a stream and a request over HTTP."""
+    logging.getLogger(LOGGER).setLevel(logging.CRITICAL)
+    try:
+        chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", ServerError, "b", "c"))
+        assert chain.chat("hi").text == "b"
+        chain.tiers[0].breaker.open()
+        with chain.stream("hi") as stream:
+            assert list(stream) == ["c"]
+        assert outcomes(stream.response.attempts) == ["a:skipped", "b:ok"]
+        with serve(answering(whole("x"))) as server:
+            assert FailoverChain([server.tier()]).chat("hi").text == "x"
+    finally:
+        logging.getLogger(LOGGER).setLevel(logging.NOTSET)
+
+
+def test_each_step_of_explain() -> None:
+    used = Usage(1, 1)
+    steps = (
+        Attempt("a", "m", "skipped", "CircuitOpen: off"),
+        Attempt("b", "m", "escalated", "gave up", latency=0.5, usage=used),
+        Attempt("c", "m", "failed", "ServerError: no", latency=0.25),
+        Attempt("d", "m", "ok", latency=1.0, usage=used),
+    )
+    told = LLMResponse("x", attempts=steps, cost=0.5).explain().split(" -> ")
+    for step, words in zip(
+        told,
+        (
+            ("a", "skipped", "off"),
+            ("b", "gave up", "500 ms"),
+            ("c", "no", "250 ms"),
+            ("d", "ok", "$0.5"),
+        ),
+        strict=True,
+    ):
+        assert all(word in step for word in words), step
+    long = tier("a", ServerError("x" * 200), retries=0)
+    with pytest.raises(AllProvidersFailed) as failed:
+        FailoverChain([long]).chat("hi")
+    assert 40 < failed.value.explain().count("x") < 100
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e\u2066 Z\xfcr\r\nich \x9b\x00"
+PRINTABLE = re.compile(r"[ -~]*")
+
+
+def test_explain_and_the_log_are_printable_ascii(
+    clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Control, escape and bidirectional characters of servers and names are shown escaped."""
+    caplog.set_level(logging.DEBUG, LOGGER)
+    with serve(answering(refusal(400, HOSTILE))) as server:
+        tiers = [server.tier("a"), tier(f"b{HOSTILE}", ServerError(HOSTILE)), tier("c", "x")]
+        chain = FailoverChain(tiers, sleep=lambda _: None)
+        response = chain.chat("hi")
+        with pytest.raises(AllProvidersFailed) as failed:
+            chain.chat("hi", tiers=[one.name for one in tiers[:2]], wait=0)
+        tiers[1].breaker.open(5, HOSTILE)
+        list(chain.stream("hi"))
+    for text in (response.explain(), failed.value.explain(), *caplog.messages):
+        assert PRINTABLE.fullmatch(text), ascii(text)
+    assert "owned" in failed.value.explain()
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", str(failed.value))
+
+
+# -- data
+
+
+def test_a_response_as_data() -> None:
+    tool_calls = [ToolCall("1", "f", {"a": 1}), ToolCall("2", "g", None, "[1")]
+    attempts = (Attempt("t", "m", "ok"),)
+    response = LLMResponse("T1 text", tool_calls, usage=Usage(1, 2), attempts=attempts)
+    functions = [{"name": "f", "arguments": '{"a": 1}'}, {"name": "g", "arguments": "[1"}]
+    assert response.message == {
+        "role": "assistant",
+        "content": "T1 text",
+        "tool_calls": [
+            {"id": str(at), "type": "function", "function": function}
+            for at, function in enumerate(functions, 1)
+        ],
+    }
+    assert LLMResponse("x").message == {"role": "assistant", "content": "x"}
+    plain = json.loads(json.dumps(response.to_dict()))
+    assert (plain["usage"]["prompt_tokens"], plain["attempts"][0]["tier"]) == (1, "t")
+    assert pickle.loads(pickle.dumps(response)) == response
+    assert response.has_tool_calls
+    assert tuple(attempts[0]) == ("t", "m", "ok", None, None, 0.0, Usage())
+    empty = LLMResponse()
+    assert (empty.text, empty.latency, empty.cost, empty.request_id) == ("", 0.0, None, None)
+    assert LLMResponse(usage=Usage(3)).total_usage == Usage(3)
+    assert Usage(1, 2, 3, 4, 5) + Usage(1, 1, 1, 1, 1) == Usage(2, 3, 4, 5, 6)
+    with pytest.raises(TypeError):
+        Usage(1) + 1  # type: ignore[operator]
+
+
+def test_a_repr_shows_no_text(clock: VirtualClock) -> None:
+    answer = LLMResponse("T1", [ToolCall("1", "f", {"T2": 1}, "T3")], reasoning="T4", model="m")
+    answer.escalation, answer.raw = "T5", {"a": "T6"}
+    chain = chain_of(clock, tier("a", answer))
+    assert not re.search("T[1-6]", f"{answer!r} {chain.chat('T7')!r} {chain!r} {chain.tiers!r}")
+    assert "model='m'" in repr(answer)
+    assert "a" in repr(chain)
+
+
+def test_errors_pickle_and_chains_do_not(clock: VirtualClock) -> None:
+    given = {"provider": "p", "model": "m", "status": 429, "code": "c", "request_id": "r"}
+    error = RateLimited("x", retry_after=3.0, **given)  # type: ignore[arg-type]
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), vars(twin)) == (str(error), vars(error))
+
+    class Local(Exception):
+        """Queues move errors between processes; this one cannot be pickled."""
+
+    chain = chain_of(clock, tier("a", Local("x")), tier("b", ProviderUnavailable("refused")))
+    with pytest.raises(AllProvidersFailed) as failed:
+        chain.chat("hi")
+    twin = pickle.loads(pickle.dumps(failed.value))
+    assert (str(twin), twin.retry_after) == (str(failed.value), failed.value.retry_after)
+    assert twin.attempts == failed.value.attempts
+    assert [type(one) for one in twin.errors] == [ProviderError, ProviderUnavailable]
+    with pytest.raises(TypeError, match="cannot be copied"):
+        pickle.dumps(chain)
+
+
+def test_a_script_may_hold_all_kinds_of_items() -> None:
     def answer(messages: Any, **kwargs: Any) -> str:
         called.append((messages, kwargs))
         return "called"
 
-    provider = ScriptedProvider(["text", LLMResponse("made"), ["a", "b"], ServerError("x"), ServerError, answer, 5])
-    assert provider.chat("q").text == "text"
+    called: list[Any] = []
+    items = ["text", LLMResponse("made"), ["a", "b"], ServerError("x"), ServerError, answer, 5]
+    provider = ScriptedProvider(items)
+    assert provider.chat("q", model="m").model == "m"
     assert list(provider.stream("q")) == ["made"]
     assert provider.chat("q").text == "ab"
     for _ in range(2):
@@ -1004,295 +1902,103 @@ def test_scripts(clock: FakeClock) -> None:
             provider.chat("q")
     assert provider.chat("q", model="m", seed=1).text == "called"
     assert called == [("q", {"tools": None, "model": "m", "seed": 1})]
-    with pytest.raises(ConfigError, match="script holds a int"):
-        provider.chat("q")
-    with pytest.raises(ConfigError, match="script of 7 items is over"):
-        provider.chat("q")
-    assert provider.calls[5] == {"messages": "q", "tools": None, "model": "m", "kwargs": {"seed": 1}}
-    broken = ScriptedProvider([["par", ServerError("cut")], LLMResponse(tool_calls=[ToolCall("1", "f", {})])]).stream("q")
+    for message in ("script holds a", "script of 7 items is over"):
+        with pytest.raises(ConfigError, match=message):
+            provider.chat("q")
+    assert provider.calls[5] == {
+        "messages": "q",
+        "tools": None,
+        "model": "m",
+        "kwargs": {"seed": 1},
+    }
+    broken = ScriptedProvider([["par", ServerError("cut")]]).stream("q")
     assert next(broken) == "par"
     with pytest.raises(ServerError):
         next(broken)
-    with pytest.raises(ConfigError):
-        ScriptedProvider([], repeat=True).chat("q")
+    for wrong in (lambda: ScriptedProvider("text"), lambda: scripted().chat("q")):
+        with pytest.raises(ConfigError):
+            wrong()
 
 
-# -- data
-
-
-def test_a_response_as_data() -> None:
-    """message, to_dict, pickle and repr."""
-    call = ToolCall("1", "f", {"a": 1})
-    response = LLMResponse("secret text", [call, ToolCall("2", "g", None, "[1")], usage=Usage(1, 2),
-        attempts=(Attempt("t", "m", "ok"),))
-    assert response.message == {
-        "role": "assistant",
-        "content": "secret text",
-        "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
-            {"id": "2", "type": "function", "function": {"name": "g", "arguments": "[1"}},
-        ],
-    }
-    assert LLMResponse("x").message == {"role": "assistant", "content": "x"}
-    plain = json.loads(json.dumps(response.to_dict()))
-    assert plain["usage"]["prompt_tokens"] == 1
-    assert plain["attempts"][0]["tier"] == "t"
-    assert pickle.loads(pickle.dumps(response)) == response
-    assert "secret" not in repr(response)
-    assert response.has_tool_calls
-    assert (LLMResponse().text, LLMResponse(usage=Usage(3)).total_usage) == ("", Usage(3))
-    with pytest.raises(TypeError):
-        Usage(1) + 1  # type: ignore[operator]
-
-
-def test_explain_is_one_ascii_line() -> None:
-    """Whatever the names are."""
-    response = LLMResponse("x", attempts=(Attempt("Zür\nich", "m", "ok", latency=0.4124),), cost=0.00031)
-    assert response.explain() == r"Z\xfcr ich: ok 412 ms $0.0003"
-
-
-def test_errors_pickle() -> None:
-    """With all their attributes; chains and breakers do not."""
-    error = RateLimited("x", provider="p", model="m", status=429, code="c", retry_after=3.0, request_id="r")
-    twin = pickle.loads(pickle.dumps(error))
-    assert (str(twin), vars(twin)) == (str(error), vars(error))
-    with pytest.raises(AllProvidersFailed) as failed:
-        FailoverChain([tier("a", ProviderUnavailable("refused"))]).chat("hi")
-    twin = pickle.loads(pickle.dumps(failed.value))
-    assert (twin.retry_after, twin.attempts) == (failed.value.retry_after, failed.value.attempts)
-    with pytest.raises(TypeError, match="cannot be copied"):
-        pickle.dumps(FailoverChain([tier("a", "x")]))
-
-
-def test_a_given_breaker_is_used_and_may_be_shared(clock: FakeClock) -> None:
-    """A tier's own breaker wins; two chains with one tier share it; both hear of its changes."""
-    breaker = CircuitBreaker(1, clock=clock, name="mine")
-    shared = ProviderTier("a", scripted(ProviderUnavailable), breaker=breaker)
+def test_chains_over_the_same_tier_are_not_kept_alive() -> None:
+    shared = tier("a", "x")
     heard: list[str] = []
-    chains = [chain_of(clock, shared, tier(name, "x"), on_event=lambda event: heard.append(event.kind)) for name in "bc"]
-    chains[0].chat("hi")
-    assert chains[1].chat("hi").attempts[0].outcome == "skipped"
-    assert heard.count("breaker") == 2
-    assert re.search("mine is open", str(chains[1].chat("hi").attempts[0].error))
-
-
-def test_a_tier_that_opens_during_the_pause_is_passed_over(clock: FakeClock) -> None:
-    """Another thread saw it fail meanwhile."""
-    chain = FailoverChain(
-        [tier("a", ServerError), tier("b", "x")], clock=clock, sleep=lambda seconds: chain.tiers[0].breaker.open()
-    )
-    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:skipped", "b:ok"]
-
-
-def test_on_error_leaves_other_classes_alone(clock: FakeClock) -> None:
-    """What it does not name goes by its own class."""
-    chain = chain_of(clock, tier("a", KeyError, ServerError, "fine"), tier("b", "x"), on_error={BadRequest: "raise"})
-    assert chain.chat("hi").provider == "b"
-    assert outcomes(chain.chat("hi").attempts) == ["a:failed", "a:ok"]
-
-
-def test_images_are_looked_for_once(clock: FakeClock) -> None:
-    """Two tiers that take none; a text only is for everybody."""
-    chain = chain_of(clock, tier("a", "x", supports_images=False), tier("b", "x", supports_images=False))
-    with pytest.raises(UnsupportedRequest):
-        chain.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}])
-
-
-def test_the_deadline_in_a_second_round_names_each_tier_once(clock: FakeClock) -> None:
-    """Who failed before and was not asked again is not noted twice."""
-    slow = Slow(clock, 5, ProviderUnavailable("refused"))
-    chain = chain_of(clock, ProviderTier("a", slow), tier("b", ProviderUnavailable))
-    with pytest.raises(DeadlineExceeded) as late:
-        chain.chat("hi", timeout=10, wait=3)
-    assert outcomes(late.value.attempts) == ["a:failed", "b:failed", "a:failed"]
-
-
-def test_a_chat_without_a_signature_is_taken_as_it_is() -> None:
-    """Some built-ins have none to look at."""
-
-    class Odd:
-        chat = staticmethod(min)
-
-    assert ProviderTier("a", Odd()).name == "a"  # type: ignore[arg-type]
-
-
-def test_a_tool_call_is_no_marker(clock: FakeClock) -> None:
-    """An answer without text, with an escalation model."""
-    answer = LLMResponse(tool_calls=[ToolCall("1", "f", {})])
-    assert chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b-model").chat("hi").has_tool_calls
-
-
-# -- small print
-
-
-def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock: FakeClock) -> None:
-    """Its UnknownModel is its own view: the next tier is asked."""
-    inner = FailoverChain([ProviderTier("i", ScriptedProvider(["inner"]), ["small"])])
-    first, last = tier("a", ServerError, ServerError, models=["big"]), tier("c", "last", models=["c"])
-    response = chain_of(clock, first, ProviderTier("nested", inner), last).chat("hi", model="big")
-    assert response.text == "last"
-    assert "ModelNotFound" in str(response.attempts[-2].error)
-
-
-@pytest.mark.parametrize("rule", ["next", "raise"])
-def test_on_error_rules_a_rate_limit_too(clock: FakeClock, rule: str) -> None:
-    """It is not waited out: the tier is parked, and the next one asked or the error raised."""
-    chain = chain_of(clock, tier("a", RateLimited("x", retry_after=1), "a"), tier("b", "b"), on_error={RateLimited: rule})
-    if rule == "next":
-        assert chain.chat("hi").text == "b"
-    else:
-        with pytest.raises(RateLimited):
-            chain.chat("hi")
-    assert clock.slept == []
-    assert chain.tiers[0].breaker.retry_after == 1
-
-
-def test_ping_needs_no_ping_of_a_provider() -> None:
-    """A provider may be any object with chat(); the time is for all tiers together."""
-
-    class Duck:
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-            return LLMResponse("quack")
-
-    FailoverChain([ProviderTier("duck", Duck())]).ping()  # type: ignore[arg-type]
-    given: list[float] = []
-
-    class Dead(ScriptedProvider):
-        def ping(self, timeout: float = 5.0) -> None:
-            given.append(timeout)
-            raise ProviderUnavailable("dead")
-
-    with pytest.raises(ProviderUnavailable):
-        FailoverChain([ProviderTier("a", Dead([])), ProviderTier("b", Dead([]))]).ping(3.0)
-    assert 0 < given[1] < given[0] <= 3.0
-
-
-def test_chains_over_the_same_tiers_are_not_kept_alive() -> None:
-    """A chain per request is a waste, but no leak; the chain that is left hears of its breakers."""
-    shared = tier("a", ServerError)
-    for _ in range(20):
-        FailoverChain([shared])
+    for _ in range(5):
+        FailoverChain([shared], on_event=lambda event: heard.append("gone"))
     gc.collect()
-    assert len(shared.breaker._watchers) == 0
-    events: list[Event] = []
-    chain = FailoverChain([shared], on_event=events.append)
+    chain = FailoverChain([shared], on_event=lambda event: heard.append(event.kind))
     shared.breaker.open()
-    assert [(event.kind, event.tier, event.data["new"]) for event in events] == [("breaker", "a", "open")]
+    assert heard == ["breaker"]
     assert chain.tiers == (shared,)
 
 
-def test_a_failure_with_a_foreign_exception_survives_pickling(clock: FakeClock) -> None:
-    """Queues move errors between processes: what cannot be pickled is replaced by its name."""
-
-    class Local(Exception):
-        def __init__(self, one: str, two: str) -> None:
-            super().__init__(one)
-
-    with pytest.raises(AllProvidersFailed) as failed:
-        chain_of(clock, tier("a", Local("x", "y")), tier("b", ServerError("down"), ServerError("down"))).chat("hi")
-    copied = pickle.loads(pickle.dumps(failed.value))
-    assert (type(copied), str(copied), copied.attempts) == (AllProvidersFailed, str(failed.value), failed.value.attempts)
-    assert [type(error) for error in copied.errors] == [ProviderError, ServerError, ServerError]
+# -- with the default settings
 
 
-def test_where_a_foreign_exception_arose_is_logged(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """At DEBUG: its class, file and line, not its text; one without a traceback by its class alone."""
-
-    class Faulty(LLMProvider):
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-            raise KeyError("something private")
-
-    with caplog.at_level(logging.DEBUG, "copilot_router"), pytest.raises(AllProvidersFailed):
-        chain_of(clock, ProviderTier("mine", Faulty())).chat("hi")
-    assert re.search(r"mine: KeyError in .*test_chain\.py, line \d+", caplog.text)
-    assert "private" not in caplog.text
-    assert _place(KeyError("x")) == "KeyError"
-
-
-def test_an_answer_that_nobody_gets_is_not_logged_as_answered(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """The weak answers gave up, and the call failed."""
-    chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", "[ESCALATE] no"),
-                     tier("c", ProviderUnavailable, models=["c"]), escalation_model="c")  # fmt: skip
-    with caplog.at_level(logging.INFO, "copilot_router"), pytest.raises(EscalationFailed):
-        chain.chat("hi")
-    assert "answered" not in caplog.text
+DAYS: dict[str, tuple[list[bytes], str, int]] = {
+    "429 for ever": ([refusal(429, headers="Retry-After: 30\r\n")], "second", 1),
+    "429 without a hint": ([refusal(429)], "second", 1),
+    "500 once": ([refusal(500), whole("fine")], "first", 2),
+    "503 for ever": ([refusal(503)], "second", 2),
+    "closed before the headers": ([b""], "second", 2),
+    "cut after some text": ([HEAD + event("fi") + event("ne")], "second", 1),
+    "a garbled event": (
+        [HEAD + event("fi") + b'data: {"cho\n\n' + event("ne", "stop")],
+        "second",
+        1,
+    ),
+    "no text": ([HEAD + event(finish="stop")], "second", 1),
+    "the prompt is too long": ([refusal(400, code="context_length_exceeded")], "second", 1),
+}
 
 
-@pytest.mark.parametrize("name", ["first_token_timeout", "stall_timeout"])
-def test_a_limit_that_is_no_number_opens_no_breaker(name: str) -> None:
-    """The caller's own mistake is told at once."""
-    provider = OpenAIProvider("test-key", "http://127.0.0.1:9/v1")
-    chain = FailoverChain([ProviderTier("a", provider, ["m"])])
-    for call in (chain.chat, lambda *args, **kwargs: provider.chat(*args, model="m", **kwargs)):
-        with pytest.raises(ConfigError, match=name):
-            call("hi", **{name: "5"})
-    assert chain.tiers[0].breaker.snapshot().failures == 0
+@pytest.mark.parametrize("name", DAYS)
+def test_a_bad_day_of_the_first_provider(name: str) -> None:
+    """The caller gets the complete answer, and learns who gave it."""
+    answers, provider, requests_sent = DAYS[name]
+    with serve(answering(*answers)) as ill, serve(answering(whole("fi", "ne"))) as well:
+        tiers = (
+            ProviderTier("first", ill.provider(), ["m"]),
+            ProviderTier("second", well.provider(), ["m"]),
+        )
+        with FailoverChain(tiers, sleep=lambda _: None) as chain:
+            response = chain.chat(PROMPT)
+    assert (response.text, response.provider, response.model) == ("fine", provider, "m-1")
+    assert len(ill.bodies) == requests_sent
+    assert [one.outcome for one in response.attempts].count("ok") == 1
 
 
-@pytest.mark.quiet
-def test_all_of_it_without_anybody_watching(clock: FakeClock) -> None:
-    """No event, no log: the same answers by the shorter way. A failover, a skip, a retry, a stream, a request over HTTP."""
-    logging.getLogger("copilot_router").setLevel(logging.CRITICAL)
-    try:
-        chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", ServerError, "b", "stream"))
-        assert chain.chat("hi").text == "b"
-        chain.tiers[0].breaker.open()
-        with chain.stream("hi") as stream:
-            assert list(stream) == ["stream"]
-        assert [attempt.outcome for attempt in stream.response.attempts] == ["skipped", "ok"]
-        assert list(chain_of(clock, tier("c", "one")).stream("hi")) == ["one"]
-        real = FailoverChain([ProviderTier("http", OpenAIProvider("test-key", closed_address()), ["m"])])
-        with real, pytest.raises(AllProvidersFailed):
-            real.chat("hi", timeout=5)
-    finally:
-        logging.getLogger("copilot_router").setLevel(logging.NOTSET)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ServerError,
+        RateLimited,
+        AuthenticationError,
+        ProviderUnavailable,
+        InvalidResponse,
+        Overloaded,
+    ],
+)
+def test_an_outage_of_a_minute(clock: VirtualClock, error: type[ProviderError]) -> None:
+    """A call every four seconds: the tier is hardly asked meanwhile, and soon used again."""
+    begin, end = clock.now + 20, clock.now + 80
+    asked: list[float] = []
 
+    def answer(**_: Any) -> LLMResponse:
+        if begin <= clock.now < end:
+            asked.append(clock.now)
+            raise error("x")
+        return LLMResponse("fine")
 
-def closed_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-
-
-@pytest.mark.parametrize("name", ["accept", "on_event"])
-def test_a_callback_that_is_none_is_refused(name: str) -> None:
-    """When the chain is built, not at the first answer."""
-    with pytest.raises(ConfigError, match=f"{name}='text'"):
-        FailoverChain([tier("a")], **{name: "text"})  # type: ignore[arg-type]
-
-
-def test_an_interruption_while_waiting_for_a_place_gives_the_trial_back(
-    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in the queue of a full tier."""
-
-    class Full:
-        def get(self, *_: object) -> None:
-            raise KeyboardInterrupt
-
-    chain = chain_of(clock, tier("a", "x", max_concurrency=1))
-    breaker = chain.tiers[0].breaker
-    breaker.open(1)
-    clock.advance(1)
-    monkeypatch.setattr(chain.tiers[0], "_slots", Full())
-    with pytest.raises(KeyboardInterrupt):
-        chain.chat("hi")
-    assert breaker.admit().is_trial
-
-
-def test_a_stream_of_an_answer_without_text_has_no_delta() -> None:
-    """A custom provider with chat() alone, which wants a tool called."""
-
-    class Calls(LLMProvider):
-        def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> LLMResponse:
-            return LLMResponse(tool_calls=[ToolCall("1", "f", {})])
-
-    with FailoverChain([ProviderTier("a", Calls())]).stream("hi") as stream:
-        assert list(stream) == []
-    assert stream.response.has_tool_calls
-
-
-@pytest.mark.parametrize("own", ["messages", "tools", "model", "timeout"])
-def test_params_do_not_take_the_chains_own_arguments(own: str) -> None:
-    """When the tier is built, not as a TypeError of its provider at each call."""
-    with pytest.raises(ConfigError, match=f"params\\['{own}'\\]"):
-        tier("a", "x", params={own: 1})
+    chain = chain_of(clock, ProviderTier("first", Custom(answer)), tier("second", "x"))
+    served: list[tuple[float, str]] = []
+    while clock.now < end + 120:
+        served.append((clock.now, chain.chat(PROMPT).provider))
+        clock.advance(4)
+    assert {by for at, by in served if begin <= at < end} == {"second"}
+    assert len(asked) <= 3 + 60 / 15
+    grows = error is AuthenticationError
+    assert min(at for at, by in served if at >= end and by == "first") <= end + (
+        80 if grows else 30
+    )
+    assert {by for at, by in served if at < begin or at > end + 80} == {"first"}

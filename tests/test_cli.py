@@ -1,7 +1,9 @@
-"""The command line, as a new user would use it: in this process, and as a vendored file in an empty directory."""
+"""The command line as a person meets it: mostly ``main([...])`` in this process, against a server
+on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,769 +11,704 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-from dialects import chunk, reply
-from faults import Peer, chunked, event, peer
 
 import copilot_router
-from copilot_router import OpenAIProvider, main
+from copilot_router import main
 
-MODULE = Path(copilot_router.__file__)
 KEY = "sk-test-cli-key-1234567890"
-#: Seconds that a test waits for what is to come at once.
-SOON = 20.0
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-END = b"data: [DONE]\n\n"
+REFUSED = "http://127.0.0.1:9/v1"
+#: Escape, bell, C1, and the character that turns the direction of writing.
+HOSTILE = "a\x1b]0;owned\x07\x9b2J\u202eb"
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-class Gate:
-    """A server whose behaviour is the prompt, and which stops in the middle of an answer until it is let go on."""
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server. The prompt says how it behaves."""
+
+    daemon_threads = True
+    silent = False  #: when it is pinged
+    healthy = True
 
     def __init__(self) -> None:
-        self.reached = threading.Event()  #: a request has come to where it waits
-        self.go = threading.Event()
-        self.asked = 0  #: questions, not pings
-        self.healthy = True
-        self.silent = False  #: when pinged
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.bodies: list[dict[str, Any]] = []
-        self.url = ""
+        self.heads: list[str] = []
+        self.go = threading.Event()  #: lets an answer that waits in its middle go on
 
-    def serve(self, server: Peer, connection: socket.socket, request: bytes) -> bool:
-        head, _, data = request.partition(b"\r\n\r\n")
-        if head.startswith(b"GET"):
-            if self.silent:
-                self.hold(server)
-            bad = b"bad-key" in head or not self.healthy
-            connection.sendall(reply({"data": []}, 401 if bad else 200))
-            return True
-        self.asked += 1
-        body = json.loads(data)
-        self.bodies.append(body)
-        text, model = body["messages"][-1]["content"], body.get("model")
-        if not self.healthy:
-            connection.sendall(reply({"error": {"message": "no such page"}}, 404))
-        elif text == "limit":
-            connection.sendall(reply({"error": {"message": "slow"}}, 429, **{"Retry-After": "30"}))
-        elif text == "limit once":
-            slow = reply({"error": {"message": "slow"}}, 429, **{"retry-after-ms": "50"})
-            connection.sendall(slow if self.asked < 3 else self.whole("at last", model))
-        elif text == "bad":
-            connection.sendall(reply({"error": {"message": "no"}}, 400))
-        elif text in ("hold", "break", "go on"):
-            connection.sendall(STREAM + chunk(event("one ")))
-            self.hold(server)
-            if text == "break":
-                return False
-            more = [event("line\n")] * 20000 if text == "go on" else []
-            connection.sendall(chunked(event("two"), *more, event(finish="stop"), END))
-        elif text == "silence":
-            self.hold(server)
-            connection.sendall(self.whole("after all", model))
-        elif text == "lines":
-            connection.sendall(STREAM + chunked(event("one\n"), event("Grüße, ☺"), event(finish="stop"), END))
-        elif text == "weak":
-            connection.sendall(self.whole("[ESCALATE] no", model))
+    def handle_error(self, *_: Any) -> None:
+        """A client that has gone away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def reply(self, body: Any, status: int = 200, **headers: str) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.server.heads.append(f"{self.path}\n{self.headers}")
+        if self.server.silent:
+            self.server.go.wait(20)
+        bad = "bad-key" in str(self.headers) or not self.server.healthy
+        self.reply({"error": {"message": f"no {HOSTILE}"}} if bad else {}, 401 if bad else 200)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        prompt = body["messages"][-1]["content"]
+        if "bad-key" in str(self.headers):
+            self.reply({"error": {"message": "wrong key"}}, 401)
+        elif not self.server.healthy or prompt == "down":
+            self.reply({"error": {"message": f"broken {HOSTILE}"}}, 500)
+        elif prompt == "limit":
+            self.reply({"error": {"message": "slow"}}, 429, Retry_After="30")
+        elif prompt == "limit once" and len(self.server.bodies) < 3:
+            self.reply({"error": {"message": "slow"}}, 429, retry_after_ms="50")
+        elif prompt == "refuse":
+            self.reply({"error": {"message": "not so"}}, 400)
+        elif prompt in ("silence", "interrupt"):
+            if prompt == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+            self.server.go.wait(20)
+            self.whole("after all", body)
+        elif prompt in ("lines", "hold", "break", "hostile"):
+            self.stream(prompt)
         else:
-            answer = "[ESCALATE] no" if model == "weak" else f"{model}: {text}"
-            connection.sendall(self.whole(answer, model))
-        return True
+            weak = body.get("model") == "weak" or prompt == "give up"
+            self.whole("[ESCALATE] too hard" if weak else f"you said {prompt}", body)
 
-    def whole(self, text: str, model: Any) -> bytes:
+    def whole(self, text: str, body: dict[str, Any]) -> None:
         choice = {"message": {"content": text}, "finish_reason": "stop"}
-        return reply({"model": model, "choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+        usage = {"prompt_tokens": 21, "completion_tokens": 10}
+        self.reply({"model": body.get("model"), "choices": [choice], "usage": usage})
 
-    def hold(self, server: Peer) -> None:
-        self.reached.set()
-        while not self.go.wait(0.02) and not server.stopping.is_set():
-            pass
+    def stream(self, prompt: str) -> None:
+        first = {"lines": "one\n", "hostile": f"{HOSTILE}\n\ttab"}.get(prompt, "one ")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.delta(first)
+        if prompt == "hold":
+            self.server.go.wait(20)
+        if prompt != "break":
+            self.delta("two", "stop")
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def delta(self, text: str, finish: str | None = None) -> None:
+        event = {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
+        self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+class Cli:
+    """Runs commands in this process, in an empty directory, against a server."""
+
+    def __init__(self, folder: Path, server: Server, patch: Any, capsys: Any) -> None:
+        self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """The exit status, standard output and standard error."""
+        self.capsys.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(str(end.code or 0))
+        return (status, *self.capsys.readouterr())
+
+    def ask(self, *more: str) -> tuple[int, str, str]:
+        """``chat`` with the server."""
+        return self("chat", "--base-url", self.server.url, "--model", "m", *more)
+
+    def config(self, text: str = "", name: str = "copilot-router.toml", url: str = "") -> None:
+        text = (text or TWO_TIERS).replace("{url}", url or self.server.url)
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def streams(self, **streams: Any) -> None:
+        for name, stream in streams.items():
+            self.patch.setattr(sys, name, stream)
+
+    def environ(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self.patch.setenv(name, value)
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the server was asked."""
+        return [body["messages"][-1]["content"] for body in self.server.bodies]
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    with peer(gate.serve) as server:
-        gate.url = server.url
-        yield gate
-
-
-@pytest.fixture
-def url(gate: Gate) -> str:
-    return gate.url
-
-
-@pytest.fixture
-def vendored(tmp_path: Path) -> Path:
-    """A directory with nothing but the file."""
-    folder = tmp_path / "vendored"
-    folder.mkdir()
-    shutil.copy(MODULE, folder / "copilot_router.py")
-    return folder
-
-
-@contextmanager
-def started(folder: Path, *arguments: str, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """``python copilot_router.py …``, ended with the block."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **settings.pop("env", {})}
-    environment.pop("PYTHONUNBUFFERED", None)  # it would do the flushing
-    settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-    process = subprocess.Popen([sys.executable, "copilot_router.py", *arguments], cwd=folder, env=environment, **settings)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream:
-                stream.close()
-
-
-def run(folder: Path, *arguments: str, **settings: Any) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    with started(folder, *arguments, **settings) as process:
-        out, err = process.communicate(timeout=2 * SOON)
-        return process.returncode, out.decode(), (err or b"").decode()
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Cli]:
+    monkeypatch.chdir(tmp_path)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield Cli(tmp_path, server, monkeypatch, capsys)
+        finally:
+            server.go.set()
+            server.shutdown()
+            thread.join()
 
 
 class Terminal(io.StringIO):
-    """Says that it is a terminal; ``seen`` is set when something is written that matches ``awaited``."""
+    """Says that it is a terminal, and tells when a text has been written to it."""
 
-    def __init__(self, text: str = "", awaited: str = ".") -> None:
+    def __init__(self, text: str = "", awaited: str = "nothing", seen: Any = None) -> None:
         super().__init__(text)
-        self.awaited = awaited
-        self.seen = threading.Event()
+        self.awaited, self.seen = awaited, seen
 
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        if re.search(self.awaited, text):
+        if self.awaited in text:
             self.seen.set()
         return super().write(text)
 
 
-class Recorder(io.StringIO):
-    """Keeps what is written, piece by piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.pieces.append(text)
-        return super().write(text)
-
-
-# -- chat
-
-
-def test_chat_prints_the_answer(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The result on stdout, and with -v what happened on stderr."""
-    assert main(["chat", "--base-url", url, "--model", "m", "hello"]) == 0
-    assert capsys.readouterr() == ("m: hello\n", "")
-    assert main(["chat", "--base-url", url, "--model", "m", "-v", "hello"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "m: hello\n"
-    assert "openai: ok" in err
+TWO_TIERS = """
+[chain]
+failure_threshold = 1
+recovery_timeout = 3600.0
+[store]
+type = "sqlite"
+path = "breakers.db"
+refresh = 0.0
+[[tier]]
+name = "first"
+retries = 0
+[tier.provider]
+type = "lmstudio"
+base_url = "{url}"
+[[tier]]
+name = "last"
+role = "secondary"
+[tier.provider]
+type = "lmstudio"
+base_url = "http://127.0.0.1:9"
+"""
 
 
-def test_a_vendored_file_alone_answers(gate: Gate, vendored: Path) -> None:
-    """``python copilot_router.py chat`` in an empty directory: the answer, nothing else, and no file left behind."""
-    asked = ["chat", "--provider", "lmstudio", "--base-url", gate.url]
-    assert run(vendored, *asked, "hello") == (0, "None: hello\n", "")
-    assert gate.bodies[0]["messages"][-1] == {"role": "user", "content": "hello"}
-    assert os.listdir(vendored) == ["copilot_router.py"]
+# -- chat: the answer
 
 
-def test_chat_streams(gate: Gate, vendored: Path) -> None:
-    """A delta is in the reader's hands before the next one exists, through a pipe too."""
-    with started(vendored, "chat", "--base-url", gate.url, "hold") as process:
-        assert process.stdout
-        assert os.read(process.stdout.fileno(), 100) == b"one "
-        gate.go.set()
-        assert process.stdout.read() == b"two\n"
-        assert process.wait(SOON) == 0
+def test_chat_prints_the_answer_and_nothing_else(cli: Cli) -> None:
+    assert cli.ask("hello") == (0, "you said hello\n", "")
+    assert cli.prompts == ["hello"]
 
 
-@pytest.mark.parametrize(("more", "pieces"), [([], ["one ", "two", "\n"]), (["--no-stream"], ["one two", "\n"])])
-def test_chat_at_once(gate: Gate, monkeypatch: pytest.MonkeyPatch, more: list[str], pieces: list[str]) -> None:
-    """Delta by delta, or with --no-stream in one piece."""
-    gate.go.set()
-    written = Recorder()
-    monkeypatch.setattr(sys, "stdout", written)
-    assert main(["chat", "--base-url", gate.url, *more, "hold"]) == 0
-    assert [piece for piece in written.pieces if piece] == pieces
-
-
-@pytest.mark.parametrize("arguments", [["-"], []])
-def test_chat_reads_standard_input(
-    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+@pytest.mark.parametrize(("name", "path"), [("openai", "/v1/models"), ("lmstudio", "/v1/models"),
+                                            ("ollama", "/api/tags"), ("anthropic", "/v1/models"),
+                                            ("gemini", "/v1beta/models")])  # fmt: skip
+def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
+    name: str, path: str, cli: Cli
 ) -> None:
-    """With - and without an argument; on a terminal it says that it waits."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
-    assert main(["chat", "--provider", "lmstudio", "--base-url", url, *arguments]) == 0
-    assert capsys.readouterr() == ("None: from stdin\n", "")
-    monkeypatch.setattr(sys, "stdin", Terminal("typed"))
-    assert main(["chat", "--provider", "lmstudio", "--base-url", url, *arguments]) == 0
-    out, err = capsys.readouterr()
-    assert out == "None: typed\n"
-    assert "reading the question from standard input; Ctrl-D ends it" in err
+    cli.environ(MY_KEY=KEY)
+    aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
+    assert cli("check", *aim)[0] == 0
+    assert cli.server.heads[0].startswith(path)
+    assert KEY in cli.server.heads[0]
 
 
-def test_standard_input_that_is_no_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A usage error that names the encoding, not a traceback."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
-    assert main(["chat", "--provider", "lmstudio"]) == 2
-    assert capsys.readouterr() == ("", "copilot-router: standard input is not utf-8: convert it\n")
+def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.extend([text] if text else [])
+            return super().write(text)
+
+    for more, expected in ((["lines"], ["one\n", "two", "\n"]),
+                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):  # fmt: skip
+        pieces: list[str] = []
+        cli.streams(stdout=Pieces())
+        assert cli.ask(*more)[0] == 0
+        assert pieces == expected
 
 
-def test_a_terminal_that_cannot_show_a_letter(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of the answer is shown, with a question mark for the letter."""
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    assert main(["chat", "--base-url", url, "lines"]) == 0
-    assert shown.getvalue().decode().splitlines() == ["one", "Gr??e, ?"]
+def test_chat_as_json_prints_the_whole_response(cli: Cli) -> None:
+    status, out, _ = cli.ask("--json", "hi")
+    told = json.loads(out)
+    assert (status, len(out.splitlines())) == (0, 1)
+    assert (told["content"], told["provider"], told["model"]) == ("you said hi", "openai", "m")
+    assert told["usage"]["prompt_tokens"] == 21
+    assert [attempt["outcome"] for attempt in told["attempts"]] == ["ok"]
 
 
-def test_chat_escalates(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """--escalation-model answers when the first model gives up; when it does so too, that is a failure."""
-    asked = ["chat", "--base-url", url, "--model", "weak", "--escalation-model", "strong"]
-    assert main([*asked, "hi"]) == 0
-    assert capsys.readouterr().out == "strong: hi\n"
-    assert main([*asked, "weak"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("copilot-router: ")
+def test_chat_takes_its_tiers_from_the_environment(cli: Cli) -> None:
+    cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m", LMSTUDIO_BASE_URL=REFUSED)
+    assert cli("chat", "--tiers", "openai, lmstudio", "--model", "m", "hi")[0] == 0
+    assert cli("chat", "--tiers", "openai", "--system", "Be brief.", "hi")[1] == "you said hi\n"
+    assert cli.server.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    status, _, err = cli("chat", "--tiers", "opnai", "hi")
+    assert (status, "'openai'" in err) == (2, True)
 
 
-def test_chat_from_the_environment(
-    gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -> None:
+    asked = ["chat", "--base-url", cli.server.url, "--model", "weak", "--escalation-model", "top"]
+    assert cli(*asked, "hi")[:2] == (0, "you said hi\n")
+    assert cli(*asked, "give up")[:2] == (1, "")
+
+
+def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
+    assert cli.ask("limit once")[0] == 1
+    cli.server.bodies.clear()
+    assert cli.ask("--wait", "20", "limit once")[:2] == (0, "you said limit once\n")
+
+
+# -- chat: the prompt
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_standard_input_is_the_prompt_where_none_is_given(prompt: list[str], cli: Cli) -> None:
+    cli.streams(stdin=io.StringIO("from a pipe"))
+    assert cli.ask(*prompt) == (0, "you said from a pipe\n", "")
+    cli.streams(stdin=Terminal("typed"))
+    status, out, err = cli.ask(*prompt)
+    assert (status, out, "Ctrl-D" in err) == (0, "you said typed\n", True)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+@pytest.mark.parametrize(
+    ("text", "sent"), [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")]
+)
+def test_a_pipe_or_file_is_joined_to_a_given_prompt(
+    kind: str, text: str, sent: str, cli: Cli
 ) -> None:
-    """Without flags: what the environment names; --tiers restricts, --escalation-model and --system go along."""
-    monkeypatch.setenv("OPENAI_BASE_URL", gate.url)
-    monkeypatch.setenv("OPENAI_MODEL", "m")
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", "http://127.0.0.1:9")
-    assert main(["chat", "--model", "m", "--tiers", "openai, lmstudio", "hi"]) == 0
-    assert main(["chat", "--tiers", "openai", "--system", "Be brief.", "hi"]) == 0
-    assert gate.bodies[-1]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert capsys.readouterr().out == "m: hi\nm: hi\n"
-    assert main(["chat", "--tiers", "opnai", "hi"]) == 2
-    assert "no tier is called 'opnai'. Did you mean 'openai'?" in capsys.readouterr().err
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", gate.url)
-    assert main(["chat", "--escalation-model", "strong", "hi"]) == 0
-    assert "[ESCALATE]" in gate.bodies[-1]["messages"][0]["content"]
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    Path("input").write_text(text)
+    with open(reading) as pipe, open("input") as file:
+        cli.streams(stdin=pipe if kind == "pipe" else file)
+        assert cli.ask("sum up")[0] == 0
+    assert cli.prompts == [sent]
 
 
-def test_chat_waits_if_told_to(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    """--wait is the time that a call may sleep until its tier is ready again."""
-    asked = ["chat", "--base-url", gate.url, "--no-stream"]
-    assert main([*asked, "limit once"]) == 1
-    assert capsys.readouterr().out == ""
-    gate.asked = 0
-    assert main([*asked, "--wait", "20", "limit once"]) == 0
-    assert capsys.readouterr().out == "at last\n"
+def test_a_given_prompt_does_not_wait_for_other_kinds_of_standard_input(cli: Cli) -> None:
+    closed = io.StringIO()
+    closed.close()
+    with open(os.devnull) as device:
+        for stdin in (None, closed, device, Terminal("typed"), io.StringIO("no file")):
+            cli.streams(stdin=stdin)
+            assert cli.ask("hi")[0] == 0
+    assert cli.prompts == ["hi"] * 5
 
 
-RESPONSE_KEYS = {
-    "content", "tool_calls", "finish_reason", "usage", "model", "provider", "reasoning", "request_id", "cost", "latency",
-    "attempts", "escalation", "raw", "carry",
-}  # fmt: skip
+@pytest.mark.parametrize("stdin", [None, b"", b" \n", b"\xff\xfe"])
+def test_no_prompt_and_one_that_is_no_text_are_usage_errors(stdin: bytes | None, cli: Cli) -> None:
+    given = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    cli.streams(stdin=given)
+    for prompt in ([], ["half a character: \udcff"]):
+        status, out, err = cli.ask(*prompt)
+        assert (status, out, len(err.splitlines()), cli.prompts) == (2, "", 1, [])
 
 
-def test_chat_as_json(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One object on one line, with keys that scripts may rely on; a failure prints none."""
-    asked = ["chat", "--base-url", url, "--model", "m", "--json"]
-    assert main([*asked, "hi"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    told = json.loads(line)
-    assert set(told) == RESPONSE_KEYS
-    assert (told["content"], told["provider"], told["finish_reason"]) == ("m: hi", "openai", "stop")
-    assert (told["usage"]["prompt_tokens"], told["usage"]["completion_tokens"]) == (3, 2)
-    (attempt,) = told["attempts"]
-    assert set(attempt) == {"tier", "model", "outcome", "error", "status", "latency", "usage"}
-    assert main([*asked, "bad"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("copilot-router: ")
+def test_a_prompt_without_quotes_is_told_to_be_quoted(cli: Cli) -> None:
+    status, _, err = cli.ask("what", "is", "the", "sky")
+    assert (status, '"what is the sky"' in err) == (2, True)
 
 
 # -- how it ends
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "message"),
+    ("arguments", "status", "parts"),
     [
-        (["limit"], 1, "try again in 30 s"),
-        (["bad"], 1, "copilot-router: no"),
-        (["--timeout", "0.1", "silence"], 124, "the deadline passed"),
-        ([" "], 2, "the prompt is empty"),
-        (["--timeout", "-1", "hi"], 2, "timeout=-1"),
-        (["--config", "x.toml", "hi"], 2, "--config and --provider or --base-url: give one or the other"),
+        (["limit"], 1, ["RateLimited", "try again in"]),
+        (["down"], 1, ["ServerError", "(2 times)"]),
+        (["refuse"], 1, ["BadRequest", "not so"]),
+        (["--timeout", "0.1", "silence"], 124, ["deadline"]),
+        (["--wait", "-1", "hi"], 2, ["wait=-1"]),
+        (["--tiers", "other", "hi"], 2, ["'other'"]),
+        (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
+        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"]),
     ],
 )
-def test_exit_statuses(url: str, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str) -> None:
-    """1 every tier failed, 124 deadline, 2 usage; nothing on stdout."""
-    assert main(["chat", "--base-url", url, "--model", "m", *arguments]) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert message in err
+def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
+    arguments: list[str], status: int, parts: list[str], cli: Cli
+) -> None:
+    ended, out, err = cli.ask(*arguments)
+    assert (ended, out) == (status, "")
+    assert [part for part in parts if part not in err] == []
+    assert (cli.server.url in err) == (status != 2)
+    assert all(line.startswith("copilot-router: ") for line in err.splitlines())
+    ended, out, err = cli.ask("--json", *arguments)
+    told = json.loads(out)
+    assert (ended, bool(err)) == (status, True)
+    assert told["error"]["message"]
+    assert issubclass(getattr(copilot_router, told["error"]["type"]), copilot_router.RouterError)
+    assert bool(told.get("attempts")) == (status != 2)
+    assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
+    assert all(part not in out for part in ("null", '""', "[]", "{}"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+@pytest.mark.parametrize("command", [["chat", "hi"], ["check"]])
+def test_a_timeout_that_is_not_above_zero_is_a_usage_error(
+    command: list[str], value: str, cli: Cli
+) -> None:
+    status, _, err = cli(*command, "--timeout", value)
+    assert (status, "--timeout" in err) == (2, True)
+
+
+def test_a_tier_that_is_not_running_is_named_with_its_address(cli: Cli) -> None:
+    cli.environ(LMSTUDIO_BASE_URL="http://127.0.0.1:9")
+    status, out, err = cli("chat", "hi")
+    assert (status, out) == (1, "")
+    assert f"lmstudio: refused at {REFUSED}: is it running?" in err
+    status, out, _ = cli("check")
+    assert (status, f"refused at {REFUSED}: is it running?" in out) == (1, True)
+
+
+@pytest.mark.parametrize("how", ["environment", "flag", "configuration"])
+def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(how: str, cli: Cli) -> None:
+    variable = "OPENAI_API_KEY" if how == "environment" else "MY_KEY"
+    cli.environ(**{variable: "bad-key"})
+    flags = ["--base-url", cli.server.url, "--api-key-env", "MY_KEY"] if how == "flag" else []
+    if how == "environment":
+        cli.environ(OPENAI_BASE_URL=cli.server.url)
+    if how == "configuration":
+        cli.config('[[tier]]\nname = "cloud"\n[tier.provider]\ntype = "openai"\n'
+                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')  # fmt: skip
+    status, out, err = cli("chat", *flags, "--model", "m", "hi")
+    assert (status, out) == (1, "")
+    assert f"check {variable}" in err
+    assert cli.server.url in err
+    assert "try again" not in err
+    status, out, _ = cli("check", *flags)
+    assert (status, f"check {variable}" in out) == (1, True)
+
+
+def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> None:
+    for more, status in ((["break"], 1), (["--timeout", "0.5", "hold"], 124)):
+        ended, out, err = cli.ask(*more)
+        assert (ended, out, cli.server.url in err) == (status, "one \n", True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "out", "err"),
-    [
-        (["hi"], 0, "None: hi\n", ""),
-        (["limit"], 1, "", "copilot-router: no tier answered: openai: RateLimited"),
-        (["--timeout", "0.2", "silence"], 124, "", "copilot-router: "),
-        (["--timeout", "soon", "hi"], 2, "", "usage: copilot-router chat"),
-        (["--config", "missing.toml", "hi"], 2, "", "copilot-router: --config and --provider or --base-url"),
-    ],
+    ("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")]
 )
-def test_exit_statuses_of_the_process(
-    url: str, vendored: Path, arguments: list[str], status: int, out: str, err: str
+def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
+    """While the server is silent, and as soon as the first text is shown."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            done = super().write(text)
+            if text.startswith("one"):
+                signal.raise_signal(signal.SIGINT)
+            return done
+
+    cli.streams(stdout=Interrupted())
+    shown: Any = sys.stdout
+    status, _, err = cli.ask(prompt)
+    assert (status, shown.getvalue(), err) == (130, left, "")
+
+
+# -- streams and terminals
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+def lost(kind: str) -> Any:
+    """A stream that cannot be written to."""
+    if kind == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        return open(writing, "w")
+    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()
+    if kind == "closed":
+        stream.close()
+    return None if kind == "none" else stream
+
+
+@needs_full
+@pytest.mark.parametrize(("kind", "status"), [("full", 1), ("none", 1), ("closed", 1), ("pipe", 0)])
+@pytest.mark.parametrize("arguments", [["chat", "lines"], ["chat", "--json", "down"], ["check"],
+                                       ["status"], ["reset", "openai"]])  # fmt: skip
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    arguments: list[str], kind: str, status: int, cli: Cli
 ) -> None:
-    """What a shell sees: the status, the answer on stdout alone, the reason on stderr alone, never a traceback."""
-    ended, printed, told = run(vendored, "chat", "--base-url", url, *arguments)
-    assert (ended, printed) == (status, out)
-    assert told.startswith(err)
-    assert bool(told) == bool(status)
-    assert "Traceback" not in told
+    """A pipe whose reader has gone is no failure."""
+    cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m")
+    cli.streams(stdout=lost(kind))
+    stream: Any = sys.stdout
+    ended, _, err = cli(*arguments)
+    assert (ended, err.count("standard output")) == (status, status)
+    with contextlib.suppress(AttributeError):
+        stream.close()  # nothing is left to be written, which would fail
 
 
-@pytest.mark.parametrize("prompt", ["silence", "hold"])
-def test_interrupted(gate: Gate, vendored: Path, prompt: str) -> None:
-    """Ctrl-C before the answer and in its middle: status 130, no traceback."""
-    with started(vendored, "chat", "--base-url", gate.url, prompt) as process:
-        assert gate.reached.wait(SOON)
-        if prompt == "hold":
-            assert process.stdout
-            assert os.read(process.stdout.fileno(), 100) == b"one "
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=SOON)
-    assert (process.returncode, out, err) == (130, b"", b"")
+@needs_full
+@pytest.mark.parametrize("kind", ["full", "none", "closed", "pipe"])
+def test_a_standard_error_that_cannot_be_written_changes_nothing(kind: str, cli: Cli) -> None:
+    cli.streams(stderr=lost(kind))
+    stream: Any = sys.stderr
+    assert cli.ask("-v", "hi")[:2] == (0, "you said hi\n")
+    assert cli.ask("-v", "down")[:2] == (1, "")
+    with contextlib.suppress(AttributeError, OSError):
+        stream.close()
 
 
-@pytest.mark.parametrize("more", [[], ["-v"]])
-def test_a_pipe_that_closes(gate: Gate, vendored: Path, more: list[str]) -> None:
-    """As with ``| head -1``: the reader goes away in the middle, and the command ends quietly."""
-    with started(vendored, "chat", "--base-url", gate.url, *more, "go on") as process:
-        assert process.stdout and process.stderr
-        assert os.read(process.stdout.fileno(), 100) == b"one "
-        process.stdout.close()
-        gate.go.set()
-        err = process.stderr.read().decode()
-        assert process.wait(SOON) == 0
-    assert "Traceback" not in err
-    assert "BrokenPipe" not in err
-    assert bool(err) == bool(more)
+def test_a_letter_that_the_terminal_lacks_does_not_stop_the_answer(cli: Cli) -> None:
+    shown = io.BytesIO()
+    cli.streams(stdout=io.TextIOWrapper(shown, encoding="ascii"))
+    assert cli.ask("Grüße")[0] == 0
+    assert shown.getvalue().startswith(b"you said Gr")
 
 
-@pytest.mark.parametrize("command", ["check", "status"])
-def test_a_pipe_that_is_closed_already(url: str, vendored: Path, command: str) -> None:
-    """The other commands, whose output fits a buffer, do not complain at exit either."""
-    ours, theirs = os.pipe()
-    os.close(ours)
-    try:
-        with started(vendored, command, env={"LMSTUDIO_BASE_URL": url}, stdout=theirs) as process:
-            err = process.communicate(timeout=SOON)[1].decode()
-    finally:
-        os.close(theirs)
-    assert process.returncode == 0
-    assert "Pipe" not in err
+def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) -> None:
+    assert cli.ask("hostile")[:2] == (0, f"{HOSTILE}\n\ttabtwo\n")
+    for more in ([], ["--no-stream"]):
+        cli.streams(stdout=Terminal())
+        terminal: Any = sys.stdout
+        assert cli.ask(*more, "hostile")[0] == 0
+        assert STEERS.search(terminal.getvalue()) is None
+        assert terminal.getvalue().endswith("b\n\ttabtwo\n")
+        assert "\\x1b" in terminal.getvalue()
 
 
-def test_a_pipe_that_closes_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The descriptor leads nowhere from then on, so that Python's exit has nothing to complain of."""
-
-    def closed(_: Any) -> NoReturn:
-        raise BrokenPipeError
-
-    turned: list[int] = []
-    with monkeypatch.context() as patch:  # pytest's own capture needs dup2 afterwards
-        patch.setattr(os, "dup2", lambda source, target: turned.append(target) or os.close(source))
-        patch.setattr(copilot_router, "_chat_command", closed)
-        assert main(["chat", "hi"]) == 0
-    assert turned == [1]
+@pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
+                                       ["status"], ["reset", "cl\u202eoud"]])  # fmt: skip
+def test_messages_and_names_cannot_steer_a_terminal(arguments: list[str], cli: Cli) -> None:
+    cli.server.healthy = False
+    cli.config(TWO_TIERS.replace("first", "cl\\u202eoud"))
+    _, out, err = cli(*arguments)
+    assert STEERS.search(out.replace("\n", "") + err.replace("\n", "")) is None
+    assert "cl\\u202eoud" in out + err
 
 
-def test_interrupted_in_this_process(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """130, from wherever it comes."""
-
-    def interrupt(*_: Any, **__: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(OpenAIProvider, "stream", interrupt)
-    assert main(["chat", "--base-url", url, "hi"]) == 130
-
-
-def test_an_answer_that_breaks(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was printed stays and gets its line end; the status says that it is not all, and stderr why."""
-    gate.go.set()
-    assert main(["chat", "--base-url", gate.url, "break"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "one \n"
-    assert err.startswith("copilot-router: ")
-
-
-def test_a_deadline_in_the_middle(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same with the status of a deadline."""
-    assert main(["chat", "--base-url", gate.url, "--timeout", "0.5", "hold"]) == 124
-    out, err = capsys.readouterr()
-    assert out == "one \n"
-    assert err.startswith("copilot-router: ")
-
-
-# -- what a new user meets first
-
-
-def test_no_provider_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """The message says what to set."""
-    assert main(["chat", "hi"]) == 2
-    assert "OPENAI_API_KEY or OPENAI_BASE_URL" in capsys.readouterr().err
-
-
-def test_no_model_is_a_usage_error(
-    gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It names the flag and the variable; beside a tier that needs none it is no error."""
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    assert main(["chat", "hi"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == (
-        "copilot-router: anthropic has no model: pass --model, set ANTHROPIC_MODEL, or list models in the configuration\n"
+def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli) -> None:
+    cli.environ(MY_KEY=KEY)
+    cli.config(
+        f'[[tier]]\nname = "local"\nprovider = {{type = "lmstudio", base_url = "{REFUSED}"}}\n'
+        '[[tier]]\nname = "cloud"\nmodels = ["m"]\nprices = [1.0, 1.0]\n'
+        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n'
     )
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", gate.url)
-    assert main(["chat", "hi"]) == 0
-    assert capsys.readouterr() == ("None: hi\n", "")
-    assert main(["chat", "--tiers", "anthropic", "hi"]) == 2
-    assert "anthropic has no model" in capsys.readouterr().err
-
-
-def test_no_key_is_said_in_one_line(vendored: Path) -> None:
-    """Not as a warning with a line of the source."""
-    status, out, err = run(vendored, "chat", "--provider", "openai", "hi")
-    assert (status, out) == (2, "")
-    first, second = err.splitlines()
-    assert first == "copilot-router: OpenAIProvider has no key: set OPENAI_API_KEY or pass api_key="
-    assert second.startswith("copilot-router: openai has no model: pass --model")
-
-
-def test_no_requests_is_a_usage_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vendored copy where requests is not installed says what to install."""
-    monkeypatch.setitem(sys.modules, "requests", None)
-    monkeypatch.setattr(copilot_router, "_http", copilot_router._http.__wrapped__)
-    assert main(["chat", "--provider", "lmstudio", "hi"]) == 2
-    assert capsys.readouterr().err == "copilot-router: HTTP providers need PyPI's requests: pip install requests\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("chat", ["--config", "--provider", "--base-url", "--model", "--escalation-model", "--system", "--timeout", "--wait",
-                  "--tiers", "--json", "--no-stream", "-v"]),
-        ("status", ["--config", "--json"]), ("check", ["--config", "--json"]), ("reset", ["TIER"]), ("init", ["FILE"]),
-    ],
-)  # fmt: skip
-def test_help(command: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole command, and each of its parts, teaches what there is and how it ends."""
-    for arguments in (["--help"], [command, "--help"]):
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert end.value.code == 0
-        told = capsys.readouterr().out
-        assert "exit status: 0 answered, 1 every tier failed, 2 usage or configuration,\n124 deadline, 130 interrupted" in told
-        assert max(map(len, told.splitlines())) <= 100
-        assert command in told
-    for flag in flags:
-        assert flag in told
-
-
-def test_help_shows_how_to_begin(
-    gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The commands under --help work as they stand, given a server."""
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = re.findall(r"(?m)^  copilot-router (.*)", capsys.readouterr().out)
-    assert len(shown) == 5
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", gate.url)
-    for line in shown:
-        assert main([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]) == 0
-    assert capsys.readouterr().out.count("Say hello.\n") == 3
-
-
-@pytest.mark.parametrize("arguments", [[], ["chat", "--nonsense"], ["chat", "--timeout", "soon", "hi"], ["sing"], ["reset"]])
-def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2 and the usage on stderr."""
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "usage: copilot-router" in err
-
-
-def test_the_verbose_log_holds_no_secret(
-    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """-v tells what the environment named and what was tried; never the key, the prompt or the answer."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OPENAI_BASE_URL", url)
-    assert main(["chat", "-v", "a question"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "None: a question\n"
-    assert "openai: ok" in err
+    status, out, err = cli("chat", "-v", "a question")
+    assert (status, out) == (0, "you said a question\n")
+    lines = err.splitlines()
+    assert len(lines) == len(set(lines)) > 3
+    assert all(line.startswith("copilot-router: ") for line in lines)
+    assert f"local: refused at {REFUSED}: is it running?" in err
+    assert "$0.000031" in lines[-1]
     assert KEY not in err
     assert "question" not in err
 
 
-# -- progress
-
-
-def test_progress_on_a_terminal(gate: Gate, vendored: Path) -> None:
-    """When an answer takes long: which tier is asked, and for how long, on stderr; cleared when the answer comes."""
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    try:
-        with started(vendored, "chat", "--base-url", gate.url, "silence", stderr=theirs) as process:
-            shown = b""
-            while b"2 s" not in shown:
-                shown += os.read(ours, 1000)
-            gate.go.set()
-            assert process.stdout
-            assert process.stdout.read() == b"after all\n"
-            assert process.wait(SOON) == 0
-        shown += os.read(ours, 1000)
-    finally:
-        os.close(theirs)
-        os.close(ours)
-    assert shown == b"\r\033[Kopenai: 1 s\r\033[Kopenai: 2 s\r\033[K"
-
-
-@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--json"]])
-def test_progress_in_this_process(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
-) -> None:
-    """The same for all forms of the answer, which is untouched by it."""
-    terminal = Terminal(awaited=r"openai: 1 s")
-    monkeypatch.setattr(sys, "stderr", terminal)
-    helper = threading.Thread(target=lambda: (terminal.seen.wait(SOON), gate.go.set()))
-    helper.start()
-    assert main(["chat", "--base-url", gate.url, *more, "silence"]) == 0
-    helper.join()
-    assert re.fullmatch(r"(\r\033\[Kopenai: \d s)+\r\033\[K", terminal.getvalue())
-    assert "after all" in capsys.readouterr().out
-
-
-def test_a_quick_answer_shows_no_progress(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that has nothing to wait for stays as it is."""
+def test_verbose_is_not_glued_to_an_unfinished_answer(cli: Cli) -> None:
+    """Both streams of a terminal, in the order of writing."""
     terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert main(["chat", "--base-url", url, "hi"]) == 0
-    assert terminal.getvalue() == ""
+    cli.streams(stdout=terminal, stderr=terminal)
+    assert cli.ask("-v", "break")[0] == 1
+    lines = terminal.getvalue().splitlines()
+    assert "one " in lines
+    assert all(line.startswith(("copilot-router: ", "one ")) for line in lines)
 
 
-def test_no_progress_where_nobody_looks(gate: Gate, vendored: Path) -> None:
-    """A slow answer writes nothing to a stderr that is no terminal."""
-    with started(vendored, "chat", "--base-url", gate.url, "silence") as process:
-        assert gate.reached.wait(SOON)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.5)  # longer than a terminal would be left in silence
-        gate.go.set()
-        assert process.communicate(timeout=SOON) == (b"after all\n", b"")
+def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
+    for prompt, times in (("silence", 1), ("hi", 0)):
+        terminal = Terminal("", "openai", cli.server.go)
+        cli.streams(stderr=terminal)
+        assert cli.ask(prompt)[0] == 0
+        assert terminal.getvalue().count("openai") == times
 
 
-# -- status, check, reset
+# -- what a new user meets first
+
+VARIABLES = ["LMSTUDIO_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY", "GEMINI_API_KEY",
+             "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY",
+             "ANTHROPIC_BASE_URL"]  # fmt: skip
+HELP = {
+    "chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system", "-v",
+             "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
+    "status": ["--config", "--json"], "check": ["--config", "--json", "--timeout"],
+    "reset": ["TIER", "--config"], "init": ["FILE"],
+}  # fmt: skip
 
 
-@pytest.fixture
-def configured(gate: Gate, vendored: Path) -> Path:
-    """A configuration with a store: one failure opens a breaker for an hour."""
-    path = vendored / "router.toml"
-    path.write_text(f"""
-        [chain]
-        failure_threshold = 1
-        recovery_timeout = 3600.0
-        [store]
-        type = "sqlite"
-        path = {json.dumps(str(vendored / "breakers.db"))}
-        refresh = 0.0
-        [[tier]]
-        name = "first"
-        retries = 0
-        [tier.provider]
-        type = "lmstudio"
-        base_url = {json.dumps(gate.url)}
-        [[tier]]
-        name = "last"
-        role = "secondary"
-        [tier.provider]
-        type = "lmstudio"
-        base_url = "http://127.0.0.1:9"
-    """, encoding="utf-8")  # fmt: skip
-    return path
+@pytest.mark.parametrize("command", HELP)
+def test_help_names_flags_variables_and_exit_statuses(command: str, cli: Cli) -> None:
+    whole, part = cli("--help"), cli(command, "--help")
+    assert whole == cli()  # which is what no arguments print
+    for status, out, err in (whole, part):
+        assert (status, err) == (0, "")
+        assert all(f"{number} " in out for number in (0, 1, 2, 124, 130))
+        assert max(map(len, out.splitlines())) <= 100
+    assert [name for name in (command, *VARIABLES) if name not in whole[1]] == []
+    assert [flag for flag in HELP[command] if flag not in part[1]] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chat", "--nonsense"], ["sing"], ["reset"], ["--nonsense"], ["status", "-v"]]
+)
+def test_wrong_usage_is_status_2(arguments: list[str], cli: Cli) -> None:
+    status, out, err = cli(*arguments)
+    assert (status, out, "usage: copilot-router" in err) == (2, "", True)
+
+
+def test_no_provider_and_no_model_name_what_to_set(cli: Cli) -> None:
+    for command in (["chat", "hi"], ["status"], ["check"]):
+        status, _, err = cli(*command)
+        assert (status, [name for name in VARIABLES if name not in err]) == (2, [])
+        assert "--provider" not in err or command != ["status"]
+    cli.environ(ANTHROPIC_API_KEY=KEY)
+    status, _, err = cli("chat", "hi")
+    assert (status, "ANTHROPIC_MODEL" in err) == (2, True)
+    cli.environ(LMSTUDIO_BASE_URL=cli.server.url)  # which needs no model
+    assert cli("chat", "hi") == (0, "you said hi\n", "")
+    assert cli("chat", "--tiers", "anthropic", "hi")[0] == 2
+
+
+# -- the configuration of this directory, status, check, reset
 
 
 def table(out: str) -> dict[str, list[str]]:
-    """A printed table's rows by their first cell; every column begins at the same place in all rows."""
+    """A printed table's rows by the tier; every column begins at the same place in all rows."""
     lines = out.splitlines()
     starts = [found.start() for found in re.finditer(r"\S+( \S+)*", lines[0])]
-    rows = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
-    return {row[0]: row[1:] for row in rows}
+    ends = [*starts[1:], None]
+    rows = [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines]
+    return {row[1]: row[:1] + row[2:] for row in rows}
 
 
-def test_status_shows_what_another_process_did(
-    gate: Gate, configured: Path, vendored: Path, capsys: pytest.CaptureFixture[str]
+def test_a_configuration_in_this_directory_is_used_and_said(cli: Cli) -> None:
+    """It goes before the environment, and behind --config, --provider and --base-url."""
+    cli.environ(OLLAMA_HOST=REFUSED)
+    cli.config()
+    cli.config(TWO_TIERS.replace("first", "other"), "o.toml")
+    for arguments in (["chat", "hi"], ["status"], ["check"], ["reset", "first"]):
+        _, out, err = cli(*arguments)
+        assert "copilot-router.toml" in err
+        assert "ollama" not in out + err
+    status, out, err = cli("status", "--config", "o.toml")
+    assert (status, "other" in out, "copilot-router.toml" in err) == (0, True, False)
+    assert cli.ask("hi") == (0, "you said hi\n", "")
+
+
+def test_status_check_and_reset_work_on_what_all_processes_share(cli: Cli) -> None:
+    cli.config()
+    status, out, err = cli("status")
+    assert [row[0] for row in table(out).values()] == ["STATE", "closed", "closed"]
+    assert (status, len(err.splitlines())) == (0, 1)  # which configuration is used
+
+    cli.server.healthy = False
+    assert cli("chat", "--tiers", "first", "hi")[0] == 1
+    rows = table(cli("status")[1])
+    assert (rows["first"][:2], rows["last"][:2]) == (["open", "primary"], ["closed", "secondary"])
+    assert 3500 < int(rows["first"][3].removesuffix(" s")) <= 3600
+    assert "ServerError" in rows["first"][4]
+    assert cli("chat", "--tiers", "first", "hi")[0] == 1
+    assert cli.prompts == ["hi"]  # its breaker is open: the second call did not ask
+
+    cli.server.healthy = True
+    status, out, _ = cli("check")
+    assert (status, table(out)["first"][0], table(out)["last"][0]) == (1, "ok", "failed")
+    status, out, _ = cli("reset", "first")
+    assert (status, "open" in out) == (0, True)
+    status, _, err = cli("reset", "frist")
+    assert (status, "'first'" in err) == (2, True)
+    assert cli("chat", "--tiers", "first", "hi")[:2] == (0, "you said hi\n")
+
+
+def test_status_check_and_reset_as_json(cli: Cli) -> None:
+    cli.config()
+    status, out, _ = cli("check", "--json")
+    first, last = json.loads(out)
+    assert (status, first["name"], first["last_error"]) == (1, "first", None)
+    assert last["last_error"].startswith("ProviderUnavailable")
+    states = [tier["breaker"]["state"] for tier in json.loads(cli("status", "--json")[1])]
+    assert states == ["closed", "open"]
+    assert json.loads(cli("reset", "last", "--json")[1]) == {"tier": "last", "was": "open"}
+
+
+def test_a_store_that_is_missing_or_down_is_said(cli: Cli) -> None:
+    down = TWO_TIERS.replace("breakers.db", "missing/breakers.db")
+    missing = re.sub(r"(?s)\[store\].*?(?=\[\[)", "", TWO_TIERS, count=1)
+    for text, told in ((down, "store"), (missing, "[store]")):
+        cli.config(text)
+        for arguments in (["status"], ["reset", "first"]):
+            status, _, err = cli(*arguments)
+            assert (status, told in err.partition("\n")[2]) == (0, True)
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_colour_only_on_a_terminal_and_never_with_no_color(
+    no_color: str, coloured: bool, cli: Cli
 ) -> None:
-    """A breaker that a chat of another process opened, in a table; check makes its trial due, a good answer closes it."""
-    flags = ["--config", str(configured)]
-    assert main(["status", *flags]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert table(out) == {
-        "TIER": ["ROLE", "STATE", "FAILURES", "RETRY IN", "LAST REASON"],
-        "first": ["primary", "closed", "0", "-", "-"],
-        "last": ["secondary", "closed", "0", "-", "-"],
-    }
-
-    gate.healthy = False
-    assert run(vendored, "chat", *flags, "--tiers", "first", "hi")[0] == 1
-    assert main(["status", *flags]) == 0
-    rows = table(capsys.readouterr().out)
-    role, state, _, retry, reason = rows["first"]
-    assert (role, state) == ("primary", "open")
-    assert 3500 < int(retry.removesuffix(" s")) <= 3600
-    assert "ProviderUnavailable" in reason
-    assert rows["last"][1] == "closed"
-
-    assert main(["status", *flags, "--json"]) == 0
-    first, last = json.loads(capsys.readouterr().out)
-    assert set(first) == {"name", "role", "models", "breaker", "calls", "failures", "last_error", "last_latency"}
-    assert set(first["breaker"]) == {
-        "state", "generation", "failures", "retry_after", "reason", "opened", "rejected", "stale",
-    }  # fmt: skip
-    assert (first["breaker"]["state"], last["breaker"]["state"]) == ("open", "closed")
-
-    asked = gate.asked
-    assert run(vendored, "chat", *flags, "--tiers", "first", "hi")[0] == 1
-    assert gate.asked == asked  # open: nobody was asked
-    gate.healthy = True
-    assert main(["check", *flags]) == 1  # the other tier is refused
-    assert table_of_check(capsys.readouterr().out) == {"first": "ok", "last": "ProviderUnavailable: refused"}
-    assert main(["status", *flags]) == 0
-    rows = table(capsys.readouterr().out)
-    assert (rows["first"][1], rows["first"][3]) == ("open", "0 s")
-    assert run(vendored, "chat", *flags, "--tiers", "first", "hi") == (0, "None: hi\n", "")
-    assert main(["status", *flags]) == 0
-    rows = table(capsys.readouterr().out)
-    assert (rows["first"][1], rows["last"][1]) == ("closed", "open")
+    cli.config()
+    cli.environ(NO_COLOR=no_color)
+    for kind, expected in ((Terminal, coloured), (io.StringIO, False)):
+        for command, word in (("check", "failed"), ("status", "closed")):
+            shown = kind()
+            cli.streams(stdout=shown)
+            cli(command)
+            assert ("\033[" in shown.getvalue(), word in shown.getvalue()) == (expected, True)
 
 
-def table_of_check(out: str) -> dict[str, str]:
-    return {name: rest.strip() for name, _, rest in (line.partition(" ") for line in out.splitlines())}
-
-
-def test_reset(gate: Gate, configured: Path, vendored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It closes the breaker for every process, says what it was, and knows no tier of another name."""
-    flags = ["--config", str(configured)]
-    gate.healthy = False
-    assert run(vendored, "chat", *flags, "--tiers", "first", "hi")[0] == 1
-    gate.healthy = True
-    assert main(["reset", *flags, "first"]) == 0
-    assert capsys.readouterr() == ("first: was open, is closed\n", "")
-    assert run(vendored, "chat", *flags, "--tiers", "first", "hi")[0] == 0
-    assert main(["reset", *flags, "first", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"tier": "first", "was": "closed"}
-    assert main(["reset", *flags, "frist"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Did you mean 'first'?" in err
-
-
-def test_without_a_store_it_says_so(
-    configured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """status and reset of one process alone, whether no store is configured or the store does not answer."""
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", "http://127.0.0.1:9")
-    for arguments in (["status"], ["reset", "lmstudio"]):
-        assert main(arguments) == 0
-        assert "lmstudio: no [store] is configured: other processes' breakers" in capsys.readouterr().err
-    text = configured.read_text(encoding="utf-8").replace("breakers.db", "missing/breakers.db")
-    configured.write_text(text, encoding="utf-8")
-    for arguments in (["status"], ["reset", "first"]):
-        assert main([*arguments, "--config", str(configured)]) == 0
-        assert "the store does not answer: other processes' breakers" in capsys.readouterr().err
-
-
-def test_check(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 when every provider answers the ping, 1 when one does not; a line each, or JSON."""
-    assert main(["check", "--base-url", url]) == 0
-    assert capsys.readouterr().out == "openai  ok\n"
-    monkeypatch.setenv("OPENAI_API_KEY", "bad-key")
-    assert main(["check", "--base-url", url, "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found[0]["name"] == "openai"
-    assert found[0]["last_error"].startswith("AuthenticationError")
-    assert found[0]["breaker"]["state"] == "open"
-
-
-def test_check_has_a_limit(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    """--timeout is for each ping; a tier that is silent for so long fails."""
-    gate.silent = True
+def test_check_waits_no_longer_than_its_timeout(cli: Cli) -> None:
+    cli.server.silent = True
     start = time.monotonic()
-    assert main(["check", "--base-url", gate.url, "--timeout", "0.1"]) == 1
-    assert time.monotonic() - start < 4  # and not the 5 s that are the default
-    assert capsys.readouterr().out.startswith("openai  ProviderTimeout")
+    status, out, _ = cli("check", "--base-url", cli.server.url, "--timeout", "0.1")
+    assert time.monotonic() - start < 4.0  # and not the five seconds that are the default
+    assert (status, "ProviderTimeout" in out) == (1, True)
 
 
 # -- as a program
 
 
-@pytest.mark.parametrize("how", [["-m", "copilot_router"], [copilot_router.__file__]])
-def test_as_a_module_and_as_a_file(how: list[str]) -> None:
-    """python -m copilot_router, and python copilot_router.py for a vendored copy."""
-    path = os.pathsep.join((str(MODULE.parent), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, *how, "--version"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == f"copilot-router {copilot_router.__version__}"
+def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> Any:
+    """``python copilot_router.py …`` in this directory, which has nothing but the file."""
+    shutil.copy(copilot_router.__file__, "copilot_router.py")
+    words = [sys.executable, *python.split(), "copilot_router.py", *arguments]
+    if shell:
+        words = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *words]
+    return subprocess.run(words, env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
 
 
-def test_run_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file is its own command."""
-    monkeypatch.setattr(sys, "argv", ["copilot_router.py", "--version"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(copilot_router.__file__, run_name="__main__")
-    assert end.value.code == 0
-    monkeypatch.setattr(sys, "argv", ["copilot_router.py", "chat", "hi"])
+def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:
+    done = run("init", LMSTUDIO_BASE_URL=cli.server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run("check").returncode == 0
+    done = run("chat", "Hello")
+    assert (done.returncode, done.stdout) == (0, "you said Hello\n")
+    assert sorted(os.listdir()) == ["copilot-router.toml", "copilot_router.py"]
+
+
+@needs_full
+@pytest.mark.parametrize(("shell", "status"), [("> /dev/full", 1), (">&-", 1), ("<&- 2>&-", 0)])
+def test_python_complains_of_no_stream_when_it_exits(shell: str, status: int, cli: Cli) -> None:
+    done = run("chat", "--base-url", cli.server.url, "hi", shell=shell)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, status)
+    assert "Traceback" not in run("--help", shell=shell).stderr
+
+
+def test_a_program_without_requests_says_what_to_install(cli: Cli) -> None:
+    done = run("chat", "--provider", "lmstudio", "hi", python="-S")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install requests" in done.stderr
+
+
+def test_the_file_is_its_own_command(cli: Cli) -> None:
+    cli.patch.setattr(sys, "argv", ["copilot_router.py", "chat", "hi"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(copilot_router.__file__, run_name="__main__")
     assert end.value.code == 2
-
-
-def test_from_nothing_to_an_answer(gate: Gate, vendored: Path) -> None:
-    """The five minutes of a new user: init, check, chat, status, in an empty directory."""
-    environ = {"LMSTUDIO_BASE_URL": gate.url}
-    status, out, err = run(vendored, "init", env=environ)
-    assert (status, err) == (0, "")
-    assert "chat --config copilot-router.toml Hello" in out
-    flags = ["--config", "copilot-router.toml"]
-    assert run(vendored, "check", *flags) == (0, "lmstudio  ok\n", "")
-    assert run(vendored, "chat", *flags, "Hello") == (0, "None: Hello\n", "")
-    status, out, err = run(vendored, "status", *flags)
-    assert status == 0
-    assert "lmstudio" in out
-    assert "no [store] is configured" in err
-
-

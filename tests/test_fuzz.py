@@ -1,361 +1,338 @@
-"""Whatever bytes come: only ProviderErrors go out, and an answer is the whole answer, however it was cut into pieces.
+"""Whatever bytes come: an answer is the whole answer, or a ProviderError says why there is none.
 
-A small number of examples by default; ``make fuzz`` tries more than 50,000 (COPILOT_ROUTER_FUZZ=2500).
+COPILOT_ROUTER_FUZZ is the number of cases of each test for each wire format (60 by default). A case
+is made from its number, which a failure names.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import json
 import math
 import os
 import pickle
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from faults import DIALECTS, Dialect
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from requests.structures import CaseInsensitiveDict
+import requests
+from support.dialects import DIALECTS, Answer, Dialect
+from support.server import Canned, drained
 
-from copilot_router import LLMResponse, ProviderError, _Limits
+from copilot_router import InvalidResponse, LLMResponse, ProviderError, Usage
 
 KEY = "sk-test-fuzz-key-2468013579"
 PROMPT = "the secret question of the fuzzing test"
+CASES = range(int(os.environ.get("COPILOT_ROUTER_FUZZ", "60")))
+Random = random.Random
 
-#: Examples of each test for each wire format.
-EXAMPLES = int(os.environ.get("COPILOT_ROUTER_FUZZ", "60"))
-settings.register_profile("small", max_examples=EXAMPLES, derandomize=True, database=None)
-settings.register_profile("full", max_examples=EXAMPLES, print_blob=True)
-fuzz = settings(
-    settings.get_profile("small" if EXAMPLES <= 60 else "full"),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 10**30, 0.5, -1e308, "", " ", "x", "stop", "error", "SAFETY",
+    "\ud800", "\u2028", "<think>", "</think>", [], [None], [[]], ["x"], {}, {"": None}, [{}],
+    {"error": {}},
+    {"message": "x"}, "{", "[DONE]", KEY, PROMPT, f"Bearer {KEY}", "try again in 5m", "9" * 30,
 )
-every_dialect = pytest.mark.parametrize("dialect", [kind() for kind in DIALECTS], ids=lambda dialect: dialect.name)
-tried = 0  #: answers read so far
+WORDS = ("alpha ", "beta", "γάμμα ", "\n", "世界", "\U0001f600", "<", "think>", '{"a":', "\u2028",
+         "data: ", "</think>")
+JUNK = (b"", b"\xff", b"\r", b"\n", b"\n\n", b"\x00", b'"', b"}", b"{", b"]", b"data:", b": x\n",
+        b"event: error\n", b"error:", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"[" * 3000, b"9" * 5000,
+        b"data: [DONE]\n\n", b"\\ud800", b"NaN", b"null")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _figures() -> Iterator[None]:
-    """Says how much was tried, for ``pytest -s``."""
-    yield
-    print(f"\n{tried} bodies and streams were read")
-
-
-# -- the one place that knows the module's inside
-
-
-class Canned:
-    """An HTTP answer without HTTP: these chunks, then the end."""
-
-    def __init__(self, chunks: list[bytes], kind: str, status: int, headers: dict[str, str]) -> None:
-        self.status = status
-        self.headers = CaseInsensitiveDict({"Content-Type": kind, **headers})
-        self.limits = _Limits(60.0, 60.0, 60.0, 60.0, (60.0, 60.0))
-        self._chunks = chunks
-
-    def chunks(self) -> Iterator[bytes]:
-        yield from self._chunks
-
-    def body(self) -> bytes:
-        return b"".join(self._chunks)
-
-    def finish(self) -> None:
-        pass
+@pytest.fixture(params=DIALECTS, ids=repr)
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    found: Dialect = request.param
+    return found
 
 
 @functools.cache
-def client(dialect: Dialect) -> Any:
-    return dialect.client(KEY, "http://127.0.0.1:9/v1")
+def provider(dialect: Dialect) -> tuple[Any, Canned]:
+    session, canned = requests.Session(), Canned()
+    session.mount("http://", canned)
+    return dialect.make("http://127.0.0.1:9", KEY, session=session), canned
 
 
-def read(
-    dialect: Dialect, chunks: list[bytes], kind: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> tuple[str, LLMResponse]:
-    """The text that was streamed and the answer; raises what the provider would raise."""
-    global tried
-    tried += 1
-    provider = client(dialect)
-    call = provider._checked_call(PROMPT, None, "m", {})
-    decoder = provider._prepare(call, True)[2]
-    answer = Canned(chunks, kind or dialect.stream_type, status, headers or {})
-    if not 200 <= status < 300:
-        raise provider._failure(answer, answer.body(), call)[0]
-    events = provider._read(answer, call, decoder, True)
-    deltas: list[str] = []
-    while True:
-        try:
-            deltas.append(next(events))
-        except StopIteration as end:
-            return "".join(deltas), end.value
-
-
-# -- what is made of it
-
-
-def outcome(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """The answer or the error as plain data, checked for what holds for all of them."""
+def outcome(dialect: Dialect, pieces: list[bytes], status: int = 200, **headers: str) -> Any:
+    """The response, or the class of the error; any other exception escapes."""
+    client, canned = provider(dialect)
+    canned.pieces, canned.status = pieces, status
+    canned.headers = {"Content-Type": dialect.stream_kind,
+                      **{name.replace("_", "-"): value for name, value in headers.items()}}
     try:
-        told, response = read(*args, **kwargs)
+        deltas, response = drained(client.stream(PROMPT, model="m", timeout=60))
     except ProviderError as error:
         for shown in (str(error), repr(error)):
             assert len(shown) < 700
             assert KEY not in shown
             assert PROMPT not in shown
+            shown.encode()
         assert error.retry_after is None or 0 <= error.retry_after < math.inf
         assert type(pickle.loads(pickle.dumps(error))) is type(error)
-        return type(error).__name__, str(error), error.status, error.code, error.retry_after
-    assert response.content is None or (isinstance(response.content, str) and response.content.startswith(told))
-    assert response.tool_calls or response.text.strip()
-    assert response.finish_reason in ("stop", "length", "tool_calls", "content_filter")
-    assert all(isinstance(call.name, str) and call.name and isinstance(call.id, str) for call in response.tool_calls)
-    assert all(call.arguments is None or isinstance(call.arguments, dict) for call in response.tool_calls)
-    assert all(isinstance(number, int) and number >= 0 for number in vars(response.usage).values())
+        return type(error)
+    sound("".join(deltas), response)
+    return response
+
+
+def sound(deltas: str, response: LLMResponse) -> None:
+    """A response keeps its promises, whatever it was made of."""
+    assert deltas == (response.content or "")
+    assert response.text.strip() or response.tool_calls
+    assert response.reasoning is None or isinstance(response.reasoning, str)
+    assert isinstance(response.finish_reason, str)
+    assert response.finish_reason not in ("", "null", "error", "abort", "cancelled", "timeout")
     assert isinstance(response.model, str)
-    json.dumps(response.to_dict())
-    json.dumps(response.message)
-    return ("ok", response.content, [(call.name, call.arguments, call.raw_arguments) for call in response.tool_calls],
-            response.finish_reason, response.usage, response.model, response.reasoning)  # fmt: skip
+    for name in Usage.__dataclass_fields__:
+        count = getattr(response.usage, name)
+        assert type(count) is int
+        assert count >= 0
+    for call in response.tool_calls:
+        assert isinstance(call.name, str) and call.name
+        assert isinstance(call.id, str) and call.id
+        assert call.arguments is None or isinstance(call.arguments, dict)
+        assert isinstance(call.raw_arguments, str)
+    assert len({call.id for call in response.tool_calls}) == len(response.tool_calls)
+    json.dumps([response.message, response.to_dict()], allow_nan=False)
+    calls = [(call.id, call.name, call.arguments) for call in response.tool_calls]
+    shown = [response.content, response.reasoning, response.model, calls]
+    json.dumps(shown, allow_nan=False, ensure_ascii=False).encode()
+    assert pickle.loads(pickle.dumps(response)) == response
 
 
-class Story(NamedTuple):
-    """A healthy answer."""
+def an_answer(rng: Random) -> Answer:
+    def words(most: int) -> tuple[str, ...]:
+        return tuple(rng.choice(WORDS) for _ in range(rng.randrange(most)))
 
-    texts: list[str]
-    calls: list[tuple[str, dict[str, Any]]]
-
-    def items(self, dialect: Dialect) -> list[Any]:
-        """As events."""
-        called = [item for at, (name, arguments) in enumerate(self.calls)
-                  for item in dialect.call(at + 1, name, json.dumps(arguments))]  # fmt: skip
-        told = [*dialect.texts(self.texts), *dialect.texts_end(self.texts)]
-        return [*dialect.opening(), *told, *called, *dialect.closing(bool(called))]
-
-    def stream(self, dialect: Dialect) -> bytes:
-        return dialect.frames(self.items(dialect)) + dialect.end
+    calls = tuple((rng.choice(("f", "get_weather")), {"a": rng.choice(WORDS), "b": [rng.random()]}
+                   if rng.random() < 0.8 else {}) for _ in range(rng.randrange(3)))
+    counts = [rng.randrange(300) for _ in range(5)]
+    usage = Usage(counts[0] + counts[2] + counts[3], counts[1] + counts[4], *counts[2:])
+    finish = rng.choice(("stop", "stop", "length", "content_filter"))
+    finish = "tool_calls" if calls and finish == "stop" else finish
+    text = ("Answer: ", *words(6), "end")
+    return Answer(text, words(4), calls, finish, usage)
 
 
-scalars = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5)
-arguments = st.dictionaries(st.text(max_size=5), scalars, max_size=3)
-stories = st.builds(
-    Story,
-    st.lists(st.text(min_size=1, max_size=8), max_size=5).map(lambda texts: ["Answer:", *texts]),
-    st.lists(st.tuples(st.sampled_from(["look", "buy"]), arguments), max_size=2),
-)
-cuts = st.lists(st.integers(0, 5000), max_size=12)
+def every_case(dialect: Dialect, check: Callable[[Random, Answer, list[bytes]], None]) -> None:
+    for case in CASES:
+        rng = Random(f"{dialect.name} {case}")
+        answer = an_answer(rng)
+        try:
+            check(rng, answer, dialect.events(answer))
+        except Exception as error:
+            raise AssertionError(f"case {case} of {dialect.name}") from error
 
 
-def pieces(data: bytes, at: list[int]) -> list[bytes]:
-    """The data, cut at these places."""
-    edges = sorted({place % (len(data) + 1) for place in at} | {0, len(data)})
-    return [data[start:end] for start, end in itertools.pairwise(edges)]
+def decoded(event: bytes) -> tuple[bytes, Any, bytes]:
+    """An event as what stands before its JSON, the JSON or None, and what stands after it."""
+    start, end = event.find(b"{"), event.rfind(b"}") + 1
+    try:
+        return event[:start], json.loads(event[start:end]), event[end:]
+    except ValueError:
+        return event, None, b""
 
 
-# -- what is healthy stays the same
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place of a JSON value that can be written to."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in list(items):
+        yield value, key
+        if isinstance(item, (dict, list)):
+            yield from places(item)
 
 
-@every_dialect
-@fuzz
-@given(story=stories, at=cuts)
-def test_an_answer_is_the_same_for_every_chunking(dialect: Dialect, story: Story, at: list[int]) -> None:
-    """The text and the calls that were sent, and the same bytes one by one."""
-    data = story.stream(dialect)
-    whole = outcome(dialect, [data])
-    assert whole[:4] == ("ok", "".join(story.texts), whole[2], "tool_calls" if story.calls else "stop")
-    assert [call[:2] for call in whole[2]] == story.calls
-    assert outcome(dialect, pieces(data, at)) == whole
-    assert outcome(dialect, [bytes([byte]) for byte in data]) == whole
-    windows = data.replace(b"\n", b"\r\n")
-    assert outcome(dialect, pieces(windows, at)) == whole
-
-
-def with_unknown_fields(value: Any, junk: Any) -> Any:
-    """A field that nobody knows, in every object that is not the model's own."""
-    if isinstance(value, list):
-        return [with_unknown_fields(item, junk) for item in value]
-    if not isinstance(value, dict):
-        return value
-    known = {name: item if name in ("args", "arguments") else with_unknown_fields(item, junk) for name, item in value.items()}
-    return {"x_new_in_2031": junk, **known, "x-later": junk}
-
-
-@every_dialect
-@fuzz
-@given(story=stories, junk=st.recursive(scalars, lambda inner: st.lists(inner, max_size=2), max_leaves=4), at=cuts)
-def test_unknown_fields_and_keep_alives_change_nothing(dialect: Dialect, story: Story, junk: Any, at: list[int]) -> None:
-    """Vendors add fields, and gateways keep-alives, as they please."""
-    items = story.items(dialect)
-    more = [dialect.frame(with_unknown_fields(item, junk)) for item in items]
-    for place in at:
-        more.insert(place % (len(more) + 1), dialect.keep_alive)
-    plain = outcome(dialect, [story.stream(dialect)])
-    assert outcome(dialect, [*more, dialect.end]) == plain
-
-
-@every_dialect
-@fuzz
-@given(story=stories, at=st.integers(0, 10_000), as_document=st.booleans())
-def test_a_truncated_answer_is_no_answer(dialect: Dialect, story: Story, at: int, as_document: bool) -> None:
-    """Cut anywhere: an error, or, when only what comes after the finish reason is missing, all of the answer."""
-    if as_document:
-        data = json.dumps(dialect.document("".join(story.texts))).encode()
-        assert outcome(dialect, [data], "application/json")[:2] == ("ok", "".join(story.texts))
-        assert outcome(dialect, [data[: at % len(data)]], "application/json")[0] != "ok"
-        return
-    data = story.stream(dialect)
-    whole = outcome(dialect, [data])
-    cut = outcome(dialect, [data[: at % len(data)]])
-    assert cut[0] == "InvalidResponse" or cut[:4] == whole[:4]
-    end = len(dialect.frames(dialect.closing(bool(story.calls))) + dialect.end)
-    if at % len(data) <= len(data) - end:
-        assert cut[0] == "InvalidResponse"
-
-
-# -- what is not healthy is an error, or an answer, but nothing else
-
-WORDS = """error stop tool_calls content_filter refusal [DONE] message_stop overloaded_error insufficient_quota UNAVAILABLE
-    STOP SAFETY completed failed incomplete 429 26s 1e999 <think> </think> text thinking tool_use input_json_delta
-    response.output_text.delta response.completed context_length_exceeded rate_limit_exceeded n_keep"""
-FIELDS = """error message code type status param detail details metadata innererror choices delta content tool_calls function
-    arguments name id index finish_reason usage model reason retryDelay violations quotaId text role refusal reasoning
-    candidates parts object done done_reason output response item summary content_block stop_reason input thinking
-    functionCall args finishReason usageMetadata promptFeedback thought thoughtSignature incomplete_details"""
-words = [*WORDS.split(), "\u00b2", "\ud83d", "\u2028", "9" * 30, KEY, PROMPT, f"Bearer {KEY}", "try again in 5m"]
-fields = FIELDS.split()
-leaves = (
-    st.none() | st.booleans() | st.integers(-3, 600) | st.sampled_from([10**30, -1, 0.5, 1e308, math.nan, "", " "])
-    | st.sampled_from(words) | st.text(max_size=6)
-)  # fmt: skip
-junk_values = st.recursive(
-    leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(fields), inner, max_size=4),
-    max_leaves=8,
-)
-edits = st.lists(
-    st.tuples(st.sampled_from(["replace", "remove", "repeat", "swap", "insert"]), st.integers(0, 10_000), junk_values),
-    min_size=1, max_size=3,
-)  # fmt: skip
-bytes_edits = st.lists(
-    st.tuples(st.integers(0, 10_000), st.integers(0, 3), st.sampled_from([
-        b"", b"\xff", b"\r", b"\n", b"\n\n", b"\x00", b'"', b"}", b"{", b"]", b"data:", b"event: error\n", b"error:", b": x\n",
-        b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"[" * 3000, b"9" * 5000, b"data: [DONE]\n\n", b"\\ud800", b"NaN", b"null",
-    ])),
-    max_size=3,
-)  # fmt: skip
-
-
-def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths to everything inside."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inside:
-        yield (*above, key)
-        yield from places(item, (*above, key))
-
-
-def edited(value: Any, changes: list[tuple[str, int, Any]]) -> Any:
-    """A copy in which something was replaced, removed, repeated, moved or put in."""
-    value = copy.deepcopy(value)
-    for how, number, junk in changes:
-        paths = list(places(value))
-        if not paths:
-            break
-        *above, key = paths[number % len(paths)]
-        parent = functools.reduce(lambda inner, step: inner[step], above, value)
-        if how == "replace":
-            parent[key] = junk
-        elif how == "remove":
-            del parent[key]
-        elif isinstance(parent, list) and how == "repeat":
-            parent.insert(key, copy.deepcopy(parent[key]))
-        elif isinstance(parent, list) and how == "swap":
-            parent[key], parent[0] = parent[0], parent[key]
-        elif isinstance(parent, list):
-            parent.insert(key, junk)
+def damage(rng: Random, value: Any) -> Any:
+    """One to three places changed: a value replaced, removed, doubled, or copied from elsewhere."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.randint(1, 3)):
+        found = list(places(value))
+        if not found:
+            return rng.choice(ODD)
+        where, key = rng.choice(found)
+        kind = rng.randrange(6)
+        if kind == 0:
+            del where[key]
+        elif kind == 1 and isinstance(where, list):
+            where.insert(rng.randint(0, len(where)), where[key])
         else:
-            parent[fields[number % len(fields)]] = junk
+            other, name = rng.choice(found)
+            there = name in other if isinstance(other, dict) else name < len(other)
+            new = other[name] if kind == 2 and there else rng.choice(ODD)
+            where[key] = json.loads(json.dumps(new))
     return value
 
 
-def overwritten(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    """The bytes with some others put in, or in place of some."""
-    for place, gone, new in changes:
-        at = place % (len(data) + 1)
-        data = data[:at] + new + data[at + gone :]
+def overwritten(rng: Random, data: bytes) -> bytes:
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randint(0, len(data))
+        data = data[:at] + rng.choice(JUNK) + data[at + rng.randrange(4):]
     return data
 
 
-@every_dialect
-@fuzz
-@given(story=stories, changes=edits, more=bytes_edits, at=cuts)
-def test_a_mutated_stream(
-    dialect: Dialect, story: Story, changes: list[tuple[str, int, Any]], more: list[tuple[int, int, bytes]], at: list[int]
-) -> None:
-    """Events with wrong types, lost, doubled, in another order, and bytes that do not belong there."""
-    data = dialect.frames(edited(story.items(dialect), changes)) + dialect.end
-    data = overwritten(data, more)
-    assert outcome(dialect, pieces(data, at)) == outcome(dialect, [data])
+def damaged(rng: Random, events: list[bytes]) -> list[bytes]:
+    """A stream with something wrong in its JSON, in its bytes, or in the order of its events."""
+    events = list(events)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(events)) if events else 0
+        kind = rng.randrange(8)
+        if not events:
+            return [b""]
+        if kind < 4:
+            before, body, after = decoded(events[at])
+            changed = json.dumps(damage(rng, body)).encode() if body is not None else b""
+            events[at] = before + changed + after
+        elif kind == 4:
+            events[at] = overwritten(rng, events[at])
+        elif kind == 5:
+            del events[at]
+        elif kind == 6:
+            events.insert(rng.randint(0, len(events)), events[at])
+        else:
+            rng.shuffle(events)
+    return events
 
 
-@every_dialect
-@fuzz
-@given(text=st.text(max_size=8), changes=edits, more=bytes_edits, at=cuts)
-def test_a_mutated_document(
-    dialect: Dialect, text: str, changes: list[tuple[str, int, Any]], more: list[tuple[int, int, bytes]], at: list[int]
-) -> None:
-    """The same for whole JSON answers."""
-    data = json.dumps(edited([dialect.document("Answer: " + text)], changes)[:1]).encode()
-    data = overwritten(data[1:-1], more)
-    assert outcome(dialect, pieces(data, at), "application/json") == outcome(dialect, [data], "application/json")
+def cut_up(rng: Random, data: bytes) -> list[bytes]:
+    """The same bytes in other pieces."""
+    if rng.random() < 0.2:
+        return [data[at : at + 1] for at in range(len(data))]
+    cuts = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(1, 12)))
+    return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
-KINDS = ["application/json", "text/plain", "text/html", "text/event-stream", "application/x-ndjson"]
+def test_a_sound_stream_says_what_was_meant_in_any_pieces(dialect: Dialect) -> None:
+    """So does whole JSON, and so do lines that end in CRLF."""
+
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        data = b"".join(events)
+        whole = outcome(dialect, [json.dumps(dialect.body(answer)).encode()],
+                        Content_Type="application/json")
+        for wire in (data, data.replace(b"\n", b"\r\n") if b"\r" not in data else data):
+            found = outcome(dialect, cut_up(rng, wire))
+            for name in ("content", "reasoning", "finish_reason", "usage"):
+                assert getattr(found, name) == getattr(whole, name)
+        for one in (found, whole):
+            assert one.content == answer.whole
+            assert (one.reasoning or "") == "".join(answer.reasoning).strip()
+            assert [(call.name, call.arguments) for call in one.tool_calls] == list(answer.calls)
+
+    every_case(dialect, check)
 
 
-@every_dialect
-@fuzz
-@given(
-    body=junk_values | st.fixed_dictionaries({"error": junk_values}) | st.binary(max_size=20),
-    status=st.sampled_from([200, 300, 301, 304, 307, 400, 401, 402, 403, 404, 405, 408, 409, 410, 413, 422, 425, 429, 498, 499,
-                            500, 501, 502, 503, 504, 520, 529, 600, 999]),
-    kind=st.sampled_from([*KINDS, "", KEY]),
-    headers=st.dictionaries(
-        st.sampled_from(["Retry-After", "retry-after-ms", "x-ratelimit-reset-tokens", "x-ratelimit-remaining-tokens",
-                         "anthropic-ratelimit-requests-reset", "x-request-id", "x-should-retry"]),
-        st.sampled_from(["0", "5", "-5", "nan", "inf", "1e400", "5 s", "", "\xb2", "1h2m3s", "9" * 400 + "s", "GMT",
-                         "Thu, 01 Jan 99999 00:00:00 GMT", "Thu, 31 Feb 2030 00:00:00 GMT", "2030-02-31T00:00:00Z",
-                         "9999-12-31T23:59:59-23:59", "2031-01-01T00:00:00", "0001-01-01T00:00:00+14:00"])
-        | st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=12),
-        max_size=3,
-    ),
-)  # fmt: skip
-def test_a_refusal_in_any_form(dialect: Dialect, body: Any, status: int, kind: str, headers: dict[str, str]) -> None:
-    """Any status, any body, any header: an error of a class that is known, with a hint that makes sense."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    seen = outcome(dialect, [data], kind, status, headers)
-    assert seen[0] != "ok" or status == 200
-    assert seen[0] == "ok" or seen[2] is None or seen[2] == status
+def test_a_damaged_stream_is_the_same_in_any_pieces(dialect: Dialect) -> None:
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        data = b"".join(damaged(rng, events))
+        assert outcome(dialect, [data]) == outcome(dialect, cut_up(rng, data))
+
+    every_case(dialect, check)
 
 
-ODD: list[Any] = [
-    None, True, 0, -1, 7, 10**30, 0.5, "", " ", "x", "error", KEY, [], [1], ["x"], [None], [[]], [{}], {}, {"a": 1},
-]  # fmt: skip
+def test_a_damaged_body_raises_provider_errors_only(dialect: Dialect) -> None:
+    """One that is cut is never an answer."""
+
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        body = dialect.body(answer)
+        data = json.dumps(body).encode()
+        for wire in (json.dumps(damage(rng, body)).encode(), overwritten(rng, data)):
+            outcome(dialect, [wire], Content_Type="application/json")
+        cut = outcome(dialect, [data[: -rng.randint(1, 30)]], Content_Type="application/json")
+        assert cut is InvalidResponse
+
+    every_case(dialect, check)
 
 
-@every_dialect
-def test_every_single_change(dialect: Dialect) -> None:
-    """Each part of a stream and of a document replaced by everything odd, removed, doubled: errors, answers, no accident."""
-    seen: set[str] = set()
-    items = Story(["Answer:", " yes"], [("look", {"at": 1})]).items(dialect)
-    document = [dialect.document("Answer: yes")]
-    for value, whole in ((items, False), (document, True)):
-        for number in range(len(list(places(value)))):
-            changes = [("replace", number, odd) for odd in ODD] + [(how, number, None) for how in ("remove", "repeat")]
-            for change in changes:
-                changed = edited(value, [change])
-                data = json.dumps(changed[0] if changed else []).encode() if whole else dialect.frames(changed) + dialect.end
-                seen.add(outcome(dialect, [data], "application/json" if whole else "")[0])
-    assert {"ok", "InvalidResponse"} <= seen
+def test_unknown_fields_and_keep_alives_change_nothing(dialect: Dialect) -> None:
+    def enriched(rng: Random, value: Any) -> Any:
+        if isinstance(value, list):
+            return [enriched(rng, item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        own = {name: item if name in ("args", "input", "arguments") else enriched(rng, item)
+               for name, item in value.items()}
+        new = {f"x_{rng.randrange(99)}": rng.choice(ODD) for _ in range(rng.randrange(3))}
+        return {**new, **own} if rng.random() < 0.5 else {**own, **new}
+
+    noise = [b"\n", b"  \n", b"\r\n"] if dialect.name == "ollama" else [
+        b": keep-alive\n\n", b":\n", b"\n", b"retry: 10\n\n", b"id: 7\n\n", b"event: ping\n\n"]
+
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        padded = []
+        for event in events:
+            padded += rng.choices(noise, k=rng.randrange(3))
+            before, body, after = decoded(event)
+            rich = before + json.dumps(enriched(rng, body)).encode() + after
+            padded.append(event if body is None else rich)
+        plain, rich = (outcome(dialect, [b"".join(each)]) for each in (events, padded))
+        for name in ("content", "reasoning", "tool_calls", "finish_reason", "usage", "model"):
+            assert getattr(plain, name) == getattr(rich, name)
+
+    every_case(dialect, check)
+
+
+def the_end(dialect: Dialect, events: list[bytes]) -> int:
+    """How many bytes of a stream it takes until its finish reason has come in full."""
+    signs = {"anthropic": b'"type": "message_delta"', "gemini": b'"finishReason"',
+             "ollama": b'"done": true', "responses": b'"incomplete_details"'}
+    sign = signs.get(dialect.name, b'"finish_reason": "')
+    at = next(at for at, event in enumerate(events) if sign in event)
+    return sum(map(len, events[:at])) + events[at].rindex(b"}") + 1
+
+
+def test_a_stream_that_is_cut_before_its_finish_reason_is_never_an_answer(dialect: Dialect) -> None:
+    """Cut behind it, it is all of the answer or none."""
+
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        data, end = b"".join(events), the_end(dialect, events)
+        full = outcome(dialect, [data])
+        for place in {0, 1, end - 1, *(rng.randrange(end) for _ in range(4))}:
+            assert outcome(dialect, cut_up(rng, data[:place])) is InvalidResponse
+        late = outcome(dialect, [data[: rng.randint(end, len(data))]])
+        if late is not InvalidResponse:
+            for name in ("content", "tool_calls", "finish_reason"):
+                assert getattr(late, name) == getattr(full, name)
+
+    every_case(dialect, check)
+
+
+STATUSES = (200, 300, 304, 307, 400, 401, 402, 403, 404, 408, 409, 413, 422, 425, 429, 498, 499,
+            500, 502, 503, 504, 529, 599)
+NAMES = ("Retry-After", "retry-after-ms", "x-ratelimit-reset-tokens", "x-request-id",
+         "x-ratelimit-remaining-tokens", "anthropic-ratelimit-requests-reset")
+HINTS = ("0", "5", "-5", "nan", "inf", "1e400", "5 s", "", "\xb2", "1h2m3s", "9" * 400 + "s", "GMT",
+         "Thu, 01 Jan 99999 00:00:00 GMT", "Thu, 31 Feb 2030 00:00:00 GMT", "2030-02-31T00:00:00Z",
+         "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+14:00", KEY)
+
+
+def test_a_refusal_in_any_form_is_a_provider_error(dialect: Dialect) -> None:
+    """Any status, body and header."""
+
+    def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
+        _, _, body, _, _ = rng.choice(list(dialect.failures.values()))
+        data = json.dumps(damage(rng, body) if rng.random() < 0.8 else rng.choice(ODD)).encode()
+        data = overwritten(rng, data) if rng.random() < 0.3 else data
+        headers = {name: rng.choice(HINTS) for name in rng.sample(NAMES, rng.randrange(3))}
+        status = rng.choice(STATUSES)
+        found = outcome(dialect, [data], status, **headers)
+        assert isinstance(found, type) or status == 200
+
+    every_case(dialect, check)
+
+
+def test_every_place_of_an_answer_may_hold_anything(dialect: Dialect) -> None:
+    """Each is replaced by some of the odd values and removed."""
+    answer = Answer(("Answer:", " yes"), ("hm",), (("look", {"at": 1}),), "tool_calls")
+    events = [decoded(event) for event in dialect.events(answer)]
+    rng = Random(dialect.name)
+    for at, (before, body, after) in enumerate(events):
+        rest = [b"".join((start, json.dumps(one).encode() if one is not None else b"", end))
+                for start, one, end in events]
+        for number in range(len(list(places(body or {})))):
+            for odd in (*rng.sample(ODD, 1 + len(CASES) // 60), "removed"):
+                changed = json.loads(json.dumps(body))
+                where, key = list(places(changed))[number]
+                if odd == "removed":
+                    del where[key]
+                else:
+                    where[key] = odd
+                rest[at] = before + json.dumps(changed).encode() + after
+                outcome(dialect, [b"".join(rest)])

@@ -1,10 +1,11 @@
-"""What is shipped is what was tested: names, versions, types, and one file that works wherever it is copied."""
+"""What is shipped is what was tested: names, versions, types, and a file that works alone."""
 
 from __future__ import annotations
 
 import ast
 import configparser
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import pydoc
@@ -12,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,10 @@ import copilot_router
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = Path(copilot_router.__file__)
 SOURCE = MODULE.read_text(encoding="utf-8")
-INSTALLED = "COPILOT_ROUTER_INSTALLED" in os.environ  # the suite runs against a wheel, from a copy of tests/
+#: The suite runs against an installed wheel, from a copy of tests/.
+INSTALLED = "COPILOT_ROUTER_INSTALLED" in os.environ
+#: What a build reads.
+BUILD = ("copilot_router.py", "README.md", "LICENSE", "setup.py", "setup.cfg", "pyproject.toml")
 
 VENDORED = """
 import sys
@@ -48,6 +54,7 @@ def watch(event, args):
         seen.append(event)
     elif event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
         seen.append(f"{event} {args[0]}")
+sys.path.insert(0, ".")
 sys.addaudithook(watch)
 import copilot_router
 print(*sys.modules, sep="\\n")
@@ -56,14 +63,13 @@ assert threading.active_count() == 1
 """
 
 
-def python(
-    *arguments: str, cwd: Path | None = None, executable: str = sys.executable
-) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds the module where this one did, and nothing else unasked."""
-    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
-    )
+def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> str:
+    """What a fresh interpreter prints; it has to end well."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def packaging() -> configparser.ConfigParser:
@@ -73,22 +79,55 @@ def packaging() -> configparser.ConfigParser:
 
 
 def pythons() -> dict[str, str]:
-    """Every supported Python that there is on this machine, by its version; this one for its own."""
+    """The supported Pythons of this machine by version; the running one stands for its version."""
     found = {f"{sys.version_info.major}.{sys.version_info.minor}": sys.executable}
-    for minor in range(10, 14):
+    for minor in range(10, 15):
         kept = sorted(Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3"))
-        for candidate in [*map(str, kept), shutil.which(f"python3.{minor}")]:
-            if candidate and f"3.{minor}" not in found:
-                found[f"3.{minor}"] = candidate
+        for candidate in filter(None, [*map(str, kept), shutil.which(f"python3.{minor}")]):
+            found.setdefault(f"3.{minor}", candidate)
     return found
 
 
-PYTHONS = pythons()
+@pytest.fixture(params=pythons().values(), ids=pythons())
+def each_python(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_the_version_is_said_once_and_repeated_truly() -> None:
-    """A plain literal that a build can read without importing, the same in the header, the packaging and the metadata."""
-    statements = [ast.unparse(node) for node in ast.parse(SOURCE).body if isinstance(node, ast.Assign)]
+# -- one file
+
+
+def test_import_costs_the_standard_library_only_and_does_nothing(
+    each_python: str, tmp_path: Path
+) -> None:
+    """No requests, TLS, socket, thread, written file or warning, on every Python that is here."""
+    shutil.copy(MODULE, tmp_path)
+    printed = python(
+        "-W", "error", "-I", "-S", "-B", "-c", WATCHED_IMPORT, cwd=tmp_path, executable=each_python
+    )
+    costly = "requests urllib3 ssl socket http.client asyncio argparse sqlite3"
+    assert "copilot_router" in printed.split()
+    assert not set(printed.split()) & set(costly.split())
+
+
+def test_one_copied_file_works_alone_and_says_what_to_install(
+    each_python: str, tmp_path: Path
+) -> None:
+    """Without site-packages a custom provider answers, and the file is a program."""
+    shutil.copy(MODULE, tmp_path)
+    printed = python("-I", "-S", "-c", VENDORED, cwd=tmp_path, executable=each_python)
+    answer, complaint = printed.splitlines()
+    assert answer == "vendored"
+    assert "pip install requests" in complaint
+    command = ("-I", "-S", "copilot_router.py", "--version")
+    version = python(*command, cwd=tmp_path, executable=each_python)
+    assert version.strip() == f"copilot-router {copilot_router.__version__}"
+
+
+# -- names and metadata
+
+
+def test_version_is_a_literal_that_header_and_package_repeat() -> None:
+    statements = [ast.unparse(node) for node in ast.parse(SOURCE).body]
     assert f"__version__ = {copilot_router.__version__!r}" in statements
     assert SOURCE.startswith(f"# copilot_router {copilot_router.__version__} ")
     assert packaging()["metadata"]["version"] == "attr: copilot_router.__version__"
@@ -96,8 +135,7 @@ def test_the_version_is_said_once_and_repeated_truly() -> None:
         assert importlib.metadata.version("copilot-router") == copilot_router.__version__
 
 
-def test_python_versions_agree_everywhere() -> None:
-    """The oldest Python is the same for the installer, the linter and the type checker."""
+def test_oldest_python_is_the_same_for_installer_linter_and_type_checker() -> None:
     tools = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert packaging()["options"]["python_requires"] == ">=3.10"
     assert 'target-version = "py310"' in tools
@@ -105,7 +143,6 @@ def test_python_versions_agree_everywhere() -> None:
 
 
 def test_all_names_every_public_class_and_function_once() -> None:
-    """``__all__`` is the whole API: nothing in it is missing from the module, nothing public is missing from it."""
     public = {
         name
         for name, value in vars(copilot_router).items()
@@ -114,111 +151,50 @@ def test_all_names_every_public_class_and_function_once() -> None:
         and value.__module__ == "copilot_router"
     }
     assert len(set(copilot_router.__all__)) == len(copilot_router.__all__)
-    assert set(copilot_router.__all__) == public - {"main"}  # main is the command, not the library
-
-
-def documentable(value: object) -> bool:
-    return inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, property)
+    assert set(copilot_router.__all__) == public - {"main"}  # main is the command
 
 
 def test_everything_public_has_a_docstring() -> None:
-    """The docstrings are a vendored copy's only manual: no class, method or property of the API goes without."""
-    bare = []
-    for name in copilot_router.__all__:
-        kind = getattr(copilot_router, name)
-        members = [(f"{name}.{key}", value) for key, value in vars(kind).items() if not key.startswith("_")]
-        bare += [label for label, value in [(name, kind), *members] if documentable(value) and not inspect.getdoc(value)]
-    assert bare == []
+    """The docstrings are the only manual of a vendored copy."""
+    members = {name: getattr(copilot_router, name) for name in copilot_router.__all__}
+    for name, kind in list(members.items()):
+        for key, value in vars(kind).items():
+            documentable = inspect.isroutine(value) or isinstance(value, (type, property))
+            if documentable and not key.startswith("_"):
+                members[f"{name}.{key}"] = value
+    assert [name for name, value in members.items() if not inspect.getdoc(value)] == []
 
 
 def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``help()``, a traceback's arguments and a documentation page print defaults: none is an environment with keys."""
+    """``help()`` and documentation pages print defaults: none is an environment with keys."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-signature-key")
     shown = pydoc.plain(pydoc.render_doc(copilot_router))
     assert "from_env" in shown
     assert "sk-test-signature-key" not in shown
 
 
-@pytest.mark.parametrize("version", PYTHONS)
-def test_importing_costs_the_standard_library_only_and_does_nothing(version: str, tmp_path: Path) -> None:
-    """No requests, TLS, socket, thread, written file or warning, in a fresh interpreter of every Python."""
-    shutil.copy(MODULE, tmp_path / "copilot_router.py")
-    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    done = python("-W", "error", "-I", "-S", "-B", "-c", path + WATCHED_IMPORT, executable=PYTHONS[version])
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
-    assert "copilot_router" in loaded
-    assert not loaded & {"requests", "urllib3", "ssl", "socket", "http.client", "asyncio", "argparse", "sqlite3"}
-
-
-def test_importtime_does_not_mention_requests() -> None:
-    """The same, as a person would look: ``python -X importtime``."""
-    done = python("-X", "importtime", "-c", "import copilot_router")
-    assert done.returncode == 0, done.stderr
-    assert "copilot_router" in done.stderr
-    assert not re.search(r"\|\s+(requests|urllib3)\b", done.stderr)
-
-
-@pytest.mark.parametrize("version", PYTHONS)
-def test_the_one_file_works_alone_where_requests_is_not_installed(version: str, tmp_path: Path) -> None:
-    """In an empty directory, without site-packages: a custom provider answers, an HTTP one says what to install."""
-    shutil.copy(MODULE, tmp_path / "copilot_router.py")
-    done = python("-I", "-S", "-c", VENDORED, cwd=tmp_path, executable=PYTHONS[version])
-    assert done.returncode == 0, done.stderr
-    answer, complaint = done.stdout.splitlines()
-    assert answer == "vendored"
-    assert complaint == "HTTP providers need PyPI's requests: pip install requests"
-
-
-@pytest.mark.parametrize("version", PYTHONS)
-def test_the_vendored_file_is_a_program(version: str, tmp_path: Path) -> None:
-    """``python copilot_router.py`` is the command line, also alone."""
-    shutil.copy(MODULE, tmp_path / "copilot_router.py")
-    done = python("-I", "-S", "copilot_router.py", "--version", cwd=tmp_path, executable=PYTHONS[version])
-    assert (done.returncode, done.stdout.strip()) == (0, f"copilot-router {copilot_router.__version__}")
-
-
-def test_what_is_installed_along_and_what_on_request() -> None:
-    """requests alone, redis as an extra, and one command."""
+def test_requests_alone_is_installed_along() -> None:
     assert packaging()["options"]["install_requires"].split() == ["requests>=2.31"]
     assert packaging()["options.extras_require"]["redis"].split() == ["redis>=5"]
-    assert packaging()["options.entry_points"]["console_scripts"].strip() == "copilot-router = copilot_router:main"
     if INSTALLED:
         needed = importlib.metadata.requires("copilot-router") or []
         assert [item for item in needed if "extra" not in item] == ["requests>=2.31"]
-        assert any(re.fullmatch(r"redis>=5\s*; extra == ['\"]redis['\"]", item) for item in needed)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="runs against an installed wheel only")
-def test_the_installed_command(tmp_path: Path) -> None:
-    """``copilot-router`` stands beside the interpreter and is the command line."""
-    command = Path(sys.executable).with_name("copilot-router")
-    done = subprocess.run([command, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, f"copilot-router {copilot_router.__version__}")
+def test_installed_command_is_the_command_line(tmp_path: Path) -> None:
+    command = str(Path(sys.executable).with_name("copilot-router"))
+    printed = python("--version", cwd=tmp_path, executable=command)
+    assert printed.strip() == f"copilot-router {copilot_router.__version__}"
 
 
-def test_the_licence_travels_with_the_file() -> None:
-    """The first line names licence and holder, and they are those of LICENSE and of the packaging."""
-    first = SOURCE.splitlines()[0]
+def test_first_line_names_licence_and_holder() -> None:
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "SPDX-License-Identifier: MIT" in first
-    assert licence.startswith("MIT License")
-    assert packaging()["metadata"]["license"] == "MIT"
-    assert packaging()["metadata"]["license_files"] == "LICENSE"
-    if INSTALLED:
-        (shipped,) = [path for path in importlib.metadata.files("copilot-router") or [] if path.name == "LICENSE"]
-        assert shipped.read_text(encoding="utf-8") == licence
     holder = re.search(r"Copyright \(c\) (.+)", licence)
-    assert holder
-    assert first.endswith(holder.group(0))
-
-
-def test_the_docstring_lists_the_sections_in_file_order() -> None:
-    """The contents at the top are the banners below, so that a search for them shows the outline."""
-    contents = re.search(r"Contents: (.+?)\. Search", copilot_router.__doc__ or "", re.DOTALL)
-    assert contents
-    listed = [" ".join(name.split()) for name in contents.group(1).split("·")]
-    assert listed == re.findall(r"^# ==== (.+?) =+$", SOURCE, re.MULTILINE)
+    first = SOURCE.splitlines()[0]
+    assert licence.startswith("MIT License") and packaging()["metadata"]["license"] == "MIT"
+    assert "SPDX-License-Identifier: MIT" in first
+    assert holder and first.endswith(holder.group(0))
 
 
 def test_nothing_is_left_out_of_coverage() -> None:
@@ -226,34 +202,59 @@ def test_nothing_is_left_out_of_coverage() -> None:
     assert not re.search(r"pragma:?\s*no", SOURCE)
 
 
-def test_users_get_the_types() -> None:
-    """The stub package that type checkers look for is the module itself."""
+# -- types for users
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site-packages directory with the wheel in it, made without asking a package index."""
     if INSTALLED:
-        assert "site-packages" in MODULE.parts
-        stub = MODULE.parent / "copilot_router-stubs" / "__init__.pyi"
-    else:
-        stub = ROOT / "copilot_router-stubs" / "__init__.pyi"
-        assert stub.is_symlink()
-        assert os.readlink(stub) == os.path.join("..", "copilot_router.py")
-    assert stub.read_bytes() == MODULE.read_bytes()
+        return MODULE.parent
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 71 and not importlib.util.find_spec("wheel"):
+        pytest.skip("building a wheel needs setuptools 70.1 or newer")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in BUILD:
+        shutil.copy(ROOT / name, folder)
+    make = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    wheel = folder / python("-W", "ignore", "-c", make, cwd=folder).split()[-1]
+    venv.create(folder / "user", symlinks=os.name != "nt")
+    (found,) = [path for path in (folder / "user").rglob("site-packages") if path.is_dir()]
+    zipfile.ZipFile(wheel).extractall(found)
+    return found
 
 
-def repository_files() -> list[Path]:
-    """What is under version control, or everything where there is no repository (a copy, an unpacked sdist)."""
-    try:
-        command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
-        found = [ROOT / name for name in listed if name]
-    except (OSError, subprocess.CalledProcessError):
-        found = list(ROOT.rglob("*"))
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+def test_wheel_holds_the_module_and_the_same_text_as_its_types(site: Path) -> None:
+    """The stub package that type checkers look for is made from the module by the build."""
+    assert (site / "copilot_router.py").read_bytes() == MODULE.read_bytes()
+    assert (site / "copilot_router-stubs" / "__init__.pyi").read_bytes() == MODULE.read_bytes()
+
+
+def test_mypy_strict_sees_types_and_mistakes_of_a_users_file(site: Path, tmp_path: Path) -> None:
+    """A type that is Any, or a mistake in typed_user.py that is not found, is an error of mypy."""
+    pytest.importorskip("mypy")
+    user = shutil.copy(ROOT / "tests" / "typed_user.py", tmp_path)
+    base = next(path for path in site.parents if (path / "pyvenv.cfg").exists())
+    interpreter = base / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python("-m", "mypy", "--strict", "--python-executable", str(interpreter), user, cwd=tmp_path)
+
+
+# -- the repository
 
 
 @pytest.mark.parametrize("folder", ["work", "root", "home", "Users"])
 def test_no_path_of_somebodys_machine_is_in_the_repository(folder: str) -> None:
-    """Nothing depends on where it was written."""
+    try:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        files = [ROOT / name for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):  # a copy, or an unpacked sdist
+        files = [path for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
     pattern = re.compile(rf"(?<![\w.~$}}/-])/{folder}/\w")
-    files = repository_files()
+    files = [path for path in files if path.is_file()]
     assert ROOT / "setup.cfg" in files
-    found = [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8", errors="replace"))]
-    assert found == []
+    assert [
+        str(path)
+        for path in files
+        if pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+    ] == []

@@ -1,6 +1,7 @@
-"""A user's file, for ``mypy --strict`` beside the installed wheel: types are real, and mistakes are seen.
+"""A file of a user, for ``mypy --strict`` beside the wheel: types are real, mistakes are seen.
 
-``assert_type`` refuses Any. Every "type: ignore" is a mistake that has to be found: were it not, mypy would call it unused.
+``assert_type`` refuses Any. Every "type: ignore" marks a mistake that mypy has to find; if it did
+not, mypy would report the comment as unused.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ def told(event: Event) -> None:
 def build(store: SQLiteStore) -> FailoverChain:
     provider: LLMProvider = OpenAIProvider("a-key", stall_timeout=5.0)
     breaker = CircuitBreaker(3, 15.0, name="cloud", store=store)
-    tier = ProviderTier("cloud", provider, ["gpt-6-luna"], breaker=breaker, params={"temperature": 0.5})
+    tier = ProviderTier(
+        "cloud", provider, ["gpt-6-luna"], breaker=breaker, params={"temperature": 0.5}
+    )
     assert_type(tier.breaker, CircuitBreaker)
     assert_type(breaker.admit(), Ticket)
     assert_type(breaker.snapshot(), BreakerSnapshot)
-    return FailoverChain([tier, ProviderTier("test", ScriptedProvider(["yes"]))], on_event=told, timeout=25)
+    return FailoverChain(
+        [tier, ProviderTier("test", ScriptedProvider(["yes"]))], on_event=told, timeout=25
+    )
 
 
 def ask(chain: FailoverChain) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clocks import FakeClock
+from support.clocks import FakeClock
 
 from copilot_router import (
     AllProvidersFailed,

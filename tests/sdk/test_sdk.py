@@ -22,19 +22,46 @@ ollama = pytest.importorskip("ollama")
 openai = pytest.importorskip("openai")
 genai = pytest.importorskip("google.genai")
 
-import ollama._types as ollama_types  # noqa: E402
-import typing_extensions  # noqa: E402
-from anthropic.types.message_create_params import MessageCreateParamsNonStreaming, MessageCreateParamsStreaming  # noqa: E402
-from dialects import Answer, Anthropic, Chat, Dialect, Gemini, Ollama, Responses, answers, parsed  # noqa: E402
-from faults import peer  # noqa: E402
-from google.genai import types as gemini_types  # noqa: E402
-from openai.types.chat import completion_create_params as chat_params  # noqa: E402
-from openai.types.responses import response_create_params as responses_params  # noqa: E402
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError  # noqa: E402
+import ollama._types as ollama_types
+import typing_extensions
+from anthropic.types.message_create_params import (
+    MessageCreateParamsNonStreaming,
+    MessageCreateParamsStreaming,
+)
+from google.genai import types as gemini_types
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as responses_params
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from support.dialects import Answer, Anthropic, Chat, Dialect, Gemini, Ollama, Responses
+from support.faults import peer
 
 KEY = "sk-test-contract-key-1234567890"
 Body = dict[str, Any]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def parsed(request: bytes) -> tuple[str, dict[str, str], Body]:
+    """Path, headers (lower-case names) and JSON body of a request."""
+    top, _, body = request.partition(b"\r\n\r\n")
+    first, *lines = top.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    return first.split(" ")[1], headers, json.loads(body) if body else {}
+
+
+def answers(dialect: Dialect, make: Callable[[Body], Answer]) -> Callable[..., bool]:
+    """A server that answers, streamed or whole as it was asked."""
+
+    def serve(server: Any, connection: Any, request: bytes) -> bool:
+        path, _, body = parsed(request)
+        answer, streamed = make(body), dialect.streams(path, body)
+        kind = dialect.stream_kind if streamed else "application/json"
+        data = b"".join(dialect.events(answer)) if streamed else json.dumps(dialect.body(answer)).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        return True
+
+    return serve
 
 # -- conversations -----------------------------------------------------------------------------------------------------
 

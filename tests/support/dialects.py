@@ -1,4 +1,4 @@
-"""The six wire formats seen from the server: an answer, a failure or a list of models, written as each vendor writes it."""
+"""The six wire formats as a server writes them: answers, failures and lists of models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from support.server import parsed, reply
+
 from copilot_router import (
     AnthropicProvider,
     AuthenticationError,
-    BadRequest,
-    ContentFiltered,
     ContextLengthExceeded,
     GeminiProvider,
     InvalidResponse,
@@ -22,7 +22,6 @@ from copilot_router import (
     OllamaProvider,
     OpenAIProvider,
     Overloaded,
-    QuotaExceeded,
     RateLimited,
     ServerError,
     Usage,
@@ -66,10 +65,10 @@ class Dialect:
 
     name: ClassVar[str]
     stream_kind: ClassVar[str] = "text/event-stream"
+    model = "m-2026"  #: the name that the server reports
     counts_cached = True
     counts_written = True
     counts_reasoning = True
-    filters = True  #: has a finish reason for what a safety system cut
     remote_images = True
     needs_model = True
 
@@ -91,26 +90,25 @@ class Dialect:
     idle: ClassVar[bytes]
     #: An error in a stream that has begun, and the class that it amounts to.
     broken: ClassVar[tuple[bytes, type]]
-    #: An answer without text that a safety system has stopped, as whole JSON; None where there is none.
-    blocked: ClassVar[Any] = None
-    #: What a whole answer says of itself while it is not complete; None where there is no word for it.
-    unfinished: ClassVar[Any] = None
     models: ClassVar[Any] = {"object": "list", "data": [{"id": "m", "object": "model"}]}
     ping_path: ClassVar[str] = "/v1/models"
 
     #: A hint, its value, and the 400 of a model that refuses it.
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"error": {
-        "message": "Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is "
-        "supported.", "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}})  # fmt: skip
+        "message": "Unsupported value: 'temperature' does not support 0.5 with this model. Only "
+                   "the default (1) value is "
+        "supported.", "type": "invalid_request_error", "param": "temperature",
+        "code": "unsupported_value"}})
     #: The name in a request of what the hint becomes.
     hint: ClassVar[str] = "temperature"
 
     def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
         """Name, description and schema of every tool in a request."""
-        return [(f["name"], f["description"], f["parameters"]) for f in (tool["function"] for tool in body["tools"])]
+        return [(f["name"], f["description"], f["parameters"])
+                for f in (tool["function"] for tool in body["tools"])]
 
     def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        """Name, arguments and result of every tool call in a request, linked as the vendor links them."""
+        """Name, arguments and result of every tool call, linked as the vendor links them."""
         raise NotImplementedError
 
     def streams(self, path: str, body: dict[str, Any]) -> bool:
@@ -122,44 +120,33 @@ class Dialect:
 
 
 def openai_failures() -> dict[str, Failure]:
-    def error(status: int, kind: type, message: str, type_: str | None = None, code: Any = None, wait: float | None = None,
-              **headers: str) -> Failure:  # fmt: skip
+    def error(status: int, kind: type, message: str, type_: str | None = None, code: Any = None,
+              wait: float | None = None, **headers: str) -> Failure:
         body = {"error": {"message": message, "type": type_, "param": None, "code": code}}
-        return status, {name.replace("_", "-"): value for name, value in headers.items()}, body, kind, wait
+        return status, {name.replace("_", "-"): value for name,
+                        value in headers.items()}, body, kind, wait
 
     invalid = "invalid_request_error"
     return {
-        "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid, "invalid_api_key"),
-        "402": error(402, QuotaExceeded, "Insufficient Balance", "unknown_error", invalid),
-        "403": error(403, AuthenticationError, "Country not supported", "request_forbidden",
-                     "unsupported_country_region_territory"),
-        "404 model": error(404, ModelNotFound, "The model `m` does not exist or you do not have access to it.", invalid,
-                           "model_not_found"),
-        "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests", "rate_limit_exceeded", 7.0,
-                                 Retry_After="7"),
-        "429 with a hint in milliseconds": error(429, RateLimited, "Rate limit reached", "tokens", "rate_limit_exceeded", 1.5,
-                                                 retry_after_ms="1500"),
-        "429 with a reset": error(429, RateLimited, "Rate limit reached", "tokens", "rate_limit_exceeded", 62.5,
-                                  x_ratelimit_remaining_tokens="0", x_ratelimit_reset_tokens="1m2.5s"),
-        "429 without a hint": error(429, RateLimited, "Rate limit reached", "tokens", "rate_limit_exceeded"),
-        "quota": error(429, QuotaExceeded, "You exceeded your current quota", "insufficient_quota", "insufficient_quota"),
-        "spend limit": error(429, QuotaExceeded, "Limit reached", "insufficient_quota", "project_spend_limit_exceeded"),
-        "500": error(500, ServerError, "The server had an error processing your request", "server_error"),
-        "overloaded": error(503, Overloaded, "The engine is currently overloaded", "service_unavailable_error",
-                            "server_is_overloaded"),
-        "context length": error(400, ContextLengthExceeded, "Your input exceeds the context window of this model.", invalid,
+        "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid,
+                     "invalid_api_key"),
+        "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests",
+                                 "rate_limit_exceeded", 7.0, Retry_After="7"),
+        "500": error(500, ServerError, "The server had an error processing your request",
+                     "server_error"),
+        "context length": error(400, ContextLengthExceeded,
+                                "Your input exceeds the context window of this model.", invalid,
                                 "context_length_exceeded"),
-        "content filter": error(400, ContentFiltered, "The response was filtered.", None, "content_filter"),
-        "bad request": error(400, BadRequest, "messages: wrong", invalid, "invalid_value"),
-    }  # fmt: skip
+    }
 
 
 class Chat(Dialect):
     name = "chat"
     failures = openai_failures()
-    idle = b": keep-alive\n\n" + sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-    broken = sse({"error": {"message": "Try later", "type": "server_error", "code": "server_is_overloaded"}}), Overloaded
-    blocked: ClassVar[Any] = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+    idle = b": keep-alive\n\n" + sse({"choices": [{"index": 0,
+                                                   "delta": {"role": "assistant", "content": ""}}]})
+    broken = sse({"error": {"message": "Try later", "type": "server_error",
+                            "code": "server_is_overloaded"}}), Overloaded
     reasoning_key = "reasoning_content"
     needs_model = False
 
@@ -171,61 +158,72 @@ class Chat(Dialect):
             {**({"index": at} if indexed else {}), "id": f"call_{at}", "type": "function",
              "function": {"name": name, "arguments": json.dumps(arguments)}}
             for at, (name, arguments) in enumerate(answer.calls)
-        ]  # fmt: skip
+        ]
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": usage.cache_write_tokens},
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens,
+                                      "cache_write_tokens": usage.cache_write_tokens},
             "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        }  # fmt: skip
+        }
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.whole or None, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.whole or None,
+                                   "refusal": None}
         if answer.reasoning:
             message[self.reasoning_key] = "".join(answer.reasoning)
         if answer.calls:
             message["tool_calls"] = self.calls(answer, indexed=False)
         choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
-        return {"id": "c1", "object": "chat.completion", "created": 1, "model": "m-2026", "choices": [choice],
-                "usage": self.usage(answer.usage)}  # fmt: skip
+        return {"id": "c1", "object": "chat.completion", "created": 1, "model": self.model,
+                "choices": [choice], "usage": self.usage(answer.usage)}
 
     def events(self, answer: Answer) -> list[bytes]:
         def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            return sse({"id": "c1", "object": "chat.completion.chunk", "model": "m-2026", "choices": [choice], "usage": None})
+            return sse({"id": "c1", "object": "chat.completion.chunk", "model": self.model,
+                        "choices": [choice], "usage": None})
 
         found = [chunk({"role": "assistant", "content": ""})]
         found += [chunk({self.reasoning_key: piece}) for piece in answer.reasoning]
         found += [chunk({"content": piece}) for piece in answer.text]
         for call in self.calls(answer, indexed=True):
-            found.append(chunk({"tool_calls": [{**call, "function": {**call["function"], "arguments": ""}}]}))
-            found += [chunk({"tool_calls": [{"index": call["index"], "function": {"arguments": piece}}]})
-                      for piece in cut(call["function"]["arguments"], answer.cuts)]  # fmt: skip
+            found.append(chunk({"tool_calls": [{**call, "function": {**call["function"],
+                                                    "arguments": ""}}]}))
+            found += [chunk({"tool_calls": [{"index": call["index"],
+                                             "function": {"arguments": piece}}]})
+                      for piece in cut(call["function"]["arguments"], answer.cuts)]
         found.append(chunk({}, answer.finish))
-        found.append(sse({"id": "c1", "model": "m-2026", "choices": [], "usage": self.usage(answer.usage)}))
+        found.append(sse({"id": "c1", "model": self.model, "choices": [],
+                          "usage": self.usage(answer.usage)}))
         return [*found, sse("[DONE]")]
 
     def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
         results = {m["tool_call_id"]: m["content"] for m in body["messages"] if m["role"] == "tool"}
         return [
-            (call["function"]["name"], json.loads(call["function"]["arguments"]), results[call["id"]])
+            (call["function"]["name"], json.loads(call["function"]["arguments"]),
+             results[call["id"]])
             for message in body["messages"] for call in message.get("tool_calls", ())
-        ]  # fmt: skip
+        ]
 
 
 class LMStudio(Chat):
     name = "lmstudio"
     reasoning_key = "reasoning"
     failures: ClassVar[dict[str, Failure]] = {
-        **openai_failures(),
-        "404 model": (404, {}, {"error": {"message": "No models loaded. Please load a model in the developer page or use the "
-                                          "'lms load' command.", "type": "invalid_request_error", "param": "model",
-                                          "code": None}}, ModelNotFound, None),
-        "context length": (400, {}, {"error": "Trying to keep the first 9000 tokens when context the overflows. However, the "
-                                     "model is loaded with context length of only 4096 tokens"}, ContextLengthExceeded, None),
-    }  # fmt: skip
+        **openai_failures(), "404 model": (404, {},
+                      {"error": {"message": "No models loaded. Please load a model in the "
+                                            "developer page or use the "
+                                          "'lms load' command.", "type": "invalid_request_error",
+                                          "param": "model", "code": None}}, ModelNotFound, None),
+        "context length": (400, {},
+                           {"error": "Trying to keep the first 9000 tokens when context the "
+                                     "overflows. However, the "
+                                     "model is loaded with context length of only 4096 tokens"},
+                                     ContextLengthExceeded, None),
+    }
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
         return LMStudioProvider(key, url, **settings)
@@ -234,15 +232,14 @@ class LMStudio(Chat):
 class Responses(Dialect):
     name = "responses"
     failures = openai_failures()
-    idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}}, "response.created")
+    idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
+               "response.created")
     broken = (
-        sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed", "output": [], "error": {
+        sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
+                                                     "output": [], "error": {
             "code": "rate_limit_exceeded", "message": "Rate limit reached"}}}, "response.failed"),
         RateLimited,
-    )  # fmt: skip
-    blocked: ClassVar[Any] = {"id": "resp_1", "status": "incomplete", "incomplete_details": {"reason": "content_filter"},
-                              "output": [], "error": None}  # fmt: skip
-    unfinished: ClassVar[Any] = {"status": "in_progress"}
+    )
     needs_model = False
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
@@ -252,30 +249,34 @@ class Responses(Dialect):
         items: list[dict[str, Any]] = []
         if answer.reasoning:
             summary = [{"type": "summary_text", "text": "".join(answer.reasoning)}]
-            items.append({"type": "reasoning", "id": "rs_1", "summary": summary, "encrypted_content": "c2VhbGVk"})
+            items.append({"type": "reasoning", "id": "rs_1", "summary": summary,
+                          "encrypted_content": "c2VhbGVk"})
         if answer.text:
             content = [{"type": "output_text", "text": answer.whole, "annotations": []}]
-            items.append({"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": content})
+            items.append({"type": "message", "id": "msg_1", "role": "assistant",
+                          "status": "completed", "content": content})
         items += [
-            {"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name, "status": "completed",
-             "arguments": json.dumps(arguments)}
+            {"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
+             "status": "completed", "arguments": json.dumps(arguments)}
             for at, (name, arguments) in enumerate(answer.calls)
-        ]  # fmt: skip
+        ]
         return items
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(answer.finish)
+        reason = {"length": "max_output_tokens",
+                  "content_filter": "content_filter"}.get(answer.finish)
         usage = answer.usage
         return {
-            "id": "resp_1", "object": "response", "model": "m-2026", "error": None, "output": self.items(answer),
-            "status": "incomplete" if reason else "completed", "incomplete_details": {"reason": reason} if reason else None,
-            "usage": {
+            "id": "resp_1", "object": "response", "model": self.model, "error": None,
+            "output": self.items(answer), "status": "incomplete" if reason else "completed",
+            "incomplete_details": {"reason": reason} if reason else None, "usage": {
                 "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": usage.cache_write_tokens},
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens,
+                                         "cache_write_tokens": usage.cache_write_tokens},
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
-        }  # fmt: skip
+        }
 
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
@@ -286,17 +287,24 @@ class Responses(Dialect):
             hollow = {**item, "status": "in_progress"}
             where = {"output_index": at, "item_id": item["id"]}
             if item["type"] == "reasoning":
-                found.append(event("response.output_item.added", output_index=at, item={**hollow, "summary": []}))
-                found += [event("response.reasoning_summary_text.delta", **where, delta=piece) for piece in answer.reasoning]
+                found.append(event("response.output_item.added", output_index=at,
+                                   item={**hollow, "summary": []}))
+                found += [event("response.reasoning_summary_text.delta", **where, delta=piece)
+                          for piece in answer.reasoning]
             elif item["type"] == "message":
-                found.append(event("response.output_item.added", output_index=at, item={**hollow, "content": []}))
-                found.append(event("response.content_part.added", **where, part={"type": "output_text", "text": ""}))
-                found += [event("response.output_text.delta", **where, content_index=0, delta=piece) for piece in answer.text]
-                found.append(event("response.output_text.done", **where, content_index=0, text=answer.whole))
+                found.append(event("response.output_item.added", output_index=at,
+                                   item={**hollow, "content": []}))
+                found.append(event("response.content_part.added", **where,
+                                   part={"type": "output_text", "text": ""}))
+                found += [event("response.output_text.delta", **where, content_index=0,
+                                delta=piece) for piece in answer.text]
+                found.append(event("response.output_text.done", **where, content_index=0,
+                                   text=answer.whole))
             else:
-                found.append(event("response.output_item.added", output_index=at, item={**hollow, "arguments": ""}))
+                found.append(event("response.output_item.added", output_index=at,
+                                   item={**hollow, "arguments": ""}))
                 found += [event("response.function_call_arguments.delta", **where, delta=piece)
-                          for piece in cut(item["arguments"], answer.cuts)]  # fmt: skip
+                          for piece in cut(item["arguments"], answer.cuts)]
             found.append(event("response.output_item.done", output_index=at, item=item))
         body = self.body(answer)
         return [*found, event(f"response.{body['status']}", response=body)]
@@ -305,66 +313,60 @@ class Responses(Dialect):
         return [(tool["name"], tool["description"], tool["parameters"]) for tool in body["tools"]]
 
     def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {item["call_id"]: item["output"] for item in body["input"] if item.get("type") == "function_call_output"}
+        results = {item["call_id"]: item["output"] for item in body["input"]
+                   if item.get("type") == "function_call_output"}
         return [
             (item["name"], json.loads(item["arguments"]), results[item["call_id"]])
             for item in body["input"] if item.get("type") == "function_call"
-        ]  # fmt: skip
+        ]
 
 
 class Anthropic(Dialect):
     name = "anthropic"
     broken = (
-        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"}, "request_id": "r"}, "error"),
-        Overloaded,
+        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
+             "request_id": "r"}, "error"), Overloaded,
     )
-    blocked: ClassVar[Any] = {"type": "message", "role": "assistant", "content": [], "stop_reason": "refusal",
-                              "usage": {"input_tokens": 9, "output_tokens": 0}}  # fmt: skip
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
     ping_path = "/v1/models?limit=1"
     idle = (
-        sse({"type": "message_start", "message": {"id": "msg_1", "model": "m", "content": [], "usage": {}}}, "message_start")
+        sse({"type": "message_start", "message": {"id": "msg_1", "model": "m", "content": [],
+                                                  "usage": {}}}, "message_start")
         + sse({"type": "ping"}, "ping")
-    )  # fmt: skip
+    )
 
     @staticmethod
-    def error(status: int, kind: type, type_: str, message: str, wait: float | None = None, code: str = "",
-              **headers: str) -> Failure:  # fmt: skip
-        error = {"type": type_, "message": message, **({"details": {"error_code": code}} if code else {})}
+    def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
+              code: str = "", **headers: str) -> Failure:
+        error = {"type": type_, "message": message,
+                 **({"details": {"error_code": code}} if code else {})}
         return status, headers, {"type": "error", "error": error, "request_id": "req_1"}, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
-        "402": error(402, QuotaExceeded, "billing_error", "There is a problem with billing."),
-        "403": error(403, AuthenticationError, "permission_error", "Not for this key."),
-        "404 model": error(404, ModelNotFound, "not_found_error", "model: m"),
-        "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0, **{"retry-after": "7"}),
-        "429 without a hint": error(429, RateLimited, "rate_limit_error", "Too many"),
-        "ramp": error(429, RateLimited, "rate_limit_error", "Too fast", 3.0, "ramp_limit_exceeded", **{"retry-after": "3"}),
-        "quota": error(429, QuotaExceeded, "rate_limit_error", "Spent", None, "enforced_spend_limit_reached"),
-        "spend limit": error(400, QuotaExceeded, "invalid_request_error", "Your credit balance is too low to access the API"),
+        "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0,
+                                 **{"retry-after": "7"}),
         "500": error(500, ServerError, "api_error", "Internal server error"),
-        "overloaded": error(529, Overloaded, "overloaded_error", "Overloaded"),
         "context length": error(400, ContextLengthExceeded, "invalid_request_error",
                                 "prompt is too long: 210000 tokens > 200000 maximum"),
-        "content filter": error(400, ContentFiltered, "invalid_request_error", "Output blocked by content filtering policy"),
-        "bad request": error(400, BadRequest, "invalid_request_error", "messages.0: wrong"),
-    }  # fmt: skip
+    }
 
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
-        "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})  # fmt: skip
+        "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
         return AnthropicProvider(key, url, **settings)
 
     stops: ClassVar[dict[str, str]] = {
-        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal",
-    }  # fmt: skip
+        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
+        "content_filter": "refusal",
+    }
 
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
         if answer.reasoning:
-            blocks.append({"type": "thinking", "thinking": "".join(answer.reasoning), "signature": "c2lnbmVk"})
+            blocks.append({"type": "thinking", "thinking": "".join(answer.reasoning),
+                           "signature": "c2lnbmVk"})
         if answer.text:
             blocks.append({"type": "text", "text": answer.whole})
         blocks += [
@@ -375,32 +377,36 @@ class Anthropic(Dialect):
 
     @staticmethod
     def inputs(usage: Usage) -> dict[str, Any]:
-        return {"input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens,
+        cached = usage.cached_tokens + usage.cache_write_tokens
+        return {"input_tokens": usage.prompt_tokens - cached,
                 "cache_read_input_tokens": usage.cached_tokens,
-                "cache_creation_input_tokens": usage.cache_write_tokens}  # fmt: skip
+                "cache_creation_input_tokens": usage.cache_write_tokens}
 
     @staticmethod
     def outputs(usage: Usage) -> dict[str, Any]:
         return {"output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens}}  # fmt: skip
+                "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens}}
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        return {"id": "msg_1", "type": "message", "role": "assistant", "model": "m-2026", "content": self.blocks(answer),
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
+                "content": self.blocks(answer),
                 "stop_reason": self.stops[answer.finish], "stop_sequence": None,
-                "usage": {**self.inputs(answer.usage), **self.outputs(answer.usage)}}  # fmt: skip
+                "usage": {**self.inputs(answer.usage), **self.outputs(answer.usage)}}
 
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
             return sse({"type": kind, **fields}, kind)
 
-        start = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m-2026", "content": [], "stop_reason": None,
-                 "usage": {**self.inputs(answer.usage), "output_tokens": 1}}  # fmt: skip
+        start = {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
+                 "content": [], "stop_reason": None,
+                 "usage": {**self.inputs(answer.usage), "output_tokens": 1}}
         found = [event("message_start", message=start)]
         for at, block in enumerate(self.blocks(answer)):
             deltas: list[dict[str, Any]]
             if block["type"] == "thinking":
                 hollow = {"type": "thinking", "thinking": "", "signature": ""}
-                deltas = [{"type": "thinking_delta", "thinking": piece} for piece in answer.reasoning]
+                deltas = [{"type": "thinking_delta", "thinking": piece}
+                          for piece in answer.reasoning]
                 deltas.append({"type": "signature_delta", "signature": block["signature"]})
             elif block["type"] == "text":
                 hollow = {"type": "text", "text": ""}
@@ -425,49 +431,45 @@ class Anthropic(Dialect):
         results = {
             block["tool_use_id"]: "".join(part["text"] for part in block["content"])
             for block in blocks if block["type"] == "tool_result"
-        }  # fmt: skip
-        return [(block["name"], block["input"], results[block["id"]]) for block in blocks if block["type"] == "tool_use"]
+        }
+        return [(block["name"], block["input"], results[block["id"]]) for block in blocks
+                if block["type"] == "tool_use"]
 
 
 class Gemini(Dialect):
     name = "gemini"
     counts_written = False
     remote_images = False
-    idle = sse({"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}}], "modelVersion": "m-2026"})
-    broken = sse({"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}), Overloaded
-    blocked: ClassVar[Any] = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 9}}
+    idle = sse({"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}}],
+                "modelVersion": "m-2026"})
+    broken = sse({"error": {"code": 503, "message": "The model is overloaded.",
+                            "status": "UNAVAILABLE"}}), Overloaded
     models: ClassVar[Any] = {"models": [{"name": "models/m"}]}
     ping_path = "/v1beta/models?pageSize=1"
 
     @staticmethod
-    def error(status: int, kind: type, name: str, message: str, wait: float | None = None, *details: Any) -> Failure:
-        error = {"code": status, "message": message, "status": name, **({"details": list(details)} if details else {})}
+    def error(status: int, kind: type, name: str, message: str, wait: float | None = None,
+              *details: Any) -> Failure:
+        error = {"code": status, "message": message, "status": name,
+                 **({"details": list(details)} if details else {})}
         return status, {}, {"error": error}, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
-        "401": error(401, AuthenticationError, "UNAUTHENTICATED", "Request had invalid authentication credentials."),
-        "400 for a bad key": error(400, AuthenticationError, "INVALID_ARGUMENT", "API key not valid.", None,
-                                   {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}),
-        "402": error(402, QuotaExceeded, "RESOURCE_EXHAUSTED", "Your prepayment credits are depleted."),
-        "403": error(403, AuthenticationError, "PERMISSION_DENIED", "Your API key was reported as leaked."),
-        "404 model": error(404, ModelNotFound, "NOT_FOUND", "models/m is not found for API version v1beta, or is not "
-                           "supported for generateContent."),
+        "401": error(401, AuthenticationError, "UNAUTHENTICATED",
+                     "Request had invalid authentication credentials."),
         "429 with a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED", "Resource exhausted", 7.0,
-                                 {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}),
-        "429 without a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED", "Resource has been exhausted (e.g. check quota)."),
-        "quota": error(429, QuotaExceeded, "RESOURCE_EXHAUSTED", "You exceeded it", None,
-                       {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [
-                           {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier", "quotaValue": "50"}]}),
+                                 {"@type": "type.googleapis.com/google.rpc.RetryInfo",
+                                  "retryDelay": "7s"}),
         "500": error(500, ServerError, "INTERNAL", "An internal error has occurred."),
-        "overloaded": error(503, Overloaded, "UNAVAILABLE", "The model is overloaded. Please try again later."),
-        "context length": error(400, ContextLengthExceeded, "INVALID_ARGUMENT", "The input token count (1200000) exceeds the "
+        "context length": error(400, ContextLengthExceeded, "INVALID_ARGUMENT",
+                                "The input token count (1200000) exceeds the "
                                 "maximum number of tokens allowed (1048576)."),
-        "bad request": error(400, BadRequest, "INVALID_ARGUMENT", "Invalid value at 'contents[0]'"),
-    }  # fmt: skip
+    }
 
     refused: ClassVar[tuple[str, Any, Any]] = ("frequency_penalty", 0.5, {"error": {
-        "code": 400, "status": "INVALID_ARGUMENT", "message": "Invalid JSON payload received. Unknown name "
-        '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})  # fmt: skip
+        "code": 400, "status": "INVALID_ARGUMENT",
+        "message": "Invalid JSON payload received. Unknown name "
+        '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})
     hint = "frequencyPenalty"
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
@@ -475,30 +477,36 @@ class Gemini(Dialect):
 
     stops: ClassVar[dict[str, str]] = {
         "stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP", "content_filter": "SAFETY",
-    }  # fmt: skip
+    }
 
     def chunk(self, parts: list[Any], usage: Usage, finish: str | None = None) -> dict[str, Any]:
         written = usage.completion_tokens - usage.reasoning_tokens
         counts = {"promptTokenCount": usage.prompt_tokens, "candidatesTokenCount": written,
-                  "thoughtsTokenCount": usage.reasoning_tokens, "cachedContentTokenCount": usage.cached_tokens,
-                  "totalTokenCount": usage.total_tokens}  # fmt: skip
-        candidate = {"index": 0, "content": {"role": "model", "parts": parts}, **({"finishReason": finish} if finish else {})}
-        return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": "m-2026", "responseId": "r1"}
+                  "thoughtsTokenCount": usage.reasoning_tokens,
+                  "cachedContentTokenCount": usage.cached_tokens,
+                  "totalTokenCount": usage.total_tokens}
+        candidate = {"index": 0, "content": {"role": "model", "parts": parts},
+                     **({"finishReason": finish} if finish else {})}
+        return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": self.model,
+                "responseId": "r1"}
 
     def called(self, answer: Answer) -> list[dict[str, Any]]:
         return [
-            {"functionCall": {"id": f"g{at}", "name": name, **({"args": arguments} if arguments else {})},
+            {"functionCall": {"id": f"g{at}", "name": name,
+                              **({"args": arguments} if arguments else {})},
              **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
             for at, (name, arguments) in enumerate(answer.calls)
-        ]  # fmt: skip
+        ]
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        parts: list[dict[str, Any]] = [{"text": "".join(answer.reasoning), "thought": True}] if answer.reasoning else []
+        parts: list[dict[str, Any]] = [{"text": "".join(answer.reasoning),
+                                        "thought": True}] if answer.reasoning else []
         parts += [{"text": answer.whole}] if answer.text else []
         return self.chunk([*parts, *self.called(answer)], answer.usage, self.stops[answer.finish])
 
     def events(self, answer: Answer) -> list[bytes]:
-        parts: list[dict[str, Any]] = [{"text": piece, "thought": True} for piece in answer.reasoning]
+        parts: list[dict[str, Any]] = [{"text": piece, "thought": True}
+                                       for piece in answer.reasoning]
         parts += [{"text": piece} for piece in answer.text] + self.called(answer)
         start = Usage(answer.usage.prompt_tokens, 1)
         found = [sse(self.chunk([part], start)) for part in parts]
@@ -509,13 +517,14 @@ class Gemini(Dialect):
         return [
             (function["name"], function["description"], function["parametersJsonSchema"])
             for tool in body["tools"] for function in tool["functionDeclarations"]
-        ]  # fmt: skip
+        ]
 
     def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
         parts = [part for turn in body["contents"] for part in turn["parts"]]
         calls = [part["functionCall"] for part in parts if "functionCall" in part]
         results = [part["functionResponse"] for part in parts if "functionResponse" in part]
-        assert [(call["id"], call["name"]) for call in calls] == [(result["id"], result["name"]) for result in results]
+        assert [(call["id"], call["name"]) for call in calls] == [(result["id"], result["name"])
+            for result in results]
         return [
             (call["name"], call.get("args", {}), result["response"]["output"])
             for call, result in zip(calls, results, strict=True)
@@ -529,30 +538,21 @@ class Ollama(Dialect):
     name = "ollama"
     stream_kind = "application/x-ndjson"
     counts_cached = counts_written = counts_reasoning = False
-    filters = remote_images = False
+    remote_images = False
     idle = b'{"model": "m-2026", "message": {"role": "assistant", "content": ""}, "done": false}\n'
     broken = b'{"error": "an error was encountered while running the model"}\n', InvalidResponse
-    unfinished: ClassVar[Any] = {"done": False, "done_reason": None}
     models: ClassVar[Any] = {"models": [{"name": "m:latest", "model": "m:latest"}]}
     ping_path = "/api/tags"
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": (401, {}, {"error": "unauthorized"}, AuthenticationError, None),
-        "403": (403, {}, {"error": "cloud is disabled"}, AuthenticationError, None),
-        "404 model": (404, {}, {"error": "model 'm' not found"}, ModelNotFound, None),
-        "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited, 7.0),
-        "429 without a hint": (429, {}, {"error": "too many requests"}, RateLimited, None),
+        "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited,
+                            7.0),
         "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None),
-        "out of memory": (500, {}, {"error": "model requires more system memory (9 GiB) than is available (4 GiB)"},
-                          ServerError, None),
-        "overloaded": (503, {}, {"error": "server busy, please try again.  maximum pending requests exceeded"}, Overloaded,
-                       None),
-        "context length": (400, {}, {"error": "the prompt is longer than the context length currently available to the model"},
-                           ContextLengthExceeded, None),
-        "bad request": (400, {}, {"error": "missing request body"}, BadRequest, None),
-    }  # fmt: skip
+    }
 
-    refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high", {"error": '"m" does not support thinking'})
+    refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high",
+                                               {"error": '"m" does not support thinking'})
     hint = "think"
 
     def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
@@ -560,11 +560,12 @@ class Ollama(Dialect):
 
     def end(self, answer: Answer) -> dict[str, Any]:
         return {"done": True, "done_reason": "length" if answer.finish == "length" else "stop",
-                "prompt_eval_count": answer.usage.prompt_tokens, "eval_count": answer.usage.completion_tokens}  # fmt: skip
+                "prompt_eval_count": answer.usage.prompt_tokens,
+                "eval_count": answer.usage.completion_tokens}
 
     def message(self, content: str = "", **fields: Any) -> dict[str, Any]:
-        return {"model": "m-2026", "created_at": "2026-11-01T10:00:00.123456789Z",
-                "message": {"role": "assistant", "content": content, **fields}, "done": False}  # fmt: skip
+        return {"model": self.model, "created_at": "2026-11-01T10:00:00.123456789Z",
+                "message": {"role": "assistant", "content": content, **fields}, "done": False}
 
     def called(self, answer: Answer) -> dict[str, Any]:
         calls = [
@@ -585,29 +586,24 @@ class Ollama(Dialect):
         return [json.dumps(line).encode() + b"\n" for line in found]
 
     def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {m["tool_call_id"]: (m["tool_name"], m["content"]) for m in body["messages"] if m["role"] == "tool"}
+        results = {m["tool_call_id"]: (m["tool_name"], m["content"]) for m in body["messages"]
+                   if m["role"] == "tool"}
         calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
         assert all(results[call["id"]][0] == call["function"]["name"] for call in calls)
-        return [(call["function"]["name"], call["function"]["arguments"], results[call["id"]][1]) for call in calls]
+        return [(call["function"]["name"], call["function"]["arguments"], results[call["id"]][1])
+                for call in calls]
 
 
 DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), Gemini(), Ollama())
 
 
-# -- HTTP --------------------------------------------------------------------------------------------------------------
-
-
-def reply(body: Any, status: int = 200, kind: str = "application/json", **headers: str) -> bytes:
-    """A whole HTTP answer."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(data)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+# -- HTTP
 
 
 def head(dialect: Dialect, **headers: str) -> bytes:
     """The head of a streamed answer, whose body is sent with ``chunk``."""
-    lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}", "Transfer-Encoding: chunked"]
+    lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}",
+             "Transfer-Encoding: chunked"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
@@ -619,14 +615,6 @@ def chunk(data: bytes) -> bytes:
 def streamed(dialect: Dialect, events: list[bytes], **headers: str) -> bytes:
     """A whole streamed answer, one chunk an event."""
     return head(dialect, **headers) + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
-
-
-def parsed(request: bytes) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Path, headers (lower-case names) and JSON body of a request."""
-    top, _, body = request.partition(b"\r\n\r\n")
-    first, *lines = top.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return first.split(" ")[1], headers, json.loads(body) if body else {}
 
 
 def answers(dialect: Dialect, make: Callable[[dict[str, Any]], Answer]) -> Callable[..., bool]:

@@ -1,0 +1,277 @@
+"""Clocks, providers and a loopback server for the tests of chains and streams."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from copilot_router import (
+    Attempt,
+    FailoverChain,
+    LLMProvider,
+    LLMResponse,
+    OpenAIProvider,
+    ProviderTier,
+    ScriptedProvider,
+)
+
+PROMPT = "the secret prompt of this test suite"
+KEY = "sk-test-chain-key-1234567890"
+PARTS = ["the ", "secret ", "answer"]
+TOOL = {"type": "function", "function": {"name": "f"}}
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
+
+
+class VirtualClock:
+    """``clock()`` is the time; ``sleep`` moves it and is recorded in ``slept``."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+# -- chains
+
+
+def scripted(*items: Any, repeat: bool = True) -> ScriptedProvider:
+    return ScriptedProvider(items, repeat=repeat)
+
+
+def tier(name: str, *items: Any, models: Any = None, **settings: Any) -> ProviderTier:
+    """A tier whose provider gives the items one after the other, again and again."""
+    return ProviderTier(name, scripted(*items), [name] if models is None else models, **settings)
+
+
+def chain_of(clock: VirtualClock, *tiers: ProviderTier, **settings: Any) -> FailoverChain:
+    return FailoverChain(tiers, clock=clock, sleep=clock.sleep, **settings)
+
+
+def tier_of(chain: FailoverChain, name: str) -> ProviderTier:
+    return next(one for one in chain.tiers if one.name == name)
+
+
+def calls(chain: FailoverChain, name: str) -> list[dict[str, Any]]:
+    provider = tier_of(chain, name).provider
+    assert isinstance(provider, ScriptedProvider)
+    return provider.calls
+
+
+def failures(chain: FailoverChain, at: int = 0) -> int:
+    return chain.tiers[at].breaker.snapshot().failures
+
+
+def outcomes(attempts: tuple[Attempt, ...]) -> list[str]:
+    return [f"{attempt.tier}:{attempt.outcome}" for attempt in attempts]
+
+
+# -- providers
+
+
+class Custom(LLMProvider):
+    """Answers with what ``function(**options)`` returns or raises."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+        return self.function(**kwargs)
+
+
+class Watched(LLMProvider):
+    """Streams ``deltas`` and knows how many of its streams are open.
+
+    An exception among the deltas is raised, a function is called.
+    """
+
+    def __init__(self, *deltas: Any, response: LLMResponse | None = None) -> None:
+        self.deltas = deltas
+        text = "".join(item for item in deltas if isinstance(item, str))
+        self.response = response or LLMResponse(text)
+        self.opened = self.closed = 0
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
+        return self.response
+
+    def stream(
+        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
+    ) -> Generator[str, None, LLMResponse]:
+        self.opened += 1
+        try:
+            for delta in self.deltas:
+                if callable(delta):
+                    delta()
+                elif isinstance(delta, BaseException):
+                    raise delta
+                else:
+                    yield delta
+            return self.response
+        finally:
+            self.closed += 1
+
+
+class Held(ScriptedProvider):
+    """Each call says that it has begun, and waits until it may go on."""
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(script, repeat=True)
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+        self.counting = threading.Lock()
+        self.under_way = self.most = 0
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+        with self.counting:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        self.begun.release()
+        assert self.go_on.wait(30)
+        with self.counting:
+            self.under_way -= 1
+        return super().chat(messages, tools, model, **kwargs)
+
+
+class Limits(OpenAIProvider):
+    """An HTTP provider that sends nothing, and notes the silence limits that it is given."""
+
+    def __init__(self, *answers: LLMResponse, **settings: Any) -> None:
+        super().__init__(KEY, "http://127.0.0.1:9", **settings)
+        self.answers = list(answers)
+        self.seen: list[tuple[float, float]] = []
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+        self.seen.append((kwargs["first_token_timeout"], kwargs["stall_timeout"]))
+        return self.answers.pop(0) if self.answers else LLMResponse("fine")
+
+    def stream(self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any) -> Any:
+        response = self.chat(messages, tools, model, **kwargs)
+        yield response.text
+        return response
+
+
+def in_threads(count: int, work: Callable[[], Any]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def in_time(work: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What the function returns; a failure if it hangs."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, "it hangs or has failed"
+    return found[0]
+
+
+# -- a server
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)  # type: ignore[attr-defined]
+        self.close_connection = not self.server.answer(self, body)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """A loopback server: ``answer(handler, body)`` writes raw bytes to ``handler.wfile``.
+
+    A true result keeps the connection. ``bodies`` are the requests.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, answer: Callable[[Handler, Any], Any]) -> None:
+        self.answer = answer
+        self.bodies: list[Any] = []
+        self.stopping = threading.Event()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the client is gone
+
+    def provider(self, **settings: Any) -> OpenAIProvider:
+        return OpenAIProvider(KEY, self.url, **settings)
+
+    def tier(self, name: str = "http", **limits: Any) -> ProviderTier:
+        return ProviderTier(name, self.provider(**limits), ["m"], retries=0)
+
+
+@contextmanager
+def serve(answer: Callable[[Handler, Any], Any]) -> Iterator[Server]:
+    with Server(answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stopping.set()
+            server.shutdown()
+            thread.join(5)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(text: str | None = None, finish: str | None = None, **more: Any) -> bytes:
+    """One event of a Chat Completions stream; other fields go into the delta."""
+    delta = {**({} if text is None else {"content": text}), **more}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return b"data: " + json.dumps({"model": "m-1", "choices": [choice]}).encode() + b"\n\n"
+
+
+def whole(*texts: str) -> bytes:
+    """A complete streamed answer, until the connection closes."""
+    return HEAD + b"".join(map(event, texts)) + event(finish="stop") + DONE
+
+
+def refusal(status: int, message: str = "no", headers: str = "", **error: Any) -> bytes:
+    body = json.dumps({"error": {"message": message, **error}}).encode()
+    lines = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{headers}"
+    return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def answering(*answers: bytes) -> Callable[[Handler, Any], bool]:
+    """Each request takes the next of these answers, and the last one stays."""
+    left = list(answers)
+
+    def answer(handler: Handler, body: Any) -> bool:
+        handler.wfile.write(left.pop(0) if len(left) > 1 else left[0])
+        return False
+
+    return answer
+
+
+def silent_after(data: bytes) -> Callable[[Handler, Any], bool]:
+    """Sends this, and then nothing until the client or the server goes."""
+
+    def answer(handler: Handler, body: Any) -> bool:
+        handler.wfile.write(data)
+        handler.server.stopping.wait(30)  # type: ignore[attr-defined]
+        return False
+
+    return answer

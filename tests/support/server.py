@@ -1,0 +1,319 @@
+"""A loopback HTTP server whose answers a test gives, and providers that talk to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from requests.adapters import BaseAdapter, HTTPAdapter
+from urllib3 import HTTPHeaderDict, HTTPResponse
+
+from copilot_router import (
+    AnthropicProvider,
+    GeminiProvider,
+    LLMResponse,
+    LMStudioProvider,
+    OllamaProvider,
+    OpenAIProvider,
+    ProviderError,
+)
+
+KEY = "sk-test-server-key-1234567890"
+#: Writes to the connection; true keeps it open for the next request.
+Serve = Callable[[Any, socket.socket, bytes], bool]
+
+
+class Request(NamedTuple):
+    """What came in."""
+
+    path: str
+    headers: dict[str, str]  #: names in lower case
+    body: Any  #: the JSON; {} without a body
+
+
+def parsed(request: bytes) -> Request:
+    top, _, body = request.partition(b"\r\n\r\n")
+    first, *lines = top.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    return Request(first.split(" ")[1], headers, json.loads(body) if body else {})
+
+
+class Server:
+    """Each request takes the next answer, and the last one stays.
+
+    An answer is the bytes of a whole HTTP answer, or a function that writes to the connection.
+    """
+
+    def __init__(self, *answers: bytes | Serve) -> None:
+        self.answers = list(answers)
+        self.requests: list[Request] = []
+        self.connections = 0
+        self.stopping = threading.Event()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [request.body for request in self.requests]
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stopping.set()
+        with socket.create_connection(("127.0.0.1", self.port)):  # wakes accept()
+            self._threads[0].join(5)
+        self._listener.close()
+        for connection in list(self._open):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for thread in self._threads[1:]:
+            thread.join(5)
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            if self.stopping.is_set():
+                connection.close()
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections += 1
+            self._open.add(connection)
+            self._threads.append(threading.Thread(target=self._talk, args=(connection,)))
+            self._threads[-1].start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            while (request := _received(connection)) and not self.stopping.is_set():
+                self.requests.append(parsed(request))
+                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                if isinstance(answer, bytes):
+                    connection.sendall(answer)
+                    head = answer.partition(b"\r\n\r\n")[0].lower()
+                    keep = b"\ncontent-length:" in head or b"\ntransfer-encoding:" in head
+                else:
+                    keep = answer(self, connection, request)
+                if not keep:
+                    return
+        except OSError:
+            pass  # the client is gone
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+
+def _received(connection: socket.socket) -> bytes:
+    """One request in full; nothing when the client has gone."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (piece := connection.recv(65536)):
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    named = (line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+    length = next((int(line[15:]) for line in named), 0)
+    while len(body) < length:
+        if not (piece := connection.recv(65536)):
+            return b""
+        body += piece
+    return head + b"\r\n\r\n" + body
+
+
+# -- answers
+
+
+def reply(body: Any, status: int = 200, kind: str = "application/json", **headers: str) -> bytes:
+    """A whole HTTP answer: JSON, or bytes as they are."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(data)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+def sse(*events: Any, done: bool = False) -> bytes:
+    """Server-sent events; bytes stay as they are. An event with a type bears it as its name."""
+    found = b""
+    for event in events:
+        if isinstance(event, bytes):
+            found += event
+            continue
+        if isinstance(event, dict) and isinstance(event.get("type"), str):
+            found += f"event: {event['type']}\n".encode()
+        found += b"data: " + json.dumps(event).encode() + b"\n\n"
+    return found + b"data: [DONE]\n\n" * done
+
+
+def stream(*events: Any, done: bool = False, kind: str = "text/event-stream") -> bytes:
+    """An HTTP answer of server-sent events."""
+    return reply(sse(*events, done=done), kind=kind)
+
+
+def lines(*items: Any, kind: str = "application/x-ndjson") -> bytes:
+    """An HTTP answer of JSON lines; bytes stay as they are."""
+    data = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in items]
+    return reply(b"\n".join(data) + b"\n", kind=kind)
+
+
+def waits(data: bytes, kind: str = "text/event-stream") -> Serve:
+    """An answer that begins like this and then says nothing until the test ends."""
+
+    def serve(server: Server, connection: socket.socket, request: bytes) -> bool:
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + (b"%x\r\n%s\r\n" % (len(data), data) if data else b""))
+        server.stopping.wait(5)
+        return False
+
+    return serve
+
+
+class Canned(BaseAdapter):
+    """Answers in the process: a session that has it mounted needs no server.
+
+    Each piece of the answer is one read, so that a test decides where the bytes are cut.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status, self.headers = 200, {"Content-Type": "text/event-stream"}
+        self.pieces: list[bytes] = []
+
+    def send(self, request: Any, *args: Any, **settings: Any) -> Any:
+        raw = HTTPResponse(
+            _Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status, preload_content=False
+        )
+        return HTTPAdapter().build_response(request, raw)
+
+    def close(self) -> None:
+        pass
+
+
+class _Pieces(io.RawIOBase):
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = [piece for piece in pieces if piece]
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1) -> bytes:
+        if not self._pieces:
+            return b""
+        piece = self._pieces.pop(0)
+        if 0 <= size < len(piece):
+            self._pieces.insert(0, piece[size:])
+        return piece[:size] if size >= 0 else piece
+
+    read = read1
+
+
+# -- providers
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "chat": lambda *args, **more: OpenAIProvider(*args, **{"api": "chat", **more}),
+    "responses": lambda *args, **more: OpenAIProvider(*args, api="responses", **more),
+    "lmstudio": LMStudioProvider,
+    "anthropic": AnthropicProvider,
+    "gemini": GeminiProvider,
+    "ollama": OllamaProvider,
+}
+
+
+@contextmanager
+def talking(kind: str, *answers: bytes | Serve, **settings: Any) -> Iterator[tuple[Any, Server]]:
+    """A provider, and the server that it talks to."""
+    with Server(*answers) as server:
+        provider = MAKERS[kind](KEY, server.url, **settings)
+        try:
+            yield provider, server
+        finally:
+            provider.close()
+
+
+def drained(stream: Any) -> tuple[list[str], Any]:
+    """The deltas of a stream, and its response."""
+    deltas = []
+    while True:
+        try:
+            deltas.append(next(stream))
+        except StopIteration as end:
+            return deltas, end.value
+
+
+def outcome(provider: Any, messages: Any = "q", tools: Any = None, **options: Any) -> Any:
+    """The response or the error of chat(); stream() has to give the same."""
+    options = {"model": "m", "timeout": 10, **options}
+    results: list[Any] = []
+    for streamed in (False, True):
+        try:
+            if not streamed:
+                results.append(provider.chat(messages, tools, **options))
+                continue
+            deltas, response = drained(provider.stream(messages, tools, **options))
+            assert "".join(deltas) == response.text
+            results.append(response)
+        except ProviderError as error:
+            results.append(error)
+    said, told = results
+    if isinstance(said, LLMResponse) and isinstance(told, LLMResponse):
+        assert said == told
+    else:
+        assert type(said) is type(told), (said, told)
+    return said
+
+
+def read(
+    kind: str, answer: bytes | Serve, messages: Any = "q", tools: Any = None, **more: Any
+) -> Any:
+    """What a provider makes of one answer: the response or the error, of chat() and of stream()."""
+    names = ("first_token_timeout", "stall_timeout", "max_response_bytes", "stream_upstream", "api")
+    settings = {name: more.pop(name) for name in names if name in more}
+    with talking(kind, answer, **settings) as (provider, _):
+        return outcome(provider, messages, tools, **more)
+
+
+def sent(
+    kind: str, messages: Any = "q", tools: Any = None, settings: Any = None, **options: Any
+) -> Any:
+    """The body that a provider sends. The answer to it says nothing."""
+    with talking(kind, reply({}), **(settings or {})) as (provider, server):
+        try:
+            provider.chat(messages, tools, **{"model": "m", "timeout": 10, **options})
+        except ProviderError:
+            if not server.requests:
+                raise
+        return server.requests[0].body
+
+
+# -- Chat Completions, which most tests write by hand
+
+
+def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A chunk."""
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
+
+
+def message(finish: str | None = "stop", **fields: Any) -> dict[str, Any]:
+    """A whole answer."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", **fields},
+                         "finish_reason": finish}]}
+
+
+def piece(arguments: Any = None, name: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A chunk with a piece of a tool call."""
+    function = {key: value for key, value in (("name", name), ("arguments", arguments))
+                if value is not None}
+    return delta(tool_calls=[{**fields, "function": function}])
+
+
+STOP = delta("stop")

@@ -1,0 +1,531 @@
+"""For tests of breakers and stores: a clock, a Redis server, stores that can be broken, what every
+store must do, code that is stopped at each of its lines, other processes, an app for gunicorn.
+
+The contract works for a store of your own as well::
+
+    class TestMine(StoreContract):
+        @pytest.fixture
+        def handles(self):
+            return lambda: MyStore(...)  # each call: a handle as another process would have
+"""
+
+from __future__ import annotations  # noqa: I001
+
+import dis
+import itertools
+import linecache
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import copilot_router
+from copilot_router import (
+    BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider, LLMResponse,
+    MemoryStore, ProviderTier, RedisStore, ServerError, SQLiteStore, Ticket,
+)
+
+TESTS = Path(__file__).resolve().parent.parent
+REDIS = shutil.which("redis-server")
+try:
+    import redis
+except ImportError:
+    redis = None
+needs_redis = pytest.mark.skipif(
+    REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed"
+)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+#: Parameters of a test that runs on each kind of store.
+SHARED_KINDS = ["sqlite", pytest.param("redis", marks=needs_redis)]
+KINDS = ["memory", *SHARED_KINDS]
+_numbers = itertools.count()
+
+
+class FakeClock:
+    """``clock()`` is the time, which only ``advance`` and ``sleep`` move."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    sleep = advance
+
+
+def end(ticket: Ticket, error: BaseException | None) -> None:
+    """Leave the ticket's block by this error, or well."""
+    try:
+        with ticket:
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        if caught is not error:
+            raise
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
+
+
+# -- a Redis server
+
+
+def spare_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """A redis-server on loopback that saves nothing; tests stop, pause and empty it."""
+
+    def __init__(self) -> None:
+        self.port = spare_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        options = f"--port {self.port} --bind 127.0.0.1 --appendonly no --save".split()
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([str(REDIS), *options, ""], **quiet)
+        until = time.monotonic() + 30
+        while True:
+            try:
+                assert self.ask("PING") == b"+PONG"
+                return
+            except OSError:
+                assert time.monotonic() < until, "redis-server does not start"
+                time.sleep(0.01)
+
+    def ask(self, *words: str) -> bytes:
+        """The first line of its answer to a command."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+            bulk = [f"${len(word)}\r\n{word}\r\n" for word in words]
+            connection.sendall(f"*{len(words)}\r\n{''.join(bulk)}".encode())
+            return connection.makefile("rb").readline().strip()
+
+    def flush(self) -> None:
+        assert self.ask("FLUSHALL") == b"+OK"
+
+    def pause(self) -> None:
+        """It keeps its connections, takes new ones, and says nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(30)
+        self._process = None
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A server of this test alone."""
+    server = RedisServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """One server for all tests that do not harm it; each takes its own namespace."""
+    server = RedisServer()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """``make_store(kind, **settings)``: a handle on this test's store of that kind."""
+    made: list[Any] = []
+    memory = MemoryStore()
+    namespace = f"test-{os.getpid()}-{next(_numbers)}"
+    url = None if needs_redis.args[0] else request.getfixturevalue("redis_url")
+
+    def make(kind: str, **settings: Any) -> Any:
+        if kind == "memory":
+            return memory
+        settings = {"timeout": 5.0, **settings}
+        if kind == "sqlite":
+            made.append(SQLiteStore(tmp_path / "breakers.sqlite", **settings))
+        else:
+            made.append(RedisStore(url, settings.pop("namespace", namespace), **settings))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+class Wrapped:
+    """A store around a store: counts what it is asked, and fails or waits when it is told to."""
+
+    def __init__(self, store: Any, clock: Callable[[], float] | None = None, **more: Any) -> None:
+        self.store = store
+        self.clock = clock  #: its time, if not the store's
+        for name in ("refresh", "shared_counts", "shares_local_errors"):
+            if hasattr(store, name) or name in more:
+                setattr(self, name, more.get(name, getattr(store, name, None)))
+        self.loads = 0
+        self.swaps = 0
+        self.error: Exception | None = None  #: raised by every operation
+        self.error_of_swap: Exception | None = None
+        self.before: Callable[[str], None] | None = None  #: called with the operation's name
+
+    def _work(self, name: str) -> None:
+        if self.before is not None:
+            self.before(name)
+        if self.error is not None:
+            raise self.error
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        self.loads += 1
+        self._work("load")
+        record, now = self.store.load(name)
+        return record, now if self.clock is None else self.clock()
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        self.swaps += 1
+        self._work("swap")
+        if self.error_of_swap is not None:
+            raise self.error_of_swap
+        return bool(self.store.swap(name, expected_generation, record))
+
+
+# -- what every store must do
+
+ODD_NAMES = [
+    "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
+    "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
+    "breakers", "0", "None",
+]
+REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
+RECORDS = [
+    BreakerRecord(),
+    BreakerRecord(generation=7, era=3, failures=2),
+    BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
+    BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
+    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300),
+]
+Handles = Callable[[], Any]
+Action = Callable[[Any], Any]
+Process = Callable[..., CircuitBreaker]
+
+
+def fail(breaker: CircuitBreaker, times: int = 3) -> None:
+    for _ in range(times):
+        breaker.admit().failure("down")
+
+
+class StoreContract:
+    """The tests; a subclass defines the fixture ``handles``."""
+
+    @pytest.fixture
+    def handles(self) -> Handles:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def clock(self) -> FakeClock:
+        return FakeClock()
+
+    @pytest.fixture
+    def process(self, handles: Handles, clock: FakeClock) -> Process:
+        """A breaker as another process would have it, in the clock's time."""
+
+        def make(name: str = "x", **settings: Any) -> CircuitBreaker:
+            store = Wrapped(handles(), clock)
+            store.shared_counts = store.shares_local_errors = True
+            return CircuitBreaker(name=name, clock=clock, store=store, **settings)
+
+        return make
+
+    def test_an_unknown_name_has_no_record_and_time_goes_on(self, handles):
+        record, now = handles().load("unknown")
+        again, later = handles().load("unknown")
+        assert (record, again) == (None, None)
+        assert math.isfinite(now)
+        assert now <= later
+
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.state)
+    def test_a_record_comes_back_as_it_was(self, handles, record):
+        assert handles().swap("x", None, record) is True
+        found = handles().load("x")[0]
+        assert found == record
+        assert [type(value) for value in found] == [type(value) for value in record]
+
+    def test_only_the_expected_generation_is_replaced(self, handles):
+        one, two = handles(), handles()
+        first, second = BreakerRecord(generation=10), BreakerRecord(generation=20)
+        assert one.swap("x", 10, first) is False
+        assert one.load("x")[0] is None
+        assert one.swap("x", None, first) is True
+        assert two.swap("x", None, second) is False
+        assert two.swap("x", 9, second) is False
+        assert one.load("x")[0] == first
+        assert two.swap("x", 10, second) is True
+        assert one.swap("x", 10, first) is False
+        assert one.load("x")[0] == second
+
+    def test_each_name_has_its_own_record(self, handles, process):
+        store = handles()
+        for at, name in enumerate(ODD_NAMES, 1):
+            assert store.swap(name, None, BreakerRecord(generation=at, reason=name[:9]))
+        for at, name in enumerate(ODD_NAMES, 1):
+            assert store.load(name)[0] == BreakerRecord(generation=at, reason=name[:9])
+        for name in ODD_NAMES[::2]:
+            process(name).open()
+        opened = [process(name).is_open for name in ODD_NAMES]
+        assert opened == [at % 2 == 0 for at in range(len(ODD_NAMES))]
+
+    def test_of_many_threads_one_writes_each_generation(self, handles):
+        won: list[int] = []
+        barrier = threading.Barrier(8)
+
+        def work() -> None:
+            store, mine = handles(), 0
+            barrier.wait(30)
+            while mine < 20:
+                record = store.load("x")[0]
+                at = 0 if record is None else record.generation
+                expected = None if record is None else at
+                try:
+                    if store.swap("x", expected, BreakerRecord(generation=at + 1)):
+                        won.append(at + 1)
+                        mine += 1
+                except Exception as error:  # it may be too busy, as long as it wrote nothing
+                    assert "locked" in str(error) or isinstance(error, TimeoutError)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(won) == list(range(1, 161))
+
+    def test_failures_are_counted_together(self, process):
+        for count in range(1, 6):
+            breaker = process(failure_threshold=5)  # a new process forgets nothing
+            breaker.admit().failure()
+            assert breaker.snapshot().failures == count
+        with pytest.raises(CircuitOpen):
+            process(failure_threshold=5).admit()
+
+    def test_one_trial_for_all(self, process, clock):
+        """After its lease another process takes over, and the late verdict changes nothing."""
+        breakers = [process(trial_timeout=40) for _ in range(4)]
+        fail(breakers[0])
+        clock.advance(1)
+        assert all(breaker.is_open for breaker in breakers)
+        assert breakers[1].retry_after == pytest.approx(14)
+        clock.advance(14)
+        (held,) = granted(breakers)
+        clock.advance(39.5)
+        assert granted(breakers) == []
+        clock.advance(0.5)
+        (successor,) = granted(breakers[::-1])
+        assert held.is_trial
+        assert successor.is_trial
+        clock.advance(1)
+        held.success()
+        assert all(breaker.is_half_open for breaker in breakers)
+        successor.failure()
+        clock.advance(1)
+        held.success()
+        assert all(breaker.is_open for breaker in breakers)
+        clock.advance(15)
+        breakers[2].admit().success()
+        clock.advance(1)
+        assert all(breaker.is_closed for breaker in breakers)
+
+    def test_a_healthy_call_writes_nothing(self, handles, clock):
+        """A thousand good calls in ten seconds: at most one read in each refresh interval."""
+        store = Wrapped(handles(), clock)
+        breaker = CircuitBreaker(name="x", clock=clock, store=store)
+        for _ in range(1000):
+            breaker.call(int)
+            breaker.admit().success()
+            clock.advance(0.01)
+        refresh = getattr(store, "refresh", 1.0)
+        assert store.swaps == 0
+        if refresh:
+            assert 1 <= store.loads <= 10 / refresh + 1
+
+
+def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
+    tickets = []
+    for breaker in breakers:
+        with suppress(CircuitOpen):
+            tickets.append(breaker.admit())
+    return tickets
+
+
+# -- code that is stopped at each of its lines
+
+
+def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "line") -> None:
+    """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
+
+    With ``event="call"`` it is called where each function begins.
+
+    Two kinds of lines are left out, since the interpreter never handles a signal there: the way
+    out of a ``with`` block, and a line in ``finally`` that only releases a lock.
+    """
+    before = sys.gettrace()
+
+    def on(frame: Any, what: str, _: Any) -> Any:
+        if frame.f_code.co_filename != copilot_router.__file__:
+            return None
+        if what == event:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            leaving = line.startswith("with ") and name.startswith("LOAD_CONST")
+            if not leaving and not line.endswith(".release()"):
+                caller = frame.f_back.f_lineno if frame.f_back else 0
+                visit((frame.f_code.co_name, frame.f_lineno, caller))
+        return on
+
+    sys.settrace(on)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+
+
+def at_each_line(
+    make: Callable[[], Any], work: Action, act: Action, event: str = "line", callers: bool = True
+) -> Iterator[tuple[Any, Any]]:
+    """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
+
+    With ``callers``, a line counts once for each line that it is called from.
+
+    Yields the line and the object, after ``work`` has ended or was ended by what ``act`` raised.
+    """
+    points: dict[Any, None] = {}
+    first = make()
+    traced(lambda: work(first), lambda at: points.setdefault(at[: 2 + callers]), event)
+    assert len(points) > 10
+    for point in points:
+        subject, done = make(), []
+
+        def visit(at: Any, point: Any = point, subject: Any = subject, done: Any = done) -> None:
+            if at[: 2 + callers] == point and not done:
+                done.append(at)
+                act(subject)
+
+        with suppress(Interrupted):
+            traced(lambda subject=subject: work(subject), visit, event)
+        yield point, subject
+
+
+class Interrupted(BaseException):
+    """Stands for what a signal handler raises."""
+
+
+def in_a_thread(work: Callable[[], Any], seconds: float = 10) -> bool:
+    """Whether another thread gets this done in time; what it raises is raised here."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    for error in raised:
+        raise error
+    return not thread.is_alive()
+
+
+# -- other processes
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The variables of a process that imports this module and the tests' own."""
+    path = [str(Path(copilot_router.__file__).parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
+
+
+def python(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """Another process that runs a program with this module; it reads and writes lines."""
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    words = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    return subprocess.Popen(words, env=environment(), text=True, **pipes)
+
+
+def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
+    """What it printed; it must have ended well."""
+    try:
+        out, error = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    return out
+
+
+# -- gunicorn
+
+
+class Switched(LLMProvider):
+    """It repeats the prompt; where its folder has a file "failing", it fails and notes when."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
+        if (self.folder / "failing").exists():
+            with (self.folder / "failed").open("a") as file:
+                file.write(f"{time.monotonic()}\n")
+            raise ServerError("out of order")
+        return LLMResponse(messages[-1]["content"])
+
+
+def flask_app() -> Any:
+    """What gunicorn loads before it forks. It is asked once, so that the store is connected."""
+    import flask
+
+    kind, where = os.environ["TEST_STORE"].split(" ", 1)
+    folder, recovery = Path(os.environ["TEST_FOLDER"]), float(os.environ["TEST_RECOVERY"])
+    store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
+    tiers = [
+        ProviderTier("primary", Switched(folder), retries=0),
+        ProviderTier("secondary", Switched(folder / "other")),
+    ]
+    chain = FailoverChain(tiers, store=store, timeout=30.0, recovery_timeout=recovery)
+    chain.tiers[0].breaker.admit().failure()
+    chain.chat("before the fork")
+    app = flask.Flask(__name__)
+
+    @app.get("/ask/<prompt>")
+    def ask(prompt: str) -> Any:
+        response = chain.chat(prompt)
+        return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
+
+    return app

@@ -1,0 +1,987 @@
+"""Fake vendors on loopback that enforce the vendors' own rules, so that no encoder passes by luck.
+
+Each answers a violation with its vendor's own status and error body, and a legal request with the
+next item of its script (a ``Reply``, a ``Raw`` answer, or a function of the request's body that
+returns one), streamed where the request asks for a stream. Tool ids and signatures that it has
+given out it takes back only unchanged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+import requests
+from requests.adapters import HTTPAdapter
+from support import dialects
+from support.dialects import Answer, Dialect
+from support.server import Request, Server, parsed
+
+from copilot_router import Usage
+
+KEY = "sk-test-vendors-key-1234567890"
+
+
+@dataclass
+class Reply:
+    """What the model says; each vendor puts it into its own form."""
+
+    text: str = ""
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    thinking: str = ""
+    finish: str = ""  #: "" for the one that fits
+
+
+@dataclass
+class Raw:
+    """An answer as it stands. A streamed one without length ends by closing the connection."""
+
+    body: Any = b""
+    status: int = 200
+    kind: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def data(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+
+class Refused(Exception):
+    """A broken rule: the status and the body to answer."""
+
+    def __init__(self, status: int, body: Any) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+def halves(text: str) -> list[str]:
+    """A text as two deltas."""
+    middle = (len(text) + 1) // 2
+    return [piece for piece in (text[:middle], text[middle:]) if piece]
+
+
+def digest(*things: Any) -> str:
+    """A signature over anything that is JSON."""
+    text = json.dumps(things, sort_keys=True)
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class Own:
+    """Answers with the vendor's own ids and signatures, in the name of the model that was asked."""
+
+    def __init__(self, vendor: Vendor, request: Request) -> None:
+        in_path = request.path.partition("/models/")[2].partition(":")[0]
+        self.vendor, self.request = vendor, request
+        self.model = in_path or request.body.get("model", "m-1")
+        self._ids: list[str] = []
+
+    def ids(self, answer: Answer) -> list[str]:
+        """One for each call, the same at each question."""
+        while len(self._ids) < len(answer.calls):
+            self._ids.append(self.vendor.new_id())
+        return self._ids
+
+
+# -- shapes of a body: a dict for an object ("name!" is required), a list for a list, a frozenset
+# of values, a pattern, types, or a function
+
+Check = Callable[["Vendor", Any, str], None]
+NUMBER = (int, float)
+
+
+def either(*specs: Any) -> Check:
+    """One of several shapes, that for a text first; the complaint is of the one that was meant."""
+
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        complaints = []
+        for spec in specs:
+            try:
+                return vendor.match(value, spec, where)
+            except Refused as refused:
+                complaints.append(refused)
+        raise complaints[0 if isinstance(value, str) else -1]
+
+    return check
+
+
+def tagged(key: str, shapes: dict[str, Any]) -> Check:
+    """An object whose shape depends on one of its values."""
+
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        if not isinstance(value, dict) or value.get(key) not in shapes:
+            vendor.wrong(where, f"an object with {key} one of {', '.join(shapes)}")
+        vendor.match(value, {f"{key}!": str, **shapes[value[key]]}, where)
+
+    return check
+
+
+def between(least: float, most: float, kinds: Any = NUMBER) -> Check:
+    def check(vendor: Vendor, value: Any, where: str) -> None:
+        vendor.match(value, kinds, where)
+        if not least <= value <= most:
+            vendor.wrong(where, f"between {least} and {most}")
+
+    return check
+
+
+def encoded(vendor: Vendor, value: Any, where: str) -> None:
+    """Base64, neither empty nor with a ``data:`` prefix."""
+    try:
+        if base64.b64decode(value, validate=True):
+            return
+    except (binascii.Error, TypeError, ValueError):
+        pass
+    vendor.wrong(where, "base64")
+
+
+def address(vendor: Vendor, value: Any, where: str) -> None:
+    """A web address, or a data URL of an image."""
+    vendor.match(value, str, where)
+    if value.startswith("data:"):
+        head, _, data = value.partition(";base64,")
+        if not re.fullmatch(r"data:(image/(png|jpeg|gif|webp)|application/pdf)", head):
+            vendor.wrong(where, "a data URL of png, jpeg, gif or webp")
+        encoded(vendor, data, where)
+    elif not re.fullmatch(r"https?://\S+", value):
+        vendor.wrong(where, "a URL")
+
+
+def written(vendor: Vendor, value: Any, where: str) -> None:
+    """Text that is not blank."""
+    vendor.match(value, str, where)
+    if not value.strip():
+        vendor.fail(f"{where}: text content blocks must contain non-whitespace text")
+
+
+def schema(vendor: Vendor, value: Any, where: str) -> None:
+    """A JSON schema of an object."""
+    vendor.match(value, dict, where)
+    if value.get("type") != "object":
+        vendor.wrong(f"{where}.type", "'object'")
+
+
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+class Vendor:
+    """A fake of one vendor. ``url`` is the base URL for a provider."""
+
+    base = ""
+    prefix = ""  #: of the ids it issues
+
+    def __init__(self, *script: Any, models: tuple[str, ...] = ("m-1", "m-2")) -> None:
+        self.script = deque(script)
+        self.models = models
+        self.requests: list[Request] = []
+        self.refusals: list[Refused] = []
+        self.issued: dict[str, Any] = {}
+        self._count = 0
+        self._server = Server(self._serve)
+        self.port, self.root = self._server.port, self._server.url
+        self.url = self.root + self.base
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [request.body for request in self.requests]
+
+    def new_id(self) -> str:
+        self._count += 1
+        return f"{self.prefix}{self.port}_{self._count}"
+
+    # -- the rules' vocabulary
+
+    def error(self, message: str, status: int, **more: Any) -> Any:
+        raise NotImplementedError
+
+    def fail(self, message: str, status: int = 400, **more: Any) -> NoReturn:
+        raise Refused(status, self.error(message, status, **more))
+
+    def forbid(self, broken: Any, message: str, status: int = 400, **more: Any) -> None:
+        if broken:
+            self.fail(message, status, **more)
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f"Unknown parameter: '{where}'.")
+
+    def missing(self, where: str) -> NoReturn:
+        self.fail(f"Missing required parameter: '{where}'.")
+
+    def wrong(self, where: str, wanted: str) -> NoReturn:
+        self.fail(f"Invalid value for '{where}': expected {wanted}.")
+
+    def match(self, value: Any, spec: Any, where: str = "") -> None:
+        if isinstance(spec, dict):
+            self._match_object(value, spec, where)
+        elif isinstance(spec, list):
+            if not isinstance(value, list):
+                self.wrong(where, "a list")
+            for at, item in enumerate(value):
+                self.match(item, spec[0], f"{where}[{at}]")
+        elif isinstance(spec, frozenset):
+            if not isinstance(value, (str, bool)) or value not in spec:
+                self.wrong(where, f"one of {sorted(map(str, spec))}")
+        elif isinstance(spec, re.Pattern):
+            if not isinstance(value, str) or not spec.fullmatch(value):
+                self.wrong(where, f"text that matches {spec.pattern}")
+        elif isinstance(spec, (type, tuple)):
+            kinds = spec if isinstance(spec, tuple) else (spec,)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds
+                                                and object not in kinds):
+                self.wrong(where, " or ".join(kind.__name__ for kind in kinds))
+        else:
+            spec(self, value, where)
+
+    def _match_object(self, value: Any, spec: dict[str, Any], where: str) -> None:
+        if not isinstance(value, dict):
+            self.wrong(where or "the body", "an object")
+        names = {name.rstrip("!"): inner for name, inner in spec.items()}
+        for name in value:
+            if name not in names:
+                self.unknown(f"{where}.{name}" if where else name)
+        for name in spec:
+            if name.endswith("!") and name[:-1] not in value:
+                self.missing(f"{where}.{name[:-1]}" if where else name[:-1])
+        for name, item in value.items():
+            self.match(item, names[name], f"{where}.{name}" if where else name)
+
+    def unique(self, names: list[str], where: str) -> None:
+        self.forbid(len(set(names)) != len(names), f"{where}: names and ids must be unique")
+
+    # -- a vendor's own part
+
+    def check(self, request: Request) -> None:
+        """Refuse the request or let it pass."""
+        raise NotImplementedError
+
+    def streams(self, request: Request) -> bool:
+        return bool(request.body.get("stream"))
+
+    answers_of: ClassVar[Any]  #: the format of its answers
+
+    def answers(self, request: Request) -> Dialect:
+        found: Dialect = self.answers_of(self, request)
+        return found
+
+    # -- serving
+
+    def answer(self, request: Request) -> Raw:
+        self.requests.append(request)
+        try:
+            self.check(request)
+        except Refused as refused:
+            self.refusals.append(refused)
+            return Raw(refused.body, refused.status)
+        item = self.script.popleft() if self.script else Reply("ok")
+        if callable(item):
+            item = item(request.body)
+        if isinstance(item, Raw):
+            return item
+        finish = item.finish or ("tool_calls" if item.calls else "stop")
+        answer = Answer(tuple(halves(item.text)), tuple(halves(item.thinking)), tuple(item.calls),
+                        finish, Usage(20, 15, 4, 0, 6))
+        own = self.answers(request)
+        if not self.streams(request):
+            return Raw(own.body(answer))
+        return Raw(b"".join(own.events(answer)), kind=own.stream_kind)
+
+    def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
+        came = parsed(request)
+        raw = self.answer(came)
+        data = raw.data()
+        streamed = "stream" in raw.kind or "ndjson" in raw.kind
+        closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
+        headers = {"Content-Type": raw.kind, **raw.headers, **closes}
+        lines = [f"HTTP/1.1 {raw.status} X", *(f"{name}: {text}" for name, text in headers.items())]
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+        return not streamed
+
+    def __enter__(self) -> Vendor:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._server.__exit__()
+
+
+class _Detour(HTTPAdapter):
+    """Requests for one host go to another."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self.root = root
+
+    def send(self, request: Any, *args: Any, **settings: Any) -> Any:
+        request.url = self.root + "/" + request.url.split("/", 3)[3]
+        return super().send(request, *args, **settings)
+
+
+@contextmanager
+def detour(vendor: Vendor) -> Iterator[requests.Session]:
+    """A session in which every https address leads to the fake."""
+    with requests.Session() as session:
+        session.trust_env = False
+        session.mount("https://", _Detour(vendor.root))
+        yield session
+
+
+# ==== OpenAI Chat Completions
+
+EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+
+
+def _chat_call() -> Any:
+    return {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
+            "function!": {"name!": TOOL_NAME, "arguments!": str}}
+
+
+class Chat(Vendor):
+    """Chat Completions. ``local``: a compatible server with the limits of older ones."""
+
+    base = "/v1"
+    prefix = "call_"
+
+    def __init__(self, *script: Any, local: bool = False, thinking: bool = False,
+                 **settings: Any) -> None:
+        super().__init__(*script, **settings)
+        self.local = local
+        self.needs_reasoning = thinking  #: DeepSeek wants reasoning_content back
+
+    def error(self, message: str, status: int, code: Any = None, param: Any = None,
+              **_: Any) -> Any:
+        return {"error": {"message": message, "type": "invalid_request_error", "param": param,
+                          "code": code}}
+
+    def check_access(self, request: Request, path: str) -> Any:
+        self.forbid(request.path != path, f"Invalid URL (POST {request.path})", 404)
+        if request.headers.get("authorization") != f"Bearer {KEY}":
+            self.fail("Incorrect API key provided", 401, code="invalid_api_key")
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            self.fail("you must use the content type application/json", 415)
+        if isinstance(request.body, dict) and request.body.get("model", "m-1") not in self.models:
+            self.fail("The model `x` does not exist or you do not have access to it.", 404,
+                      code="model_not_found")
+        return request.body
+
+    def shape(self) -> dict[str, Any]:
+        content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
+        parts = tagged("type", {
+            "text": {"text!": str}, "image_url": {"image_url!": {"url!": address,
+                                         "detail": frozenset({"auto", "low", "high"})}},
+            "file": {"file!": {"filename!": str, "file_data!": str}},
+            "input_audio": {"input_audio!": {"data!": encoded,
+                                             "format!": frozenset({"wav", "mp3"})}},
+        })
+        said = {"name": str, "content!": content}
+        roles: dict[str, Any] = {
+            "system": said, "user": {"name": str, "content!": either(str, [parts])},
+            "assistant": {"name": str, "content": either(content, type(None)),
+                          "tool_calls": [_chat_call()]},
+            "tool": {"tool_call_id!": str, "content!": content},
+        }
+        if self.local:
+            roles["assistant"]["reasoning_content"] = str
+        else:
+            roles["developer"] = said
+        named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
+        json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
+        return {
+            "model" if self.local else "model!": str, "messages!": [tagged("role", roles)],
+            "tools": [{"type!": frozenset({"function"}), "function!": {
+                "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
+            }}], "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+            "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1),
+            "seed": int, "n": int,
+            "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
+            "stop": either(str, [str]), "reasoning_effort": EFFORTS, "stream": bool,
+            "stream_options": {"include_usage": bool},
+            "response_format": tagged("type", {"text": {}, "json_object": {},
+                                               "json_schema": {"json_schema!": json_schema}}),
+            "max_tokens" if self.local else "max_completion_tokens": between(1, 10**6, int),
+        }
+
+    def check(self, request: Request) -> None:
+        body = self.check_access(request, "/v1/chat/completions")
+        if isinstance(body, dict) and not self.local and "max_tokens" in body:
+            self.fail("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                      "Use 'max_completion_tokens' instead.", code="unsupported_parameter",
+                      param="max_tokens")
+        self.match(body, self.shape())
+        self.forbid(not body["messages"], "Invalid 'messages': empty array.", code="empty_array")
+        self.check_messages(body["messages"])
+        self.check_tools(body)
+        if body.get("stream_options") and not body.get("stream"):
+            self.fail("The 'stream_options' is for streams only", param="stream_options")
+        if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
+            self.wrong("stop", "one to four texts")
+        format_ = body.get("response_format", {}).get("type")
+        if format_ == "json_object" and "json" not in str(body["messages"]).lower():
+            self.fail("'messages' must contain the word 'json' in some form.")
+
+    def check_tools(self, body: Any) -> None:
+        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        self.forbid(body.get("tools") == [], "[] is too short - 'tools'")
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if name in body and not names:
+                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and choice["function"]["name"] not in names:
+            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
+        if names and not self.local:
+            self.check_tools_of_reasoners(body)
+
+    def check_tools_of_reasoners(self, body: Any) -> None:
+        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in "
+                "/v1/chat/completions. "
+                "To use function tools, use /v1/responses")
+        self.forbid(body["model"] == "gpt-6-astra", text + ".", param="reasoning_effort")
+        if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
+            self.fail(text + " or set reasoning_effort to 'none'.", param="reasoning_effort")
+
+    def check_messages(self, messages: list[Any]) -> None:
+        open_ids: list[str] = []
+        seen: list[str] = []
+        for at, message in enumerate(messages):
+            if message["role"] == "tool":
+                if message["tool_call_id"] not in open_ids:
+                    self.fail("a tool message without its call", param=f"messages.[{at}].role")
+                open_ids.remove(message["tool_call_id"])
+                continue
+            if open_ids:
+                self.unanswered(open_ids)
+            calls = message.get("tool_calls")
+            if calls == [] or (message["role"] == "assistant" and message.get("content") is None
+                               and not calls):
+                self.wrong(f"messages[{at}].content", "a text where there are no tool calls")
+            open_ids = [call["id"] for call in calls or ()]
+            seen += open_ids
+            thinks = self.needs_reasoning and message["role"] == "assistant"
+            if thinks and not message.get("reasoning_content"):
+                self.fail("The reasoning_content in the thinking mode must be passed back.")
+        if open_ids:
+            self.unanswered(open_ids)
+        self.unique(seen, "messages.tool_calls.id")
+
+    def unanswered(self, ids: list[str]) -> NoReturn:
+        self.fail("An assistant message with 'tool_calls' must be followed by tool messages.")
+
+
+class ChatAnswers(Own, dialects.Chat):
+    def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
+        calls = super().calls(answer, indexed)
+        return [{**call, "id": one} for call, one in zip(calls, self.ids(answer), strict=True)]
+
+
+# ==== OpenAI Responses
+
+
+class Responses(Chat):
+    """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
+
+    def shape(self) -> dict[str, Any]:
+        said = [tagged("type", {
+            "input_text": {"text!": str},
+            "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
+            "input_file": {"filename!": str, "file_data!": str},
+        })]
+        spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
+        call_id = re.compile(r".{1,64}", re.DOTALL)
+        message = tagged("role", {
+            "user": {"content!": either(str, said), "type": frozenset({"message"})},
+            "system": {"content!": either(str, said), "type": frozenset({"message"})},
+            "developer": {"content!": either(str, said), "type": frozenset({"message"})},
+            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}),
+                          "id": str, "status": str},
+        })
+        item = tagged("type", {
+            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str,
+                              "status": str},
+            "function_call_output": {"call_id!": call_id, "output!": str},
+            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str},
+        })
+
+        def items(vendor: Vendor, value: Any, where: str) -> None:
+            own = isinstance(value, dict) and value.get("type", "message") != "message"
+            vendor.match(value, item if own else message, where)
+
+        named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
+        return {
+            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
+            "include": [str],
+            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str,
+                       "parameters!": schema, "strict!": bool}],
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+            "parallel_tool_calls": bool,
+            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2),
+            "top_p": between(0, 1), "user": str,
+            "reasoning": {"effort": EFFORTS, "summary": frozenset({"auto"})}, "stream": bool,
+            "text": {"format!": tagged("type", {"text": {}, "json_object": {}, "json_schema": {
+                "name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}})},
+        }
+
+    def check(self, request: Request) -> None:
+        if request.path.endswith("/chat/completions"):
+            chat = super().shape()
+            self_shape, self.shape = self.shape, lambda: chat  # type: ignore[method-assign]
+            try:
+                return super().check(request)
+            finally:
+                self.shape = self_shape  # type: ignore[method-assign]
+        body = self.check_access(request, "/v1/responses")
+        self.match(body, self.shape())
+        names = [tool["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if name in body and not names:
+                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and choice["name"] not in names:
+            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
+        if body["input"] in ([], ""):
+            self.missing("input")
+        if isinstance(body["input"], list):
+            self.check_items(body["input"], body["model"])
+        return None
+
+    def check_items(self, items: list[Any], model: str) -> None:
+        answered = {item["call_id"] for item in items if item.get("type") == "function_call_output"}
+        called: list[str] = []
+        for at, item in enumerate(items):
+            kind = item.get("type", "message")
+            if kind == "function_call":
+                called.append(item["call_id"])
+                if item["call_id"] not in answered:
+                    self.fail("No tool output for a function call", param="input")
+                own = self.issued.get(item["call_id"])
+                if own and own[0] == model and own[1] not in items[:at]:
+                    self.fail("a function_call without its reasoning", param="input")
+            elif kind == "function_call_output" and item["call_id"] not in called:
+                self.fail("an output without its function call", param="input")
+            elif kind == "reasoning":
+                if item["encrypted_content"] != digest(model, item["id"], item["summary"],
+                                                       self.port):
+                    self.fail("not sealed here", code="invalid_encrypted_content", param="input")
+                follower = items[at + 1] if at + 1 < len(items) else {}
+                if follower.get("type") not in ("function_call", "message"):
+                    self.fail("a reasoning item without what followed it")
+        self.unique(called, "input.call_id")
+
+    def answers(self, request: Request) -> Dialect:
+        chat = request.path.endswith("/chat/completions")
+        return (ChatAnswers if chat else ResponsesAnswers)(self, request)
+
+
+class ResponsesAnswers(Own, dialects.Responses):
+    def items(self, answer: Answer) -> list[dict[str, Any]]:
+        """Reasoning is sealed for its model, and each call has to come back behind it."""
+        items, ids = super().items(answer), self.ids(answer)
+        calls = [item for item in items if item["type"] == "function_call"]
+        if answer.reasoning:
+            own = items[0]
+            own["id"] = f"rs_{id(answer)}"
+            sealed = (self.model, own["id"], own["summary"], self.vendor.port)
+            own["encrypted_content"] = digest(*sealed)
+            self.vendor.issued.update((one, (self.model, own)) for one in ids)
+        for call, one in zip(calls, ids, strict=True):
+            call.update(call_id=one, id=f"fc_{one}")
+        return items
+
+
+# ==== Anthropic Messages
+
+PLAIN_ID = re.compile(r"[a-zA-Z0-9_-]+")
+#: Models of the vendor's table that take no sampling parameters; no forced tools.
+NO_SAMPLING = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+NO_FORCE = ("claude-opus-5-5", "claude-sonnet-5-5")
+
+
+class Anthropic(Vendor):
+    """The Messages API. Signatures are bound to the model and to all that stands before them."""
+
+    base = "/v1"
+    prefix = "toolu_"
+
+    def error(self, message: str, status: int, kind: str = "", **_: Any) -> Any:
+        kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+        return {"type": "error", "error": {"type": kind or kinds[status], "message": message},
+                "request_id": "req_1"}
+
+    def unknown(self, where: str) -> NoReturn:
+        self.fail(f"{where}: Extra inputs are not permitted")
+
+    def shape(self) -> dict[str, Any]:
+        text = {"text!": written, "citations": type(None)}
+        base64_source = {"media_type!": frozenset({"image/png", "image/jpeg", "image/gif",
+                                                   "image/webp"}), "data!": encoded}
+        web = {"url!": re.compile(r"https?://\S+")}
+        image = {"source!": tagged("type", {"base64": base64_source, "url": web})}
+        pdf = {"source!": tagged("type", {
+            "base64": {"media_type!": frozenset({"application/pdf"}), "data!": encoded},
+            "url": web})}
+        shown = [tagged("type", {"text": text, "image": image})]
+        result = {"tool_use_id!": PLAIN_ID, "content": either(str, shown), "is_error": bool}
+        name = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+        user = [tagged("type", {"text": text, "image": image, "document": pdf,
+                                "tool_result": result})]
+        assistant = [tagged("type", {
+            "text": text, "tool_use": {"id!": PLAIN_ID, "name!": name, "input!": dict},
+            "thinking": {"thinking!": str, "signature!": str}, "redacted_thinking": {"data!": str},
+        })]
+        parallel = {"disable_parallel_tool_use": bool}
+        return {
+            "model!": str, "max_tokens!": between(1, 128000, int),
+            "system": either(written, [tagged("type", {"text": text})]),
+            "messages!": [tagged("role", {"user": {"content!": either(written, user)},
+                                          "assistant": {"content!": either(written, assistant)}})],
+            "tools": [{"name!": name, "description": str, "input_schema!": schema, "strict": bool}],
+            "tool_choice": tagged(
+                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel},
+                         "none": {}}
+            ), "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
+            "stop_sequences": [written], "stream": bool, "metadata": {"user_id": str},
+            "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
+                                        "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
+            "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
+                              "format": tagged("type", {"json_schema": {"schema!": dict}})},
+        }
+
+    def check(self, request: Request) -> None:
+        body, version = request.body, request.headers.get("anthropic-version")
+        self.forbid(request.path != "/v1/messages", "Not found", 404)
+        if KEY not in (request.headers.get("x-api-key"),
+                       request.headers.get("authorization", "")[7:]):
+            self.fail("invalid x-api-key", 401)
+        if version not in ("2023-06-01", "2026-10-21"):
+            self.fail("anthropic-version: header is required" if version is None
+                      else "anthropic-version: unknown version")
+        model = body.get("model") if isinstance(body, dict) else None
+        for name in ("temperature", "top_p", "top_k"):
+            if isinstance(body, dict) and name in body and (model in NO_SAMPLING
+                or version == "2026-10-21"):
+                self.unknown(name)
+        self.match(body, self.shape())
+        self.forbid(model not in self.models, f"model: {model}", 404)
+        if body.get("thinking", {}).get("type") == "disabled" and model in NO_FORCE:
+            self.fail('"thinking.type.disabled" is not supported for this model')
+        self.check_tools(body, model)
+        self.check_messages(body)
+
+    def check_tools(self, body: Any, model: Any) -> None:
+        names = [tool["name"] for tool in body.get("tools", ())]
+        self.unique(names, "tools")
+        used = any(block["type"] in ("tool_use", "tool_result") for message in body["messages"]
+                   if isinstance(message["content"], list) for block in message["content"])
+        if used and not names:
+            self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools")
+        choice = body.get("tool_choice")
+        if choice is None:
+            return
+        if not names:
+            self.fail("tool_choice: tool_choice may only be specified while providing tools.")
+        if choice["type"] == "tool" and choice["name"] not in names:
+            self.fail(f"tool_choice: Tool '{choice['name']}' not found in provided tools.")
+        if choice["type"] in ("any", "tool"):
+            if model in NO_FORCE:
+                self.fail(f"tool_choice.type: \"{choice['type']}\" is not supported for this model")
+            if body.get("thinking", {}).get("type") in ("enabled", "adaptive"):
+                self.fail("Thinking may not be enabled when tool_choice forces tool use.")
+
+    def check_messages(self, body: Any) -> None:
+        messages = body["messages"]
+        self.forbid(not messages, "messages: at least one message is required")
+        open_ids: list[str] = []
+        seen: list[str] = []
+        for at, message in enumerate(messages):
+            where, content = f"messages.{at}", message["content"]
+            if message["role"] != ("user", "assistant")[at % 2]:
+                self.fail('messages: roles must alternate between "user" and "assistant", and '
+                          'begin with "user"')
+            blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            self.forbid(not blocks, f"{where}: content must not be empty")
+            self.check_results(blocks, open_ids, where)
+            open_ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            seen += open_ids
+            if message["role"] == "assistant":
+                self.check_thinking(blocks, body, at)
+        self.unique(seen, "messages.tool_use.id")
+        if messages[-1]["role"] == "assistant":
+            self.fail("This model does not support assistant message prefill.")
+
+    def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
+        results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+        for one in results:
+            if one not in open_ids:
+                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result`")
+        lost = [one for one in open_ids if one not in results]
+        self.forbid(lost, f"{where}: `tool_use` ids were found without `tool_result` blocks")
+        self.unique(results, f"{where}.tool_result")
+        if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
+            self.fail(f"{where}: `tool_result` blocks must come before any other content")
+
+    def signature(self, body: Any, at: int, thought: str) -> str:
+        return digest("anthropic", self.port, body["model"], thought, body.get("system"),
+                      body.get("tools"), body["messages"][:at])
+
+    def check_thinking(self, blocks: list[Any], body: Any, at: int) -> None:
+        for block in blocks:
+            if block["type"] == "thinking" and block["signature"] != self.signature(body, at,
+                block["thinking"]):
+                self.fail(f"messages.{at}.content.0: Invalid `signature` in `thinking` block.")
+            if block["type"] == "redacted_thinking":
+                self.fail(f"messages.{at}.content.0: Invalid `data` in `redacted_thinking` block")
+            own = self.issued.get(block.get("id", ""))
+            if own and own[0] == body["model"] and own[1] != blocks:
+                self.fail(f"messages.{at}.content.0: thinking blocks cannot be modified")
+
+
+class AnthropicAnswers(Own, dialects.Anthropic):
+    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
+        """Thinking is signed, and has to come back with the calls behind it."""
+        blocks, ids, body = super().blocks(answer), self.ids(answer), self.request.body
+        uses = [block for block in blocks if block["type"] == "tool_use"]
+        for use, one in zip(uses, ids, strict=True):
+            use["id"] = one
+        if answer.reasoning:
+            at = len(body["messages"])
+            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
+            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
+            self.vendor.issued.update((one, (self.model, kept)) for one in ids)
+        return blocks
+
+
+# ==== Gemini generateContent
+
+SKIP_SIGNATURE = "skip_thought_signature_validator"
+
+
+class Gemini(Vendor):
+    """generateContent. Signatures are bound to the model and to their part."""
+
+    base = "/v1beta"
+    prefix = "g"
+
+    def error(self, message: str, status: int, details: Any = None, **_: Any) -> Any:
+        states = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND"}
+        more = {} if details is None else {"details": details}
+        return {"error": {"code": status, "message": message, "status": states[status], **more}}
+
+    def unknown(self, where: str) -> NoReturn:
+        parent, _, name = where.rpartition(".")
+        self.fail(f"Invalid JSON payload received. Unknown name \"{name}\" at '{parent}': "
+                  "Cannot find field.")
+
+    def streams(self, request: Request) -> bool:
+        return ":streamGenerateContent" in request.path
+
+    def shape(self) -> dict[str, Any]:
+        name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
+        media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)")
+        blob = {"mimeType!": media, "data!": encoded}
+        part = {
+            "text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
+            "functionCall": {"id": str, "name!": name, "args": dict},
+            "functionResponse": {"id": str, "name!": name, "response!": dict},
+        }
+        modes = frozenset({"AUTO", "ANY", "NONE"})
+        return {
+            "contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
+            "systemInstruction": {"parts!": [{"text!": written}], "role": str},
+            "tools": [{"functionDeclarations!": [{
+                "name!": name, "description": written, "parameters": dict,
+                "parametersJsonSchema": dict}]}],
+            "toolConfig": {"functionCallingConfig": {"mode!": modes,
+                                                     "allowedFunctionNames": [name]}},
+            "generationConfig": {
+                "temperature": between(0, 2), "topP": between(0, 1), "topK": int,
+                "candidateCount": int,
+                "maxOutputTokens": between(1, 10**6, int), "stopSequences": [str], "seed": int,
+                "presencePenalty": between(-2, 2), "frequencyPenalty": between(-2, 2),
+                "responseMimeType": frozenset({"text/plain", "application/json"}),
+                "responseJsonSchema": dict,
+                "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
+                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH",
+                                       "XHIGH"})},
+            }, "safetySettings": list, "cachedContent": str,
+        }
+
+    def check(self, request: Request) -> None:
+        if request.headers.get("x-goog-api-key") != KEY:
+            reason = {"@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                      "reason": "API_KEY_INVALID"}
+            self.fail("API key not valid. Please pass a valid API key.", details=[reason])
+        methods = "(generateContent|streamGenerateContent)"
+        found = re.fullmatch(rf"/v1beta/models/([^/:]+):{methods}(\?alt=sse)?", request.path)
+        if not found or found[1] not in self.models:
+            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, "
+                      "or is not supported for "
+                      "generateContent.", 404)
+        body = request.body
+        self.match(body, self.shape())
+        self.check_contents(body["contents"], found[1])
+        self.check_tools(body)
+        config = body.get("generationConfig", {})
+        if "responseJsonSchema" in config and config.get("responseMimeType") != "application/json":
+            self.fail("responseJsonSchema is only supported with responseMimeType application/json")
+        if len(config.get("stopSequences", ())) > 5:
+            self.fail("The number of stop sequences must be at most 5")
+        if {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys():
+            self.fail("You can only set one of thinking_budget and thinking_level.")
+
+    def check_tools(self, body: Any) -> None:
+        declared = [function for tool in body.get("tools", ())
+                    for function in tool["functionDeclarations"]]
+        self.unique([function["name"] for function in declared], "tools")
+        for function in declared:
+            if "parameters" in function and "parametersJsonSchema" in function:
+                self.fail("parameters and parametersJsonSchema are mutually exclusive")
+            for name in ("parameters", "parametersJsonSchema"):
+                given = function.get(name)
+                if given is not None and not given.get("properties") and not given.keys() & {"$ref",
+                    "anyOf", "additionalProperties"}:
+                    self.fail(f"* function_declarations.{name}.properties: should be non-empty")
+        config = body.get("toolConfig", {}).get("functionCallingConfig")
+        if config is None:
+            return
+        self.forbid(not declared, "Function calling config is set without function_declarations.")
+        allowed = config.get("allowedFunctionNames")
+        if allowed is not None and config["mode"] != "ANY":
+            self.fail("allowed_function_names should only be set when the mode is ANY")
+        if not set(allowed or ()) <= {function["name"] for function in declared}:
+            self.fail("allowed_function_names holds a name that is not declared")
+
+    def check_contents(self, contents: list[Any], model: str) -> None:
+        self.forbid(not contents, "* GenerateContentRequest.contents: contents is not specified")
+        open_calls: list[Any] = []
+        for at, content in enumerate(contents):
+            where, parts = f"contents[{at}]", content["parts"]
+            if content["role"] != ("user", "model")[at % 2]:
+                self.fail("Please ensure that multiturn requests alternate.")
+            self.forbid(not parts, f"* GenerateContentRequest.{where}.parts: must not be empty")
+            for part in parts:
+                if len(part.keys() & {"text", "inlineData", "functionCall",
+                                      "functionResponse"}) != 1:
+                    self.fail(f"* {where}.parts: required oneof field 'data' must be one")
+                if ("functionCall" in part) != ("functionCall" in part
+                                                and content["role"] == "model") or (
+                        "functionResponse" in part and content["role"] != "user"):
+                    self.fail(f"{where}: function call in a user turn, or a response of the model")
+            self.check_responses([part["functionResponse"] for part in parts
+                                  if "functionResponse" in part], open_calls)
+            open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
+            if content["role"] == "model":
+                self.check_signatures(parts, model)
+        if contents[-1]["role"] != "user":
+            self.fail("Please ensure that the last turn is a user turn.")
+
+    def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
+        if len(responses) != len(calls):
+            self.fail("Please ensure that the number of responses is equal to that of calls.")
+        for call, response in zip(calls, responses, strict=True):
+            if (call["name"], call.get("id")) != (response["name"], response.get("id")):
+                self.fail("Please ensure that function response parts belong to their calls.")
+
+    def check_signatures(self, parts: list[Any], model: str) -> None:
+        first = next((part for part in parts if "functionCall" in part), None)
+        if first is not None and "thoughtSignature" not in first:
+            self.fail("Function call is missing a thought_signature in functionCall parts.")
+        for part in parts:
+            own = part.get("functionCall", {}).get("id")
+            if own is not None and self.issued.get(own) != (model, part):
+                self.fail("Function call id is not one of this model's, or its part was changed.")
+            signature = part.get("thoughtSignature", SKIP_SIGNATURE)
+            bare = {name: value for name, value in part.items() if name != "thoughtSignature"}
+            if signature not in (SKIP_SIGNATURE, digest("gemini", self.port, model, bare)):
+                self.fail("Thought signature is not valid.")
+
+
+class GeminiAnswers(Own, dialects.Gemini):
+    def called(self, answer: Answer) -> list[dict[str, Any]]:
+        parts = super().called(answer)
+        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
+            part["functionCall"]["id"] = one
+            if at == 0:
+                del part["thoughtSignature"]
+                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
+            self.vendor.issued[one] = (self.model, part)
+        return parts
+
+
+# ==== Ollama
+
+
+class Ollama(Vendor):
+    """The native /api/chat. What the real server ignores in silence is refused here."""
+
+    prefix = "call_o"
+
+    def error(self, message: str, status: int, **_: Any) -> Any:
+        return {"error": message}
+
+    def streams(self, request: Request) -> bool:
+        return bool(request.body.get("stream", True))
+
+    def shape(self) -> dict[str, Any]:
+        call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
+        numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty",
+                                 "frequency_penalty", "repeat_penalty"), NUMBER)
+        return {
+            "model!": re.compile(r".+"), "messages": [tagged("role", {
+                "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
+                "assistant": {"content!": str, "thinking": str, "images": [encoded],
+                              "tool_calls": [call]},
+                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str,
+                         "images": [encoded]},
+            })], "stream": bool, "truncate": bool, "shift": bool,
+            "format": either(frozenset({"json"}), schema), "keep_alive": either(str, NUMBER),
+            "think": frozenset({True, False, "low", "medium", "high", "max"}),
+            "tools": [{"type!": frozenset({"function"}), "function!": {
+                "name!": str, "description": str, "parameters": schema, "strict": bool}}],
+            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int,
+                        "stop": [str]},
+        }
+
+    def check(self, request: Request) -> None:
+        body = request.body
+        self.forbid(request.path != "/api/chat", "404 page not found", 404)
+        self.match(body, self.shape())
+        if body["model"] not in self.models:
+            self.fail(f"model '{body['model']}' not found", 404)
+        if body["model"] == "plain" and "think" in body:
+            self.fail('"plain" does not support thinking')
+        if body["model"] == "plain" and "tools" in body:
+            self.fail("registry.ollama.ai/library/plain does not support tools")
+        open_calls: list[tuple[str, str | None]] = []
+        seen: list[str] = []
+        for message in body.get("messages", ()):
+            if message["role"] == "tool":
+                key = (message["tool_name"], message.get("tool_call_id"))
+                self.forbid(key not in open_calls, "tool result without its tool call")
+                open_calls.remove(key)
+                continue
+            self.forbid(open_calls, "tool call without its result")
+            open_calls = [(call["function"]["name"], call.get("id"))
+                          for call in message.get("tool_calls", ())]
+            seen += [call_id for _, call_id in open_calls if call_id is not None]
+        self.forbid(open_calls, "tool call without its result")
+        self.unique(seen, "messages.tool_calls.id")
+
+
+class OllamaAnswers(Own, dialects.Ollama):
+    def called(self, answer: Answer) -> dict[str, Any]:
+        found = super().called(answer)
+        for call, one in zip(found.get("tool_calls", ()), self.ids(answer), strict=True):
+            call["id"] = one
+        return found
+
+
+Chat.answers_of = ChatAnswers
+Anthropic.answers_of = AnthropicAnswers
+Gemini.answers_of = GeminiAnswers
+Ollama.answers_of = OllamaAnswers

@@ -1,0 +1,332 @@
+"""The Messages API of Anthropic."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.server import Server, outcome, read, reply, sent, stream, talking
+from support.vendors import KEY, Anthropic, Reply
+
+from copilot_router import (
+    AnthropicProvider,
+    ConfigError,
+    ContentFiltered,
+    EmptyResponse,
+    FailoverChain,
+    InvalidResponse,
+    ProviderTier,
+    ScriptedProvider,
+    UnsupportedRequest,
+    Usage,
+)
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": CITY}}]
+USER = {"role": "user", "content": "q"}
+CLAUDES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5")
+
+
+def started(reason: Any = None, **usage: Any) -> dict[str, Any]:
+    return {"type": "message_start",
+            "message": {"model": "m", "content": [], "stop_reason": reason, "usage": usage}}
+
+
+def block(at: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": at, "content_block": fields}
+
+
+def grows(at: int, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": at, "delta": {"type": kind, **fields}}
+
+
+def stops(reason: str | None, **usage: Any) -> dict[str, Any]:
+    return {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage}
+
+
+END = {"type": "message_stop"}
+TEXT = [block(0, type="text", text=""), grows(0, "text_delta", text="x")]
+
+
+def whole(reason: str | None, *content: Any, **usage: Any) -> bytes:
+    return reply({"type": "message", "role": "assistant", "content": list(content),
+                  "stop_reason": reason, "usage": usage})
+
+
+def met(*script: Any, models: tuple[str, ...] = CLAUDES) -> tuple[Any, Any]:
+    """A vendor that enforces its rules, and a provider for it."""
+    vendor = Anthropic(*script, models=("m-1", *models))
+    return vendor, AnthropicProvider(KEY, vendor.url)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"),
+     ("refusal", "content_filter"), ("model_context_window_exceeded", "length"),
+     ("something_new", "something_new")])
+def test_stop_reasons(theirs: str, ours: str) -> None:
+    """A word that nobody knows stays as it came."""
+    for wire in (stream(started(), *TEXT, stops(theirs), END),
+                 whole(theirs, {"type": "text", "text": "x"})):
+        assert read("anthropic", wire).finish_reason == ours
+
+
+@pytest.mark.parametrize("theirs", ["error", "abort", "cancelled", "timeout", "network_error"])
+def test_stop_reasons_that_say_failed_are_failures(theirs: str) -> None:
+    for wire in (stream(started(), *TEXT, stops(theirs), END),
+                 whole(theirs, {"type": "text", "text": "x"})):
+        assert isinstance(read("anthropic", wire), InvalidResponse)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[started(), *TEXT], [started(), *TEXT, END], [started(), *TEXT, stops(None), END],
+     [started(), *TEXT, stops("")], [*TEXT, {"type": "content_block_stop", "index": 0}]],
+    ids=["no end", "only message_stop", "null", "a placeholder", "no start and no end"])
+def test_a_stream_without_a_stop_reason_is_cut(events: Any) -> None:
+    assert isinstance(read("anthropic", stream(*events)), InvalidResponse)
+
+
+def test_content_is_a_list_of_blocks_and_unknown_ones_are_passed_over() -> None:
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {"city": "Oslo"}}
+    content = [{"type": "thinking", "thinking": "hm", "signature": "s"},
+               {"type": "server_tool_use", "id": "x"}, {"type": "text", "text": "one "},
+               {"type": "text", "text": "two"}, use]
+    events = [
+        started(), block(0, type="thinking", thinking="", signature=""),
+        grows(0, "thinking_delta", thinking="hm"), grows(0, "signature_delta", signature="s"),
+        block(1, type="server_tool_use", id="x"), grows(1, "input_json_delta", partial_json="{}"),
+        block(2, type="text", text=""), grows(2, "text_delta", text="one "),
+        grows(2, "citations_delta", citation={}), grows(2, "text_delta", text="two"),
+        block(4, **use), {"type": "news"}, stops("tool_use"), END]
+    for wire in (whole("tool_use", *content), stream(*events)):
+        response = read("anthropic", wire, tools=TOOLS)
+        assert (response.text, response.reasoning) == ("one two", "hm")
+        assert response.finish_reason == "tool_calls"
+        assert [call.arguments for call in response.tool_calls] == [{"city": "Oslo"}]
+
+
+def test_an_answer_without_blocks_is_empty_or_refused() -> None:
+    assert type(read("anthropic", whole("end_turn"))) is EmptyResponse
+    assert type(read("anthropic", whole("refusal"))) is ContentFiltered
+
+
+def test_a_second_message_start_begins_again_or_breaks_the_answer() -> None:
+    """As long as there is no text it costs nothing; behind text the answer would be two in one."""
+    again = stream(started(input_tokens=3), started(input_tokens=3), *TEXT, stops("end_turn"), END)
+    assert read("anthropic", again).text == "x"
+    broken = stream(started(), *TEXT, started(), *TEXT, stops("end_turn"), END)
+    with talking("anthropic", broken) as (provider, _), pytest.raises(InvalidResponse):
+        list(provider.stream("q", model="m", timeout=10))
+
+
+def test_usage_counts_the_cache_apart_and_later_counts_replace() -> None:
+    counts = {"input_tokens": 10, "cache_creation_input_tokens": 100,
+              "cache_read_input_tokens": 1000, "output_tokens": 7}
+    nulls = {**counts, "cache_creation_input_tokens": None, "cache_read_input_tokens": None}
+    text = {"type": "text", "text": "x"}
+    assert read("anthropic", whole("end_turn", text, **counts)).usage == Usage(1110, 7, 1000, 100)
+    assert read("anthropic", whole("end_turn", text, **nulls)).usage == Usage(10, 7)
+    begun = started(input_tokens=10, output_tokens=1)
+    for last, written in (({"output_tokens": 9}, 9), ({"input_tokens": 10, "output_tokens": 9}, 9),
+                          ({"input_tokens": None, "output_tokens": 9}, 9),
+                          ({"input_tokens": None, "output_tokens": None}, 5)):
+        wire = stream(begun, *TEXT, stops(None, output_tokens=5), stops("end_turn", **last), END)
+        assert read("anthropic", wire).usage == Usage(10, written)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"content": "x", "stop_reason": "end_turn"}, {"content": ["x"], "stop_reason": "end_turn"},
+     [block(0)], [started()], [grows(0, "text_delta", text="x"), stops("end_turn"), END],
+     [{"type": "content_block_start", "index": 0}, stops("end_turn")],
+     [block(0, type="text"), {"type": "content_block_delta", "index": 0, "delta": 5}],
+     [*TEXT, {"type": "message_delta", "delta": {"stop_reason": 5}}],
+     [started(), grows(0, "input_json_delta", partial_json="{}"), stops("tool_use"), END]])
+def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
+    """Also a delta whose block did not begin."""
+    wire = stream(*body) if isinstance(body, list) else reply(body)
+    assert isinstance(read("anthropic", wire), InvalidResponse)
+
+
+def test_sampling_parameters_that_a_model_refuses_are_dropped() -> None:
+    """And remembered, while a model that takes them keeps them."""
+    vendor, provider = met()
+    with vendor:
+        for model in ("claude-opus-5-5", "claude-opus-5-5", "claude-haiku-4-5"):
+            assert provider.chat("q", model=model, temperature=0.2).text == "ok"
+        assert ["temperature" in body for body in vendor.bodies] == [True, False, False, True]
+        assert vendor.requests[0].headers["anthropic-version"] == "2023-06-01"
+        provider.close()
+
+
+def test_a_forced_tool_choice_is_never_weakened() -> None:
+    vendor, provider = met(Reply(calls=[("f", {})]))
+    with vendor:
+        with pytest.raises(UnsupportedRequest):
+            provider.chat("q", TOOLS, "claude-sonnet-5-5", tool_choice="required")
+        assert provider.chat("q", TOOLS, "claude-haiku-5-5", tool_choice="required").tool_calls
+        assert vendor.bodies[1]["tool_choice"] == {"type": "any"}
+        chain = FailoverChain([ProviderTier("a", provider, ["claude-sonnet-5-5"]),
+                               ProviderTier("b", ScriptedProvider(["b"]))])
+        assert chain.chat("q", TOOLS, tool_choice="required").provider == "b"
+        provider.close()
+
+
+def test_tool_results_stand_together_and_first() -> None:
+    """A lost one is made up as an error, one without its call becomes text."""
+    calls = [{"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+             for one in "abc"]
+    results = [{"role": "tool", "tool_call_id": one, "content": text}
+               for one, text in (("b", "two"), ("a", " "), ("z", "lost"))]
+    vendor, provider = met()
+    with vendor:
+        provider.chat([USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results,
+                       {"role": "user", "content": "and now?"}], TOOLS, "m-1")
+        assert not vendor.refusals
+        last = vendor.bodies[0]["messages"][2]["content"]
+        provider.close()
+    assert [(one["type"], one.get("tool_use_id"), one.get("is_error")) for one in last] == [
+        ("tool_result", "a", None), ("tool_result", "b", None), ("tool_result", "c", True),
+        ("text", None, None), ("text", None, None)]
+    assert "lost" in last[3]["text"]
+    assert last[4]["text"] == "and now?"
+
+
+def test_tool_ids_are_made_valid_alike_on_both_sides_and_stay_distinct() -> None:
+    ids = ["functions.Bash:0", "functions.Bash 0", "", "call_x__thought__c2ln+bmF0/dXJl", "fine-1"]
+    calls = [{"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+             for one in ids]
+    results = [{"role": "tool", "tool_call_id": one, "content": f"result {at}"}
+               for at, one in enumerate(ids)]
+    messages = sent("anthropic", [USER, {"role": "assistant", "tool_calls": calls}, *results],
+                    TOOLS)["messages"]
+    made = [one["id"] for one in messages[1]["content"]]
+    assert [one["tool_use_id"] for one in messages[2]["content"]] == made
+    assert len(set(made)) == len(ids)
+    assert made[-1] == "fine-1"
+    assert [one["content"][0]["text"] for one in messages[2]["content"]] == [
+        f"result {at}" for at in range(5)]
+
+
+@pytest.mark.parametrize("upstream", [True, False])
+def test_thinking_goes_back_to_its_model_byte_for_byte_without_blank_texts(upstream: bool) -> None:
+    vendor, provider = met(Reply("\n\n", [("f", {"city": "Oslo"})], "a thought"))
+    provider.stream_upstream = upstream
+    with vendor:
+        response = provider.chat([USER], TOOLS, "m-1")
+        history = [USER, json.loads(json.dumps(response.message)),
+                   {"role": "tool", "tool_call_id": response.tool_calls[0].id, "content": "cold"}]
+        assert provider.chat(history, TOOLS, "m-1").text == "ok"
+        thought, use = vendor.bodies[1]["messages"][1]["content"]
+        assert thought == {"type": "thinking", "thinking": "a thought",
+                           "signature": vendor.signature(vendor.bodies[0], 1, "a thought")}
+        assert use["input"] == {"city": "Oslo"}
+        assert provider.chat(history, TOOLS, "claude-opus-5-5").text == "ok"
+        assert "a thought" not in json.dumps(vendor.bodies[2])
+        provider.close()
+
+
+def test_redacted_thinking_goes_back_too() -> None:
+    blocks = [{"type": "redacted_thinking", "data": "x"},
+              {"type": "tool_use", "id": "t", "name": "f", "input": {"city": "Oslo"}}]
+    with talking("anthropic", whole("tool_use", *blocks), whole("end_turn")) as (provider, server):
+        message = provider.chat([USER], TOOLS, "m", timeout=5).message
+        outcome(provider, [USER, message, {"role": "tool", "tool_call_id": "t", "content": "c"}],
+                TOOLS)
+    assert server.bodies[1]["messages"][1]["content"] == blocks
+
+
+def test_each_option_has_its_field() -> None:
+    body = sent("anthropic", temperature=1.5, top_p=0.5, user="u", stop=["a", " "], max_tokens=7,
+                response_format={"type": "json_object"})
+    assert body.pop("system")
+    assert body == {
+        "model": "m", "max_tokens": 7, "stream": True, "temperature": 1, "top_p": 0.5,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}],
+        "stop_sequences": ["a"], "metadata": {"user_id": "u"}}
+    assert "system" not in sent("anthropic", response_format={"type": "text"})
+    assert sent("anthropic")["max_tokens"] > 1000
+    assert sent("anthropic", reasoning_effort="none")["thinking"] == {"type": "disabled"}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+    wanted = sent("anthropic", response_format=schema)["output_config"]["format"]
+    assert wanted == {"type": "json_schema", "schema": CITY}
+
+
+@pytest.mark.parametrize(
+    ("choice", "theirs"),
+    [("auto", None), ("none", {"type": "none"}), ("required", {"type": "any"}),
+     ({"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"})])
+def test_tool_choice_and_parallel_calls(choice: Any, theirs: Any) -> None:
+    assert sent("anthropic", tools=TOOLS, tool_choice=choice).get("tool_choice") == theirs
+    off = sent("anthropic", tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    more = {} if choice == "none" else {"disable_parallel_tool_use": True}
+    assert off["tool_choice"] == {"type": "auto", **(theirs or {}), **more}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": {"a": {"type": "string"}}}, {"properties": {}, "required": []}, {}, None,
+     {"$schema": "x"}, {"anyOf": [CITY], "type": "object"}])
+def test_schemas_get_the_type_that_anthropic_wants(schema: Any) -> None:
+    function = {"name": "f", "description": "d", "strict": True, "parameters": schema}
+    (tool,) = sent("anthropic", tools=[{"type": "function", "function": function}])["tools"]
+    assert tool["input_schema"] == {"properties": {}, **(schema or {}), "type": "object"} or (
+        tool["input_schema"] == {**(schema or {}), "type": "object"})
+    assert (tool["name"], tool["description"], tool["strict"]) == ("f", "d", True)
+
+
+def test_cache_control_of_tools_and_messages_stays_on_its_block() -> None:
+    mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    history = [{"role": "system", "content": [{"type": "text", "text": "s", **mark}]},
+               {"role": "user", "content": [{"type": "text", "text": "a", **mark},
+                                            {"type": "text", "text": "b"}]}]
+    body = sent("anthropic", history, [{**TOOLS[0], **mark}])
+    assert body["system"] == [{"type": "text", "text": "s", **mark}]
+    assert body["messages"][0]["content"] == history[1]["content"]
+    assert body["tools"][0]["cache_control"] == mark["cache_control"]
+
+
+def test_images_become_blocks_with_a_known_media_type() -> None:
+    for url, source in (
+        ("http://h/x.png", {"type": "url", "url": "http://h/x.png"}),
+        ("DATA:IMAGE/JPG;base64,QQ==",
+         {"type": "base64", "media_type": "image/jpeg", "data": "QQ=="}),
+        ("data:image/webp;charset=utf-8;base64,Q Q\n==",
+         {"type": "base64", "media_type": "image/webp", "data": "QQ=="}),
+        ("data:image/gif;base64,-_8=",
+         {"type": "base64", "media_type": "image/gif", "data": "+/8="}),
+    ):
+        for part in ({"type": "image_url", "image_url": {"url": url}},
+                     {"type": "image_url", "image_url": url}):
+            content = sent("anthropic", [{"role": "user", "content": [part]}])["messages"][0]
+            assert content["content"] == [{"type": "image", "source": source}]
+
+
+@pytest.mark.parametrize(
+    ("given", "full"),
+    [("https://api.anthropic.com", "https://api.anthropic.com/v1"),
+     ("https://api.anthropic.com/v1/messages", "https://api.anthropic.com/v1"),
+     ("https://h/anthropic/v1/", "https://h/anthropic/v1"),
+     ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic/v1"),
+     ("http://localhost:4000", "http://localhost:4000/v1")])
+def test_the_base_url_is_given_with_or_without_its_path(given: str, full: str) -> None:
+    assert AnthropicProvider("key", given).base_url == full
+
+
+def test_key_version_and_address_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(whole("end_turn", {"type": "text", "text": "x"})) as server:
+        monkeypatch.setenv("ANTHROPIC_API_KEY", " key\n")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+        provider = AnthropicProvider(headers={"anthropic-version": "2026-10-21"})
+        assert provider.chat("q", model="m", timeout=5).text == "x"
+        provider.close()
+        headers = server.requests[0].headers
+    assert (headers["x-api-key"], headers["anthropic-version"]) == ("key", "2026-10-21")
+    monkeypatch.delenv("ANTHROPIC_BASE_URL")
+    with pytest.warns(UserWarning, match="ANTHROPIC_API_KEY"):
+        AnthropicProvider("")
+    for url in (5, "ftp://h", "http://"):
+        with pytest.raises(ConfigError, match="base_url"):
+            AnthropicProvider("key", url)  # type: ignore[arg-type]

@@ -1,0 +1,608 @@
+"""Chat Completions with its compatible servers, the Responses API, and LM Studio."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from support.server import (
+    STOP,
+    Server,
+    delta,
+    message,
+    piece,
+    read,
+    reply,
+    sent,
+    stream,
+    talking,
+)
+from support.vendors import KEY, Chat, Raw, Reply, Responses, detour
+
+from copilot_router import (
+    BadRequest,
+    ConfigError,
+    ContentFiltered,
+    EmptyResponse,
+    FailoverChain,
+    InvalidResponse,
+    LMStudioProvider,
+    ModelNotFound,
+    OpenAIProvider,
+    ProviderTier,
+    ProviderUnavailable,
+    ServerError,
+    UnsupportedRequest,
+    Usage,
+)
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": CITY}}]
+USER = {"role": "user", "content": "q"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "cold"}
+
+
+@contextmanager
+def openai(*script: Any, models: tuple[str, ...] = ("m",), **settings: Any) -> Iterator[Any]:
+    """OpenAI's own address, which leads to a fake that enforces its rules."""
+    with Responses(*script, models=models) as vendor, detour(vendor) as session:
+        yield OpenAIProvider(KEY, session=session, **settings), vendor
+
+
+def both(finish: str, **fields: Any) -> list[bytes]:
+    """The same answer as a stream and as whole JSON."""
+    return [stream(delta(**fields), delta(finish), done=True), reply(message(finish, **fields))]
+
+
+# -- when an answer of Chat Completions is complete
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("stop", "stop"), ("tool_calls", "stop"), ("content_filter", "content_filter"),
+     *((one, "length") for one in ("length", "max_tokens", "MAX_TOKENS", "model_length",
+                                   "model_context_window_exceeded", "max_output_tokens")),
+     ("eos_of_2031", "eos_of_2031"), ("Whatever", "Whatever")])
+def test_finish_reasons(theirs: str, ours: str) -> None:
+    """A word that nobody knows stays as it came."""
+    for wire in both(theirs, content="x"):
+        assert read("chat", wire).finish_reason == ours
+
+
+@pytest.mark.parametrize("theirs", ["stop", "function_call", "tool_calls", "length"])
+def test_finish_reasons_of_tool_calls(theirs: str) -> None:
+    expected = "length" if theirs == "length" else "tool_calls"
+    for wire in (stream(piece("{}", "f", index=0, id="a"), delta(theirs)),
+                 reply(message(theirs, content=None, tool_calls=[CALL]))):
+        assert read("chat", wire).finish_reason == expected
+
+
+FAILED = ["abort", "error", "network_error", "insufficient_system_resource", "cancelled",
+          "canceled", "timeout", "connection_error"]
+
+
+@pytest.mark.parametrize("theirs", FAILED)
+def test_finish_reasons_that_say_cut_or_failed_are_failures(theirs: str) -> None:
+    """Also beside a stop, as the native reason of the vendor behind a gateway."""
+    native = {"index": 0, "finish_reason": "stop", "native_finish_reason": theirs}
+    wires = [*both(theirs, content="x"),
+             stream(delta(content="x"), {"choices": [{**native, "delta": {}}]}, done=True),
+             reply({"choices": [{**native, "message": {"content": "x"}}]})]
+    for wire in wires:
+        assert isinstance(read("chat", wire), (InvalidResponse, ServerError))
+
+
+def test_a_native_finish_reason_beside_stop_may_be_any_other_word() -> None:
+    choice = {"index": 0, "finish_reason": "stop", "native_finish_reason": "end_turn"}
+    wire = stream(delta(content="x"), {"choices": [{**choice, "delta": {}}]}, done=True)
+    assert read("chat", wire).finish_reason == "stop"
+
+
+BARE = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    ("events", "done", "complete"),
+    [
+        ([BARE, BARE], True, True), ([delta("", content="x"), delta("", content="x")], True, True),
+        ([BARE, delta("", content="x")], True, True), ([BARE, BARE], False, False),
+        ([delta("", content="x"), delta("", content="x")], False, False),
+        ([delta(content="x"), delta(content="x")], True, False),
+        ([delta("null", content="x"), delta("null", content="x")], False, False),
+        ([delta(content="x"), BARE], True, False), ([delta("", content="x"), delta(content="x")],
+                                                    True, False),
+        ([delta("", content="x"), delta("", content="x"), STOP], False, True),
+        ([delta("null", content="x"), delta("null", content="x"), STOP], True, True),
+        ([delta("stop", content="xx")], False, True),
+        ([delta(content="x"), delta(content="x"), delta("")], True, False),
+    ])
+def test_an_end_marker_completes_only_what_knows_no_finish_reasons(
+    events: Any, done: bool, complete: bool
+) -> None:
+    """Where the field was there as null, the answer was cut on its way."""
+    found = read("chat", stream(*events, done=done))
+    if complete:
+        assert (found.text, found.finish_reason) == ("xx", "stop")
+    else:
+        assert isinstance(found, InvalidResponse)
+
+
+def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
+             "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": None}
+    nulls = dict.fromkeys(usage)
+    for later in ([], [{"choices": [], "usage": None}], [{"choices": [], "usage": nulls}],
+                  [{"choices": [], "usage": {}}], [{"usage": usage}]):
+        wire = stream({**delta(content="x"), "model": "m-1"}, STOP, {"choices": [], "usage": usage},
+                      *later, done=True)
+        response = read("chat", wire)
+        assert (response.usage, response.model) == (Usage(9, 5, 4), "m-1")
+    groq = {**STOP, "x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}}
+    assert read("chat", stream(delta(content="x"), groq)).usage == Usage(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 468, "completion_tokens": 77, "total_tokens": 1127,
+          "prompt_tokens_details": {"cached_tokens": 467},
+          "completion_tokens_details": {"reasoning_tokens": 582}}, Usage(468, 659, 467, 0, 582)),
+        ({"prompt_tokens": 35, "completion_tokens": 12, "total_tokens": 109}, Usage(35, 74)),
+        ({"prompt_tokens": 9, "completion_tokens": 70, "total_tokens": 79,
+          "completion_tokens_details": {"reasoning_tokens": 64}}, Usage(9, 70, 0, 0, 64)),
+        ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 3}, Usage(9, 7)),
+        ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": None}, Usage(9, 7)),
+        ({"prompt_tokens": 9, "cached_tokens": 4}, Usage(9, 0, 4)),
+        ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 5}, Usage(9, 0, 5)),
+        ({"prompt_tokens": "9", "completion_tokens": -1, "total_tokens": 10**400}, Usage()),
+        ({"prompt_tokens": 2**53, "completion_tokens": True}, Usage()),
+        ([], Usage()), ("x", Usage()), (5, Usage()),
+    ])
+def test_usage_of_compatible_servers(usage: Any, expected: Usage) -> None:
+    """What the total leaves unexplained belongs to the completion; nonsense counts as nothing."""
+    for wire in (stream({**delta("stop", content="x"), "usage": usage}),
+                 reply({**message(content="x"), "usage": usage})):
+        assert read("chat", wire).usage == expected
+
+
+# -- forms of its answers
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {"reasoning_text": "hm"},
+     {"reasoning_details": [{"type": "reasoning.text", "text": "hm"}, 5]},
+     {"reasoning_details": [{"summary": "hm"}]}, {"content": "<think>hm</think>"},
+     {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]}])
+def test_reasoning_is_read_under_all_its_names(fields: dict[str, Any]) -> None:
+    response = read("chat", stream(delta(**fields), delta(content="fine"), STOP))
+    assert (response.text, response.reasoning) == ("fine", "hm")
+    parts = fields.get("content", "")
+    text = {"type": "text", "text": "fine"}
+    parts = [*parts, text] if isinstance(parts, list) else parts + "fine"
+    response = read("chat", reply(message(**{**fields, "content": parts})))
+    assert (response.text, response.reasoning) == ("fine", "hm")
+
+
+def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
+    parts = [{"type": "text", "text": "a"}, 3, {"text": "b"}]
+    response = read("chat", reply(message(content=parts)))
+    assert (response.text, response.raw) == ("ab", message(content=parts))
+    old = {"choices": [{"text": "old", "finish_reason": "stop"}]}
+    assert read("chat", reply(old)).text == "old"
+    made = read("chat", reply(message(content={"city": "Oslo"})))
+    assert json.loads(made.text) == {"city": "Oslo"}
+
+
+def test_refusals_and_filtered_choices_without_a_message_are_filtered() -> None:
+    wires = [*both("stop", content=None, refusal="I cannot."), *both("content_filter", content=""),
+             reply({"choices": [{"index": 0, "finish_reason": "content_filter"}]}),
+             reply({"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]}),
+             stream({"choices": [{"index": 0, "finish_reason": "content_filter"}]}, done=True)]
+    for wire in wires:
+        assert type(read("chat", wire)) is ContentFiltered
+    for wire in both("stop", content="fine", refusal=""):
+        assert read("chat", wire).text == "fine"
+
+
+def test_several_choices_never_run_into_one_text() -> None:
+    """The one with index 0 is the answer, in whatever order they come."""
+    def choices(part: str, *texts: Any, finish: Any = None) -> dict[str, Any]:
+        return {"choices": [{"index": at, part: {"content": text}, "finish_reason": finish}
+                            for text, at in texts]}
+
+    events = [choices("delta", ("A1 ", 0), ("B1 ", 1)), choices("delta", ("B2", 1), ("A2", 0))]
+    assert read("chat", stream(*events, choices("delta", ("", 1), ("", 0), finish="stop"))).text \
+        == "A1 A2"
+    apart = [choices("delta", one) for one in (("B1 ", 1), ("A1 ", 0), ("A2", 0), ("B2", 1))]
+    assert read("chat", stream(*apart, STOP, done=True)).text == "A1 A2"
+    assert read("chat", reply(choices("message", ("B", 1), ("A", 0), finish="stop"))).text == "A"
+    other = choices("delta", ("", 1), finish="stop")
+    assert isinstance(read("chat", stream(*apart, other, done=True)), InvalidResponse)
+
+
+@pytest.mark.parametrize(
+    "name", [{"function_call": {"name": "", "arguments": ""}}, {"function_call": None},
+             {"tool_calls": None}, {"tool_calls": []}])
+def test_an_empty_call_is_no_call(name: dict[str, Any]) -> None:
+    """Some servers write every field of their struct."""
+    for wire in both("stop", content="four", refusal="", **name):
+        response = read("chat", wire)
+        assert (response.text, response.tool_calls) == ("four", [])
+
+
+def test_calls_of_whole_json_without_ids_are_told_apart() -> None:
+    calls = [{"id": "", "function": {"name": name, "arguments": json.dumps({"at": at}),
+                                     "custom": {"name": "", "input": ""}}}
+             for at, name in enumerate("fgg")]
+    response = read("chat", reply(message("tool_calls", content=None, tool_calls=calls)))
+    assert [(one.name, one.arguments) for one in response.tool_calls] == [
+        ("f", {"at": 0}), ("g", {"at": 1}), ("g", {"at": 2})]
+    assert len({one.id for one in response.tool_calls} - {""}) == 3
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [{"choices": "x"}, {"choices": [5]}, {"choices": [{"delta": 5}]}, delta(content=5),
+     delta(tool_calls=5), delta(tool_calls=[5]), delta(tool_calls=[{"function": 5}]),
+     piece(5, "f"), {"choices": [{"delta": {}, "finish_reason": 5}]}])
+def test_wrong_types_are_an_invalid_response(chunk: Any) -> None:
+    whole = json.loads(json.dumps(chunk).replace("delta", "message"))
+    for wire in (stream(delta(content="x"), chunk, STOP), reply(whole)):
+        assert isinstance(read("chat", wire), InvalidResponse)
+    for nothing in ({}, {"id": "x"}, {"choices": []}, [], 5, "x", None):
+        assert isinstance(read("chat", reply(nothing)), InvalidResponse)
+
+
+def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 3}}
+    for odd in (b"data: oops it broke\n\n", b'data: {"choices": 5}\n\n', b"data: []\n\n"):
+        wire = stream(delta(content="x"), STOP, odd, usage, done=True)
+        response = read("chat", wire)
+        assert (response.text, response.usage.prompt_tokens) == ("x", 3)
+
+
+def test_errors_inside_a_stream_stand_in_many_places() -> None:
+    begun = delta(content="x")
+    for event in ({"error": "x"}, {"error": {"message": "x"}}, {"error": ["x"]}, delta("error"),
+                  {"object": "error", "message": "x"}, {"choices": [{"error": {"code": 502}}]},
+                  b'event: error\ndata: {"message": "x"}\n\n',
+                  b'error: {"code": 500, "message": "it broke", "type": "server_error"}\n\n'):
+        found = read("chat", stream(begun, event, done=True))
+        assert isinstance(found, (InvalidResponse, ServerError)), event
+
+
+# -- requests of Chat Completions
+
+
+def test_a_body_in_full() -> None:
+    options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3}}
+    assert sent("chat", tools=TOOLS, **options) == {
+        "model": "m", "messages": [USER], "tools": TOOLS, "temperature": 0, "tool_choice": "auto",
+        "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
+    bare = sent("chat", settings={"stream_upstream": False}, tool_choice="auto", seed=1,
+                parallel_tool_calls=True)
+    assert not bare.pop("stream", False)
+    assert bare == {"model": "m", "messages": [USER], "seed": 1}
+    nested = sent("chat", extra_body={"stream_options": {"b": 1}, "temperature": 2}, temperature=1)
+    assert nested["stream_options"] == {"include_usage": True, "b": 1}
+    assert nested["temperature"] == 2
+
+
+def test_openai_gets_developers_parts_and_its_own_token_limit_and_others_do_not() -> None:
+    """Templates of local models know neither developers nor parts of text."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = [{"role": "developer", "content": "s"},
+             {"role": "user", "content": parts, "name": "ann"}]
+    with openai() as (provider, vendor):
+        provider.chat(asked, model="m", max_tokens=9)
+        assert vendor.bodies[0]["messages"] == asked
+        assert vendor.bodies[0]["max_completion_tokens"] == 9
+    for kind in ("chat", "lmstudio"):
+        body = sent(kind, asked, max_completion_tokens=9)
+        assert body["messages"] == [{"role": "system", "content": "s"},
+                                    {"role": "user", "content": "a\nb", "name": "ann"}]
+        assert (body["max_tokens"], "max_completion_tokens" in body) == (9, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"content": None, "refusal": None, "annotations": [], "tool_calls": [CALL]},
+         {"content": None, "tool_calls": [CALL]}),
+        ({"tool_calls": [{**CALL, "function": {"name": "f", "arguments": {"a": 1}}}]},
+         {"content": None, "tool_calls": [CALL]}),
+        ({"content": "x", "tool_calls": [CALL], "reasoning": "r", "copilot_router": {}},
+         {"content": "x", "tool_calls": [CALL]}),
+    ])
+def test_assistant_messages_are_sent_in_the_form_of_a_request(given: Any, expected: Any) -> None:
+    """Keys that only answers have are left out."""
+    messages = sent("chat", [USER, {"role": "assistant", **given}, RESULT], TOOLS)["messages"]
+    assert messages[1:] == [{"role": "assistant", **expected}, RESULT]
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+     "'max_completion_tokens' instead.", "Unsupported parameter: 'max_tokens'"])
+def test_a_token_limit_under_the_wrong_name_is_renamed_and_remembered(message: str) -> None:
+    refusal = reply({"error": {"message": message, "param": "max_tokens"}}, 400)
+    with talking("chat", refusal, *both("stop", content="x")) as (provider, server):
+        for _ in range(2):
+            assert provider.chat("q", model="m", max_tokens=9, timeout=5).text == "x"
+    assert [body.get("max_completion_tokens") for body in server.bodies] == [None, 9, 9]
+
+
+def test_stream_options_that_a_server_does_not_know_are_left_out() -> None:
+    refusal = reply({"error": {"message": "unknown field stream_options"}}, 400)
+    with talking("chat", refusal, *both("stop", content="x")) as (provider, server):
+        for _ in range(2):
+            assert provider.chat("q", model="m", timeout=5).text == "x"
+    assert ["stream_options" in body for body in server.bodies] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Tool call id was {id} but must be a-z, A-Z, 0-9, with a length of 9.",
+     'MistralException - {{"message": "Tool call id was {id} but must be a-z, A-Z, 0-9, with a '
+     'length of 9.", "type": "invalid_function_call"}}'])
+@pytest.mark.parametrize("ids", [["call_Ab3dEf6hIj9kLm2n", "call_Ab3dEf6hIj9kLm2o"],
+                                 ["toolu_0123abcd", "abcdefgh1"], ["call_0", "call_1"]])
+def test_tool_ids_of_nine_characters_are_made_where_a_server_asks_for_them(
+    ids: list[str], text: str
+) -> None:
+    """One corrected request, remembered; ids stay paired and distinct in the whole history."""
+    def serve(server: Server, connection: Any, request: bytes) -> bool:
+        found = [one for message in server.requests[-1].body["messages"]
+                 for one in (*(call["id"] for call in message.get("tool_calls") or ()),
+                             *([message["tool_call_id"]] if "tool_call_id" in message else ()))]
+        bad = [one for one in found if not (len(one) == 9 and one.isalnum())]
+        error = {"object": "error", "message": bad and text.format(id=bad[0]), "code": "3280"}
+        connection.sendall(reply(error, 400) if bad else both("stop", content="x")[0])
+        return True
+
+    calls = [{**CALL, "id": one} for one in ids]
+    history = [USER, {"role": "assistant", "content": None, "tool_calls": calls},
+               *({**RESULT, "tool_call_id": one} for one in ids)]
+    with talking("chat", serve) as (provider, server):
+        chain = FailoverChain([ProviderTier("a", provider, ["m"])])
+        for _ in range(2):
+            assert chain.chat(history, TOOLS, timeout=5).text == "x"
+        assert len(server.requests) == 3
+        assert "replace" in chain.health()[0].learned["m"].values()
+        _, asked, *results = server.bodies[2]["messages"]
+    made = [call["id"] for call in asked["tool_calls"]]
+    assert made == [one["tool_call_id"] for one in results]
+    assert len(set(made)) == 2
+
+
+CARRIED: list[dict[str, Any]] = [
+    {"tool_calls": [{"index": 0, **CALL, "extra_content": {"google": {"thought_signature": "S"}}}]},
+    *({**fields, "tool_calls": [{"index": 0, **CALL}]} for fields in (
+        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "S", "id": "c1"}]},
+        {"reasoning_opaque": "S"}, {"reasoning_content": "First S"}, {"reasoning": "First S"})),
+]
+
+
+@pytest.mark.parametrize("fields", CARRIED, ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize("streaming", [True, False])
+def test_opaque_fields_go_back_to_the_same_server_and_model_only(
+    fields: dict[str, Any], streaming: bool
+) -> None:
+    """Under the names by which they came."""
+    wire = both("tool_calls", content=None, **fields)[not streaming]
+    with talking("chat", wire) as (provider, server), talking("chat", wire) as (other, stranger):
+        found = json.loads(json.dumps(provider.chat([USER], TOOLS, "m", timeout=5).message))
+        for one, model in ((provider, "m"), (provider, "n"), (other, "m")):
+            one.chat([USER, found, RESULT], TOOLS, model, timeout=5)
+    own, foreign = server.bodies[1]["messages"][1], server.bodies[2]["messages"][1]
+    for name, value in fields.items():
+        if name == "tool_calls":
+            assert [{"index": 0, **call} for call in own[name]] == value
+        else:
+            assert own[name] == value
+    for one in (foreign, stranger.bodies[0]["messages"][1]):
+        assert one == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> None:
+    said = Reply(calls=[("f", {})], thinking="a thought")
+    with Chat(said, local=True, thinking=True) as vendor, openai() as (official, fake):
+        provider = OpenAIProvider(KEY, vendor.url)
+        found = provider.chat([USER], TOOLS, "m-1").message
+        history = [USER, found, {**RESULT, "tool_call_id": found["tool_calls"][0]["id"]}]
+        assert provider.chat(history, TOOLS, "m-1").text == "ok"
+        assert vendor.bodies[1]["messages"][1]["reasoning_content"] == "a thought"
+        bare = {"role": "assistant", "content": None, "tool_calls": found["tool_calls"]}
+        foreign = [USER, bare, history[2]]
+        assert provider.chat(foreign, TOOLS, "m-1").text == "ok"
+        assert official.chat(history, TOOLS, "m").text == "ok"
+        assert fake.bodies[0]["messages"][1] == bare
+        provider.close()
+
+
+def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
+    """An overflow that comes as an empty answer with status 200 is no answer."""
+    none = {"error": {"message": "No models loaded. Please load a model in the developer page."}}
+    for status in (404, 400):
+        assert isinstance(read("lmstudio", reply(none, status)), ModelNotFound)
+    assert isinstance(read("lmstudio", reply(message(content=""))), EmptyResponse)
+    assert read("lmstudio", reply({**message(content="x"), "model": "loaded"})).model == "loaded"
+    assert "model" not in sent("lmstudio", model=None)
+    assert LMStudioProvider("").first_token_timeout == 60
+
+
+@pytest.mark.parametrize(
+    ("given", "full"),
+    [("https://h", "https://h/v1"), ("https://h/v1/responses", "https://h/v1"),
+     ("https://h/openai/", "https://h/openai"), ("https://h/v1/chat/completions", "https://h/v1")])
+def test_base_urls_lose_what_was_copied_along(given: str, full: str) -> None:
+    assert OpenAIProvider("key", given).base_url == full
+    with pytest.raises(ConfigError, match="api='both'"):
+        OpenAIProvider("key", api="both")
+
+
+# -- the Responses API
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": f"response.{kind}", **fields}
+
+
+def finished(*output: Any, status: str = "completed", **fields: Any) -> dict[str, Any]:
+    return event(status, response={"status": status, "output": list(output), **fields})
+
+
+def text_item(text: str) -> dict[str, Any]:
+    return {"type": "message", "id": "msg", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": text, "annotations": []}]}
+
+
+def call_item(arguments: str, call_id: str = "c1", **fields: Any) -> dict[str, Any]:
+    return {"type": "function_call", "id": f"fc_{call_id}", "call_id": call_id, "name": "f",
+            "arguments": arguments, "status": "completed", **fields}
+
+
+PART = event("output_text.delta", item_id="msg", output_index=0, content_index=0, delta="Hello, ")
+WHOLE_TEXT = event("output_text.done", item_id="msg", output_index=0, content_index=0,
+                   text="Hello, world")
+ITEM = event("output_item.done", output_index=0, item=text_item("Hello, world"))
+FINAL = finished(text_item("Hello, world"))
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[FINAL], [PART, FINAL], [WHOLE_TEXT, FINAL], [PART, WHOLE_TEXT, finished()],
+     [ITEM, finished()],
+     [PART, ITEM, finished()], [PART, WHOLE_TEXT, ITEM, FINAL],
+     [PART, {**PART, "delta": "world"}, finished(output=None)]])
+def test_responses_text_may_come_in_any_of_its_events(events: Any) -> None:
+    """As deltas, their rest, when it is done, or in the final object: never twice."""
+    response = read("responses", stream(*events))
+    assert (response.text, response.finish_reason) == ("Hello, world", "stop")
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[PART, finished(text_item("Good bye"))],
+     [PART, {**WHOLE_TEXT, "text": "Good bye"}, finished()],
+     [PART], [PART, WHOLE_TEXT, ITEM], [PART, event("output_text.done", text="Hel"), finished()]])
+def test_responses_that_contradict_themselves_or_end_early_are_invalid(events: Any) -> None:
+    assert isinstance(read("responses", stream(*events)), InvalidResponse)
+
+
+ADDED = event("output_item.added", output_index=0, item=call_item("", status="in_progress"))
+GROWS = event("function_call_arguments.delta", item_id="fc_c1", output_index=0, delta='{"a": ')
+DONE = event("function_call_arguments.done", item_id="fc_c1", output_index=0, arguments='{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[finished(call_item('{"a": 1}'))], [ADDED, GROWS, {**GROWS, "delta": "1}"}, DONE, finished()],
+     [ADDED, DONE, finished()], [ADDED, GROWS, DONE, finished()],
+     [ADDED, event("output_item.done", output_index=0, item=call_item('{"a": 1}')), finished()],
+     [ADDED, GROWS, finished(call_item('{"a": 1}'))]])
+def test_responses_arguments_may_come_in_any_of_their_events(events: Any) -> None:
+    (call,) = read("responses", stream(*events), tools=TOOLS).tool_calls
+    assert (call.id, call.name, call.arguments) == ("c1", "f", {"a": 1})
+
+
+def test_responses_calls_under_one_id_get_ids_of_their_own() -> None:
+    """And an empty call beside them is none."""
+    items = [call_item("{}"), {**call_item('{"a": 1}'), "id": "fc_2"}, call_item("", name="")]
+    for wire in (reply(finished(*items)["response"]), stream(finished(*items))):
+        calls = read("responses", wire, tools=TOOLS).tool_calls
+        assert [call.arguments for call in calls] == [{}, {"a": 1}]
+        assert len({call.id for call in calls}) == 2
+
+
+def test_responses_status_and_reasons() -> None:
+    text = text_item("x")
+    for status, reason, ours in (("completed", None, "stop"), ("incomplete", "max_output_tokens",
+                                 "length"), ("incomplete", "content_filter", "content_filter")):
+        done = finished(text, status=status, incomplete_details={"reason": reason})
+        for wire in (stream(done), reply(done["response"])):
+            assert read("responses", wire).finish_reason == ours
+    failed = {"error": {"code": "server_error", "message": "x"}}
+    for wire in (stream(finished(status="failed", **failed)), stream({"type": "error", **failed}),
+                 reply({"status": "failed", "output": [], **failed})):
+        assert isinstance(read("responses", wire), ServerError)
+    refusal = {"type": "message", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert isinstance(read("responses", stream(finished(refusal))), ContentFiltered)
+    for body in ({"status": "queued", "output": [text]}, {"status": "completed", "output": "x"},
+                 {"status": "completed", "output": [None]}, {"error": None}, {"status": "cancelled",
+                  "output": [text]}, {"output": [{"type": "message", "content": "x"}]}):
+        assert isinstance(read("responses", reply(body)), InvalidResponse), body
+
+
+def test_responses_body_in_full() -> None:
+    with openai(api="responses") as (provider, vendor):
+        provider.chat("q", TOOLS, "m", temperature=0.1, top_p=0.2, user="u", max_tokens=50,
+                      parallel_tool_calls=False, reasoning_effort="low", tool_choice="required",
+                      response_format={"type": "json_object"})
+    tool = {"type": "function", **TOOLS[0]["function"], "strict": False}
+    assert vendor.bodies == [{
+        "model": "m", "store": False, "include": ["reasoning.encrypted_content"], "stream": True,
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}],
+        "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "user": "u",
+        "temperature": 0.1, "top_p": 0.2, "max_output_tokens": 50,
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": {"type": "json_object"}},
+    }]
+    named = {"type": "function", "function": {"name": "f"}}
+    assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {
+        "type": "function", "name": "f"}
+
+
+def test_responses_are_asked_for_readable_thoughts_where_a_stream_wants_them() -> None:
+    with talking("responses", stream(FINAL)) as (provider, server):
+        chain = FailoverChain([ProviderTier("a", provider, ["m"])])
+        assert "".join(chain.stream("q", thoughts=True, timeout=5)) == "Hello, world"
+    assert server.bodies[0]["reasoning"]["summary"] == "auto"
+
+
+def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
+    """No model is listed: its own error moves it, and another model stays."""
+    models = ("gpt-6-sol", "gpt-6-astra", "m")
+    with openai(models=models) as (provider, vendor):
+        for model in ("gpt-6-sol", "gpt-6-astra", "gpt-6-astra", "m"):
+            assert provider.chat("q", TOOLS, model).text == "ok"
+        assert [request.path.rsplit("/", 1)[1] for request in vendor.requests] == [
+            "completions", "responses", "completions", "responses", "responses", "completions"]
+    with openai(models=models, api="chat") as (provider, vendor):
+        assert provider.chat("q", TOOLS, "gpt-6-sol", reasoning_effort="low").text == "ok"
+        assert [body["reasoning_effort"] for body in vendor.bodies] == ["low", "none"]
+        with pytest.raises(UnsupportedRequest):
+            provider.chat("q", TOOLS, "gpt-6-astra")
+
+
+@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize(
+    "text",
+    ["This model is only supported in v1/responses and not in v1/chat/completions.",
+     "This is not a chat model and thus not supported in the v1/chat/completions endpoint. Did you "
+     "mean to use v1/responses?"])
+def test_auto_moves_whenever_the_server_says_so(status: int, tools: Any, text: str) -> None:
+    refusal = Raw({"error": {"message": text, "type": "invalid_request_error"}}, status)
+    with openai(refusal) as (provider, vendor):
+        for _ in range(2):
+            assert provider.chat("q", tools, "m").text == "ok"
+        assert [request.path.rsplit("/", 1)[1] for request in vendor.requests] == [
+            "completions", "responses", "responses"]
+
+
+def test_a_path_that_is_not_there_moves_nothing() -> None:
+    missing = reply({"error": {"message": "Not Found"}}, 404)
+    with talking("chat", missing, api="auto") as (provider, server):
+        with pytest.raises(ProviderUnavailable):
+            provider.chat("q", TOOLS, "m", timeout=5)
+        assert len(server.requests) == 1
+    with openai(Raw({"error": {"message": "bad"}}, 400)) as (provider, vendor):
+        with pytest.raises(BadRequest):
+            provider.chat("q", TOOLS, "m")
+        assert len(vendor.requests) == 1
