@@ -21,9 +21,13 @@ _real_connect_ex = socket.socket.connect_ex
 _real_getaddrinfo = socket.getaddrinfo
 
 #: What a person may have set for their own use. Upper and lower case mean the same.
-_PREFIXES = tuple("OPENAI_ LM_ LMSTUDIO_ ANTHROPIC_ GEMINI_ GOOGLE_ OLLAMA_ AZURE_".split())
-_NAMES = """NETRC REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_FILE SSL_CERT_DIR NO_COLOR
-    FORCE_COLOR""".split()
+_PREFIXES = (
+    "OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_"
+)  # fmt: skip
+_NAMES = (
+    "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_COLOR",
+    "FORCE_COLOR"
+)  # fmt: skip
 #: Seconds that a thread has to end once its test is over.
 _GRACE = 5.0
 

@@ -371,7 +371,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"message": "The model m does not support image modality"}),  # Bedrock
         (400, {"message": "This model doesn't support the image field for user messages."}),
         (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
-        (500, says("tools param requires --jinja flag", type="server_error", code=500)),  # llama.cpp
+        (500, says("tools param requires --jinja flag", type="server_error")),  # llama.cpp
         (404, says("No endpoints found that support image input", code=404)),  # OpenRouter
         (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}}),
     ],
@@ -602,9 +602,8 @@ def test_how_long_to_wait(
 ) -> None:
     """Headers first, then the body's words; the headers of limits only at 429, 503 and 529."""
     found = refused(status, says(words or "no"), headers).retry_after
-    assert found == (
-        None if seconds is None else pytest.approx(seconds, abs=600 if seconds == 4000 else 1.5 if seconds > 9 else 0)
-    )
+    close = 0.1 if seconds == 4000 else 1e-6  # the moment was written down when the table was made
+    assert found == (None if seconds is None else pytest.approx(seconds, rel=close))
 
 
 def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
@@ -623,8 +622,10 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
 
 # -- request ids
 
-ID_HEADERS = """x-request-id request-id apim-request-id x-ms-request-id x-generation-id
-    mistral-correlation-id x-ds-trace-id inference-id""".split()
+ID_HEADERS = [
+    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
+    "mistral-correlation-id", "x-ds-trace-id", "inference-id"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("header", ID_HEADERS)
@@ -767,8 +768,8 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
 # -- searching is bounded
 
 SIZE = 64 * 1024
-PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image response_format
-    json_schema max_tokens try-again-in wait-for retry-after current-length-is-1 temperature"""
+PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image
+    response_format json_schema max_tokens try-again-in wait-for retry-after temperature"""
 HOSTILE = [
     *(piece * (SIZE // len(piece)) for piece in PIECES.split()),
     *(piece * (SIZE // len(piece)) for piece in (

@@ -30,10 +30,13 @@ FULL = CALLS >= 10_000
 THREADS = 16
 DEADLINE = 5.0
 #: Faults of every kind; half of the requests fare well in any case: breakers have to close again.
-KINDS = """healthy_until_closed closed_while_idle a_second_answer early_hints_first given_up_while_idle
-    page_500 hint_absent bad_request reset_before_headers cut_chunked cut_until_closed
-    short_content_length garbled_event empty_text error_in_a_stream redirect_307
-    silence stall keep_alives_for_ever dripped_body""".split()
+KINDS = [
+    "healthy_until_closed", "closed_while_idle", "a_second_answer", "early_hints_first",
+    "given_up_while_idle", "page_500", "hint_absent", "bad_request", "reset_before_headers",
+    "cut_chunked", "cut_until_closed", "short_content_length", "garbled_event", "empty_text",
+    "error_in_a_stream", "redirect_307", "silence", "stall", "keep_alives_for_ever",
+    "dripped_body"
+]  # fmt: skip
 
 
 @pytest.mark.quiet
@@ -220,5 +223,6 @@ def test_conftest_finds_what_it_is_for_and_nothing_else(outcomes: str, name: str
 
 def test_loopback_behaves_as_ever() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as client:
-            assert client.getpeername() == listener.getsockname()
+        address = listener.getsockname()
+        with socket.create_connection(address) as client:
+            assert client.getpeername() == address

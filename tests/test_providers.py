@@ -1,10 +1,11 @@
-"""The HTTP providers through the `responses` package: what is sent, what is refused, what an error carries."""
+"""Settings of the HTTP providers: keys, addresses, the environment, headers, ping, close."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,68 @@ import pytest
 import requests
 import responses
 
+import copilot_router
 from copilot_router import (
+    AnthropicProvider,
     AuthenticationError,
     BadRequest,
     ConfigError,
     FailoverChain,
+    GeminiProvider,
     InvalidResponse,
     LMStudioProvider,
+    ModelNotFound,
+    OllamaProvider,
     OpenAIProvider,
+    ProviderError,
     ProviderTier,
     ProviderUnavailable,
-    QuotaExceeded,
     RateLimited,
+    ScriptedProvider,
     ServerError,
-    UnsupportedRequest,
 )
 
 KEY = "sk-test-provider-key-0987654321"
 BASE = "https://server.test/v1"
 URL = BASE + "/chat/completions"
 WHOLE = {"model": "m-1", "choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}
+#: Class -> its name, default address and variables for a key and an address.
+VENDORS: dict[Any, tuple[str, str, tuple[str, ...], str]] = {
+    OpenAIProvider: ("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
+    LMStudioProvider: ("lmstudio", "http://localhost:1234/v1", ("LM_API_TOKEN",),
+                       "LMSTUDIO_BASE_URL"),
+    OllamaProvider: ("ollama", "http://localhost:11434", (), "OLLAMA_HOST"),
+    AnthropicProvider: ("anthropic", "https://api.anthropic.com", ("ANTHROPIC_API_KEY",),
+                        "ANTHROPIC_BASE_URL"),
+    GeminiProvider: ("gemini", "https://generativelanguage.googleapis.com",
+                     ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ""),
+}  # fmt: skip
+CLOUDS = [OpenAIProvider, AnthropicProvider, GeminiProvider]
+without_key = pytest.mark.filterwarnings("ignore:.* has no key")
+each_vendor = pytest.mark.parametrize("kind", VENDORS, ids=lambda kind: kind.__name__)
 
 
 @pytest.fixture
 def mocked() -> Any:
     with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        mock.post(URL, json=WHOLE)
         yield mock
 
 
-def sent(mocked: Any, at: int = -1) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(mocked.calls[at].request.body)
-    return body
+def key_sent(client: Any) -> str | None:
+    """The key that goes out with a request, under any of the vendors' headers."""
+    with responses.RequestsMock() as mock:
+        mock.post(re.compile(".*"), status=400, json={})
+        with pytest.raises(BadRequest):
+            client.chat("hi", model="m")
+        names = ("Authorization", "x-api-key", "x-goog-api-key", "api-key")
+        headers = mock.calls[0].request.headers
+    found = [headers[name].removeprefix("Bearer ") for name in names if name in headers]
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
-# -- addresses, keys, headers
+# -- addresses
 
 
 @pytest.mark.parametrize(
@@ -53,284 +82,327 @@ def sent(mocked: Any, at: int = -1) -> dict[str, Any]:
     [
         ("http://h", "http://h/v1"), ("http://h/", "http://h/v1"), ("http://h:1/v1/", "http://h:1/v1"),
         ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
-        ("https://r.openai.azure.com/openai/deployments/d?api-version=1", "https://r.openai.azure.com/openai/deployments/d"),
+        ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
+        ("https://r.openai.azure.com/openai/deployments/d?api-version=1",
+         "https://r.openai.azure.com/openai/deployments/d"),
+        ("http://me:pass@h/v1", "http://h/v1"),
     ],
 )  # fmt: skip
+@without_key
 def test_base_urls(given: str, full: str) -> None:
-    """The API's own path where there is none; else as it is."""
-    assert OpenAIProvider(KEY, given).base_url == full
-    assert repr(OpenAIProvider(KEY, given)) == f"<OpenAIProvider {full}>"
+    """The API's own path where there is none, else as it is; no name, password or query."""
+    client = OpenAIProvider("", given)
+    assert client.base_url == full
+    assert full in repr(client)
 
 
-@pytest.mark.parametrize("url", ["localhost:1234", "ftp://h", "http://", "/v1", 5])
-def test_a_url_without_scheme_is_refused(url: Any) -> None:
-    """Naming the value and an example."""
-    with pytest.raises(ConfigError, match=r"base_url.*give a URL with its scheme, such as https://api.openai.com/v1"):
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:1234", "ftp://h", "http://", "/v1", 5, "user:hunter2@host/v1", "http//h?k=hunter2",
+     "htp://user:hunter2@host", "user:hun/ter2@host", "host/v1?key=hunter2"],
+)  # fmt: skip
+def test_an_address_without_scheme_is_refused_without_its_password(url: Any) -> None:
+    with pytest.raises(ConfigError, match="base_url") as refused:
         OpenAIProvider(KEY, url)
+    assert "hunter2" not in str(refused.value)
+    assert "ter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("key", "shown"), [("sk-\u201cabc", r"U\+201C"), ("sk-a\nbc", r"U\+000A"), (5, "is a int")])
-def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: Any, shown: str) -> None:
-    """Curly quotes and newlines inside; surrounding white space is only stripped."""
-    with pytest.raises(ConfigError, match=shown) as refused:
+@pytest.mark.parametrize(
+    ("kind", "base", "asked"),
+    [
+        (OpenAIProvider, "https://h/v1?api-version=1", "https://h/v1/chat/completions?api-version=1"),
+        (GeminiProvider, "https://h/v1beta?k=1",
+         "https://h/v1beta/models/m:streamGenerateContent?alt=sse&k=1"),
+        (OpenAIProvider, "https://h/a@b/v1", "https://h/a@b/v1/chat/completions"),
+    ],
+)  # fmt: skip
+def test_a_query_of_the_address_stands_behind_the_path(kind: Any, base: str, asked: str) -> None:
+    with responses.RequestsMock() as mock:
+        mock.post(re.compile(".*"), status=400, json={})
+        with pytest.raises(BadRequest):
+            kind(KEY, base).chat("hi", model="m")
+        assert mock.calls[0].request.url == asked
+
+
+def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None:
+    """A key goes before them."""
+    OpenAIProvider("", "https://me:p%40ss@server.test/v1").chat("hi", model="m")
+    assert mocked.calls[0].request.headers["Authorization"] == "Basic bWU6cEBzcw=="
+    OpenAIProvider(KEY, "https://me:p%40ss@server.test/v1").chat("hi", model="m")
+    assert mocked.calls[1].request.headers["Authorization"] == f"Bearer {KEY}"
+
+
+# -- keys and the environment
+
+
+@each_vendor
+def test_defaults(kind: Any) -> None:
+    """Local servers have a longer first-token limit: they may load a model first."""
+    made, local = kind(KEY), kind in (LMStudioProvider, OllamaProvider)
+    assert made.base_url.startswith(VENDORS[kind][1])
+    assert (made.first_token_timeout, made.stall_timeout) == (60.0 if local else 12.0, 20.0)
+    assert (made.connect_timeout, made.max_response_bytes) == (5.0, 32 * 1024 * 1024)
+    assert made.stream_upstream is True
+
+
+@each_vendor
+@without_key
+def test_keys_and_addresses_of_the_environment(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments win; white space around a key is stripped; no key sends no header."""
+    _, _, names, url = VENDORS[kind]
+    for name in reversed(names):
+        monkeypatch.setenv(name, f" {name}-sent\n")
+        assert key_sent(kind()) == f"{name}-sent"
+        assert key_sent(kind("other")) == "other"
+        assert key_sent(kind("")) is None
+    if url:
+        monkeypatch.setenv(url, "https://env.test")
+        assert kind().base_url.startswith("https://env.test")
+        assert kind("", "https://arg.test").base_url.startswith("https://arg.test")
+
+
+@pytest.mark.parametrize("kind", CLOUDS)
+def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
+    with pytest.warns(UserWarning, match=VENDORS[kind][2][0]):
+        kind()
+
+
+@pytest.mark.parametrize(
+    ("kind", "url", "goes"),
+    [
+        (OpenAIProvider, "https://api.openai.com/v1", True),
+        (OpenAIProvider, "https://eu.api.openai.com/v1", True),
+        (OpenAIProvider, "https://r.openai.azure.com/openai/deployments/d", True),
+        (OpenAIProvider, "https://env.test/other", True),  # the host of the variable
+        (OpenAIProvider, "https://api.groq.com/openai/v1", False),
+        (OpenAIProvider, "https://api.openai.com.evil.test/v1", False),
+        (OpenAIProvider, "https://evil.test/api.openai.com", False),
+        (OpenAIProvider, "https://evilapi.openai.com.test", False),
+        (OpenAIProvider, "https://api.openai.com@evil.test/v1", False),
+        (OpenAIProvider, "https://notopenai.azure.com.evil.test", False),
+        (AnthropicProvider, "https://api.anthropic.com", True),
+        (AnthropicProvider, "https://evil.test", False),
+        (GeminiProvider, "https://generativelanguage.googleapis.com", True),
+        (GeminiProvider, "https://evil.test", False),
+    ],
+)  # fmt: skip
+def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(
+    kind: Any, url: str, goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other address needs its own ``api_key``; a warning names it."""
+    monkeypatch.setenv(VENDORS[kind][2][0], "of-the-environment")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://env.test/v1")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        client = kind(base_url=url)
+    sent = key_sent(client)
+    if goes:
+        assert (sent, told) == ("of-the-environment", [])
+    else:
+        assert sent is None or sent.startswith("Basic ")
+        assert any("api_key" in str(one.message) for one in told)
+    assert key_sent(kind("own", url)) == "own"
+
+
+@pytest.mark.parametrize(
+    ("url", "warns"),
+    [
+        ("http://example.test/v1", True), ("http://8.8.8.8/v1", True),
+        ("https://example.test", False), ("http://127.0.0.1:1/v1", False),
+        ("http://localhost:1/v1", False), ("http://[::1]:1", False), ("http://10.1.2.3", False),
+        ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
+    ],
+)  # fmt: skip
+def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
+    for key, expected in ((KEY, warns), ("", False)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            OpenAIProvider(key, url)
+        assert len(told) == expected
+        assert KEY not in "".join(str(one.message) for one in told)
+
+
+@pytest.mark.parametrize(
+    ("key", "good"),
+    [("caf\xe9", True), ("\xff", True), (" a\n", True), ("\u0100", False), ("a\x7f", False),
+     ("a\x1fb", False), ("sk-\u201cabc", False), ("sk-a\nbc", False), (5, False)],
+)  # fmt: skip
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: Any, good: bool) -> None:
+    if good:
+        assert OpenAIProvider(key, BASE)
+        return
+    with pytest.raises(ConfigError) as refused:
         OpenAIProvider(key, BASE)
     assert "sk-" not in str(refused.value)
-    with pytest.raises(ConfigError, match=r"headers\['X-A'\]"):
-        OpenAIProvider(KEY, BASE, headers={"X-A": "a\nb"})
 
 
-def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and addresses; arguments win; a cloud without a key warns."""
-    with pytest.warns(UserWarning, match="set OPENAI_API_KEY"):
-        assert OpenAIProvider().base_url == "https://api.openai.com/v1"
-    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://env")
-    assert OpenAIProvider()._headers["Authorization"] == f"Bearer {KEY}"
-    assert OpenAIProvider().base_url == "http://env/v1"
-    assert OpenAIProvider("other", BASE)._headers["Authorization"] == "Bearer other"
-    assert LMStudioProvider().base_url == "http://localhost:1234/v1"
-    assert LMStudioProvider().first_token_timeout == 60
-    monkeypatch.setenv("LMSTUDIO_BASE_URL", "http://lm/v1")
-    assert LMStudioProvider().base_url == "http://lm/v1"
+def test_a_key_may_be_a_function_that_is_asked_for_each_request(mocked: Any) -> None:
+    """Tokens expire. What it raises, and what cannot be sent, is an AuthenticationError."""
+    keys = iter(["one", " two\n", "a\nb", 5, ""])
+    client = OpenAIProvider(lambda: next(keys), BASE)  # type: ignore[arg-type]
+    assert [client.chat("hi", model="m").text for _ in range(2)] == ["fine"] * 2
+    sent = [call.request.headers["Authorization"] for call in mocked.calls]
+    assert sent == ["Bearer one", "Bearer two"]
+    for _ in range(2):
+        with pytest.raises(AuthenticationError):
+            client.chat("hi", model="m")
+
+    def broken() -> str:
+        raise OSError("no token for sk-test-provider-key-1")
+
+    client = OpenAIProvider(broken, BASE)  # type: ignore[arg-type]
+    spare = ProviderTier("b", ScriptedProvider(["spare"]))
+    chain = FailoverChain([ProviderTier("a", client, ["m"]), spare])
+    assert chain.chat("hi").text == "spare"
+    assert "AuthenticationError" in (chain.health()[0].last_error or "")
+    for method in (client.ping, lambda: client.chat("hi", model="m")):
+        with pytest.raises(AuthenticationError) as caught:
+            method()
+        assert "sk-test" not in f"{caught.value} {caught.value!r}"
+
+
+# -- requests
 
 
 def test_what_is_sent(mocked: Any) -> None:
-    """Key, type, no cookies; a query of the base URL is kept; Azure has its own header; no key, no header."""
-    mocked.post(URL, json=WHOLE, headers={"Set-Cookie": "a=b", "X-Request-Id": "r-1"})
-    provider = OpenAIProvider(KEY, BASE, headers={"X-Own": "1"})
-    response = provider.chat("hi", model="m", temperature=0.5)
-    assert (response.text, response.model, response.request_id) == ("fine", "m-1", "r-1")
-    provider.chat("hi", model="m")
-    headers = mocked.calls[-1].request.headers
-    assert headers["Authorization"] == f"Bearer {KEY}"
-    assert (headers["X-Own"], headers["Content-Type"]) == ("1", "application/json")
-    assert "Cookie" not in headers
-    assert sent(mocked, 0) == {
+    """The headers of a request; cookies of an answer are not sent back."""
+    mocked.replace(responses.POST, URL, json=WHOLE, headers={"Set-Cookie": "a=b"})
+    client = OpenAIProvider(KEY, BASE, headers={"X-Team": "blue"})
+    for _ in range(2):
+        client.chat("hi", model="m", temperature=0.5)
+    request = mocked.calls[1].request
+    assert dict(request.headers) == {
+        "Content-Type": "application/json", "Accept": "application/json, text/event-stream",
+        "Accept-Encoding": "identity", "User-Agent": f"copilot-router/{copilot_router.__version__}",
+        "Authorization": f"Bearer {KEY}", "X-Team": "blue",
+        "Content-Length": str(len(request.body)),
+    }  # fmt: skip
+    assert json.loads(request.body) == {
         "model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+
+
+def test_azure_has_its_own_header_and_limit() -> None:
     azure = "https://r.openai.azure.com/openai/deployments/d"
-    mocked.post(azure + "/chat/completions", json=WHOLE)
-    OpenAIProvider(KEY, azure + "?api-version=1").chat("hi", model="d", max_tokens=5)
-    assert mocked.calls[-1].request.url == azure + "/chat/completions?api-version=1"
-    assert mocked.calls[-1].request.headers["api-key"] == KEY
-    assert sent(mocked)["max_completion_tokens"] == 5
-    OpenAIProvider("", BASE).chat("hi")
-    assert "Authorization" not in mocked.calls[-1].request.headers
-    assert "model" not in sent(mocked)
+    with responses.RequestsMock() as mock:
+        mock.post(azure + "/chat/completions", json=WHOLE)
+        OpenAIProvider(KEY, azure + "?api-version=1").chat("hi", model="d", max_tokens=5)
+        assert mock.calls[0].request.headers["api-key"] == KEY
+        assert json.loads(mock.calls[0].request.body)["max_completion_tokens"] == 5
 
 
-def test_35_netrc_never_replaces_the_key(mocked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither with our own session nor with the user's; the user's own auth is kept."""
+def test_netrc_never_replaces_the_key_and_a_users_auth_does(
+    mocked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine server.test login a password b\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    mocked.post(URL, json=WHOLE)
     with requests.Session() as session:
-        session.headers["X-Session"] = "yes"
-        OpenAIProvider(KEY, BASE).chat("hi")
-        provider = OpenAIProvider(KEY, BASE, session=session)
-        provider.chat("hi")
-        assert [call.request.headers["Authorization"] for call in mocked.calls] == [f"Bearer {KEY}"] * 2
-        assert mocked.calls[1].request.headers["X-Session"] == "yes"
+        OpenAIProvider(KEY, BASE).chat("hi", model="m")
+        client = OpenAIProvider(KEY, BASE, session=session)
+        client.chat("hi", model="m")
+        sent = [call.request.headers["Authorization"] for call in mocked.calls]
+        assert sent == [f"Bearer {KEY}"] * 2
         session.auth = ("user", "pass")
-        provider.chat("hi")
+        client.chat("hi", model="m")
         assert mocked.calls[2].request.headers["Authorization"].startswith("Basic ")
-        provider.close()
-        provider._renew_after_fork()
-        assert provider.chat("hi").text == "fine"
-
-
-# -- options
-
-
-def test_an_unknown_option_names_the_nearest(mocked: Any) -> None:
-    """A TypeError that passes straight through a chain."""
-    with pytest.raises(TypeError, match=r"unknown option 'temprature'.*Did you mean 'temperature'.*extra_body"):
-        OpenAIProvider(KEY, BASE).chat("hi", temprature=1)
-    chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, BASE)), ProviderTier("b", OpenAIProvider(KEY, BASE))])
-    with pytest.raises(TypeError, match="temprature"):
-        chain.chat("hi", temprature=1)
-    assert chain.health()[0].failures == 0
+        client.close()
+        assert client.chat("hi", model="m").text == "fine"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"temperature": math.nan}, "NaN"), ({"extra_body": {"x": {1, 2}}}, "set is not JSON"), ({"timeout": -1}, "timeout=-1")],
-)
-def test_options_that_cannot_be_written(options: dict[str, Any], message: str) -> None:
-    """Refused before anything is sent."""
-    with pytest.raises((BadRequest, ConfigError), match=message):
-        OpenAIProvider(KEY, BASE).chat("hi", **options)
-
-
-def test_a_cloud_needs_a_model() -> None:
-    """A ConfigError, before anything is sent."""
-    with pytest.raises(ConfigError, match="needs a model"):
-        OpenAIProvider(KEY, "https://api.openai.com").chat("hi")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan}, {"max_response_bytes": 0}],
-)
-def test_bad_settings(settings: dict[str, Any]) -> None:
-    """Named in the message."""
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        OpenAIProvider(KEY, BASE, **settings)
-
-
-# -- failures
-
-
-@pytest.mark.parametrize(
-    ("status", "answer", "kind"),
+    ("options", "error", "message"),
     [
-        (500, {"body": "<html>"}, ServerError),
-        (500, {"body": "it crashed", "content_type": "text/plain"}, ServerError),
-        (401, {"json": {"error": {"message": "no", "code": "invalid_api_key"}}}, AuthenticationError),
-        (302, {"headers": {"Location": "http://elsewhere.test/"}}, InvalidResponse),
-        (200, {"body": ""}, InvalidResponse),
-        (200, {"body": "<html>", "content_type": "text/html"}, InvalidResponse),
-        (200, {"json": {"error": {"message": "out", "type": "insufficient_quota"}}}, QuotaExceeded),
-        (200, {"body": b"x", "headers": {"Content-Encoding": "br"}}, InvalidResponse),
-        (200, {"body": b"this is not gzip", "headers": {"Content-Encoding": "gzip"}}, InvalidResponse),
-        (200, {"body": requests.ConnectionError("boom")}, ProviderUnavailable),
+        ({"temprature": 1}, TypeError, "'temprature'.*'temperature'"),
+        ({"stall_timout": 1}, TypeError, "stall_timeout"),
+        ({"temperature": math.nan}, (BadRequest, ConfigError), None),
+        ({"extra_body": {"x": {1, 2}}}, (BadRequest, ConfigError), None),
+        ({"timeout": -1}, ConfigError, "timeout"),
+        ({"first_token_timeout": "1"}, ConfigError, "first_token_timeout"),
     ],
 )
-def test_failures_carry_what_is_known(mocked: Any, status: int, answer: dict[str, Any], kind: type) -> None:
-    """Provider, model, status; never a key or the prompt."""
-    mocked.post(URL, status=status, **answer)
-    with pytest.raises(kind) as raised:
-        OpenAIProvider(KEY, BASE).chat("the prompt of this test", model="m")
-    error = raised.value
-    assert error.provider == "openai"
-    assert error.status in (status, None)
-    assert "prompt of this" not in repr(vars(error)) + str(error)
-    assert KEY not in repr(vars(error)) + str(error)
-    assert len(mocked.calls) == 1
+def test_options_that_cannot_be_taken(options: Any, error: Any, message: Any, mocked: Any) -> None:
+    """Refused before anything is sent; an unknown one names the nearest, also through a chain."""
+    client = OpenAIProvider(KEY, BASE)
+    for ask in (client.chat, FailoverChain([ProviderTier("a", client, ["m"])]).chat):
+        with pytest.raises(error, match=message):
+            ask("hi", model="m", **options)
+    assert not mocked.calls
 
 
-def test_a_rate_limit_in_full(mocked: Any) -> None:
-    """Status, code, retry_after, request id, and a message without secrets."""
-    message = f"Limit for key {KEY}: you asked 'what is the prompt of this test'"
-    mocked.post(
-        URL, status=429, json={"error": {"message": message, "code": "rate_limit_exceeded"}},
-        headers={"Retry-After": "7", "x-request-id": "r-9"},
-    )  # fmt: skip
-    with pytest.raises(RateLimited) as raised:
-        OpenAIProvider(KEY, BASE).chat("what is the prompt of this test", model="m")
-    error = raised.value
-    assert (error.status, error.code, error.retry_after, error.request_id, error.model) == (429, "rate_limit_exceeded", 7,
-        "r-9", "m")
-    assert str(error) == "Limit for key ***: you asked '***'"
+@pytest.mark.parametrize("kind", CLOUDS)
+def test_a_cloud_needs_a_model(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="model"):
+        kind(KEY).chat("hi")
 
 
-def test_no_secret_in_debug_logs(mocked: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither ours nor urllib3's."""
-    caplog.set_level(logging.DEBUG)
-    mocked.post(URL, json=WHOLE)
-    FailoverChain([ProviderTier("a", OpenAIProvider(KEY, BASE))]).chat("the prompt of this test")
-    assert KEY not in caplog.text
-    assert "prompt of this" not in caplog.text
+def test_a_local_server_needs_none(mocked: Any) -> None:
+    mocked.post("http://localhost:1234/v1/chat/completions", json=WHOLE)
+    assert LMStudioProvider().chat("hi").model == "m-1"
+    assert "model" not in json.loads(mocked.calls[0].request.body)
 
 
-# -- corrections
+@each_vendor
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan},
+        {"max_response_bytes": 0}, {"headers": {"X-A": "a\nb"}},
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        kind(KEY, "https://h", **settings)
 
 
-def test_one_corrected_resend_is_remembered(mocked: Any) -> None:
-    """Unseen by the breaker, part of the same attempt, an event; the next call is right at once."""
-    refusal = {"error": {"message": "Unsupported parameter: 'temperature' is not supported", "code": "unsupported_parameter",
-        "param": "temperature"}}
-    mocked.post(URL, status=400, json=refusal)
-    mocked.post(URL, json=WHOLE)
-    events: list[Any] = []
-    chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, BASE), ["m"])], on_event=events.append)
-    response = chain.chat("hi", temperature=0.1)
-    assert [attempt.outcome for attempt in response.attempts] == ["ok"]
-    assert [event.data for event in events if event.kind == "resend"] == [{"change": "drop", "field": "temperature"}]
-    assert ["temperature" in sent(mocked, at) for at in (0, 1)] == [True, False]
-    chain.chat("hi", temperature=0.1)
-    assert len(mocked.calls) == 3
-    assert "temperature" not in sent(mocked)
-    assert chain.chat("hi", top_p=0.1).text == "fine"
-
-
-def test_a_correction_is_tried_once(mocked: Any) -> None:
-    """The same refusal again is the error; so is one for what cannot be dropped."""
-    mocked.post(URL, status=400, json={"error": {"message": "unsupported: 'max_tokens', Use 'max_completion_tokens' instead"}})
-    provider = OpenAIProvider(KEY, BASE)
-    with pytest.raises(BadRequest):
-        provider.chat("hi", model="m", max_tokens=5)
-    assert [("max_tokens" in sent(mocked, at), "max_completion_tokens" in sent(mocked, at)) for at in (0, 1)] == [
-        (True, False), (False, True),
-    ]  # fmt: skip
-    assert len(mocked.calls) == 2
-
-
-def test_an_effort_is_replaced_and_a_known_fix_is_not_learned_again(mocked: Any) -> None:
-    """Set to none, as the error asks; when that is refused too, that is the answer."""
-    text = "Function tools with reasoning_effort are not supported for m. To use them, set reasoning_effort to 'none'."
-    mocked.post(URL, status=400, json={"error": {"message": text, "param": "reasoning_effort"}})
-    provider = OpenAIProvider(KEY, BASE)
-    for requests_sent in (2, 3):
-        with pytest.raises(UnsupportedRequest):
-            provider.chat("hi", model="m", reasoning_effort="high")
-        assert len(mocked.calls) == requests_sent
-    assert sent(mocked)["reasoning_effort"] == "none"
+def test_an_unknown_setting_names_the_class_and_the_nearest() -> None:
+    with pytest.raises((TypeError, ConfigError), match=r"OpenAIProvider.*stall_timeout"):
+        OpenAIProvider(KEY, BASE, stall_timout=1)  # type: ignore[call-arg]
 
 
 # -- ping
 
 
-def test_ping_lists_the_models(mocked: Any) -> None:
-    """Good: nothing; wrong key: the error."""
-    mocked.get(BASE + "/models", json={"data": []})
-    provider = OpenAIProvider(KEY, BASE)
-    provider.ping()
-    mocked.replace(responses.GET, BASE + "/models", status=401, json={"error": "no"})
-    with pytest.raises(AuthenticationError):
-        provider.ping()
+@each_vendor
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(200, None), (401, AuthenticationError), (429, RateLimited), (500, ServerError),
+     (302, InvalidResponse), (404, (ProviderUnavailable, ModelNotFound))],
+)  # fmt: skip
+def test_a_ping_asks_for_the_models(kind: Any, status: int, error: Any) -> None:
+    with responses.RequestsMock() as mock:
+        mock.get(re.compile("https://h/.*"), status=status, json={"data": [], "models": []})
+        client = kind(KEY, "https://h")
+        if error is None:
+            assert client.ping() is None
+        else:
+            with pytest.raises(error) as caught:
+                client.ping()
+            assert (caught.value.provider, caught.value.status) == (VENDORS[kind][0], status)
+            assert len(mock.calls) == 1
+        with pytest.raises(ConfigError, match="timeout"):
+            client.ping(-1)
 
 
-def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tier for each that is named; nothing is probed; nothing named is an error that says what to set."""
-    with pytest.raises(ConfigError, match="set LMSTUDIO_BASE_URL, "):
-        FailoverChain.from_env({"LM_API_TOKEN": "x"})
-    chain = FailoverChain.from_env(
-        {"OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m", "LMSTUDIO_BASE_URL": "http://lm"}, escalation_model="m"
-    )
-    assert [(tier.name, tuple(tier.models)) for tier in chain.tiers] == [("lmstudio", ()), ("openai", ("m",))]
+@pytest.mark.parametrize(("status", "state"), [(404, "closed"), (405, "closed"), (500, "open")])
+def test_a_server_without_a_list_of_models_is_not_ill(status: int, state: str) -> None:
+    with responses.RequestsMock() as mock:
+        mock.get(re.compile(".*"), status=status, json={"error": {"message": "no"}})
+        chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, BASE), ["m"])])
+        for _ in range(3):
+            assert chain.check()[0].last_error
+        assert chain.tiers[0].breaker.state == state
 
 
-def test_a_session_is_opened_once() -> None:
-    """Two threads that both find none share the first one's."""
-    provider = OpenAIProvider(KEY, BASE)
-    assert provider._open_session(URL) is provider._open_session(URL)
-    provider.close()
-
-
-def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None:
-    """As for any HTTP client; no message, repr or carried part shows them. A key goes before them."""
-    mocked.post(URL, json={"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
-    provider = OpenAIProvider("", "http://me:p%40ss-word@" + BASE.partition("://")[2])
-    provider.chat("hi", model="m")
-    assert mocked.calls[0].request.headers["Authorization"] == "Basic bWU6cEBzcy13b3Jk"
-    assert "word" not in f"{provider!r} {provider.base_url}"
-
-
-def test_an_error_whose_body_is_unreadable_is_read_by_its_status(mocked: Any) -> None:
-    """A compression nobody asked for hides the message, not the status and the Retry-After."""
-    mocked.post(URL, status=429, body=b"\x00", headers={"Content-Encoding": "br", "Retry-After": "30"})
-    with pytest.raises(RateLimited) as caught:
-        OpenAIProvider(KEY, BASE).chat("hi", model="m")
-    assert (caught.value.status, caught.value.retry_after) == (429, 30)
-
-
-def test_the_deltas_are_the_whole_text_also_at_its_end(mocked: Any) -> None:
-    """Half a character that never got its other half, as the last thing that came."""
-    chunks = [{"choices": [{"delta": {"content": text}}]} for text in ("ab", "c\ud83d")]
-    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-    body = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
-    mocked.post(URL, body=body, headers={"Content-Type": "text/event-stream"})
-    assert "".join(OpenAIProvider(KEY, BASE).stream("hi", model="m")) == "abc\ufffd"
+@each_vendor
+def test_an_error_names_its_vendor_and_model(kind: Any) -> None:
+    with responses.RequestsMock() as mock:
+        told = {"Retry-After": "7", "x-request-id": "r-9"}
+        mock.post(re.compile(".*"), status=429, json={"error": {"message": "slow"}}, headers=told)
+        with pytest.raises(ProviderError) as caught:
+            kind(KEY, "https://h").chat("hi", model="m")
+    error = caught.value
+    assert (error.provider, error.model, error.status) == (VENDORS[kind][0], "m", 429)
+    assert (error.retry_after, error.request_id) == (7, "r-9")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from support.faults import Peer, chunked, descriptors, event, peer
 from copilot_router import (
     InvalidResponse,
     OpenAIProvider,
+    ProviderError,
     ProviderTimeout,
     ProviderUnavailable,
     ServerError,
@@ -37,7 +39,9 @@ HEAD = OK + b"Content-Type: text/event-stream\r\n"
 CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
 STREAM = CHUNKS + chunked(*ANSWER.splitlines(keepends=True))
-WHOLE = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}).encode()
+WHOLE = json.dumps(
+    {"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}
+).encode()
 
 
 def whole(body: bytes = WHOLE, *headers: str) -> bytes:
@@ -66,7 +70,9 @@ healthy = says(STREAM)
 
 @contextlib.contextmanager
 def provider(url: str, **settings: Any) -> Iterator[OpenAIProvider]:
-    made = OpenAIProvider(KEY, url, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the key that goes out over plain http
+        made = OpenAIProvider(KEY, url, **settings)
     try:
         yield made
     finally:
@@ -82,6 +88,21 @@ def within(seconds: float) -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < seconds * 1.05 + 0.15
+
+
+def fails(
+    client: OpenAIProvider,
+    kind: Any,
+    text: str = "hi",
+    *,
+    seconds: float = 9.0,
+    match: str | None = None,
+    **options: Any,
+) -> ProviderError:
+    """The error of a call that must fail within these seconds."""
+    with within(seconds), pytest.raises(kind, match=match) as caught:
+        ask(client, text, **options)
+    return caught.value
 
 
 @pytest.fixture
@@ -138,15 +159,13 @@ def test_a_ping_gives_its_connection_back_and_ends_in_its_time() -> None:
         for _ in range(3):
             client.ping()
         assert (server.connections, len(server.requests)) == (1, 3)
-    with peer(silent) as server, provider(server.url) as client, within(0.2):
-        with pytest.raises(ProviderTimeout):
-            client.ping(0.2)
+    with peer(silent) as server, within(0.2), pytest.raises(ProviderTimeout):
+        OpenAIProvider(KEY, server.url).ping(0.2)
 
 
 def test_a_request_on_a_new_connection_is_not_sent_again_by_the_transport() -> None:
     with peer(lambda *_: False) as server, provider(server.url) as client:
-        with pytest.raises(ServerError):
-            ask(client)
+        fails(client, ServerError)
         assert len(server.requests) == 1
 
 
@@ -176,31 +195,34 @@ def test_all_kept_connections_may_have_been_dropped() -> None:
 
 def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        return healthy(server, connection, request) if b"one" in request else silent(server, connection, b"")
+        return (
+            healthy(server, connection, request)
+            if b"one" in request
+            else silent(server, connection, b"")
+        )
 
     with peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
         assert ask(client, "one", timeout=60) == "good"
-        with pytest.raises(ProviderTimeout), within(0.2):
-            ask(client, "two", timeout=0.2)
+        fails(client, ProviderTimeout, "two", timeout=0.2, seconds=0.2)
         assert server.connections == 1
 
 
 def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
     """Without a garbage collector, too."""
-    with peer(says(HEAD + b"\r\n" + event("good"), then_silent=True)) as server:
-        with provider(server.url) as client:
-            next(client.stream("hi", model="m", timeout=5))
-            before = descriptors()
-            gc.disable()
-            try:
-                for _ in range(5):
-                    stream = client.stream("hi", model="m", timeout=5)
-                    assert next(stream) == "good"
-                    stream.close()
-                assert descriptors() <= before + 5  # the server's ends
-            finally:
-                gc.enable()
-            assert server.connections == 6
+    serve = says(HEAD + b"\r\n" + event("good"), then_silent=True)
+    with peer(serve) as server, provider(server.url) as client:
+        next(client.stream("hi", model="m", timeout=5))
+        before = descriptors()
+        gc.disable()
+        try:
+            for _ in range(5):
+                stream = client.stream("hi", model="m", timeout=5)
+                assert next(stream) == "good"
+                stream.close()
+            assert descriptors() <= before + 5  # the server's ends
+        finally:
+            gc.enable()
+        assert server.connections == 6
 
 
 def test_a_stream_may_be_read_in_another_thread() -> None:
@@ -290,11 +312,11 @@ def test_an_address_that_swallows_packets_costs_its_share_once(resolved: Any) ->
 def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
     urls = ["http://nowhere.invalid", f"http://127.0.0.1:{closed_port()}"]
     for url, settings in ((urls[0], {}), (urls[1], {}), (urls[1], {"connect_timeout": 0})):
-        with provider(url, **settings) as client, pytest.raises(ProviderUnavailable):
-            ask(client)
+        with provider(url, **settings) as client:
+            fails(client, ProviderUnavailable)
     resolved()
-    with provider("http://nowhere.invalid") as client, pytest.raises(ProviderUnavailable):
-        ask(client)
+    with provider("http://nowhere.invalid") as client:
+        fails(client, ProviderUnavailable)
 
 
 # -- limits
@@ -304,9 +326,8 @@ def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with provider(url) as client, within(1.2):  # 20 MB of JSON are written first
-            with pytest.raises(ProviderTimeout):
-                ask(client, "x" * 20_000_000, timeout=0.6)
+        with provider(url) as client:  # 20 MB of JSON are written first
+            fails(client, ProviderTimeout, "x" * 20_000_000, timeout=0.6, seconds=1.2)
 
 
 @pytest.mark.parametrize(
@@ -322,17 +343,15 @@ def test_silence_is_judged_by_the_providers_own_limit(
     own: float, options: dict[str, float], code: str
 ) -> None:
     with peer(silent) as server, provider(server.url, first_token_timeout=own) as client:
-        with pytest.raises(ProviderTimeout) as caught:
-            ask(client, **options)
-        assert caught.value.code == code
+        error = fails(client, ProviderTimeout, **options)
+        assert error.code == code
 
 
 def test_the_limit_of_silence_after_the_first_token_has_its_own_code() -> None:
-    with peer(says(HEAD + b"\r\n" + event("x"), then_silent=True)) as server:
-        with provider(server.url, stall_timeout=0.1) as client, within(0.3):
-            with pytest.raises(ProviderTimeout) as caught:
-                ask(client)
-            assert caught.value.code == "stall_timeout"
+    serve = says(HEAD + b"\r\n" + event("x"), then_silent=True)
+    with peer(serve) as server, provider(server.url, stall_timeout=0.1) as client:
+        error = fails(client, ProviderTimeout, seconds=0.3)
+        assert error.code == "stall_timeout"
 
 
 def test_the_callers_own_time_is_not_the_servers_silence() -> None:
@@ -356,8 +375,7 @@ def test_the_callers_own_time_is_not_the_servers_silence() -> None:
 
 def test_without_any_time_nothing_is_sent() -> None:
     with peer(healthy) as server, provider(server.url) as client:
-        with pytest.raises(ProviderTimeout):
-            ask(client, timeout=0)
+        fails(client, ProviderTimeout, timeout=0)
         assert not server.requests
 
 
@@ -402,10 +420,10 @@ def test_forms_of_chunks(form: str) -> None:
     "size", ["", "x", "-1", "-0x1", "3 3", "HTTP/1.1 200 OK", "\xff", "1" * 70_000, "f" * 65_530]
 )
 def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
-    for data in (size.encode() + b"\r\n" + ANSWER, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
+    half = event("half")
+    for data in (size.encode() + b"\r\n" + half, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
         with peer(says(CHUNKS + data, keep=False)) as server, provider(server.url) as client:
-            with pytest.raises(InvalidResponse):
-                ask(client)
+            fails(client, InvalidResponse)
 
 
 def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
@@ -438,29 +456,27 @@ MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
     ("coding", "data"),
     [
         ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("gzip", MEMBERS),
-        ("deflate", zlib.compress(WHOLE)), ("deflate", zlib.compress(WHOLE)[2:-4]),
-        ("identity", WHOLE),
+        ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE),
     ],
 )  # fmt: skip
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
-    """Also several members of gzip, and deflate with and without its header."""
-    with peer(says(whole(data, f"Content-Encoding: {coding}"))) as server:
-        with provider(server.url) as client:
-            assert ask(client) == "good"
+    """Also several members of gzip."""
+    answer = whole(data, f"Content-Encoding: {coding}")
+    with peer(says(answer)) as server, provider(server.url) as client:
+        assert ask(client) == "good"
 
 
-@pytest.mark.parametrize("body", [ANSWER, WHOLE, gzip.compress(WHOLE)], ids=["sse", "json", "gzip"])
-def test_the_largest_answer(body: bytes) -> None:
-    """``max_response_bytes`` counts decompressed bytes; one less is too little."""
-    zipped = body[:2] == b"\x1f\x8b"
-    data = whole(body, "Content-Encoding: gzip") if zipped else whole(body)
-    size = len(WHOLE if zipped else body)
+@pytest.mark.parametrize("body", [ANSWER, WHOLE], ids=["stream", "whole"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_largest_answer(body: bytes, zipped: bool) -> None:
+    """``max_response_bytes`` counts decompressed bytes."""
+    body += b"\n" * 500
+    data = whole(gzip.compress(body), "Content-Encoding: gzip") if zipped else whole(body)
     with peer(says(data)) as server:
-        with provider(server.url, max_response_bytes=size) as client:
+        with provider(server.url, max_response_bytes=len(body)) as client:
             assert ask(client) == "good"
-        with provider(server.url, max_response_bytes=size - 20) as client:
-            with pytest.raises(InvalidResponse, match="max_response_bytes"):
-                ask(client)
+        with provider(server.url, max_response_bytes=len(ANSWER)) as client:
+            fails(client, InvalidResponse, match="max_response_bytes")
 
 
 @pytest.mark.parametrize("promised", [10**9, 10**12, 10**18, 10**30])
@@ -468,8 +484,7 @@ def test_the_largest_answer(body: bytes) -> None:
 def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
     data = OK + b"Content-Length: %d\r\n\r\n" % promised + body
     with peer(says(data, keep=False)) as server, provider(server.url) as client:
-        with pytest.raises(InvalidResponse), within(1):
-            ask(client)
+        fails(client, InvalidResponse, seconds=1)
 
 
 def test_a_complete_answer_survives_a_cut_afterwards() -> None:
@@ -493,7 +508,7 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
             connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
         else:
             connection.sendall(STREAM)
-        return False
+        return True
 
     with peer(serve) as server, requests.Session() as session:
         session.headers["X-Session"] = "yes"
@@ -502,8 +517,7 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
         for place, error in (("silent", ProviderTimeout), ("drip", ProviderTimeout),
                              ("moved", InvalidResponse)):  # fmt: skip
             client = OpenAIProvider(KEY, f"{server.url}/{place}", session=session)
-            with pytest.raises(error), within(1):
-                ask(client, timeout=0.3)
+            fails(client, error, timeout=0.3, seconds=1)
         assert len(server.requests) == 4
         client = OpenAIProvider(KEY, server.url, session=session)
         assert ask(client, timeout=float("inf"), first_token_timeout=float("inf")) == "good"
@@ -525,9 +539,10 @@ def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
 def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, proxied: Any) -> None:
     with peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, peer(healthy) as server:
         proxied(f"http://127.0.0.1:{proxy.port}")
-        bound = "127.0.0.2" if host == "127.0.0.2" else None
         with provider(f"http://{host}:{server.port}/v1", connect_timeout=1) as client:
-            with pytest.raises(ProviderUnavailable) if bound else contextlib.nullcontext():
+            if host == "127.0.0.2":  # nobody listens there
+                fails(client, ProviderUnavailable)
+            else:
                 assert ask(client) == "good"
         assert not proxy.requests
 
@@ -544,8 +559,8 @@ def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, pr
 def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) -> None:
     with peer(says(answer, keep=False)) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client, pytest.raises(error):
-            ask(client)
+        with provider("https://provider.invalid/v1") as client:
+            fails(client, error)
         assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
         assert KEY.encode() not in proxy.requests[0]
 
@@ -563,9 +578,8 @@ def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
 
     with peer(serve) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client, within(0.5):
-            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
-                ask(client, timeout=0.5)
+        with provider("https://provider.invalid/v1") as client:
+            fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
 def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
@@ -575,8 +589,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def socks() -> None:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.recv(connection.recv(2)[1])
                 connection.sendall(b"\5\0")
                 asked.append(connection.recv(262))
@@ -584,6 +597,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
                 while Peer._request(connection):
                     connection.sendall(STREAM)
 
+        listener.settimeout(3)
         thread = threading.Thread(target=socks)
         thread.start()
         proxied(f"socks5h://127.0.0.1:{listener.getsockname()[1]}")
@@ -593,9 +607,8 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
     assert b"provider.invalid" in asked[0]
     with peer(silent) as server:  # the limits hold there, too
         proxied(f"socks5h://127.0.0.1:{server.port}")
-        with provider("http://provider.invalid/v1", connect_timeout=0.3) as client, within(0.5):
-            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
-                ask(client, timeout=0.5)
+        with provider("http://provider.invalid/v1", connect_timeout=0.3) as client:
+            fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
 def test_a_socks_proxy_without_pysocks_is_named(
@@ -607,8 +620,7 @@ def test_a_socks_proxy_without_pysocks_is_named(
     monkeypatch.setattr("requests.adapters.SOCKSProxyManager", missing)
     proxied("socks5h://127.0.0.1:9")
     with provider("https://provider.invalid/v1") as client:
-        with pytest.raises(ProviderUnavailable, match=r"(?i)socks|proxy"):
-            ask(client)
+        fails(client, ProviderUnavailable, match=r"(?i)socks|proxy")
 
 
 # -- TLS
@@ -622,9 +634,10 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     folder = tmp_path_factory.mktemp("tls")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=provider.invalid".split()
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     subprocess.run(
-        [*make, "-addext", names, "-keyout", key, "-out", certificate],
+        [*make, "-subj", "/CN=provider.invalid", "-addext", names,
+         "-keyout", key, "-out", certificate],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -680,13 +693,12 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         return healthy(server, connection, request)
 
     with secure(serve, context) as server:
-        with provider(server.url) as client, pytest.raises(ProviderUnavailable, match="TLS"):
-            ask(client)
+        with provider(server.url) as client:
+            fails(client, ProviderUnavailable, match="TLS")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with provider(server.url) as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
-            with pytest.raises(ProviderTimeout), within(0.5):
-                ask(client, "drip", timeout=0.5)
+            fails(client, ProviderTimeout, "drip", timeout=0.5, seconds=0.5)
 
 
 def test_a_tunnel_through_a_proxy_is_kept(
@@ -717,21 +729,27 @@ def test_tls_inside_of_tls_is_under_the_same_limit(
     with secure(serve, context) as proxy:
         proxied(f"https://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with provider("https://provider.invalid/v1") as client, within(0.6):
-            with pytest.raises((ProviderTimeout, ProviderUnavailable)):
-                ask(client, timeout=0.6)
+        with provider("https://provider.invalid/v1") as client:
+            fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.6, seconds=0.6)
 
 
 def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
-    with peer(says(b"HTTP/1.1 400 Bad Request\r\n\r\n", keep=False)) as server:
-        with provider(server.url.replace("http:", "https:")) as client:
-            with pytest.raises(ProviderUnavailable):
-                ask(client, timeout=0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def talk_plain() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=talk_plain)
+        thread.start()
+        with provider(f"https://127.0.0.1:{listener.getsockname()[1]}") as client:
+            fails(client, ProviderUnavailable)
+        thread.join(5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with provider(url, connect_timeout=0.3) as client, within(0.3):
-            with pytest.raises((ProviderUnavailable, ProviderTimeout)):
-                ask(client)
+        with provider(url, connect_timeout=0.3) as client:
+            fails(client, (ProviderUnavailable, ProviderTimeout), seconds=0.3)
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
@@ -740,8 +758,7 @@ def test_a_bundle_of_certificates_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.setenv(variable, "/nonexistent/bundle.pem")
     with peer(healthy) as server, provider(server.url.replace("http:", "https:")) as client:
-        with pytest.raises(ProviderUnavailable, match=r"(?i)certificate|bundle"):
-            ask(client)
+        fails(client, ProviderUnavailable, match=r"(?i)certificate|bundle")
 
 
 GEVENT = """
