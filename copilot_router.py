@@ -2252,7 +2252,13 @@ def _http() -> tuple[Any, Callable[[], Any]]:
             left = self.now.limits.connect_left()
             if hasattr(self, "_socks_options"):
                 self.timeout = left
-                return super()._new_conn()  # type: ignore[misc]
+                try:
+                    return super()._new_conn()  # type: ignore[misc]
+                except Exception as error:
+                    if _passes_through(error):
+                        raise
+                late = self.now.limits.expired()
+                raise late or ProviderUnavailable("the SOCKS proxy does not connect")
             sock = _connect(self, self.now.limits)
             sock.settimeout(self.now.limits.connect_left())  # for TLS, which measures it as a whole
             return sock
@@ -2444,7 +2450,9 @@ class _Answer:
         self._read1: Callable[[], bytes]
         read1: Callable[..., bytes]
         if self._original is None:  # a session of the user's
-            read1 = functools.partial(self._raw.read1, decode_content=False)
+            read1 = functools.partial(
+                getattr(self._raw, "read1", self._raw.read), decode_content=False  # urllib3 1.26
+            )
         elif self._original.chunked:
             read1 = self._original.fp.read1
             self._content = _unchunked(self._read)
@@ -2546,6 +2554,9 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         if isinstance(cause, ProviderError):
             return cause
     if among(TimeoutError, theirs.Timeout, wrapped.TimeoutError):
+        if among(wrapped.NewConnectionError) and not among(TimeoutError):
+            refused = among(ConnectionRefusedError)
+            return ProviderUnavailable("refused" if refused else "cannot connect")
         timed_out = among(theirs.ConnectTimeout, wrapped.ConnectTimeoutError)
         if timed_out or (what == "connecting" and time.monotonic() >= limits.connect_by):
             return limits.connect_error()
