@@ -1,4 +1,4 @@
-# copilot_router 0.2.0 - SPDX-License-Identifier: MIT - Copyright (c) 2026 copilot_router contributors
+# copilot_router 0.2.0 (SPDX-License-Identifier: MIT) Copyright (c) 2026 copilot_router contributors
 """Call several LLM providers through one blocking ``chain.chat(...)`` that keeps answering.
 
     from copilot_router import FailoverChain, LMStudioProvider, OpenAIProvider, ProviderTier
@@ -9,52 +9,40 @@
     ])
     print(chain.chat("Say hello.", timeout=25).text)
 
-Tiers are asked in order, one after the other, under one deadline. Each has a circuit breaker: after
-three failures in a row a tier is skipped at once, and after 15 seconds one single call tries it
-again. What happens after a failure is declared by its exception class (section "errors").
+Tiers are asked in order under one deadline. Each has a circuit breaker: after three failures in a
+row it is skipped, and 15 seconds later one single call tries it again. What follows from a failure
+is declared by its exception class (section "errors").
 
 Contents: errors · data · circuit breaker · stores · provider interface · transport ·
 reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
 scripted provider · tier · configuration · one call · chain · command line. Search for "# ====".
 A section uses only what stands above it. A call enters at the chain and goes up the file.
 
-Times
-    All times are seconds (float). For every limit None inherits the next outer one and ``math.inf``
-    means none. Deadlines are wall clock: they cover connecting, dripping bytes, pauses, failover and
-    escalation. Only a DNS look-up cannot be interrupted: it is counted, and the call ends after it.
-Threads and forks
-    Chains, tiers, breakers and providers may be shared by threads and used across a fork. No
-    background thread is started and nothing happens at import.
-Errors
-    Everything raised is a RouterError, except a TypeError for an unknown option and what your own
-    ``accept`` raises. Errors and responses pickle.
-Secrets
-    Keys, prompts and answers are never in a log, an event, a traceback, or the str, repr or args of
-    anything.
-Dependencies
-    ``requests``, imported when the first HTTP provider is built. Custom providers do not need it.
+Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
+Deadlines are wall clock and cover everything; only a DNS look-up cannot be interrupted: the call
+ends after it. Everything may be shared by threads and used across a fork. No background thread is
+started, nothing happens at import; ``requests`` is imported with the first HTTP provider.
+
+Everything raised is a RouterError, except a TypeError for an unknown option and what your own
+``accept`` raises. Errors and responses pickle. Keys, prompts and answers are never in a log, an
+event, a traceback, or the str, repr or args of anything.
 """
 
 from __future__ import annotations
 
 __version__ = "0.2.0"
 __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
-    # errors
     "RouterError", "ProviderError", "ProviderUnavailable", "ServerError", "Overloaded",
     "ProviderTimeout", "InvalidResponse", "EmptyResponse", "RateLimited", "QuotaExceeded",
     "AuthenticationError", "ModelNotFound", "ContextLengthExceeded", "UnsupportedRequest",
     "BadRequest", "ContentFiltered", "StreamInterrupted", "CircuitOpen", "AllProvidersFailed",
     "DeadlineExceeded", "EscalationFailed", "UnknownModel", "ConfigError",
-    # data
     "LLMResponse", "ToolCall", "Usage", "Attempt", "Event", "Thought",
-    # circuit breaker
-    "CircuitBreaker", "Ticket", "BreakerSnapshot", "BreakerRecord", "MemoryStore", "SQLiteStore",
-    "RedisStore",
-    # providers
+    "CircuitBreaker", "Ticket", "BreakerSnapshot", "BreakerRecord",
+    "MemoryStore", "SQLiteStore", "RedisStore",
     "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider",
-    "OllamaProvider", "ScriptedProvider",
-    # chain
-    "ProviderTier", "FailoverChain", "ChatStream", "TierHealth",
+    "OllamaProvider", "ScriptedProvider", "ProviderTier", "FailoverChain",
+    "ChatStream", "TierHealth",
 ]  # fmt: skip
 
 import contextlib
@@ -94,11 +82,11 @@ _log.addHandler(logging.NullHandler())
 
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """A compiled pattern. Most programs never need most of them, so none is compiled at import."""
+    """A compiled pattern, at its first use: most programs never need most of them."""
     return re.compile(text)
 
 
-#: Objects whose locks or sockets a forked child must make anew, by ``_renew_after_fork()``.
+#: What has locks or sockets that a forked child makes anew, by ``_renew_after_fork()``.
 _renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -111,25 +99,20 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 # ==== errors ======================================================================================
-# The policy is the exception class: what happens after a failure stands in its class attributes, and
-# ``_judged`` at the end of this section is the only place that reads them.
-
+# What follows from a failure stands in class attributes of its exception. Only ``_judged``, at the
+# end of this section, reads them.
 
 class RouterError(Exception):
-    """The root of all errors here.
-
-    ``.attempts``: what the chain's call had done by then, a tuple of Attempt; else empty.
-    """
+    """The root of all errors here. ``.attempts``: the Attempts of the chain's call until then."""
 
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
 
 
 class ProviderError(RouterError):
-    """One provider could not answer. Raise it, or a subclass, in a custom provider.
+    """One provider could not answer. A custom provider raises it or a subclass.
 
-    Two class attributes are the policy, for the chain and the breaker alike; a subclass may set
-    its own, and so may one error.
+    Two attributes, of a class or of one error, are the policy for the chain and the breaker:
 
     ========  ======================================================================================
     then      ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise``
@@ -138,11 +121,10 @@ class ProviderError(RouterError):
               as long with each further one in a row, up to 600 s)
     ========  ======================================================================================
 
-    ``message``: for the log and the operator; put no key and no text of a prompt or answer into it.
-    ``provider``, ``model``: who failed; a chain fills in the tier's name, "" means unknown.
-    ``status``: the HTTP status, None without one. ``code``: the provider's own code, or for a
-    ProviderTimeout the limit that was reached. ``retry_after``: seconds after which the provider
-    wants to be asked again, None if it did not say. ``request_id``: the provider's own.
+    ``message``: goes to the log, so no key, prompt or answer in it. ``provider``, ``model``: who
+    failed; a chain fills in the tier. ``status``: the HTTP status or None. ``code``: the provider's
+    own, or the limit that a ProviderTimeout reached. ``retry_after``: seconds after which the
+    provider wants to be asked again, None if it did not say.
     """
 
     then: str = "next"
@@ -150,170 +132,136 @@ class ProviderError(RouterError):
     usage: Usage | None = None  #: tokens that the failed request had used, None if unknown
 
     def __init__(
-        self,
-        message: str = "",
-        *,
-        provider: str = "",
-        model: str = "",
-        status: int | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-        request_id: str | None = None,
-    ) -> None:
+        self, message: str = "", *, provider: str = "", model: str = "", status: int | None = None,
+        code: str | None = None, retry_after: float | None = None, request_id: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.provider = provider
-        self.model = model
-        self.status = status
-        self.code = code
-        self.retry_after = retry_after
-        self.request_id = request_id
+        self.provider, self.model = provider, model
+        self.status, self.code = status, code
+        self.retry_after, self.request_id = retry_after, request_id
 
 
 class ProviderUnavailable(ProviderError):
     """Refused, DNS, TLS, connect timeout, or a 404 that means a wrong path."""
-
 
 class ServerError(ProviderError):
     """5xx, 409, 425, or closed or reset before the headers."""
 
     then = "again"
 
-
 class Overloaded(ServerError):
     """529, 498, or a 503 that says overloaded or loading."""
 
-
 class ProviderTimeout(ProviderError):
-    """408, or a limit was reached. ``.code``: first_token_timeout, stall_timeout, attempt_timeout."""
-
+    """408, or a limit was reached (``.code``): first_token_, stall_ or attempt_timeout."""
 
 class InvalidResponse(ProviderError):
     """Not the format that was asked for: a redirect, not JSON, truncated, garbled, too large."""
 
-
 class EmptyResponse(InvalidResponse):
-    """A success with neither text nor tool call.
-
-    Neutral for the breaker if the token limit cut it (code ``length``) or tool results were sent.
-    """
-
+    """Neither text nor tool call. Neutral for the breaker if the token limit cut it (code
+    ``length``) or tool results were sent."""
 
 class RateLimited(ProviderError):
     """429. Without a ``retry_after`` the tier is parked for its breaker's recovery timeout."""
 
     breaker = "park"
 
-
 class QuotaExceeded(RateLimited):
     """Out of money, or at a spend limit. Never waited out."""
 
     breaker = "park long"
-
 
 class AuthenticationError(ProviderError):
     """401, 403, an invalid key, no permission."""
 
     breaker = "park long"
 
-
 class ModelNotFound(ProviderError):
     """The provider does not have this model: a 404 or 410 that names it."""
 
     breaker = "neutral"
-
 
 class ContextLengthExceeded(ProviderError):
     """The prompt does not fit, or can never pass the rate limit."""
 
     breaker = "neutral"
 
-
 class UnsupportedRequest(ProviderError):
     """The vendor or the model cannot do what the request asks for."""
 
     breaker = "neutral"
 
-
 class BadRequest(ProviderError):
-    """Not accepted as it stands: another 4xx, or a request that cannot be written (nothing is sent)."""
+    """Another 4xx, or a request that cannot be written (nothing is sent)."""
 
     breaker = "neutral"
 
-
 class ContentFiltered(ProviderError):
-    """Refused by a safety system, without text. No other provider is asked: that would be evasion."""
+    """A safety system refused. No other provider is asked: that would be evasion."""
 
     then = "raise"
     breaker = "neutral"
 
-
 class StreamInterrupted(ProviderError):
     """A stream broke after text had been handed out. ``.partial``: that text.
 
-    ``__cause__`` is what broke it: the breaker judges by that, and status, code, retry_after and
-    request_id are taken from it. It is a DeadlineExceeded if the call's own time was over.
+    ``__cause__`` is what broke it, a DeadlineExceeded if the call's own time was over. The breaker
+    judges by it; status, code, retry_after and request_id are taken from it.
     """
 
     then = "raise"
     partial: str = ""
 
-
 class CircuitOpen(RouterError):
-    """A breaker said no. ``.retry_after``: seconds until it lets a call through, None: not by time."""
+    """A breaker said no. ``.retry_after``: seconds until it lets a call through, None if open until
+    reset."""
 
     retry_after: float | None = None
-
 
 class AllProvidersFailed(RouterError):
     """No tier answered. The message names every tier and its reason.
 
-    ``.errors``: the exceptions, one for each tier that failed or was skipped, in order.
-    ``.retry_after``: seconds until it is sensible to try again, None if waiting will not help.
+    ``.errors``: one exception for each tier that failed or was skipped, in order.
+    ``.retry_after``: seconds until a new try is sensible, None if waiting will not help.
     """
 
     errors: tuple[BaseException, ...] = ()
     retry_after: float | None = None
 
     def __reduce__(self) -> Any:
-        """A foreign exception that cannot be pickled is replaced by a ProviderError that names it."""
-        state = {**vars(self), "errors": tuple(map(_picklable, self.errors))}
-        return type(self), self.args, state
+        """What cannot be pickled is replaced by a ProviderError that names it."""
+        return type(self), self.args, {**vars(self), "errors": tuple(map(_picklable, self.errors))}
 
     def explain(self) -> str:
-        """One ASCII line for an operator: what was tried, what happened, how long it took."""
+        """One ASCII line: what was tried, what happened, how long it took."""
         return _explain(self.attempts, None)
-
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
     """The call's own time was over. Also a TimeoutError."""
 
-
 class EscalationFailed(AllProvidersFailed):
-    """The stronger side failed, gave up or was refused too.
-
-    ``.response``: the last answer that gave up or was refused, without the marker.
-    """
+    """The stronger side failed too. ``.response``: the last answer, without the marker."""
 
     response: LLMResponse | None = None
-
 
 class UnknownModel(RouterError):
     """No tier serves this model; the message names the known ones."""
 
-
 class ConfigError(RouterError, ValueError):
-    """A setting is wrong. The message says where, what it was and what to do. Also a ValueError."""
+    """A setting is wrong. The message says where and what to do. Also a ValueError."""
 
 
 class _UnknownOption(TypeError):
-    """An option that no provider knows. It shows as a plain TypeError."""
+    """An option that no provider knows. It shows and pickles as a plain TypeError."""
+
+    __qualname__, __module__ = "TypeError", "builtins"
 
     def __reduce__(self) -> Any:
         return TypeError, self.args
 
 
-_UnknownOption.__name__ = _UnknownOption.__qualname__ = "TypeError"
-_UnknownOption.__module__ = "builtins"
+_UnknownOption.__name__ = "TypeError"
 
 
 # -- checking settings and showing errors
@@ -322,18 +270,16 @@ _UnknownOption.__module__ = "builtins"
 def _number(
     value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
 ) -> Any:
-    """A checked setting. The least value itself is allowed; NaN, booleans and text never are."""
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least or (
-        finite and math.isinf(value)
-    ):  # fmt: skip
+    """A checked setting. NaN, booleans and text never are one."""
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not value >= least or (finite and math.isinf(value)):
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
         raise ConfigError(f"{where}={value!r}: give {kind} of at least {least:g}")
     return value
 
 
 def _drawn(least: float, most: float) -> float:
-    """A number at random, so that clients do not move in step."""
+    """A random number: clients shall not move in step."""
     import random
 
     return random.uniform(least, most)
@@ -343,7 +289,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -358,24 +304,17 @@ def _picklable(error: BaseException) -> BaseException:
 
 
 def _error_text(error: BaseException) -> str:
-    """``RateLimited: slow down``. A foreign exception's own text could hold anything: left out."""
-    known = isinstance(error, RouterError) and str(error)
-    return f"{type(error).__name__}: {error}" if known else type(error).__name__
+    """``RateLimited: slow down``, without the text of a foreign exception: it could hold a key."""
+    text = str(error) if isinstance(error, RouterError) else ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _ascii(text: str) -> str:
-    """One line of printable ASCII: a log or a terminal never gets a server's control characters."""
+    """One printable line: a server's control characters reach no log and no terminal."""
     line = " ".join(text.split())
     if line.isascii() and line.isprintable():
         return line
-    return "".join(
-        char if " " <= char <= "~" else char.encode("unicode_escape").decode() for char in line
-    )
-
-
-def _dollars(cost: float) -> str:
-    """USD with two significant digits below a dollar."""
-    return f"${cost:.2f}" if cost >= 1 or cost == 0 else f"${cost:.2g}"
+    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in line)
 
 
 def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
@@ -386,7 +325,8 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
             what = f"{attempt.outcome} ({what})"
         took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
         steps.append(f"{attempt.tier}: {what}{took}")
-    return _ascii(" -> ".join(steps) + (f" {_dollars(cost)}" if cost is not None else ""))
+    price = "" if cost is None else f" ${cost:.2f}" if cost >= 1 or cost == 0 else f" ${cost:.2g}"
+    return _ascii(" -> ".join(steps) + price)
 
 
 def _place(error: BaseException) -> str:
@@ -399,7 +339,7 @@ def _place(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and everything it wraps, as requests and urllib3 wrap things."""
+    """The exception and all it wraps, the way requests and urllib3 wrap."""
     seen: list[BaseException] = []
     queue: list[Any] = [error]
     while queue and len(seen) < 20:
@@ -410,85 +350,73 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield item
 
 
-def _bare(error: BaseException) -> BaseException:
-    """The same exception without the frames whose locals may hold a prompt, an answer or a key.
+#: Libraries under this module, beside the standard library.
+_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
 
-    Frames of this module and of the libraries under it go; those of the user's own code stay.
-    """
+
+def _bare(error: BaseException) -> BaseException:
+    """The same exception without the frames of this module and of the libraries under it: their
+    locals may hold a prompt, an answer or a key."""
     for item in _causes(error):
         own = isinstance(item, RouterError)
         item.__traceback__ = None if own else _users_frames(item.__traceback__)
     return error
 
 
-#: Libraries under this module, beside the standard library.
-_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
-
-
 def _users_frames(trace: TracebackType | None) -> TracebackType | None:
     if trace is None:
         return None
-    rest = _users_frames(trace.tb_next)
-    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    inside = trace.tb_frame.f_globals is globals()
-    if inside or package in _LIBRARIES or package in sys.stdlib_module_names - {"__main__"}:
+    rest, names = _users_frames(trace.tb_next), trace.tb_frame.f_globals
+    package = names.get("__name__", "").partition(".")[0]
+    if names is globals() or package in _LIBRARIES or package in sys.stdlib_module_names:
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
 
 
 # -- what follows from an error
 
-#: The caller's own mistakes and the interpreter's troubles: they pass straight through a chain.
+#: Not about a provider: they pass straight through a chain.
 _PASS_THROUGH: tuple[type[Exception], ...] = (
     ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
 )  # fmt: skip
-#: The time limits of task queues, by module: they are Exceptions, but meant for the task.
+#: What task queues raise when the task's time is up, by module.
 _TASK_LIMITS = (
     ("billiard.exceptions", "SoftTimeLimitExceeded"),
     ("celery.exceptions", "SoftTimeLimitExceeded"),
     ("rq.timeouts", "BaseTimeoutException"),
 )
-#: Seconds that a provider's own Retry-After may park a tier at most.
-_MAX_PARK = 3600.0
-#: Seconds for one request after which a call's deadline counts against the tier that was asked.
-_FAIR_CHANCE = 5.0
-#: Seconds: a socket's timeout may fire that much before a deadline.
-_EARLY = 0.005
+_MAX_PARK = 3600.0  #: seconds that a provider's Retry-After may park a tier at most
+_FAIR_CHANCE = 5.0  #: seconds after which a call's deadline counts against the tier that was asked
+_EARLY = 0.005  #: seconds that a socket's timeout may fire before a deadline
 
 
 def _is_task_limit(error: BaseException) -> bool:
-    """Whether a task queue says that the task's time is up. It may say so anywhere."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in _TASK_LIMITS)
     return any(isinstance(kind, type) and isinstance(error, kind) for kind in found)
 
 
 def _passes_through(error: BaseException) -> bool:
-    return (
-        not isinstance(error, Exception)
-        or isinstance(error, _PASS_THROUGH)
-        or _is_task_limit(error)
-    )
+    mistake = not isinstance(error, Exception) or isinstance(error, _PASS_THROUGH)
+    return mistake or _is_task_limit(error)
 
 
 class _Facts(NamedTuple):
-    """What the consequences of a failure depend on, beside the error itself. Times in seconds."""
+    """What the verdict depends on beside the error. Times in seconds."""
 
-    overruled: str | None = None  #: what ``on_error`` says of this class: next, raise or None
-    retries: int = 0  #: how often this tier may still be asked again in this call
+    overruled: str | None = None  #: by ``on_error``: next, raise or None
+    retries: int = 0  #: how often this tier may still be asked again
     may_wait: bool = False  #: a Retry-After may still be waited out
     max_wait: float = math.inf  #: the longest Retry-After that is waited out
     left: float = math.inf  #: until the deadline of the call
     given: float = 0.0  #: what the tier has had for this request
-    pause: float = 0.0  #: before the same tier is asked again, where the error names no time
+    pause: float = 0.0  #: before a retry, where the error names no time
 
 
 class _Verdict(NamedTuple):
-    """What follows from a failure."""
-
     then: str  #: again | next | raise | pass (straight through, as the caller's own)
     breaker: str  #: failure | neutral | park | park long | park longer
-    seconds: float | None = None  #: to park; None: as long as the breaker's settings say
-    pause: float = 0.0  #: before the same tier is asked again
+    seconds: float | None = None  #: to park; None: by the breaker's settings
+    pause: float = 0.0  #: before a retry
 
 
 def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa: B008 - a constant
@@ -499,20 +427,18 @@ def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa
         return _Verdict("pass", "neutral")
     then, outcome, hint = "next", "failure", None
     if isinstance(error, ProviderError):
-        then, outcome = error.then, error.breaker
-        if isinstance(error, EmptyResponse) and error.code == "length":
-            outcome = "neutral"
+        cut = isinstance(error, EmptyResponse) and error.code == "length"
+        then, outcome = error.then, "neutral" if cut else error.breaker
         hint = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
     then = facts.overruled or then
+    pause = facts.pause if hint is None else hint
+    soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
     if isinstance(error, RateLimited):
         waits = facts.may_wait and outcome == "park" and facts.overruled is None
-        if waits and hint is not None and hint <= facts.max_wait and hint < facts.left:
-            return _Verdict("again", "neutral", pause=hint)
-    elif then == "again":
-        pause = facts.pause if hint is None else hint
-        soon = hint is None or hint <= facts.max_wait
-        if facts.retries > 0 and soon and pause < facts.left:
-            return _Verdict("again", outcome, pause=pause)
+        if waits and soon and hint is not None:
+            return _Verdict("again", "neutral", pause=pause)
+    elif then == "again" and facts.retries > 0 and soon:
+        return _Verdict("again", outcome, pause=pause)
     if then == "again":
         then = "next"
     if _ended_by_the_call(error, facts):
@@ -520,12 +446,12 @@ def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa
     if isinstance(error, ServerError) and hint is not None and hint > facts.max_wait:
         outcome = "park"
     elif outcome == "park long" and isinstance(error, QuotaExceeded):
-        outcome = "park longer"  # an account is not filled up as soon as a 401 may be a blip
+        outcome = "park longer"  # an account fills up later than a 401 may pass
     return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
 
 
 def _ended_by_the_call(error: BaseException, facts: _Facts) -> bool:
-    """Whether the call's own deadline ended the attempt, and no silence limit had been reached."""
+    """Whether the call's deadline ended the attempt, not a silence limit."""
     silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
     late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, DeadlineExceeded))
     return late and not silent
@@ -538,8 +464,7 @@ def _ended_by_the_call(error: BaseException, facts: _Facts) -> bool:
 class Usage:
     """Tokens; 0 for what the provider did not report. ``a + b`` adds field by field.
 
-    For every vendor ``prompt_tokens`` includes cached and cache-written ones, and
-    ``completion_tokens`` includes reasoning.
+    ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` reasoning.
     """
 
     prompt_tokens: int = 0
@@ -554,23 +479,21 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: Usage) -> Usage:
-        if not isinstance(other, Usage):
-            return NotImplemented
         return Usage(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
 _NO_USAGE = Usage()
-#: The key of a message under which it keeps what only the same provider and model may see again.
+#: The key of a message for what only the same provider and model may see again.
 _CARRY = "copilot_router"
 
 
 class Attempt(NamedTuple):
     """One request sent, or one tier passed over.
 
-    ``tier``: its name. ``model``: as asked, else as answered; "" if neither is known. ``outcome``:
-    ok, failed, skipped or escalated (gave up, or refused by ``accept``). ``error``:
-    ``"RateLimited: ..."`` or None. ``status``: the HTTP status of a failure, None without one.
-    ``latency``: seconds, 0.0 for a skip. ``usage``: tokens of this request, 0 if unknown.
+    ``model``: as asked, else as answered, "" if unknown. ``outcome``: ok, failed, skipped or
+    escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or None.
+    ``status``: the HTTP status of a failure or None. ``latency``: seconds. ``usage``: of this
+    request, 0 if unknown.
     """
 
     tier: str
@@ -586,8 +509,8 @@ class Attempt(NamedTuple):
 class ToolCall:
     """A tool that the model wants called.
 
-    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object or was cut; no text
-    at all counts as {}. ``id``: to be given back as ``tool_call_id`` with the result.
+    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object or was cut, {} when
+    it is empty. ``id``: to be given back as ``tool_call_id`` with the result.
     """
 
     id: str
@@ -597,20 +520,20 @@ class ToolCall:
 
 
 class Thought(str):
-    """A delta of a stream that is the model's thinking, and no part of its answer."""
+    """A delta of a stream that is thinking and no part of the answer."""
 
     __slots__ = ()
 
 
 @dataclass
 class LLMResponse:
-    """An answer. A custom provider fills in what it knows; the chain adds the rest."""
+    """An answer. A custom provider fills in what it knows, the chain the rest."""
 
     content: str | None = field(default=None, repr=False)
     tool_calls: list[ToolCall] = field(default_factory=list)
-    finish_reason: str = "stop"  #: stop | length | tool_calls | content_filter, or a word as it came
+    finish_reason: str = "stop"  #: stop | length | tool_calls | content_filter, else as it came
     usage: Usage = _NO_USAGE  #: of this answer alone
-    model: str = ""  #: the model that answered, as the provider reports it, else as asked
+    model: str = ""  #: as the provider reports it, else as asked
     provider: str = ""  #: the name of the tier that answered
     reasoning: str | None = field(default=None, repr=False)  #: thinking text
     request_id: str | None = None
@@ -623,7 +546,7 @@ class LLMResponse:
 
     @property
     def text(self) -> str:
-        """The content, "" if there is none."""
+        """The content or ""."""
         return self.content or ""
 
     @property
@@ -635,35 +558,27 @@ class LLMResponse:
     def message(self) -> dict[str, Any]:
         """The assistant message to append to ``messages``: OpenAI form, JSON-able.
 
-        What the same provider and model need back (thinking blocks, signatures) is kept under one
-        more key, which is never sent to any other.
+        What only the same provider and model need back (thinking, signatures) has its own key.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.carry:
             message[_CARRY] = self.carry
         if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _arguments_text(call)},
-                }
-                for call in self.tool_calls
-            ]
+            message["tool_calls"] = list(map(_call_sent, self.tool_calls))
         return message
 
     @property
     def total_usage(self) -> Usage:
-        """Tokens summed over all attempts; this answer's own if there is no record of attempts."""
+        """Tokens of all attempts; this answer's alone without a record of attempts."""
         used = [attempt.usage for attempt in self.attempts]
         return functools.reduce(Usage.__add__, used) if used else self.usage
 
     def explain(self) -> str:
-        """One ASCII line: ``local: ProviderUnavailable: refused 2 ms -> cheap: ok 412 ms $0.0003``."""
+        """One ASCII line: ``a: ProviderUnavailable: refused 2 ms -> b: ok 412 ms $0.0003``."""
         return _explain(self.attempts, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able data, for a cache or the result of a task; the texts too."""
+        """Everything as JSON-able data, the texts too."""
         plain = dict(vars(self))
         plain["tool_calls"] = [dict(vars(call)) for call in self.tool_calls]
         plain["usage"] = dict(vars(self.usage))
@@ -674,8 +589,8 @@ class LLMResponse:
 class Event(NamedTuple):
     """A step of a call, for ``on_event``. ``time``: the chain's clock. No ``tier``, ``model``: "".
 
-    Events of a call come in its own thread, those of a stream in its reader's. What ``data`` holds
-    depends on ``kind``; there is never a key or a text in it:
+    It comes in the call's own thread, for a stream in its reader's. ``data`` never holds a key or a
+    text of a prompt or answer:
 
     ==========  ====================================================================================
     attempt     a request is about to be sent; ``timeout``: seconds left for it
@@ -686,13 +601,11 @@ class Event(NamedTuple):
     escalation  an answer gave up or was refused; ``to``: the model asked instead
     wait        nobody is ready; ``seconds`` until the order starts again
     breaker     a change of state: ``old``, ``new``, ``reason``; or of its store: ``store``
-    done        the end; ``outcome`` (ok, or an error's class) and ``latency`` in seconds; for an
-                answer also ``cost`` (USD or None), ``attempts`` (how many), ``prompt_tokens``,
+    done        the end, unless the caller's mistake, an interrupt or a stream's reader ended the
+                call; ``outcome`` (ok, or an error's class), ``latency`` in seconds; of an answer
+                also ``cost`` (USD or None), ``attempts`` (how many), ``prompt_tokens``,
                 ``completion_tokens``
     ==========  ====================================================================================
-
-    There is no ``done`` where the caller's own mistake or an interrupt ended the call, or a stream
-    was given up by its reader.
     """
 
     kind: str
@@ -706,36 +619,32 @@ class Event(NamedTuple):
         return self._asdict()
 
 
-def _arguments_text(call: ToolCall) -> str:
-    if call.raw_arguments or call.arguments is None:
-        return call.raw_arguments
-    return json.dumps(call.arguments)
+def _call_sent(call: ToolCall) -> dict[str, Any]:
+    text = call.raw_arguments
+    if not text and call.arguments is not None:
+        text = json.dumps(call.arguments)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": text}}
 
 
 # ==== circuit breaker =============================================================================
-# One immutable record holds the whole state. The rules are two pure functions, ``_admitted`` and
-# ``_after``. A change is a step from the old record to the new one. Steps wait in a queue, and
-# whoever finds the lock free applies all that wait, in order. So nobody waits for the lock, and a
-# finalizer that settles a ticket in the middle of another change only adds its step to the queue.
-# While the holder of the lock waits for a store, the others change the record alone. Reads take no
-# lock. No user code (call, clock, listener) runs under the lock; only a store does.
+# One immutable record holds the state. The rules are two pure functions, ``_admitted`` and
+# ``_after``. Changes, functions from the old record to the new one, wait in a queue; whoever finds
+# the lock free applies them in order. So nobody waits for the lock, and a finalizer may settle a
+# ticket in the middle of another change. While the holder of the lock waits for a store, others
+# change the record alone. Reads take no lock. Only a store runs under it, no user's code.
 
-#: What retry_after says at most during a trial, and for a tier that failed but is still closed.
-_SOON = 1.0
-#: A trial's lease doubles with each takeover up to this multiple, so that a slow provider can close
-#: its breaker in the end.
+_SOON = 1.0  #: seconds that retry_after says at most during a trial
+#: A trial's lease doubles with each takeover up to this: a slow provider can close in the end.
 _MAX_LEASE_GROWTH = 8
-#: Seconds that a long park grows to, where the server names no time.
-_LONGEST_PARK = 600.0
+_LONGEST_PARK = 600.0  #: seconds that a long park grows to, where the server names no time
 
 
 class BreakerSnapshot(NamedTuple):
-    """A breaker at one moment; old as soon as it is read. Plain data.
+    """A breaker at one moment. ``generation`` grows with every change; ``failures``: in a row.
 
-    ``state``: closed, open or half_open. ``generation``: grows with every change. ``failures``: in
-    a row. ``reason``: of the last change, "" before. ``retry_after``: seconds until a call may get
-    through, None when closed or open until reset; 0 when the next caller is the trial. ``opened``,
-    ``rejected``, ``stale``: how often it opened, said no, and dropped a late result.
+    ``retry_after``: seconds until a call may get through, None when closed or open until reset.
+    ``reason``: of the last change. ``opened``, ``rejected``, ``stale``: how often it opened,
+    refused, and dropped a late result.
     """
 
     state: str
@@ -753,85 +662,66 @@ class BreakerSnapshot(NamedTuple):
 
 
 class BreakerRecord(NamedTuple):
-    """The whole state of a breaker, as a store keeps it: plain values, JSON-able by ``_asdict()``.
-
-    ``deadline`` is in the breaker's own time, and in a store in the store's.
-    """
+    """The state of a breaker, as a store keeps it: plain values, JSON-able by ``_asdict()``."""
 
     state: str = "closed"  #: closed | open | half_open
-    generation: int = 0  #: grows with every change of state; a store compares it, and counts writes
+    generation: int = 0  #: grows with every change of state and every write to a store
     era: int = 0  #: the generation in which this state, or this trial, began
     failures: int = 0  #: consecutive
-    deadline: float = 0.0  #: open: a trial is due (inf: until reset); half-open: the lease is over
-    span: float = 0.0  #: seconds to the deadline when it was set: a clock that jumps adds nothing
-    trips: int = 0  #: openings by failures since the last success: they double the open time
-    takeovers: int = 0  #: trials since the last verdict whose lease ran out
+    deadline: float = 0.0  #: of the open time (inf: until reset) or the lease, in the owner's time
+    span: float = 0.0  #: until the deadline when it was set: a clock that jumps adds nothing
+    trips: int = 0  #: openings by failures since a success: they double the time
+    takeovers: int = 0  #: trials since a verdict whose lease ran out
     opened: int = 0
     reason: str = ""
-    parks: int = 0  #: long parks since the last success: each is four times as long
-    heals: bool = True  #: False: only a person can mend it (key, money), waiting helps nobody
-
-
-class _Rules(NamedTuple):
-    """A breaker's settings. Times in seconds."""
-
-    threshold: int
-    recovery: float
-    longest: float
-    lease: float
+    parks: int = 0  #: long parks since a success: each is four times as long
+    heals: bool = True  #: False: a person must mend it (key, money)
 
 
 class _Outcome(NamedTuple):
     """A verdict on its way into the record."""
 
     kind: str  #: success | failure | neutral | park | park long | park longer
-    trial: bool = False
-    late: bool = False  #: the ticket is of an older era: only a park still counts
-    seconds: float | None = None
-    reason: str = ""
-    stretch: float = 1.0  #: of the open time, drawn by the breaker's jitter
+    trial: bool
+    late: bool  #: the ticket is of an older era: only a park still counts
+    seconds: float | None
+    reason: str
+    stretch: float  #: of the open time, by the breaker's jitter
+
+
+def _begun(
+    old: BreakerRecord, state: str, now: float, length: float, **changes: Any
+) -> BreakerRecord:
+    """A new era, for a state or a trial, with a deadline in ``length`` seconds."""
+    new = old._replace(state=state, deadline=now + length, span=length, **changes)
+    return new._replace(generation=old.generation + 1, era=old.generation + 1)
 
 
 def _opened(old: BreakerRecord, now: float, length: float, **changes: Any) -> BreakerRecord:
-    at = old.generation + 1
-    begun: dict[str, Any] = {"generation": at, "era": at, "takeovers": 0, "heals": True}
-    return old._replace(
-        state="open", deadline=now + length, span=length, opened=old.opened + 1,
-        **{**begun, **changes},
-    )  # fmt: skip
+    fresh = old._replace(takeovers=0, heals=True, opened=old.opened + 1)
+    return _begun(fresh, "open", now, length, **changes)
 
 
 def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
-    at = old.generation + 1
-    return BreakerRecord(generation=at, era=at, opened=old.opened, reason=reason)
-
-
-def _handed_on(old: BreakerRecord, now: float) -> BreakerRecord:
-    """A trial that said nothing: the next caller may make one at once."""
-    at = old.generation + 1
-    return old._replace(state="open", generation=at, era=at, deadline=now, span=0.0)
+    fresh = BreakerRecord(generation=old.generation, opened=old.opened, reason=reason)
+    return _begun(fresh, "closed", 0.0, 0.0)
 
 
 def _admitted(
-    old: BreakerRecord, now: float, rules: _Rules
+    old: BreakerRecord, now: float, rules: CircuitBreaker
 ) -> tuple[BreakerRecord, tuple[int, bool] | None]:
-    """The record after somebody asked for leave, and (era, is a trial) of the ticket, or None."""
+    """The record after a request for leave, and (era, is a trial) of the ticket, or None."""
     if old.state == "closed":
         return old, (old.era, False)
     if now < old.deadline:
         return old, None
-    takeovers = old.takeovers + 1 if old.state == "half_open" else old.takeovers
-    lease = rules.lease * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
-    at = old.generation + 1
-    trial = old._replace(
-        state="half_open", generation=at, era=at, deadline=now + lease, span=lease,
-        takeovers=takeovers,
-    )  # fmt: skip
-    return trial, (at, True)
+    takeovers = old.takeovers + (old.state == "half_open")
+    lease = rules.trial_timeout * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
+    trial = _begun(old, "half_open", now, lease, takeovers=takeovers)
+    return trial, (trial.era, True)
 
 
-def _after(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> BreakerRecord:
-    """The record after a verdict."""
+def _after(old: BreakerRecord, what: _Outcome, now: float, rules: CircuitBreaker) -> BreakerRecord:
     if what.kind.startswith("park"):
         return _parked(old, what, now, rules)
     if what.late:
@@ -841,61 +731,62 @@ def _after(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> Bre
             return _closed(old, "recovered")
         return old._replace(failures=0, trips=0) if old.failures else old
     if what.kind == "neutral":
-        return _handed_on(old, now) if what.trial else old
+        return _begun(old, "open", now, 0.0) if what.trial else old  # the next caller may try
     failures = old.failures + 1
-    if not what.trial and failures < rules.threshold:
+    if not what.trial and failures < rules.failure_threshold:
         return old._replace(failures=failures)
-    length = min(rules.recovery * 2.0 ** min(old.trips, 64), rules.longest) * what.stretch
-    return _opened(
-        old, now, length, trips=old.trips + 1, failures=failures, reason=what.reason or "failed"
-    )
+    grown = rules.recovery_timeout * 2.0 ** min(old.trips, 64)
+    length = min(grown, rules.max_recovery_timeout) * what.stretch
+    reason = what.reason or "failed"
+    return _opened(old, now, length, trips=old.trips + 1, failures=failures, reason=reason)
 
 
-def _parked(old: BreakerRecord, what: _Outcome, now: float, rules: _Rules) -> BreakerRecord:
-    """Open at once. A park that comes while it is open already only moves the deadline later."""
+def _parked(old: BreakerRecord, what: _Outcome, now: float, rules: CircuitBreaker) -> BreakerRecord:
+    """Open at once. A park while it is open already only moves the deadline later."""
     again = old.state == "open"
     parks, length, heals = old.parks, what.seconds, True
     if what.kind != "park":
         heals = length is not None
-        level = max(0, parks - 1) if again else parks
+        level = max(0, parks - again)
         level += what.kind == "park longer" and level == 0
-        most = max(_LONGEST_PARK, rules.recovery)
-        length = max(min(rules.recovery * 4.0 ** min(level, 64), most) * what.stretch, length or 0)
+        most = max(_LONGEST_PARK, rules.recovery_timeout)
+        grown = min(rules.recovery_timeout * 4.0 ** min(level, 64), most)
+        length = max(grown * what.stretch, length or 0)
         parks = level + 1
     elif length is None:
-        length = rules.recovery * what.stretch
+        length = rules.recovery_timeout * what.stretch
     if again and now + length <= old.deadline:
         return old
-    changes: dict[str, Any] = {"parks": parks, "heals": heals, "reason": what.reason or "parked"}
-    if again:
-        return old._replace(deadline=now + length, span=length, **changes)
-    return _opened(old, now, length, **changes)
+    new = old._replace(deadline=now + length, span=length) if again else _opened(old, now, length)
+    return new._replace(parks=parks, heals=heals, reason=what.reason or "parked")
 
 
 _Change = Callable[[BreakerRecord], BreakerRecord]
-_NO_ERA = -1  #: of tickets whose verdict decides nothing, except that a Retry-After is a fact
+_NO_ERA = -1  #: of tickets whose verdict decides nothing; a park still counts
+
+
+def _numbered(old: BreakerRecord, new: BreakerRecord) -> BreakerRecord:
+    """The new record with a new generation: others see in a store that it changed."""
+    same = new is not old and new.generation == old.generation
+    return new._replace(generation=old.generation + 1) if same else new
 
 
 class Ticket:
-    """Leave to make one call. Settle it by a method or by leaving its ``with`` block; the first counts.
+    """Leave to make one call. A method or leaving its ``with`` block settles it; the first counts.
 
-    Safe to settle from any thread, and in a finalizer. A ticket that is never settled does no harm:
-    a trial's lease runs out by itself.
+    Thread-safe, also in a finalizer. If it is never settled, a trial's lease runs out.
     """
 
     __slots__ = ("_breaker", "_era", "_settled", "is_trial")
 
     def __init__(self, breaker: CircuitBreaker, era: int, is_trial: bool) -> None:
-        self._breaker = breaker
-        self._era = era
-        self._settled = False
-        self.is_trial = is_trial
+        self._breaker, self._era, self.is_trial, self._settled = breaker, era, is_trial, False
 
     def success(self) -> None:
         """The call worked: closes after a trial, resets the count of failures."""
         record = self._breaker._record
         if record.era == self._era and record.failures == 0 and not self.is_trial:
-            self._settled = True  # nothing to change: every healthy call, without the lock
+            self._settled = True  # every healthy call: nothing to change, no lock
         else:
             self._breaker._settle(self, "success")
 
@@ -905,7 +796,7 @@ class Ticket:
         self._breaker._settle(self, "failure", reason=text)
 
     def neutral(self) -> None:
-        """The call says nothing about the other side; a trial is handed on to the next caller."""
+        """It says nothing about the other side; a trial is handed on to the next caller."""
         self._breaker._settle(self, "neutral")
 
     def park(self, seconds: float | None = None, reason: str = "") -> None:
@@ -924,15 +815,14 @@ class Ticket:
             self._judge(error)
 
     def _judge(self, error: BaseException, verdict: _Verdict | None = None) -> None:
-        """Settle by what an error means, or by a verdict on it that is there already."""
+        """Settle by what an error means, or by a verdict that is there already."""
         if not self._settled:
             found = verdict or _judged(error)
             local = isinstance(error, (ProviderUnavailable, AuthenticationError))
             self._breaker._settle(self, found.breaker, found.seconds, _error_text(error), local)
 
     def _begin_anew(self) -> None:
-        """A stream's first item proves the other side: a trial is settled now, and what comes later
-        counts as an ordinary call."""
+        """A stream's first item settles a trial; what comes later counts as an ordinary call."""
         if self.is_trial:
             self.success()
             record = self._breaker._record
@@ -940,50 +830,32 @@ class Ticket:
                 self._era, self.is_trial, self._settled = record.era, False, False
 
 
-class _Step(NamedTuple):
-    """A change of a breaker's record that waits to be applied."""
-
-    change: _Change
-    ticket: Ticket | None  #: whose verdict it is; a ticket that is settled by then changes nothing
-    local: bool  #: the trouble may be this machine's own
-
-
 class CircuitBreaker:
     """Stops calling what keeps failing, and finds out with one single call when it works again.
 
     Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it
-    refuses for ``recovery_timeout`` seconds (0: not at all). Then exactly one caller gets a trial
-    while the others are refused: success closes, failure opens again, for the same time or, with
-    ``max_recovery_timeout``, for twice as long up to that. A trial is a lease: if it is not settled
-    within ``trial_timeout`` seconds the next caller takes it over.
+    refuses for ``recovery_timeout`` seconds (0: not at all). Then one caller gets a trial: success
+    closes, failure opens again, for the same time or, up to ``max_recovery_timeout`` (None: never
+    longer), for twice as long. After ``trial_timeout`` seconds the next caller takes a trial over.
 
-    Use it as ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or through a
-    Ticket's methods: all give the same verdicts. A ProviderError's class says failure, neutral or
-    park; any other Exception is a failure; what is not an Exception (KeyboardInterrupt, a closed
-    generator) is neutral.
+    Use ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or a Ticket's methods. A
+    ProviderError's class says failure, neutral or park; any other Exception is a failure; what is
+    no Exception (KeyboardInterrupt, a closed generator) is neutral.
 
-    ``max_recovery_timeout``: None means always the same time. ``jitter``: each open time is drawn
-    from 1 to 1 + ``jitter`` times its length, so that many processes do not try in step.
-    ``name``: for messages, and the key in a store; in a chain "" takes the tier's. ``clock``:
-    seconds that only grow. ``store``: None keeps the state in this object alone; else other breakers
-    of this name may share it, and the store's time counts. ``on_change(name, old, new, reason)`` is
-    called after every change of state, in order, outside the lock; what it raises is logged.
-    Thread-safe; a forked child goes on with its own copy. Raises ConfigError.
+    ``jitter``: each open time is drawn from 1 to 1 + ``jitter`` times its length. ``name``: for
+    messages, and the key in a store; in a chain "" takes the tier's. ``clock``: seconds that only
+    grow. ``store``: shares the state with other breakers of this name, by the store's time; None
+    does not. ``on_change(name, old, new, reason)`` is called after each change of state, in order,
+    outside the lock; what it raises is logged. Thread-safe; a forked child has its own copy. Raises
+    ConfigError.
     """
 
     def __init__(
-        self,
-        failure_threshold: int = 3,
-        recovery_timeout: float = 15.0,
-        *,
-        name: str = "",
-        max_recovery_timeout: float | None = None,
-        trial_timeout: float = 120.0,
-        clock: Callable[[], float] = time.monotonic,
-        store: Any = None,
-        on_change: Callable[[str, str, str, str], None] | None = None,
-        jitter: float = 0.0,
-    ) -> None:
+        self, failure_threshold: int = 3, recovery_timeout: float = 15.0, *, name: str = "",
+        max_recovery_timeout: float | None = None, trial_timeout: float = 120.0,
+        clock: Callable[[], float] = time.monotonic, store: Any = None,
+        on_change: Callable[[str, str, str, str], None] | None = None, jitter: float = 0.0,
+    ) -> None:  # fmt: skip
         _number(failure_threshold, "failure_threshold", least=1, whole=True)
         self.failure_threshold = failure_threshold
         self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
@@ -994,52 +866,48 @@ class CircuitBreaker:
         if not trial_timeout:
             raise ConfigError("trial_timeout=0: a trial needs time: give more than 0 seconds")
         self.jitter: float = _number(jitter, "jitter", finite=True)
-        self.name = name
-        self._rules = _Rules(failure_threshold, recovery_timeout, longest, trial_timeout)
-        self._clock = clock
+        self.name, self._clock = name, clock
         self._listeners = [on_change] if on_change else []
         self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
         self._record = BreakerRecord()
-        self._steps: deque[_Step] = deque()  #: changes that wait
-        self._changes: deque[tuple[str, str, str]] = deque()  #: what is to be told
-        self._rejected = 0
-        self._stale = 0
+        self._rejected = self._stale = 0
         self._why_of: tuple[BreakerRecord | None, str] = (None, "")
         self._shared: _SharedView | None = None
-        self._renew_locks()
+        self._set_up()
         if store is not None:
             self._share(store)
         _renewed_after_fork.add(self)
 
-    def _renew_locks(self) -> None:
+    def _set_up(self) -> None:
         self._lock, self._delivering = threading.Lock(), threading.Lock()
-        self._brief = threading.Lock()  #: guards _rejected, and the replacing of _record
+        self._brief = threading.Lock()  #: guards _rejected and the replacing of _record
+        #: Changes that wait, whose verdict each is, and whether the trouble may be this machine's.
+        self._steps: deque[tuple[_Change, Ticket | None, bool]] = deque()
+        self._changes: deque[tuple[str, str, str]] = deque()  #: what is to be told
 
     def _share(self, store: Any) -> None:
-        """Keep the record in a store from now on."""
         if not self.name:
-            example = "CircuitBreaker(name='openai', store=...)"
-            raise ConfigError(f"a CircuitBreaker with a store needs a name: {example}")
+            raise ConfigError("a breaker with a store needs a name: give CircuitBreaker(name=...)")
         for method in ("load", "swap"):
             if not callable(getattr(store, method, None)):
                 known = "MemoryStore(), SQLiteStore(path) or RedisStore(url)"
-                kind = type(store).__name__
-                raise ConfigError(f"store is a {kind}, without {method}(): give {known}")
+                raise ConfigError(f"a {type(store).__name__} has no {method}(): give {known}")
         self._shared = _SharedView(self, store)
 
     # -- reading
 
     def _look(self) -> BreakerRecord:
-        """The record, taken from the store if there is one and the last look was long enough ago."""
-        if self._shared is not None and self._shared.is_due() and not self._lock.locked():
+        """The record, read from the store if that is due."""
+        shared = self._shared
+        if shared and self._clock() >= shared.next_read and not self._lock.locked():
             with self._lock:
-                self._shared.load()
+                shared.load()
             self._work()
         return self._record
 
     @property
     def state(self) -> str:
-        """closed, open or half_open. Reading changes nothing: open until somebody is admitted."""
+        """closed, open or half_open; open until a trial begins."""
         return self._look().state
 
     @property
@@ -1049,7 +917,7 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are refused, or the next one will be the trial."""
+        """Whether calls are refused or the next one is the trial."""
         return self._look().state == "open"
 
     @property
@@ -1063,7 +931,7 @@ class CircuitBreaker:
         return self._remaining(self._look())
 
     def snapshot(self) -> BreakerSnapshot:
-        """Everything at one moment, without a lock: safe in a signal handler."""
+        """Takes no lock: safe in a signal handler."""
         record = self._record
         return BreakerSnapshot(
             record.state, record.generation, record.failures, self._remaining(record),
@@ -1083,14 +951,14 @@ class CircuitBreaker:
     # -- guarding calls
 
     def admit(self) -> Ticket:
-        """Leave to make one call, or CircuitOpen. Every ticket is to be settled."""
+        """Leave to make one call. Raises CircuitOpen. Settle the ticket."""
         ticket = self._try_admit()
         if ticket is None:
             raise self._refusal(self._record)
         return ticket
 
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling, else what it raises."""
+        """``fn(*args, **kwargs)``, guarded. Raises CircuitOpen without calling it."""
         record = self._record if self._shared is None else self._look()
         if record.state != "closed":
             with self.admit():
@@ -1105,23 +973,20 @@ class CircuitBreaker:
         return result
 
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
-        """Decorate a function, or a generator function, which is admitted at its first ``next()``."""
+        """Decorate a function, or a generator function: admitted at its first ``next()``."""
         if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError("a CircuitBreaker guards blocking functions, no async ones")
-        if inspect.isgeneratorfunction(fn):
+        body: Any = fn
 
-            @functools.wraps(fn)
-            def guarded_stream(*args: Any, **kwargs: Any) -> Any:
-                with self.admit():
-                    return (yield from fn(*args, **kwargs))
+        def stream(*args: Any, **kwargs: Any) -> Any:
+            with self.admit():
+                return (yield from body(*args, **kwargs))
 
-            return guarded_stream
-
-        @functools.wraps(fn)
-        def guarded(*args: Any, **kwargs: Any) -> T:
+        def once(*args: Any, **kwargs: Any) -> T:
             return self.call(fn, *args, **kwargs)
 
-        return guarded
+        guarded: Any = stream if inspect.isgeneratorfunction(fn) else once
+        return functools.wraps(fn)(guarded)
 
     # -- by hand
 
@@ -1132,7 +997,7 @@ class CircuitBreaker:
         self._change(lambda old: _opened(old, now, length, reason=why))
 
     def reset(self) -> None:
-        """Close, forget everything counted, and ignore the results of calls still under way."""
+        """Close, forget what was counted, ignore the results of calls under way."""
         self._change(lambda old: _closed(old, "reset"))
 
     # -- tickets
@@ -1150,40 +1015,37 @@ class CircuitBreaker:
         return None
 
     def _trial(self, now: float) -> tuple[int, bool] | None:
-        """Begin a trial, unless another caller was quicker or is at the record this moment."""
+        """None if another caller was quicker."""
         found: tuple[int, bool] | None = None
 
         def change(old: BreakerRecord) -> BreakerRecord:
             nonlocal found
-            new, found = _admitted(old, now, self._rules)
+            new, found = _admitted(old, now, self)
             return new
 
         if not self._lock.locked():
             with self._lock:
                 self._keep(change)
-        elif self._shared is not None and self._shared.hangs():
+        elif self._shared and time.monotonic() - self._shared.in_store > 2 * _STORE_BUDGET:
             self._change_alone(change)
         self._work()
         return found
 
     def _force_admit(self) -> Ticket | None:
-        """For a last resort: admitted also while open, unless that was ordered by hand.
-
-        Such a ticket's verdict decides nothing.
-        """
+        """The last resort, also while open unless by hand. Such a ticket decides nothing."""
         ticket = self._try_admit()
         if ticket is None and self._record.deadline != math.inf:
             ticket = Ticket(self, _NO_ERA, False)
         return ticket
 
     def _refusal(self, record: BreakerRecord) -> CircuitOpen:
-        """The exception for a refusal: a new one each time, or its traceback would grow."""
+        """A new exception each time, or its traceback would grow."""
         error = CircuitOpen(self._why(record))
         error.retry_after = self._remaining(record)
         return error
 
     def _why(self, record: BreakerRecord) -> str:
-        """Why a call is refused. Kept with its record, since an outage asks at every call."""
+        """Why a call is refused. Kept with its record: an outage asks at every call."""
         if self._why_of[0] is not record:
             state = "trying again with one call" if record.state == "half_open" else "open"
             until = " until reset" if record.deadline == math.inf else ""
@@ -1195,46 +1057,44 @@ class CircuitBreaker:
         self, ticket: Ticket, kind: str, seconds: float | None = None, reason: str = "",
         local: bool = False,
     ) -> None:  # fmt: skip
-        """Take in a verdict. ``local``: the trouble may be this machine's own."""
-        if ticket._settled:
-            return
+        """``local``: the trouble may be this machine's own."""
         if kind == "neutral" and not ticket.is_trial:
             ticket._settled = True
+        if ticket._settled:
             return
         now = self._clock()
         stretch = _drawn(1.0, 1.0 + self.jitter) if self.jitter else 1.0
-        what = _Outcome(kind, ticket.is_trial, False, seconds, reason, stretch)
 
         def change(old: BreakerRecord) -> BreakerRecord:
-            return _after(old, what._replace(late=ticket._era != old.era), now, self._rules)
+            late = ticket._era != old.era
+            what = _Outcome(kind, ticket.is_trial, late, seconds, reason, stretch)
+            return _after(old, what, now, self)
 
         self._change(change, ticket, local)
 
     def _observe(self, error: BaseException | None) -> None:
-        """Take in a ping: a failure counts, a good one makes an open breaker's trial due."""
+        """Take in a ping. A good one makes an open breaker's trial due."""
         record = self._look()
         if error is not None:
             Ticket(self, record.era if record.state == "closed" else _NO_ERA, False)._judge(error)
         elif record.state == "open" and record.deadline != math.inf:
-            due = min(record.deadline, self._clock())
-            era = record.era
+            due, era = min(record.deadline, self._clock()), record.era
             self._change(lambda old: old._replace(deadline=due, span=0) if old.era == era else old)
 
     # -- changes
 
     def _change(self, change: _Change, ticket: Ticket | None = None, local: bool = False) -> None:
-        """Put a change into the queue and see to it that somebody applies it."""
-        self._steps.append(_Step(change, ticket, local))
+        self._steps.append((change, ticket, local))
         self._work()
 
     def _work(self) -> None:
-        """Apply all steps that wait, unless somebody else does so at this moment; then tell."""
+        """Apply and tell all that waits, unless somebody else does so at this moment."""
         while self._steps:
             if not self._lock.locked():
                 with self._lock:
                     while self._steps:
                         self._apply(*self._steps.popleft(), self._keep)
-            elif self._shared is not None and self._shared.in_store is not None:
+            elif self._shared and self._shared.in_store < math.inf:
                 with contextlib.suppress(IndexError):  # another thread was quicker
                     self._apply(*self._steps.popleft(), self._change_alone)
             else:
@@ -1256,10 +1116,7 @@ class CircuitBreaker:
             ticket._settled = True  # after the change: what interrupts it leaves the ticket open
 
     def _keep(self, change: _Change, local: int | None = None) -> None:
-        """Change the record, in the store too. Only who holds the lock comes here.
-
-        ``local``: the era of a ticket whose trouble may be this machine's own.
-        """
+        """``local``: the era of a ticket whose trouble may be this machine's own."""
         if self._shared is None:
             self._set(self._record, change(self._record))
         else:
@@ -1271,14 +1128,11 @@ class CircuitBreaker:
         self._shared.overtaken = True
         while True:
             old = self._record
-            new = change(old)
-            if new is not old and new.generation == old.generation:
-                new = new._replace(generation=old.generation + 1)
-            if self._set(old, new):
+            if self._set(old, _numbered(old, change(old))):
                 return
 
     def _set(self, old: BreakerRecord, new: BreakerRecord) -> bool:
-        """Replace the record, unless it is another by now."""
+        """Replace the record unless another thread did."""
         with self._brief:
             if self._record is not old:
                 return False
@@ -1288,38 +1142,30 @@ class CircuitBreaker:
         return True
 
     def _tell(self, old: str, new: str, reason: str) -> None:
-        name = _ascii(self.name or "circuit")
-        if old == "store":
-            _log.log(logging.WARNING if new == "down" else logging.INFO, "%s: %s", name, reason)
-            return self._tell_chains({"store": reason})
-        if new == "closed":
-            _log.info("%s: closed (%s)", name, _ascii(reason))
-        elif new == "open":
-            _log.warning("%s: open (%s)", name, _ascii(reason))
-        else:
-            _log.debug("%s: trying again with one call", name)
-        for listener in tuple(self._listeners):
+        """Of a change of state, or of the store (down, back)."""
+        name, of_store = _ascii(self.name or "circuit"), old == "store"
+        levels = {"open": logging.WARNING, "down": logging.WARNING, "half_open": logging.DEBUG}
+        said = {"half_open": "trying again with one call", "down": reason, "back": reason}
+        what = said.get(new, f"{new} ({reason})")
+        _log.log(levels.get(new, logging.INFO), "%s: %s", name, _ascii(what))
+        for listener in () if of_store else tuple(self._listeners):
             try:
                 listener(self.name, old, new, reason)
             except Exception as error:
                 if _is_task_limit(error):
                     raise
                 _log.exception("%s: a listener failed", name)
-        return self._tell_chains({"old": old, "new": new, "reason": reason})
-
-    def _tell_chains(self, data: dict[str, Any]) -> None:
+        data = {"store": reason} if of_store else {"old": old, "new": new, "reason": reason}
         for chain in tuple(self._watchers):
             chain._breaker_changed(self, data)
 
     def _renew_after_fork(self) -> None:
-        """A child has no threads that could apply or tell what waits; a trial is its parent's."""
-        self._renew_locks()
-        self._steps.clear()
-        self._changes.clear()
+        """In a child no thread applies what waits; a trial is the parent's."""
+        self._set_up()
         if self._shared is not None:
-            self._shared.read_again()
+            self._shared.next_read = -math.inf
         elif self._record.state == "half_open":
-            self._record = _handed_on(self._record, self._clock())
+            self._record = _begun(self._record, "open", self._clock(), 0.0)
 
     def __repr__(self) -> str:
         return f"<CircuitBreaker {self.name!r} {self._record.state}>"
@@ -1328,98 +1174,77 @@ class CircuitBreaker:
         raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or its snapshot()")
 
 
-#: How often a change that others keep overtaking is tried again, before it is kept for later.
-_STORE_TRIES = 20
-#: Seconds until a store that is down is tried again: the first pause and the longest, doubling.
-_STORE_PAUSES = (1.0, 60.0)
-#: Seconds that one operation of a store may take.
-_STORE_BUDGET = 0.1
+_STORE_TRIES = 20  #: how often a change that others keep overtaking is tried again
+_STORE_PAUSES = (1.0, 60.0)  #: seconds until a store that is down is tried again: first, longest
+_STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
 
 
 class _Outage:
     """How long a store that did not answer is left alone."""
 
-    until = -math.inf
-    pause = 0.0
-    error = ""
+    until, pause, error = -math.inf, 0.0, ""
 
     def begin(self, now: float, error: Exception) -> None:
-        first, longest = _STORE_PAUSES
-        self.pause = min(max(first, 2 * self.pause), longest)
+        self.pause = min(max(_STORE_PAUSES[0], 2 * self.pause), _STORE_PAUSES[1])
         self.until = now + _drawn(self.pause / 2, self.pause)
         self.error = type(error).__name__
 
 
-#: By store and clock, for all breakers that have both: else each waits for a hung store in turn.
+#: By store and clock, shared by breakers: else each waits for a hung store in turn.
 _outages: weakref.WeakKeyDictionary[Any, dict[Any, _Outage]] = weakref.WeakKeyDictionary()
 
 
 def _checked_record(record: Any) -> BreakerRecord:
-    """A record that a store returned, whoever wrote the store. Raises TypeError or ValueError."""
+    """A record that a store of any author returned. Raises TypeError or ValueError."""
     if not isinstance(record, BreakerRecord):
-        raise TypeError(f"a store returned a {type(record).__name__} instead of a BreakerRecord")
+        raise TypeError(f"a store returned a {type(record).__name__}, not a BreakerRecord")
     for value, default in zip(record, BreakerRecord(), strict=True):
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or value != value:
             raise ValueError("not a breaker's record")
     if record.state not in ("closed", "open", "half_open"):
-        raise ValueError("not a breaker's state")
+        raise ValueError("not a breaker's record")
     return record
 
 
 class _SharedView:
-    """One breaker's record in a store: reads that serve a while, and compare-and-set writes.
+    """One breaker's record in a store, for the holder of the breaker's lock.
 
-    All methods but ``is_due`` are called by the holder of the breaker's lock. The breaker's own
-    record is one of three things (``_standing``):
+    The breaker's record is one of three things (``_standing``):
 
     shared   the stored record as of the last look, perhaps with failures that are not shared;
-    ahead    changed while the store was down or busy: it is written as soon as the store answers;
-    own      open for a reason of this machine's own, which is nobody else's business.
+    ahead    changed while the store was down or busy: written as soon as the store answers;
+    own      open for a reason of this machine alone: not written.
     """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
-        self._breaker = breaker
-        self._store = store
+        self._breaker, self._store = breaker, store
         self._refresh = getattr(store, "refresh", 1.0)
         self._shared_counts = getattr(store, "shared_counts", False)
         self._shares_local_errors = getattr(store, "shares_local_errors", False)
         self._standing = "shared"
         self._seen: int | None = None  #: the stored generation as last seen; None: no record
         self._offset = 0.0  #: the store's time less the breaker's
-        self._next_read = -math.inf
-        self._down = False  #: the store does not answer: left alone until _next_read
-        self.in_store: float | None = None  #: since when the holder of the lock waits for the store
+        self.next_read = -math.inf
+        self._down = False  #: the store is left alone until next_read
+        self.in_store = math.inf  #: since when the lock's holder waits for the store; inf: not now
         self.overtaken = False  #: others changed the record meanwhile
         self._unreadable = _Outage()  #: of this record alone
-        try:
+        outages: dict[Any, _Outage] = {}
+        with contextlib.suppress(TypeError):  # a user's store that allows no weak reference
             outages = _outages.setdefault(store, {})
-        except TypeError:  # a user's store that allows no weak reference
-            outages = {}
         self._outage = outages.setdefault(breaker._clock, _Outage())
 
-    def is_due(self) -> bool:
-        return self._breaker._clock() >= self._next_read
-
-    def hangs(self) -> bool:
-        """Whether the store has kept the holder of the lock for longer than it may take."""
-        since = self.in_store
-        return since is not None and time.monotonic() - since > 2 * _STORE_BUDGET
-
-    def read_again(self) -> None:
-        """What was seen of the store may be out of date."""
-        self._next_read = -math.inf
-
     def load(self) -> None:
-        """Read the stored record and take it over, or write what is ahead of it."""
+        """Take over the stored record, or write what is ahead of it."""
         now = self._breaker._clock()
-        if now < self._next_read and self._down:
+        if now < self.next_read and self._down:
             return
-        self._next_read = now + self._refresh
+        self.next_read = now + self._refresh
         found = self._try(self._read)
-        if self.overtaken:
-            self.overtaken = False
-            self._standing = "ahead" if self._standing == "shared" else self._standing
+        if self.overtaken and self._standing == "shared":
+            self._standing = "ahead"
+        self.overtaken = False
         if found is None:
             return
         record, store_now = found
@@ -1437,13 +1262,13 @@ class _SharedView:
             return
         if self._down:
             self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
-            self._say("the store is back")
+            self._breaker._changes.append(("store", "back", "the store is back"))
 
     def keep(self, change: _Change, local: int | None) -> None:
-        """Apply a change to the stored record and the breaker's, or to the breaker's alone."""
-        if self._down or self._next_read == -math.inf:
+        """Change the stored record and the breaker's, or the breaker's alone."""
+        if self._down or self.next_read == -math.inf:
             self.load()
-        until = time.monotonic() + 2 * _STORE_BUDGET
+        counts, until = False, time.monotonic() + 2 * _STORE_BUDGET
         local = None if self._shares_local_errors else local
         for _ in range(_STORE_TRIES):
             old, new = self._step(change)
@@ -1454,15 +1279,13 @@ class _SharedView:
                 break
             saved = self._try(self._write, self._seen, new)
             if saved:
-                self._seen, self._standing = new.generation, "shared"
-                if not self._breaker._set(old, new):
+                if not self._take(old, new):
                     self._breaker._change_alone(change)
-                    self._fall_behind()
                 return
             if saved is None or time.monotonic() > until:
                 break
-            self.read_again()
-            self.load()  # another process was quicker
+            self.next_read = -math.inf  # another process was quicker
+            self.load()
         old, new = self._step(change)
         while not self._breaker._set(old, new):
             old, new = self._step(change)
@@ -1471,68 +1294,62 @@ class _SharedView:
         elif not counts and new is not old:
             self._standing = "ahead"
 
-    def _fall_behind(self) -> None:
-        """Other threads have changed the breaker's record while the store worked."""
-        self._standing, self._seen = "ahead", -1  # no record has that generation
-        self.read_again()
+    def _take(self, old: BreakerRecord, new: BreakerRecord) -> bool:
+        """Make the stored record the breaker's, unless other threads have changed that."""
+        self._seen, self._standing = new.generation, "shared"
+        if self._breaker._set(old, new):
+            return True
+        self._seen, self._standing = -1, "ahead"  # no record has that generation
+        self.next_read = -math.inf
+        return False
 
     def _step(self, change: _Change) -> tuple[BreakerRecord, BreakerRecord]:
-        """The record before and after a change. A record that is not in the store gets a generation
-        above any that a lost one had."""
+        """The record before and after a change; without a stored one above any generation lost."""
         old = self._breaker._record
         now_ms = int((self._breaker._clock() + self._offset) * 1000)
         if self._seen is None and old.generation < now_ms:
             self._breaker._set(old, old._replace(generation=now_ms))
             old = self._breaker._record
-        new = change(old)
-        if new is not old and new.generation == old.generation:
-            new = new._replace(generation=old.generation + 1)
-        return old, new
+        return old, _numbered(old, change(old))
 
     def _keep_to_itself(self, old: BreakerRecord, new: BreakerRecord, local: int | None) -> None:
-        """Trouble of this machine's own stays here. Its trial, taken from the others, goes back."""
+        """Trouble of this machine stays here. A trial goes back to the others."""
         if local == old.era and old.state == "half_open" and self._standing == "shared":
-            given_back = _handed_on(old, old.deadline - old.span)
+            given_back = _begun(old, "open", old.deadline - old.span, 0.0)
             if self._try(self._write, self._seen, given_back):
                 self._seen = given_back.generation
         self._standing = "own" if new.state != "closed" else "shared"
         if new.state == "closed":
-            self._seen = -1  # which no record has: the stored one is taken over at the next look
-            self.read_again()
+            self._seen, self.next_read = -1, -math.inf  # the stored record is taken over next
 
     def _write_ahead(self, record: BreakerRecord | None) -> bool:
-        """Write the breaker's record, which is ahead of the stored one."""
+        """Says whether the store answered."""
         mine = new = self._breaker._record
         stored = None if record is None else record.generation
         if stored is not None and new.generation <= stored:
             new = new._replace(generation=stored + 1)
         saved = self._try(self._write, stored, new)
-        if saved is None:
-            return False
-        self._seen = new.generation if saved else -1
         if saved:
-            self._standing = "shared"
-            if not self._breaker._set(mine, new):
-                self._fall_behind()
-        return True
+            self._take(mine, new)
+        elif saved is not None:
+            self._seen = -1  # another process was quicker
+        return saved is not None
 
     def _adopt(self, record: BreakerRecord, store_now: float) -> None:
         mine = self._breaker._record
-        self._seen = record.generation
         if self._standing == "own" and record.state == "closed":
+            self._seen = record.generation
             return
-        self._standing = "shared"
         if record.state == "closed":
-            new = record._replace(deadline=0.0)
-            if not self._shared_counts:
-                same = mine.state == "closed" and record.era == mine.era
-                new = new._replace(failures=mine.failures if same else 0)
+            same = mine.state == "closed" and record.era == mine.era
+            own = mine.failures if same else 0
+            counted = record.failures if self._shared_counts else own
+            new = record._replace(deadline=0.0, failures=counted)
         else:
             left = min(max(record.deadline - store_now, 0.0), record.span)
             left = math.inf if record.deadline == math.inf else left
             new = record._replace(deadline=self._breaker._clock() + left)
-        if not self._breaker._set(mine, new):
-            self._fall_behind()
+        self._take(mine, new)
 
     def _read(self) -> tuple[BreakerRecord | None, float]:
         found = self._store.load(self._breaker.name)
@@ -1544,7 +1361,6 @@ class _SharedView:
         return None if record is None else _checked_record(record), now
 
     def _write(self, expected: int | None, record: BreakerRecord) -> bool:
-        """Compare and set. Says whether it was done."""
         deadline = record.deadline + self._offset if record.state != "closed" else 0.0
         done = self._store.swap(self._breaker.name, expected, record._replace(deadline=deadline))
         if not isinstance(done, int):
@@ -1552,7 +1368,7 @@ class _SharedView:
         return bool(done)
 
     def _try(self, operation: Callable[..., Any], *args: Any) -> Any:
-        """What the store says, None if it is down: then it is left alone for a while that grows."""
+        """What the store says, None while it is down: it is left alone for a while that grows."""
         clock, outage = self._breaker._clock, self._outage
         until = outage.until
         if clock() >= until:
@@ -1563,35 +1379,31 @@ class _SharedView:
                 if _is_task_limit(error):
                     raise
                 if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                    outage = self._unreadable
-                    until = outage.until
+                    outage, until = self._unreadable, self._unreadable.until
                 if outage.until == until:  # else another breaker has just found out
                     outage.begin(clock(), error)
             finally:
-                self.in_store = None
-        self._next_read = outage.until
+                self.in_store = math.inf
+        self.next_read = outage.until
         if not self._down:
             self._down = True
-            self._say(f"the store is down ({outage.error}): going on alone")
+            what = f"the store is down ({outage.error}): going on alone"
+            self._breaker._changes.append(("store", "down", what))
         return None
-
-    def _say(self, what: str) -> None:
-        """The breaker says it, in order with its changes, as soon as no lock is held."""
-        self._breaker._changes.append(("store", "down" if self._down else "back", what))
 
 
 # ==== stores ======================================================================================
-# A store keeps the records of breakers for several processes or machines. It is two methods, so that
-# the rules above exist once: ``load(name) -> (record or None, the store's time)`` and
-# ``swap(name, expected_generation, record) -> bool``, which writes the record only if the stored one
-# has that generation (None: if there is none) and says whether it did. They may raise anything: a
-# breaker whose store is down goes on by itself. Three attributes may be set, else they are as here:
-# ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (whether failures are
-# counted together) and ``shares_local_errors = False`` (whether one machine's trouble to connect, or
-# with its key, is everybody's).
+# A store keeps the records of breakers for several processes or machines. It knows no rules:
+# ``load(name) -> (record or None, the store's time)``; ``swap(name, expected_generation, record) ->
+# bool`` writes the record if the stored one has that generation (None: if there is none) and says
+# whether it did. Both may raise anything: a breaker whose store is down goes on alone. A store may
+# have ``refresh`` (1.0: seconds that a read serves), ``shared_counts`` (False: whether failures are
+# counted together) and ``shares_local_errors`` (False: whether one machine's trouble to connect, or
+# with its key, counts for all).
+
 
 class MemoryStore:
-    """Records in this process: breakers of one name share one state. ``clock``: its time. Thread-safe."""
+    """Records in this process: breakers of one name share a state. ``clock``: its time."""
 
     refresh = 0.0
     shared_counts = True
@@ -1607,11 +1419,11 @@ class MemoryStore:
         self._lock = threading.RLock()
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record of a breaker, None if there is none, and the time."""
+        """The record, None if there is none, and the time."""
         return self._records.get(name), self._clock()
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the present one has the expected generation; None expects no record."""
+        """Write the record if the stored generation is the expected one (None: there is none)."""
         with self._lock:
             present = self._records.get(name)
             if (None if present is None else present.generation) != expected_generation:
@@ -1620,12 +1432,8 @@ class MemoryStore:
             return True
 
 
-def _record_text(record: BreakerRecord) -> str:
-    return json.dumps(record._asdict())
-
-
 def _record_of(text: Any) -> BreakerRecord:
-    """A stored record. Raises ValueError, TypeError or LookupError for anything else."""
+    """Raises ValueError, TypeError or LookupError for what is no record."""
     found = {"parks": 0, "heals": True, **json.loads(text)}  # version 0.1 wrote neither
     return _checked_record(BreakerRecord(*(found[name] for name in BreakerRecord._fields)))
 
@@ -1633,11 +1441,10 @@ def _record_of(text: Any) -> BreakerRecord:
 class SQLiteStore:
     """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs.
 
-    ``path``: the file; it is made when first needed, its folder must exist, and it must not be on a
-    network drive. Failures are counted together. ``timeout``: seconds that one operation may wait
-    for other processes. A read serves for ``refresh`` seconds (0: every look reads). Its time is the
-    wall clock. Nothing is kept open between operations, which cost 0.1 ms each. Thread-safe, and
-    used across a fork.
+    ``path``: made when first needed, in a folder that exists, not on a network drive. Failures are
+    counted together. ``timeout``: seconds that one operation may wait for other processes. A read
+    serves for ``refresh`` seconds (0: every look reads). No file is open between operations, which
+    cost 0.1 ms each. Thread-safe and fork-safe.
     """
 
     shared_counts = True
@@ -1661,68 +1468,56 @@ class SQLiteStore:
         self._lock = threading.RLock()  #: held while a thread is inside SQLite
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record of a breaker, None if there is none, and the time.
-
-        Raises sqlite3.Error or OSError, or ValueError for what is no record.
-        """
+        """The record, None if there is none, and the time. Raises sqlite3.Error, ValueError."""
         rows = self._run("SELECT record FROM breakers WHERE name = ?", name)[1]
         return (_record_of(rows[0][0]) if rows else None), time.time()
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the present one has the expected generation; None expects no record."""
-        values: tuple[Any, ...] = (record.generation, _record_text(record), name)
+        """Write the record if the stored generation is the expected one (None: there is none)."""
+        values: tuple[Any, ...] = (record.generation, json.dumps(record._asdict()), name)
         if expected_generation is None:
-            fields = "(generation, record, name) VALUES (?, ?, ?)"
-            return self._run(f"INSERT OR IGNORE INTO breakers {fields}", *values)[0] > 0
+            statement = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
+            return self._run(statement, *values)[0] > 0
         where = "WHERE name = ? AND generation = ?"
         statement = f"UPDATE breakers SET generation = ?, record = ? {where}"
         return self._run(statement, *values, expected_generation)[0] > 0
 
     def close(self) -> None:
-        """Does nothing: no file is kept open."""
+        """Does nothing: no file is open."""
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
         """How many rows were changed, and those found. Raises sqlite3.Error or OSError."""
-        connection = None
-        try:
-            with self._lock:
-                import sqlite3  # not while a child is forked: it would wait for the import
+        with self._lock:
+            import sqlite3  # not while a child is forked: it would wait for the import
 
-                connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
+            connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
+            with contextlib.closing(connection):
                 connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if version not in (0, self._version):
                     found = f"{self.path} is of version {version}, not {self._version}"
                     raise sqlite3.DatabaseError(found)
                 if version == 0:
-                    self._make_table(connection)
+                    columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
+                    connection.execute(f"PRAGMA user_version = {self._version}")
+                    connection.execute("COMMIT")
                 cursor = connection.execute(statement, values)
                 return cursor.rowcount, cursor.fetchall()
-        finally:
-            if connection is not None:
-                with self._lock:
-                    connection.close()
-
-    def _make_table(self, connection: Any) -> None:
-        columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
-        connection.execute(f"PRAGMA user_version = {self._version}")
-        connection.execute("COMMIT")
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
 
 
-#: A child that is forked while a thread is inside SQLite inherits a lock that nobody gives back.
+#: A child forked while a thread is inside SQLite would inherit a lock that nobody gives back.
 _sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
 _held_for_fork: list[Any] = []
 
 
 def _hold_sqlite() -> None:
-    for store in list(_sqlite_stores):
-        if store._lock.acquire(timeout=10 * _STORE_BUDGET):
-            _held_for_fork.append(store._lock)
+    locks = [store._lock for store in list(_sqlite_stores)]
+    _held_for_fork.extend(lock for lock in locks if lock.acquire(timeout=10 * _STORE_BUDGET))
 
 
 def _release_sqlite() -> None:
@@ -1732,9 +1527,7 @@ def _release_sqlite() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_hold_sqlite,
-        after_in_parent=_release_sqlite,
-        after_in_child=_held_for_fork.clear,
+        before=_hold_sqlite, after_in_parent=_release_sqlite, after_in_child=_held_for_fork.clear
     )
 
 
@@ -1742,8 +1535,7 @@ class _BoundedSocket:
     """A socket each of whose operations has only the time that ``left()`` still allows."""
 
     def __init__(self, sock: Any, left: Callable[[], float]) -> None:
-        self._sock = sock
-        self._left = left
+        self._sock, self._left = sock, left
         self._given: float | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -1776,34 +1568,27 @@ class _BoundedSocket:
 class RedisStore:
     """Records in Redis, for many machines. Needs PyPI's ``redis`` (the extra ``redis``).
 
-    ``client_or_url``: a ``redis.Redis``, whose settings are used except for time limits and retries,
-    or a URL. ``namespace``: a prefix of the keys; breakers of one name in one namespace share one
-    state. ``shared_counts``: whether failures are counted together, or each process needs its own
+    ``client_or_url``: a URL or a ``redis.Redis``, whose time limits and retries are not used.
+    ``namespace``: a prefix of the keys; breakers of one name and namespace share a state.
+    ``shared_counts``: whether failures are counted together; else each process needs its own
     ``failure_threshold`` of them. One machine's trouble to connect, or with its key, opens only its
     own breaker. ``timeout``: seconds for one operation, without a retry. A read serves for
-    ``refresh`` seconds. Its time is the server's. Nothing is sent when it is built. Thread-safe and
-    fork-safe.
+    ``refresh`` seconds. Its time is the server's. Sends nothing when built. Thread-safe, fork-safe.
     """
 
     shares_local_errors = False
-    #: Compare and set: expected generation ("" for none), new one, record, milliseconds to keep it.
+    #: Arguments: the expected generation ("" for none), the new one, record, milliseconds to keep.
     _script: ClassVar[str] = """
         if (redis.call('HGET', KEYS[1], 'generation') or '') ~= ARGV[1] then return 0 end
         redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'record', ARGV[3])
         redis.call('PEXPIRE', KEYS[1], ARGV[4])
         return 1"""
-    #: Seconds that Redis keeps a record that nobody changes, beyond its deadline.
-    _keeps: ClassVar[float] = 86400.0
+    _keeps: ClassVar[float] = 86400.0  #: seconds that Redis keeps a record beyond its deadline
 
     def __init__(
-        self,
-        client_or_url: Any,
-        namespace: str = "copilot_router",
-        *,
-        shared_counts: bool = False,
-        timeout: float = _STORE_BUDGET,
-        refresh: float = 1.0,
-    ) -> None:
+        self, client_or_url: Any, namespace: str = "copilot_router", *,
+        shared_counts: bool = False, timeout: float = _STORE_BUDGET, refresh: float = 1.0,
+    ) -> None:  # fmt: skip
         try:
             import redis
         except ImportError:
@@ -1817,7 +1602,7 @@ class RedisStore:
         self._client: Any = redis.Redis(connection_pool=self._pool(redis, client_or_url))
 
     def _pool(self, redis: Any, client_or_url: Any) -> Any:
-        """A pool of our own with the given settings, in which an operation has ``timeout`` in all."""
+        """A pool with the given settings, in which an operation has ``timeout`` in all."""
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
@@ -1854,7 +1639,7 @@ class RedisStore:
         self._operation.until = time.monotonic() + self.timeout
 
     def _left(self) -> float:
-        """redis-py's own limit counts anew for each byte that comes: ours is for all of them."""
+        """Of the operation: redis-py's own limit counts anew for each byte that comes."""
         left: float = getattr(self._operation, "until", math.inf) - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -1866,7 +1651,7 @@ class RedisStore:
         return f"{quote(self._namespace, safe='')}:{quote(name, safe='')}"
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record of a breaker, None if there is none, and the server's time."""
+        """The record, None if there is none, and the server's time."""
         key = self._key(name)
         asked = self._client.pipeline(transaction=False).hget(key, "record").time()
         self._begin()
@@ -1874,13 +1659,13 @@ class RedisStore:
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the present one has the expected generation; None expects no record."""
+        """Write the record if the stored generation is the expected one (None: there is none)."""
         expected = "" if expected_generation is None else expected_generation
         span = record.span if record.span < math.inf else 365 * self._keeps
-        values = (expected, record.generation, _record_text(record), int(1000 * (self._keeps + span)))
-        key = self._key(name)
+        text, kept = json.dumps(record._asdict()), int(1000 * (self._keeps + span))
+        values = (self._key(name), expected, record.generation, text, kept)
         self._begin()
-        return bool(self._client.eval(self._script, 1, key, *values))
+        return bool(self._client.eval(self._script, 1, *values))
 
     def close(self) -> None:
         """Close idle connections; the store stays usable."""
@@ -1891,15 +1676,14 @@ class RedisStore:
 
 
 class LLMProvider(ABC):
-    """One provider. A custom one implements ``chat``, raising ProviderError classes.
+    """One provider. A custom one implements ``chat`` and raises ProviderError classes.
 
-    The chain passes ``messages`` always as a list of dicts in OpenAI form, and ``timeout=`` (seconds
-    for this attempt) among the keyword arguments: the deadline is kept only if it is obeyed.
-    ``model`` is None where the tier lists no models. A chain may call it from many threads at once.
-    Its errors' texts are logged: no key and no message may stand in them.
+    A chain passes ``messages`` as a list of dicts in OpenAI form, ``timeout=`` (seconds for this
+    attempt; obey it, or the deadline is not kept), and ``model`` None where the tier lists none. It
+    may call from many threads at once. It logs the errors' texts: no key or prompt may be in them.
     """
 
-    _is_ours: ClassVar[bool] = False  #: knows what to do with carried parts, and with ``thoughts=``
+    _is_ours: ClassVar[bool] = False  #: understands carried parts and ``thoughts=``
     _is_chain: ClassVar[bool] = False
 
     @abstractmethod
@@ -1908,8 +1692,8 @@ class LLMProvider(ABC):
     ) -> LLMResponse:
         """One whole answer, or a ProviderError. ``messages``, ``tools``: OpenAI's form.
 
-        ``kwargs``: ``timeout`` and whatever options the call and the tier's ``params`` hold. Any
-        other Exception counts as a failure; ConfigError and what is no Exception pass through.
+        ``kwargs``: ``timeout`` and the options of the call and of the tier's ``params``. Any other
+        Exception counts as a failure, except that ConfigError passes through.
         """
 
     def stream(
@@ -1935,6 +1719,10 @@ class _CheckedMessages(list[Message]):
     """Messages that need no second check."""
 
 
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
 def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
     """The messages, checked as far as every provider needs it. BadRequest never shows a text."""
     if isinstance(messages, _CheckedMessages):
@@ -1942,8 +1730,7 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     elif not isinstance(messages, (list, tuple)):
-        kind = type(messages).__name__
-        raise BadRequest(f"messages is a {kind}: give a list of dicts with 'role', or a str")
+        raise BadRequest(f"messages is a {_kind(messages)}: give a str, or dicts with 'role'")
     if not messages:
         raise BadRequest("messages is empty: give at least one message")
     for at, message in enumerate(messages):
@@ -1954,32 +1741,30 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
 
 def _check_message(message: Any, where: str) -> None:
     if type(message) is not dict and not isinstance(message, Mapping):
-        kind = type(message).__name__
-        raise BadRequest(f"{where} is a {kind}: give a dict with 'role' and 'content'")
+        raise BadRequest(f"{where} is a {_kind(message)}: give a dict with 'role' and 'content'")
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        shown = role if isinstance(role, str) and len(role) < 20 else type(role).__name__
+        shown = role if isinstance(role, str) and len(role) < 20 else _kind(role)
         raise BadRequest(f"{where} has the role {shown!r}: give one of {', '.join(_ROLES)}")
     if "tool_calls" in message:
         if role != "assistant" and message["tool_calls"]:
             raise BadRequest(f"{where} ({role}) has tool_calls: only the assistant calls tools")
         _check_tool_calls(message["tool_calls"], f"{where}.tool_calls")
-    if type(content) is str:
+    if isinstance(content, str):
         return
     if content is None:
         if role != "assistant":
             raise BadRequest(f"{where} ({role}) has no content: give a str or a list of parts")
-    elif not isinstance(content, (str, list, tuple)):
-        kind = type(content).__name__
-        raise BadRequest(f"{where} ({role}) has content of type {kind}: give a str or list")
-    elif not isinstance(content, str) and not all(isinstance(part, Mapping) for part in content):
+    elif not isinstance(content, (list, tuple)):
+        raise BadRequest(f"{where} ({role}) has content of type {_kind(content)}: give str or list")
+    elif not all(isinstance(part, Mapping) for part in content):
         cure = "give {'type': 'text', 'text': ...}"
         raise BadRequest(f"{where} ({role}) has a part that is no dict: {cure}")
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:
     if calls is not None and not isinstance(calls, (list, tuple)):
-        raise BadRequest(f"{where} is a {type(calls).__name__}: give a list")
+        raise BadRequest(f"{where} is a {_kind(calls)}: give a list")
     for at, call in enumerate(calls or ()):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not (
@@ -1996,12 +1781,13 @@ def _checked_tools(tools: Any) -> Tools:
     """The tools, or BadRequest that says which one is malformed. None for an empty list."""
     form = "{'type': 'function', 'function': {'name': …, 'parameters': …}}"
     if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
-        raise BadRequest(f"tools is a {type(tools).__name__}: give a list of {form}")
+        raise BadRequest(f"tools is a {_kind(tools)}: give a list of {form}")
     for at, tool in enumerate(tools or ()):
         kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
-        function = tool.get("function") if kind == "function" else {"name": "-"}
-        named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        if kind is None or not named:
+        if kind not in ("function", None):
+            continue  # a vendor's own kind of tool
+        function = tool.get("function") if kind else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRequest(f"tools[{at}]: give {form}")
     return tools or None
 
@@ -2010,35 +1796,30 @@ def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> 
     """The answer, or ContentFiltered or EmptyResponse if there is nothing in it."""
     if response.tool_calls or (response.content and not response.content.isspace()):
         return response
-    error: ProviderError
-    told: Any = {"model": response.model, "request_id": response.request_id}
+    error: ProviderError = EmptyResponse("neither text nor tool call")
     if response.finish_reason == "content_filter":
-        error = ContentFiltered("refused by a safety system", **told)
+        error = ContentFiltered("refused by a safety system")
     elif response.finish_reason == "length":
-        error = EmptyResponse("cut by the token limit before any text", code="length", **told)
-    else:
-        error = EmptyResponse("neither text nor tool call", **told)
-        if messages and messages[-1]["role"] == "tool":
-            error.breaker = "neutral"  # some models have nothing to add to the results
-    error.usage = response.usage
+        error = EmptyResponse("cut by the token limit before any text", code="length")
+    elif messages and messages[-1]["role"] == "tool":
+        error.breaker = "neutral"  # some models have nothing to add to the results
+    error.model, error.request_id, error.usage = response.model, response.request_id, response.usage
     raise error
 
 
-# ==== transport ===================================================================================
-# The one place that touches sockets. A request carries its limits (_Limits); every read and write of
-# its connection first sets the socket's timeout to what they still allow. That bounds a server that
-# drips its headers or its body, without a thread per call. All that goes wrong is a ProviderError.
 
-#: What a socket can be told for "no limit": poll() counts milliseconds in 32 bits.
-_LONGEST_WAIT = 1e6
-#: Bytes read at once; also the most that a line of HTTP's own may have.
-_READ_SIZE = 65536
-#: Seconds that a complete answer may still wait for its usage numbers and the end of the body.
-_TAIL_TIMEOUT = 2.0
+# ==== transport ===================================================================================
+# The one place that touches sockets. Before each read and write the socket's timeout is set to what
+# the limits of the request still allow. That bounds a server that drips its headers or its body,
+# without a thread for each request. All that goes wrong becomes a ProviderError.
+
+_LONGEST_WAIT = 1e6  #: seconds: poll() counts milliseconds in 32 bits
+_READ_SIZE = 65536  #: bytes read at once; also the longest line of HTTP's own
+_TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for usage and the end of the body
 
 
 class _Limits:
-    """The time limits of one request, in real time. The one that runs out first names the error."""
+    """The time limits of one request. The one that runs out first names the error."""
 
     __slots__ = (
         "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused", "silence", "since",
@@ -2046,14 +1827,11 @@ class _Limits:
     )  # fmt: skip
 
     def __init__(
-        self, deadline: float, connect: float, silence: tuple[float, float],
-        own: tuple[float, float],
-    ) -> None:  # fmt: skip
-        now = time.monotonic()
+        self, deadline: float, connect: float, silence: Sequence[float], own: Sequence[float]
+    ) -> None:
         self.deadline = deadline
-        self.connect_by = now + connect
-        self.connecting = False
-        self.since = now  #: since when the server has been silent while we wait
+        self.since = time.monotonic()  #: since when the server has been silent while we wait
+        self.connect_by, self.connecting = self.since + connect, False
         self.silence, self.stall = silence  #: before generation has begun, and after
         self.suspicious, self.own_stall = own  #: the provider's: such a silence counts in any case
         self.started = False
@@ -2062,17 +1840,14 @@ class _Limits:
 
     def left(self) -> float:
         """Seconds that the next read or write may take; TimeoutError if there are none."""
-        if self.connecting:
-            return self.connect_left()
-        now = time.monotonic()
-        left = min(self.deadline, self.since + self.silence, now + _LONGEST_WAIT) - now
-        if left <= 0:
-            raise TimeoutError
-        return left
+        return self.connect_left() if self.connecting else self._until(self.since + self.silence)
 
     def connect_left(self) -> float:
         """Seconds that connecting may still take; TimeoutError if there are none."""
-        left = min(self.connect_by, self.deadline) - time.monotonic()
+        return self._until(self.connect_by)
+
+    def _until(self, moment: float) -> float:
+        left = min(moment, self.deadline) - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return min(left, _LONGEST_WAIT)
@@ -2087,8 +1862,7 @@ class _Limits:
             what = "no further data" if self.started else "no first token"
             return ProviderTimeout(f"{what} for {silent:.1f} s", code=code)
         if now >= self.deadline:
-            what = "no complete answer in the time of this attempt"
-            return ProviderTimeout(what, code="attempt_timeout")
+            return ProviderTimeout("no whole answer in the attempt's time", code="attempt_timeout")
         return None
 
     def connect_error(self) -> ProviderError:
@@ -2132,76 +1906,68 @@ class _LimitedReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> Any:
         self._owner._sock.settimeout(self._owner._left())
-        count: int | None = self._raw.readinto(buffer)
-        return count
+        return self._raw.readinto(buffer)
 
     def close(self) -> None:
         self._raw.close()
         super().close()
 
 
-class _IdleConnections:
+class _IdleConnections(deque[Any]):
     """What urllib3's pool keeps connections in. Its own queue has a lock in Python code, which an
     exception of a signal handler can leave locked for ever; a deque has none."""
 
-    def __init__(self, maxsize: int = 0) -> None:
-        self._items: deque[Any] = deque(maxlen=maxsize or None)
+    def __init__(self, maxsize: int) -> None:
+        super().__init__(maxlen=maxsize)
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+    qsize = deque.__len__
+
+    def put(self, item: Any, **_: Any) -> None:
         import queue
 
-        if len(self._items) == self._items.maxlen:
+        if len(self) == self.maxlen:
             raise queue.Full
-        self._items.append(item)
+        self.append(item)
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+    def get(self, **_: Any) -> Any:
         import queue
 
         try:
-            return self._items.pop()
+            return self.pop()
         except IndexError:
             raise queue.Empty from None
 
-    def qsize(self) -> int:
-        return len(self._items)
 
-
-#: Private names of other packages that the code below builds on: module, class, name. If a version
-#: lacks one, building a provider raises a ConfigError that names it.
-_HOOKS = (
-    ("http.client", "HTTPResponse", "_read_status"),
-    ("http.client", "HTTPConnection", "_tunnel"),
-    ("urllib3.connection", "HTTPConnection", "_new_conn"),
-    ("urllib3.connection", "HTTPSConnection", "_connect_tls_proxy"),
-    ("urllib3.connectionpool", "HTTPConnectionPool", "ConnectionCls"),
-    ("urllib3.connectionpool", "HTTPConnectionPool", "QueueCls"),
-    ("requests.adapters", "HTTPAdapter", "init_poolmanager"),
-    ("requests.adapters", "HTTPAdapter", "proxy_manager_for"),
-)
+#: Private names of other packages that the code below builds on, by module.
+_HOOKS = {
+    "http.client": "HTTPResponse._read_status HTTPConnection._tunnel",
+    "urllib3.connection": "HTTPConnection._new_conn HTTPSConnection._connect_tls_proxy",
+    "urllib3.connectionpool": "HTTPConnectionPool.ConnectionCls HTTPConnectionPool.QueueCls",
+    "requests.adapters": "HTTPAdapter.init_poolmanager HTTPAdapter.proxy_manager_for",
+}
 
 
 def _check_hooks() -> None:
+    """ConfigError that names what an installed version lacks."""
     import importlib
 
-    for module, kind, name in _HOOKS:
-        if not hasattr(getattr(importlib.import_module(module), kind, None), name):
-            package = importlib.import_module(module.partition(".")[0])
-            version = getattr(package, "__version__", "of this Python")
-            cure = "install requests 2.31 to 2.x with urllib3 1.26 or 2.x"
-            raise ConfigError(f"{module} ({version}) has no {kind}.{name}: {cure}")
-
-
-#: What urllib3 logs of a query, and of headers that it cannot read.
-_SHOWN_BY_URLLIB3 = r"(?s)\?[^\s\"')]*|,? unparsed data.*"
+    for module, names in _HOOKS.items():
+        for name in names.split():
+            kind, _, member = name.partition(".")
+            if not hasattr(getattr(importlib.import_module(module), kind, None), member):
+                package = importlib.import_module(module.partition(".")[0])
+                version = getattr(package, "__version__", "of this Python")
+                cure = "install requests 2.31 to 2.x with urllib3 1.26 or 2.x"
+                raise ConfigError(f"{module} ({version}) has no {name}: {cure}")
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
-    """urllib3 logs addresses with their queries, and headers that it cannot read. Not for us."""
+    """Takes queries of addresses, and headers that cannot be read, out of what urllib3 logs."""
     if getattr(_sending, "under_way", False):
-        record.msg, record.args = re.sub(_SHOWN_BY_URLLIB3, "", record.getMessage()), ()
-        record.exc_info = record.exc_text = None
+        shown = re.sub(r"(?s)\?[^\s\"')]*|,? unparsed data.*", "", record.getMessage())
+        record.msg, record.args, record.exc_info, record.exc_text = shown, (), None, None
     return True
 
 
@@ -2221,7 +1987,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
         logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
 
     class Response(http.client.HTTPResponse):
-        """Passes over interim answers such as 103: http.client takes all but 100 for the final one."""
+        """Passes over interim answers such as 103; http.client takes all but 100 for final."""
 
         def _read_status(self) -> Any:
             while True:
@@ -2231,7 +1997,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
                 http.client.parse_headers(self.fp)
 
     class Limited:
-        """Mixed into urllib3's connections: bounded connecting, limited sockets, a reuse mark."""
+        """Mixed into urllib3's connections: bounds what they do, and notes if one is reused."""
 
         response_class: Any = Response
         sock: Any
@@ -2282,22 +2048,22 @@ def _http() -> tuple[Any, Callable[[], Any]]:
             limits = _sending.limits
             if self.sock is not None and limits.fresh:
                 self.close()  # type: ignore[attr-defined]
-            limits.reused = self.used and self.sock is not None
             if self.sock is not None:
-                self.now.limits = limits
+                self.now.limits, limits.reused = limits, self.used
             self.used = True
             return super().request(*args, **kwargs)  # type: ignore[misc]
 
     @functools.cache
     def limited(pool: Any) -> Any:
         """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
+        if issubclass(pool.ConnectionCls, Limited):
+            return pool
         connection = type("Connection", (Limited, pool.ConnectionCls), {})
         return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
     def equipped(manager: Any) -> Any:
         given = manager.pool_classes_by_scheme
-        if not any(issubclass(pool.ConnectionCls, Limited) for pool in given.values()):
-            manager.pool_classes_by_scheme = {name: limited(pool) for name, pool in given.items()}
+        manager.pool_classes_by_scheme = {name: limited(pool) for name, pool in given.items()}
         return manager
 
     class Adapter(HTTPAdapter):
@@ -2322,7 +2088,7 @@ _last_address: dict[tuple[str, int], Any] = {}
 
 
 def _connect(connection: Any, limits: _Limits) -> Any:
-    """A TCP connection to the first address that answers; all together have the connect limit."""
+    """A TCP connection to the first address that answers; all share the connect limit."""
     import socket
 
     host, port = getattr(connection, "_dns_host", connection.host), connection.port
@@ -2334,25 +2100,23 @@ def _connect(connection: Any, limits: _Limits) -> Any:
     last = _last_address.get((host, port))
     addresses.sort(key=lambda found: found[4] != last)
     failure: Exception = OSError("no address")
-    for at, (family, kind, proto, _, address) in enumerate(addresses):
-        sock = None
-        try:
-            left = limits.connect_left()
-            sock = socket.socket(family, kind, proto)
-            sock.settimeout(left if at == len(addresses) - 1 else left / 2)
-            for option in connection.socket_options or ():
-                sock.setsockopt(*option)
-            sock.connect(address)
+    for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
+        with contextlib.ExitStack() as opened:
+            try:
+                left = limits.connect_left()
+                sock = opened.enter_context(socket.socket(family, kind, proto))
+                sock.settimeout(left / 2 if at < len(addresses) else left)
+                for option in connection.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.connect(address)
+            except OSError as error:
+                failure = error
+                continue
             if len(_last_address) > 500:
                 _last_address.clear()
             _last_address[host, port] = address
+            opened.pop_all()
             return sock
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = error
     if isinstance(failure, TimeoutError):
         raise limits.connect_error()
     refused = isinstance(failure, ConnectionRefusedError)
@@ -2360,10 +2124,9 @@ def _connect(connection: Any, limits: _Limits) -> Any:
 
 
 def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
-    """What a chunked body holds (RFC 9112, 7.1): after each read, all of it that has come.
+    """What a chunked body holds (RFC 9112, 7.1). ``read`` gives b"" at the end.
 
-    It is here for speed and nothing else: http.client makes six calls for a chunk, and each event of
-    a stream is one. ``read`` gives b"" at the end.
+    It is here for speed and nothing else: http.client makes six calls for each event of a stream.
     """
     rest, lacking, skip = b"", 0, 0  # lacking: bytes of this chunk; skip: of the line end behind it
     while received := read():
@@ -2377,8 +2140,9 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
             end = data.find(b"\n", at + skip)
             if lacking or end < 0:
                 break
-            lacking = _chunk_size(data[at + skip : end])
-            at, skip = end + 1, 2
+            digits = data[at + skip : end][:64].partition(b";")[0].strip()
+            _check_http(re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits) is not None)
+            lacking, at, skip = int(digits, 16), end + 1, 2
             if not lacking:
                 break
         rest = data[at:]
@@ -2386,26 +2150,22 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
             yield content
         if end >= 0:  # that was the last chunk: trailers, and a blank line
             break
-        if len(rest) > _READ_SIZE:
-            raise InvalidResponse("garbled HTTP")
+        _check_http(len(rest) <= _READ_SIZE)
     else:
         raise InvalidResponse("truncated: the connection broke")
     rest = b"\n" + rest
     while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):
         rest += received
-        if len(rest) > _READ_SIZE:
-            raise InvalidResponse("garbled HTTP")
+        _check_http(len(rest) <= _READ_SIZE)
 
 
-def _chunk_size(line: bytes) -> int:
-    digits = line[:64].partition(b";")[0].strip()
-    if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits):
+def _check_http(right: bool) -> None:
+    if not right:
         raise InvalidResponse("garbled HTTP")
-    return int(digits, 16)
 
 
 class _Inflater:
-    """Decompresses gzip (several members too) and deflate, with its header or without."""
+    """Decompresses gzip (several members too) and deflate (with its header or without)."""
 
     def __init__(self) -> None:
         self._machine = zlib.decompressobj(47)
@@ -2440,39 +2200,32 @@ class _Answer:
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.key = ""  #: that was sent
-        self.limits = limits
-        self.most = most
-        self._raw = response.raw
-        self._ended = False
+        self.limits, self.most = limits, most
+        self._raw, self._ended = response.raw, False
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
         self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
-        self._read1: Callable[[], bytes]
         read1: Callable[..., bytes]
         if self._original is None:  # a session of the user's
-            read1 = functools.partial(
-                getattr(self._raw, "read1", self._raw.read), decode_content=False  # urllib3 1.26
-            )
+            read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
+            read1 = functools.partial(read1, decode_content=False)
         elif self._original.chunked:
             read1 = self._original.fp.read1
             self._content = _unchunked(self._read)
         else:
-            read1 = self._original.read1  # urllib3's own costs as much again
-        self._read1 = functools.partial(read1, _READ_SIZE)
+            read1 = self._original.read1  # urllib3's own takes twice the time
+        self._read1: Callable[[], bytes] = functools.partial(read1, _READ_SIZE)
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come, to the end. ProviderError for whatever breaks."""
-        inflater = self._inflater()
-        length = self._announced()
-        if length is not None and length > self.most and not inflater:
-            raise self._too_large()
+        inflater, length = self._inflater(), self._announced()
+        self._check_size(0 if inflater else length or 0)
         received = total = 0
         for data in self._content:
             received += len(data)
             for piece in inflater.feed(data) if inflater else (data,):
                 total += len(piece)
-                if total > self.most:
-                    raise self._too_large()
+                self._check_size(total)
                 yield piece
                 if inflater and (late := self.limits.expired()):  # a read may hold much work
                     raise late
@@ -2483,12 +2236,12 @@ class _Answer:
         self._ended = self.status >= 200  # after an interim answer another one could follow
 
     def body(self) -> bytes:
-        """All of it."""
         return b"".join(self.chunks())
 
-    def _too_large(self) -> InvalidResponse:
-        what = f"the answer is larger than max_response_bytes={self.most}"
-        return InvalidResponse(what, code="too_large")
+    def _check_size(self, size: int) -> None:
+        if size > self.most:
+            what = f"the answer is larger than max_response_bytes={self.most}"
+            raise InvalidResponse(what, code="too_large")
 
     def _announced(self) -> int | None:
         text = self.headers.get("Content-Length", "")
@@ -2517,30 +2270,27 @@ class _Answer:
         return _Inflater()
 
     def finish(self) -> None:
-        """Read the little that may be left, so that the connection can serve the next request."""
+        """Reads what little is left, so that the connection can serve the next request."""
         self.limits.end_soon(_TAIL_TIMEOUT / 10)
         with contextlib.suppress(ProviderError):  # the answer is complete all the same
             self._ended = self._ended or next(self._content, None) is None
 
     def close(self) -> None:
-        """Give the connection back if the body was read to its end, else close it."""
+        """Gives the connection back if the body was read to its end, else closes it."""
         self._content = iter(())  # it refers to this object: without the cycle both go at once
-        if self._ended:
-            if self._original is not None:
-                self._original.close()  # else http.client refuses the next request on it
-            self._raw.release_conn()
-        else:
+        if not self._ended:
             self._raw.close()
+            return
+        if self._original is not None:
+            self._original.close()  # else http.client refuses the next request on it
+        self._raw.release_conn()
 
 
 def _transport_error(error: BaseException, limits: _Limits, what: str) -> ProviderError:
-    """What an exception of requests, urllib3, http.client or the socket means.
-
-    Its own text is not repeated: it may hold an address with a password.
-    """
-    import http.client
+    """What an exception from below means. Its text may hold a password: it is not repeated."""
     import socket
     import ssl
+    from http import client as http
 
     from requests import exceptions as theirs
     from urllib3 import exceptions as wrapped
@@ -2561,27 +2311,27 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         if timed_out or (what == "connecting" and time.monotonic() >= limits.connect_by):
             return limits.connect_error()
         return limits.expired() or ProviderTimeout("timed out", code="attempt_timeout")
-    gone = (
-        http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, ConnectionAbortedError,
-        http.client.IncompleteRead, wrapped.IncompleteRead,
+    broken: type[ProviderError] = ServerError
+    how = "closed before the answer"
+    if what == "the answer":
+        broken, how = InvalidResponse, "truncated: the connection broke"
+    rows: tuple[tuple[type[ProviderError], str, tuple[type[BaseException], ...]], ...] = (
+        (ProviderUnavailable, "the name cannot be resolved", (socket.gaierror,)),
+        (ProviderUnavailable, "TLS failed", (ssl.SSLError, theirs.SSLError, wrapped.SSLError)),
+        (ProviderUnavailable, "the proxy failed", (theirs.ProxyError, wrapped.ProxyError)),
+        (ProviderUnavailable, "refused", (ConnectionRefusedError,)),
+        (ProviderUnavailable, "cannot connect", (wrapped.NewConnectionError,)),
+        (broken, how, (http.RemoteDisconnected, ConnectionResetError, BrokenPipeError,
+                       ConnectionAbortedError, http.IncompleteRead, wrapped.IncompleteRead)),
+        (InvalidResponse, "not an HTTP answer",
+         (http.BadStatusLine, http.LineTooLong, http.UnknownProtocol)),
+        (InvalidResponse, "garbled HTTP", (http.HTTPException, wrapped.HeaderParsingError,
+         wrapped.InvalidHeader, wrapped.DecodeError, theirs.ContentDecodingError)),
+        (broken, how, (wrapped.ProtocolError, theirs.ChunkedEncodingError)),
+        (ProviderUnavailable, "the URL is not valid", (theirs.InvalidURL, theirs.MissingSchema)),
     )  # fmt: skip
-    rows: tuple[tuple[tuple[type[BaseException], ...], type[ProviderError], str], ...] = (
-        ((socket.gaierror,), ProviderUnavailable, "the name cannot be resolved"),
-        ((ssl.SSLError, theirs.SSLError, wrapped.SSLError), ProviderUnavailable, "TLS failed"),
-        ((theirs.ProxyError, wrapped.ProxyError), ProviderUnavailable, "the proxy failed"),
-        ((ConnectionRefusedError,), ProviderUnavailable, "refused"),
-        ((wrapped.NewConnectionError,), ProviderUnavailable, "cannot connect"),
-        (gone, ServerError, "closed before the answer"),
-        ((http.client.BadStatusLine, http.client.LineTooLong, http.client.UnknownProtocol),
-         InvalidResponse, "not an HTTP answer"),
-        ((http.client.HTTPException, wrapped.HeaderParsingError, wrapped.InvalidHeader,
-          wrapped.DecodeError, theirs.ContentDecodingError), InvalidResponse, "garbled HTTP"),
-        ((wrapped.ProtocolError, theirs.ChunkedEncodingError), ServerError, "closed before the answer"),
-    )  # fmt: skip
-    for kinds, kind, message in rows:
+    for kind, message, kinds in rows:
         if among(*kinds):
-            if kind is ServerError and what == "the answer":
-                return InvalidResponse("truncated: the connection broke")
             return kind(message)
     return _local_trouble(causes, what)
 
@@ -2589,23 +2339,15 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
 def _local_trouble(causes: list[BaseException], what: str) -> ProviderError:
     """A missing optional part, or a fault of this code or a library: said with its place."""
     text = " ".join(str(cause) for cause in causes if isinstance(cause, (OSError, ValueError)))
+    known = "the proxy of the environment speaks SOCKS, which needs PySocks: pip install pysocks"
     if "SOCKS" in text:
-        return ProviderUnavailable(
-            "the proxy of the environment speaks SOCKS, which needs PySocks: pip install pysocks"
-        )
+        return ProviderUnavailable(known)
+    known = "the file of the CA bundle is not there: see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
     if "CA certificate bundle" in text or "TLS certificate file" in text:
-        return ProviderUnavailable(
-            "the file of the CA bundle is not there: see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
-        )
+        return ProviderUnavailable(known)
     if any(isinstance(cause, RecursionError) for cause in causes):
-        return ProviderUnavailable(
-            f"{what} failed: RecursionError. With gevent, call monkey.patch_all() before providers"
-            " are made"
-        )
-    from requests import exceptions as theirs
-
-    if isinstance(causes[0], (theirs.InvalidURL, theirs.MissingSchema, theirs.InvalidSchema)):
-        return ProviderUnavailable("the URL is not valid")
+        cure = "with gevent, call monkey.patch_all() before providers are made"
+        return ProviderUnavailable(f"{what} failed: RecursionError: {cure}")
     _log.warning("%s failed: %s", what, _ascii(_place(causes[0])))
     return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
 
@@ -2643,7 +2385,7 @@ class _SSE(_Lines):
         super().__init__()
         self._event = ""
         self._data: list[bytes] = []
-        self._bare: list[bytes] = []  # JSON without "data:", in one line or several: Gemini's errors
+        self._bare: list[bytes] = []  # lines of JSON without "data:": Gemini's errors
 
     def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         events: list[tuple[str, bytes]] = []
@@ -2709,9 +2451,10 @@ def _is_heartbeat(data: bytes) -> bool:
 
 
 def _is_piece(line: bytes, labelled: bool) -> bool:
-    """Whether a line is a piece of an answer (Ollama's form, or Chat Completions'), and no whole."""
+    """Whether a line is a piece of an answer, in Ollama's form or that of Chat Completions."""
     try:
-        value = _scanned(line.decode("utf-8", "replace").strip())[0] if len(line) < _READ_SIZE else 0
+        text = line.decode("utf-8", "replace").strip() if len(line) < _READ_SIZE else "0"
+        value = _scanned(text)[0]
     except (ValueError, RecursionError):
         return False
     if not isinstance(value, dict) or labelled:
@@ -2722,7 +2465,7 @@ def _is_piece(line: bytes, labelled: bool) -> bool:
 
 
 def _json(data: bytes | str, what: str) -> Any:
-    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, if it is none."""
+    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, otherwise."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
         text = text.removeprefix("\ufeff").strip(" \t\r\n")
@@ -2735,17 +2478,14 @@ def _json(data: bytes | str, what: str) -> Any:
 
 
 # ==== reading failures ============================================================================
-# What a failed answer means is read in this order: a specific code in the body, phrases in its
-# message, its generic type, a number in the body, the status. At each step a vendor's own rows come
-# before the shared ones. What the message repeats of the request is taken out first: a prompt that
-# speaks of invalid keys must not look like one.
+# What a failed answer means is read in this order: specific codes in the body, phrases in its
+# message, its generic type, a number in the body, the status; each from a vendor's own rows first.
+# What the message repeats of the request is taken out before: a prompt may speak of invalid keys.
 
-#: Characters kept of a server's own message, and characters of it that are searched.
+#: Characters of a server's message that are shown, and that are searched.
 _MESSAGE_LIMIT, _SEARCHED = 300, 2000
-#: A run of this many characters that also stands in the request is taken for an echo of it.
-_ECHO = 16
-#: Characters of a request beyond which echoes cannot be found quickly enough to show a message.
-_COMPARED = 128 * 1024
+_ECHO = 16  #: a run of so many characters that also stands in the request counts as an echo of it
+_COMPARED = 128 * 1024  #: characters of the longest request that is compared with a message
 
 
 class _Rows(NamedTuple):
@@ -2770,8 +2510,7 @@ _CODES = _coded({
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
-    " accountoverdueerror"
-    " allocationquota.freetieronly account_deactivated token_quota_reached",
+    " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
     " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
@@ -2818,7 +2557,8 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
      r"image (input|modality)|unsupported param: tools|"
      r"requires (--enable-auto-tool-choice|--jinja)|--jinja|unknown variant .image_url|"
-     r"no endpoints found that support|(tools?|image|response_format|json_schema).{0,60}not supported|"
+     r"no endpoints found that support|"
+     r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
 )  # fmt: skip
 
@@ -2872,34 +2612,36 @@ class _Report(NamedTuple):
     delay: float | None = None  #: seconds to wait, where the body says so
 
 
+def _innermost(body: Any, depth: int = 8) -> Any:
+    """What {"error": …}, {"errors": …} or a list of one holds."""
+    inner: Any = None
+    if isinstance(body, dict):
+        inner = body.get("error") or body.get("errors")
+    elif body and isinstance(body, list):
+        inner = body[0]
+    found = inner and depth and isinstance(inner, (dict, str, list))
+    return _innermost(inner, depth - 1) if found else body
+
+
 def _report(body: Any) -> _Report:
-    """Reads {"error": {…}}, {"error": "…"}, {"message": …}, {"detail": […]}, and a list of one."""
-    inner = body
-    for _ in range(8):  # the innermost of them that says anything
-        if not inner or not isinstance(inner, (dict, str, list)):
-            break
-        body = inner
-        if isinstance(inner, dict):
-            inner = inner.get("error") or inner.get("errors")
-        else:
-            inner = inner[0] if isinstance(inner, list) else None
+    """Reads all forms: an object, a text or a list under "error", "message" or "detail"."""
+    body = _innermost(body)
     if isinstance(body, str):
         return _Report(body[:_SEARCHED])
     body = _dict(body)
-    minimax = _dict(body.get("base_resp"))
-    message = body.get("message") or body.get("detail") or body.get("error_description") or (
-        minimax.get("status_msg") or "")  # fmt: skip
-    param = body.get("param")
+    minimax, details = _dict(body.get("base_resp")), _dict(body.get("details"))
+    metadata, param = _dict(body.get("metadata")), body.get("param")
+    messages = [body.get(name) for name in ("message", "detail", "error_description")]
+    message = next(filter(None, [*messages, minimax.get("status_msg")]), "")
     if isinstance(message, list):
         message, param = _listed(message)
-    details, metadata = _dict(body.get("details")), _dict(body.get("metadata"))
     found, delay = _google_details(body.get("details"))
     values = [
         *found, body.get("code"), details.get("error_code"), minimax.get("status_code"),
         _dict(body.get("innererror")).get("code"), metadata.get("limit_source"), body.get("type"),
         body.get("status"),
     ]  # fmt: skip
-    numbers = [_int(value) for value in (*values, body.get("status_code"))]
+    numbers = map(_int, (*values, body.get("status_code")))
     number = next((value for value in numbers if value is not None and value < 1000), None)
     texts = (str(value).lower() for value in values if isinstance(value, (str, int)))
     codes = tuple(text for text in texts if not text.isdecimal() or len(text) == 4)
@@ -2916,9 +2658,9 @@ def _joined_reports(report: _Report, raw: Any) -> _Report:
         with contextlib.suppress(ValueError, RecursionError):
             raw = json.loads(raw[: 8 * _SEARCHED])
     below = _report(raw if isinstance(raw, (dict, str)) else "")
-    message = f"{report.message}: {below.message}"
     return report._replace(
-        message=message, codes=(*below.codes, *report.codes), param=report.param or below.param,
+        message=f"{report.message}: {below.message}", param=report.param or below.param,
+        codes=(*below.codes, *report.codes),
         delay=below.delay if report.delay is None else report.delay,
     )  # fmt: skip
 
@@ -2928,36 +2670,33 @@ def _listed(items: list[Any]) -> tuple[str, str]:
     texts, names = [], []
     for item in items[:20]:
         if isinstance(item, dict):
-            place = item.get("loc") if isinstance(item.get("loc"), list) else []
-            names += [str(name) for name in place[-1:]]
-            said = str(item.get("msg") or item.get("message") or "")
-            texts.append(": ".join([*names[-1:], said]) if place else said)
+            loc, said = item.get("loc"), str(item.get("msg") or item.get("message") or "")
+            place = [str(name) for name in loc[-1:]] if isinstance(loc, list) else []
+            names += place
+            texts.append(": ".join([*place, said]))
         elif isinstance(item, str):
             texts.append(item)
     return "; ".join(texts), names[0] if len(set(names)) == 1 else ""
 
 
 def _google_details(details: Any) -> tuple[list[Any], float | None]:
-    """The reasons among google.rpc details (a spent daily quota is one), and the delay they ask for."""
+    """The reasons in google.rpc details (a spent daily quota is one), and the delay asked for."""
     found: list[Any] = []
     delay = None
-    for item in details if isinstance(details, list) else ():
-        item = _dict(item)
+    for item in map(_dict, details if isinstance(details, list) else ()):
         found.append(item.get("reason"))
-        violations = item.get("violations")
-        for violation in violations if isinstance(violations, list) else ():
-            if "PerDay" in str(_dict(violation).get("quotaId")):
-                found.append("insufficient_quota")
+        if "PerDay" in str(item.get("violations")):
+            found.append("insufficient_quota")
         if isinstance(item.get("retryDelay"), str):
             delay = _duration(item["retryDelay"])
     return found, delay
 
 
 class _Words:
-    """A server's message without what it repeats of the request.
+    """A server's message without what it repeats of the request. ``shown`` is safe to show.
 
-    ``shown`` is safe to show. For a request too large to be compared with a message nothing is
-    shown, and each phrase that is found is looked up in the request.
+    A message is not compared with a very large request: nothing is shown, and each phrase that is
+    found is looked up in the request.
     """
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
@@ -2991,9 +2730,10 @@ def _without_echo(message: str, known: str) -> str:
     if len(folded) != len(message):
         folded = message
     kept, at = [], 0
-    for seed in range(0, len(folded) - _ECHO // 2 + 1, _ECHO // 2):  # a run of 16 holds a seed of 8
-        start, end = seed, seed + _ECHO // 2
-        if seed < at or folded[start:end] not in known:
+    half = _ECHO // 2
+    for start in range(0, len(folded) - half + 1, half):  # an echo holds one of these pieces whole
+        end = start + half
+        if start < at or folded[start:end] not in known:
             continue
         while start > at and folded[start - 1 : end] in known:
             start -= 1
@@ -3005,7 +2745,6 @@ def _without_echo(message: str, known: str) -> str:
     return "".join((*kept, message[at:]))
 
 
-#: Anything that looks like a credential.
 _KEY_LIKE = (
     r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s{1,9}\S+|"
     r"[\w-]{40,}"
@@ -3020,25 +2759,19 @@ def _masked(message: str, secrets: Iterable[str]) -> str:
     message = _pattern(_KEY_LIKE).sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
-    if message.isprintable():
-        return message
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in message
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _texts_of(value: Any) -> Iterator[str]:
     """Every text in a request's messages and tools, addresses too; no role, type or picture."""
-    if isinstance(value, str):
-        if value[:5].lower() != "data:":
-            yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            if name not in ("role", "type", "data", "file_data", _CARRY):
-                yield from _texts_of(item)
-    elif isinstance(value, (list, tuple)):
+    if isinstance(value, Mapping):
+        left_out = ("role", "type", "data", "file_data", _CARRY)
+        value = [item for name, item in value.items() if name not in left_out]
+    if isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts_of(item)
+    elif isinstance(value, str) and value[:5].lower() != "data:":
+        yield value
 
 
 def _class_of(
@@ -3048,12 +2781,13 @@ def _class_of(
     for code in report.codes:
         kind = rows.codes.get(code) or _CODES.get(code)
         if kind is not None:
-            return (RateLimited if kind is QuotaExceeded and status == 402 and waits else kind), True
-    for own, (pattern, kind) in (*((True, r) for r in rows.phrases), *((False, r) for r in _PHRASES)):
+            soon = kind is QuotaExceeded and status == 402 and waits
+            return RateLimited if soon else kind, True
+    for pattern, kind in (*rows.phrases, *_PHRASES):
         found = words.find(f"(?i){pattern}")
         if found and _may_mean(kind, status, report, found.group().lower()):
-            long = kind in (QuotaExceeded, AuthenticationError)
-            return kind, own or not long or status in (200, 401, 402, 403, 429)
+            sure = (pattern, kind) in rows.phrases or status in (200, 401, 402, 403, 429)
+            return kind, sure or kind not in (QuotaExceeded, AuthenticationError)
     number = status if status >= 300 else report.number or status
     if number in (404, 410) and (words.say(model or "model") or words.say("model")):
         return ModelNotFound, True
@@ -3063,17 +2797,13 @@ def _class_of(
         weak = 400 <= number < 500 or number in (503, 529)
         if code in _TYPES and not (weak and issubclass(_TYPES[code], ServerError)):
             return _TYPES[code], True
-    if number in rows.statuses or number in _STATUSES:
-        kind = rows.statuses.get(number) or _STATUSES[number]
-        certain = number != 403 or words.find(f"(?i){_NAMES_PERMISSION}") is not None
-        return kind, certain
+    if kind := rows.statuses.get(number) or _STATUSES.get(number):
+        return kind, number != 403 or words.find(f"(?i){_NAMES_PERMISSION}") is not None
     if number == 503 and waits:
         return Overloaded, True
-    by_hundred = {5: ServerError, 4: BadRequest, 3: InvalidResponse}
-    if number // 100 in by_hundred:
-        return by_hundred[number // 100], True
     last = (_LAST_TYPES[code] for code in report.codes if code in _LAST_TYPES)
-    return next(last, InvalidResponse), True
+    by_hundred = {5: ServerError, 4: BadRequest, 3: InvalidResponse}
+    return by_hundred.get(number // 100) or next(last, InvalidResponse), True
 
 
 def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: str) -> bool:
@@ -3082,9 +2812,8 @@ def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: s
         return status < 500
     if kind is ContentFiltered:  # else a service of that name has trouble
         return status in (200, 400, 403, 422)
-    if kind is QuotaExceeded:  # Gemini says so at any rate limit, and then names a delay
-        return report.delay is None or phrase.startswith("limit: 0")
-    return True
+    # Gemini speaks of its quota at any rate limit, and then names a delay
+    return kind is not QuotaExceeded or report.delay is None or phrase.startswith("limit: 0")
 
 
 # -- how long to wait
@@ -3099,30 +2828,32 @@ def _retry_hint(
     named = [seconds for seconds in said if seconds is not None]
     if named:
         return max(named)  # the milliseconds may be rounded down to 0
-    if report.delay is not None:
-        return report.delay
-    if (told := _in_words(words)) is not None:
+    told = _in_words(words) if report.delay is None else report.delay
+    if told is not None or not limited:
         return told
-    if not limited:
-        return None
-    kinds = ("requests", "tokens", "input-tokens", "output-tokens")
-    resets = [_reset(headers, f"-{kind}") for kind in kinds] + [_reset(headers, "")]
+    kinds = ("-requests", "-tokens", "-input-tokens", "-output-tokens", "")
+    resets = [_reset(headers, kind) for kind in kinds]
     return max((reset for reset in resets if reset is not None), default=None)
+
+
+#: Seconds of each unit; without a known unit a number means seconds.
+_UNITS = {"ms|milli.*": 0.001, "m|min.*": 60.0, "h|hr.*|hour.*": 3600.0, "d|days?": 86400.0}
 
 
 def _in_words(words: _Words) -> float | None:
     """Seconds of ``try again in 6m0s``, ``wait 42342 seconds`` or ``retry after 2 minutes``."""
-    amount = r"\d{1,12}(?:\.\d{1,9})? ?[a-z]{0,20}"
-    found = words.find(rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({amount}(?: ?{amount}){{0,3}})")
-    if found is None:
-        return None
-    scales = (("ms|milli.*", 0.001), ("m|min.*", 60.0), ("h|hr.*|hour.*", 3600.0), ("d|days?", 86400))
+    one = r"\d{1,12}(?:\.\d{1,9})? ?[a-z]{0,20}"
+    asks = "(?i)(?:try again|retry|wait)(?: in| after| for)?"
+    found = words.find(rf"{asks} ({one}(?: ?{one}){{0,3}})")
+    return None if found is None else _summed(found.group(1).lower())
+
+
+def _summed(text: str) -> float:
+    """Seconds of ``1h2m3s`` or ``2 minutes``."""
     total = 0.0
-    for number, unit in _pattern(r"(\d{1,12}(?:\.\d{1,9})?) ?([a-z]{0,20})").findall(
-        found.group(1).lower()
-    ):
-        known = (scale for pattern, scale in scales if _pattern(pattern).fullmatch(unit))
-        total += float(number) * next(known, 1.0)
+    for number, unit in _pattern(r"(\d{1,12}(?:\.\d{1,12})?) ?([a-z]{0,20})").findall(text):
+        scales = (scale for units, scale in _UNITS.items() if _pattern(units).fullmatch(unit))
+        total += float(number) * next(scales, 1.0)
     return total
 
 
@@ -3147,10 +2878,9 @@ def _until(text: str) -> float | None:
 
     text = text[:64]
     try:
-        if text[:4].isdigit() and "T" in text:
-            when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
-        else:
-            when = parsedate_to_datetime(text)
+        iso = text[:4].isdigit() and "T" in text
+        read = datetime.datetime.fromisoformat if iso else parsedate_to_datetime
+        when = read(text.replace("Z", "+00:00") if iso else text)
         return max(0.0, when.timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
@@ -3167,32 +2897,27 @@ def _seconds(text: str, unit: float = 1.0) -> float | None:
 def _duration(text: str) -> float | None:
     """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
     text = text[:64].strip().rstrip(".")
-    parts = _pattern(r"(\d{1,12}(?:\.\d{1,12})?)(ms|h|m|s)").findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        return _seconds(text)
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    return sum(float(number) * units[unit] for number, unit in parts)
+    whole = _pattern(r"(?:\d{1,12}(?:\.\d{1,12})?(?:ms|h|m|s))+").fullmatch(text)
+    return _summed(text) if whole else _seconds(text)
 
 
 # ==== wire formats ================================================================================
-# What all vendors share. An encoder is a pure function from a call to a body. A reader is a generator
-# function from an event to facts: it keeps nothing of the answer. The collector turns facts into
-# deltas and one LLMResponse, and knows nothing of vendors. A body that has not the form that a reader
-# expects raises KeyError, TypeError or the like there, and InvalidResponse in the collector.
+# What all vendors share. An encoder is a pure function from a call to a body. A reader is a
+# generator function from an event to facts. The collector turns facts into deltas and one
+# LLMResponse, and knows no vendor. A body of another form than a reader expects raises KeyError,
+# TypeError or the like in the reader; the collector makes it InvalidResponse.
 
 #: Portable options. Hints may be dropped where a vendor has none; the others never silently.
-_HINTS = frozenset({
-    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort",
-    "parallel_tool_calls", "user",
-})  # fmt: skip
-_OPTIONS: frozenset[str] = _HINTS | {
-    "max_tokens", "max_completion_tokens", "stop", "tool_choice", "response_format", "extra_body",
-}  # fmt: skip
+_HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
+                    "reasoning_effort", "parallel_tool_calls", "user"})  # fmt: skip
+_OPTIONS: frozenset[str] = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice",
+                                     "response_format", "extra_body"}  # fmt: skip
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
-#: What a conversation says where a vendor insists that the user speaks and the user has said nothing.
+#: The user's text where a vendor insists on one and the user has said nothing.
 _GO_ON = "Continue."
 #: What stands for the result of a tool call that has none.
 _NO_RESULT = "no result: the call was interrupted"
+_STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unknown
 
 
 class _Call(NamedTuple):
@@ -3215,8 +2940,8 @@ class _Call(NamedTuple):
 
     def limit(self) -> Any:
         """The limit on completion tokens, under whichever name; None if there is none."""
-        named = self.options.get("max_completion_tokens")
-        return self.options.get("max_tokens") if named is None else named
+        limit = self.options.get("max_completion_tokens")
+        return self.options.get("max_tokens") if limit is None else limit
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
         """The options that were given, of those named, under a vendor's names."""
@@ -3225,18 +2950,17 @@ class _Call(NamedTuple):
     def finished(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body with the caller's own fields of one vendor on top."""
         extra = self.options.get("extra_body") or {}
-        if not isinstance(extra, Mapping):
-            raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
-        return _merged(body, extra)
+        if isinstance(extra, Mapping):
+            return _merged(body, extra)
+        raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    both = {
-        name: _merged(base[name], top[name])
-        for name in base.keys() & top.keys()
-        if isinstance(base[name], Mapping) and isinstance(top[name], Mapping)
-    }
-    return {**base, **top, **both}
+    done = {**base, **top}
+    for name in base.keys() & top.keys():
+        if isinstance(base[name], Mapping) and isinstance(top[name], Mapping):
+            done[name] = _merged(base[name], top[name])
+    return done
 
 
 # -- from the OpenAI form
@@ -3251,16 +2975,6 @@ class _Part(NamedTuple):
     cache: Any = None  #: cache_control, as it was given
 
 
-def _media(url: str) -> tuple[str, str] | None:
-    """``(media type, base64)`` of a data URL, read leniently; None for any other URL."""
-    if url[:5].lower() != "data:":
-        return None
-    head, _, data = url[5:].partition(",")
-    kind = head.partition(";")[0].strip().lower() or "image/png"
-    kind = "image/jpeg" if kind == "image/jpg" else kind
-    return kind, "".join(data.split()).replace("-", "+").replace("_", "/")
-
-
 def _parts(content: Any, vendor: str) -> list[_Part]:
     """Content as parts. Raises UnsupportedRequest for a type that cannot be translated."""
     if not isinstance(content, (list, tuple)):
@@ -3268,28 +2982,31 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
     found = []
     for part in content:
         kind, cache = part.get("type"), part.get("cache_control")
+        what = f"a message part of the type {kind!r:.40}"
         if kind in ("image_url", "input_image"):
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, Mapping) else url
         elif kind == "file":
             url = _dict(part.get("file")).get("file_data")
-        else:
-            text = part.get("refusal" if kind == "refusal" else "text")
-            if not isinstance(text, str):
-                what = f"a message part of the type {str(kind)[:40]!r}"
-                raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
+        elif isinstance(text := part.get("refusal" if kind == "refusal" else "text"), str):
             found += [_Part("text", "", text, cache)] if text else []
             continue
+        else:
+            raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
         if not isinstance(url, str) or not url:
-            what = f"a message part of the type {kind!r}"
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
-        media = _media(url)
-        found.append(_Part("data", *media, cache) if media else _Part("url", "", url, cache))
+        head, _, data = url[5:].partition(",")
+        media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
+        if url[:5].lower() == "data:":  # read leniently
+            data = "".join(data.split()).replace("-", "+").replace("_", "/")
+            found.append(_Part("data", media or "image/png", data, cache))
+        else:
+            found.append(_Part("url", "", url, cache))
     return found
 
 
 def _joined(content: Any, vendor: str) -> str:
-    """Content that can only be text."""
+    """Content that may only be text."""
     parts = _parts(content, vendor)
     if any(part.kind != "text" for part in parts):
         raise UnsupportedRequest(f"{vendor} takes only text in this message")
@@ -3298,17 +3015,15 @@ def _joined(content: Any, vendor: str) -> str:
 
 def _functions(tools: Tools, vendor: str) -> list[dict[str, Any]]:
     """The ``function`` objects of tools in OpenAI form, each with a schema of its parameters."""
-    found = []
     for at, tool in enumerate(tools or ()):
-        if tool.get("type", "function") != "function":
-            kind = str(tool.get("type"))[:40]
-            raise UnsupportedRequest(f"{vendor} cannot be sent tools[{at}] of the type {kind!r}")
-        found.append(_with_parameters(tool["function"]))
-    return found
+        if (kind := tool.get("type", "function")) != "function":
+            what = f"tools[{at}] of the type {kind!r:.40}"
+            raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
+    return [_with_parameters(tool["function"]) for tool in tools or ()]
 
 
 def _with_parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Null is refused everywhere: it means a tool without parameters."""
+    """All servers refuse null; it means a tool without parameters."""
     if function.get("parameters", "") is None:
         return {**function, "parameters": {"type": "object", "properties": {}}}
     return dict(function)
@@ -3319,101 +3034,88 @@ def _choice(call: _Call) -> tuple[str, str | None]:
     choice = call.options.get("tool_choice", "auto")
     if choice in ("auto", "none", "required"):
         return choice, None
-    name = _dict(_dict(choice).get("function")).get("name") or _dict(choice).get("name")
-    if not isinstance(name, str):
-        form = "{'type': 'function', 'function': {'name': …}}"
-        raise BadRequest(f"tool_choice: give auto, none, required or {form}")
-    return "named", name
+    given = _dict(choice)
+    name = _dict(given.get("function")).get("name") or given.get("name")
+    if isinstance(name, str):
+        return "named", name
+    form = "{'type': 'function', 'function': {'name': …}}"
+    raise BadRequest(f"tool_choice: give auto, none, required or {form}")
 
 
-def _format(call: _Call) -> tuple[str, Any]:
+def _format(call: _Call) -> tuple[str, dict[str, Any]]:
     """response_format as ``(text | json_object | json_schema, the schema's object)``."""
-    wanted = call.options.get("response_format") or {"type": "text"}
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    schema = _dict(_dict(wanted).get("json_schema"))
-    known = kind in ("text", "json_object", "json_schema")
-    if not known or (kind == "json_schema" and not schema):
-        form = "{'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}"
-        raise BadRequest(f"response_format: give {form}")
-    return str(kind), schema
+    wanted = _dict(call.options.get("response_format") or {"type": "text"})
+    kind, schema = wanted.get("type"), _dict(wanted.get("json_schema"))
+    if kind in ("text", "json_object") or (kind == "json_schema" and schema):
+        return str(kind), schema
+    form = "{'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}"
+    raise BadRequest(f"response_format: give {form}")
 
 
 def _stops(call: _Call) -> list[str]:
     stop = call.options.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, (list, tuple)) or not all(isinstance(text, str) for text in stops):
-        raise BadRequest("stop: give a str or a list of them")
-    return list(stops)
+    if isinstance(stops, (list, tuple)) and all(isinstance(text, str) for text in stops):
+        return list(stops)
+    raise BadRequest("stop: give a str or a list of them")
 
 
 def _is_blank(message: Message) -> bool:
-    """An assistant's turn without text and calls, which some servers refuse for ever."""
-    content = message.get("content")
-    texts = content if isinstance(content, (list, tuple)) else ()
-    return (
-        message["role"] == "assistant"
-        and not message.get("tool_calls")
-        and (not content or all(not part.get("text", "-") for part in texts) and bool(texts))
-    )
+    """An assistant's turn without text and calls: some servers refuse it in every later request."""
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return False
+    content = message.get("content") or ()
+    return not isinstance(content, str) and not any(part.get("text", "-") for part in content)
 
 
 def _repaired(messages: list[Message]) -> list[Message]:
-    """Every tool call answered right after it, in its order and under an id of its own.
+    """Every tool call answered right after it, in its order and under a distinct id.
 
-    All vendors demand that. A call without a result gets one that says so; a result without its call
-    becomes a user's text; a blank turn of the assistant is left out.
+    All vendors demand that. A call without a result gets one that says so; a result without its
+    call becomes a user's text; a blank turn of the assistant is left out.
     """
-    plain = not any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
-    if plain and not any(map(_is_blank, messages)):
-        return messages
     done: list[Message] = []
     ids: set[str] = set()
     rest = deque(message for message in messages if not _is_blank(message))
     while rest:
         message = rest.popleft()
-        is_result = message["role"] == "tool"
-        calls = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
-        results = [message] if is_result else []
-        while rest and calls and rest[0]["role"] == "tool":
+        calls = list(message.get("tool_calls") or ())
+        results = [message] if message["role"] == "tool" else []
+        if not calls and not results:
+            done.append(message)
+        while calls and rest and rest[0]["role"] == "tool":
             results.append(rest.popleft())
         answers = [_answered(calls, at, results, ids) for at in range(len(calls))]
-        if calls:
-            done += [{**message, "tool_calls": calls}, *answers]
-        elif not is_result:
-            done.append(message)
-        done += [{"role": "user", "content": _as_text(result["content"])} for result in results]
+        done += [{**message, "tool_calls": calls}, *answers] if calls else []
+        for result in results:
+            told: Any = [{"type": "text", "text": _STRAY_RESULT}, *result["content"]]
+            if isinstance(result["content"], str):
+                told = f"{_STRAY_RESULT} {result['content']}"
+            done.append({"role": "user", "content": told})
     return done or messages
 
 
 def _answered(calls: list[Any], at: int, results: list[Message], ids: set[str]) -> Message:
-    """The result of a call, taken from those that came, and an id of its own for both."""
+    """The result of a call, taken from those that came; both get an id that no other call has."""
     old = calls[at].get("id") or ""
-    result = next((found for found in results if (found.get("tool_call_id") or "") == old), None)
-    if result is not None:
-        results.remove(result)
+    answer = next((found for found in results if (found.get("tool_call_id") or "") == old), None)
+    if answer is None:
+        answer = {"role": "tool", "content": _NO_RESULT}
+    else:
+        results.remove(answer)
     fresh = (f"{old or 'call'}_{number}" for number in itertools.count(len(ids)))
-    new = old if old and old not in ids else next(name for name in fresh if name not in ids)
+    new = next(name for name in itertools.chain([old], fresh) if name and name not in ids)
     ids.add(new)
-    if new != old:
-        calls[at] = {**calls[at], "id": new}
-    answer = {"role": "tool", "content": _NO_RESULT} if result is None else result
+    calls[at] = {**calls[at], "id": new}
     return {**answer, "tool_call_id": new}
-
-
-def _as_text(content: Any) -> Any:
-    """The result of an unknown tool call, as something a user can say."""
-    lead = "Result of a tool call:"
-    if isinstance(content, str):
-        return f"{lead} {content}"
-    return [{"type": "text", "text": lead}, *content]
 
 
 class _Turn:
     """One side's whole turn, for vendors that insist on user and assistant taking turns."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, *parts: _Part) -> None:
         self.role = role  #: user | assistant
-        self.parts: list[_Part] = []
+        self.parts = list(parts)
         self.calls: list[tuple[str, str, dict[str, Any]]] = []  #: id, name, arguments
         self.results: list[tuple[str, str, list[_Part]]] = []  #: id, name, parts
         self.carry: dict[str, Any] = {}
@@ -3437,23 +3139,22 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
             continue
         side = "assistant" if role == "assistant" else "user"
         fresh = not turns or turns[-1].role != side
-        turn = _Turn(side) if fresh else turns[-1]
-        turns += [turn] if fresh else []
+        turns += [_Turn(side)] if fresh else []
+        turn = turns[-1]
         turn.carry = call.carried(message) if fresh else {}
         if role == "tool":
             turn.results.append((message["tool_call_id"], names[message["tool_call_id"]], parts))
         else:
             turn.parts += parts
         for item in calls:
-            name = item["function"]["name"]
+            names[item["id"]] = name = item["function"]["name"]
             arguments = _argument_object(item["function"].get("arguments"))
             turn.calls.append((item["id"], name, arguments))
-            names[item["id"]] = name
-    for place in (0, -1):
-        if not turns or turns[place].role == "assistant":
-            filler = _Turn("user")
-            filler.parts.append(_Part("text", "", _GO_ON))
-            turns.insert(0 if place == 0 else len(turns), filler)
+    filler = _Part("text", "", _GO_ON)
+    if not turns or turns[0].role == "assistant":
+        turns.insert(0, _Turn("user", filler))
+    if turns[-1].role == "assistant":
+        turns.append(_Turn("user", filler))
     return system, turns
 
 
@@ -3467,10 +3168,10 @@ def _safe(text: str, bad: str, most: int) -> str:
 
 def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
     """Every tool name of a call -> the name that the vendor accepts for it."""
-    names = [function["name"] for function in _functions(call.tools, "this provider")]
-    asked = (item for message in call.messages for item in message.get("tool_calls") or ())
-    names += [item["function"]["name"] for item in asked]
-    return {name: _safe(name, bad, most) for name in names}
+    functions = _functions(call.tools, "this provider")
+    for message in call.messages:
+        functions += [item["function"] for item in message.get("tool_calls") or ()]
+    return {one["name"]: _safe(one["name"], bad, most) for one in functions}
 
 
 def _textual(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -3481,12 +3182,8 @@ def _textual(item: Mapping[str, Any]) -> dict[str, Any]:
     return {**item, "function": {**item["function"], "arguments": arguments}}
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-#: JSON by the book: NaN and Infinity are none. Control characters in strings are read.
-_strictly = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+#: Reads JSON without NaN and Infinity, which int() refuses; strings may hold control characters.
+_strictly = json.JSONDecoder(strict=False, parse_constant=int)
 
 
 def _parsed(text: str) -> Any:
@@ -3498,57 +3195,51 @@ def _parsed(text: str) -> Any:
 
 
 def _argument_object(arguments: Any) -> dict[str, Any]:
-    """A tool call's arguments for vendors that take only an object; what is none goes under _raw."""
+    """Arguments for vendors that take only an object; any other value goes under ``_raw``."""
     if isinstance(arguments, dict):
         return arguments
-    parsed = _parsed(arguments) if arguments and arguments.strip() else {}
-    if isinstance(parsed, dict) or parsed is None:
-        return parsed or {}
-    return {"_raw": arguments}
+    parsed = _parsed((arguments or "").strip())
+    if parsed is None or parsed == "":
+        return {}
+    return parsed if isinstance(parsed, dict) else {"_raw": arguments}
 
 
 def _count(value: Any) -> int:
     """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
-    return value if fits else 0
+    return value if type(value) is int and 0 < value < 2**53 else 0
 
 
 def _counted(usage: Mapping[str, Any], *names: str) -> int:
     """The first of these counts that is there and not 0."""
-    return next((_count(usage.get(name)) for name in names if _count(usage.get(name))), 0)
+    return next(filter(None, (_count(usage.get(name)) for name in names)), 0)
 
 
 # -- to the answer
 
 _FactsFound = Iterator[tuple[Any, ...]]  #: see _Collector
 #: Finish reasons of all vendors, in lower case -> ours. A word that is not here stays as it came.
-_FINISHES = {
-    **dict.fromkeys(("stop", "end_turn", "stop_sequence", "tool_calls", "tool_use", "function_call",
-                     "eos", "eos_token", "completed", "complete", "end"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "model_length", "model_context_window_exceeded",
-                     "max_output_tokens", "max_length"), "length"),
-    **dict.fromkeys(("content_filter", "sensitive", "refusal", "safety"), "content_filter"),
-}  # fmt: skip
+_FINISHES = {word: reason for reason, words in {
+    "stop": "stop end_turn stop_sequence tool_calls tool_use function_call eos eos_token completed"
+            " complete end",
+    "length": "length max_tokens model_length model_context_window_exceeded max_output_tokens"
+              " max_length",
+    "content_filter": "content_filter sensitive refusal safety",
+}.items() for word in words.split()}  # fmt: skip
 #: Finish reasons that mean that the answer failed or was cut off.
 _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
     "canceled", "timeout", "connection_error", "failed", "server_error",
 })  # fmt: skip
-_PLACEHOLDERS = ("", "null", "none")
-#: Facts between two looks at the clock.
-_LOOK_EVERY = 256
+#: Facts that change the answer: those behind its finish reason are passed over.
+_ANSWERING = frozenset({"text", "thought", "call", "called", "arguments", "grow", "stop"})
 
 
 class _InBandError(Exception):
-    """An error inside a 200: ``body`` is what it said."""
-
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.body = body
+    """An error inside a 200: ``args[0]`` is what it said."""
 
 
 def _whole_characters(text: str) -> tuple[str, str]:
-    """A text whose surrogate pairs are characters and lone ones U+FFFD; and a half at its end."""
+    """The text with U+FFFD for each lone surrogate; and the half of a pair at its end."""
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     text = text.removesuffix(half)
     if _pattern("[\ud800-\udfff]").search(text):
@@ -3557,15 +3248,15 @@ def _whole_characters(text: str) -> tuple[str, str]:
 
 
 def _clean(text: Any) -> str:
-    """A name or an id without halves of characters; "" for what is no text."""
-    if not isinstance(text, str) or not text:
+    """A text without halves of surrogate pairs; "" for any other value."""
+    if not isinstance(text, str):
         return ""
     whole, half = _whole_characters(text)
     return whole + ("\ufffd" if half else "")
 
 
 def _cleaned(value: Any) -> Any:
-    """The same value without halves of characters."""
+    """A JSON value without halves of surrogate pairs."""
     if isinstance(value, dict):
         return {_cleaned(name): _cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -3585,60 +3276,52 @@ class _ThinkSplitter:
         """(thought, answer) of this piece."""
         if self._state == "answer":
             return "", text
-        if self._state == "gap":
-            text = text.lstrip()
-            self._state = "answer" if text else "gap"
-            return "", text
-        self._held += text
+        held, self._held, thought = self._held + text, "", ""
         if self._state == "start":
-            begun = self._held.lstrip()
+            begun = held.lstrip()
             if begun.startswith("<think>"):
-                self._state, self._held, self.opened = "thinking", begun[7:], True
-            elif "<think>".startswith(begun) and len(self._held) < 200:
+                self._state, held, self.opened = "thinking", begun[7:], True
+            elif "<think>".startswith(begun) and len(held) < 200:
+                self._held = held
                 return "", ""
             else:
-                return "", self._release()
-        end = self._held.find("</think>")
-        if end < 0:
-            keep = max(0, len(self._held) - 7)
-            thought, self._held = self._held[:keep], self._held[keep:]
-            return thought, ""
-        thought, rest = self._held[:end], self._held[end + 8 :]
-        self._state, self._held = "gap", ""
-        return thought, self.feed(rest)[1]
-
-    def _release(self) -> str:
-        self._state, held, self._held = "answer", self._held, ""
-        return held
+                self._state = "answer"
+                return "", held
+        if self._state == "thinking":
+            thought, tag, rest = held.partition("</think>")
+            if not tag:
+                keep = max(0, len(held) - 7)  # the tag may have begun
+                self._held = held[keep:]
+                return held[:keep], ""
+            held = rest
+        answer = held.lstrip()
+        self._state = "answer" if answer else "gap"
+        return thought, answer
 
     def close(self) -> tuple[str, str]:
         """The text is over: what was held back."""
-        return (self._held, "") if self._state == "thinking" else ("", self._release())
+        return (self._held, "") if self._state == "thinking" else ("", self._held)
 
 
 class _Collector:
-    """Collects facts into deltas and one LLMResponse. No I/O.
+    """Collects facts into deltas and one LLMResponse. No I/O. The facts:
 
-    ==========================  ====================================================================
-    model name                  the model that answers
-    id text                     the provider's id of the request
+    model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
-    call key id name arguments  a tool call or a piece of one; ``key``: of the pieces, None: the last
+    call key id name arguments  a tool call or a piece of one; key None: a piece of the last
     arguments key str           more arguments of a call, if that has begun
     called id name arguments    a whole tool call
     extra key value             what must go back with that call
     open key · closed key       a part of the answer has begun, is complete
     grow name str               a text that must go back with the message, in pieces
-    keep name key item          an item of a list that may have to go back; None: a key of its own
+    keep name key item          an item of a list that may have to go back; key None: a new item
     piece name key field str    one field of such an item grows
     needed                      the items must go back
     usage counts read           counts so far, and how to read them; missing ones stay as they were
-    refusal                     the model refuses, in words
-    alive                       a sign of life
+    refusal · alive             the model refuses, in words · a sign of life
     choice index                the facts that follow are of this one of several: 0 is taken
     stop reason · end           the finish reason (None: named, but empty) · the end marker
     begin                       the answer begins, perhaps once more
-    ==========================  ====================================================================
     """
 
     def __init__(
@@ -3651,7 +3334,7 @@ class _Collector:
         self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
         self.check: Callable[[], ProviderError | None] = lambda: None  #: is the time over?
         self._call, self._read = call, read
-        self._finishes = finishes  #: a vendor's own words, before the shared ones
+        self._finishes = finishes  #: a vendor's words, before the shared ones
         self._names = names  #: tools' names as they were sent -> as the caller knows them
         self._facts = 0
         self._begin()
@@ -3664,26 +3347,25 @@ class _Collector:
         self._finish: str | None = None
         self._names_finish = False  #: the server speaks of finish reasons
         self._refused = self._needed = self._passes = False
-        self._model = ""
+        self._model = self._half = ""  # _half: of a surrogate pair, whose other half may come
+        self._halves = False  #: the answer may hold such halves
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._think = _ThinkSplitter()
         self._calls: list[dict[str, Any]] = []
-        self._by_key: dict[Any, dict[str, Any]] = {}
+        self._by_key: dict[Any, dict[str, Any]] = {}  #: calls
         self._open: set[Any] = set()  #: parts whose end has not come
         self._counts: dict[str, Any] = {}
         self._grown: dict[str, list[str]] = {}
         self._kept: dict[str, dict[Any, Any]] = {}
         self._pieces: dict[tuple[str, Any], dict[str, list[str]]] = {}
-        self._think = _ThinkSplitter()
-        self._half = ""  #: of a character that JSON writes as two, while the other half may come
-        self._halves = False  #: there may be such halves
         self._raw: Any = None
 
     # -- events
 
     def take(self, name: str, data: bytes) -> None:
         """Take one event. Raises InvalidResponse or _InBandError."""
-        if data == b"[DONE]" or data.strip() == b"[DONE]":
+        if data.strip() == b"[DONE]":
             self.ended = True
             return
         self._halves = self._halves or b"\\ud" in data
@@ -3693,7 +3375,7 @@ class _Collector:
             if self.complete or _is_heartbeat(data):
                 return
             raise
-        if name == "error" and not (isinstance(body, dict) and body.get("error")):
+        if name == "error" and not _dict(body).get("error"):
             raise _InBandError({"error": body})
         self.take_value(body)
 
@@ -3707,27 +3389,26 @@ class _Collector:
             for item in body:
                 self.take_value(item)
             return
+        if isinstance(body, str) and body:
+            raise InvalidResponse("an event is a text")
         if not isinstance(body, dict):
-            if isinstance(body, str) and body:
-                raise InvalidResponse("an event is a text")
             return
         minimax = _dict(body.get("base_resp")).get("status_code")
         if body.get("error") or body.get("object") == "error" or minimax:
             raise _InBandError(body)
-        self._raw = body
-        self._passes = False
+        self._raw, self._passes = body, False
         try:
             for kind, *values in self._read(body):
-                if not self._passes or kind == "choice":
+                over = self.complete and kind in _ANSWERING
+                if kind == "choice" or not (over or self._passes):
                     getattr(self, f"_take_{kind}")(*values)
                 self._facts += 1
-                if not self._facts % _LOOK_EVERY and (late := self.check()):
+                if not self._facts % 256 and (late := self.check()):
                     raise late
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            if self.complete:
-                return  # what follows a whole answer cannot spoil it
-            what = f"the answer has not the form that it should have ({type(error).__name__})"
-            raise InvalidResponse(what) from None
+            if not self.complete:  # what follows a whole answer cannot spoil it
+                what = f"the answer has not the form that it should have ({type(error).__name__})"
+                raise InvalidResponse(what) from None
 
     # -- facts
 
@@ -3738,7 +3419,7 @@ class _Collector:
         self.request_id = self.request_id or (_clean(request_id) or None)
 
     def _take_text(self, text: str | None) -> None:
-        if not text or self.complete:
+        if not text:
             return
         self.alive = True
         if self._half or not text.isascii():
@@ -3752,20 +3433,18 @@ class _Collector:
                 self.shows.append(text)
 
     def _take_thought(self, text: Any) -> None:
-        if isinstance(text, str) and text and not self.complete:
+        if isinstance(text, str) and text:
             self.alive = True
             self._reasoning.append(text)
             if self.shows is not None and self._call.thoughts:
                 self.shows.append(Thought(_clean(text)))
 
     def _take_call(self, key: Any, call_id: Any, name: Any, arguments: Any) -> None:
-        if self.complete:
-            return
         call_id, name = _clean(call_id), _clean(name)
-        call = self._by_key.get(key) if key is not None else None
+        call = self._by_key.get(key)
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
             call = self._calls[-1]
-        if call is not None and name and call["name"] and self._is_another(call, call_id, name):
+        if call and name and call["name"] and self._is_another(call, call_id, name):
             call = None
         if call is None:
             call = {"id": "", "name": "", "pieces": [], "closed": False}
@@ -3773,13 +3452,12 @@ class _Collector:
         if key is not None:
             self._by_key[key] = call
         call["id"] = call["id"] or call_id
-        if name and name != call["name"]:
-            call["name"] += name
-        if arguments is not None and arguments != "":
-            if not isinstance(arguments, (str, dict)):
-                raise TypeError("arguments")
-            text = json.dumps(arguments) if isinstance(arguments, dict) else arguments
-            call["pieces"].append(text)
+        call["name"] += name if name != call["name"] else ""
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments)
+        elif not isinstance(arguments, str) and arguments is not None:
+            raise TypeError("arguments")
+        call["pieces"] += [arguments] if arguments else []
         self.alive = True
 
     def _take_called(self, call_id: Any, name: Any, arguments: Any) -> None:
@@ -3788,23 +3466,22 @@ class _Collector:
 
     def _take_arguments(self, key: Any, text: str) -> None:
         self.alive = True
-        if key in self._by_key and not self.complete:
+        if key in self._by_key:
             self._by_key[key]["pieces"].append(text)
 
     def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
-        """Whether a piece that brings a name begins a new call, though it has the old one's key."""
+        """Whether a piece with a name begins a new call, though an earlier one has its key."""
         if name == call["name"]:
             other = bool(call_id and call["id"] and call_id != call["id"])
             return other and isinstance(_parsed("".join(call["pieces"])), dict)
-        declared = {tool.get("function", {}).get("name") for tool in self._call.tools or ()}
-        sent = {theirs for theirs, ours in self._names.items() if ours in declared} | declared
-        return not (call["name"] + name in sent and name not in sent)
+        known = {_dict(tool.get("function")).get("name") for tool in self._call.tools or ()}
+        known |= {theirs for theirs, ours in self._names.items() if ours in known}
+        return name in known or call["name"] + name not in known
 
     def _take_extra(self, key: Any, value: Any) -> None:
-        call = self._by_key.get(key) if key is not None else self._calls[-1]
-        if value and call is not None:
-            call["extra"] = value
-            self._needed = True
+        call = self._calls[-1] if key is None else self._by_key.get(key)
+        if value and call:
+            call["extra"], self._needed = value, True
 
     def _take_open(self, key: Any) -> None:
         self._open.add(key)
@@ -3815,7 +3492,7 @@ class _Collector:
             self._by_key[key]["closed"] = True
 
     def _take_grow(self, name: str, text: Any) -> None:
-        if isinstance(text, str) and not self.complete:
+        if isinstance(text, str):
             self._grown.setdefault(name, []).append(text)
             self._needed = True
 
@@ -3824,9 +3501,11 @@ class _Collector:
         items[len(items) if key is None else key] = item
 
     def _take_piece(self, name: str, key: Any, field_name: str, text: Any) -> None:
-        if key not in self._kept[name] or not isinstance(text, str):
-            raise TypeError("a delta without its beginning, or without its text")
-        self._pieces.setdefault((name, key), {}).setdefault(field_name, []).append(text)
+        begun = self._kept[name][key].get(field_name)
+        if not isinstance(text, str):
+            raise TypeError("a delta without its text")
+        pieces = self._pieces.setdefault((name, key), {})
+        pieces.setdefault(field_name, [begun if isinstance(begun, str) else ""]).append(text)
 
     def _take_needed(self) -> None:
         self._needed = True
@@ -3846,19 +3525,15 @@ class _Collector:
         self._passes = index != 0
 
     def _take_stop(self, reason: Any) -> None:
-        if reason != "":
-            self._names_finish = True
-        if reason is None or self.complete:
+        self._names_finish = self._names_finish or reason != ""
+        if not reason:  # as in most events
             return
-        if not isinstance(reason, str):
-            raise TypeError("the finish reason")
         word = reason.lower()
-        if word in _PLACEHOLDERS:
-            return
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
-        self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
-        self.complete = True
+        if word not in ("null", "none"):
+            self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
+            self.complete = True
 
     def _take_end(self) -> None:
         self.ended = True
@@ -3874,34 +3549,38 @@ class _Collector:
 
     @property
     def text(self) -> str:
-        """The text that has been collected."""
+        """What has come so far."""
         return "".join(self._text)
 
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is not complete, and as _checked_answer does."""
         finish = self._finish
         if finish is None:
-            marked = self.whole or (self.ended and not self._names_finish)
-            if self._open or not marked:
+            if self._open or not (self.whole or (self.ended and not self._names_finish)):
                 raise InvalidResponse("truncated: neither a finish reason nor an end marker")
             finish = "stop"
         thought, rest = self._think.close()
         self._reasoning.append(thought)
         self._text.append(rest + ("\ufffd" if self._half else ""))
+        given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
+        self._calls = given  # a call with neither name nor arguments is none
         calls = self._tool_calls(cut=finish == "length")
-        if finish == "stop":
-            finish = "tool_calls" if calls else "stop"
+        if finish == "stop" and calls:
+            finish = "tool_calls"
         text = self._without_thoughts("".join(self._text))
         if self._refused and not text and not calls:
             finish = "content_filter"
-        carry = self._carry(text, calls) if self._needed else None
         return _checked_answer(LLMResponse(
             text or None, calls, finish, self.usage or _NO_USAGE,
             self._model or self._call.model or "",
             reasoning=_clean("".join(self._reasoning)).strip() or None,
-            request_id=self.request_id, carry=carry,
-            raw=(_cleaned(self._raw) if self._halves else self._raw) if self.whole else None,
+            request_id=self.request_id,
+            carry=self._carry(text, calls) if self._needed else None,
+            raw=self._healed(self._raw) if self.whole else None,
         ), self._call.messages)  # fmt: skip
+
+    def _healed(self, value: Any) -> Any:
+        return _cleaned(value) if self._halves else value
 
     def _without_thoughts(self, text: str) -> str:
         """The text behind a </think> that no tag opened, unless its beginning was shown already.
@@ -3909,40 +3588,32 @@ class _Collector:
         Some templates put the opening tag into the prompt.
         """
         thought, tag, rest = text.partition("</think>")
-        quoted = thought.endswith(("`", "'", '"'))
-        if not tag or self.shows is not None or self._think.opened or quoted or "<think>" in thought:
+        quoted = thought.endswith(("`", "'", '"')) or "<think>" in thought
+        if not tag or quoted or self.shows is not None or self._think.opened:
             return text
         self._reasoning.append(thought)
         return rest.lstrip()
 
-    def _carry(self, text: str, calls: list[ToolCall]) -> dict[str, Any]:
+    def _carry(self, text: str, calls: list[ToolCall]) -> Any:
         """What only the same provider and model get back, and how to know that it still fits."""
-        pairs = zip(calls, self._named(), strict=True)
-        extra = {call.id: found["extra"] for call, found in pairs if "extra" in found}
         kept: dict[str, Any] = {name: "".join(texts) for name, texts in self._grown.items()}
         for name, items in self._kept.items():
-            kept[name] = [self._grown_item(name, key, item) for key, item in items.items()]
+            kept[name] = []
+            for key, item in items.items():
+                grown = self._pieces.get((name, key), {})
+                joined = {field_name: "".join(texts) for field_name, texts in grown.items()}
+                kept[name].append({**item, **joined})
+        pairs = zip(calls, self._calls, strict=True)
+        if extra := {call.id: found["extra"] for call, found in pairs if "extra" in found}:
+            kept["extra"] = extra
         ids = [call.id for call in calls]
-        fits = {"text": text or None, "ids": ids, "for": self._call.identity}
-        carry = {**kept, **({"extra": extra} if extra else {}), **fits}
-        return _cleaned(carry) if self._halves else carry
-
-    def _grown_item(self, name: str, key: Any, item: Any) -> Any:
-        grown = self._pieces.get((name, key))
-        if not grown:
-            return item
-        begun = {name: item.get(name) if isinstance(item.get(name), str) else "" for name in grown}
-        return {**item, **{name: begun[name] + "".join(grown[name]) for name in grown}}
-
-    def _named(self) -> list[dict[str, Any]]:
-        """The calls, without those that have neither a name nor arguments: they are none."""
-        return [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
+        return self._healed({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self, cut: bool) -> list[ToolCall]:
         """``cut``: the token limit ended the answer, perhaps before a call's arguments."""
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
         found: list[ToolCall] = []
-        for at, call in enumerate(self._named()):
+        for at, call in enumerate(self._calls):
             if not call["name"]:
                 raise InvalidResponse("a tool call has no name")
             name = self._names.get(call["name"], call["name"])
@@ -3974,19 +3645,11 @@ class _Collector:
             if isinstance(value, str) and value != reading:
                 reading, value = value, _parsed(value)
             if isinstance(value, dict):
-                return (_cleaned(value) if self._halves else value), _clean(reading)
-        if text.strip() == "null" and not self._requires(name):
-            return {}, text
-        return None, _clean(text)
-
-    def _requires(self, name: str) -> bool:
-        """Whether a declared tool has parameters that it cannot do without."""
-        declared = (_dict(tool.get("function")) for tool in self._call.tools or ())
-        return any(
-            _dict(tool.get("parameters")).get("required") for tool in declared
-            if tool.get("name") == name
-        )  # fmt: skip
-
+                return self._healed(value), _clean(reading)
+        tools = (_dict(tool.get("function")) for tool in self._call.tools or ())
+        schemas = [_dict(tool.get("parameters")) for tool in tools if tool.get("name") == name]
+        optional = text.strip() == "null" and not any(schema.get("required") for schema in schemas)
+        return ({}, text) if optional else (None, _clean(text))
 
 # ==== HTTP provider ===============================================================================
 
@@ -3997,8 +3660,7 @@ _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 class _HTTPProvider(LLMProvider):
     """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
 
-    A vendor's class says its names, addresses and words, and how to write and read
-    (``_prepare``). Everything else, the command line too, takes them from here.
+    A vendor's class gives its names, addresses, words and ``_prepare``, for all of the module.
     """
 
     _vendor: ClassVar[str]  #: its name in messages, in a configuration and for a tier
@@ -4008,96 +3670,92 @@ class _HTTPProvider(LLMProvider):
     _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
-    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: ends of host names that a key of the environment
-    _needs_model: ClassVar[bool] = True  #: may go to
+    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: hosts for a key of the environment; or .ends
+    _needs_model: ClassVar[bool] = True
     _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
     _rows: ClassVar[_Rows] = _Rows()
     _is_ours = True
 
     def __init__(
-        self,
-        api_key: str | Callable[[], str] | None = None,
-        base_url: str | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        connect_timeout: float = 5.0,
-        first_token_timeout: float | None = None,
-        stall_timeout: float = 20.0,
-        max_response_bytes: int = 32 * 1024 * 1024,
-        stream_upstream: bool = True,
-        session: requests.Session | None = None,
-        **unknown: Any,
-    ) -> None:
+        self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
+        headers: Mapping[str, str] | None = None, connect_timeout: float = 5.0,
+        first_token_timeout: float | None = None, stall_timeout: float = 20.0,
+        max_response_bytes: int = 32 * 1024 * 1024, stream_upstream: bool = True,
+        session: requests.Session | None = None, **unknown: Any,
+    ) -> None:  # fmt: skip
         for name in unknown:
             near = _near(name, inspect.signature(_HTTPProvider).parameters)
             raise TypeError(f"{type(self).__name__} has no argument {name!r}.{near}")
         first = self._first_token if first_token_timeout is None else first_token_timeout
+        most = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
         self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
         self.first_token_timeout: float = _number(first, "first_token_timeout")
         self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
-        self.max_response_bytes: int = _number(
-            max_response_bytes, "max_response_bytes", least=1, whole=True
-        )
+        self.max_response_bytes: int = most
         self.stream_upstream = stream_upstream
         self._wants_model = self._needs_model
-        self._basic: dict[str, str] = {}
-        self.base_url = self._full_url(base_url or self._from_environment(os.environ)[1] or self._default_url)
+        url = base_url or self._from_environment(os.environ)[1] or self._default_url
+        self.base_url = self._full_url(url)
+        self._query = url.strip().partition("?")[2]
         self._host = _host_of(self.base_url)
-        self._is_local = _is_loopback(self._host)
         self._key = self._checked_key(api_key)
-        own = {name: _sendable(text, f"headers[{name!r}]") for name, text in (headers or {}).items()}
-        in_query = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
-        given = (*self._basic.values(), *self._user, *own.values(), *in_query)
-        pieces = (piece for text in given for piece in re.split(r"[\s=;,]+", text))
-        self._secrets = (*given, *(piece for piece in pieces if len(piece) > 7))
+        given = (headers or {}).items()
+        self._own_headers = {name: _sendable(text, f"headers[{name!r}]") for name, text in given}
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",  # compression would only delay the first token
             "User-Agent": f"copilot-router/{__version__}",
-            **self._basic,
         }
-        self._own_headers = own
+        self._secrets = self._set_secrets(url)
         self._learned: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
         self._requests, self._new_session = _http()
-        self._own_session = session is None
-        self._session = session
+        self._session, self._own_session = session, session is None
         self._settings: dict[str, Any] = {}
         self._lock = threading.Lock()
         _renewed_after_fork.add(self)
+
+    def _set_secrets(self, url: str) -> tuple[str, ...]:
+        """What no message may show. A name and password of the URL become a header."""
+        import base64
+        from urllib.parse import unquote
+
+        secrets = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
+        if found := re.match(r"[^/]*//([^/?#]*)@", url.strip()):
+            user = unquote(found.group(1))
+            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+            secrets += [self._headers["Authorization"], *user.split(":", 1)[1:]]
+        secrets += self._own_headers.values()
+        pieces = [piece for text in secrets for piece in re.split(r"[\s=;,]+", text)]
+        return (*secrets, *(piece for piece in pieces if len(piece) > 7))
 
     # -- keys and addresses
 
     @classmethod
     def _from_environment(cls, environ: Mapping[str, str]) -> tuple[str, str]:
         """The key and the base URL that an environment names, "" for neither."""
-        key = next((environ[name] for name in cls._key_variables if environ.get(name)), "")
-        return key, environ.get(cls._url_variable, "")
+        keys = (environ[name] for name in cls._key_variables if environ.get(name))
+        return next(keys, ""), environ.get(cls._url_variable, "")
 
     def _checked_key(self, key: Any) -> str | Callable[[], str]:
-        """The key, or the function that returns it. One of the environment stays with its vendor."""
+        """The key, or its function. A key of the environment goes to its vendor only."""
         where, variable = type(self).__name__, self._key_variables[0]
-        text: str
+        ends = (*self._key_hosts, _host_of(self._default_url))
+        own = any(f".{self._host}".endswith(e) if e[:1] == "." else self._host == e for e in ends)
         if key is None:
             key, url = self._from_environment(os.environ)
-            named = _host_of(self._full_url(url)) if url else ""
-            if key and not self._is_the_vendors() and self._host != named:
+            if key and not own and self._host != (url and _host_of(self._full_url(url))):
                 told = f"does not send {variable} to {self._host}: pass api_key= ('' sends none)"
                 self._warn(f"{where} {told}")
                 key = ""
         if callable(key):
             return key  # type: ignore[no-any-return]
         text = _sendable(key, f"{where}(api_key)")
-        if not text and self._default_url.startswith("https") and self._is_the_vendors():
+        if not text and self._default_url.startswith("https") and own:
             self._warn(f"{where} has no key: set {variable} or pass api_key=")
         if text and self.base_url.startswith("http:") and not _is_private(self._host):
             self._warn(f"{where} sends its key unencrypted to {self._host}: use https")
         return text
-
-    def _is_the_vendors(self) -> bool:
-        ends = (*self._key_hosts, _host_of(self._default_url))
-        return any(self._host == end.lstrip(".") or (end[:1] == "." and self._host.endswith(end))
-                   for end in ends)  # fmt: skip
 
     def _warn(self, text: str) -> None:
         import warnings
@@ -4108,29 +3766,20 @@ class _HTTPProvider(LLMProvider):
         warnings.warn(text, UserWarning, stacklevel=level)
 
     def _full_url(self, url: str) -> str:
-        """The base URL with the API's own path if it has none. A query (Azure's api-version) is kept."""
-        import base64
-        from urllib.parse import unquote
-
-        where = f"{type(self).__name__}(base_url)"
+        """The address, with the API's path if it has none, without name, password and query."""
         if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
             example = self._default_url + self._api_path
             if isinstance(url, str):  # without what may be a password or a key
                 url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
                 example = f"http://{url}" if re.fullmatch(r"[\w.-]+:\d{1,5}\S*", url) else example
-            raise ConfigError(f"{where}={url!r}: give a URL with its scheme, such as {example}")
-        address, _, self._query = url.strip().partition("?")
-        scheme, _, rest = address.partition("://")
-        user, at, _ = rest.partition("/")[0].rpartition("@")
-        self._user = tuple(unquote(user).split(":", 1)[1:])
-        if at:  # a name and password become a header, so that no message shows them
-            address = f"{scheme}://{rest.removeprefix(user + at)}"
-            token = base64.b64encode(unquote(user).encode()).decode()
-            self._basic = {"Authorization": f"Basic {token}"}
-        address = address.rstrip("/")
+            told = f"give a URL with its scheme, such as {example}"
+            raise ConfigError(f"{type(self).__name__}(base_url)={url!r}: {told}")
+        scheme, _, rest = url.strip().partition("?")[0].partition("://")
+        place, slash, path = rest.partition("/")
+        address = f"{place.rpartition('@')[2]}{slash}{path}".rstrip("/")
         for end in self._cut_paths:
             address = address.removesuffix(end).rstrip("/")
-        return address if "/" in address.partition("://")[2] else address + self._api_path
+        return f"{scheme}://{address}{'' if '/' in address else self._api_path}"
 
     def _current_key(self) -> str:
         """The key. What a function that returns it raises counts as an AuthenticationError."""
@@ -4143,8 +3792,7 @@ class _HTTPProvider(LLMProvider):
                 raise
             _log.warning("the api_key function failed: %s", _ascii(_place(error)))
             told = f"the api_key function raised {type(error).__name__}"
-            failure = AuthenticationError(told, provider=self._vendor)
-        raise failure
+        raise AuthenticationError(told, provider=self._vendor)
 
     # -- a vendor's own part
 
@@ -4169,8 +3817,8 @@ class _HTTPProvider(LLMProvider):
         ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises
         ProviderError classes.
         """
+        kwargs.pop("thoughts", None)
         try:
-            kwargs.pop("thoughts", None)
             return _drained(self._deltas(messages, tools, model, kwargs, None))
         except BaseException as error:
             del messages, tools, kwargs
@@ -4179,14 +3827,13 @@ class _HTTPProvider(LLMProvider):
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> Generator[str, None, LLMResponse]:
-        """Yields deltas of text as they come, returns the whole answer; arguments as for ``chat()``.
+        """Yields deltas of text as they come, returns the whole answer. Arguments: see ``chat()``.
 
-        Time that the caller takes between deltas counts towards ``timeout``, but never as silence of
-        the server. ``thoughts=True`` also yields the model's thinking, as deltas of class Thought.
+        Time that the caller takes between deltas counts towards ``timeout``, never as the server's
+        silence. ``thoughts=True`` also yields the model's thinking, as deltas of class Thought.
         """
         held: list[_Answer] = []
-        deltas = self._deltas(messages, tools, model, kwargs, held)
-        stream = _sealed(deltas)
+        stream = _sealed(self._deltas(messages, tools, model, kwargs, held))
         _open_answers[stream] = held
         return stream
 
@@ -4194,20 +3841,16 @@ class _HTTPProvider(LLMProvider):
         """Lists the models: cheap, free, and proof of address and key (not of quota)."""
         deadline = time.monotonic() + _number(timeout, "timeout")
         limits = _Limits(deadline, self.connect_timeout, (timeout, timeout), (timeout, timeout))
-        answer = None
         try:
-            answer = self._send("GET", self._ping_path, b"", limits)
-            if answer.status >= 300:
-                raise self._failure(answer, _Call([], None, None, {}))[0]
-            _json(answer.body(), "the list of models")
+            with contextlib.closing(self._send("GET", self._ping_path, b"", limits)) as answer:
+                if answer.status >= 300:
+                    raise self._failure(answer, _Call([], None, None, {}))[0]
+                _json(answer.body(), "the list of models")
         except BaseException as error:
             raise _bare(error)  # noqa: B904 - it is the same error
-        finally:
-            if answer is not None:
-                answer.close()
 
     def close(self) -> None:
-        """Close idle connections; the provider stays usable. A session of the user's is left alone."""
+        """Close idle connections; the provider stays usable. A session of the user's stays open."""
         if self._own_session:
             with self._lock:
                 session, self._session = self._session, None
@@ -4225,9 +3868,8 @@ class _HTTPProvider(LLMProvider):
     # -- one request
 
     def _deltas(
-        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any],
-        held: list[_Answer] | None,
-    ) -> Generator[str, None, LLMResponse]:  # fmt: skip
+        self, messages: Any, tools: Any, model: Any, kwargs: Any, held: list[_Answer] | None
+    ) -> Generator[str, None, LLMResponse]:
         """One answer, with one corrected resend. ``held``: of a stream, whose deltas are wanted."""
         asked = self._checked_call(messages, tools, model, kwargs)
         timeout = kwargs.get("timeout")
@@ -4256,7 +3898,7 @@ class _HTTPProvider(LLMProvider):
             status = error.status or 0
             if fix is not None:
                 if 400 <= status < 500 and status not in (401, 403, 408, 409, 425, 429):
-                    self._forget(call.model, fix)  # it did not help
+                    self._forget(call.model, fix[0])  # it did not help
                 raise error
             fix = _correction(report, words, status, call, self._moves(report, words, status))
             if fix is None or call.learned.get(fix[0], call) == fix[1]:  # as it was sent
@@ -4267,17 +3909,16 @@ class _HTTPProvider(LLMProvider):
         for name in kwargs:
             if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
                 near = _near(name, (*_OPTIONS, *_LIMIT_OPTIONS[:3]))
-                raise _UnknownOption(
-                    f"unknown option {name!r} for {type(self).__name__}.{near} Fields of one vendor"
-                    " go into extra_body={}"
-                )
+                told = f"unknown option {name!r} for {type(self).__name__}.{near}"
+                raise _UnknownOption(f"{told} Fields of one vendor go into extra_body={{}}")
         if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
         options = {n: value for n, value in kwargs.items() if n in _OPTIONS and value is not None}
-        checked = _repaired(_checked_messages(messages))
-        identity = f"{self._vendor} {self.base_url} {model or ''}"
-        thoughts = bool(kwargs.get("thoughts"))
-        return _Call(checked, _checked_tools(tools), model, options, {}, identity, thoughts)
+        return _Call(
+            _repaired(_checked_messages(messages)), _checked_tools(tools), model, options,
+            identity=f"{self._vendor} {self.base_url} {model or ''}",
+            thoughts=bool(kwargs.get("thoughts")),
+        )  # fmt: skip
 
     def _written(self, call: _Call) -> tuple[str, bytes, _Collector]:
         """Path, body and collector. BadRequest if the request cannot be written as JSON."""
@@ -4287,46 +3928,45 @@ class _HTTPProvider(LLMProvider):
             if "\\ud" in data:  # characters beyond the first 65,536: none of them may be a half
                 json.dumps(body, ensure_ascii=False).encode()
             return path, data.encode("ascii"), collector
+        except RouterError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
-            if isinstance(error, RouterError):
-                raise
             what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
         raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
 
     def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
         own = (self.first_token_timeout, self.stall_timeout)
-        names = ("first_token_timeout", "stall_timeout")
-        asked = [
+        first, stall = (
             limit if kwargs.get(name) is None else _number(kwargs[name], name)
-            for name, limit in zip(names, own, strict=True)
-        ]
-        return _Limits(deadline, self.connect_timeout, (asked[0], asked[1]), own)
+            for name, limit in zip(_LIMIT_OPTIONS[1:3], own, strict=True)
+        )
+        return _Limits(deadline, self.connect_timeout, (first, stall), own)
 
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
-        """The answer's headers. A kept connection that turns out closed is replaced, once, unseen."""
+        """The answer's headers. If a kept connection turns out closed, a new one is tried, once."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
         key = self._current_key()
         headers = {**self._headers, **self._auth_headers(key), **self._own_headers}
         _sending.limits = limits
         while True:
+            failure: ProviderError | None = None
             try:
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
                 answer.key = key
-                stale = answer.status == 408 and limits.reused and not limits.fresh
-                if not stale:  # a 408 on a kept connection may have been meant for its idle time
+                if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
-                answer.close()
+                answer.close()  # a 408 on a kept connection may be about the time it was idle
             except Exception as error:
                 if _passes_through(error) and not isinstance(error, RecursionError):
                     raise
                 failure = _transport_error(error, limits, "connecting")
-                stale = limits.reused and not limits.fresh and isinstance(failure, ServerError)
             finally:
                 _sending.under_way = False
-            if not stale:
+            stale = failure is None or isinstance(failure, ServerError)
+            if failure is not None and not (stale and limits.reused and not limits.fresh):
                 failure.provider = self._vendor
                 raise failure  # outside the handler: what requests raised holds headers and body
             limits.fresh = True
@@ -4354,7 +3994,7 @@ class _HTTPProvider(LLMProvider):
     def _environment(self, session: Any, url: str) -> dict[str, Any]:
         """Proxies and certificates of the environment. What stays on this machine has no proxy."""
         settings: dict[str, Any] = session.merge_environment_settings(url, {}, True, None, None)
-        if self._is_local:
+        if _is_loopback(self._host):
             settings["proxies"] = dict(session.proxies)
         return settings
 
@@ -4385,8 +4025,7 @@ class _HTTPProvider(LLMProvider):
         except (RecursionError, MemoryError) as error:
             raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
-            texts = [collector.text]
-            told = self._reported(in_band.body, answer, call, texts)[0]
+            told = self._reported(in_band.args[0], answer, call, collector.text)[0]
             told.usage = collector.usage
             raise told from None
         except ProviderError as error:
@@ -4394,9 +4033,7 @@ class _HTTPProvider(LLMProvider):
             error.request_id = error.request_id or collector.request_id
             raise
 
-    def _read_events(
-        self, answer: _Answer, collector: _Collector
-    ) -> Generator[str, None, None]:
+    def _read_events(self, answer: _Answer, collector: _Collector) -> Iterator[str]:
         limits, take, shows = answer.limits, collector.take, collector.shows
         for events in self._event_batches(answer, collector):
             for name, data in events:
@@ -4410,14 +4047,12 @@ class _HTTPProvider(LLMProvider):
             if collector.alive:
                 collector.alive = False
                 limits.progress()
-        if shows:
-            yield from shows  # of a body that was one value
-            shows.clear()
+        yield from shows or ()  # of a body that was one value
 
     def _event_batches(
         self, answer: _Answer, collector: _Collector
     ) -> Iterator[Iterable[tuple[str, bytes]]]:
-        """The events that each read brings. What breaks behind a complete answer cannot spoil it."""
+        """The events that each read brings. What breaks after the finish reason is passed over."""
         limits = answer.limits
         try:
             chunks = answer.chunks()
@@ -4438,37 +4073,39 @@ class _HTTPProvider(LLMProvider):
 
     @staticmethod
     def _form(answer: _Answer, chunks: Iterator[bytes]) -> tuple[_SSE | _JSONBody, bytes]:
-        """What the body is: its first bytes tell, not its label; and those bytes."""
-        head = b""
+        """What the body is, by its first bytes rather than by its label; and those bytes."""
+        begun = b""
         for chunk in chunks:
-            head += chunk
-            begun = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+            begun = (begun + chunk).lstrip(b"\xef\xbb\xbf \t\r\n")
             if len(begun) > 5 or b"\n" in begun:
                 break
-        begun = head.lstrip(b"\xef\xbb\xbf \t\r\n")
         label = answer.headers.get("Content-Type", "").lower()
         is_json = begun.startswith((b"{", b"["))
         if begun.startswith(_SSE_BEGINS) or ("event-stream" in label and not is_json):
             return _SSE(), begun
         return _JSONBody(in_lines="ndjson" in label), begun
 
-    def _take_rest(self, answer: _Answer, body: _JSONBody, collector: _Collector) -> None:
+    @staticmethod
+    def _take_rest(answer: _Answer, body: _JSONBody, collector: _Collector) -> None:
         """The end of a body of JSON: one whole value, if no line of it was an event by itself."""
         text = body.rest()
         if text is None:
             return
-        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-        shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
         if not text.strip():
             raise InvalidResponse("an empty body")
         if _is_dense(text, answer.most):
             raise InvalidResponse("the answer has too many values to be read", code="too_large")
+        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
+        shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
+        what = f"the answer ({shown})"
+        lines = [line for line in text.split(b"\n") if line.strip()]
         try:
-            value = _json(text, f"the answer ({shown})")
+            value = _json(text, what)
         except InvalidResponse:
-            lines = text.split(b"\n")
-            if len(lines) == 1 or not all(map(_is_json, lines)):
+            if len(lines) == 1:
                 raise
+            for line in lines:
+                _json(line, what)
             for line in lines:  # events in lines, of which the first was no piece of an answer
                 collector.take("", line)
             return
@@ -4480,63 +4117,61 @@ class _HTTPProvider(LLMProvider):
 
     def _failure(self, answer: _Answer, call: _Call) -> tuple[ProviderError, _Report, _Words]:
         """The error for an answer whose status is not 2xx, and what it says for our own eyes."""
-        if 300 <= answer.status < 400:
-            text = "a redirect, which is not followed: correct the base_url"
-            error = InvalidResponse(text, provider=self._vendor, status=answer.status)
-            error.model = call.model or ""
-            return error, _Report(), _Words("", ())
-        return self._reported(self._error_body(answer), answer, call)
+        if not 300 <= answer.status < 400:
+            return self._reported(self._error_body(answer), answer, call)
+        told = "a redirect, which is not followed: correct the base_url"
+        error = InvalidResponse(
+            told, provider=self._vendor, status=answer.status, model=call.model or ""
+        )
+        return error, _Report(), _Words("", ())
 
     @staticmethod
     def _error_body(answer: _Answer) -> Any:
-        """What an error says; little if it is cut, garbled or late: status and headers say enough."""
+        """What an error says; {} if it is cut, garbled or late: status and headers say enough."""
         answer.limits.end_soon(_TAIL_TIMEOUT)
         try:
             body = answer.body()
         except (InvalidResponse, ProviderTimeout) as error:
             if error.code == "too_large":
                 raise
-            body = b""
+            return {}
         if body.lstrip().startswith(_SSE_BEGINS):
             parser = _SSE()
-            events = [*parser.feed(body), *parser.close()]
-            body = events[0][1] if events else b""
+            body = next((data for _, data in [*parser.feed(body), *parser.close()]), b"")
         try:
             return json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
-            if answer.headers.get("Content-Type", "").startswith("text/plain"):
-                return body.decode("utf-8", "replace")
-            return {}
+            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
+            return body.decode("utf-8", "replace") if plain else {}
 
     def _reported(
-        self, body: Any, answer: _Answer, call: _Call, answered: Sequence[str] = ()
+        self, body: Any, answer: _Answer, call: _Call, answered: str = ""
     ) -> tuple[ProviderError, _Report, _Words]:
-        """The error that a body reports, at whatever status, with a message that is safe to show."""
-        report = _report(body)
+        """The error that a body reports, at any status, with a message that is safe to show."""
+        report, headers, status = _report(body), answer.headers, answer.status
         asked = (call.messages, call.tools, call.options)
-        words = _Words(report.message, (*_texts_of(asked), *answered))
-        headers, status = answer.headers, answer.status
+        words = _Words(report.message, (*_texts_of(asked), answered))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        secrets = (*self._secrets, answer.key)
-        said = _masked(_clean(words.shown), secrets) or f"status {status} without a message to show"
+        shown = _masked(_clean(words.shown), (*self._secrets, answer.key))
+        may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
         error = kind(
-            said, provider=self._vendor, model=call.model or "", status=status,
-            request_id=self._request_id(answer),
+            shown or f"status {status} without a message to show", provider=self._vendor,
+            model=call.model or "", status=status, request_id=self._request_id(answer),
             code=self._token(report.codes[0], answer) if report.codes else None,
-            retry_after=hint if issubclass(kind, (RateLimited, ServerError, ProviderTimeout)) else None,
+            retry_after=hint if may_wait else None,
         )  # fmt: skip
         if not certain:
             error.breaker = "neutral"  # it may be about this one request
         return error, report, words
 
     def _request_id(self, answer: _Answer) -> str | None:
-        names = (name for name in _REQUEST_IDS if name in answer.headers)
-        return self._token(next((answer.headers[name] for name in names), ""), answer)
+        found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
+        return self._token(next(found, ""), answer)
 
     def _token(self, text: str, answer: _Answer) -> str | None:
-        """A server's code or id; None for what is none, or repeats a secret."""
+        """A server's code or id; None for anything else, or if it repeats a secret."""
         told = any(len(s) > 3 and s.lower() in text.lower() for s in (*self._secrets, answer.key))
         return text if _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not told else None
 
@@ -4549,36 +4184,30 @@ class _HTTPProvider(LLMProvider):
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
 
-    def _forget(self, model: str | None = None, fix: tuple[str, Any] | None = None) -> None:
+    def _forget(self, model: str | None = None, name: str = "") -> None:
         """Forget one correction of a model, or all of all models."""
         with self._lock:
-            if fix is None:
-                self._learned = {}
-            else:
-                kept = {n: value for n, value in self._learned.get(model, {}).items() if n != fix[0]}
-                self._learned[model] = kept
+            kept = {n: value for n, value in self._learned.get(model, {}).items() if n != name}
+            self._learned = {**self._learned, model: kept} if name else {}
 
     def _corrections(self) -> dict[str, dict[str, str]]:
         """Model -> field -> drop or replace, to show."""
         return {
             model or "": {name: "drop" if fix is None else "replace" for name, fix in fixes.items()}
-            for model, fixes in list(self._learned.items())
-            if fixes
-        }
+            for model, fixes in list(self._learned.items()) if fixes
+        }  # fmt: skip
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
-        learned = self._learned.get(call.model)
-        if not learned:
-            return call
+        learned = self._learned.get(call.model, {})
         options = {name: learned.get(name, value) for name, value in call.options.items()}
         options = {name: value for name, value in options.items() if value is not None}
         thoughts = call.thoughts and "thoughts" not in learned
         return call._replace(options=options, learned=learned, thoughts=thoughts)
 
 
-#: The answers of a stream live as long as the stream: else, where both are part of a cycle, the
-#: garbage collector may find the socket before the stream that closes it.
+#: Keeps the answers of a stream as long as the stream. Otherwise, where both are part of a cycle,
+#: the garbage collector may find the socket before the stream that closes it.
 _open_answers: weakref.WeakKeyDictionary[Any, list[_Answer]] = weakref.WeakKeyDictionary()
 
 
@@ -4603,20 +4232,10 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
             return response
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        _json(line, "a line")
-    except InvalidResponse:
-        return not line.strip()
-    return True
-
-
 def _is_dense(text: bytes, most: int) -> bool:
     """Whether the values of a JSON text would take many times the memory of the text itself."""
-    if len(text) < 1 << 19:
-        return False
-    weights = ((b"{", 184), (b"[", 64), (b'"', 30), (b",", 36))
-    memory = sum(text.count(mark) * weight for mark, weight in weights)
+    weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36} if len(text) >= 1 << 19 else {}
+    memory = sum(text.count(mark) * weight for mark, weight in weights.items())
     return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
 
 
@@ -4630,15 +4249,13 @@ def _host_of(url: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    return _address(host, "is_loopback")
+    return host == "localhost" or host.endswith(".localhost") or _address(host, "is_loopback")
 
 
 def _is_private(host: str) -> bool:
     """Whether a host is on this machine or in a private network."""
-    own = _is_loopback(host) or "." not in host.strip("[]") or host.endswith((".local", ".internal"))
-    return own or _address(host, "is_private")
+    named = "." not in host.strip("[]") or host.endswith((".local", ".internal", ".localhost"))
+    return named or _address(host, "is_loopback") or _address(host, "is_private")
 
 
 def _address(host: str, what: str) -> bool:
@@ -4651,20 +4268,18 @@ def _address(host: str, what: str) -> bool:
 
 
 def _sendable(value: Any, where: str) -> str:
-    """A header value without surrounding white space. ConfigError if HTTP cannot carry it."""
+    """A header value, stripped of white space. ConfigError if HTTP cannot carry it."""
     if not isinstance(value, str):
         raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
     text: str = value.strip()
-    bad = next((c for c in text if ord(c) < 32 or ord(c) == 127 or ord(c) > 255), None)
-    if bad is not None:
-        what = f"the character U+{ord(bad):04X}, which HTTP cannot carry"
+    if bad := _pattern(r"[\x00-\x1f\x7f\u0100-\U0010ffff]").search(text):
+        what = f"the character U+{ord(bad.group()):04X}, which HTTP cannot carry"
         raise ConfigError(f"{where} holds {what}: copy it again")
     return text
 
 
-#: Our options -> what vendors call them when they complain.
+#: Our options -> what vendors call them when they complain, if it is another name.
 _COMPLAINTS = {
-    **{name: name for name in _HINTS},
     "top_p": "top_?p",
     "presence_penalty": "presence_?penalty",
     "frequency_penalty": "frequency_?penalty",
@@ -4695,39 +4310,34 @@ def _correction(
     if status not in (400, 422) or not refused:
         return None
     limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
-    candidates = {name: _COMPLAINTS[name] for name in _HINTS if name in call.options}
+    candidates = {name: _COMPLAINTS.get(name, name) for name in _HINTS if name in call.options}
     candidates |= {name: name for name in (*limits, "stream_options")}
     if call.thoughts:
         candidates["thoughts"] = r"thinking[\w.]{0,40}|think|summary|includeThoughts|adaptive"
-    advice = words.find("(?i) use ")
-    named = [
-        name for name, pattern in candidates.items()
-        if report.param == name or _names(words, pattern, advice)
-    ]  # fmt: skip
-    if report.param in named:
-        named = [report.param]
-    elif "thoughts" in named:
+    named = [] if report.param not in candidates else [report.param]
+    advice = words.find("(?i) use ")  # what stands behind it is what to send instead
+    for name, pattern in ({} if named else candidates).items():
+        found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
+        if found and (not advice or found.start() < advice.start()):
+            named.append(name)
+    if "thoughts" in named:
         named = ["thoughts"]
     if len(named) != 1:
         return None
     name = named[0]
     if name in limits:
-        other = next(limit for limit in limits if limit != name)
+        other = limits[1 - limits.index(name)]
         drops = words.say(other) or words.find("(?i)nsupported|nrecognized")
         return ("token_limit", other) if drops else None
     none = name == "reasoning_effort" and words.find(r"(?i)set reasoning_effort to ['\"]?none")
     return name, "none" if none else None
 
 
-def _names(words: _Words, pattern: str, advice: re.Match[str] | None) -> bool:
-    """Whether a message names a field, and not only behind "use", as what to send instead."""
-    found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
-    return found is not None and (advice is None or found.start() < advice.start())
-
-
 # ==== OpenAI ======================================================================================
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by LM Studio,
 # llama.cpp, vLLM, OpenRouter and many others, and OpenAI's own Responses API.
+
+_Object = dict[str, Any]  #: as JSON has them
 
 #: What a message holds that says nothing but text.
 _TEXT_KEYS = frozenset({"role", "content"})
@@ -4735,18 +4345,21 @@ _TEXT_KEYS = frozenset({"role", "content"})
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
 
-def _chat_facts(body: dict[str, Any]) -> _FactsFound:
+def _chat_facts(body: _Object) -> _FactsFound:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
-    choices = body.get("choices")
-    for choice in choices or ():
+    yield "model", body.get("model")
+    usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
+    if usage:
+        yield "usage", usage, _openai_usage
+    choices = body.get("choices") or ()
+    for choice in choices:
         index = choice.get("index")
-        if index or len(choices or ()) > 1:
-            yield "choice", index if isinstance(index, int) else 0
+        if index or len(choices) > 1:
+            yield "choice", index or 0
         if choice.get("error"):
             raise _InBandError(choice)
-        message = choice.get("delta")
-        if message is None:
-            message = choice.get("message")
+        delta = choice.get("delta")
+        message = choice.get("message") if delta is None else delta
         if message:
             if not message.keys() <= _TEXT_KEYS:  # most events hold nothing but text
                 yield from _chat_extras(message)
@@ -4755,48 +4368,33 @@ def _chat_facts(body: dict[str, Any]) -> _FactsFound:
                 yield "text", content
             elif content is not None:
                 yield from _chat_content(content)
-        elif isinstance(choice.get("text"), str):
-            yield "text", choice["text"]
+        else:
+            yield "text", choice.get("text")
         if "finish_reason" in choice:
-            native = choice.get("native_finish_reason")
-            finish = choice["finish_reason"]
-            failed = isinstance(native, str) and native.lower() in _FAILED and finish is not None
+            finish, native = choice["finish_reason"], choice.get("native_finish_reason")
+            failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
-    if len(choices or ()) > 1:
-        yield "choice", 0
-    yield "model", body.get("model")
-    usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
-    if usage:
-        yield "usage", usage, _chat_usage
 
 
 def _chat_content(content: Any) -> _FactsFound:
-    """Content that is no text: parts, thinking among them (Magistral), or an object (JSON modes)."""
-    if isinstance(content, dict):
-        yield "text", json.dumps(content)
-        return
-    for part in content:
-        if isinstance(part, str):
-            yield "text", part
-        elif not isinstance(part, dict):
-            continue
-        elif part.get("type") == "thinking":
-            pieces = part.get("thinking")
-            texts = pieces if isinstance(pieces, list) else [{"text": pieces}]
-            yield "thought", "".join(_dict(piece).get("text") or "" for piece in texts)
-        else:
-            yield "text", part.get("text")
+    """Content as parts, thinking among them (Magistral), or as an object (JSON modes)."""
+    for part in [json.dumps(content)] if isinstance(content, dict) else content:
+        fields = {"text": part} if isinstance(part, str) else _dict(part)
+        yield "text", fields.get("text")
+        if fields.get("type") == "thinking":
+            pieces = fields.get("thinking")
+            for piece in pieces if isinstance(pieces, list) else [{"text": pieces}]:
+                yield "thought", piece.get("text")
 
 
-def _chat_extras(message: dict[str, Any]) -> _FactsFound:
+def _chat_extras(message: _Object) -> _FactsFound:
     """Thinking, tool calls and refusals."""
-    for name in _THOUGHT_KEYS:
-        if isinstance(message.get(name), str) and message[name]:
-            yield "thought", message[name]
-            yield "grow", name, message[name]
-            break
+    name = next((name for name in _THOUGHT_KEYS if message.get(name)), None)
+    if name is not None:
+        yield "thought", message[name]
+        yield "grow", name, message[name]
     for item in filter(None, map(_dict, message.get("reasoning_details") or ())):
-        if not any(message.get(name) for name in _THOUGHT_KEYS):
+        if name is None:
             yield "thought", item.get("text") or item.get("summary")
         yield "keep", "reasoning_details", None, item
         yield ("alive",)
@@ -4808,87 +4406,83 @@ def _chat_extras(message: dict[str, Any]) -> _FactsFound:
     for at, call in enumerate(calls):
         function = call.get("function") or call.get("custom") or {}
         key = call.get("index")
-        if not isinstance(key, (int, str)):
-            key = ("at", at) if len(calls) > 1 else None
+        if key is None and len(calls) > 1:
+            key = "at", at
         arguments = function.get("arguments", function.get("input"))
         yield "call", key, call.get("id"), function.get("name"), arguments
         yield "extra", key, call.get("extra_content")
-    old = message.get("function_call")
-    if isinstance(old, dict) and not calls and (old.get("name") or old.get("arguments")):
+    if not calls and (old := message.get("function_call")):
         yield "call", 0, None, old.get("name"), old.get("arguments")
     if message.get("refusal"):
         yield ("refusal",)
 
 
-def _chat_usage(usage: dict[str, Any]) -> Usage:
+def _openai_usage(usage: _Object) -> Usage:
     """What total_tokens leaves unexplained is thinking (xAI, Gemini), or sound of the prompt."""
-    inside, outside = (_dict(usage.get(f"{side}_tokens_details")) for side in ("prompt", "completion"))
-    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    prompt = _counted(usage, "prompt_tokens", "input_tokens")
+    completion = _counted(usage, "completion_tokens", "output_tokens")
+    inside = _dict(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    outside = _dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
     rest = max(0, _count(usage.get("total_tokens")) - prompt - completion)
     sound = rest if rest == _count(inside.get("audio_tokens")) else 0
     cached = _counted(inside, "cached_tokens") or _counted(
         usage, "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens",
         "cache_read_input_tokens",
     )  # fmt: skip
-    written = _counted(inside, "cache_write_tokens", "cache_creation_tokens") or _counted(
-        usage, "cache_creation_input_tokens", "cache_write_tokens"
-    )
+    writes = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+    written = _counted(inside, *writes) or _counted(usage, *writes)
     thought = _count(outside.get("reasoning_tokens"))
     return Usage(prompt + sound, completion + rest - sound, cached, written, thought)
 
 
 #: Keys of a message that are sent; anything else is another vendor's, or only ever an answer's.
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
-#: Options that are not sent under their own names.
-_EXPRESSED = ("max_tokens", "max_completion_tokens", "extra_body")
-#: Characters that a tool id must not have, by what a server has asked for: nothing, or Mistral's.
-_ANY_ID = "$^"
 
 
-def _chat_message(call: _Call, message: Message, at_openai: bool) -> dict[str, Any]:
-    """A message as it is sent. Local templates know neither the developer role nor lists of texts."""
+def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
+    """As it is sent. Local templates know neither the developer role nor lists of texts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-    calls = sent.pop("tool_calls", None)
+    most = 9 if "tool_ids" in call.learned else 40 if at_openai else sys.maxsize
+    if "tool_call_id" in sent:
+        sent["tool_call_id"] = _short_id(sent["tool_call_id"], most)
+    extra = {} if at_openai else call.carried(message).get("extra", {})
+    calls = []
+    for item in sent.pop("tool_calls", ()):
+        signed = {"extra_content": extra[item["id"]]} if item["id"] in extra else {}
+        calls.append({**_textual(item), "id": _short_id(item["id"], most), **signed})
     if calls:  # an empty list is refused
-        sent["tool_calls"] = [_textual(item) for item in calls]
-    sent.setdefault("content", None if calls else "")
+        sent["tool_calls"] = calls
+    parts: Any = sent.setdefault("content", None if calls else "")
+    has_parts = isinstance(parts, (list, tuple))
     if at_openai:
-        sent.pop("cache_control", None)
-        if isinstance(sent["content"], (list, tuple)):
-            sent["content"] = [_without_cache(part) for part in sent["content"]]
-        return sent
+        sent["content"] = [_without_cache(part) for part in parts] if has_parts else parts
+        return _without_cache(sent)
     if sent["role"] == "developer":
         sent["role"] = "system"
-    parts = sent["content"]
-    if isinstance(parts, (list, tuple)) and parts and all(
-        part.get("type") == "text" and part.keys() <= {"type", "text"} for part in parts
-    ):  # fmt: skip
-        sent["content"] = "\n".join(str(part.get("text", "")) for part in parts)
-    return _with_carried(call, message, sent) if sent["role"] == "assistant" else sent
+    if has_parts and all(part.keys() == {"type", "text"} for part in parts):
+        sent["content"] = "\n".join(part["text"] for part in parts)
+    return {**sent, **_chat_carried(call, message)} if sent["role"] == "assistant" else sent
 
 
-def _with_carried(call: _Call, message: Message, sent: dict[str, Any]) -> dict[str, Any]:
-    """What the same server and model need back: thinking, and signatures of tool calls."""
-    kept = call.carried(message) if _CARRY in message else {}
-    for name in (*_THOUGHT_KEYS, "reasoning_opaque", "reasoning_details"):
-        if kept.get(name):
-            sent[name] = kept[name] if isinstance(kept[name], str) else _details(kept[name])
-    if "reasoning_content" not in sent and "reasoning_content" in call.learned:
-        sent["reasoning_content"] = call.learned["reasoning_content"]
-    for item in sent.get("tool_calls", ()):
-        if item["id"] in kept.get("extra", {}):
-            item["extra_content"] = kept["extra"][item["id"]]
-    return sent
+def _chat_carried(call: _Call, message: Message) -> _Object:
+    """The thinking that the same server and model need back."""
+    names = (*_THOUGHT_KEYS, "reasoning_opaque", "reasoning_details")
+    kept = {name: value for name, value in call.carried(message).items() if name in names}
+    if "reasoning_details" in kept:
+        kept["reasoning_details"] = _details(kept["reasoning_details"])
+    if "reasoning_content" in call.learned:
+        kept.setdefault("reasoning_content", call.learned["reasoning_content"])
+    return kept
 
 
-def _details(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _details(items: list[_Object]) -> list[_Object]:
     """reasoning_details with the pieces of a stream put together again."""
-    whole: list[dict[str, Any]] = []
+    whole: list[_Object] = []
     for item in items:
         last = whole[-1] if whole else {}
         same = all(last.get(name) == item.get(name) for name in ("type", "index", "id"))
         grows = [name for name in ("text", "summary") if isinstance(item.get(name), str)]
-        if same and item.get("index") is not None and grows and not item.get("data"):
+        if same and item.get("index") is not None and grows:
             joined = {name: (last.get(name) or "") + item[name] for name in grows}
             rest = {name: value for name, value in item.items() if value is not None}
             whole[-1] = {**last, **rest, **joined}
@@ -4897,57 +4491,37 @@ def _details(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return whole
 
 
-def _without_cache(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name != "cache_control"}
+def _without_cache(item: Mapping[str, Any]) -> _Object:
+    """A message, part or tool for OpenAI."""
+    return {name: value for name, value in item.items() if name != "cache_control"}
 
 
-def _with_ids(messages: list[Message], rename: Callable[[str], str]) -> list[Message]:
-    """Messages with other tool ids, which stay paired."""
-    done: list[Message] = []
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            calls = [{**item, "id": rename(item["id"])} for item in calls]
-            message = {**message, "tool_calls": calls}
-        elif message["role"] == "tool":
-            message = {**message, "tool_call_id": rename(message["tool_call_id"])}
-        done.append(message)
-    return done
+def _short_id(tool_id: str, most: int) -> str:
+    """A tool id of at most so many characters. Nine are Mistral's form: letters and digits only."""
+    if most > 9:
+        return _safe(tool_id, "$^", most)
+    fits = re.fullmatch("[a-zA-Z0-9]{9}", tool_id)
+    return tool_id if fits else f"{zlib.crc32(tool_id.encode()):09x}"
 
 
-def _short_id(most: int) -> Callable[[str], str]:
-    return lambda tool_id: _safe(tool_id, _ANY_ID, most)
-
-
-def _nine_characters(tool_id: str) -> str:
-    """Mistral's form of a tool id: nine letters and digits."""
-    if re.fullmatch("[a-zA-Z0-9]{9}", tool_id):
-        return tool_id
-    import hashlib
-
-    return hashlib.sha256(tool_id.encode()).hexdigest()[:9]
-
-
-def _chat_tool(tool: Mapping[str, Any], at_openai: bool) -> dict[str, Any]:
+def _chat_tool(tool: Mapping[str, Any], at_openai: bool) -> _Object:
     sent = _without_cache(tool) if at_openai else dict(tool)
-    if isinstance(sent.get("function"), Mapping):
+    if "function" in sent:
         sent["function"] = _with_parameters(sent["function"])
     return sent
 
 
-def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
+def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     """The body of a Chat Completions request."""
-    options = {name: value for name, value in call.options.items() if name not in _EXPRESSED}
-    body: dict[str, Any] = {} if call.model is None else {"model": call.model}
-    messages = _with_ids(call.messages, _short_id(40)) if at_openai else call.messages
-    if "tool_ids" in call.learned:
-        messages = _with_ids(messages, _nine_characters)
-    body["messages"] = [_chat_message(call, message, at_openai) for message in messages]
+    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
+    if call.model is not None:
+        body["model"] = call.model
+    unsent = {"max_tokens", "max_completion_tokens", "extra_body"}
     if call.tools:
         body["tools"] = [_chat_tool(tool, at_openai) for tool in call.tools]
     else:
-        options.pop("tool_choice", None)  # both are refused without tools
-        options.pop("parallel_tool_calls", None)
-    body.update(options)
+        unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
+    body |= {name: value for name, value in call.options.items() if name not in unsent}
     if call.limit() is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
         body[call.learned.get("token_limit", guess)] = call.limit()
@@ -4962,40 +4536,30 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> dict[str, Any]:
 
 
 class _ResponsesFacts:
-    """Events of the Responses API, whose last one is the whole response object once more.
+    """Events of the Responses API. It remembers how much of each text has come.
 
-    It remembers how much of each text has come: a text, or a call's arguments, may come as deltas,
-    in a ``…done`` event, in its finished item, or only in the final object.
+    A text, or a call's arguments, may come as deltas, in a ``…done`` event, in its finished item,
+    or only in the final object.
     """
 
     def __init__(self) -> None:
         self._come: dict[Any, str] = {}  #: texts and arguments by their place
         self._thought: set[Any] = set()  #: places of reasoning items that have come
 
-    def __call__(self, body: dict[str, Any]) -> _FactsFound:
-        kind, at = str(body.get("type", "")), body.get("output_index")
-        place = self._place(at, body.get("content_index") or 0)
-        if body.get("object") == "response" or "output" in body:
-            yield from self._end(body)
-        elif kind in (
-            "response.completed", "response.incomplete", "response.failed", "response.cancelled"
-        ):  # fmt: skip
-            yield from self._end(body["response"])
+    def __call__(self, body: _Object) -> _FactsFound:
+        kind, at = str(body.get("type", "")).removeprefix("response."), body.get("output_index")
+        ends = kind in ("completed", "incomplete", "failed", "cancelled")
+        if ends or "output" in body or body.get("object") == "response":
+            yield from self._end(body.get("response", body))
         elif kind == "error":
             raise _InBandError({"error": body})
-        elif kind in ("response.output_item.added", "response.output_item.done"):
+        elif kind in ("output_item.added", "output_item.done"):
             yield from self._item(at, body["item"], whole=kind.endswith("done"))
-        elif kind == "response.output_text.delta":
-            self._come[place] = self._come.get(place, "") + body["delta"]
-            yield "text", body["delta"]
-        elif kind == "response.output_text.done":
-            yield "text", self._rest(place, body.get("text"))
-        elif kind == "response.function_call_arguments.delta":
-            self._come["call", at] = self._come.get(("call", at), "") + body["delta"]
-            yield "arguments", ("item", at), body["delta"]
-        elif kind == "response.function_call_arguments.done":
-            yield "arguments", ("item", at), self._rest(("call", at), body.get("arguments"))
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+        elif kind in ("output_text.delta", "output_text.done"):
+            yield "text", self._new(self._place(at, body.get("content_index") or 0), body, "text")
+        elif kind in ("function_call_arguments.delta", "function_call_arguments.done"):
+            yield "arguments", ("item", at), self._new(("call", at), body, "arguments")
+        elif kind in ("reasoning_summary_text.delta", "reasoning_text.delta"):
             self._thought.add(at)
             yield "thought", body.get("delta")
         elif kind.endswith(".delta"):
@@ -5004,38 +4568,40 @@ class _ResponsesFacts:
     def _place(self, at: Any, number: Any) -> Any:
         """Where a text stands. Some servers' events name no place: then there is one text."""
         texts = [place for place in self._come if place[0] == "text"]
-        return texts[0] if at is None and len(texts) == 1 else ("text", at, number)
+        alone = texts and (at is None or texts[0][1] is None)
+        return texts[0] if alone else ("text", at, number)
 
-    def _rest(self, place: Any, text: Any) -> str:
-        """What a whole text has more than what has come. One that contradicts that is no answer."""
+    def _new(self, place: Any, found: _Object, name: str) -> str:
+        """What has not come yet. A whole text that contradicts what has come is no answer."""
         come = self._come.get(place, "")
-        if not isinstance(text, str) or not text:
+        text = come + found["delta"] if "delta" in found else found.get(name) or ""
+        if not text:
             return ""
         if not text.startswith(come):
             raise InvalidResponse("the answer contradicts its own deltas")
         self._come[place] = text
         return text[len(come) :]
 
-    def _end(self, body: dict[str, Any]) -> _FactsFound:
+    def _end(self, body: _Object) -> _FactsFound:
         status = body.get("status")
-        if status == "failed" or (status is None and not isinstance(body.get("output"), list)):
+        if status == "failed":
             raise _InBandError({"error": body.get("error") or {"message": "the response failed"}})
         if status not in ("completed", "incomplete", None):
             raise InvalidResponse("the response is neither completed nor incomplete")
         yield "model", body.get("model")
-        yield "usage", body.get("usage"), _responses_usage
+        yield "usage", body.get("usage"), _openai_usage
         for at, item in enumerate(body.get("output") or ()):
             yield from self._item(at, item)
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
         yield "stop", reason if status == "incomplete" else "completed"
         yield ("end",)
 
-    def _item(self, at: Any, item: dict[str, Any], whole: bool = True) -> _FactsFound:
+    def _item(self, at: Any, item: _Object, whole: bool = True) -> _FactsFound:
         kind, key = item.get("type"), ("item", at)
         yield ("alive",)
         if kind == "function_call":
-            rest = self._rest(("call", at), item.get("arguments"))
-            yield "call", key, item.get("call_id"), item["name"], rest
+            new = self._new(("call", at), item, "arguments")
+            yield "call", key, item.get("call_id"), item["name"], new
         if not whole:
             return
         yield "keep", "items", at, item
@@ -5049,69 +4615,55 @@ class _ResponsesFacts:
         for number, part in enumerate(item["content"] if kind == "message" else ()):
             if part.get("type") == "refusal":
                 yield ("refusal",)
-            place = self._place(None if ("text", None, 0) in self._come else at, number)
-            yield "text", self._rest(place, part.get("text"))
-
-
-def _responses_usage(usage: dict[str, Any]) -> Usage:
-    inside, outside = (_dict(usage.get(f"{side}_tokens_details")) for side in ("input", "output"))
-    return Usage(
-        _count(usage.get("input_tokens")), _count(usage.get("output_tokens")),
-        _count(inside.get("cached_tokens")), _count(inside.get("cache_write_tokens")),
-        _count(outside.get("reasoning_tokens")),
-    )  # fmt: skip
+            yield "text", self._new(self._place(at, number), part, "text")
 
 
 def _responses_items(call: _Call, message: Message) -> list[Any]:
     """The input items of one message."""
-    role, vendor = message["role"], "the Responses API"
+    role, content, vendor = message["role"], message.get("content"), "the Responses API"
     if role == "tool":
-        output = _joined(message["content"], vendor)
-        call_id = message["tool_call_id"]
-        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
+        result = {"type": "function_call_output", "output": _joined(content, vendor)}
+        return [{**result, "call_id": _short_id(message["tool_call_id"], 64)}]
     if kept := call.carried(message).get("items"):
         return list(kept)
-    content: Any = []
     if role == "assistant":  # parts would need the ids that the API gave them
-        content = _joined(message.get("content"), vendor)
-    for part in _parts(message.get("content"), vendor) if role != "assistant" else ():
-        url = part.data if part.kind == "url" else f"data:{part.media};base64,{part.data}"
-        if part.kind == "text":
-            content.append({"type": "input_text", "text": part.data})
-        elif part.kind == "url" or part.media.startswith("image/"):
-            content.append({"type": "input_image", "image_url": url, "detail": "auto"})
-        else:
-            content.append({"type": "input_file", "filename": "file", "file_data": url})
+        content = _joined(content, vendor)
+    else:
+        content = [_responses_part(part) for part in _parts(content, vendor)]
     items: list[Any] = [{"role": role, "content": content}] if content else []
     for item in message.get("tool_calls") or ():
         function = _textual(item)["function"]
-        items.append({
-            "type": "function_call", "call_id": item["id"], "name": function["name"],
-            "arguments": function["arguments"] or "{}",
-        })  # fmt: skip
+        asked = {"name": function["name"], "arguments": function["arguments"] or "{}"}
+        items.append({"type": "function_call", "call_id": _short_id(item["id"], 64), **asked})
     return items
 
 
-def _responses_body(call: _Call, streaming: bool) -> dict[str, Any]:
+def _responses_part(part: _Part) -> _Object:
+    url = part.data if part.kind == "url" else f"data:{part.media};base64,{part.data}"
+    if part.kind == "text":
+        return {"type": "input_text", "text": part.data}
+    if part.kind == "url" or part.media.startswith("image/"):
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    return {"type": "input_file", "filename": "file", "file_data": url}
+
+
+def _responses_body(call: _Call, streaming: bool) -> _Object:
     """The body of a Responses request. Nothing is stored; reasoning travels along, encrypted."""
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
-    body: dict[str, Any] = {"model": call.model, "store": False}
+    body: _Object = {"model": call.model, "store": False}
     body["include"] = ["reasoning.encrypted_content"]
-    messages = _with_ids(call.messages, _short_id(64))
-    body["input"] = [item for message in messages for item in _responses_items(call, message)]
+    body["input"] = [item for message in call.messages for item in _responses_items(call, message)]
+    same = ("temperature", "top_p", "user", *(("parallel_tool_calls",) if call.tools else ()))
+    body |= call.renamed({name: name for name in same})
     if call.tools:
-        empty = {"type": "object", "properties": {}}
-        body["tools"] = [
-            {"type": "function", "parameters": empty, "strict": False, **function}
-            for function in _functions(call.tools, "the Responses API")
-        ]
+        basis = {"type": "function", "parameters": {"type": "object", "properties": {}}}
+        functions = _functions(call.tools, "the Responses API")
+        body["tools"] = [{**basis, "strict": False, **function} for function in functions]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
             named = {"type": "function", "name": name}
             body["tool_choice"] = named if kind == "named" else kind
-        body |= call.renamed({"parallel_tool_calls": "parallel_tool_calls"})
-    body |= call.renamed({"temperature": "temperature", "top_p": "top_p", "user": "user"})
     if call.limit() is not None:
         body["max_output_tokens"] = call.limit()
     effort = call.renamed({"reasoning_effort": "effort"})
@@ -5135,42 +4687,34 @@ class OpenAIProvider(_HTTPProvider):
     before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with
     every request, over our own of the same name. ``max_response_bytes``: of one answer, after
     decompression; more is InvalidResponse. ``stream_upstream=False`` asks for whole JSON.
-    ``session``: your own ``requests.Session``, used as it is, and then its time limits are yours.
-    ``api``: "chat" speaks Chat Completions, "responses" the Responses API, "auto" the first until
-    the provider's own error says that a model is served by the second, which is remembered. Safe to
-    share between threads and across fork. Raises ConfigError for a setting that cannot work.
+    ``session``: your own ``requests.Session``, used as it is, with your time limits. ``api``:
+    "chat", "responses", or "auto": Chat Completions until an error says that a model is served by
+    the Responses API, which is remembered. Safe to share between threads and across fork. Raises
+    ConfigError for a setting that cannot work.
     """
 
-    _vendor = "openai"
-    _default_url = "https://api.openai.com"
-    _api_path = "/v1"
+    _vendor, _default_url, _api_path = "openai", "https://api.openai.com", "/v1"
     _cut_paths = ("/chat/completions", "/responses")
-    _key_variables = ("OPENAI_API_KEY",)
-    _url_variable = "OPENAI_BASE_URL"
+    _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
     _key_hosts = (".openai.com", ".azure.com")
 
     def __init__(
-        self,
-        api_key: str | Callable[[], str] | None = None,
-        base_url: str | None = None,
-        *,
-        api: str = "auto",
-        **settings: Any,
-    ) -> None:
+        self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
+        api: str = "auto", **settings: Any,
+    ) -> None:  # fmt: skip
         if api not in ("auto", "chat", "responses"):
-            where = f"{type(self).__name__}(api={api!r})"
-            raise ConfigError(f"{where}: give 'auto', 'chat' or 'responses'")
+            cure = "give 'auto', 'chat' or 'responses'"
+            raise ConfigError(f"{type(self).__name__}(api={api!r}): {cure}")
         super().__init__(api_key, base_url, **settings)
         self.api = api
         self._at_openai = self._host == "api.openai.com" or self._host.endswith(".azure.com")
         self._wants_model = self._at_openai  # other servers have a model of their own
 
     def _auth_headers(self, key: str) -> dict[str, str]:
-        if key and self._host.endswith(".azure.com"):
-            return {"api-key": key}
-        return super()._auth_headers(key)
+        azure = key and self._host.endswith(".azure.com")
+        return {"api-key": key} if azure else super()._auth_headers(key)
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         if self.api == "responses" or (self.api == "auto" and "api" in call.learned):
             body = _responses_body(call, streaming)
             return "/responses", body, _Collector(call, _ResponsesFacts())
@@ -5183,31 +4727,26 @@ class OpenAIProvider(_HTTPProvider):
         if words.find(r"(?i)tool call id .{0,80}(a-z|length of 9)|length of 9"):
             return "tool_ids", "nine"
         served = words.find(r"(?i)v1/responses|responses api|only supported in v1/responses")
-        if self.api == "auto" and status in (400, 404) and served:
-            return "api", "responses"
-        return None
+        moves = self.api == "auto" and status in (400, 404) and served
+        return ("api", "responses") if moves else None
 
 
 class LMStudioProvider(OpenAIProvider):
     """LM Studio on this machine: ``http://localhost:1234/v1``; else as OpenAIProvider.
 
-    The environment may name LM_API_TOKEN and LMSTUDIO_BASE_URL. No model need be named: the loaded
-    one answers. The first token may take 60 seconds, since the model may have to be loaded first.
+    The environment may name LM_API_TOKEN and LMSTUDIO_BASE_URL. Without a model the loaded one
+    answers. The first token may take 60 seconds: the model may have to be loaded first.
     """
 
-    _vendor = "lmstudio"
-    _needs_model = False
-    _default_url = "http://localhost:1234"
-    _key_variables = ("LM_API_TOKEN",)
-    _url_variable = "LMSTUDIO_BASE_URL"
+    _vendor, _default_url = "lmstudio", "http://localhost:1234"
+    _key_variables, _url_variable = ("LM_API_TOKEN",), "LMSTUDIO_BASE_URL"
     _key_hosts = ("localhost", "127.0.0.1")
-    _first_token = 60.0
+    _needs_model, _first_token = False, 60.0
 
 
 # ==== Anthropic ===================================================================================
 # The Messages API (https://docs.anthropic.com/en/api/messages).
 
-_ANTHROPIC_FINISHES = {"pause_turn": "length"}
 #: Kind of a delta -> the field of its block that grows.
 _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
@@ -5219,12 +4758,12 @@ _ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
 
 
-def _anthropic_facts(body: dict[str, Any]) -> _FactsFound:
+def _anthropic_facts(body: _Object) -> _FactsFound:
     kind = body.get("type")
     if kind == "message_start":
         yield ("begin",)
-        yield from _anthropic_message(body["message"])
-    elif kind == "content_block_start":
+        kind, body = "message", body["message"]
+    if kind == "content_block_start":
         yield from _anthropic_begins(body["index"], body["content_block"])
     elif kind == "content_block_delta":
         yield from _anthropic_grows(body["index"], body["delta"])
@@ -5236,23 +4775,19 @@ def _anthropic_facts(body: dict[str, Any]) -> _FactsFound:
     elif kind == "message_stop":
         yield ("end",)
     elif kind == "message" or "content" in body:
-        yield from _anthropic_message(body)
-        for at, block in enumerate(body["content"]):
+        yield "model", body.get("model")
+        yield "usage", body.get("usage"), _anthropic_usage
+        for at, block in enumerate(body.get("content") or ()):
             yield from _anthropic_begins(at, block)
             yield "closed", at
-        yield "stop", body.get("stop_reason", "")
+        yield "stop", body.get("stop_reason") or ""
 
 
-def _anthropic_message(message: dict[str, Any]) -> _FactsFound:
-    yield "model", message.get("model")
-    yield "usage", message.get("usage"), _anthropic_usage
-
-
-def _anthropic_begins(at: int, block: dict[str, Any]) -> _FactsFound:
+def _anthropic_begins(at: int, block: _Object) -> _FactsFound:
     kind = block.get("type")
     yield ("alive",)
     yield "open", at + 0
-    yield "keep", "blocks", at, block if kind in _ANTHROPIC_BLOCKS else {}
+    yield "keep", "blocks", at, block
     if kind == "text":
         yield "text", block.get("text")
     elif kind == "tool_use":
@@ -5262,8 +4797,8 @@ def _anthropic_begins(at: int, block: dict[str, Any]) -> _FactsFound:
         yield ("needed",)
 
 
-def _anthropic_grows(at: int, delta: dict[str, Any]) -> _FactsFound:
-    name = _ANTHROPIC_GROWS.get(str(delta.get("type")))
+def _anthropic_grows(at: int, delta: _Object) -> _FactsFound:
+    name = _ANTHROPIC_GROWS.get(delta["type"])
     if name is None:
         return  # a citation, or something new
     yield "piece", "blocks", at, name, delta[name]
@@ -5276,7 +4811,7 @@ def _anthropic_grows(at: int, delta: dict[str, Any]) -> _FactsFound:
         yield "arguments", at, delta[name]
 
 
-def _anthropic_usage(usage: dict[str, Any]) -> Usage:
+def _anthropic_usage(usage: _Object) -> Usage:
     """Input counts leave the cache out."""
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
     plain, read, written = (_count(usage.get(name)) for name in names)
@@ -5284,20 +4819,19 @@ def _anthropic_usage(usage: dict[str, Any]) -> Usage:
     return Usage(plain + read + written, _count(usage.get("output_tokens")), read, written, thought)
 
 
-def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> dict[str, Any]:
+def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> _Object:
     system, turns = _conversation(call, "Anthropic")
     kind, schema = _format(call)
     if kind == "json_object":
         system.append(_Part("text", "", "Answer with one JSON object and nothing else."))
     # Anthropic wants a limit: 8192 where the caller names none
-    body: dict[str, Any] = {"model": call.model, "max_tokens": call.limit() or 8192}
+    body: _Object = {"model": call.model, "max_tokens": call.limit() or 8192}
     if any(part.cache for part in system):
         body["system"] = _anthropic_blocks(system)
     elif system:
         body["system"] = "\n\n".join(part.data for part in system)
-    body["messages"] = [
-        {"role": turn.role, "content": _anthropic_content(turn, names)} for turn in turns
-    ]
+    contents = [(turn.role, _anthropic_content(turn, names)) for turn in turns]
+    body["messages"] = [{"role": role, "content": content} for role, content in contents]
     body |= call.renamed({"temperature": "temperature", "top_p": "top_p"})
     if isinstance(body.get("temperature"), (int, float)):
         body["temperature"] = min(body["temperature"], 1)
@@ -5306,31 +4840,29 @@ def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> d
     if "user" in call.options:
         body["metadata"] = {"user_id": call.options["user"]}
     body |= _anthropic_tools(call, turns, names)
-    output: dict[str, Any] = {}
-    if kind == "json_schema":
-        output["format"] = {"type": kind, "schema": schema.get("schema", {})}
+    form = {"type": kind, "schema": schema.get("schema", {})}
+    output: _Object = {"format": form} if kind == "json_schema" else {}
     effort = call.options.get("reasoning_effort")
-    if effort == "none":
-        body["thinking"] = {"type": "disabled"}
-    elif effort is not None:
+    if effort not in (None, "none"):
         output["effort"] = "low" if effort == "minimal" else effort
-    if call.thoughts and effort != "none":
-        body["thinking"] = {"type": "adaptive", "display": "summarized"}
     if output:
         body["output_config"] = output
+    if effort == "none":
+        body["thinking"] = {"type": "disabled"}
+    elif call.thoughts:
+        body["thinking"] = {"type": "adaptive", "display": "summarized"}
     if streaming:
         body["stream"] = True
     return call.finished(body)
 
 
-def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[_Object]:
     """The blocks of one turn: an assistant's own as they were, results before other content."""
     if turn.carry.get("blocks"):
         return _anthropic_kept(turn.carry["blocks"])
-    blocks: list[dict[str, Any]] = []
+    blocks: list[_Object] = []
     for call_id, _, parts in turn.results:
-        block: dict[str, Any] = {"type": "tool_result"}
-        block["tool_use_id"] = _safe(call_id, _NOT_PLAIN, 64)
+        block: _Object = {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64)}
         block["content"] = _anthropic_blocks(parts) or "(empty)"
         if [part.data for part in parts] == [_NO_RESULT]:
             block["is_error"] = True
@@ -5342,7 +4874,7 @@ def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[dict[str, 
     return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
 
 
-def _anthropic_kept(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _anthropic_kept(blocks: list[_Object]) -> list[_Object]:
     """An answer's blocks on their way back. Blank texts are refused."""
     kept = []
     for block in blocks:
@@ -5350,51 +4882,45 @@ def _anthropic_kept(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if block.get("partial_json"):
             sent["input"] = _argument_object(block["partial_json"])
         blank = sent.get("type") == "text" and not str(sent.get("text") or "").strip()
-        if sent.get("type") and not blank:
+        if sent.get("type") in _ANTHROPIC_BLOCKS and not blank:
             kept.append(sent)
     return kept
 
 
-def _anthropic_blocks(parts: Iterable[_Part]) -> list[dict[str, Any]]:
+def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
     """Without blank texts, which are refused."""
-    blocks = []
+    blocks: list[_Object] = []
     for part in parts:
-        if part.kind == "text":
-            block: dict[str, Any] = {"type": "text", "text": part.data}
-        else:
-            source = {"type": "url", "url": part.data}
-            if part.kind == "data":
-                source = {"type": "base64", "media_type": part.media, "data": part.data}
-            kind = "document" if part.media == "application/pdf" else "image"
-            block = {"type": kind, "source": source}
-        if part.cache:
-            block["cache_control"] = part.cache
-        if part.kind != "text" or part.data.strip():
-            blocks.append(block)
+        source = {"type": "url", "url": part.data}
+        if part.kind == "data":
+            source = {"type": "base64", "media_type": part.media, "data": part.data}
+        kind = "document" if part.media == "application/pdf" else "image"
+        is_text = part.kind == "text"
+        block = {"type": "text", "text": part.data} if is_text else {"type": kind, "source": source}
+        if part.data.strip() or not is_text:
+            blocks.append({**block, **({"cache_control": part.cache} if part.cache else {})})
     return blocks
 
 
-def _anthropic_tools(
-    call: _Call, turns: list[_Turn], names: Mapping[str, str]
-) -> dict[str, Any]:
+def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
-    anything: dict[str, Any] = {"type": "object", "properties": {}}
-    tools: list[dict[str, Any]] = []
+    anything: _Object = {"type": "object", "properties": {}}
+    tools: list[_Object] = []
     for given, function in zip(call.tools or (), _functions(call.tools, "Anthropic"), strict=True):
         schema = {"type": "object", **(function.get("parameters") or anything)}
-        tool = {"name": names[function["name"]], "input_schema": schema}
-        more = {key: function.get(key) for key in ("description", "strict")}
-        more["cache_control"] = given.get("cache_control") or function.get("cache_control")
-        tools.append({**tool, **{key: value for key, value in more.items() if value is not None}})
+        more = {key: function.get(key) for key in ("description", "strict", "cache_control")}
+        more["cache_control"] = given.get("cache_control") or more["cache_control"]
+        tool = {"name": names[function["name"]], "input_schema": schema, **more}
+        tools.append({key: value for key, value in tool.items() if value is not None})
     kind, name = _choice(call)
     if not tools:
         used = {names[name]: None for turn in turns for _, name, _ in turn.calls}
         tools, kind = [{"name": name, "input_schema": anything} for name in used], "none"
     if not tools:
         return {}
-    choice: dict[str, Any] = {"type": {"required": "any", "named": "tool"}.get(kind, kind)}
+    choice: _Object = {"type": {"required": "any", "named": "tool"}.get(kind, kind)}
     if kind == "named":
-        choice["name"] = names.get(name or "", name)
+        choice["name"] = names.get(str(name), name)
     if call.options.get("parallel_tool_calls") is False and kind != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, **({} if choice == {"type": "auto"} else {"tool_choice": choice})}
@@ -5405,34 +4931,30 @@ class AnthropicProvider(_HTTPProvider):
 
     The environment may name ANTHROPIC_API_KEY and ANTHROPIC_BASE_URL. Settings as for
     OpenAIProvider, without ``api``; a base URL is given as to Anthropic's client, with or without
-    its ``/v1``, such as ``https://api.deepseek.com/anthropic``. The version header is 2023-06-01;
-    pass ``headers={"anthropic-version": …}`` for another. ``max_tokens`` is 8192 where a call names
-    none. Thinking blocks go back to the same provider and model in ``response.message`` only.
+    its ``/v1``, such as ``https://api.deepseek.com/anthropic``. The version is 2023-06-01 unless
+    ``headers`` has an ``anthropic-version``. ``max_tokens`` is 8192 where a call names none.
+    Thinking blocks go back to the same provider and model in ``response.message`` only.
     """
 
-    _vendor = "anthropic"
-    _default_url = "https://api.anthropic.com"
-    _api_path = "/v1"
-    _cut_paths = ("/messages",)
-    _ping_path = "/models?limit=1"
-    _key_variables = ("ANTHROPIC_API_KEY",)
-    _url_variable = "ANTHROPIC_BASE_URL"
+    _vendor, _default_url, _api_path = "anthropic", "https://api.anthropic.com", "/v1"
+    _cut_paths, _ping_path = ("/messages",), "/models?limit=1"
+    _key_variables, _url_variable = ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     _key_hosts = (".anthropic.com",)
     _rows = _Rows(phrases=((r"specified api usage limits", QuotaExceeded),))
 
     def _full_url(self, url: str) -> str:
-        """Anthropic's own client adds /v1 to any path; so do the addresses of compatible servers."""
+        """Anthropic's own client adds /v1 to any path, and compatible servers expect that."""
         full = super()._full_url(url)
         return full if full.endswith("/v1") else full + "/v1"
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         names = _names_sent(call, _NOT_PLAIN, 128)
         back = {theirs: ours for ours, theirs in names.items()}
         body = _anthropic_body(call, streaming, names)
-        return "/messages", body, _Collector(call, _anthropic_facts, _ANTHROPIC_FINISHES, back)
+        return "/messages", body, _Collector(call, _anthropic_facts, {"pause_turn": "length"}, back)
 
 
 # ==== Gemini ======================================================================================
@@ -5440,13 +4962,11 @@ class AnthropicProvider(_HTTPProvider):
 
 #: What Google's documentation says to send as the signature of a call that another model has made.
 _FOREIGN_SIGNATURE = "skip_thought_signature_validator"
-_GEMINI_FINISHES = {
-    "CONTINUATION": "length",
-    **dict.fromkeys(
-        ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION",
-         "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR",
-         "PUP_LIMITED_DISABLED"), "content_filter"),
-}  # fmt: skip
+_GEMINI_FINISHES = {"CONTINUATION": "length", **dict.fromkeys((
+    "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION",
+    "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR",
+    "PUP_LIMITED_DISABLED",
+), "content_filter")}  # fmt: skip
 #: The model's own failures: whatever text came with them is no answer.
 _GEMINI_FAILURES = frozenset({
     "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
@@ -5458,7 +4978,7 @@ _NO_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _gemini_facts(body: dict[str, Any]) -> _FactsFound:
+def _gemini_facts(body: _Object) -> _FactsFound:
     yield "model", body.get("modelVersion")
     yield "id", body.get("responseId")
     yield "usage", body.get("usageMetadata"), _gemini_usage
@@ -5466,9 +4986,8 @@ def _gemini_facts(body: dict[str, Any]) -> _FactsFound:
         yield "stop", "SAFETY"
     candidates = body.get("candidates") or ()
     for candidate in candidates:
-        index = candidate.get("index")
-        if index or len(candidates) > 1:
-            yield "choice", index or 0
+        if candidate.get("index") or len(candidates) > 1:
+            yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             yield from _gemini_part_facts(part)
         reason = candidate.get("finishReason")
@@ -5477,7 +4996,7 @@ def _gemini_facts(body: dict[str, Any]) -> _FactsFound:
         yield "stop", None if reason == "FINISH_REASON_UNSPECIFIED" else reason
 
 
-def _gemini_part_facts(part: dict[str, Any]) -> _FactsFound:
+def _gemini_part_facts(part: _Object) -> _FactsFound:
     text, called, signed = part.get("text"), part.get("functionCall"), "thoughtSignature" in part
     if signed:
         yield ("alive",)
@@ -5493,51 +5012,47 @@ def _gemini_part_facts(part: dict[str, Any]) -> _FactsFound:
     yield "text", text
 
 
-def _gemini_usage(usage: dict[str, Any]) -> Usage:
+def _gemini_usage(usage: _Object) -> Usage:
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
     counts = (_count(usage.get(f"{name}TokenCount")) for name in names)
     prompt, used, written, thought, cached = counts
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
 
-def _gemini_body(call: _Call, names: Mapping[str, str]) -> dict[str, Any]:
+def _gemini_body(call: _Call, names: Mapping[str, str]) -> _Object:
     system, turns = _conversation(call, "Gemini")
-    body: dict[str, Any] = {"contents": []}
+    body: _Object = {"contents": []}
     if system:
-        text = "\n\n".join(part.data for part in system)
-        body["systemInstruction"] = {"parts": [{"text": text}]}
+        body["systemInstruction"] = {"parts": [{"text": "\n\n".join(part.data for part in system)}]}
     ids: list[str | None] = []
     for turn in turns:
         parts = _gemini_parts(turn, names, ids)
-        body["contents"].append({"role": "user" if turn.role == "user" else "model", "parts": parts})
-        ids = [_dict(part.get("functionCall")).get("id") for part in parts if "functionCall" in part]
+        role = "user" if turn.role == "user" else "model"
+        body["contents"].append({"role": role, "parts": parts})
+        ids = [part["functionCall"].get("id") for part in parts if "functionCall" in part]
     if call.tools:
         functions = _functions(call.tools, "Gemini")
-        declared = [_gemini_function(function, names) for function in functions]
-        body["tools"] = [{"functionDeclarations": declared}]
+        body["tools"] = [{"functionDeclarations": [_gemini_function(f, names) for f in functions]}]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
-            mode: dict[str, Any] = {"mode": "ANY" if kind in ("required", "named") else kind.upper()}
+            mode: _Object = {"mode": "ANY" if kind in ("required", "named") else kind.upper()}
             if kind == "named":
-                mode["allowedFunctionNames"] = [names.get(name or "", name)]
+                mode["allowedFunctionNames"] = [names.get(str(name), name)]
             body["toolConfig"] = {"functionCallingConfig": mode}
     if config := _gemini_config(call):
         body["generationConfig"] = config
     return call.finished(body)
 
 
-def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
     """A declaration; a schema that allows no arguments is left out, as Gemini refuses it."""
-    declared = {"name": names[function["name"]]}
-    if function.get("description"):
-        declared["description"] = function["description"]
     schema = _dict(function.get("parameters"))
-    if any(value for key, value in schema.items() if key not in _NO_ARGUMENTS):
-        declared["parametersJsonSchema"] = function["parameters"]
-    return declared
+    takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)
+    more = {"description": function.get("description"), "parametersJsonSchema": takes and schema}
+    return {"name": names[function["name"]], **{key: value for key, value in more.items() if value}}
 
 
-def _gemini_config(call: _Call) -> dict[str, Any]:
+def _gemini_config(call: _Call) -> _Object:
     config = call.renamed({
         "temperature": "temperature", "top_p": "topP", "seed": "seed",
         "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty",
@@ -5553,35 +5068,28 @@ def _gemini_config(call: _Call) -> dict[str, Any]:
         config["responseJsonSchema"] = schema.get("schema", {})
     effort = call.options.get("reasoning_effort")
     if effort or call.thoughts:
-        config["thinkingConfig"] = {"includeThoughts": True}
-    if effort:
-        level = {"none": "LOW", "max": "XHIGH"}.get(effort, str(effort).upper())
-        config["thinkingConfig"]["thinkingLevel"] = level
+        level = {"none": "LOW", "max": "XHIGH"}.get(str(effort), str(effort).upper())
+        chosen = {"thinkingLevel": level} if effort else {}
+        config["thinkingConfig"] = {"includeThoughts": True, **chosen}
     return config
 
 
-def _gemini_parts(
-    turn: _Turn, names: Mapping[str, str], ids: list[str | None]
-) -> list[dict[str, Any]]:
+def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) -> list[_Object]:
     """The parts of one turn. ``ids``: those of the model's own calls that this turn answers."""
     if turn.carry.get("parts"):
         return list(turn.carry["parts"])
-    parts: list[dict[str, Any]] = []
+    parts: list[_Object] = []
     for at, (_, name, content) in enumerate(turn.results):
         given = {"id": ids[at]} if at < len(ids) and ids[at] else {}
         text = "\n".join(part.data for part in content if part.kind == "text")
-        parsed = _parsed(text)
-        key = "error" if text == _NO_RESULT else "output"
-        answer = parsed if isinstance(parsed, dict) and parsed else {key: text}
+        answer = _dict(_parsed(text)) or {"error" if text == _NO_RESULT else "output": text}
         parts.append({"functionResponse": {**given, "name": names[name], "response": answer}})
     images = [part for _, _, content in turn.results for part in content if part.kind != "text"]
     for part in (*images, *turn.parts):
         if part.kind == "url":
             raise UnsupportedRequest("Gemini fetches no image by its URL: send it as a data URL")
-        if part.kind == "text":
-            parts.append({"text": part.data})
-        else:
-            parts.append({"inlineData": {"mimeType": part.media, "data": part.data}})
+        data = {"inlineData": {"mimeType": part.media, "data": part.data}}
+        parts.append({"text": part.data} if part.kind == "text" else data)
     for at, (_, name, arguments) in enumerate(turn.calls):
         signed = {"thoughtSignature": _FOREIGN_SIGNATURE} if at == 0 else {}
         parts.append({"functionCall": {"name": names[name], "args": arguments}, **signed})
@@ -5598,15 +5106,14 @@ class GeminiProvider(_HTTPProvider):
 
     _vendor = "gemini"
     _default_url = "https://generativelanguage.googleapis.com"
-    _api_path = "/v1beta"
-    _ping_path = "/models?pageSize=1"
+    _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         return {"x-goog-api-key": key} if key else {}
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         back = {theirs: ours for ours, theirs in names.items()}
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
@@ -5620,36 +5127,36 @@ class GeminiProvider(_HTTPProvider):
 # drops the beginning of a prompt that does not fit, without a word.
 
 
-def _ollama_facts(body: dict[str, Any]) -> _FactsFound:
+def _ollama_facts(body: _Object) -> _FactsFound:
     message = body.get("message") or {}
     yield "model", body.get("model")
-    yield "thought", message.get("thinking")
-    if message.get("thinking"):
-        yield "grow", "thinking", message["thinking"]
+    if thinking := message.get("thinking"):
+        yield "thought", thinking
+        yield "grow", "thinking", thinking
     yield "text", message.get("content")
     for call in message.get("tool_calls") or ():
         function = call["function"]
         yield "called", call.get("id"), function["name"], function.get("arguments")
-    if body.get("done"):
-        yield "usage", body, _ollama_usage
-        if not body.get("done_reason", "stop"):
-            raise InvalidResponse("truncated: the server gave up")
-        yield "closed", "answer"
-        yield "stop", body.get("done_reason", "stop")
-        yield ("end",)
-    else:
+    if not body.get("done"):
         yield "open", "answer"
+        return
+    yield "usage", body, _ollama_usage
+    reason = body.get("done_reason", "stop")
+    if not reason:
+        raise InvalidResponse("truncated: the server gave up")
+    yield "closed", "answer"
+    yield "stop", reason
+    yield ("end",)
 
 
-def _ollama_usage(body: dict[str, Any]) -> Usage:
+def _ollama_usage(body: _Object) -> Usage:
     return Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
 
 
-def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> dict[str, Any]:
+def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> _Object:
     """One message: text and images apart, arguments as objects, results with their tool's name."""
-    role = message["role"]
-    parts = _parts(message.get("content"), "Ollama")
-    sent: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    role, parts = message["role"], _parts(message.get("content"), "Ollama")
+    sent: _Object = {"role": "system" if role == "developer" else role}
     sent["content"] = "\n".join(part.data for part in parts if part.kind == "text")
     others = [part for part in parts if part.kind != "text"]
     if any(not part.media.startswith("image/") for part in others):
@@ -5661,35 +5168,27 @@ def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> dic
         sent |= {"tool_name": names[call_id], "tool_call_id": call_id}
     if thinking := call.carried(message).get("thinking"):
         sent["thinking"] = thinking
-    if calls := message.get("tool_calls"):
-        names.update({item["id"]: item["function"]["name"] for item in calls})
-        sent["tool_calls"] = [
-            {"id": item["id"], "function": {
-                "name": item["function"]["name"],
-                "arguments": _argument_object(item["function"].get("arguments")),
-            }}
-            for item in calls
-        ]  # fmt: skip
+    for item in message.get("tool_calls") or ():
+        name, arguments = item["function"]["name"], item["function"].get("arguments")
+        names[item["id"]] = name
+        function = {"name": name, "arguments": _argument_object(arguments)}
+        sent.setdefault("tool_calls", []).append({"id": item["id"], "function": function})
     return sent
 
 
-def _ollama_body(call: _Call, streaming: bool) -> dict[str, Any]:
+def _ollama_body(call: _Call, streaming: bool) -> _Object:
     choice, _ = _choice(call)
     if call.tools and choice in ("required", "named"):
         raise UnsupportedRequest(f"Ollama cannot force a tool call (tool_choice={choice!r})")
+    body: _Object = {"model": call.model, "stream": streaming}
+    body |= {"truncate": False, "shift": False}  # or it drops what does not fit, without a word
     names: dict[str, str] = {}
-    body: dict[str, Any] = {
-        "model": call.model,
-        "messages": [_ollama_message(call, message, names) for message in call.messages],
-        "stream": streaming,
-        "truncate": False,  # by default it drops what does not fit, without a word
-        "shift": False,
-    }
+    body["messages"] = [_ollama_message(call, message, names) for message in call.messages]
     if call.tools and choice != "none":
         functions = _functions(call.tools, "Ollama")
         body["tools"] = [{"type": "function", "function": function} for function in functions]
-    names_here = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
-    options = call.renamed({name: name for name in names_here})
+    same = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+    options = call.renamed({name: name for name in same})
     if call.limit() is not None:
         options["num_predict"] = call.limit()
     if stops := _stops(call):
@@ -5716,31 +5215,27 @@ class OllamaProvider(_HTTPProvider):
     tool call (UnsupportedRequest), and images must be data URLs.
     """
 
-    _vendor = "ollama"
-    _default_url = "http://localhost:11434"
-    _cut_paths = ("/api/chat", "/api", "/v1")
-    _ping_path = "/api/tags"
-    _key_variables = ("OLLAMA_API_KEY",)
-    _url_variable = "OLLAMA_HOST"
+    _vendor, _default_url = "ollama", "http://localhost:11434"
+    _cut_paths, _ping_path = ("/api/chat", "/api", "/v1"), "/api/tags"
+    _key_variables, _url_variable = ("OLLAMA_API_KEY",), "OLLAMA_HOST"
     _key_hosts = ("localhost", "127.0.0.1", "ollama.com", ".ollama.com")
     _first_token = 60.0
 
     def _full_url(self, url: str) -> str:
         return super()._full_url(_ollama_host(url) if isinstance(url, str) else url)
 
-    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
+    def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         return "/api/chat", _ollama_body(call, streaming), _Collector(call, _ollama_facts)
 
 
 def _ollama_host(text: str) -> str:
-    """OLLAMA_HOST as a URL: port 11434 without a scheme; an address to listen on is this machine."""
+    """OLLAMA_HOST as a URL: without a scheme the port is 11434; 0.0.0.0 is this machine."""
     scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
     host, slash, path = rest.partition("/")
     found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
     name, port = found.groups() if found else (f"[{host}]", "")  # IPv6 without its brackets
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
-    if not mark and not port:
-        port = "11434"
+    port = port or ("" if mark else "11434")
     return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
 
 
@@ -5750,9 +5245,9 @@ def _ollama_host(text: str) -> str:
 class ScriptedProvider(LLMProvider):
     """A provider without a network, to test your own failover with.
 
-    Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of deltas
-    (in which an exception breaks the stream, and a Thought is thinking), an exception class or
-    instance (raised), or a callable that is given the call's arguments and returns any of these.
+    Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of
+    deltas (an exception breaks the stream, a Thought is thinking), an exception class or instance
+    (raised), or a callable that is given the call's arguments and returns any of these.
     Past the end: ConfigError, or from the start again with ``repeat=True``. ``.calls``: what it was
     given, a list of dicts with messages, tools, model, kwargs. Thread-safe.
     """
@@ -5764,7 +5259,7 @@ class ScriptedProvider(LLMProvider):
         self._script = list(script)
         self._repeat = repeat
         self._turns = itertools.count()  # its next() is atomic
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[_Object] = []
 
     def chat(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
@@ -5776,7 +5271,14 @@ class ScriptedProvider(LLMProvider):
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> Generator[str, None, LLMResponse]:
         """The next item of the script as deltas."""
-        item = self._next(messages, tools, model, kwargs)
+        self.calls.append({"messages": messages, "tools": tools, "model": model, "kwargs": kwargs})
+        at = next(self._turns)
+        if self._repeat and self._script:
+            at %= len(self._script)
+        if at >= len(self._script):
+            over = f"ScriptedProvider's script of {len(self._script)} items is over"
+            raise ConfigError(f"{over}: add more, or repeat=True")
+        item = self._script[at]
         if callable(item) and not isinstance(item, type):
             item = item(messages, tools=tools, model=model, **kwargs)
         if isinstance(item, LLMResponse):
@@ -5786,8 +5288,9 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            raised = isinstance(delta, type) and issubclass(delta, BaseException)
-            if raised or isinstance(delta, BaseException):
+            if isinstance(delta, type) and issubclass(delta, BaseException):
+                raise delta
+            if isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
@@ -5796,16 +5299,6 @@ class ScriptedProvider(LLMProvider):
             yield delta
         reasoning = "".join(thoughts) or None
         return LLMResponse(content="".join(texts), model=model or "", reasoning=reasoning)
-
-    def _next(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> Any:
-        self.calls.append({"messages": messages, "tools": tools, "model": model, "kwargs": kwargs})
-        at = next(self._turns)
-        if self._repeat and self._script:
-            at %= len(self._script)
-        if at >= len(self._script):
-            over = f"ScriptedProvider's script of {len(self._script)} items is over"
-            raise ConfigError(f"{over}: add more, or repeat=True")
-        return self._script[at]
 
 
 # ==== tier ========================================================================================
@@ -5839,18 +5332,16 @@ class TierHealth(NamedTuple):
 class _Places:
     """The places of a tier with ``max_concurrency``.
 
-    A place is an object that refers to a common mark, and the interpreter's count of references to
-    the mark says how many there are. So no exception, raised at whatever moment, can lose one.
+    A place refers to a common mark; the interpreter's count of references to it says how many there
+    are. So no exception, whenever it is raised, can lose one.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._mark = object()
+        self._most, self._mark = most, object()
         self._lock, self._bell = threading.Lock(), threading.Lock()
         self._unused = sys.getrefcount(self._mark)
 
     def qsize(self) -> int:
-        """How many are free."""
         return self._most - (sys.getrefcount(self._mark) - self._unused)
 
     def take(self, seconds: float) -> list[object] | None:
@@ -5866,7 +5357,6 @@ class _Places:
             self._bell.acquire(timeout=min(left, 0.05))  # a place that was lost rings no bell
 
     def ring(self) -> None:
-        """A place has been dropped."""
         with contextlib.suppress(RuntimeError):
             self._bell.release()
 
@@ -5874,48 +5364,38 @@ class _Places:
 class ProviderTier:
     """One provider in its place in a chain.
 
-    ``models``: ids, the first being the default, or a dict alias -> id; empty: any name is passed on
-    as it is. ``role``: primary, secondary or emergency (asked when all else failed, even when its
-    breaker is open). ``breaker``: None lets the chain make one. ``timeout``: seconds for one
-    request, None inherits the call's. ``retries``: how often the same tier is asked again after a
-    ServerError; 0 never. ``max_concurrency``: requests under way at once in this process, None: no
-    limit. ``prices``: ``{model or alias: (prompt, completion[, cached[, cache_write]])}`` in USD per
-    million tokens, or one tuple for all models; None: unknown. ``supports_tools``,
-    ``supports_images``: False skips the tier for such requests. ``params``: options under each
-    call's own; a None in the call removes one. Raises ConfigError. Thread-safe.
+    ``models``: ids, the first is the default, or a dict alias -> id; empty: any name is passed on.
+    ``role``: primary, secondary or emergency (asked when all else failed, even when its breaker is
+    open). ``breaker``: None lets the chain make one. ``timeout``: seconds for a request, None: the
+    call's. ``retries``: how often the same tier is asked again after a ServerError; 0 never.
+    ``max_concurrency``: requests at once in this process, None: no limit. ``prices``: ``{model or
+    alias: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one tuple
+    for all; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such
+    requests. ``params``: options under each call's own; a None in the call removes one. Raises
+    ConfigError. Thread-safe.
     """
 
     def __init__(
-        self,
-        name: str,
-        provider: LLMProvider,
-        models: Sequence[str] | Mapping[str, str] = (),
-        *,
-        role: str = "primary",
-        breaker: CircuitBreaker | None = None,
-        timeout: float | None = None,
-        retries: int = 1,
-        max_concurrency: int | None = None,
-        prices: Any = None,
-        supports_tools: bool = True,
-        supports_images: bool = True,
+        self, name: str, provider: LLMProvider, models: Sequence[str] | Mapping[str, str] = (), *,
+        role: str = "primary", breaker: CircuitBreaker | None = None, timeout: float | None = None,
+        retries: int = 1, max_concurrency: int | None = None, prices: Any = None,
+        supports_tools: bool = True, supports_images: bool = True,
         params: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"name={name!r}: give the tier a name")
         where = f"tier {name!r}"
         if role not in _ROLE_ORDER:
-            near = _near(role, _ROLE_ORDER)
-            raise ConfigError(f"{where}: role={role!r}: give one of {', '.join(_ROLE_ORDER)}.{near}")
+            cure = f"give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}"
+            raise ConfigError(f"{where}: role={role!r}: {cure}")
         if breaker is not None and not isinstance(breaker, CircuitBreaker):
             kind = type(breaker).__name__
             raise ConfigError(f"{where}: breaker is a {kind}: give a CircuitBreaker or None")
         _check_provider(provider, where)
-        self.name = name
-        self.provider = provider
+        self.name, self.provider, self.role = name, provider, role
         self.models = _checked_models(models, where)
         self._ids = tuple(self.models.values())
-        self.role = role
+        self._default = self._ids[0] if self._ids else None
         self.breaker: CircuitBreaker = breaker  # type: ignore[assignment]  # the chain makes one
         self.timeout = None if timeout is None else float(_number(timeout, f"{where}: timeout"))
         self.retries: int = _number(retries, f"{where}: retries", whole=True)
@@ -5923,8 +5403,7 @@ class ProviderTier:
             _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
         self.max_concurrency = max_concurrency
         self.prices: Any = _checked_prices(prices, self.models, where)
-        self.supports_tools = supports_tools
-        self.supports_images = supports_images
+        self.supports_tools, self.supports_images = supports_tools, supports_images
         self.params = _checked_params(params, where)
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_ours = getattr(provider, "_is_ours", False)
@@ -5948,9 +5427,9 @@ class ProviderTier:
         """The id to send for a name, None if this tier does not list it."""
         return self.models.get(model) or (model if model in self._ids else None)
 
-    @property
-    def _default(self) -> str | None:
-        return self._ids[0] if self._ids else None
+    def _sent_for(self, model: str) -> str | None:
+        """The id to send for a name; any name is sent as it is by a tier that lists no models."""
+        return self._id_of(model) if self.models else model
 
     def _count(self, error: str | None, latency: float) -> None:
         with self._lock:
@@ -5967,12 +5446,13 @@ class ProviderTier:
             price = next((price[model] for model in models if model in price), None)
         if price is None:
             return None
-        prompt, completion, cached, written = (*price, *(price[0],) * (4 - len(price)))
+        prompt, completion, cached, written = price + (price[0],) * (4 - len(price))
         plain = max(0, usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens)
         total = plain * prompt + usage.cached_tokens * cached + usage.cache_write_tokens * written
         return float(total + usage.completion_tokens * completion) / 1e6
 
     def _health(self) -> TierHealth:
+        self.breaker._look()
         with self._lock:
             seen = (self._calls, self._failures, self._last_error, self._last_latency)
         learned = self.provider._corrections() if isinstance(self.provider, _HTTPProvider) else {}
@@ -5984,16 +5464,16 @@ class ProviderTier:
 
 
 def _check_provider(provider: Any, where: str) -> None:
-    chat = getattr(provider, "chat", None)
-    if isinstance(provider, type) or not callable(chat):
-        shown = provider.__name__ if isinstance(provider, type) else type(provider).__name__
+    made = not isinstance(provider, type)
+    kind = type(provider).__name__ if made else provider.__name__
+    chat = getattr(provider, "chat", None) if made else None
+    if not callable(chat):
         cure = "give an object with a chat() method, such as OpenAIProvider()"
-        raise ConfigError(f"{where}: provider is {shown}: {cure}")
+        raise ConfigError(f"{where}: provider is {kind}: {cure}")
     try:
         inspect.signature(chat).bind([], tools=None, model=None, timeout=1.0)
     except TypeError as error:
         cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
-        kind = type(provider).__name__
         raise ConfigError(f"{where}: chat() of {kind} cannot be called ({error}): {cure}") from None
     except ValueError:
         pass  # no signature to be had, as for some built-ins
@@ -6015,19 +5495,16 @@ def _checked_prices(prices: Any, models: Mapping[str, str], where: str) -> Any:
     """None, one tuple, or a dict by ids and aliases."""
     if prices is None:
         return None
-    table = prices if isinstance(prices, Mapping) else {"": prices}
-    for model, price in table.items():
-        name = f"{where}: prices[{model!r}]" if table is prices else f"{where}: prices"
+    single = not isinstance(prices, Mapping)
+    fixed = {}
+    for model, price in [("", prices)] if single else prices.items():
+        name = f"{where}: prices" + ("" if single else f"[{model!r}]")
         if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
             cure = "give (prompt, completion[, cached[, cache_write]])"
             raise ConfigError(f"{name}={price!r}: {cure}")
-        for value in price:
-            _number(value, name)
-    fixed = {model: tuple(price) for model, price in table.items()}
-    if not isinstance(prices, Mapping):
-        return fixed[""]
+        fixed[model] = tuple(_number(value, name) for value in price)
     by_id = {models[model]: price for model, price in fixed.items() if model in models}
-    return {**by_id, **fixed}  # a price under the id itself comes first
+    return fixed[""] if single else {**by_id, **fixed}  # a price under the id itself comes first
 
 
 def _checked_params(params: Any, where: str) -> dict[str, Any]:
@@ -6066,13 +5543,13 @@ def _variables(kind: type[_HTTPProvider]) -> list[str]:
 def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     tiers, missing = [], []
     for name, kind in _PROVIDERS.items():
-        if not any(environ.get(variable) for variable in _variables(kind)):
+        if any(map(environ.get, _variables(kind))):
+            key, url = kind._from_environment(environ)
+            models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
+            tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
+            _log.info("from_env: %s with %s", name, *(models or [f"no {name.upper()}_MODEL"]))
+        else:
             missing.append(" or ".join(_variables(kind)))
-            continue
-        key, url = kind._from_environment(environ)
-        models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
-        tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
-        _log.info("from_env: %s with %s", name, *(models or [f"no {name.upper()}_MODEL"]))
     if not tiers:
         raise ConfigError(f"the environment names no provider: set {', '.join(missing)}")
     _log.info("from_env: not set: %s", ", ".join(missing) or "nothing")
@@ -6127,9 +5604,9 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
     if not isinstance(headers, Mapping) or not isinstance(named, Mapping):
         raise ConfigError(f"{where}: headers and headers_env have to be tables")
     for name, value in {**headers, **table}.items() if in_file else ():
-        held = name.endswith("url") and _pattern(_KEY_IN_URL).search(str(value))
         if name in _OBJECTS:
             raise ConfigError(f"{where}: {name} is an object: give it in a mapping, not in a file")
+        held = name.endswith("url") and _pattern(_KEY_IN_URL).search(str(value))
         if held or _pattern(_KEY_NAMES).fullmatch(name):
             cure = "name an environment variable: api_key_env, base_url_env, url_env, headers_env"
             raise ConfigError(f"{where}: a file must not hold the key in {name!r}: {cure}")
@@ -6216,21 +5693,27 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
 
 
 # ==== one call ====================================================================================
-# _Run is one call of a chain: one list says who comes next (``later``), one loop asks them. _Try is
-# one request to one tier: it alone holds a ticket and a place, and gives both back in ``end``. What
-# follows from a failure says ``_judged``; the loop obeys. Time is absolute, on the chain's clock.
+# _Run is one call of a chain: the list ``later`` says who comes next, the loop in ``answer`` asks
+# them. _Try is one request: it alone holds a ticket and a place, and gives both back in ``end``.
+# ``_judged`` says what follows from a failure. Time is absolute, on the chain's clock.
 
 _Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
-#: Silence limits are this much longer where nobody else could answer sooner (see FailoverChain).
+#: Silence limits are this much longer where no other tier could answer sooner.
 _PATIENCE = 5.0
 #: The pause before the same tier is asked again, drawn from this range: clients must not march.
 _RETRY_PAUSE = (0.1, 0.3)
-#: Seconds of the first nap of a waiting call at the least; the least doubles with each nap.
+#: Seconds of a waiting call's first nap at least; doubles with each nap.
 _NAP = 0.25
 #: Characters at the beginning of an answer that can be decoration before the marker.
 _DECORATION = 300
 #: What may stand before the marker: white space, quotes, markdown, the language of a code fence.
 _BEFORE_MARKER = r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|(?<=```)\w{1,20}(?=\s))*"
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
+    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _undecorated(text: str) -> int:
@@ -6252,10 +5735,7 @@ def _after_marker(text: str | None, marker: str) -> str | None:
 
 
 class _Opening:
-    """The beginning of a streamed text, held back while it is blank or may become the marker.
-
-    The work for each delta does not grow with what is held.
-    """
+    """The beginning of a streamed text, held back while it is blank or may become the marker."""
 
     def __init__(self, marker: str) -> None:
         self._marker = marker.lower()  #: "" if there is none
@@ -6275,8 +5755,7 @@ class _Opening:
         self._head = (self._head + delta).lstrip()
         if self._marker and self._head.startswith("<think>"):
             self._tail, rest, self._head = "", self._head[7:], ""
-            self._held.pop()
-            self._held.append(delta.removesuffix(rest))
+            self._held[-1] = delta.removesuffix(rest)
             return self.feed(rest) if rest else ""
         return "" if self._undecided() else "".join(self._held)
 
@@ -6288,35 +5767,29 @@ class _Opening:
         at = _undecorated(self._head)
         rest = self._head[at:].lower()
         begins = rest.startswith(self._marker) or self._marker.startswith(rest)
-        fence = self._head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest) is not None
-        return at < _DECORATION and (begins or fence)
-
-
-def _has_images(messages: Iterable[Message]) -> bool:
-    return any(
-        part.get("type") in ("image_url", "image", "input_image")
-        for message in messages
-        if isinstance(message.get("content"), (list, tuple))
-        for part in message["content"]
-    )
+        fence = self._head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest)
+        return at < _DECORATION and bool(begins or fence)
 
 
 def _instructed(messages: list[Message], instruction: str) -> list[Message]:
-    """A copy whose first system message ends with the instruction; one is added if there is none."""
+    """A copy whose first system message (made if there is none) ends with the instruction."""
     for at, message in enumerate(messages):
         if message["role"] in ("system", "developer"):
             content = message["content"]
-            if isinstance(content, str):
-                content = f"{content}\n\n{instruction}"
-            else:
-                content = [*content, {"type": "text", "text": instruction}]
-            changed = {**message, "content": content}
+            text, part = f"{content}\n\n{instruction}", {"type": "text", "text": instruction}
+            changed = {**message, "content": text if isinstance(content, str) else [*content, part]}
             return _CheckedMessages([*messages[:at], changed, *messages[at + 1 :]])
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-def _wants_json(wanted: Any) -> bool:
-    return isinstance(wanted, Mapping) and wanted.get("type") in ("json_object", "json_schema")
+def _without_carry(messages: list[Message]) -> list[Message]:
+    """The messages without what they keep for the provider that they came from."""
+    for message in messages:
+        if _CARRY in message:
+            return _CheckedMessages(
+                {name: item for name, item in each.items() if name != _CARRY} for each in messages
+            )
+    return messages
 
 
 class _Failure(NamedTuple):
@@ -6328,61 +5801,32 @@ class _Failure(NamedTuple):
 
     @property
     def exception(self) -> BaseException:
-        """The exception; made only now for a refusal, since most refusals are never looked at."""
+        """A refusal's is made only now, since most are never looked at."""
         refused = isinstance(self.error, BreakerRecord)
         return self.tier.breaker._refusal(self.error) if refused else self.error  # type: ignore
-
-
-class _Asked(NamedTuple):
-    """What a caller wants of a chain."""
-
-    messages: list[Message]
-    tools: Tools
-    model: str | None
-    options: dict[str, Any]
-    order: _Plan
-    wait: float  #: seconds
-    limit: float  #: seconds for everything
-    streaming: bool = False
-    thoughts: bool = False
 
 
 class _Try:
     """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
 
-    __slots__ = (
-        "delta", "idle", "model", "opening", "place", "run", "start", "stream", "taken", "ticket",
-        "tier",
-    )  # fmt: skip
+    place: Any = None
+    stream: Any = None
+    idle = 0.0  #: seconds that the reader of its stream has taken between deltas
 
     def __init__(self, run: _Run, tier: ProviderTier, model: str | None, ticket: Ticket) -> None:
         self.run, self.tier, self.model, self.ticket = run, tier, model, ticket
-        self.place: Any = None
         self.start = run.clock()
-        self.idle = 0.0  #: seconds that the reader of its stream has taken between deltas
-        self.taken: list[str] = []  #: text that its reader has got
-
-    def take_place(self, places: _Places, patient: bool) -> bool:
-        """Get one of the tier's places; wait for it only if ``patient``."""
-        self.place = places.take(max(0.0, self.run.deadline - self.start) if patient else 0.0)
-        self.start = self.run.clock()
-        return self.place is not None
-
-    def is_outdated(self) -> bool:
-        """Whether the breaker changed while this request waited for its place."""
-        return self.ticket._era not in (self.tier.breaker._record.era, _NO_ERA)
 
     def send(self) -> LLMResponse | None:
         """The whole answer, or None if a stream has begun: then ``delta`` is its first one."""
         run, tier = self.run, self.tier
-        asked = run.asked
         messages, options = run.request(self)
-        if not asked.streaming:
-            return self.checked(
-                tier.provider.chat(messages, tools=asked.tools, model=self.model, **options)
-            )
+        if not run.streaming:
+            chat = tier.provider.chat
+            return self.checked(chat(messages, tools=run.tools, model=self.model, **options))
+        self.taken: list[str] = []  #: text that the reader has got
         self.opening: _Opening | None = _Opening(run.chain._core if run.chain._ladder else "")
-        self.stream = tier._open(messages, tools=asked.tools, model=self.model, **options)
+        self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
         return self.read()
 
     def read(self) -> LLMResponse | None:
@@ -6394,114 +5838,100 @@ class _Try:
                 return self.checked(end.value)
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
                 raise (error.__cause__ or error) from None
-            if isinstance(delta, Thought):
-                if not self.run.asked.thoughts:
-                    continue
-            elif self.opening is not None:
+            if self.opening is not None and not isinstance(delta, Thought):
                 delta = self.opening.feed(delta)
                 if not delta:
                     continue
                 self.opening = None
-            self.delta = delta
-            return None
+            if self.run.thoughts or not isinstance(delta, Thought):
+                self.delta = delta
+                return None
 
     def checked(self, response: Any) -> LLMResponse:
         if not isinstance(response, LLMResponse):
             kind, returned = type(self.tier.provider).__name__, type(response).__name__
-            cure = "return an LLMResponse, or raise a ProviderError"
-            raise ConfigError(f"tier {self.tier.name!r}: {kind} returned {returned}: {cure}")
+            told = f"tier {self.tier.name!r}: {kind} returned {returned}"
+            raise ConfigError(f"{told}: return an LLMResponse, or raise a ProviderError")
         if response.content and not response.content.isspace():
             return response
-        return _checked_answer(response, self.run.asked.messages)
+        return _checked_answer(response, self.run.messages)
 
     def end(self, error: BaseException | None = None, verdict: _Verdict | None = None) -> None:
         """Settle the ticket, and give back the place and the connection. The first call counts."""
-        if error is None and verdict is None:
-            self.ticket.success()
-        elif error is None:
-            self.ticket.neutral()
-        else:
+        if error is not None:
             self.ticket._judge(error, verdict)
+        elif verdict is None:
+            self.ticket.success()
+        else:
+            self.ticket.neutral()
         if self.place is not None and self.tier._slots is not None:
             self.place = None
             self.tier._slots.ring()
-        stream = getattr(self, "stream", None)
-        if stream is not None:
-            getattr(stream, "close", dict)()  # last: a provider's own generator may raise here
+        if self.stream is not None:
+            getattr(self.stream, "close", dict)()  # last: a provider's generator may raise here
 
     def failed(self, error: BaseException, retries: int = 0, may_wait: bool = False) -> _Verdict:
         """End a failed request, record it, and say what follows."""
         if isinstance(error, UnknownModel) and getattr(self.tier.provider, "_is_chain", False):
             error = ModelNotFound(str(error))  # another tier may serve it
-        run, now = self.run, self.run.clock()
-        given, limit = now - self.start - self.idle, self.tier.timeout
-        left = run.deadline - now
+        run, tier, now = self.run, self.tier, self.run.clock()
+        left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
-        if late and self.idle and limit is not None and given < limit:
+        if late and self.idle and tier.timeout is not None and given < tier.timeout:
             given = left = 0.0  # it was in time; its reader was not
-        chain = run.chain
-        facts = _Facts(
-            chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
-            chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
-        )  # fmt: skip
-        verdict = _judged(error, facts)
+        verdict = _judged(error, _Facts(
+            run.chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
+            run.chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
+        ))  # fmt: skip
         self.end(error, verdict)
-        if verdict.then == "pass":
+        if verdict.then == "pass" or not isinstance(error, Exception):
             raise error
-        if not isinstance(error, RouterError):
-            chain._warn_of(self.tier, error)
         if isinstance(error, ProviderError):
-            error.provider, error.model = self.tier.name, error.model or self.model or ""
-        assert isinstance(error, Exception)
+            error.provider, error.model = tier.name, error.model or self.model or ""
+        elif not isinstance(error, RouterError):
+            run.chain._warn_of(tier, error)
         run.record(self, error, None)
         if verdict.then == "raise":
             raise error
-        run.failures.append(_Failure(self.tier, _bare(error), True))
-        return verdict if self.tier.breaker.is_closed else verdict._replace(then="next")
+        run.failures.append(_Failure(tier, _bare(error), True))
+        return verdict if tier.breaker.is_closed else verdict._replace(then="next")
 
     def deltas(self) -> Generator[str, None, LLMResponse | None]:
-        """The rest of a stream; returns the answer, or None if another tier is to be asked.
-
-        However it ends, ticket, place and connection are given back.
-        """
-        run, clock = self.run, self.run.clock
-        response: LLMResponse | None = None
+        """The rest of a stream; returns the answer, or None if another tier is to be asked."""
+        run, response = self.run, None
         try:
-            while True:
-                delta = self.delta
-                if not isinstance(delta, Thought):
-                    self.taken.append(delta)
-                given = clock()
-                yield delta
-                now = clock()
+            while response is None:
+                if not isinstance(self.delta, Thought):
+                    self.taken.append(self.delta)
+                given = run.clock()
+                yield self.delta
+                now = run.clock()
                 self.idle += now - given
                 if now >= run.deadline:
                     told = "the deadline of the call passed"
                     raise ProviderTimeout(told, code="attempt_timeout")
                 response = self.read()
-                if response is not None:
-                    break
         except GeneratorExit:
             self.end(None, None if self.taken else _Verdict("next", "neutral"))
             raise
         except BaseException as error:
-            if not self.taken:
-                self.failed(error)
-                return None
-            raise self._interrupted(error)  # noqa: B904 - its cause is set
+            if self.taken:
+                raise self._interrupted(error)  # noqa: B904 - its cause is set
+            self.failed(error)
+            return None
         self.end()
         return response
 
-    def _interrupted(self, error: BaseException) -> BaseException:
+    def _interrupted(self, error: BaseException) -> StreamInterrupted:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
         with contextlib.suppress(ProviderError):  # "raise" means the same here: to the reader
             self.failed(error)
-        run = self.run
-        late = run.clock() >= run.deadline - _EARLY and isinstance(error, ProviderTimeout)
-        late = late and error.code == "attempt_timeout"  # type: ignore[attr-defined]
-        cause = run.failure(late=True) if late else error
-        why = f"the call's timeout of {run.asked.limit:g} s" if late else _error_text(error)
-        broken = StreamInterrupted(f"{self.tier.name} broke off: {why}", provider=self.tier.name)
+        run, cause, why = self.run, error, _error_text(error)
+        timed_out = isinstance(error, ProviderTimeout) and error.code == "attempt_timeout"
+        if timed_out and run.clock() >= run.deadline - _EARLY:
+            cause, why = run.failure(late=True), f"the call's timeout of {run.limit:g} s"
+        told = _escaped(f"{self.tier.name} broke off: {why}")
+        broken = StreamInterrupted(told, provider=self.tier.name)
         broken.model = self.model or ""
         if isinstance(error, ProviderError):
             for name in ("model", "status", "code", "retry_after", "request_id"):
@@ -6515,55 +5945,69 @@ class _Try:
 class _Run:
     """One call of a chain: what was asked, what time is left, what has happened. Of one thread."""
 
-    naps = 0
+    naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
     escalation: str | None = None  #: why a weaker model gave up
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
     cost: float | None = 0.0
-    images: bool | None = None
+    streaming = thoughts = False
 
-    def __init__(self, chain: FailoverChain, asked: _Asked) -> None:
-        self.chain, self.clock, self.asked = chain, chain._clock, asked
-        self.plan: _Plan = asked.order  #: who is asked in this round
-        self.later = [*asked.order]  #: who is still to be asked in it
-        self.wait = asked.wait
+    def __init__(
+        self, chain: FailoverChain, messages: list[Message], tools: Tools, model: str | None,
+        limits: tuple[float | None, float | None, Sequence[str] | None], options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.chain, self.clock = chain, chain._clock
+        self.messages, self.tools = messages, tools or None
+        self.model, self.options = model, options
+        timeout, wait, names = limits
+        self.wait: float = chain.wait if wait is None else _number(wait, "wait")
+        self.limit: float = chain.timeout + self.wait
+        if timeout is not None:
+            self.limit = _number(timeout, "timeout")
+        plain = model is None and names is None
+        self.order: _Plan = chain._plan if plain else chain._order(model, names)
+        self.plan = self.order  #: who is asked in this round
+        self.later = [*self.order]  #: who is still to be asked in it
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
-        self.instructs = bool(chain._ladder and chain._instruction) and chain._can_escalate(asked)
+        self.instructs = False  #: whether weaker models are told how to give up
+        if chain._ladder and chain._instruction:
+            tiers = [tier for tier, _ in self.order]
+            self.instructs = any(chain._serving(name, tiers) for name in chain._ladder)
         self.attempts: list[Attempt] = []
         self.failures: list[_Failure] = []
         self.start = self.clock()
-        self.deadline = self.start + asked.limit
+        self.deadline = self.start + self.limit
 
     # -- the loop
 
     def answer(self) -> LLMResponse | _Try:
         """The answer, or a stream that has begun; or the error, with the record of the call."""
         try:
-            return self._loop()
+            while True:
+                if not self.later and not self._nap():
+                    raise self.failure()
+                if self.clock() >= self.deadline:
+                    for tier, model in self.later:
+                        if all(tier is not failure.tier for failure in self.failures):
+                            self._skip(tier, model, CircuitOpen("no time left to ask it"))
+                    self.plan = self.order
+                    raise self.failure(late=True)
+                tier, model = self.later.pop(0)
+                found = self._ask(tier, model)
+                if isinstance(found, _Try):
+                    return found
+                if found is not None and self._accepted(tier, model, found):
+                    return self.finished(tier, found)
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self.tell_failure(error)
             raise
 
-    def _loop(self) -> LLMResponse | _Try:
-        while True:
-            if not self.later and not self._nap():
-                raise self.failure()
-            if self.clock() >= self.deadline:
-                raise self._out_of_time()
-            tier, model = self.later.pop(0)
-            found = self._ask(tier, model)
-            if isinstance(found, _Try):
-                return found
-            if found is not None and self._accepted(tier, model, found):
-                return self.finished(tier, found)
-
     def _ask(self, tier: ProviderTier, model: str | None) -> LLMResponse | _Try | None:
         """Ask one tier, again if its error says so. None if the next one is to be asked."""
         retries, may_wait = tier.retries, True
-        attempt = self._admitted(tier, model)
-        while attempt is not None:
+        while (attempt := self._admitted(tier, model)) is not None:
             try:
                 response = attempt.send()
             except BaseException as error:
@@ -6578,15 +6022,13 @@ class _Run:
                 return response
             if verdict.then == "next":
                 self._tell_failover(tier, model)
-                return None
+                break
             retries, may_wait = (retries, False) if limited else (retries - 1, may_wait)
             self.tell("retry", tier, model, {"pause": verdict.pause})
             self.chain._sleep(verdict.pause)
-            attempt = None
-            if tier.breaker.is_closed:
-                attempt = self._admitted(tier, model)
-            else:
+            if not tier.breaker.is_closed:
                 self._refused_by(tier, model)
+                break
         return None
 
     def _tell_failover(self, tier: ProviderTier, model: str | None) -> None:
@@ -6598,30 +6040,32 @@ class _Run:
         if self.chain._picky and (unable := self._unable(tier)):
             self._skip(tier, model, UnsupportedRequest(unable))
             return None
-        while True:
-            breaker = tier.breaker
+        breaker, places, why = tier.breaker, tier._slots, ""
+        while not why:
             forced = tier.role == "emergency"
             ticket = breaker._force_admit() if forced else breaker._try_admit()
             if ticket is None:
                 self._refused_by(tier, model)
                 return None
             attempt = _Try(self, tier, model, ticket)
-            why, places = "", tier._slots
-            if places is not None and not attempt.take_place(places, not self._later_ready(tier)):
+            if places is not None:
+                patience = 0.0 if self._later_ready(tier) else self.deadline - attempt.start
+                attempt.place = places.take(max(0.0, patience))
+                attempt.start = self.clock()
+            if places is not None and attempt.place is None:
                 why = f"{tier.name} is busy"
             elif attempt.start >= self.deadline:  # a store, a full tier or a listener took the time
                 why = "no time left to ask it"
-            elif places is None or not attempt.is_outdated():
-                return attempt
+            elif places is None or ticket._era in (breaker._record.era, _NO_ERA):
+                return attempt  # else the breaker changed while it waited for its place
             attempt.end(None, _Verdict("next", "neutral"))
-            if why:
-                self._skip(tier, model, CircuitOpen(why))
-                return None
+        self._skip(tier, model, CircuitOpen(why))
+        return None
 
     def request(self, attempt: _Try) -> tuple[list[Message], dict[str, Any]]:
         """Messages and options for one request. Here time becomes seconds."""
-        tier, model, asked = attempt.tier, attempt.model, self.asked
-        options = {**tier.params, **asked.options}
+        tier, model, messages = attempt.tier, attempt.model, self.messages
+        options = {**tier.params, **self.options}
         if None in options.values():
             options = {name: value for name, value in options.items() if value is not None}
         left = self.deadline - attempt.start
@@ -6630,76 +6074,69 @@ class _Run:
             options.update(self._silence(tier, model, options, left))
             if self.observed:
                 options["on_resend"] = lambda data: self.tell("resend", tier, model, data)
-        if asked.thoughts and tier._is_ours:
+        if not tier._is_ours:
+            messages = _without_carry(messages)
+        elif self.thoughts:
             options["thoughts"] = True
-        messages = asked.messages if tier._is_ours else self._bare_messages()
-        plain = self.instructs and not _wants_json(options.get("response_format"))
-        if plain and not self.chain._is_top(model, tier):
-            messages = _instructed(messages, self.chain._instruction)
+        if self.instructs and tier._sent_for(self.chain._ladder[-1]) != model:
+            form = options.get("response_format")
+            kind = form.get("type") if isinstance(form, Mapping) else None
+            if kind not in ("json_object", "json_schema"):
+                messages = _instructed(messages, self.chain._instruction)
         if self.observed:
             self.tell("attempt", tier, model, {"timeout": options["timeout"]})
         return messages, options
 
-    def _bare_messages(self) -> list[Message]:
-        """The messages without what they keep for the provider that they came from."""
-        messages = self.asked.messages
-        if any(_CARRY in message for message in messages):
-            return _CheckedMessages(
-                {name: item for name, item in each.items() if name != _CARRY} for each in messages
-            )
-        return messages
-
     def _silence(
         self, tier: ProviderTier, model: str | None, options: Mapping[str, Any], left: float
     ) -> dict[str, float]:
-        """The limits on silence for one request (class docstring of FailoverChain)."""
-        ready = self._later_ready(tier)
-        relaxed = (
-            not ready or self.rung or self.asked.model is not None
-            or "reasoning_effort" in options or model in tier._thinkers
-        )  # fmt: skip
-        limits = {}
+        """The limits on silence for one request (see FailoverChain)."""
+        ready, limits = self._later_ready(tier), {}
+        named = self.model is not None or "reasoning_effort" in options
+        relaxed = not ready or self.rung or named or model in tier._thinkers
         for name in ("first_token_timeout", "stall_timeout"):
-            own = options.get(name, getattr(tier.provider, name))
-            limit = _number(own, name) * (_PATIENCE if relaxed else 1.0)
+            limit = _number(options.get(name, getattr(tier.provider, name)), name)
+            limit *= _PATIENCE if relaxed else 1.0
             limits[name] = min(limit, left / 2) if ready else limit
         return limits
 
     def _later_ready(self, tier: ProviderTier) -> bool:
         """Whether another tier that comes after this one would take the request now."""
         return any(
-            (other.role == "emergency" or other.breaker._would_admit())
-            and self._unable(other) is None
-            for other, _ in self.later
-            if other is not tier
-        )
+            (other.role == "emergency" or other.breaker._would_admit()) and not self._unable(other)
+            for other, _ in self.later if other is not tier
+        )  # fmt: skip
 
     def _unable(self, tier: ProviderTier) -> str | None:
-        if self.asked.tools and not tier.supports_tools:
+        if self.tools and not tier.supports_tools:
             return f"{tier.name} takes no tools"
-        if not tier.supports_images:
-            if self.images is None:
-                self.images = _has_images(self.asked.messages)
-            if self.images:
-                return f"{tier.name} takes no images"
+        if not tier.supports_images and self.has_images:
+            return f"{tier.name} takes no images"
         return None
+
+    @functools.cached_property
+    def has_images(self) -> bool:
+        contents = [message.get("content") for message in self.messages]
+        parts = [part for each in contents if isinstance(each, (list, tuple)) for part in each]
+        return any(part.get("type") in ("image_url", "image", "input_image") for part in parts)
 
     # -- streams
 
     def deltas(self, found: LLMResponse | _Try) -> Generator[str, None, LLMResponse]:
-        """The deltas of the answer. After thoughts, but no text, another tier may still be asked."""
+        """The deltas of the answer. Until the first text another tier may still be asked."""
         yield ""  # taken at once: closing or losing a generator that has begun runs its ``finally``
         while isinstance(found, _Try):
-            attempt = found
+            attempt, tier = found, found.tier
             response = yield from attempt.deltas()
-            if response is not None:
-                self.record(attempt, None, response)
-                if attempt.taken or self._accepted(attempt.tier, attempt.model, response):
-                    if not attempt.taken and response.content:
-                        yield response.content
-                    return self.finished(attempt.tier, response)
+            if response is None:
+                self._tell_failover(tier, attempt.model)
             else:
-                self._tell_failover(attempt.tier, attempt.model)
+                self.record(attempt, None, response)
+                if attempt.taken:
+                    return self.finished(tier, response)
+                if self._accepted(tier, attempt.model, response):
+                    found = self.finished(tier, response)
+                    break
             found = self.answer()
         if found.content:
             yield found.content
@@ -6724,20 +6161,22 @@ class _Run:
         self.failures.append(_Failure(tier, error, False))
         self.tell("skip", tier, model, {"reason": str(error)})
 
-    def record(
-        self, attempt: _Try, error: Exception | None, response: LLMResponse | None
-    ) -> None:
+    def record(self, attempt: _Try, error: Exception | None, response: LLMResponse | None) -> None:
         """One request, with what it used. A nested chain's own attempts count in this one."""
         tier, model = attempt.tier, attempt.model or ""
         latency = self.clock() - attempt.start
-        text = None if error is None else _error_text(error)
+        text = status = None
+        if error is not None:
+            text, status = _error_text(error), getattr(error, "status", None)
         tier._count(text, latency)
-        inner = getattr(error if response is None else response, "attempts", ())
-        usage = getattr(error if response is None else response, "usage", None) or _NO_USAGE
+        found: Any = error if response is None else response
+        inner, usage = getattr(found, "attempts", ()), getattr(found, "usage", None) or _NO_USAGE
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
+        outcome, answered = "failed", ""
         if response is not None:
-            model = model or response.model
+            outcome, answered = "ok", response.model
+            model = model or answered
             if usage.reasoning_tokens or response.reasoning:
                 tier._thinkers.add(attempt.model)
         if self.cost is not None and (response is not None or usage.total_tokens):
@@ -6745,11 +6184,8 @@ class _Run:
             if inner:
                 cost = response.cost if response is not None else getattr(error, "_cost", None)
             elif usage.total_tokens:  # what was used is not known of an answer without usage
-                answered = response.model if response is not None else ""
                 cost = tier._cost(usage, (answered, attempt.model))
             self.cost = None if cost is None else self.cost + cost
-        outcome = "ok" if response is not None else "failed"
-        status = getattr(error, "status", None)
         self.attempts.append(Attempt(tier.name, model, outcome, text, status, latency, usage))
 
     def finished(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
@@ -6762,13 +6198,11 @@ class _Run:
     def _completed(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
         answer: LLMResponse = object.__new__(type(response))
         answer.__dict__ = response.__dict__.copy()
-        answer.provider = tier.name
-        answer.attempts = tuple(self.attempts)
-        answer.cost = self.cost
+        answer.provider, answer.model = tier.name, answer.model or self.attempts[-1].model
+        answer.attempts, answer.cost = tuple(self.attempts), self.cost
         answer.latency = self.clock() - self.start
         if self.escalation is not None:
             answer.escalation = self.escalation
-        answer.model = answer.model or self.attempts[-1].model
         return answer
 
     # -- escalation
@@ -6782,30 +6216,26 @@ class _Run:
         label = "refused by accept" if reason is None else "gave up"
         self.attempts[-1] = self.attempts[-1]._replace(outcome="escalated", error=label)
         self.last = self._completed(tier, response)
+        self.escalation = label
         if reason is not None:
-            self.last.content = reason or None
-        self.escalation = label if reason is None else reason or "no reason given"
+            self.last.content, self.escalation = reason or None, reason or "no reason given"
         if chain._ladder:
             self._climb(tier, model)
         return False
 
     def _climb(self, tier: ProviderTier, model: str | None) -> None:
         """Ask the next rung of the ladder, then the tiers that come after the one that gave up."""
-        ladder, order = self.chain._ladder, self.asked.order
-        own = [
-            at for at, name in enumerate(ladder)
-            if (tier._id_of(name) if tier.models else name) == model
-        ]  # fmt: skip
-        rung = max([self.rung, *(at + 1 for at in own)])
-        tiers = [other for other, _ in order]
+        ladder, tiers = self.chain._ladder, [other for other, _ in self.order]
+        passed = [at + 1 for at, name in enumerate(ladder) if tier._sent_for(name) == model]
+        rung = max(self.rung, *passed, 0)
         stronger = self.chain._serving(ladder[rung], tiers) if rung < len(ladder) else []
         if not stronger:
             raise self.failure()
         self.rung = rung + 1
-        asked = {other.name for other, _ in stronger}
-        after = [pair for pair in order[tiers.index(tier) + 1 :] if pair[0].name not in asked]
         self.tell("escalation", tier, model, {"to": ladder[rung]}, logging.INFO)
-        self.plan = [*stronger, *after]
+        asked = {other.name for other, _ in stronger}
+        after = self.order[tiers.index(tier) + 1 :]
+        self.plan = [*stronger, *(pair for pair in after if pair[0].name not in asked)]
         self.later = [*self.plan]
 
     # -- waiting and failing
@@ -6816,10 +6246,9 @@ class _Run:
         last = {failure.tier.name: failure.error for failure in self.failures}
         for tier, _ in self.plan:
             error, record = last.get(tier.name), tier.breaker._look()
-            if isinstance(error, ProviderError) and error.breaker == "neutral":
-                continue  # it would say the same again
-            if record.state == "open" and not record.heals:
-                continue  # a wrong key or an empty account
+            same = isinstance(error, ProviderError) and error.breaker == "neutral"
+            if same or (record.state == "open" and not record.heals):
+                continue  # it would say the same again; a wrong key or an empty account
             left = tier.breaker._remaining(record)
             if left is None and record.state == "closed":
                 left = getattr(error, "retry_after", None) or _SOON
@@ -6836,23 +6265,14 @@ class _Run:
         if any(tier.breaker.is_closed for tier, _ in self.plan):  # it failed just now
             ready *= min(2.0**self.naps, 8.0)
         ready = max(ready, _NAP * 2.0 ** min(self.naps, 5))
-        if ready > self.wait or self.clock() + ready >= self.deadline:
+        if ready > self.wait - self.slept or self.clock() + ready >= self.deadline:
             return False
-        self.naps += 1
-        self.wait -= ready
+        self.naps, self.slept = self.naps + 1, self.slept + ready
         self.chain._emit("wait", "", "", {"seconds": ready})
         _log.info("all tiers failed: waiting %.1f s", ready)
         self.chain._sleep(ready)
         self.later = [*self.plan]
         return True
-
-    def _out_of_time(self) -> RouterError:
-        named = {failure.tier.name for failure in self.failures}
-        for tier, model in self.later:
-            if tier.name not in named:
-                self._skip(tier, model, CircuitOpen("no time left to ask it"))
-        self.plan = self.asked.order
-        return self.failure(late=True)
 
     def failure(self, late: bool = False) -> RouterError:
         """What the caller gets when nobody answered."""
@@ -6873,21 +6293,19 @@ class _Run:
             error = EscalationFailed(f"{what}: {reasons}")
             error.response = self.last
         elif late:
-            limits = f"timeout={self.asked.limit:g} s"
-            limits += f", wait={self.asked.wait:g} s" if self.asked.wait else ""
+            limits = f"timeout={self.limit:g} s" + (f", wait={self.wait:g} s" if self.wait else "")
             error = DeadlineExceeded(f"the deadline passed ({limits}): {reasons}")
         else:
             error = AllProvidersFailed(f"no tier answered: {reasons}")
-        error.errors = tuple(_bare(failure) for failure in errors)
-        error.retry_after = self._ready_in()
-        error.__cause__ = error.errors[0] if error.errors else None
+        error.errors, error.retry_after = tuple(_bare(each) for each in errors), self._ready_in()
+        error.__cause__ = error.errors[0] if errors else None
         return error
 
     def _reasons(self) -> str:
         """Every tier and its reason; what was repeated is said once, with its number."""
         said: dict[str, int] = {}
         for attempt in self.attempts:
-            text = f"{attempt.tier}: {attempt.error or attempt.outcome}"
+            text = _escaped(f"{attempt.tier}: {attempt.error or attempt.outcome}")
             said[text] = said.get(text, 0) + 1
         return "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in said.items())
 
@@ -6904,76 +6322,62 @@ class _Run:
     ) -> None:  # fmt: skip
         if self.observed or level > logging.DEBUG:
             if _log.isEnabledFor(level):
-                _log.log(level, "%s %s %s %s", _ascii(tier.name), kind, model or "", _ascii(str(data)))
+                _log.log(level, "%s", _ascii(f"{tier.name} {kind} {model or ''} {data}"))
             self.chain._emit(kind, tier.name, model or "", data)
 
 
 # ==== chain =======================================================================================
 
 _INSTRUCTION = (
-    "If this task is beyond your ability, or you are not confident that your answer is right, do not"
-    " guess: reply with {marker} as the very first characters, followed by one short sentence that"
-    " says why. A stronger model will then answer instead. Otherwise answer normally and never"
+    "If this task is beyond your ability, or you are not confident that your answer is right, do"
+    " not guess: reply with {marker} as the very first characters, followed by one short sentence"
+    " that says why. A stronger model will then answer instead. Otherwise answer normally and never"
     " mention {marker}."
 )
 #: Jitter of the breakers that a chain makes for itself alone: a fleet must not try in step.
 _FLEET_JITTER = 0.25
-
-
 _warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
 class FailoverChain(LLMProvider):
     """Asks its tiers in order until one answers, within one deadline.
 
-    Tiers of the role primary come first, then secondary, then emergency, and within a role as
-    listed. A failure goes on to the next tier, after one more try on the same tier where the
-    error's class says so. A tier that keeps failing is skipped until its breaker lets a trial
-    through. A Retry-After of at most ``max_retry_after`` seconds is waited out, once; a longer one
-    parks the tier.
+    Primary tiers come first, then secondary, then emergency, within a role as listed. A failure
+    goes to the next tier, after one more try on the same tier where the error's class says so. A
+    tier that keeps failing is skipped until its breaker lets a trial through. A Retry-After of at
+    most ``max_retry_after`` seconds is waited out, once; a longer one parks the tier.
 
-    Silence: a tier that has not begun to answer within its provider's ``first_token_timeout``, or
-    goes silent for its ``stall_timeout``, is given up. While a later tier is ready neither takes
-    more than half of the time left. Both are five times as long when no later tier is ready, when
-    the caller named the model or set ``reasoning_effort``, on escalation, and for a model whose
-    earlier answers reported thinking.
+    A tier that has not begun to answer within its provider's ``first_token_timeout``, or is silent
+    for its ``stall_timeout``, is given up. While a later tier is ready, neither takes more than
+    half of the time left. Both are five times as long when no later tier is ready, the caller named
+    the model or set ``reasoning_effort``, on escalation, and for a model that has reported
+    thinking.
 
-    ``escalation_model``: a name, or names, weakest first: an answer that begins with
-    ``escalation_marker`` is asked again there. ``escalation_prompt``: whether weaker models are told
-    so; a str replaces the text. ``accept(response) -> bool``: your own check; a refused answer
-    escalates, or goes to the next tier. ``timeout``: seconds for a call. ``wait``: seconds in all
-    that a call may sleep until a tier is ready again (0: fail at once). ``failure_threshold``,
-    ``recovery_timeout``: for the breakers made here. ``store``: where the breakers keep their state,
-    to share it with other processes (SQLiteStore) or machines (RedisStore); None: in this chain
-    alone. ``on_error={Class: "next" | "raise"}`` overrides a class's policy. ``on_event(event)`` is
-    told of every step; what it raises is logged. ``clock`` and ``sleep`` drive all but sockets.
+    ``escalation_model``: a name, or names, weakest first, who are asked when an answer begins with
+    ``escalation_marker``. ``escalation_prompt``: whether weaker models are told so; a str replaces
+    the text. ``accept(response) -> bool``: your own check; a refused answer escalates, or goes to
+    the next tier. ``timeout``: seconds for a call. ``wait``: seconds in all that a call may sleep
+    until a tier is ready again (0: fail at once). ``failure_threshold``, ``recovery_timeout``: for
+    the breakers made here. ``store``: shares the breakers with other processes (SQLiteStore) or
+    machines (RedisStore); None: in this chain alone. ``on_error={Class: "next" | "raise"}``
+    overrides a class's policy. ``on_event(event)`` is told of every step; what it raises is logged.
+    ``clock`` and ``sleep`` drive all but sockets.
 
-    Thread-safe, fork-safe, and itself a provider: a chain can be a tier of another. Raises
-    ConfigError when built wrong.
+    Thread-safe, fork-safe; a chain can be a tier of another. Raises ConfigError.
     """
 
-    _is_ours = True
-    _is_chain = True
+    _is_ours = _is_chain = True
 
     def __init__(
-        self,
-        tiers: Iterable[ProviderTier],
-        *,
-        escalation_model: str | Sequence[str] | None = None,
-        escalation_marker: str = "[ESCALATE]",
-        escalation_prompt: bool | str = True,
-        accept: Callable[[LLMResponse], bool] | None = None,
-        timeout: float = 300.0,
-        wait: float = 0.0,
-        max_retry_after: float = 2.0,
-        failure_threshold: int = 3,
-        recovery_timeout: float = 15.0,
-        store: Any = None,
+        self, tiers: Iterable[ProviderTier], *,
+        escalation_model: str | Sequence[str] | None = None, escalation_marker: str = "[ESCALATE]",
+        escalation_prompt: bool | str = True, accept: Callable[[LLMResponse], bool] | None = None,
+        timeout: float = 300.0, wait: float = 0.0, max_retry_after: float = 2.0,
+        failure_threshold: int = 3, recovery_timeout: float = 15.0, store: Any = None,
         on_error: Mapping[type[Exception], str] | None = None,
         on_event: Callable[[Event], Any] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Any] = time.sleep,
-    ) -> None:
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep,
+    ) -> None:  # fmt: skip
         self.tiers = _checked_tiers(tiers)
         self.timeout: float = _number(timeout, "timeout")
         self.wait: float = _number(wait, "wait")
@@ -6981,11 +6385,8 @@ class FailoverChain(LLMProvider):
         for where, function in (("accept", accept), ("on_event", on_event)):
             if function is not None and not callable(function):
                 raise ConfigError(f"{where}={function!r}: give a function, or None")
-        self._on_error = _checked_policy(on_error)
-        self._on_event = on_event
-        self._accept = accept
-        self._clock = clock
-        self._sleep = sleep
+        self._on_error, self._on_event = _checked_policy(on_error), on_event
+        self._accept, self._clock, self._sleep = accept, clock, sleep
         self._set_escalation(escalation_model, escalation_marker, escalation_prompt)
         for tier in self.tiers:
             if tier.breaker is None:
@@ -7006,11 +6407,10 @@ class FailoverChain(LLMProvider):
         core = marker.strip()
         self._core = core[_undecorated(core) :]  # decoration is left out on both sides
         if not self._core:
-            cure = "give more than decoration, such as '[ESCALATE]'"
-            raise ConfigError(f"escalation_marker={marker!r}: {cure}")
+            told = f"escalation_marker={marker!r}"
+            raise ConfigError(f"{told}: give more than decoration, such as '[ESCALATE]'")
         if not isinstance(prompt, (bool, str)):
-            cure = "give True, False, or a text of your own"
-            raise ConfigError(f"escalation_prompt={prompt!r}: {cure}")
+            raise ConfigError(f"escalation_prompt={prompt!r}: give True, False, or your own text")
         text = _INSTRUCTION if prompt is True else prompt or ""
         self._instruction = text.replace("{marker}", core)
         if not isinstance(model, (str, Sequence, type(None))):
@@ -7023,86 +6423,65 @@ class FailoverChain(LLMProvider):
     # -- public
 
     def chat(
-        self,
-        messages: Messages,
-        tools: Tools = None,
-        model: str | None = None,
-        *,
-        system: str | None = None,
-        timeout: float | None = None,
-        wait: float | None = None,
-        tiers: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> LLMResponse:
+        self, messages: Messages, tools: Tools = None, model: str | None = None, *,
+        system: str | None = None, timeout: float | None = None, wait: float | None = None,
+        tiers: Sequence[str] | None = None, **kwargs: Any,
+    ) -> LLMResponse:  # fmt: skip
         """One answer, from the first tier that gives one.
 
         ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is
         modified. ``model``: tiers that list it are asked first; None asks each for its default.
         ``system``: a system message put in front. ``timeout``: seconds for everything, None: the
-        chain's (plus ``wait``). ``wait``: seconds in all that it may sleep for a tier, None: the
-        chain's, 0: fail at once. ``tiers``: names; no other tier is asked. Other keyword arguments
-        are options for the providers; None leaves one out.
+        chain's plus ``wait``. ``wait``: seconds to sleep for a tier, None: the chain's, 0: fail at
+        once. ``tiers``: names; no other tier is asked. Other arguments are options for the
+        providers; None leaves one out.
 
         Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one
-        class of it holds for all tiers or says "raise" (ContentFiltered); UnknownModel, ConfigError,
-        BadRequest and TypeError for wrong arguments.
+        class of it holds for all tiers or says "raise" (ContentFiltered); for wrong arguments
+        UnknownModel, ConfigError, BadRequest and TypeError.
         """
         try:
             kwargs.pop("thoughts", None)
             checked = _checked_messages(messages, system)
-            asked = self._asked(checked, tools, model, (timeout, wait, tiers), kwargs)
-            found = _Run(self, asked).answer()
-            assert isinstance(found, LLMResponse)  # only stream() gets streams
-            return found
+            run = _Run(self, checked, tools, model, (timeout, wait, tiers), kwargs)
+            return run.answer()  # type: ignore[return-value]  # only stream() gets a _Try
         except BaseException as error:
-            checked = asked = None  # type: ignore[assignment]
+            checked = run = None  # type: ignore[assignment]
             del messages, tools, system, kwargs
             raise _bare(error)  # noqa: B904 - it is the same error
 
     def stream(
-        self,
-        messages: Messages,
-        tools: Tools = None,
-        model: str | None = None,
-        *,
-        system: str | None = None,
-        timeout: float | None = None,
-        wait: float | None = None,
-        tiers: Sequence[str] | None = None,
-        thoughts: bool = False,
-        **kwargs: Any,
-    ) -> ChatStream:
-        """The answer as deltas of text; arguments as for ``chat()``. Returns with the first in hand.
+        self, messages: Messages, tools: Tools = None, model: str | None = None, *,
+        system: str | None = None, timeout: float | None = None, wait: float | None = None,
+        tiers: Sequence[str] | None = None, thoughts: bool = False, **kwargs: Any,
+    ) -> ChatStream:  # fmt: skip
+        """The answer as deltas of text; arguments as for ``chat()``. Returns with the first one.
 
-        Until then it raises what ``chat()`` raises, and fails over like it. After that a break, a
-        stall or the deadline (the caller's own time included) raises StreamInterrupted with
-        ``.partial``. With ``accept`` the whole answer has to be seen first: it comes as one delta.
-        ``thoughts=True`` also hands out the model's thinking, as deltas of the class Thought: until
-        the first text another tier may still be asked.
+        Until then it fails over and raises like ``chat()``. After that a break, a stall or the
+        deadline (the reader's time included) raises StreamInterrupted with ``.partial``. With
+        ``accept`` the whole answer comes as one delta. ``thoughts=True`` also hands out the model's
+        thinking, as deltas of the class Thought; until the first text another tier may be asked.
         """
         try:
             checked = _checked_messages(messages, system)
-            asked = self._asked(checked, tools, model, (timeout, wait, tiers), kwargs)
-            asked = asked._replace(streaming=self._accept is None, thoughts=thoughts)
-            run = _Run(self, asked)
+            run = _Run(self, checked, tools, model, (timeout, wait, tiers), kwargs)
+            run.streaming, run.thoughts = self._accept is None, thoughts
             return ChatStream(run.deltas(run.answer()))
         except BaseException as error:
-            checked = asked = None  # type: ignore[assignment]
+            checked = run = None  # type: ignore[assignment]
             del messages, tools, system, kwargs
             raise _bare(error)  # noqa: B904 - it is the same error
 
     def health(self) -> list[TierHealth]:
         """What is known of each tier, as plain data; asks nobody."""
-        for tier in self.tiers:
-            tier.breaker._look()
         return [tier._health() for tier in self.tiers]
 
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping counts as a failure and stands in ``last_error`` (a 404 only the latter: some
-        servers list no models); a good one makes an open breaker's trial due and clears
-        ``last_error``. It closes nothing: a provider may list its models and answer nothing.
+        A failed ping stands in ``last_error`` and counts as a failure (but for a 404: some servers
+        list no models); a good one clears ``last_error`` and makes an open breaker's trial due, but
+        closes nothing: a provider may list its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
@@ -7121,13 +6500,14 @@ class FailoverChain(LLMProvider):
 
     def ping(self, timeout: float = 5.0) -> None:
         """Returns if any tier's ping does, raises the last one's error. ``timeout``: for all."""
-        until = time.monotonic() + _number(timeout, "timeout")
-        for at, tier in enumerate(self.tiers):
+        until, tiers = time.monotonic() + _number(timeout, "timeout"), [*self.tiers]
+        while True:
+            ping = getattr(tiers.pop(0).provider, "ping", lambda _: None)
             try:
-                left = max(0.0, until - time.monotonic())
-                return getattr(tier.provider, "ping", lambda _: None)(left)  # type: ignore
+                ping(max(0.0, until - time.monotonic()))
+                return
             except Exception as error:
-                if at == len(self.tiers) - 1 or _is_task_limit(error):
+                if not tiers or _is_task_limit(error):
                     raise
 
     def reset(self) -> None:
@@ -7159,66 +6539,49 @@ class FailoverChain(LLMProvider):
         """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
 
         ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
-        ``[tier.breaker]``, and ``[store]`` (``type``: memory, sqlite or redis) take the arguments
-        of their classes under the same names. ``api_key_env``, ``url_env`` and ``headers_env`` name
-        environment variables; a file must not hold a key itself. A mapping may, and may hold objects
-        where a file has tables. Raises ConfigError that says where, what and what to do.
+        ``[tier.breaker]``, and ``[store]`` (``type``: memory, sqlite or redis) take their classes'
+        arguments. ``api_key_env``, ``base_url_env``, ``url_env`` and ``headers_env`` name
+        environment variables; a file must not hold a key. A mapping may, and may hold objects where
+        a file has tables. Raises ConfigError that says where, what and what to do.
         """
-        chain: FailoverChain = _chain_from_config(cls, config)
-        return chain
+        return _chain_from_config(cls, config)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
-        A tier for each provider whose key or base URL is set, a local one only if its address is, in
-        the order LM Studio, Ollama, Gemini, OpenAI, Anthropic; the models in LMSTUDIO_MODEL and so
-        on: without one a call has to name it. Other arguments are the chain's. The log says at INFO
-        what was found. Raises ConfigError if nothing was.
+        A tier for each provider whose key or base URL is set (a local one: address), in the order
+        LM Studio, Ollama, Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models;
+        without one a call has to. ``settings``: the chain's arguments. The log says at INFO what
+        was found. Raises ConfigError if nothing was.
         """
         return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)
 
     # -- before the first tier
 
-    def _asked(
-        self, messages: list[Message], tools: Tools, model: str | None, limits: tuple[Any, Any, Any],
-        options: dict[str, Any],
-    ) -> _Asked:  # fmt: skip
-        timeout, wait, names = limits
-        longest = self.wait if wait is None else _number(wait, "wait")
-        limit = self.timeout + longest if timeout is None else _number(timeout, "timeout")
-        order = self._plan if model is None and names is None else self._order(model, names)
-        return _Asked(messages, tools or None, model, options, order, longest, limit)
-
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
-        tiers: Sequence[ProviderTier] = self.tiers if names is None else self._restricted(names)
+        known = [tier.name for tier in self.tiers]
+        if isinstance(names, str) or (names is not None and not names):
+            cure = f"give a list of names, such as tiers=[{known[0]!r}]"
+            raise ConfigError(f"tiers={names!r}: {cure}")
+        for name in names or ():
+            if name not in known:
+                told = f"no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
+                raise ConfigError(f"tiers={list(names or ())!r}: {told}")
+        tiers = [tier for tier in self.tiers if names is None or tier.name in names]
         if model is None:
             return [(tier, tier._default) for tier in tiers]
         if not isinstance(model, str) or not model:
-            cure = "give a name, or None for each tier's default"
-            raise ConfigError(f"model={model!r}: {cure}")
+            raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not self._serving(model, tiers):
             raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
-        ids = [(tier, tier._id_of(model)) for tier in tiers]
-        first = [(tier, known) for tier, known in ids if known and tier.role != "emergency"]
-        rest = [
-            (tier, known or (tier._default if tier.models else model))
-            for tier, known in ids
-            if not known or tier.role == "emergency"
-        ]
-        return [*first, *rest]
-
-    def _restricted(self, names: Sequence[str]) -> list[ProviderTier]:
-        if isinstance(names, str) or not names:
-            example = f"tiers=[{self.tiers[0].name!r}]"
-            raise ConfigError(f"tiers={names!r}: give a list of names, such as {example}")
-        known = [tier.name for tier in self.tiers]
-        for name in names:
-            if name not in known:
-                told = f"no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
-                raise ConfigError(f"tiers={list(names)!r}: {told}")
-        return [tier for tier in self.tiers if tier.name in names]
+        pairs = [(tier, tier._id_of(model)) for tier in tiers]
+        first = [(tier, own) for tier, own in pairs if own and tier.role != "emergency"]
+        return first + [
+            (tier, own or (tier._default if tier.models else model))
+            for tier, own in pairs if not own or tier.role == "emergency"
+        ]  # fmt: skip
 
     @staticmethod
     def _serving(model: str, tiers: Iterable[ProviderTier]) -> _Plan:
@@ -7233,22 +6596,10 @@ class FailoverChain(LLMProvider):
         known = f" Known: {', '.join([*names][:10])}{more}" if names else ""
         return _near(model, names) + known
 
-    # -- what the run asks of its chain
-
-    def _can_escalate(self, asked: _Asked) -> bool:
-        tiers = [tier for tier, _ in asked.order]
-        return any(self._serving(name, tiers) for name in self._ladder)
-
-    def _is_top(self, model: str | None, tier: ProviderTier) -> bool:
-        top = self._ladder[-1]
-        return (tier._id_of(top) if tier.models else top) == model
-
     def _overruled(self, error: BaseException) -> str | None:
         """What ``on_error`` says of the nearest class that it names; None if it names none."""
         found = (self._on_error[kind] for kind in type(error).__mro__ if kind in self._on_error)
-        return next(found, None) if self._on_error else None
-
-    # -- telling
+        return next(found, None)
 
     def _warn_of(self, tier: ProviderTier, error: BaseException) -> None:
         """A fault in a custom provider, once for each place in its code."""
@@ -7268,10 +6619,9 @@ class FailoverChain(LLMProvider):
         })  # fmt: skip
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
-        if self._on_event is None:
-            return
         try:
-            self._on_event(Event(kind, tier, model, data, self._clock()))
+            if self._on_event is not None:
+                self._on_event(Event(kind, tier, model, data, self._clock()))
         except Exception as error:
             if _is_task_limit(error):
                 raise
@@ -7292,19 +6642,18 @@ def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
     names: set[str] = set()
     for at, tier in enumerate(found):
         if not isinstance(tier, ProviderTier):
-            cure = "give a ProviderTier(name, provider, models)"
-            raise ConfigError(f"tiers[{at}] is a {type(tier).__name__}: {cure}")
+            told = f"tiers[{at}] is a {type(tier).__name__}"
+            raise ConfigError(f"{told}: give a ProviderTier(name, provider, models)")
         if tier.name in names:
-            cure = "names of tiers are unique in a chain"
-            raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: {cure}")
+            raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: give another")
         names.add(tier.name)
     return tuple(sorted(found, key=lambda tier: _ROLE_ORDER.index(tier.role)))
 
 
 def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type, str]:
     if on_error is not None and not isinstance(on_error, Mapping):
-        example = "{ContentFiltered: 'next'}"
-        raise ConfigError(f"on_error={on_error!r}: give a table, such as {example}")
+        cure = "give a table, such as {ContentFiltered: 'next'}"
+        raise ConfigError(f"on_error={on_error!r}: {cure}")
     for kind, action in (on_error or {}).items():
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise ConfigError(f"on_error: {kind!r} is no exception class")
@@ -7316,9 +6665,8 @@ def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type
 class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
-    ``with chain.stream(...) as stream: for delta in stream: ...`` Closing it early, or dropping it,
-    frees its connection and counts as no failure. It may be read in another thread than it was
-    opened in, but by one at a time.
+    Closing it early, or dropping it, frees its connection and counts as no failure. Any thread may
+    read it, one at a time.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
@@ -7348,7 +6696,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
         return self._deltas.throw(*error)
 
     def close(self) -> None:
-        """Give up what has not come yet, and free the connection. Call it in the thread that reads."""
+        """Give up the rest, and free the connection. Call it in the thread that reads."""
         self._deltas.close()
 
     @property
@@ -7358,10 +6706,9 @@ class ChatStream(Generator[str, None, LLMResponse]):
 
     @property
     def response(self) -> LLMResponse:
-        """The whole answer, with tool calls, usage, cost and attempts. RouterError before the end."""
+        """The whole answer. RouterError before the end of the stream."""
         if self._response is None:
-            cure = "read it to its end before asking for .response"
-            raise RouterError(f"the stream is not exhausted: {cure}")
+            raise RouterError("the stream is not exhausted: read it to its end before .response")
         return self._response
 
     def __enter__(self) -> ChatStream:
@@ -7392,8 +6739,6 @@ then write several tiers down: copilot-router init
 
 without --config, {_CONFIG_FILE} in this directory is used, else the
 environment: a tier for each of these, with its model in OPENAI_MODEL and so on"""
-#: Control, escape and bidirectional characters, separators of lines, halves of characters.
-_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 #: What -v says about the events of a call, by their kind.
 _SENTENCES = {
     "attempt": "asking {tier}", "retry": "asking {tier} once more, in {pause:.1f} s",
@@ -7404,10 +6749,6 @@ _SENTENCES = {
 }  # fmt: skip
 
 
-def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
-    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 def _is_open(stream: Any, *, terminal: bool = False) -> bool:
     """Whether a standard stream is there (and is a terminal)."""
     return not getattr(stream, "closed", True) and (not terminal or stream.isatty())
@@ -7416,13 +6757,14 @@ def _is_open(stream: Any, *, terminal: bool = False) -> bool:
 class _Screen:
     """What a command shows besides its result; it is the chain's ``on_event``."""
 
+    chain: FailoverChain | None = None
+    verbose = json = False
+    unfinished = False  #: whether the answer has begun a line and not ended it
+    _tier = ""
+    _timer: threading.Timer | None = None
+
     def __init__(self) -> None:
-        self.chain: FailoverChain | None = None
-        self.verbose = self.json = False
-        self.unfinished = False  #: whether the answer has begun a line and not ended it
         self._said: set[str] = set()
-        self._tier = ""
-        self._timer: threading.Timer | None = None
 
     def __call__(self, event: Event) -> None:
         self._tier = event.tier or self._tier
@@ -7449,7 +6791,6 @@ class _Screen:
         print(_escaped(text, rf"(?![\n\t]){_UNSHOWN}") if safe else text, end="", flush=True)
 
     def end_line(self) -> None:
-        """End the line of the answer if it is unfinished."""
         if self.unfinished:
             self.unfinished = False
             print(flush=True)
@@ -7476,7 +6817,7 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
     if kind == "ProviderUnavailable" and text:
         return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
     names = getattr(provider, "_key_variables", ())
-    used = [variable for variable in names if os.environ.get(variable)] or names
+    used = [*filter(os.environ.get, names), *names]
     named = getattr(provider, "_key_from", None) or "".join(used[:1])
     cure = f": check {named}" if kind == "AuthenticationError" and named else ""
     return f"{kind}{where}{text and ': ' + text}{cure}"
@@ -7488,10 +6829,6 @@ def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str
     lines = [f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain]
     times = {line: lines.count(line) for line in lines}
     return [line + (f" ({number} times)" if number > 1 else "") for line, number in times.items()]
-
-
-def _filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
 
 
 def _failed(screen: _Screen, error: BaseException) -> int:
@@ -7510,7 +6847,11 @@ def _failed(screen: _Screen, error: BaseException) -> int:
         what = {"type": type(error).__name__, "message": str(error)}
         records = [{**at._asdict(), "usage": vars(at.usage)} for at in attempts]
         told = json.dumps({"error": what, "attempts": records, "retry_after": later})
-        print(json.dumps(json.loads(told, object_pairs_hook=_filled)), flush=True)
+
+        def filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
+
+        print(json.dumps(json.loads(told, object_pairs_hook=filled)), flush=True)
     if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
         return 124
     return 1 if isinstance(error, (AllProvidersFailed, ProviderError)) else 2
@@ -7520,30 +6861,29 @@ def _chain_from(options: Any) -> FailoverChain:
     """The chain that the flags, the configuration or the environment describe."""
     screen, flags = options.screen, vars(options)
     name, url, variable = (flags.get(flag) for flag in ("provider", "base_url", "api_key_env"))
-    ladder = flags.get("escalation_model")
+    ladder, direct = flags.get("escalation_model"), bool(name or url)
     settings = {"on_event": screen, **({"escalation_model": ladder} if ladder else {})}
-    if options.config is None and not (name or url) and os.path.exists(_CONFIG_FILE):
+    if options.config is None and not direct and os.path.exists(_CONFIG_FILE):
         options.config = _CONFIG_FILE
         screen.say(f"using {_CONFIG_FILE}")
-    if (name or url) if options.config else (variable and not (name or url)):
+    if direct if options.config else (variable and not direct):
         raise ConfigError("give --config, or --provider or --base-url with --api-key-env")
-    if name or url:
+    if direct:
         key = _variable(variable, "--api-key-env") if variable else None
         provider: Any = _PROVIDERS[name or "openai"](key, url)
         provider._key_from = variable
         models = [model for model in (options.model, ladder) if model]
-        tier = ProviderTier(name or "openai", provider, models)
-        screen.chain = FailoverChain([tier], **settings)
+        chain = FailoverChain([ProviderTier(name or "openai", provider, models)], **settings)
     elif options.config:
-        screen.chain = _chain_from_config(FailoverChain, options.config, **settings)
+        chain = _chain_from_config(FailoverChain, options.config, **settings)
     else:
-        screen.chain = FailoverChain.from_env(**settings)
-    return screen.chain
+        chain = FailoverChain.from_env(**settings)
+    screen.chain = chain
+    return chain
 
 
 def _prompt(given: str, screen: _Screen) -> str:
-    """The prompt of the command line, joined to what is piped in. A prompt that is given does not
-    wait for a terminal or a socket, which might never end."""
+    """The prompt, joined to what is piped in. A given one waits for no terminal and no socket."""
     import stat
 
     alone, piped = given == "-", ""
@@ -7570,8 +6910,8 @@ def _chat_command(options: Any) -> int:
     asked["tiers"] = options.tiers and [name.strip() for name in options.tiers.split(",")]
     with _chain_from(options) as chain:
         tiers = [tier for tier in chain.tiers if tier.name in (asked["tiers"] or (tier.name,))]
-        lost = [tier for tier in tiers if getattr(tier.provider, "_wants_model", False)]
-        if lost == tiers != [] and not any((options.model, *(tier.models for tier in tiers))):
+        lost = all(getattr(one.provider, "_wants_model", False) and not one.models for one in tiers)
+        if tiers and lost and not options.model:
             name, path = tiers[0].name, options.config
             cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
             raise ConfigError(f"{name} has no model: pass --model, or {cure}")
@@ -7586,12 +6926,12 @@ def _chat_command(options: Any) -> int:
             response = stream.response
         screen.end_line()
     if options.verbose:
+        for line in _steps(response.attempts, chain):
+            screen.say(line)
         cost = response.cost or 0.0  # with two significant digits, never as 3e-05
         price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
         told = "" if response.cost is None else f" for ${price}"
-        last = f"{response.provider} answered in {response.latency:.2g} s{told}"
-        for line in (*_steps(response.attempts, chain), last):
-            screen.say(line)
+        screen.say(f"{response.provider} answered in {response.latency:.2g} s{told}")
     return 0
 
 
@@ -7600,10 +6940,10 @@ def _tiers_command(options: Any) -> int:
     checked = options.command == "check"
     with _chain_from(options) as chain:
         found = chain.check(options.timeout) if checked else chain.health()
-    bad = sum(tier.last_error is not None for tier in found) if checked else 0
+    bad = checked and any(tier.last_error is not None for tier in found)
     if options.json:
         print(json.dumps([tier.to_dict() for tier in found]))
-        return 1 if bad else 0
+        return int(bad)
     rows = [["STATE", "TIER", "ROLE", "FAILURES", "RETRY IN", "REASON"]]
     for tier in found:
         seen, error = tier.breaker, tier.last_error
@@ -7623,26 +6963,25 @@ def _tiers_command(options: Any) -> int:
         print("  ".join(cells).rstrip())
     if not checked:
         _say_whose(options.screen, chain.tiers)
-    return 1 if bad else 0
+    return int(bad)
 
 
 def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
-    alone = ", ".join(tier.name for tier in tiers if tier.breaker._shared is None)
-    if alone:
+    if alone := ", ".join(tier.name for tier in tiers if tier.breaker._shared is None):
         screen.say(f"{alone}: without a [store] the breakers of other processes are not seen")
 
 
 def _reset_command(options: Any) -> int:
     with _chain_from(options) as chain:
         tiers = {tier.name: tier for tier in chain.tiers}
-        tier = tiers.get(options.tier)
-        if tier is None:
+        if options.tier not in tiers:
             raise ConfigError(f"no tier is called {options.tier!r}.{_near(options.tier, tiers)}")
+        tier = tiers[options.tier]
         old = tier.breaker.state
         tier.breaker.reset()
         _say_whose(options.screen, [tier])
-    plain = f"{_escaped(options.tier)}: was {old}, is closed"
-    print(json.dumps({"tier": options.tier, "was": old}) if options.json else plain)
+    plain = f"{_escaped(tier.name)}: was {old}, is closed"
+    print(json.dumps({"tier": tier.name, "was": old}) if options.json else plain)
     return 0
 
 
@@ -7690,21 +7029,21 @@ def _init_command(options: Any) -> int:
     tiers = [_tier_text(name, kind, os.environ) for name, kind in _PROVIDERS.items()]
     if all(text.startswith("\n#") for text in tiers):  # nothing is set: LM Studio needs nothing
         tiers[0] = tiers[0].replace("\n# ", "\n")
-    data, made = (_TEMPLATE + "".join(tiers)).encode(), False
+    path, data, made = options.path, (_TEMPLATE + "".join(tiers)).encode(), False
     try:
-        with open(options.path, "xb") as file:
+        with open(path, "xb") as file:
             made = True
             file.write(data)
     except (OSError, ValueError) as error:
         if made:
-            os.unlink(options.path)
+            os.unlink(path)
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{options.path}: cannot be written ({why}): name another file") from None
+        raise ConfigError(f"{path}: cannot be written ({why}): name another file") from None
     on = _pattern(r'(?m)^name = "(.*)"\n(.*FILL IN)?').findall("".join(tiers))
     gaps = ", ".join(name for name, gap in on if gap)
     told = f"Fill in the models of {gaps}, then try:" if gaps else "Try:"
-    flag = "" if options.path == _CONFIG_FILE else f" --config {options.path}"
-    text = f"{options.path} is written, with {', '.join(name for name, _ in on)}. {told}"
+    flag = "" if path == _CONFIG_FILE else f" --config {path}"
+    text = f"{path} is written, with {', '.join(name for name, _ in on)}. {told}"
     print(_escaped(f"{text} copilot-router check{flag}"))
     return 0
 
