@@ -2250,7 +2250,8 @@ class _Answer:
 
     def _read(self) -> bytes:
         try:
-            self.limits.left()  # also where the socket is not ours: a session of the user's
+            if self._original is None:
+                self.limits.left()  # the socket of a user's session is not limited
             return self._read1()
         except MemoryError:
             failure: ProviderError = InvalidResponse("the answer does not fit into memory")
@@ -2468,7 +2469,8 @@ def _json(data: bytes | str, what: str) -> Any:
     """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, otherwise."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     try:
-        text = text.removeprefix("\ufeff").strip(" \t\r\n")
+        if text[:1] != "{" or text[-1:] != "}":
+            text = text.removeprefix("\ufeff").strip(" \t\r\n")
         value, end = _scanned(text)
         if end == len(text):
             return value
@@ -3268,26 +3270,24 @@ class _ThinkSplitter:
     """Takes a leading <think>…</think> block out of text that comes in pieces."""
 
     def __init__(self) -> None:
-        self._state = "start"  # start | thinking | gap | answer
+        self.state = "start"  # start | thinking | gap | answer
         self._held = ""
         self.opened = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """(thought, answer) of this piece."""
-        if self._state == "answer":
-            return "", text
         held, self._held, thought = self._held + text, "", ""
-        if self._state == "start":
+        if self.state == "start":
             begun = held.lstrip()
             if begun.startswith("<think>"):
-                self._state, held, self.opened = "thinking", begun[7:], True
+                self.state, held, self.opened = "thinking", begun[7:], True
             elif "<think>".startswith(begun) and len(held) < 200:
                 self._held = held
                 return "", ""
             else:
-                self._state = "answer"
+                self.state = "answer"
                 return "", held
-        if self._state == "thinking":
+        if self.state == "thinking":
             thought, tag, rest = held.partition("</think>")
             if not tag:
                 keep = max(0, len(held) - 7)  # the tag may have begun
@@ -3295,12 +3295,12 @@ class _ThinkSplitter:
                 return held[:keep], ""
             held = rest
         answer = held.lstrip()
-        self._state = "answer" if answer else "gap"
+        self.state = "answer" if answer else "gap"
         return thought, answer
 
     def close(self) -> tuple[str, str]:
         """The text is over: what was held back."""
-        return (self._held, "") if self._state == "thinking" else ("", self._held)
+        return (self._held, "") if self.state == "thinking" else ("", self._held)
 
 
 class _Collector:
@@ -3336,12 +3336,12 @@ class _Collector:
         self._call, self._read = call, read
         self._finishes = finishes  #: a vendor's words, before the shared ones
         self._names = names  #: tools' names as they were sent -> as the caller knows them
-        self._facts = 0
         self._begin()
 
     def _begin(self) -> None:
         self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
+        self._large = False  #: this event is, so that reading it looks at the clock
         self.ended = False  #: the end marker has come: nothing follows
         self.whole = False  #: it came as one value, and not in events
         self._finish: str | None = None
@@ -3365,50 +3365,57 @@ class _Collector:
 
     def take(self, name: str, data: bytes) -> None:
         """Take one event. Raises InvalidResponse or _InBandError."""
-        if data.strip() == b"[DONE]":
+        if data[:6] == b"[DONE]":
             self.ended = True
             return
-        self._halves = self._halves or b"\\ud" in data
+        self._large = len(data) > _READ_SIZE
+        if b"\\ud" in data:
+            self._halves = True
         try:
             body = _json(data, "an event")
         except InvalidResponse:
             if self.complete or _is_heartbeat(data):
                 return
             raise
-        if name == "error" and not _dict(body).get("error"):
+        if name and name == "error" and not _dict(body).get("error"):
             raise _InBandError({"error": body})
         self.take_value(body)
 
     def take_whole(self, body: Any, text: bytes) -> None:
         """Take an answer that is one value."""
-        self.whole, self._halves = True, b"\\ud" in text
+        self.whole, self._large, self._halves = True, True, b"\\ud" in text
         self.take_value(body)
 
     def take_value(self, body: Any) -> None:
-        if isinstance(body, list):  # Gemini without alt=sse
-            for item in body:
+        if type(body) is not dict:
+            if isinstance(body, str) and body:
+                raise InvalidResponse("an event is a text")
+            for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
                 self.take_value(item)
             return
-        if isinstance(body, str) and body:
-            raise InvalidResponse("an event is a text")
-        if not isinstance(body, dict):
-            return
-        minimax = _dict(body.get("base_resp")).get("status_code")
-        if body.get("error") or body.get("object") == "error" or minimax:
+        told = body.get("error") or body.get("object") == "error" or body.get("base_resp")
+        if told and (told is not body.get("base_resp") or told.get("status_code")):  # MiniMax
             raise _InBandError(body)
         self._raw, self._passes = body, False
         try:
-            for kind, *values in self._read(body):
-                over = self.complete and kind in _ANSWERING
-                if kind == "choice" or not (over or self._passes):
-                    getattr(self, f"_take_{kind}")(*values)
-                self._facts += 1
-                if not self._facts % 256 and (late := self.check()):
-                    raise late
+            for fact in self._read(body) if not self._large else self._watched(body):
+                kind = fact[0]
+                if kind == "text" and not (self.complete or self._passes):
+                    self._take_text(fact[1])  # as most of them
+                elif kind == "choice" or not self._passes:
+                    if not self.complete or kind not in _ANSWERING:
+                        _TAKERS[kind](self, *fact[1:])
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             if not self.complete:  # what follows a whole answer cannot spoil it
                 what = f"the answer has not the form that it should have ({type(error).__name__})"
                 raise InvalidResponse(what) from None
+
+    def _watched(self, body: Any) -> _FactsFound:
+        """The facts of a large event, with a look at the clock from time to time."""
+        for at, fact in enumerate(self._read(body), 1):
+            yield fact
+            if not at % 256 and (late := self.check()):
+                raise late
 
     # -- facts
 
@@ -3424,13 +3431,14 @@ class _Collector:
         self.alive = True
         if self._half or not text.isascii():
             text, self._half = _whole_characters(self._half + text)
-        thought, text = self._think.feed(text)
-        if thought:
+        if self._think.state != "answer":
+            thought, text = self._think.feed(text)
             self._take_thought(thought)
-        if text:
-            self._text.append(text)
-            if self.shows is not None:
-                self.shows.append(text)
+            if not text:
+                return
+        self._text.append(text)
+        if self.shows is not None:
+            self.shows.append(text)
 
     def _take_thought(self, text: Any) -> None:
         if isinstance(text, str) and text:
@@ -3650,6 +3658,11 @@ class _Collector:
         schemas = [_dict(tool.get("parameters")) for tool in tools if tool.get("name") == name]
         optional = text.strip() == "null" and not any(schema.get("required") for schema in schemas)
         return ({}, text) if optional else (None, _clean(text))
+
+
+#: By the kind of a fact, what takes it.
+_TAKERS = {name[6:]: taker for name, taker in vars(_Collector).items() if name[:6] == "_take_"}
+
 
 # ==== HTTP provider ===============================================================================
 
@@ -4062,8 +4075,6 @@ class _HTTPProvider(LLMProvider):
                 yield body.feed(chunk)
                 if collector.complete and limits.silence > _TAIL_TIMEOUT:
                     limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
-                elif late := limits.expired():
-                    raise late
             if isinstance(body, _JSONBody) and not collector.complete:
                 self._take_rest(answer, body, collector)
             yield body.close()
@@ -4339,31 +4350,28 @@ def _correction(
 
 _Object = dict[str, Any]  #: as JSON has them
 
-#: What a message holds that says nothing but text.
-_TEXT_KEYS = frozenset({"role", "content"})
 #: Names under which servers send thinking that they want back as it came.
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
 
 def _chat_facts(body: _Object) -> _FactsFound:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
-    yield "model", body.get("model")
+    choices = body.get("choices") or ()
     usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
     if usage:
         yield "usage", usage, _openai_usage
-    choices = body.get("choices") or ()
     for choice in choices:
         index = choice.get("index")
         if index or len(choices) > 1:
-            yield "choice", index or 0
+            yield "choice", index if isinstance(index, int) else 0
         if choice.get("error"):
             raise _InBandError(choice)
         delta = choice.get("delta")
         message = choice.get("message") if delta is None else delta
         if message:
-            if not message.keys() <= _TEXT_KEYS:  # most events hold nothing but text
-                yield from _chat_extras(message)
             content = message.get("content")
+            if len(message) > 1 or content is None:  # most events hold nothing but text
+                yield from _chat_extras(message)
             if isinstance(content, str):
                 yield "text", content
             elif content is not None:
@@ -4374,6 +4382,7 @@ def _chat_facts(body: _Object) -> _FactsFound:
             finish, native = choice["finish_reason"], choice.get("native_finish_reason")
             failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
+    yield "model", body.get("model")
 
 
 def _chat_content(content: Any) -> _FactsFound:
