@@ -26,13 +26,13 @@ from typing import Any, ClassVar
 import pytest
 from support import stores
 from support.stores import (
-    KINDS, SHARED_KINDS, FakeClock, Handles, Interrupted, StoreContract, Wrapped, at_each_line,
+    KINDS, SHARED_KINDS, FakeClock, Interrupted, StoreContract, Wrapped, at_each_line,
     done, end, fail, in_a_thread, needs_fork, needs_redis, python, seconds_of, spare_port,
 )
 
 from copilot_router import (
     AuthenticationError, BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError,
-    Event, FailoverChain, MemoryStore, ProviderTier, ProviderUnavailable, RateLimited,
+    FailoverChain, MemoryStore, ProviderTier, ProviderUnavailable, RateLimited,
     RedisStore, ScriptedProvider, ServerError, SQLiteStore, Ticket,
 )
 
@@ -50,20 +50,20 @@ REQUESTS = int(os.environ.get("COPILOT_ROUTER_REQUESTS", "200"))
 
 class TestMemory(StoreContract):
     @pytest.fixture
-    def handles(self, make_store: Make) -> Handles:
+    def handles(self, make_store):
         return lambda: make_store("memory")
 
 
 class TestSQLite(StoreContract):
     @pytest.fixture
-    def handles(self, make_store: Make) -> Handles:
+    def handles(self, make_store):
         return lambda: make_store("sqlite")
 
 
 @needs_redis
 class TestRedis(StoreContract):
     @pytest.fixture
-    def handles(self, make_store: Make) -> Handles:
+    def handles(self, make_store):
         return lambda: make_store("redis", shared_counts=True)
 
 
@@ -94,7 +94,7 @@ class Folder:
 
 class TestUsersOwn(StoreContract):
     @pytest.fixture
-    def handles(self, tmp_path: Path) -> Handles:
+    def handles(self, tmp_path):
         return lambda: Folder(tmp_path)
 
 
@@ -102,22 +102,20 @@ class TestUsersOwn(StoreContract):
 
 
 @pytest.fixture
-def clock() -> FakeClock:
+def clock():
     return FakeClock()
 
 
 @pytest.fixture
-def shared(clock: FakeClock) -> Wrapped:
+def shared(clock):
     """A store in the clock's time that can be broken; a read serves for a second."""
     return Wrapped(MemoryStore(clock), refresh=1.0)
 
 
 @pytest.fixture
-def apart(clock: FakeClock) -> Wrapped:
+def apart(clock):
     """As on Redis: each counts for itself, and one machine's own trouble is its own."""
-    return Wrapped(
-        MemoryStore(clock), refresh=1.0, shared_counts=False, shares_local_errors=False
-    )
+    return Wrapped(MemoryStore(clock), refresh=1.0, shared_counts=False, shares_local_errors=False)
 
 
 def breaker_on(store: Any, clock: Callable[[], float], **settings: Any) -> CircuitBreaker:
@@ -130,13 +128,11 @@ def scripted(name: str, answer: Any = "fine", **settings: Any) -> ProviderTier:
 
 def chain_on(store: Any, events: list[Any], *tiers: Any, **settings: Any) -> FailoverChain:
     """A chain that notes what is told of breakers: the new state, or "down" or "back"."""
-
-    def note(event: Event) -> None:
+    def note(event):
         if event.kind == "breaker":
             told = event.data.get("store", "")
             states = [word for word in ("down", "back") if word in told]
             events.append(*(states or [event.data.get("new")]))
-
     made = tiers or [scripted("x")]
     return FailoverChain(made, store=store, on_event=note, **settings)
 
@@ -148,38 +144,30 @@ def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path):
     for match, make in [
         ("name", lambda: CircuitBreaker(store=MemoryStore())),
         (r"dict.*load", lambda: CircuitBreaker(name="x", store={})),
-        ("path", lambda: SQLiteStore("")),
-        ("path", lambda: SQLiteStore(None)),
-        ("path", lambda: SQLiteStore(3)),
-        ("timeout", lambda: SQLiteStore("x", timeout=-1)),
+        ("path", lambda: SQLiteStore("")), ("path", lambda: SQLiteStore(None)),
+        ("path", lambda: SQLiteStore(3)), ("timeout", lambda: SQLiteStore("x", timeout=-1)),
         ("timeout", lambda: SQLiteStore("x", timeout=math.inf)),
-        ("refresh", lambda: SQLiteStore("x", refresh=math.nan)),
+        ("refresh", lambda: SQLiteStore("x", refresh=math.nan))
     ]:
-        with pytest.raises(ConfigError, match=match):
-            make()
+        error_of(ConfigError, make, match=match)
     assert str(tmp_path) in repr(SQLiteStore(tmp_path / "file"))
 
 
 def test_settings_of_redis(monkeypatch):
     """A URL that is refused is not repeated, since it may hold a password."""
     pytest.importorskip("redis")
-    with pytest.raises(ConfigError) as refused:
-        RedisStore("http://:sk-test-redis-key@localhost")
-    assert "sk-test" not in str(refused.value)
-    with pytest.raises(ConfigError):
-        RedisStore(3)
-    with pytest.raises(ConfigError, match="timeout"):
-        RedisStore("redis://localhost", timeout=math.inf)
+    refused = error_of(ConfigError, RedisStore, "http://:sk-test-redis-key@localhost")
+    assert "sk-test" not in str(refused)
+    error_of(ConfigError, RedisStore, 3)
+    error_of(ConfigError, RedisStore, "redis://localhost", timeout=math.inf, match="timeout")
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ConfigError, match="pip install"):
-        RedisStore("redis://localhost")
+    error_of(ConfigError, RedisStore, "redis://localhost", match="pip install")
 
 
 @needs_redis
 def test_a_client_of_the_user_is_not_changed(redis_url):
     """Its address is used; its patience of 5 s is too long for a store. Keys expire one day."""
     import redis
-
     with redis.Redis.from_url(redis_url, socket_timeout=5) as client:
         store = RedisStore(client, "own")
         assert store.swap("x", None, BreakerRecord(generation=1))
@@ -218,8 +206,7 @@ def test_a_failure_costs_one_write_and_no_read(clock, shared):
 def test_namespaces_are_kept_apart(make_store):
     for space, name in (("a", "b:c"), ("a:b", "c"), ("a", "b"), ("", "a:b")):
         store = make_store("redis", namespace=space)
-        assert store.load(name)[0] is None
-        assert store.swap(name, None, BreakerRecord(reason=space))
+        assert store.load(name)[0] is None and store.swap(name, None, BreakerRecord(reason=space))
         assert store.load(name)[0] == BreakerRecord(reason=space)
 
 
@@ -242,8 +229,7 @@ def test_a_store_that_goes_down_later(state, clock, shared):
     clock.advance(2)
     assert breaker.state == state
     if trial is not None:
-        with pytest.raises(CircuitOpen):
-            breaker.admit()
+        error_of(CircuitOpen, breaker.admit)
         trial.failure("still down")
     elif state == "closed":
         fail(breaker, 2)
@@ -252,12 +238,10 @@ def test_a_store_that_goes_down_later(state, clock, shared):
     assert breaker.is_open
     left = breaker.retry_after or 0
     clock.advance(2)
-    with pytest.raises(CircuitOpen):
-        breaker.admit()
+    error_of(CircuitOpen, breaker.admit)
     shared.error = None
     clock.advance(3)
-    assert breaker.is_open
-    assert other.is_open
+    assert breaker.is_open and other.is_open
     assert breaker.retry_after == other.retry_after == pytest.approx(left - 5)
     assert changes.count(("closed", "open")) == 1
     assert breaker.snapshot().opened == other.snapshot().opened
@@ -279,8 +263,7 @@ def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     other.admit().success()
     shared.error = None
     clock.advance(60)
-    assert chain.tiers[0].breaker.is_closed
-    assert events == ["open", "down", "closed", "back"]
+    assert chain.tiers[0].breaker.is_closed and events == ["open", "down", "closed", "back"]
     lines = [record for record in caplog.records if "store" in record.getMessage()]
     assert [record.levelname for record in lines] == ["WARNING", "INFO"]
 
@@ -289,8 +272,7 @@ def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(clock, shared):
     events: list[Any] = []
     chain = chain_on(shared, events, clock=clock)
     shared.error = DOWN
-
-    def tries(seconds: float) -> list[float]:
+    def tries(seconds):
         at = []
         for _ in range(int(seconds * 20)):
             before = shared.loads
@@ -299,18 +281,15 @@ def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(clock, shared):
                 at.append(clock.now)
             clock.advance(0.05)
         return at
-
     pauses = [later - one for one, later in itertools.pairwise(tries(400))]
     for pause, most in zip(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60], strict=False):
         assert most / 2 - 0.1 <= pause <= most + 0.1
-    assert len({round(pause, 3) for pause in pauses}) > 5
-    assert events == ["down"]
+    assert len({round(pause, 3) for pause in pauses}) > 5 and events == ["down"]
     shared.error = None
     tries(61)
     shared.error = DOWN
     first, second = tries(2.2)[:2]  # after a success they start over
-    assert second - first <= 1.1
-    assert events == ["down", "back", "down"]
+    assert second - first <= 1.1 and events == ["down", "back", "down"]
 
 
 # -- a store that returns nonsense
@@ -336,17 +315,13 @@ def test_a_load_that_returns_nonsense_counts_as_down(answer, clock):
     events: list[Any] = []
     tier = ProviderTier("x", ScriptedProvider([*[ServerError] * 3, "fine"]), retries=0)
     chain = chain_on(store, events, tier, scripted("y"), clock=clock)
-    assert [chain.chat("hi").provider for _ in range(4)] == ["y"] * 4
-    assert tier.breaker.is_open
-    assert chain.health()[0].breaker.state == "open"
-    assert sorted(events) == ["down", "down", "open"]
+    assert [chain.chat("hi").provider for _ in range(4)] == ["y"] * 4 and tier.breaker.is_open
+    assert chain.health()[0].breaker.state == "open" and sorted(events) == ["down", "down", "open"]
     clock.advance(15)
-    assert chain.chat("hi").provider == "x"
-    assert tier.breaker.is_closed
+    assert chain.chat("hi").provider == "x" and tier.breaker.is_closed
     del store.load
     clock.advance(60)
-    assert tier.breaker.is_closed
-    assert sorted(events[-1:]) == ["back"]
+    assert tier.breaker.is_closed and sorted(events[-1:]) == ["back"]
 
 
 @pytest.mark.parametrize("answer", [None, 0, {}, "yes", (True, 1), [False], math.nan])
@@ -374,8 +349,7 @@ def test_local_trouble_opens_only_the_local_breaker(error, clock, apart):
         if broken.is_closed:
             end(broken.admit(), error)
     clock.advance(2)
-    assert (broken.state, other.state) == ("open", "closed")
-    assert apart.swaps == 0
+    assert (broken.state, other.state) == ("open", "closed") and apart.swaps == 0
     other.reset()
     clock.advance(2)
     assert (broken.state, other.state) == ("open", "closed")
@@ -395,8 +369,7 @@ def test_a_shared_trial_that_fails_locally_is_handed_back(clock, apart):
     clock.advance(15)
     trial = broken.admit()
     clock.advance(1)
-    with pytest.raises(CircuitOpen):
-        healthy.admit()
+    error_of(CircuitOpen, healthy.admit)
     end(trial, ProviderUnavailable("refused"))
     assert broken.retry_after == 15
     clock.advance(1)
@@ -418,8 +391,7 @@ def test_a_trial_that_another_holds_is_not_handed_back(clock, apart):
         end(ticket, error)
         clock.advance(1)
         assert healthy.is_half_open
-        with pytest.raises(CircuitOpen):
-            breaker_on(apart, clock).admit()
+        error_of(CircuitOpen, breaker_on(apart, clock).admit)
     second.success()
     clock.advance(1)
     assert breaker_on(apart, clock).is_closed
@@ -442,8 +414,7 @@ def test_separate_counts_stay_separate(clock, apart):
     assert (one.state, other.state) == ("closed", "closed")
     assert (one.snapshot().failures, other.snapshot().failures) == (2, 0)
     record = apart.load("x")[0]
-    assert record is not None
-    assert record.failures == 0
+    assert record is not None and record.failures == 0
     apart.swap("x", record.generation, record._replace(generation=record.generation + 1))
     clock.advance(2)
     assert (one.state, one.snapshot().failures) == ("closed", 2)
@@ -492,17 +463,14 @@ def test_a_blocked_store_blocks_one_thread():
     store = Wrapped(MemoryStore())
     breaker = breaker_on(store, time.monotonic)
     entered, hold = threading.Event(), threading.Event()
-
-    def block(name: str) -> None:
+    def block(name):
         store.before = None
         entered.set()
         assert hold.wait(10)
-
     store.before = block
     waiting = threading.Thread(target=lambda: breaker.admit().neutral())
     waiting.start()
-    assert entered.wait(10)
-    assert seconds_of(lambda: [breaker.call(int) for _ in range(100)]) < ADDED
+    assert entered.wait(10) and seconds_of(lambda: [breaker.call(int) for _ in range(100)]) < ADDED
     assert seconds_of(lambda: breaker.admit().failure("down")) < ADDED + 0.1
     assert breaker.snapshot().failures == 1
     hold.set()
@@ -514,12 +482,10 @@ def test_a_blocked_store_blocks_one_thread():
 def test_user_code_runs_without_a_lock(clock, shared):
     """While the store works, and while a change is told, another thread may use the breaker."""
     free: list[bool] = []
-
-    def probe(*_: Any) -> None:
+    def probe(*_):
         store, shared.before = shared.before, None
         free.append(in_a_thread(lambda: (breaker.snapshot(), breaker.state, breaker.retry_after)))
         shared.before = store
-
     tier = scripted("x", breaker=breaker_on(shared, clock, on_change=probe))
     FailoverChain([tier], on_event=probe, clock=clock)
     breaker = tier.breaker
@@ -530,9 +496,7 @@ def test_user_code_runs_without_a_lock(clock, shared):
     assert breaker.is_open
     shared.error = None
     clock.advance(60)
-    assert breaker.is_open
-    assert len(free) >= 5
-    assert all(free)
+    assert breaker.is_open and len(free) >= 5 and all(free)
 
 
 @pytest.mark.parametrize("pause", [0, 0.06], ids=["quick", "slow"])
@@ -541,13 +505,11 @@ def test_a_change_that_others_keep_overtaking_is_saved_later(clock, shared, paus
     breaker = breaker_on(shared, clock)
     shared.before = lambda name: threading.Event().wait(pause)
     real, shared.store.swap = shared.store.swap, lambda *_: False
-    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.06 * 3 + 0.1
-    assert breaker.is_open
+    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.06 * 3 + 0.1 and breaker.is_open
     assert 2 <= shared.swaps <= (4 if pause else 100)
     shared.store.swap = real
     clock.advance(2)
-    assert breaker.is_open
-    assert breaker_on(shared, clock).retry_after == 48
+    assert breaker.is_open and breaker_on(shared, clock).retry_after == 48
 
 
 @pytest.mark.parametrize("when", ["load", "swap"])
@@ -555,12 +517,10 @@ def test_a_verdict_by_a_finalizer_inside_an_operation_is_not_lost(clock, shared,
     breaker = breaker_on(shared, clock, failure_threshold=5)
     fail(breaker, 1)
     dropped, ticket = breaker.admit(), breaker.admit()
-
-    def finalize(name: str) -> None:
+    def finalize(name):
         if name == when:
             shared.before = None
             dropped.failure("dropped")
-
     shared.before = finalize
     clock.advance(2 if when == "load" else 0)
     ticket.failure("down")
@@ -600,8 +560,7 @@ def test_an_open_state_wins_when_both_sides_changed_it(mine, theirs, clock, shar
     for _ in range(2):
         clock.advance(2)
         assert breaker.is_open
-    assert other.is_open
-    assert other.retry_after == breaker.retry_after
+    assert other.is_open and other.retry_after == breaker.retry_after
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -617,8 +576,7 @@ def test_after_any_outages_all_agree(counts, local):
         settings = {"refresh": 1.0, "shared_counts": counts, "shares_local_errors": local}
         stores = [Wrapped(base, **settings) for _ in range(3)]
         breakers = [
-            breaker_on(store, clock, failure_threshold=2, trial_timeout=40) for store in stores
-        ]
+            breaker_on(store, clock, failure_threshold=2, trial_timeout=40) for store in stores]
         tickets: list[Ticket] = []
         for _ in range(60):
             at, step = draw.randrange(3), draw.choice(words.split())
@@ -658,13 +616,11 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
     settings = {"shared_counts": True} if kind == "redis" else {}
     store = make_store(kind, refresh=0, timeout=1.0, **settings)
     numbers, changes = itertools.count(), []
-
-    def make() -> CircuitBreaker:
+    def make():
         name = f"breaker {next(numbers)}"
         note = lambda *change: changes.append(change)  # noqa: E731
         return CircuitBreaker(2, 0.0, name=name, store=store, on_change=note)
-
-    def work(breaker: CircuitBreaker) -> None:
+    def work(breaker):
         fail(breaker, 2)  # opens
         breaker.call(int)  # the trial
         end(breaker.admit(), ServerError("down"))
@@ -673,11 +629,9 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
         with suppress(CircuitOpen):
             breaker.admit()
         breaker.reset()
-
-    def interrupt(breaker: CircuitBreaker) -> None:
+    def interrupt(breaker):
         raise Interrupted
-
-    def use(breaker: CircuitBreaker) -> None:
+    def use(breaker):
         assert breaker.state  # an interrupted verdict may take effect only now
         record = store.load(breaker.name)[0]
         assert breaker.state == ("closed" if record is None else record.state)
@@ -691,7 +645,6 @@ def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
         breaker.call(int)
         record = store.load(breaker.name)[0]
         assert (record.state, record.failures) == (breaker.state, 0) == ("closed", 0)
-
     stuck = []
     for point, breaker in at_each_line(make, work, interrupt):
         try:
@@ -710,16 +663,13 @@ def test_a_task_limit_comes_through(clock, shared, monkeypatch, where):
     limit = type("SoftTimeLimitExceeded", (Exception,), {})
     module = SimpleNamespace(SoftTimeLimitExceeded=limit)
     monkeypatch.setitem(sys.modules, "billiard.exceptions", module)
-
-    def stop(*_: Any) -> None:
+    def stop(*_):
         shared.before = None
         raise limit
-
     settings = {"on_change": stop} if where == "listener" else {}
     breaker = breaker_on(shared, clock, **settings)
     shared.before = stop if where == "store" else None
-    with pytest.raises(limit):
-        breaker.open()
+    error_of(limit, breaker.open)
     breaker.reset() if where == "store" else None
     assert in_a_thread(lambda: breaker.snapshot() and breaker.state)
     assert breaker_on(shared, clock).state == breaker.state
@@ -727,18 +677,14 @@ def test_a_task_limit_comes_through(clock, shared, monkeypatch, where):
 
 def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
     one, other = breaker_on(shared, clock), breaker_on(shared, clock, name="other")
-
-    def meanwhile(name: str) -> None:
+    def meanwhile(name):
         shared.before = None
         assert other.is_closed
-
     shared.before, shared.error = meanwhile, DOWN
     assert one.is_closed
     shared.error = None
     clock.advance(1)
-    assert one.is_closed
-    assert other.is_closed
-    assert shared.loads == 4
+    assert one.is_closed and other.is_closed and shared.loads == 4
 
 
 # -- SQLite
@@ -757,15 +703,13 @@ def open_files(path: Path) -> list[str]:
 def test_sqlite_keeps_nothing_open_between_operations(tmp_path):
     """After success, refusal and failure, in any thread, and without close()."""
     store = SQLiteStore(tmp_path / "file", timeout=5.0)
-    assert in_a_thread(lambda: store.load("x"))
-    assert store.swap("x", None, BreakerRecord())
+    assert in_a_thread(lambda: store.load("x")) and store.swap("x", None, BreakerRecord())
     assert not store.swap("x", None, BreakerRecord())
     breaker = breaker_on(store, time.monotonic)
     fail(breaker)
     assert open_files(tmp_path) == []
     (tmp_path / "file").write_bytes(b"no database" * 100)
-    with pytest.raises(sqlite3.DatabaseError):
-        store.load("x")
+    error_of(sqlite3.DatabaseError, store.load, "x")
     assert open_files(tmp_path) == []
 
 
@@ -777,8 +721,7 @@ def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path, clock):
     other.close()
     for path in tmp_path.glob("a*"):
         path.unlink()
-    assert store.load("x")[0] is None
-    assert store.swap("x", None, BreakerRecord(reason="again"))
+    assert store.load("x")[0] is None and store.swap("x", None, BreakerRecord(reason="again"))
     for path in tmp_path.glob("a*"):
         path.unlink()
     (tmp_path / "b").replace(tmp_path / "a")
@@ -811,8 +754,7 @@ def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, mo
     newcomer.admit().failure()
     clock.advance(1)
     wall.now += 1 + 3600
-    assert newcomer.retry_after == 14
-    assert breaker.retry_after == 0
+    assert newcomer.retry_after == 14 and breaker.retry_after == 0
 
 
 @needs_redis
@@ -824,8 +766,7 @@ def test_with_redis_the_servers_clock_counts(make_store):
     fail(one)
     assert 14 < (other.retry_after or 0) <= 15
     there.advance(14)
-    with pytest.raises(CircuitOpen):
-        other.admit()
+    error_of(CircuitOpen, other.admit)
     there.advance(1)
     assert other.admit().is_trial
     here.advance(1)
@@ -843,12 +784,9 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
         holder.execute("BEGIN EXCLUSIVE")
         took = [seconds_of(breaker.admit().failure) for _ in range(2)]
         holder.execute("COMMIT")
-    assert 0.09 < took[0] < ADDED
-    assert took[1] < 0.09
-    assert breaker.is_open
+    assert 0.09 < took[0] < ADDED and took[1] < 0.09 and breaker.is_open
     clock.advance(5)
-    assert breaker.is_open
-    assert store.load("x")[0].state == "open"
+    assert breaker.is_open and store.load("x")[0].state == "open"
     assert events == ["down", "open", "back"]
     store.close()
 
@@ -875,15 +813,13 @@ def read_only(path: Path) -> None:
 
 
 SPOIL: dict[str, Callable[[Path], Any]] = {
-    "no such folder": lambda path: path.parent.rmdir(),
-    "a folder": Path.mkdir,
+    "no such folder": lambda path: path.parent.rmdir(), "a folder": Path.mkdir,
     "garbage": lambda path: path.write_bytes(b"this is no database" * 100),
     "another version": lambda path: sql(path, "PRAGMA user_version = 2"),
     "another table": lambda path: sql(
         path, "CREATE TABLE breakers (something TEXT)", "PRAGMA user_version = 1"
     ),
-    "a damaged record": spoilt,
-    "read-only": read_only,
+    "a damaged record": spoilt, "read-only": read_only
 }
 
 
@@ -923,9 +859,7 @@ def test_a_store_that_can_be_read_and_not_written(clock, make_store):
     assert events == ["down", "open"]
     store.error_of_swap = None
     clock.advance(60)
-    assert breaker.is_open
-    assert events[2:] == ["back"]
-    assert store.load("x")[0].state == "open"
+    assert breaker.is_open and events[2:] == ["back"] and store.load("x")[0].state == "open"
 
 
 PLAIN = BreakerRecord(deadline=3.0)._asdict()
@@ -943,15 +877,13 @@ def test_a_damaged_record_is_read_whole_or_not_at_all(clock, make_store, tmp_pat
     store.swap("bad", None, BreakerRecord())
     file = tmp_path / "breakers.sqlite"
     sql(file, f"UPDATE breakers SET record = '{text}'")
-    with pytest.raises((ValueError, TypeError, LookupError, RecursionError)):
-        store.load("bad")
+    error_of((ValueError, TypeError, LookupError, RecursionError), store.load, "bad")
     events: list[Any] = []
     chain = chain_on(Wrapped(store, clock), events, scripted("bad"), scripted("good"), clock=clock)
     for tier in chain.tiers:
         fail(tier.breaker)
         assert tier.breaker.is_open
-    assert sorted(events) == ["down", "open", "open"]
-    assert store.load("good")[0].state == "open"
+    assert sorted(events) == ["down", "open", "open"] and store.load("good")[0].state == "open"
     newer = json.dumps({**PLAIN, "colour": "blue"})  # a field of a newer version does no harm
     sql(file, f"UPDATE breakers SET record = '{newer}' WHERE name = 'bad'")
     assert store.load("bad")[0] == BreakerRecord(deadline=3)
@@ -992,21 +924,18 @@ def dripping(*pieces: bytes, pause: float) -> Iterator[str]:
     ended = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
     threads = []
-
-    def answer(connection: socket.socket) -> None:
+    def answer(connection):
         with connection, suppress(OSError):
             for piece in pieces:
                 connection.sendall(piece)
                 if ended.wait(pause):
                     return
             ended.wait(30)
-
-    def serve() -> None:
+    def serve():
         with suppress(OSError):
             while True:
                 threads.append(threading.Thread(target=answer, args=(listener.accept()[0],)))
                 threads[-1].start()
-
     threads.append(threading.Thread(target=serve))
     threads[0].start()
     try:
@@ -1025,11 +954,9 @@ def one_by_one(data: bytes) -> list[bytes]:
 
 DRIPS: dict[str, list[bytes]] = {
     "bytes of a bulk": one_by_one(b"$60\r\n" + b"x" * 60),
-    "bytes of a length": one_by_one(b"$" + b"0" * 60),
-    "whole replies": [b"+OK\r\n"] * 60,
-    "bytes of an error": one_by_one(b"-ERR " + b"x" * 60),
-    "errors": [b"-ERR no\r\n"] * 60,
-    "no Redis at all": one_by_one(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
+    "bytes of a length": one_by_one(b"$" + b"0" * 60), "whole replies": [b"+OK\r\n"] * 60,
+    "bytes of an error": one_by_one(b"-ERR " + b"x" * 60), "errors": [b"-ERR no\r\n"] * 60,
+    "no Redis at all": one_by_one(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
 }
 
 
@@ -1041,11 +968,9 @@ def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     with dripping(*DRIPS[what], pause=0.03) as url:
         store = RedisStore(url, timeout=0.1)
         work = {"load": lambda: store.load("x"), "swap": lambda: store.swap("x", None, RECORD)}
-
-        def try_it() -> None:
+        def try_it():
             with suppress(Exception):
                 work[operation]()
-
         assert seconds_of(try_it) < ADDED
         chain = chain_on(store, [])
         assert seconds_of(lambda: chain.chat("hi", timeout=1)) < 2 * ADDED
@@ -1064,20 +989,17 @@ def test_a_server_that_restarts_is_told_the_open_state(redis_server, clock):
     assert other.is_open
     redis_server.stop()
     clock.advance(1)
-    assert one.is_open
-    assert other.is_open
+    assert one.is_open and other.is_open
     redis_server.start()
     clock.advance(3)
-    assert one.is_open
-    assert events == ["open", "down", "back"]
+    assert one.is_open and events == ["open", "down", "back"]
     newcomer = breaker_on(store, clock)
     assert newcomer.is_open
     clock.advance(10)
     assert newcomer.admit().is_trial
     clock.advance(1)
     for breaker in (one, other):
-        with pytest.raises(CircuitOpen):
-            breaker.admit()
+        error_of(CircuitOpen, breaker.admit)
     store.store.close()
 
 
@@ -1111,7 +1033,7 @@ def children(count, work):
 
 
 @pytest.fixture(params=SHARED_KINDS)
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+def where(request, tmp_path):
     """The kind of store, and its address."""
     if request.param == "sqlite":
         return "sqlite", str(tmp_path / "breakers.sqlite")
@@ -1215,15 +1137,13 @@ def gunicorn(**variables: str) -> Iterator[Callable[[str], dict[str, Any]]]:
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = stores.environment(TEST_RECOVERY=str(RECOVERY), **variables)
     server = subprocess.Popen([sys.executable, *words.split()], env=environment, **pipes)
-
-    def ask(prompt: str) -> dict[str, Any]:
+    def ask(prompt):
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("GET", f"/ask/{prompt}")
             response = connection.getresponse()
             body = response.read()
         assert response.status == 200, body
         return json.loads(body)
-
     try:
         until = time.monotonic() + 60
         while True:
@@ -1251,8 +1171,7 @@ def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
     by: Counter[Any] = Counter()
     numbers = itertools.count()
     broke = mended = math.inf
-
-    def load() -> None:
+    def load():
         nonlocal broke, mended
         while (number := next(numbers)) < REQUESTS or time.monotonic() < mended + 0.5:
             if number == REQUESTS // 5:
@@ -1268,7 +1187,6 @@ def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
                     wrong.append(f"{number}: {found}")
             except Exception as error:
                 wrong.append(f"{number}: {error!r}")
-
     with gunicorn(TEST_STORE=" ".join(where), TEST_FOLDER=str(tmp_path)) as ask:
         callers = [threading.Thread(target=load) for _ in range(WORKERS * THREADS)]
         for caller in callers:
@@ -1280,8 +1198,7 @@ def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
         while len(back) < WORKERS and time.monotonic() < until:
             found = ask("once-more")
             back |= {found["pid"]} if found["provider"] == "primary" else set()
-    assert not wrong
-    assert {provider for provider, _ in by} == {"primary", "secondary"}
+    assert not wrong and {provider for provider, _ in by} == {"primary", "secondary"}
     assert len({pid for _, pid in by}) == len(back) == WORKERS
     dead = sorted(map(float, failed.read_text().split()))
     first = [at for at in dead if at < dead[0] + RECOVERY * 0.9]

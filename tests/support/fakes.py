@@ -1,6 +1,6 @@
 """Clocks, providers and a loopback server for the tests of chains and streams."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import json
 import threading
@@ -9,14 +9,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from copilot_router import (
-    Attempt,
-    FailoverChain,
-    LLMProvider,
-    LLMResponse,
-    OpenAIProvider,
-    ProviderTier,
-    ScriptedProvider,
+    Attempt, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider, ProviderTier, ScriptedProvider
 )
 
 PROMPT = "the secret prompt of this test suite"
@@ -161,6 +157,13 @@ class Limits(OpenAIProvider):
         return response
 
 
+def error_of(kind: Any, work: Any, *args: Any, match: Any = None, **options: Any) -> Any:
+    """The error of this kind that the call must raise."""
+    with pytest.raises(kind, match=match) as caught:
+        work(*args, **options)
+    return caught.value
+
+
 def in_threads(count: int, work: Callable[[], Any]) -> list[threading.Thread]:
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
@@ -187,8 +190,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)  # type: ignore[attr-defined]
-        self.close_connection = not self.server.answer(self, body)  # type: ignore[attr-defined]
+        self.server.bodies.append(body)
+        self.close_connection = not self.server.answer(self, body)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -258,20 +261,16 @@ def refusal(status: int, message: str = "no", headers: str = "", **error: Any) -
 def answering(*answers: bytes) -> Callable[[Handler, Any], bool]:
     """Each request takes the next of these answers, and the last one stays."""
     left = list(answers)
-
-    def answer(handler: Handler, body: Any) -> bool:
+    def answer(handler, body):
         handler.wfile.write(left.pop(0) if len(left) > 1 else left[0])
         return False
-
     return answer
 
 
 def silent_after(data: bytes) -> Callable[[Handler, Any], bool]:
     """Sends this, and then nothing until the client or the server goes."""
-
-    def answer(handler: Handler, body: Any) -> bool:
+    def answer(handler, body):
         handler.wfile.write(data)
-        handler.server.stopping.wait(30)  # type: ignore[attr-defined]
+        handler.server.stopping.wait(30)
         return False
-
     return answer

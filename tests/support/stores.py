@@ -30,6 +30,8 @@ from typing import Any
 
 import pytest
 
+from support.fakes import VirtualClock as FakeClock, error_of
+
 import copilot_router
 from copilot_router import (
     BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider, LLMResponse,
@@ -50,21 +52,6 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 SHARED_KINDS = ["sqlite", pytest.param("redis", marks=needs_redis)]
 KINDS = ["memory", *SHARED_KINDS]
 _numbers = itertools.count()
-
-
-class FakeClock:
-    """``clock()`` is the time, which only ``advance`` and ``sleep`` move."""
-
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-    sleep = advance
 
 
 def end(ticket: Ticket, error: BaseException | None) -> None:
@@ -144,7 +131,7 @@ class RedisServer:
 
 
 @pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
+def redis_server():
     """A server of this test alone."""
     server = RedisServer()
     yield server
@@ -152,7 +139,7 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
+def redis_url():
     """One server for all tests that do not harm it; each takes its own namespace."""
     server = RedisServer()
     yield server.url
@@ -160,14 +147,13 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+def make_store(tmp_path, request):
     """``make_store(kind, **settings)``: a handle on this test's store of that kind."""
     made: list[Any] = []
     memory = MemoryStore()
     namespace = f"test-{os.getpid()}-{next(_numbers)}"
     url = None if needs_redis.args[0] else request.getfixturevalue("redis_url")
-
-    def make(kind: str, **settings: Any) -> Any:
+    def make(kind, **settings):
         if kind == "memory":
             return memory
         settings = {"timeout": 5.0, **settings}
@@ -176,7 +162,6 @@ def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Calla
         else:
             made.append(RedisStore(url, settings.pop("namespace", namespace), **settings))
         return made[-1]
-
     yield make
     for store in made:
         store.close()
@@ -185,7 +170,7 @@ def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Calla
 class Wrapped:
     """A store around a store: counts what it is asked, and fails or waits when it is told to."""
 
-    def __init__(self, store: Any, clock: Callable[[], float] | None = None, **more: Any) -> None:
+    def __init__(self, store: Any, clock: Callable[[], float] | None=None, **more: Any) -> None:
         self.store = store
         self.clock = clock  #: its time, if not the store's
         for name in ("refresh", "shared_counts", "shares_local_errors"):
@@ -226,11 +211,10 @@ ODD_NAMES = [
 ]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
 RECORDS = [
-    BreakerRecord(),
-    BreakerRecord(generation=7, era=3, failures=2),
+    BreakerRecord(), BreakerRecord(generation=7, era=3, failures=2),
     BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
     BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
-    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300),
+    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)
 ]
 Handles = Callable[[], Any]
 Action = Callable[[Any], Any]
@@ -246,30 +230,26 @@ class StoreContract:
     """The tests; a subclass defines the fixture ``handles``."""
 
     @pytest.fixture
-    def handles(self) -> Handles:
+    def handles(self):
         raise NotImplementedError
 
     @pytest.fixture
-    def clock(self) -> FakeClock:
+    def clock(self):
         return FakeClock()
 
     @pytest.fixture
-    def process(self, handles: Handles, clock: FakeClock) -> Process:
+    def process(self, handles, clock):
         """A breaker as another process would have it, in the clock's time."""
-
-        def make(name: str = "x", **settings: Any) -> CircuitBreaker:
+        def make(name="x", **settings):
             store = Wrapped(handles(), clock)
             store.shared_counts = store.shares_local_errors = True
             return CircuitBreaker(name=name, clock=clock, store=store, **settings)
-
         return make
 
     def test_an_unknown_name_has_no_record_and_time_goes_on(self, handles):
         record, now = handles().load("unknown")
         again, later = handles().load("unknown")
-        assert (record, again) == (None, None)
-        assert math.isfinite(now)
-        assert now <= later
+        assert (record, again) == (None, None) and math.isfinite(now) and now <= later
 
     @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.state)
     def test_a_record_comes_back_as_it_was(self, handles, record):
@@ -281,14 +261,10 @@ class StoreContract:
     def test_only_the_expected_generation_is_replaced(self, handles):
         one, two = handles(), handles()
         first, second = BreakerRecord(generation=10), BreakerRecord(generation=20)
-        assert one.swap("x", 10, first) is False
-        assert one.load("x")[0] is None
-        assert one.swap("x", None, first) is True
-        assert two.swap("x", None, second) is False
-        assert two.swap("x", 9, second) is False
-        assert one.load("x")[0] == first
-        assert two.swap("x", 10, second) is True
-        assert one.swap("x", 10, first) is False
+        assert one.swap("x", 10, first) is False and one.load("x")[0] is None
+        assert one.swap("x", None, first) is True and two.swap("x", None, second) is False
+        assert two.swap("x", 9, second) is False and one.load("x")[0] == first
+        assert two.swap("x", 10, second) is True and one.swap("x", 10, first) is False
         assert one.load("x")[0] == second
 
     def test_each_name_has_its_own_record(self, handles, process):
@@ -305,8 +281,7 @@ class StoreContract:
     def test_of_many_threads_one_writes_each_generation(self, handles):
         won: list[int] = []
         barrier = threading.Barrier(8)
-
-        def work() -> None:
+        def work():
             store, mine = handles(), 0
             barrier.wait(30)
             while mine < 20:
@@ -319,7 +294,6 @@ class StoreContract:
                         mine += 1
                 except Exception as error:  # it may be too busy, as long as it wrote nothing
                     assert "locked" in str(error) or isinstance(error, TimeoutError)
-
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -332,8 +306,7 @@ class StoreContract:
             breaker = process(failure_threshold=5)  # a new process forgets nothing
             breaker.admit().failure()
             assert breaker.snapshot().failures == count
-        with pytest.raises(CircuitOpen):
-            process(failure_threshold=5).admit()
+        error_of(CircuitOpen, process(failure_threshold=5).admit)
 
     def test_one_trial_for_all(self, process, clock):
         """After its lease another process takes over, and the late verdict changes nothing."""
@@ -348,8 +321,7 @@ class StoreContract:
         assert granted(breakers) == []
         clock.advance(0.5)
         (successor,) = granted(breakers[::-1])
-        assert held.is_trial
-        assert successor.is_trial
+        assert held.is_trial and successor.is_trial
         clock.advance(1)
         held.success()
         assert all(breaker.is_half_open for breaker in breakers)
@@ -390,17 +362,17 @@ def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
 def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "line") -> None:
     """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
 
-    With ``event="call"`` it is called where each function begins.
+    With ``event="call"`` it is called where each function begins, and with ``"call c_return"``
+    also where a call of a C function has ended.
 
     Two kinds of lines are left out, since the interpreter never handles a signal there: the way
     out of a ``with`` block, and a line in ``finally`` that only releases a lock.
     """
-    before = sys.gettrace()
-
-    def on(frame: Any, what: str, _: Any) -> Any:
+    before, install = sys.gettrace(), sys.settrace if event == "line" else sys.setprofile
+    def on(frame, what, _):
         if frame.f_code.co_filename != copilot_router.__file__:
             return None
-        if what == event:
+        if what in event.split():
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             leaving = line.startswith("with ") and name.startswith("LOAD_CONST")
@@ -408,11 +380,11 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "
                 caller = frame.f_back.f_lineno if frame.f_back else 0
                 visit((frame.f_code.co_name, frame.f_lineno, caller))
         return on
-
-    sys.settrace(on)
+    install(on)
     try:
         work()
     finally:
+        sys.setprofile(None)
         sys.settrace(before)
 
 
@@ -431,12 +403,10 @@ def at_each_line(
     assert len(points) > 10
     for point in points:
         subject, done = make(), []
-
-        def visit(at: Any, point: Any = point, subject: Any = subject, done: Any = done) -> None:
+        def visit(at, point=point, subject=subject, done=done):
             if at[: 2 + callers] == point and not done:
                 done.append(at)
                 act(subject)
-
         with suppress(Interrupted):
             traced(lambda subject=subject: work(subject), visit, event)
         yield point, subject
@@ -449,13 +419,11 @@ class Interrupted(BaseException):
 def in_a_thread(work: Callable[[], Any], seconds: float = 10) -> bool:
     """Whether another thread gets this done in time; what it raises is raised here."""
     raised: list[BaseException] = []
-
-    def run() -> None:
+    def run():
         try:
             work()
         except BaseException as error:
             raised.append(error)
-
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -499,7 +467,7 @@ class Switched(LLMProvider):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
+    def chat(self, messages: Any, tools: Any=None, model: Any=None, **_: Any) -> LLMResponse:
         if (self.folder / "failing").exists():
             with (self.folder / "failed").open("a") as file:
                 file.write(f"{time.monotonic()}\n")
@@ -510,7 +478,6 @@ class Switched(LLMProvider):
 def flask_app() -> Any:
     """What gunicorn loads before it forks. It is asked once, so that the store is connected."""
     import flask
-
     kind, where = os.environ["TEST_STORE"].split(" ", 1)
     folder, recovery = Path(os.environ["TEST_FOLDER"]), float(os.environ["TEST_RECOVERY"])
     store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
@@ -522,10 +489,8 @@ def flask_app() -> Any:
     chain.tiers[0].breaker.admit().failure()
     chain.chat("before the fork")
     app = flask.Flask(__name__)
-
     @app.get("/ask/<prompt>")
-    def ask(prompt: str) -> Any:
+    def ask(prompt):
         response = chain.chat(prompt)
         return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
-
     return app
