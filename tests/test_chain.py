@@ -68,8 +68,6 @@ def both_ways(chain: FailoverChain, *args: Any, **options: Any) -> list[Callable
 
 
 # -- order and models
-
-
 def test_any_object_with_chat_is_a_provider():
     class Local:
         def chat(self, messages, tools=None, model=None, **kwargs):
@@ -155,8 +153,6 @@ def test_a_tier_that_cannot_serve_the_request_is_skipped(clock):
 
 
 # -- once more on the same tier
-
-
 @pytest.mark.parametrize(("retries", "requests"), [(0, 1), (1, 2), (2, 3), (5, 3)])
 @pytest.mark.parametrize("kind", [ServerError, Overloaded])
 def test_a_server_error_is_tried_again_until_the_breaker_opens(clock, kind, retries, requests):
@@ -202,8 +198,6 @@ def test_a_pause_that_does_not_end_before_the_deadline_is_not_begun(clock, error
 
 
 # -- parks
-
-
 @pytest.mark.parametrize(("error", "seconds"), [
     (RateLimited("x", retry_after=30), 30), (RateLimited("x", retry_after=9999), 3600),
     (RateLimited("x"), about(15)), (QuotaExceeded("x", retry_after=100), 100),
@@ -257,8 +251,6 @@ def test_a_long_park_gives_no_hint_unless_the_server_named_one(clock, error, hin
 
 
 # -- what is raised, and what passes
-
-
 @pytest.mark.parametrize("kind", [BadRequest, ContextLengthExceeded, UnsupportedRequest])
 def test_a_neutral_class_that_holds_for_all_is_raised_itself(clock, kind):
     chain = chain_of(clock, tier("a", kind("x")), tier("b", kind("y")))
@@ -401,8 +393,6 @@ def test_an_empty_answer_is_no_answer(clock, messages, response, kind, counted, 
 
 
 # -- reading a built-in provider's answer
-
-
 class Failing(BaseAdapter):
     """Answers with a body whose reading raises ``error``."""
 
@@ -449,8 +439,6 @@ def test_an_answer_nested_too_deeply_fails_over():
 
 
 # -- emergency and waiting
-
-
 def test_emergency_is_asked_even_while_open_unless_forced(clock):
     chain = chain_of(clock, tier("a", ProviderUnavailable), tier("e", "x", role="emergency"))
     chain.tiers[1].breaker.open(100)
@@ -514,8 +502,6 @@ def test_a_wait_is_told_of_and_belongs_to_no_tier(clock, caplog):
 
 
 # -- the deadline
-
-
 def slow(clock: VirtualClock, seconds: Any, error: Exception, given: Any = None) -> Custom:
     """A provider that takes its time (None: all of it), by the clock, and then fails."""
     def late(timeout, **_):
@@ -590,8 +576,6 @@ def test_a_deadline_reached_in_a_second_round(clock):
 
 
 # -- silence
-
-
 def test_silence_limits_are_five_times_as_long_where_patience_is_due(clock):
     """They never take more than half of the time that is left while a later tier is ready."""
     provider = Limits()
@@ -632,8 +616,6 @@ def test_a_model_that_thinks_gets_five_times_the_silence(clock, thinking, learne
 
 
 # -- options
-
-
 def test_params_lie_under_the_calls_own_options(clock):
     chain = chain_of(clock, tier("a", "x", params={"temperature": 0.2, "seed": 1, "odd": 3}))
     for call in both_ways(chain, "hi", temperature=None, top_p=0.5):
@@ -749,8 +731,6 @@ def test_a_chat_that_cannot_take_the_arguments_is_refused_when_the_tier_is_built
 
 
 # -- max_concurrency
-
-
 def released(provider: Held, threads: list[threading.Thread]) -> None:
     """All calls that the provider held back are over."""
     provider.go_on.set()
@@ -860,8 +840,6 @@ def test_who_waited_for_a_tier_that_was_reset_meanwhile_asks_it(role):
 
 
 # -- interruptions
-
-
 # As they are outside of tests: the suite looks at all that these return, which takes long.
 chat_of, stream_of = FailoverChain.chat, FailoverChain.stream
 
@@ -908,8 +886,6 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
 
 
 # -- secrets in the frames of errors
-
-
 SECRETS = re.compile(f"{re.escape(PROMPT)}|{re.escape(KEY)}|the secret answer")
 OURS = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
 
@@ -983,8 +959,6 @@ def test_no_frame_of_what_passes_through_holds_the_prompt(error, way):
 
 
 # -- health
-
-
 def test_health_snapshots_and_events_are_plain_data(clock):
     events: list[Event] = []
     tiers = tier("a", ServerError, retries=0), tier("b", "x")
@@ -1087,8 +1061,6 @@ def test_a_given_breaker_is_used_and_may_be_shared(clock):
 
 
 # -- usage and cost
-
-
 def test_cost_and_usage_are_summed_over_all_attempts(clock):
     failed = InvalidResponse("cut")
     failed.usage = Usage(100, 10)
@@ -1139,8 +1111,6 @@ def test_a_cost_is_none_where_tokens_or_prices_are_unknown(clock, tiers, cost, w
 
 
 # -- chains in chains
-
-
 def test_a_nested_chain_is_one_attempt_of_the_outer_one(clock):
     """Its usage and cost count there; its own attempts stay its own."""
     paid = LLMResponse("x", usage=MILLION)
@@ -1184,8 +1154,6 @@ def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock):
 
 
 # -- events, the log, explain()
-
-
 def test_events_tell_every_step_and_may_fail(clock, caplog):
     events: list[Event] = []
     def listen(event):
@@ -1308,8 +1276,6 @@ def test_explain_and_the_log_are_printable_ascii(clock, caplog):
 
 
 # -- data
-
-
 def test_a_response_as_data():
     tool_calls = [ToolCall("1", "f", {"a": 1}), ToolCall("2", "g", None, "[1")]
     attempts = (Attempt("t", "m", "ok"),)

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import (
-    DONE, HEAD, PARTS, PROMPT, VirtualClock, Watched, answering, calls, chain_of, error_of, event, failures,
-    outcomes, scripted, serve, tier, whole
+    DONE, HEAD, PARTS, PROMPT, VirtualClock, Watched, answering, calls, chain_of, error_of, event,
+    failures, outcomes, scripted, serve, tier, whole,
 )
 
 import copilot_router
@@ -56,7 +56,6 @@ def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
 
 
 # -- until the first delta
-
 ERRORS = [
     ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderTimeout("x"),
     InvalidResponse("x"), RateLimited("x", retry_after=30), QuotaExceeded("x", retry_after=90),
@@ -94,8 +93,6 @@ def test_an_answer_without_text_has_no_delta(clock):
 
 
 # -- after it
-
-
 @pytest.mark.parametrize(("error", "state", "number"), [
     (ServerError("x"), "closed", 1), (InvalidResponse("x"), "closed", 1),
     (ProviderTimeout("x", code="stall_timeout"), "closed", 1), (KeyError("x"), "closed", 1),
@@ -146,8 +143,6 @@ def test_a_custom_stream_that_returns_no_response_is_told_so(clock):
 
 
 # -- trials
-
-
 def half_open(clock: VirtualClock, *deltas: Any, **given: Any) -> FailoverChain:
     """A chain of one tier whose next call is the trial."""
     chain = watched(clock, *deltas, **given)
@@ -193,8 +188,6 @@ def test_a_streams_success_resets_the_count_of_failures(clock):
 
 
 # -- what a stream is
-
-
 def test_the_response_is_complete_in_the_end(clock):
     answer = LLMResponse(
         "".join(PARTS), [ToolCall("1", "f", {"x": 1})], "tool_calls", Usage(1000, 2000), "model-9",
@@ -232,8 +225,6 @@ def test_a_stream_is_a_generator(clock):
 
 
 # -- ending early
-
-
 def leave_by_error(stream: ChatStream) -> None:
     with contextlib.suppress(LookupError), stream:
         raise LookupError
@@ -305,8 +296,6 @@ def test_ending_early_closes_the_connection(end):
 
 
 # -- time
-
-
 @pytest.mark.parametrize(("pause", "late"), [(9.9, False), (10.0, True), (5000.0, True)])
 def test_the_callers_own_time_counts_towards_the_deadline(clock, pause, late):
     """The tier is not blamed for a slow reader."""
@@ -348,8 +337,6 @@ def test_a_slow_reader_is_no_slow_provider(clock, reader, provider, counted):
 
 
 # -- thoughts
-
-
 def thinking(*events: bytes) -> bytes:
     return HEAD + event(reasoning_content="hm, ") + event(reasoning_content="so") + b"".join(events)
 
@@ -377,8 +364,6 @@ def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_ove
 
 
 # -- chains in chains
-
-
 def nested(clock: VirtualClock, *deltas: Any, **given: Any) -> FailoverChain:
     """A chain whose first tier is a chain, and whose second answers "b"."""
     inner = chain_of(clock, ProviderTier("x", Watched(*deltas), ["m"]))
@@ -414,8 +399,6 @@ def test_a_break_in_a_nested_chain_reaches_the_reader(clock, error, counted):
 
 
 # -- the marker is held back
-
-
 class Feeding(Watched):
     """Streams ``deltas``, and counts how many were asked for."""
 
@@ -577,8 +560,6 @@ def test_accept_sees_the_whole_answer_before_the_reader_sees_any(clock):
 
 
 # -- many that are abandoned
-
-
 def test_hundreds_of_abandoned_streams_leave_nothing_behind():
     """At each point and in each way: afterwards no descriptor, no place and no trial is held."""
     with (

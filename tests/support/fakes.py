@@ -41,8 +41,6 @@ class VirtualClock:
 
 
 # -- chains
-
-
 def scripted(*items: Any, repeat: bool = True) -> ScriptedProvider:
     return ScriptedProvider(items, repeat=repeat)
 
@@ -75,8 +73,6 @@ def outcomes(attempts: tuple[Attempt, ...]) -> list[str]:
 
 
 # -- providers
-
-
 class Custom(LLMProvider):
     """Answers with what ``function(**options)`` returns or raises."""
 
@@ -182,8 +178,6 @@ def in_time(work: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 # -- a server
-
-
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True

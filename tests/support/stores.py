@@ -34,8 +34,9 @@ from support.fakes import VirtualClock as FakeClock, error_of
 
 import copilot_router
 from copilot_router import (
-    BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider, LLMResponse,
-    MemoryStore, ProviderTier, RedisStore, ServerError, SQLiteStore, Ticket,
+    AuthenticationError, BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider,
+    LLMResponse, MemoryStore, ProviderTier, ProviderUnavailable, RedisStore, ServerError,
+    SQLiteStore, Ticket,
 )
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -72,8 +73,6 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 # -- a Redis server
-
-
 def spare_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -202,8 +201,69 @@ class Wrapped:
         return bool(self.store.swap(name, expected_generation, record))
 
 
-# -- what every store must do
+#: What a word of a story means; see ``Stage``.
+VERDICTS = {"S": "success", "F": "failure", "N": "neutral", "P": "park"}
+LOCAL = {"U": ProviderUnavailable("refused"), "K": AuthenticationError("wrong key")}
+STATES = ("closed", "open", "half_open")
 
+
+class Stage:
+    """Plays stories about breakers, which ``new(who)`` makes; "who" is what precedes the colon.
+
+    F, S, N, P (failure, success, neutral, park; U and K: by an error of this machine): the verdict
+    on the newest ticket that is held, else on a new one; in small letters: on the oldest one.
+    hold: admit and keep the ticket; trial: the same, and it is a trial. A number: seconds that
+    pass. down, back: the store of this breaker, or of all. Others: what it does or must be now.
+    """
+
+    def __init__(self, clock: FakeClock, new: Callable[[str], CircuitBreaker]) -> None:
+        self.clock, self.new = clock, new
+        self.cast: dict[str, CircuitBreaker] = {}
+        self.held: dict[str, list[Ticket]] = {}
+        self.stores: dict[str, Any] = {}
+
+    def play(self, story: str) -> None:
+        for at, word in enumerate(story.split()):
+            who, _, what = word.rpartition(":")
+            name, _, value = what.partition("=")
+            where = f"word {at}: {word}"
+            if what in ("down", "back"):
+                for store in [self.stores[who]] if who else self.stores.values():
+                    store.error = ConnectionError("on fire") if what == "down" else None
+            elif name[0].isdigit():
+                self.clock.advance(float(what))
+            else:
+                if who not in self.cast:
+                    self.cast[who], self.held[who] = self.new(who), []
+                self.step(self.cast[who], self.held[who], name, value, where)
+
+    def step(self, breaker: Any, held: list[Ticket], name: str, value: str, where: str) -> None:
+        if name in ("left", "failures", "opened", "stale"):
+            wanted = None if value == "None" else pytest.approx(float(value))
+            found = breaker.retry_after if name == "left" else getattr(breaker.snapshot(), name)
+            assert found == wanted, where
+        elif name.upper() in "SFNPUK":
+            ticket = held.pop(0 if name.islower() else -1) if held else breaker.admit()
+            if name.upper() in LOCAL:
+                end(ticket, LOCAL[name.upper()])
+            else:
+                getattr(ticket, VERDICTS[name.upper()])(*([float(value)] if value else []))
+        elif name in ("hold", "trial"):
+            held.append(breaker.admit())
+            assert held[-1].is_trial == (name == "trial"), where
+        elif name == "refused":
+            assert error_of(CircuitOpen, breaker.admit).retry_after == breaker.retry_after, where
+        elif name == "reset":
+            breaker.reset()
+        elif name == "open!" or value:
+            breaker.open(float(value) if value else None)
+        else:
+            assert breaker.state == name, where
+            flags = (breaker.is_closed, breaker.is_open, breaker.is_half_open)
+            assert flags == tuple(name == state for state in STATES), where
+
+
+# -- what every store must do
 ODD_NAMES = [
     "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
@@ -357,8 +417,6 @@ def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
 
 
 # -- code that is stopped at each of its lines
-
-
 def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "line") -> None:
     """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
 
@@ -433,8 +491,6 @@ def in_a_thread(work: Callable[[], Any], seconds: float = 10) -> bool:
 
 
 # -- other processes
-
-
 def environment(**more: str) -> dict[str, str]:
     """The variables of a process that imports this module and the tests' own."""
     path = [str(Path(copilot_router.__file__).parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -459,8 +515,6 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
 
 
 # -- gunicorn
-
-
 class Switched(LLMProvider):
     """It repeats the prompt; where its folder has a file "failing", it fails and notes when."""
 
