@@ -14,10 +14,8 @@ import re
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Generator
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,8 +25,8 @@ from hypothesis.stateful import (
     Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
 )
 from support.stores import (
-    KINDS, FakeClock, Stage, Wrapped, at_each_line, done, end, error_of, fail, in_a_thread,
-    needs_fork, python, seconds_of,
+    KINDS, FakeClock, PlainStore, Stage, Wrapped, at_each_line, done, end, error_of, fail,
+    in_a_thread, needs_fork, python, seconds_of,
 )
 
 from copilot_router import (
@@ -669,24 +667,12 @@ def test_a_snapshot_can_be_taken_at_each_line_of_a_change():
         assert breaker.is_closed
 
 
-def plain_store() -> Any:
-    records: dict[str, Any] = {}
-    def swap(name, expected_generation, record):
-        present = records.get(name)
-        if (present and present.generation) != expected_generation:
-            return False
-        records[name] = record
-        return True
-    load = lambda name: (records.get(name), time.monotonic())  # noqa: E731
-    return SimpleNamespace(load=load, swap=swap, shared_counts=True, refresh=0.0)
-
-
 @pytest.mark.parametrize("store", [False, True])
 def test_a_finalizer_may_settle_wherever_a_change_calls_a_function(store):
     """In the middle of it, in the same thread; neither verdict is lost."""
     held: dict[int, Ticket] = {}
     def make():
-        settings = {"store": plain_store(), "name": "x"} if store else {}
+        settings = {"store": PlainStore(), "name": "x"} if store else {}
         breaker = CircuitBreaker(10, **settings)
         held[id(breaker)] = breaker.admit()
         return breaker

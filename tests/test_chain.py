@@ -64,7 +64,11 @@ RESULTS = [
 
 def both_ways(chain: FailoverChain, *args: Any, **options: Any) -> list[Callable[[], Any]]:
     """The same call as a whole answer and as a stream that is read to its end."""
-    return [lambda: chain.chat(*args, **options), lambda: list(chain.stream(*args, **options))]
+    def streamed():
+        with chain.stream(*args, **options) as stream:
+            assert list(stream) == [stream.response.text] * bool(stream.response.text)
+        return stream.response
+    return [lambda: chain.chat(*args, **options), streamed]
 
 
 # -- order and models
@@ -91,23 +95,20 @@ def test_tiers_are_asked_by_role_then_as_listed(clock):
 
 
 @pytest.mark.parametrize(("model", "asked"), [
-    (None, [("a", "a1"), ("any", None), ("b", "b-9"), ("e", "smart")]),
-    ("smart", [("b", "b-9"), ("a", "a1"), ("any", "smart"), ("e", "smart")]),
-    ("b-9", [("b", "b-9"), ("a", "a1"), ("any", "b-9"), ("e", "smart")]),
-    ("a2", [("a", "a2"), ("any", "a2"), ("b", "b-9"), ("e", "smart")]),
-    ("new", [("a", "a1"), ("any", "new"), ("b", "b-9"), ("e", "smart")])
+    (None, "a=a1 any=None b=b-9 e=smart"), ("smart", "b=b-9 a=a1 any=smart e=smart"),
+    ("b-9", "b=b-9 a=a1 any=b-9 e=smart"), ("a2", "a=a2 any=a2 b=b-9 e=smart"),
+    ("new", "a=a1 any=new b=b-9 e=smart"),
 ])
 def test_a_named_model_moves_its_tiers_forward(clock, model, asked):
     """But never an emergency tier. The other tiers follow with their own default."""
-    down = ProviderUnavailable
-    chain = chain_of(
-        clock, tier("a", down, models=["a1", "a2"]), tier("any", down, models=[]),
-        tier("b", down, models={"smart": "b-9"}),
-        tier("e", down, models=["smart"], role="emergency")
-    )
-    failed = error_of(AllProvidersFailed, chain.chat, "hi", model=model)
-    assert [(one.tier, one.model or None) for one in failed.attempts] == asked
-    assert [calls(chain, name)[0]["model"] for name, _ in asked] == [sent for _, sent in asked]
+    models = {"a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}, "e": ["smart"]}
+    chain = chain_of(clock, *(
+        tier(name, ProviderUnavailable, models=models[name], role=role)
+        for name, role in zip(models, ["primary"] * 3 + ["emergency"], strict=True)))
+    attempts = error_of(AllProvidersFailed, chain.chat, "hi", model=model).attempts
+    assert " ".join(f"{one.tier}={one.model or None}" for one in attempts) == asked
+    sent = [f"{one.tier}={calls(chain, one.tier)[0]['model']}" for one in attempts]
+    assert " ".join(sent) == asked
 
 
 def test_an_unknown_model_names_the_near_misses_and_the_known_ones(clock):
@@ -263,21 +264,19 @@ def test_a_neutral_class_that_holds_for_all_is_raised_itself(clock, kind):
 
 
 def test_mixed_failures_name_every_tier(clock):
+    """Failures of one tier that are the same are said once, with their number."""
     chain = chain_of(clock, tier("a", BadRequest("odd")), tier("b", ProviderUnavailable("refused")))
     failed = error_of(AllProvidersFailed, chain.chat, "hi")
     assert re.search("a: BadRequest: odd.*b: ProviderUnavailable: refused", str(failed))
     assert [type(error) for error in failed.errors] == [BadRequest, ProviderUnavailable]
     assert all(error.__traceback__ is None for error in failed.errors) and failed.retry_after == 1.0
-
-
-def test_repeated_failures_of_a_tier_are_said_once_with_their_number(clock):
     same = tier("a", ServerError("boom"), retries=4)
     chain = chain_of(clock, same, tier("b", ProviderUnavailable("refused")), failure_threshold=99)
     failed = error_of(AllProvidersFailed, chain.chat, "hi")
     assert str(failed).count("boom") == 1 and re.search(r"a: .*boom.*\b5\b.*b: ", str(failed))
     assert len(failed.attempts) == 6
-    different = tier("a", ServerError("one"), ServerError("two"))
-    error_of(AllProvidersFailed, chain_of(clock, different).chat, "hi", match=r"one.*two")
+    different = chain_of(clock, tier("a", ServerError("one"), ServerError("two")))
+    error_of(AllProvidersFailed, different.chat, "hi", match=r"one.*two")
 
 
 def test_on_error_takes_the_nearest_class(clock):
@@ -320,7 +319,7 @@ def test_what_is_not_the_providers_fault_passes_through(clock, kind):
 
 
 @pytest.mark.parametrize(("module", "name"), [
-    ("billiard.exceptions", "SoftTimeLimitExceeded"), ("rq.timeouts", "BaseTimeoutException")
+    ("billiard.exceptions", "SoftTimeLimitExceeded"), ("rq.timeouts", "BaseTimeoutException"),
 ])
 def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, name):
     """Providers, pings, listeners and stores may all be interrupted by one."""
@@ -328,17 +327,14 @@ def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, 
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: limit}))
     def over(*_, **__):
         raise limit
-    class Store(MemoryStore):
-        load = over
-    class Pinged(ScriptedProvider):
-        ping = over
-    pinged = FailoverChain([ProviderTier(one, Pinged(["x"])) for one in "ab"])
+    store, pinged = MemoryStore(), Pinged(["x"])
+    store.load, pinged.error = over, limit()
     for step in (
-        lambda: FailoverChain([tier("a", limit), tier("b", "x")]).chat("hi"),
-        lambda: FailoverChain([tier("a", limit), tier("b", "x")]).stream("hi"),
+        *both_ways(FailoverChain([tier("a", limit), tier("b", "x")]), "hi"),
         lambda: FailoverChain([tier("a", "x")], on_event=over).chat("hi"),
         lambda: CircuitBreaker(on_change=over).open(),
-        lambda: CircuitBreaker(name="x", store=Store()).admit(), pinged.check, pinged.ping
+        lambda: CircuitBreaker(name="x", store=store).admit(),
+        *(getattr(FailoverChain([ProviderTier("a", pinged)]), name) for name in ("check", "ping")),
     ):
         error_of(limit, step)
 
@@ -995,19 +991,16 @@ def test_a_learned_correction_is_shown_by_health_and_ends_with_reset():
 class Pinged(ScriptedProvider):
     """Its ping raises ``error``, and notes the time it was given."""
 
-    def __init__(self, *items: Any) -> None:
-        super().__init__(items, repeat=True)
-        self.error: Exception | None = None
-        self.given: list[float] = []
+    error: Exception | None = None
 
-    def ping(self, timeout: float=0.0) -> None:
-        self.given.append(timeout)
+    def ping(self, timeout: float = 0.0) -> None:
+        self.given = [*getattr(self, "given", []), timeout]
         if self.error is not None:
             raise self.error
 
 
 def test_a_failed_ping_counts_and_a_good_one_makes_the_trial_due(clock):
-    provider = Pinged(ServerError, "x")
+    provider = Pinged([ServerError, "x"], repeat=True)
     first = ProviderTier("a", provider, retries=0, breaker=CircuitBreaker(clock=clock))
     chain = chain_of(clock, first, tier("b", "x"))
     chain.chat("hi")
@@ -1016,20 +1009,18 @@ def test_a_failed_ping_counts_and_a_good_one_makes_the_trial_due(clock):
     assert chain.check()[0].last_error == "ProviderUnavailable: refused"
     assert chain.check()[0].breaker.state == "open" and chain.check()[0].breaker.retry_after == 15
     provider.error = None
-    health = chain.check()[0]
-    assert (
-        health.breaker.state, health.breaker.retry_after, health.last_error
-    ) == ("open", 0, None)
+    found = chain.check()[0]
+    assert (found.breaker.state, found.breaker.retry_after, found.last_error) == ("open", 0, None)
     assert chain.chat("hi").provider == "a" and provider.given == [5.0] * 5
-    chain.tiers[0].breaker.open()
+    first.breaker.open()
     chain.check(1.0)
-    assert chain.tiers[0].breaker.retry_after is None  # open by hand: only reset() ends it
+    assert first.breaker.retry_after is None  # open by hand: only reset() ends it
     chain.reset()
     assert chain.chat("hi").provider == "b"
 
 
 def test_ping_of_a_chain_has_one_time_for_all():
-    dead, alive = Pinged(), Pinged()
+    dead, alive = Pinged(["x"]), Pinged(["x"])
     dead.error = ServerError("dead")
     FailoverChain([ProviderTier("a", dead), ProviderTier("b", alive)]).ping()
     assert 0 < alive.given[0] <= dead.given[0] <= 5.0
@@ -1048,16 +1039,13 @@ def test_closing_closes_every_provider_and_the_chain_stays_usable():
 
 
 def test_a_given_breaker_is_used_and_may_be_shared(clock):
-    breaker = CircuitBreaker(1, clock=clock, name="mine")
-    shared = tier("a", ProviderUnavailable, breaker=breaker)
-    heard: list[str] = []
-    chains = [
-        chain_of(clock, shared, tier(name, "x"), on_event=lambda one: heard.append(one.kind))
-        for name in "bc"]
-    chains[0].chat("hi")
-    skipped = chains[1].chat("hi").attempts[0]
-    assert (skipped.outcome, heard.count("breaker")) == ("skipped", 2)
-    assert "mine is open" in str(skipped.error)
+    shared = tier("a", ProviderUnavailable, breaker=CircuitBreaker(1, clock=clock, name="mine"))
+    heard: list[Event] = []
+    one, other = (chain_of(clock, shared, tier(at, "x"), on_event=heard.append) for at in "bc")
+    one.chat("hi")
+    skipped = other.chat("hi").attempts[0]
+    assert skipped.outcome == "skipped" and "mine is open" in str(skipped.error)
+    assert [event.kind for event in heard].count("breaker") == 2
 
 
 # -- usage and cost
@@ -1083,49 +1071,36 @@ USED.usage = MILLION
 
 
 @pytest.mark.parametrize(("tiers", "cost"), [
-    ([("a", [KNOWN], (2, 3))], 2), ([("a", [KNOWN], {"v-1": (4, 3)})], 4),
-    ([("a", [KNOWN], {"fast": (5, 3)})], 5),
-    ([("a", [KNOWN], {"vendor": (6, 3), "fast": (2, 3)})], 6),
-    ([("a", [KNOWN], {"other": (1, 2)})], None), ([("a", [KNOWN], None)], None),
-    ([("a", [UNKNOWN], (2, 3))], None), ([("a", [UNKNOWN], None)], None),
-    ([("a", [ServerError("no")], None), ("b", [KNOWN], (2, 3))], 2),
-    ([("a", [USED], (1, 1)), ("b", [KNOWN], (2, 3))], 3),
-    ([("a", [USED], None), ("b", [KNOWN], (2, 3))], None),
-    ([("a", [USED], (1, 1)), ("b", [UNKNOWN], (2, 3))], None),
-    ([("a", [ProviderUnavailable], (1, 1)), ("b", [LLMResponse("x", usage=Usage(1))], (0, 0))], 0)
+    ([("a", KNOWN, (2, 3))], 2), ([("a", KNOWN, {"v-1": (4, 3)})], 4),
+    ([("a", KNOWN, {"fast": (5, 3)})], 5), ([("a", KNOWN, {"vendor": (6, 3), "fast": (2, 3)})], 6),
+    ([("a", KNOWN, {"other": (1, 2)})], None), ([("a", KNOWN, None)], None),
+    ([("a", UNKNOWN, (2, 3))], None), ([("a", UNKNOWN, None)], None),
+    ([("a", ServerError("no"), None), ("b", KNOWN, (2, 3))], 2),
+    ([("a", USED, (1, 1)), ("b", KNOWN, (2, 3))], 3),
+    ([("a", USED, None), ("b", KNOWN, (2, 3))], None),
+    ([("a", USED, (1, 1)), ("b", UNKNOWN, (2, 3))], None),
+    ([("a", ProviderUnavailable, (1, 1)), ("b", LLMResponse("x", usage=Usage(1)), (0, 0))], 0),
 ])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_a_cost_is_none_where_tokens_or_prices_are_unknown(clock, tiers, cost, way):
-    """It is never a sum that leaves something out."""
-    models = {"fast": "vendor"}
-    made = [
-        tier(name, *items, models=models, prices=prices, retries=0) for name, items, prices in tiers
-    ]
-    chain = chain_of(clock, *made)
-    if way:
-        with chain.stream("hi") as stream:
-            list(stream)
-        assert stream.response.cost == cost
-    else:
-        assert chain.chat("hi").cost == cost
+    chain = chain_of(clock, *(
+        tier(name, item, models={"fast": "vendor"}, prices=prices, retries=0)
+        for name, item, prices in tiers))
+    assert both_ways(chain, "hi")[way]().cost == cost
 
 
 # -- chains in chains
 def test_a_nested_chain_is_one_attempt_of_the_outer_one(clock):
     """Its usage and cost count there; its own attempts stay its own."""
     paid = LLMResponse("x", usage=MILLION)
-    inner = chain_of(
-        clock, tier("x", USED, retries=0, prices=(1, 1)), tier("y", paid, prices=(3, 0))
-    )
+    failing = tier("x", USED, retries=0, prices=(1, 1), breaker=CircuitBreaker(9))
+    inner = chain_of(clock, failing, tier("y", paid, prices=(3, 0)))
     outer = chain_of(clock, ProviderTier("in", inner), tier("b", paid, prices=(5, 0)))
-    response = outer.chat("hi")
-    assert outcomes(response.attempts) == ["in:ok"]
-    assert (response.provider, response.cost) == ("in", 4.0)
-    assert response.total_usage == response.attempts[0].usage == MILLION + MILLION
-    with outer.stream("hi") as stream:
-        list(stream)
-    assert outcomes(stream.response.attempts) == ["in:ok"]
-    assert (stream.response.cost, stream.response.total_usage) == (4.0, MILLION + MILLION)
+    for call in both_ways(outer, "hi"):
+        response = call()
+        assert outcomes(response.attempts) == ["in:ok"]
+        assert (response.provider, response.cost) == ("in", 4.0)
+        assert response.total_usage == response.attempts[0].usage == MILLION + MILLION
 
 
 def test_the_failure_of_a_nested_chain_keeps_its_attempts_and_its_cost(clock):
@@ -1159,26 +1134,26 @@ def test_events_tell_every_step_and_may_fail(clock, caplog):
     def listen(event):
         events.append(event)
         raise RuntimeError("listener")
+    def kinds():
+        return [event.kind for event in events]
     first = tier("a", ServerError, ServerError, RateLimited("x", retry_after=9))
     second = tier("b", LLMResponse("one", usage=Usage(3, 4)), ServerError, ServerError, "two")
     chain = chain_of(clock, first, second, on_event=listen)
     chain.chat(PROMPT)
-    kinds = [event.kind for event in events]
-    assert kinds == ["attempt", "retry", "attempt", "failover", "attempt", "done"]
+    assert kinds() == ["attempt", "retry", "attempt", "failover", "attempt", "done"]
     assert events[3].data["to"] == "b" and events[0].time == 1000.0
     done = events[-1].data
     assert (done["outcome"], done["prompt_tokens"], done["completion_tokens"]) == ("ok", 3, 4)
     assert "on_event failed" in caplog.messages
     events.clear()
     chain.chat(PROMPT, wait=60)
-    kinds = [event.kind for event in events]
-    assert kinds[:3] == ["attempt", "breaker", "failover"] and "wait" in kinds
+    assert kinds()[:3] == ["attempt", "breaker", "failover"] and "wait" in kinds()
     chain.reset()
     events.clear()
     for one in chain.tiers:
         one.breaker.open()
     error_of(AllProvidersFailed, chain.chat, PROMPT)
-    assert [event.kind for event in events] == ["breaker", "breaker", "skip", "skip", "done"]
+    assert kinds() == ["breaker", "breaker", "skip", "skip", "done"]
     assert (events[-1].tier, events[-1].data["outcome"]) == ("", "AllProvidersFailed")
 
 
@@ -1230,9 +1205,7 @@ def test_the_same_answers_come_without_anybody_watching(clock):
         chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", ServerError, "b", "c"))
         assert chain.chat("hi").text == "b"
         chain.tiers[0].breaker.open()
-        with chain.stream("hi") as stream:
-            assert list(stream) == ["c"]
-        assert outcomes(stream.response.attempts) == ["a:skipped", "b:ok"]
+        assert outcomes(both_ways(chain, "hi")[1]().attempts) == ["a:skipped", "b:ok"]
         with serve(answering(whole("x"))) as server:
             assert FailoverChain([server.tier()]).chat("hi").text == "x"
     finally:
