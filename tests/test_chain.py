@@ -100,7 +100,6 @@ def test_tiers_are_asked_by_role_then_as_listed(clock):
     ("new", "a=a1 any=new b=b-9 e=smart"),
 ])
 def test_a_named_model_moves_its_tiers_forward(clock, model, asked):
-    """But never an emergency tier. The other tiers follow with their own default."""
     models = {"a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}, "e": ["smart"]}
     chain = chain_of(clock, *(
         tier(name, ProviderUnavailable, models=models[name], role=role)
@@ -280,7 +279,6 @@ def test_mixed_failures_name_every_tier(clock):
 
 
 def test_on_error_takes_the_nearest_class(clock):
-    """Its rule holds for a foreign exception and for a rate limit too."""
     policy = {ProviderError: "raise", ServerError: "next", KeyError: "raise"}
     items = ServerError, BadRequest, KeyError, ValueError, RateLimited("x", retry_after=1)
     chain = chain_of(
@@ -416,7 +414,6 @@ class Failing(BaseAdapter):
 ])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_too_little_memory_while_an_answer_is_read_fails_over(error, kind, way):
-    """The answer is at fault there, as far as anybody can tell; a custom provider's own is not."""
     session = requests.Session()
     session.mount("http://", Failing(error))
     given = {} if kind is OllamaProvider else {"api_key": KEY}
@@ -444,7 +441,6 @@ def test_emergency_is_asked_even_while_open_unless_forced(clock):
 
 
 def test_wait_sleeps_until_a_tier_is_ready(clock):
-    """The time is bounded in all, and added to the default deadline."""
     limited = RateLimited("x", retry_after=50)
     assert chain_of(clock, tier("a", limited, "x"), timeout=10).chat("hi", wait=50).text == "x"
     assert clock.slept == [50]
@@ -474,7 +470,6 @@ def test_a_wait_that_does_not_fit_or_help_is_not_begun(clock, error, options):
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 @pytest.mark.parametrize("recovery", [0.01, 15])
 def test_naps_grow_and_have_a_floor(clock, error, way, recovery):
-    """Whoever may wait does not hammer a server that says ``Retry-After: 0`` or a past date."""
     naps: list[float] = []
     def listen(event):
         if event.kind == "wait":
@@ -633,7 +628,6 @@ def test_system_is_put_in_front_and_nothing_given_is_modified(clock):
 
 
 def test_a_custom_provider_sees_plain_messages():
-    """What ``response.message`` keeps for its own vendor is left out for all others."""
     answer = HEAD + event("x", reasoning_content="hm") + event(finish="stop")
     with serve(answering(answer)) as server:
         kept = FailoverChain([server.tier()]).chat("hi").message
@@ -756,7 +750,6 @@ def test_no_more_than_max_concurrency_at_once():
 
 @pytest.mark.parametrize("role", ["secondary", "emergency"])
 def test_a_full_tier_is_skipped_while_a_later_one_is_ready(role):
-    """Its breaker learns nothing from being full, and a trial is not spent."""
     chain, provider, threads = full(tier("b", "x", role=role))
     if role == "emergency":
         chain.tiers[1].breaker.open(1000)
@@ -1158,7 +1151,6 @@ def test_events_tell_every_step_and_may_fail(clock, caplog):
 
 
 def test_the_event_failover_names_who_is_asked_next(clock):
-    """A tier that is skipped in between is not the one."""
     events: list[Event] = []
     tiers = tier("a", ProviderUnavailable), tier("b", "x"), tier("c", "x", supports_tools=False)
     chain = chain_of(clock, *tiers, tier("d", "x"), on_event=events.append)
@@ -1199,7 +1191,6 @@ def test_only_an_answer_after_other_attempts_is_worth_a_line(caplog, way):
 
 @pytest.mark.quiet
 def test_the_same_answers_come_without_anybody_watching(clock):
-    """No event and no log: a failover, a retry, a skip, a stream and a request over HTTP."""
     logging.getLogger(LOGGER).setLevel(logging.CRITICAL)
     try:
         chain = chain_of(clock, tier("a", ProviderUnavailable), tier("b", ServerError, "b", "c"))
@@ -1232,7 +1223,6 @@ PRINTABLE = re.compile(r"[ -~]*")
 
 
 def test_explain_and_the_log_are_printable_ascii(clock, caplog):
-    """Control, escape and bidirectional characters of servers and names are shown escaped."""
     caplog.set_level(logging.DEBUG, LOGGER)
     with serve(answering(refusal(400, HOSTILE))) as server:
         tiers = [server.tier("a"), tier(f"b{HOSTILE}", ServerError(HOSTILE)), tier("c", "x")]

@@ -155,7 +155,6 @@ def test_what_each_store_shares(tmp_path):
 
 
 def test_a_failure_costs_one_write_and_no_read(clock, shared):
-    """As long as what was read still serves."""
     breaker = breaker_on(shared, clock)
     fail(breaker, 1)
     before = shared.loads, shared.swaps
@@ -343,7 +342,6 @@ def test_a_lost_record_is_told_again(clock, story):
 
 # -- at the same time
 def test_a_blocked_store_blocks_one_thread():
-    """The others get their verdicts from what is known; what they change is saved later."""
     store = Wrapped(MemoryStore())
     breaker = breaker_on(store, time.monotonic)
     entered, hold = threading.Event(), threading.Event()
@@ -522,7 +520,6 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
 
 # -- SQLite
 def open_files(path: Path) -> list[str]:
-    """Descriptors of this process on the file and what SQLite lays beside it."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -545,7 +542,6 @@ def test_sqlite_keeps_nothing_open_between_operations(tmp_path):
 
 
 def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path, clock):
-    """The very next operation sees what is there now."""
     store, other = SQLiteStore(tmp_path / "a", timeout=5.0), SQLiteStore(tmp_path / "b")
     assert store.swap("x", None, BreakerRecord(reason="old"))
     assert other.swap("x", None, BreakerRecord(reason="new"))
@@ -602,7 +598,6 @@ def test_with_redis_the_servers_clock_counts(make_store):
 
 
 def test_another_connection_holds_the_writers_lock(tmp_path, clock):
-    """A call waits for the budget, once, and goes on alone; the change is saved later."""
     events: list[Any] = []
     store = SQLiteStore(tmp_path / "file")
     chain = chain_on(store, events, clock=clock)
@@ -620,7 +615,6 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
 
 
 def sql(path: Path, *statements: str) -> Any:
-    """What the last statement finds."""
     with closing(sqlite3.connect(path)) as connection:
         found = [connection.execute(statement).fetchone() for statement in statements]
         connection.commit()
@@ -646,7 +640,6 @@ SPOIL: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("how", SPOIL)
 def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how, tmp_path):
-    """It is said once, and the breaker works alone."""
     folder = tmp_path / "folder"
     folder.mkdir()
     SPOIL[how](folder / "file")
@@ -827,7 +820,6 @@ def children(count, work):
 
 @pytest.fixture(params=SHARED_KINDS)
 def where(request, tmp_path):
-    """The kind of store, and its address."""
     if request.param == "sqlite":
         return "sqlite", str(tmp_path / "breakers.sqlite")
     return "redis", request.getfixturevalue("redis_server").url
@@ -883,34 +875,13 @@ def test_one_process_of_eight_has_the_trial(where):
 
 @needs_fork
 def test_a_sqlite_file_is_made_by_many_processes_at_once(tmp_path):
-    """None is told that it is locked, and one is the first to write."""
     done(python(STORE + MAKE, "sqlite", tmp_path / "file"))
 
 
 @needs_fork
 def test_a_fork_while_other_threads_are_inside_sqlite(tmp_path):
-    """The locks of SQLite itself are free in every child."""
     done(python(STORE + STORM, "sqlite", tmp_path / "file"), timeout=120)
     assert sql(tmp_path / "file", "PRAGMA integrity_check") == ("ok",)
-
-
-ONCE = """
-breaker = CircuitBreaker(5, 600.0, name="cron", store=store)
-try:
-    with breaker.admit():
-        print("called")
-        raise ConnectionResetError
-except CircuitOpen as error:
-    print("refused", 0 < error.retry_after <= 600)
-except ConnectionResetError:
-    pass
-"""
-
-
-def test_five_runs_that_fail_once_each_open_it_for_the_sixth(tmp_path):
-    run = STORE + ONCE
-    runs = [done(python(run, "sqlite", tmp_path / "file")).strip() for _ in range(6)]
-    assert runs == ["called"] * 5 + ["refused True"]
 
 
 # -- gunicorn

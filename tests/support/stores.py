@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 
-from support.fakes import VirtualClock as FakeClock, error_of
+from support.fakes import VirtualClock as FakeClock, error_of, in_threads
 
 import copilot_router
 from copilot_router import (
@@ -358,18 +358,14 @@ class StoreContract:
             barrier.wait(30)
             while mine < 20:
                 record = store.load("x")[0]
-                at = 0 if record is None else record.generation
-                expected = None if record is None else at
+                at = record and record.generation
                 try:
-                    if store.swap("x", expected, BreakerRecord(generation=at + 1)):
-                        won.append(at + 1)
+                    if store.swap("x", at, BreakerRecord(generation=(at or 0) + 1)):
+                        won.append((at or 0) + 1)
                         mine += 1
                 except Exception as error:  # it may be too busy, as long as it wrote nothing
                     assert "locked" in str(error) or isinstance(error, TimeoutError)
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for thread in in_threads(8, work):
             thread.join(60)
         assert sorted(won) == list(range(1, 161))
 
@@ -382,29 +378,12 @@ class StoreContract:
 
     def test_one_trial_for_all(self, process, clock):
         """After its lease another process takes over, and the late verdict changes nothing."""
-        breakers = [process(trial_timeout=40) for _ in range(4)]
-        fail(breakers[0])
-        clock.advance(1)
-        assert all(breaker.is_open for breaker in breakers)
-        assert breakers[1].retry_after == pytest.approx(14)
-        clock.advance(14)
-        (held,) = granted(breakers)
-        clock.advance(39.5)
-        assert granted(breakers) == []
-        clock.advance(0.5)
-        (successor,) = granted(breakers[::-1])
-        assert held.is_trial and successor.is_trial
-        clock.advance(1)
-        held.success()
-        assert all(breaker.is_half_open for breaker in breakers)
-        successor.failure()
-        clock.advance(1)
-        held.success()
-        assert all(breaker.is_open for breaker in breakers)
-        clock.advance(15)
-        breakers[2].admit().success()
-        clock.advance(1)
-        assert all(breaker.is_closed for breaker in breakers)
+        Stage(clock, lambda who: process(trial_timeout=40)).play("""
+            a:F a:F a:F 1 a:open b:open c:open d:open b:left=14 14 a:trial b:refused c:refused
+            d:refused 39.5 a:refused b:refused c:refused d:refused 0.5 d:trial c:refused a:refused
+            1 a:S a:half_open b:half_open c:half_open d:half_open
+            d:F 1 a:open b:open c:open d:open 15 c:trial c:S 1 a:closed b:closed c:closed d:closed
+        """)
 
     def test_a_healthy_call_writes_nothing(self, handles, clock):
         """A thousand good calls in ten seconds: at most one read in each refresh interval."""
@@ -415,17 +394,7 @@ class StoreContract:
             breaker.admit().success()
             clock.advance(0.01)
         refresh = getattr(store, "refresh", 1.0)
-        assert store.swaps == 0
-        if refresh:
-            assert 1 <= store.loads <= 10 / refresh + 1
-
-
-def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
-    tickets = []
-    for breaker in breakers:
-        with suppress(CircuitOpen):
-            tickets.append(breaker.admit())
-    return tickets
+        assert store.swaps == 0 and (not refresh or 1 <= store.loads <= 10 / refresh + 1)
 
 
 # -- code that is stopped at each of its lines
