@@ -801,14 +801,10 @@ def test_a_place_is_given_back_however_a_request_ends(error, way):
 
 
 def test_who_waited_for_a_tier_that_broke_meanwhile_does_not_ask_it():
-    provider = Held(ServerError)
+    provider, errors = Held(ServerError), []
     one = ProviderTier("a", provider, max_concurrency=1, retries=0)
     chain = FailoverChain([one], failure_threshold=2)
-    errors: list[AllProvidersFailed] = []
-    def ask():
-        failed = error_of(AllProvidersFailed, chain.chat, "hi")
-        errors.append(failed)
-    threads = in_threads(10, ask)
+    threads = in_threads(10, lambda: errors.append(error_of(AllProvidersFailed, chain.chat, "hi")))
     assert provider.begun.acquire(timeout=10)
     assert not provider.begun.acquire(timeout=0.05)  # the others stand in line by now
     released(provider, threads)
@@ -833,24 +829,20 @@ def test_who_waited_for_a_tier_that_was_reset_meanwhile_asks_it(role):
 chat_of, stream_of = FailoverChain.chat, FailoverChain.stream
 
 
-def given_up(chain: FailoverChain) -> None:
-    with stream_of(chain, "hi", timeout=5) as stream:
-        next(stream)
-
-
-WAYS = {"chat": lambda chain: chat_of(chain, "hi", timeout=5), "given up": given_up,
-        "stream": lambda chain: list(stream_of(chain, "hi", timeout=5))}
+def ask(chain: FailoverChain, way: str) -> None:
+    if way == "chat":
+        chat_of(chain, "hi", timeout=5)
+    else:
+        with stream_of(chain, "hi", timeout=5) as stream:
+            list(stream) if way == "stream" else next(stream)
 
 
 @pytest.mark.quiet
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["chat", "stream", "given up"])
 @pytest.mark.parametrize("points", ["line", "call c_return"])
 def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, points):
-    """Afterwards each place is free, the next call works, and no breaker is open or held.
-
-    The interpreter swallows what is raised while an object is finalized: even then.
-    """
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    """Afterwards each place is free, the next call works, and no breaker is open or held."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # raised by a finalizer
     def made():
         last = ProviderTier("a", Watched("x", "y"), ["a"], max_concurrency=1)
         return FailoverChain([tier("down", ProviderUnavailable, max_concurrency=1), last],
@@ -859,17 +851,17 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
         raise Interrupted
     def sweep():
         lost = []
-        for point, chain in at_each_line(made, WAYS[way], interrupt, points):
+        for point, chain in at_each_line(made, lambda one: ask(one, way), interrupt, points):
             gc.collect(0)
             try:
                 with stream_of(chain, "hi", timeout=1) as stream:
                     fine = list(stream) == ["x", "y"]
                 states = [one.breaker.state for one in chain.health()]
-                found = states, stream.response.attempts[0].outcome
-                if not fine or found != (["closed", "closed"], "failed"):
-                    lost.append(f"{point}: {found}")
+                found = fine, states, stream.response.attempts[0].outcome
             except RouterError as error:
-                lost.append(f"{point}: {error}")
+                found = error
+            if found != (True, ["closed", "closed"], "failed"):
+                lost.append(f"{point}: {found}")
         return (lost,)
     assert in_time(sweep, 120.0) == ([],)
 
@@ -926,25 +918,17 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with serve(answer) as server:
-            chain = FailoverChain([server.tier("a"), tier("b", ServerError, retries=0)])
-            if case == "interrupted":
-                chain = FailoverChain([server.tier("a")])
-            with pytest.raises((RouterError, TypeError, KeyboardInterrupt)) as left:
-                both_ways(chain, messages, **options)[way]()
-            assert shown_by_frames(left.value) == set()
+            tiers = server.tier("a"), tier("b", ServerError, retries=0)
+            chain = FailoverChain(tiers[: 1 if case == "interrupted" else 2])
+            kinds = RouterError, TypeError, KeyboardInterrupt
+            left = error_of(kinds, both_ways(chain, messages, **options)[way])
+            assert shown_by_frames(left) == set()
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-@pytest.mark.quiet
-@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError, ConfigError, ContentFiltered])
-@pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
-def test_no_frame_of_what_passes_through_holds_the_prompt(error, way):
-    def fail(**_):
-        raise error("x")
-    chain = FailoverChain([ProviderTier("a", Custom(fail))])
-    left = error_of(error, both_ways(chain, PROMPT, system=PROMPT)[way])
-    assert shown_by_frames(left) == set()
+    for kind in (KeyboardInterrupt, AssertionError, ConfigError, ContentFiltered):
+        chain = FailoverChain([tier("a", kind("x"))])
+        left = error_of(kind, both_ways(chain, PROMPT, system=PROMPT)[way])
+        assert shown_by_frames(left) == set()
 
 
 # -- health
@@ -1177,6 +1161,7 @@ def test_levels_of_the_log(clock, caplog):
     assert levels("a", "open (ServerError)") == {logging.WARNING}
     assert levels("a", "closed (recovered)") == {logging.INFO}
     assert logging.WARNING in levels("call failed")
+    assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
 
 
 @pytest.mark.quiet

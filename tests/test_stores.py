@@ -889,32 +889,26 @@ WORKERS, THREADS, RECOVERY = 2, 8, 0.4
 
 
 @contextmanager
-def gunicorn(**variables: str) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """A function that asks a running gunicorn."""
+def gunicorn(**variables: str) -> Iterator[Callable[[str], list[Any]]]:
+    """A function that asks a running gunicorn: for text, provider and process."""
     config = pytest.importorskip("gunicorn.config")
-    pytest.importorskip("flask")
     port = spare_port()
     words = f"-m gunicorn --preload --workers {WORKERS} --threads {THREADS} --log-level error "
-    words += f"--bind 127.0.0.1:{port} support.stores:flask_app() "
+    words += f"--bind 127.0.0.1:{port} support.stores:wsgi_app() "
     words += "--no-control-socket" if hasattr(config, "ControlSocketDisable") else ""
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = stores.environment(TEST_RECOVERY=str(RECOVERY), **variables)
     server = subprocess.Popen([sys.executable, *words.split()], env=environment, **pipes)
     def ask(prompt):
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            connection.request("GET", f"/ask/{prompt}")
-            response = connection.getresponse()
-            assert response.status == 200, response.read()
-            return json.loads(response.read())
-    def is_up():
-        assert server.poll() is None, server.communicate()[0]
-        with suppress(OSError):
-            return ask("up")
+            connection.request("GET", f"/{prompt}")
+            return json.load(connection.getresponse())
     try:
-        until = time.monotonic() + 60
-        while not is_up():
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        until, up = time.monotonic() + 60, None
+        while not up:
+            assert server.poll() is None and time.monotonic() < until
+            with suppress(OSError):
+                up = ask("up")
         yield ask
     finally:
         server.terminate()
@@ -927,37 +921,31 @@ def gunicorn(**variables: str) -> Iterator[Callable[[str], dict[str, Any]]]:
 def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
     """The primary fails: it sees the threshold, then one attempt in each recovery time for both
     workers together. It works again: both go back to it. Each answer is the caller's own."""
-    failing, failed = tmp_path / "failing", tmp_path / "failed"
-    wrong, by, numbers = [], set(), itertools.count()
-    broke = mended = math.inf
-    def load():
-        nonlocal broke, mended
-        while (number := next(numbers)) < REQUESTS or time.monotonic() < mended + 0.5:
-            if number == REQUESTS // 5:
-                broke = time.monotonic()
-                failing.touch()
-            if mended == math.inf and time.monotonic() > broke + 3 * RECOVERY:
-                mended = time.monotonic()
-                failing.unlink(missing_ok=True)
-            try:
-                found = ask(f"nonce-{number}")
-                by.add((found["provider"], found["pid"]))
-                assert found["text"] == f"nonce-{number}"
-            except Exception as error:
-                wrong.append(f"{number}: {error!r}")
-    with gunicorn(TEST_STORE=" ".join(where), TEST_FOLDER=str(tmp_path)) as ask:
-        for caller in in_threads(WORKERS * THREADS, load):
+    def load(ask, seconds):
+        """Who answered, and in which processes."""
+        until, count, found, wrong = time.monotonic() + seconds, itertools.count(), set(), []
+        def work():
+            while (at := next(count)) < REQUESTS // 3 or time.monotonic() < until:
+                text, provider, process = ask(f"nonce-{at}")
+                found.add((provider, process)) if text == f"nonce-{at}" else wrong.append(at)
+        for caller in in_threads(WORKERS * THREADS, work):
             caller.join(300)
-        back: set[int] = set()
-        until = time.monotonic() + 20
-        while len(back) < WORKERS and time.monotonic() < until:
-            found = ask("once-more")
-            back |= {found["pid"]} if found["provider"] == "primary" else set()
-    assert not wrong and {provider for provider, _ in by} == {"primary", "secondary"}
-    assert len({pid for _, pid in by}) == len(back) == WORKERS
-    dead = sorted(map(float, failed.read_text().split()))
+        assert not wrong
+        return [{one[at] for one in found} for at in (0, 1)]
+    with gunicorn(TEST_APP=f"{' '.join(where)} {tmp_path}") as ask:
+        assert load(ask, 0.2)[0] == {"primary"}
+        (tmp_path / "failing").touch()
+        start = time.monotonic()
+        providers, processes = load(ask, 3 * RECOVERY)
+        assert providers == {"secondary"} and len(processes) == WORKERS
+        seconds = time.monotonic() - start
+        (tmp_path / "failing").unlink()
+        load(ask, RECOVERY * 2)
+        providers, processes = load(ask, 0.5)
+        assert providers == {"primary"} and len(processes) == WORKERS
+    dead = sorted(map(float, (tmp_path / "failed").read_text().split()))
     first = [at for at in dead if at < dead[0] + RECOVERY * 0.9]
     later = [first[0], *dead[len(first) :]]
     assert 3 <= len(first) <= 3 + 2 * WORKERS * THREADS
-    assert 2 <= len(later) <= (mended - broke) / RECOVERY + 2
+    assert 2 <= len(later) <= seconds / RECOVERY + 2
     assert all(two - one >= RECOVERY * 0.9 for one, two in itertools.pairwise(later))

@@ -13,6 +13,7 @@ from __future__ import annotations  # noqa: I001
 
 import dis
 import itertools
+import json
 import linecache
 import math
 import os
@@ -502,7 +503,7 @@ class Switched(LLMProvider):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def chat(self, messages: Any, tools: Any=None, model: Any=None, **_: Any) -> LLMResponse:
+    def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
         if (self.folder / "failing").exists():
             with (self.folder / "failed").open("a") as file:
                 file.write(f"{time.monotonic()}\n")
@@ -510,22 +511,18 @@ class Switched(LLMProvider):
         return LLMResponse(messages[-1]["content"])
 
 
-def flask_app() -> Any:
+def wsgi_app() -> Any:
     """What gunicorn loads before it forks. It is asked once, so that the store is connected."""
-    import flask
-    kind, where = os.environ["TEST_STORE"].split(" ", 1)
-    folder, recovery = Path(os.environ["TEST_FOLDER"]), float(os.environ["TEST_RECOVERY"])
+    kind, where, folder = os.environ["TEST_APP"].split()
     store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
-    tiers = [
-        ProviderTier("primary", Switched(folder), retries=0),
-        ProviderTier("secondary", Switched(folder / "other")),
-    ]
+    providers = {"primary": Switched(Path(folder)), "secondary": Switched(Path(folder, "other"))}
+    tiers = [ProviderTier(name, provider, retries=0) for name, provider in providers.items()]
+    recovery = float(os.environ["TEST_RECOVERY"])
     chain = FailoverChain(tiers, store=store, timeout=30.0, recovery_timeout=recovery)
-    chain.tiers[0].breaker.admit().failure()
+    tiers[0].breaker.admit().failure()
     chain.chat("before the fork")
-    app = flask.Flask(__name__)
-    @app.get("/ask/<prompt>")
-    def ask(prompt):
-        response = chain.chat(prompt)
-        return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
+    def app(environ, start_response):
+        response = chain.chat(environ["PATH_INFO"].strip("/"))
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps([response.text, response.provider, os.getpid()]).encode()]
     return app
