@@ -58,8 +58,7 @@ ASKED = [{"role": "user", "content": "hi"}]
 CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 RESULTS = [
     *ASKED, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
-    {"role": "tool", "tool_call_id": "1", "content": "done"},
-]
+    {"role": "tool", "tool_call_id": "1", "content": "done"}]
 
 
 def both_ways(chain: FailoverChain, *args: Any, **options: Any) -> list[Callable[[], Any]]:
@@ -97,8 +96,7 @@ def test_tiers_are_asked_by_role_then_as_listed(clock):
 @pytest.mark.parametrize(("model", "asked"), [
     (None, "a=a1 any=None b=b-9 e=smart"), ("smart", "b=b-9 a=a1 any=smart e=smart"),
     ("b-9", "b=b-9 a=a1 any=b-9 e=smart"), ("a2", "a=a2 any=a2 b=b-9 e=smart"),
-    ("new", "a=a1 any=new b=b-9 e=smart"),
-])
+    ("new", "a=a1 any=new b=b-9 e=smart")])
 def test_a_named_model_moves_its_tiers_forward(clock, model, asked):
     models = {"a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}, "e": ["smart"]}
     chain = chain_of(clock, *(
@@ -202,8 +200,7 @@ def test_a_pause_that_does_not_end_before_the_deadline_is_not_begun(clock, error
     (RateLimited("x", retry_after=30), 30), (RateLimited("x", retry_after=9999), 3600),
     (RateLimited("x"), about(15)), (QuotaExceeded("x", retry_after=100), 100),
     (QuotaExceeded("x", retry_after=1), about(60)), (QuotaExceeded("x"), about(60)),
-    (AuthenticationError("x"), about(15))
-])
+    (AuthenticationError("x"), about(15))])
 def test_a_parked_tier_is_asked_once_and_rests(clock, error, seconds):
     chain = chain_of(clock, tier("a", error), tier("b", "x"))
     for call in (*both_ways(chain, "hi"), *both_ways(chain, "hi")):
@@ -237,8 +234,7 @@ def test_all_parked_fails_at_once_with_the_earliest_return(clock):
 
 @pytest.mark.parametrize(("error", "hint"), [
     (AuthenticationError("x"), None), (QuotaExceeded("x"), None),
-    (QuotaExceeded("x", retry_after=100), 100), (RateLimited("x"), about(15)),
-])
+    (QuotaExceeded("x", retry_after=100), 100), (RateLimited("x"), about(15))])
 def test_a_long_park_gives_no_hint_unless_the_server_named_one(clock, error, hint):
     """Waiting does not help against a wrong key: nobody is told to, and ``wait`` does not."""
     chain = chain_of(clock, tier("a", error))
@@ -282,8 +278,7 @@ def test_on_error_takes_the_nearest_class(clock):
     policy = {ProviderError: "raise", ServerError: "next", KeyError: "raise"}
     items = ServerError, BadRequest, KeyError, ValueError, RateLimited("x", retry_after=1)
     chain = chain_of(
-        clock, tier("a", *items, retries=3), tier("b", "x"), on_error=policy, failure_threshold=99
-    )
+        clock, tier("a", *items, retries=3), tier("b", "x"), on_error=policy, failure_threshold=99)
     assert chain.chat("hi").provider == "b"
     for kind in (BadRequest, KeyError):
         error_of(kind, chain.chat, "hi")
@@ -303,8 +298,7 @@ def test_a_refusal_by_a_safety_system_is_raised_at_once(clock):
 
 
 @pytest.mark.parametrize("kind", [
-    AssertionError, MemoryError, RecursionError, KeyboardInterrupt, GeneratorExit, ConfigError
-])
+    AssertionError, MemoryError, RecursionError, KeyboardInterrupt, GeneratorExit, ConfigError])
 def test_what_is_not_the_providers_fault_passes_through(clock, kind):
     """It is neutral, the next tier is not asked, and a trial is handed on at once."""
     chain = chain_of(clock, tier("a", kind, kind, "fine", max_concurrency=1), tier("b", "x"))
@@ -317,8 +311,7 @@ def test_what_is_not_the_providers_fault_passes_through(clock, kind):
 
 
 @pytest.mark.parametrize(("module", "name"), [
-    ("billiard.exceptions", "SoftTimeLimitExceeded"), ("rq.timeouts", "BaseTimeoutException"),
-])
+    ("billiard.exceptions", "SoftTimeLimitExceeded"), ("rq.timeouts", "BaseTimeoutException")])
 def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, name):
     """Providers, pings, listeners and stores may all be interrupted by one."""
     limit = type(name, (Exception,), {})
@@ -337,14 +330,7 @@ def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, 
         error_of(limit, step)
 
 
-def test_any_other_exception_fails_over_and_its_text_is_not_repeated(clock):
-    chain = chain_of(clock, tier("a", ValueError(PROMPT)), tier("b", ProviderUnavailable))
-    failed = error_of(AllProvidersFailed, chain.chat, "hi")
-    assert failed.attempts[0].error == "ValueError" and PROMPT not in str(failed)
-    assert failures(chain) == 1
-
-
-def test_a_foreign_exception_is_logged_with_its_place_once(caplog):
+def test_a_foreign_exception_fails_over_and_is_logged_with_its_place_once(caplog):
     """As a warning, since it is probably a mistake in the provider; once for each line."""
     def faulty(again=False, **_):
         if again:
@@ -352,7 +338,7 @@ def test_a_foreign_exception_is_logged_with_its_place_once(caplog):
         raise ValueError("something private")
     chain = FailoverChain([ProviderTier("mine", Custom(faulty)), tier("b", ServerError, "x")])
     for call in (*both_ways(chain, "hi"), *both_ways(chain, "hi", again=True)):
-        call()
+        assert call().attempts[0].error in ("ValueError", "KeyError") or failures(chain) == 3
     told = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     places = [text for text in told if re.search(r"test_chain\.py\D+\d+", text)]
     assert [re.findall("ValueError|KeyError", text) for text in places] == [
@@ -372,8 +358,7 @@ def test_a_provider_that_returns_something_else_is_a_config_error(clock, answer)
     (ASKED, LLMResponse(finish_reason="length"), EmptyResponse, 0),
     (RESULTS, LLMResponse(""), EmptyResponse, 0), (RESULTS, LLMResponse(None), EmptyResponse, 0),
     ([*RESULTS, *ASKED], LLMResponse(""), EmptyResponse, 1),
-    (ASKED, LLMResponse(finish_reason="content_filter"), ContentFiltered, 0),
-])
+    (ASKED, LLMResponse(finish_reason="content_filter"), ContentFiltered, 0)])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_an_empty_answer_is_no_answer(clock, messages, response, kind, counted, way):
     """One that was cut by its length, or that follows tool results, says nothing of the tier."""
@@ -410,8 +395,7 @@ class Failing(BaseAdapter):
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError()], ids=lambda one: repr(one)[:6])
 @pytest.mark.parametrize("kind", [
-    OpenAIProvider, AnthropicProvider, GeminiProvider, OllamaProvider,
-])
+    OpenAIProvider, AnthropicProvider, GeminiProvider, OllamaProvider])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_too_little_memory_while_an_answer_is_read_fails_over(error, kind, way):
     session = requests.Session()
@@ -453,8 +437,7 @@ def test_wait_sleeps_until_a_tier_is_ready(clock):
     (RateLimited("x", retry_after=50), {"wait": 49}),
     (RateLimited("x", retry_after=50), {"wait": 100, "timeout": 20}),
     (RateLimited("x", retry_after=50), {"wait": 100, "timeout": 50}),
-    (BadRequest("x"), {"wait": 100}), (AuthenticationError("x"), {"wait": 100})
-])
+    (BadRequest("x"), {"wait": 100}), (AuthenticationError("x"), {"wait": 100})])
 def test_a_wait_that_does_not_fit_or_help_is_not_begun(clock, error, options):
     chain = chain_of(clock, tier("a", error))
     error_of(RouterError, chain.chat, "hi", **options)
@@ -541,8 +524,7 @@ def test_a_tier_is_not_asked_when_the_breakers_store_took_the_time(clock):
 @pytest.mark.parametrize(("limit", "before", "code", "counted"), [
     (10, 0, None, 1), (10, 0, "attempt_timeout", 1), (5, 0, "attempt_timeout", 1),
     (4.9, 0, "attempt_timeout", 0), (10, 6, "attempt_timeout", 0), (3, 0, "first_token_timeout", 1),
-    (3, 0, "stall_timeout", 1),
-])
+    (3, 0, "stall_timeout", 1)])
 def test_an_attempt_ended_by_the_deadline_counts_from_five_seconds_on(
     clock, limit, before, code, counted
 ):
@@ -644,8 +626,7 @@ def test_a_custom_provider_sees_plain_messages():
     ({"stall_timeouts": 1}, TypeError, r"stall_timeouts.*\bstall_timeout\b"),
     ({"timout": 1}, TypeError, r"timout.*\btimeout\b"),
     ({"first_token_timeout": "5"}, ConfigError, "first_token_timeout"),
-    ({"stall_timeout": "5"}, ConfigError, "stall_timeout"),
-])
+    ({"stall_timeout": "5"}, ConfigError, "stall_timeout")])
 def test_a_bad_option_is_refused_before_anybody_is_asked(options, kind, match):
     provider = OpenAIProvider(KEY, "http://127.0.0.1:9/v1")
     chain = FailoverChain([ProviderTier("a", provider, ["m"]), tier("b", "x")])
@@ -660,8 +641,7 @@ def test_a_bad_option_is_refused_before_anybody_is_asked(options, kind, match):
     ([{"content": "hi"}], r"messages\[0\] has the role 'NoneType'"),
     ([{"role": "User", "content": "hi"}], "has the role 'User'"),
     ([{"role": "user"}], "no content"), ([{"role": "user", "content": 5}], "content of type int"),
-    ([{"role": "user", "content": ["hi"]}], "part that is no dict")
-])
+    ([{"role": "user", "content": ["hi"]}], "part that is no dict")])
 def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, message):
     chain = chain_of(clock, tier("a", "x"))
     for call in (chain.chat, chain.stream):
@@ -676,8 +656,7 @@ def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, messa
     ({"escalation_marker": "**"}, "_marker"), ({"escalation_prompt": 5}, "escalation_prompt=5"),
     ({"accept": "x"}, "accept='x'"), ({"on_event": 5}, "on_event=5"),
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
-    ({"on_error": {KeyError: "again"}}, "'next' or 'raise'"),
-])
+    ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
 def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
     error_of(ConfigError, FailoverChain, [tier("apple", "x")], match=message, **settings)
 
@@ -689,8 +668,7 @@ def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
     ({"prices": (1,)}, "prices"), ({"prices": (1, 2, 3, 4, 5)}, "prices"),
     ({"prices": {"m": (1, -2)}}, "-2"), ({"prices": {"m": "12"}}, r"prices\['m'\]"),
     ({"params": [1]}, "params is a list"), ({"breaker": "on"}, "breaker is a str"),
-    *(({"params": {own: 1}}, own) for own in ("messages", "tools", "model", "timeout")),
-])
+    *(({"params": {own: 1}}, own) for own in ("messages", "tools", "model", "timeout"))])
 def test_bad_settings_of_a_tier_are_refused_at_once(settings, message):
     error_of(ConfigError, tier, "a", "x", match=message, **settings)
 
@@ -703,8 +681,7 @@ def test_bad_settings_of_a_tier_are_refused_at_once(settings, message):
     (lambda: FailoverChain([tier("a")]).check(-1), "timeout=-1"),
     (lambda: tier("", "x"), "give the tier a name"),
     (lambda: ProviderTier("a", ScriptedProvider), "provider is ScriptedProvider"),
-    (lambda: ProviderTier("a", object()), "give an object with a chat"),
-])
+    (lambda: ProviderTier("a", object()), "give an object with a chat")])
 def test_what_is_no_tier_is_refused_at_once(build, message):
     assert isinstance(error_of(ConfigError, build, match=message), ValueError)
 
@@ -904,8 +881,7 @@ LEAVING: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bad messages": (CUT, BAD, {}), "unknown option": (CUT, PROMPT, {"temprature": 1}),
     "bad option": (CUT, PROMPT, {"stall_timeout": "x"}),
     "unknown model": (CUT, PROMPT, {"model": "zzz"}),
-    "interrupted": (hung_up_on, PROMPT, {"timeout": 5}),
-}
+    "interrupted": (hung_up_on, PROMPT, {"timeout": 5})}
 
 
 @pytest.mark.quiet
@@ -1056,8 +1032,7 @@ USED.usage = MILLION
     ([("a", USED, (1, 1)), ("b", KNOWN, (2, 3))], 3),
     ([("a", USED, None), ("b", KNOWN, (2, 3))], None),
     ([("a", USED, (1, 1)), ("b", UNKNOWN, (2, 3))], None),
-    ([("a", ProviderUnavailable, (1, 1)), ("b", LLMResponse("x", usage=Usage(1)), (0, 0))], 0),
-])
+    ([("a", ProviderUnavailable, (1, 1)), ("b", LLMResponse("x", usage=Usage(1)), (0, 0))], 0)])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_a_cost_is_none_where_tokens_or_prices_are_unknown(clock, tiers, cost, way):
     chain = chain_of(clock, *(
@@ -1193,8 +1168,7 @@ def test_each_step_of_explain():
         Attempt("a", "m", "skipped", "CircuitOpen: off"),
         Attempt("b", "m", "escalated", "gave up", latency=0.5, usage=Usage(1, 1)),
         Attempt("c", "m", "failed", "ServerError: no", latency=0.25),
-        Attempt("d", "m", "ok", latency=1.0, usage=Usage(1, 1)),
-    )
+        Attempt("d", "m", "ok", latency=1.0, usage=Usage(1, 1)))
     told = LLMResponse("x", attempts=steps, cost=0.5).explain().split(" -> ")
     shown = ["a skipped off", "b gave up 500 ms", "c no 250 ms", "d ok $0.5"]
     for step, words in zip(told, shown, strict=True):
@@ -1284,8 +1258,7 @@ def test_a_script_may_hold_all_kinds_of_items():
     for message in ("script holds a", "script of 7 items is over"):
         error_of(ConfigError, provider.chat, "q", match=message)
     assert provider.calls[5] == {
-        "messages": "q", "tools": None, "model": "m", "kwargs": {"seed": 1}
-    }
+        "messages": "q", "tools": None, "model": "m", "kwargs": {"seed": 1}}
     broken = ScriptedProvider([["par", ServerError("cut")]]).stream("q")
     assert next(broken) == "par"
     error_of(ServerError, next, broken)

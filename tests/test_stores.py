@@ -292,8 +292,7 @@ NONSENSE: list[Any] = [
         ("state", "ajar"), ("state", None), ("state", []), ("generation", "1"),
         ("generation", None), ("era", 1.5), ("failures", "many"), ("deadline", "soon"),
         ("deadline", math.nan), ("deadline", None), ("span", {}), ("trips", None),
-        ("takeovers", ""), ("opened", []), ("reason", None), ("reason", 3)]),
-]
+        ("takeovers", ""), ("opened", []), ("reason", None), ("reason", 3)])]
 
 
 @pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: f"{answer!r:.60}")
@@ -327,8 +326,7 @@ def test_a_swap_that_returns_nonsense_fails_no_call(answer, clock):
 @pytest.mark.parametrize("story", [
     "a:F a:F lost b:closed 1 a:closed a:F a:open 1 b:open",
     "a:F a:F a:F lost b:closed 1 a:open 1 b:open",
-    "a:F a:F a:F 15 a:trial lost b:closed 1 a:half_open 1 b:half_open",
-])
+    "a:F a:F a:F 15 a:trial lost b:closed 1 a:half_open 1 b:half_open"])
 def test_a_lost_record_is_told_again(clock, story):
     """A newcomer starts closed, until a breaker that knows better looks at the store."""
     store = PlainStore()
@@ -634,8 +632,7 @@ SPOIL: dict[str, Callable[[Path], Any]] = {
     "another version": lambda path: sql(path, "PRAGMA user_version = 2"),
     "another table": lambda path: sql(
         path, "CREATE TABLE breakers (something TEXT)", "PRAGMA user_version = 1"),
-    "read-only": read_only,
-}
+    "read-only": read_only}
 
 
 @pytest.mark.parametrize("how", SPOIL)
@@ -680,8 +677,7 @@ PLAIN = BreakerRecord(deadline=3.0)._asdict()
 GARBAGE = [
     "", "null", "[]", "{}", "not json", '{"state": "closed"}',
     json.dumps({**PLAIN, "generation": "1"}), json.dumps({**PLAIN, "generation": 1.5}),
-    json.dumps({**PLAIN, "deadline": math.nan}), json.dumps({**PLAIN, "state": "ajar"}),
-]
+    json.dumps({**PLAIN, "deadline": math.nan}), json.dumps({**PLAIN, "state": "ajar"})]
 
 
 @pytest.mark.parametrize("text", GARBAGE, ids=lambda text: text[:40])
@@ -757,8 +753,7 @@ DRIPS: dict[str, list[bytes]] = {
     "bytes of a bulk": one_by_one(b"$60\r\n" + b"x" * 60),
     "bytes of a length": one_by_one(b"$" + b"0" * 60), "whole replies": [b"+OK\r\n"] * 60,
     "bytes of an error": one_by_one(b"-ERR " + b"x" * 60), "errors": [b"-ERR no\r\n"] * 60,
-    "no Redis at all": one_by_one(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-}
+    "no Redis at all": one_by_one(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")}
 
 
 @pytest.mark.parametrize("what", DRIPS)

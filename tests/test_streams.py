@@ -52,8 +52,7 @@ def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
 ERRORS = [
     ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderTimeout("x"),
     InvalidResponse("x"), RateLimited("x", retry_after=30), QuotaExceeded("x", retry_after=90),
-    ModelNotFound("x"), BadRequest("x"), KeyError("x")
-]
+    ModelNotFound("x"), BadRequest("x"), KeyError("x")]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -114,8 +113,7 @@ def test_a_break_raises_with_what_had_arrived(clock, error, state, number):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), MemoryError(), AssertionError("x"), ConfigError("x")]
-)
+    "error", [KeyboardInterrupt(), MemoryError(), AssertionError("x"), ConfigError("x")])
 def test_what_is_not_the_providers_fault_passes_through_a_stream(clock, error):
     chain = watched(clock, "a", error, max_concurrency=1)
     chain.tiers[0].breaker.admit().failure()
@@ -183,8 +181,7 @@ def test_a_streams_success_resets_the_count_of_failures(clock):
 def test_the_response_is_complete_in_the_end(clock):
     answer = LLMResponse(
         "".join(PARTS), [ToolCall("1", "f", {"x": 1})], "tool_calls", Usage(1000, 2000), "model-9",
-        reasoning="hm", request_id="r",
-    )
+        reasoning="hm", request_id="r")
     up = Watched(PARTS[0], lambda: clock.advance(2), *PARTS[1:], response=answer)
     tiers = tier("down", ProviderUnavailable("x")), ProviderTier("up", up, prices=(1.0, 2.0))
     stream = chain_of(clock, *tiers).stream(PROMPT)
@@ -255,8 +252,7 @@ def test_ending_early_is_no_failure(clock, end, taken, make):
 
 
 @pytest.mark.parametrize(
-    "end", [list, ChatStream.close, forget, read], ids=lambda end: end.__name__
-)
+    "end", [list, ChatStream.close, forget, read], ids=lambda end: end.__name__)
 def test_a_stream_holds_its_place_until_it_ends(clock, end):
     deltas = [*PARTS, InvalidResponse("x")] if end is read else PARTS
     first = ProviderTier("a", Watched(*deltas), max_concurrency=1)
@@ -304,8 +300,7 @@ def test_the_callers_own_time_counts_towards_the_deadline(clock, pause, late):
 
 @pytest.mark.parametrize(("timeout", "code", "cause", "counted"), [
     (10, "attempt_timeout", DeadlineExceeded, 1), (3, "attempt_timeout", DeadlineExceeded, 0),
-    (30, "stall_timeout", ProviderTimeout, 1), (30, "attempt_timeout", ProviderTimeout, 1)
-])
+    (30, "stall_timeout", ProviderTimeout, 1), (30, "attempt_timeout", ProviderTimeout, 1)])
 def test_the_cause_says_whose_limit_ended_a_stream(clock, timeout, code, cause, counted):
     """The call's deadline, or a limit of the tier (20 s here)."""
     late = ProviderTimeout("late", code=code)
@@ -410,15 +405,13 @@ stream_of, chat_of = FailoverChain.stream, FailoverChain.chat
 STRONG = ["from ", "the ", "stronger"]
 WEAK = Feeding()
 CHAIN = FailoverChain(
-    [ProviderTier("weak", WEAK, ["weak"]), tier("strong", STRONG)], escalation_model="strong"
-)
+    [ProviderTier("weak", WEAK, ["weak"]), tier("strong", STRONG)], escalation_model="strong")
 DRESSED = [
     "[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** because", "`[ESCALATE]` because",
     '"[ESCALATE] because"', "> [ESCALATE] because", "```text\n[ESCALATE]", "```3d\n[ESCALATE]",
     "# [Escalate]: because", "\u201c[ESCALATE]\u201d because", "<think>hm</think>\n[ESCALATE]",
     "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
-    "<think>\n</think><think></think>[ESCALATE]"
-]
+    "<think>\n</think><think></think>[ESCALATE]"]
 #: What only looks like the marker, and the part of it after which that is certain.
 LOOK_ALIKES = [
     ("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"),
@@ -427,8 +420,7 @@ LOOK_ALIKES = [
     ("**bold** [ESCALATE]", "**b"), ("```python\nprint()\n```", "```python\np"),
     ("```c++\n[ESCALATE]", "```c+"), ("<thinking>[ESCALATE]", "<thinki"),
     ("<think>[ESCALATE]</think> fine", "<think>[ESCALATE]</think> f"), ("<b>[ESCALATE]</b>", "<b"),
-    ("\u00bb[\u0415SCALATE] Cyrillic", "\u00bb[\u0415")
-]
+    ("\u00bb[\u0415SCALATE] Cyrillic", "\u00bb[\u0415")]
 
 
 def shown(deltas: Sequence[str]) -> list[str]:
@@ -476,8 +468,7 @@ def test_a_look_alike_is_exact_and_held_back_no_longer_than_needed(text, certain
 FRAGMENTS = st.sampled_from([
     "[ESCALATE]", "[ESC", "ALATE]", "<think>", "</think>", "<thi", "nk>", "```", "3d", "text", "\n",
     " ", "*", "_", '"', "\u201c", ">", "#", "[", "]", "because", "\u0130", "\u2028", "\x00",
-    "\U0001f600"
-])
+    "\U0001f600"])
 
 
 @pytest.mark.quiet
@@ -542,7 +533,6 @@ def test_accept_sees_the_whole_answer_before_the_reader_sees_any(clock):
         seen.append(response.text)
         return response.text.startswith("the")
     stream = chain_of(clock, tier("a", ["bad ", "one"]), tier("b", PARTS), accept=accept).stream(
-        PROMPT
-    )
+        PROMPT)
     assert seen == ["bad one", "".join(PARTS)] and list(stream) == ["".join(PARTS)]
     assert outcomes(stream.response.attempts) == ["a:escalated", "b:ok"]

@@ -54,14 +54,8 @@ def chain_of(clock: VirtualClock, *tiers: ProviderTier, **settings: Any) -> Fail
     return FailoverChain(tiers, clock=clock, sleep=clock.sleep, **settings)
 
 
-def tier_of(chain: FailoverChain, name: str) -> ProviderTier:
-    return next(one for one in chain.tiers if one.name == name)
-
-
 def calls(chain: FailoverChain, name: str) -> list[dict[str, Any]]:
-    provider = tier_of(chain, name).provider
-    assert isinstance(provider, ScriptedProvider)
-    return provider.calls
+    return next(one.provider.calls for one in chain.tiers if one.name == name)
 
 
 def failures(chain: FailoverChain, at: int = 0) -> int:

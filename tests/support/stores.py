@@ -47,8 +47,7 @@ try:
 except ImportError:
     redis = None
 needs_redis = pytest.mark.skipif(
-    REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed"
-)
+    REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 #: Parameters of a test that runs on each kind of store.
 SHARED_KINDS = ["sqlite", pytest.param("redis", marks=needs_redis)]
@@ -280,15 +279,13 @@ class Stage:
 ODD_NAMES = [
     "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
-    "breakers", "0", "None",
-]
+    "breakers", "0", "None"]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
 RECORDS = [
     BreakerRecord(), BreakerRecord(generation=7, era=3, failures=2),
     BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
     BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
-    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)
-]
+    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)]
 Handles = Callable[[], Any]
 Action = Callable[[Any], Any]
 Process = Callable[..., CircuitBreaker]
