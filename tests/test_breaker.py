@@ -36,8 +36,6 @@ from copilot_router import (
     StreamInterrupted, Ticket,
 )
 
-New = Callable[..., CircuitBreaker]
-
 
 class Boom(Exception):
     pass
@@ -45,11 +43,6 @@ class Boom(Exception):
 
 def boom() -> None:
     raise Boom("own error")
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture(params=["alone", *KINDS])
@@ -529,7 +522,6 @@ def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
 
 # -- snapshots and copies
 def test_a_snapshot_is_plain_data(new, clock):
-    """Also when a time is infinite, which JSON does not know."""
     breaker = new()
     for change in (breaker.reset, lambda: tripped(breaker), breaker.open):
         change()
@@ -546,7 +538,6 @@ def test_a_breaker_is_not_copied(copier):
 
 # -- threads
 def together(count: int, work: Callable[[int], object]) -> float:
-    """Run it in threads that begin at one moment; the seconds that took."""
     barrier = threading.Barrier(count + 1)
     def run(at):
         barrier.wait(10)
@@ -682,7 +673,6 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
 @needs_fork
 @pytest.mark.parametrize("kind", ["alone", "memory"])
 def test_a_child_may_have_a_trial_of_its_own(kind, clock):
-    """Alone, the parent's trial is not the child's; its late copy of the ticket counts nowhere."""
     settings = {"store": MemoryStore(clock), "name": "x"} if kind == "memory" else {}
     breaker = CircuitBreaker(clock=clock, **settings)
     trial = on_trial(breaker, clock)

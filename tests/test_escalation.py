@@ -43,9 +43,9 @@ def test_without_an_escalation_model_there_is_no_marker():
 def test_only_models_below_the_top_are_told_on_a_copy():
     """Appended to the first system message, or put in front; list content gets a part."""
     chain = ladder(tier("weak", MARKED), tier("strong", "x"))
-    user = {"role": "user", "content": "hi"}
-    for first in ([{"role": "system", "content": "be kind"}], [], [
-        {"role": "developer", "content": [{"type": "text", "text": "be kind"}]}]):
+    user, parts = {"role": "user", "content": "hi"}, [{"type": "text", "text": "be kind"}]
+    system, developer = {"role": "system", "content": "x"}, {"role": "developer", "content": parts}
+    for first in ([], [system], [developer]):
         before = repr(first)
         chain.chat([*first, user])
         assert told(chain, "weak") and not told(chain, "strong") and repr(first) == before

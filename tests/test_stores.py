@@ -30,15 +30,14 @@ from support.stores import (
 )
 
 from copilot_router import (
-    BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError,
-    FailoverChain, MemoryStore, ProviderTier, ProviderUnavailable, RateLimited,
-    RedisStore, ScriptedProvider, ServerError, SQLiteStore, Ticket,
+    BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError, FailoverChain, MemoryStore,
+    ProviderTier, ProviderUnavailable, RateLimited, RedisStore, ScriptedProvider, ServerError,
+    SQLiteStore, Ticket,
 )
 
 #: Seconds that a store in trouble may add to a call.
 ADDED = 0.25
 DOWN = ConnectionError("the store's host is on fire")
-Make = Callable[..., Any]
 #: ``make processes`` plays longer.
 ROUNDS = int(os.environ.get("COPILOT_ROUTER_ROUNDS", "20"))
 REQUESTS = int(os.environ.get("COPILOT_ROUTER_REQUESTS", "200"))
@@ -72,11 +71,6 @@ class TestUsersOwn(StoreContract):
 
 
 # -- what the tests are made of
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 @pytest.fixture
 def shared(clock):
     """A store in the clock's time that can be broken; a read serves for a second."""
@@ -380,7 +374,6 @@ def test_user_code_runs_without_a_lock(clock, shared):
 
 @pytest.mark.parametrize("pause", [0, 0.06], ids=["quick", "slow"])
 def test_a_change_that_others_keep_overtaking_is_saved_later(clock, shared, pause):
-    """It is tried again a few times, and not for long where the store is slow."""
     breaker = breaker_on(shared, clock)
     shared.before = lambda name: threading.Event().wait(pause)
     real, shared.store.swap = shared.store.swap, lambda *_: False
@@ -410,7 +403,6 @@ def test_a_verdict_by_a_finalizer_inside_an_operation_is_not_lost(clock, shared,
 
 
 def test_a_good_ping_makes_the_trial_due_for_all(clock, shared):
-    """It closes nothing, and does not touch what was opened by hand."""
     chain, other = chain_on(shared, [], clock=clock), breaker_on(shared, clock)
     fail(other)
     clock.advance(2)
@@ -582,7 +574,6 @@ def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, mo
 
 @needs_redis
 def test_with_redis_the_servers_clock_counts(make_store):
-    """Two machines whose clocks are ninety seconds apart see the same open time."""
     here, there = FakeClock(100.0), FakeClock(190.0)
     store = make_store("redis")
     one, other = breaker_on(store, here), breaker_on(store, there)

@@ -29,23 +29,15 @@ from copilot_router import (
 )
 
 
-@pytest.fixture
-def clock():
-    return VirtualClock()
-
-
-def watched(clock: VirtualClock, *deltas: Any, response: Any=None, **given: Any) -> FailoverChain:
+def watched(clock: VirtualClock, *deltas: Any, response: Any = None, **given: Any) -> FailoverChain:
     """A chain of one tier, ``a``, with a Watched provider."""
     return chain_of(clock, ProviderTier("a", Watched(*deltas, response=response), ["a"], **given))
 
 
 def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
     """The deltas of a stream that breaks, and its error."""
-    seen = []
-    with pytest.raises(StreamInterrupted) as broken:
-        for delta in stream:
-            seen.append(delta)
-    return seen, broken.value
+    seen: list[str] = []
+    return seen, error_of(StreamInterrupted, seen.extend, stream)
 
 
 # -- until the first delta
@@ -329,16 +321,15 @@ def thinking(*events: bytes) -> bytes:
 def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_over():
     """They are no part of the text, and nobody gets them who did not ask."""
     good, cut = thinking(event("yes"), event(finish="stop"), DONE), thinking(event("yes"))
-    for answers, deltas, by in (([good], ["hm, ", "so", "yes"], "a"), (
-        [thinking(), whole("well")], ["hm, ", "so", "well"], "b"
-    )):
+    cases = {"a": ([good], "yes"), "b": ([thinking(), whole("well")], "well")}
+    for by, (answers, text) in cases.items():
         with serve(answering(*answers)) as server:
             chain = FailoverChain([server.tier("a"), server.tier("b")])
             stream = chain.stream(PROMPT, thoughts=True)
             came = list(stream)
-        thoughts = [type(one) is copilot_router.Thought for one in came]
-        assert [str(one) for one in came] == deltas and thoughts == [True, True, False]
-        assert stream.text == stream.response.text == deltas[-1] and stream.response.provider == by
+        found = [(str(one), type(one) is copilot_router.Thought) for one in came]
+        assert found == [("hm, ", True), ("so", True), (text, False)]
+        assert stream.text == stream.response.text == text and stream.response.provider == by
         assert stream.response.reasoning == ("hm, so" if by == "a" else None)
     with serve(answering(good, good, cut)) as server:
         chain = FailoverChain([server.tier(), tier("b", "a splice")])
@@ -532,7 +523,7 @@ def test_accept_sees_the_whole_answer_before_the_reader_sees_any(clock):
     def accept(response):
         seen.append(response.text)
         return response.text.startswith("the")
-    stream = chain_of(clock, tier("a", ["bad ", "one"]), tier("b", PARTS), accept=accept).stream(
-        PROMPT)
+    tiers = tier("a", ["bad ", "one"]), tier("b", PARTS)
+    stream = chain_of(clock, *tiers, accept=accept).stream(PROMPT)
     assert seen == ["bad one", "".join(PARTS)] and list(stream) == ["".join(PARTS)]
     assert outcomes(stream.response.attempts) == ["a:escalated", "b:ok"]

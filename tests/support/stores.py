@@ -137,6 +137,11 @@ def redis_url():
 
 
 @pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
 def make_store(tmp_path, request):
     """``make_store(kind, **settings)``: a handle on this test's store of that kind."""
     made: list[Any] = []
@@ -286,9 +291,6 @@ RECORDS = [
     BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
     BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
     BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)]
-Handles = Callable[[], Any]
-Action = Callable[[Any], Any]
-Process = Callable[..., CircuitBreaker]
 
 
 def fail(breaker: CircuitBreaker, times: int = 3) -> None:
@@ -302,10 +304,6 @@ class StoreContract:
     @pytest.fixture
     def handles(self):
         raise NotImplementedError
-
-    @pytest.fixture
-    def clock(self):
-        return FakeClock()
 
     @pytest.fixture
     def process(self, handles, clock):
@@ -426,7 +424,7 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "
 
 
 def at_each_line(
-    make: Callable[[], Any], work: Action, act: Action, event: str = "line", callers: bool = True
+    make: Callable[[], Any], work: Any, act: Any, event: str = "line", callers: bool = True
 ) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
