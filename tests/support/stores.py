@@ -80,7 +80,7 @@ def spare_port() -> int:
 
 
 class RedisServer:
-    """A redis-server on loopback that saves nothing; tests stop and pause it."""
+    """A redis-server on loopback that saves nothing; tests stop, pause and empty it."""
 
     def __init__(self) -> None:
         self.port = spare_port()
@@ -96,12 +96,14 @@ class RedisServer:
         until = time.monotonic() + 30
         while True:
             try:
-                with redis.Redis.from_url(self.url) as client:
-                    assert client.ping()
-                return
+                return self.flush()
             except redis.ConnectionError:
                 assert time.monotonic() < until, "redis-server does not start"
                 time.sleep(0.01)
+
+    def flush(self) -> None:
+        with redis.Redis.from_url(self.url) as client:
+            assert client.flushall()
 
     def pause(self) -> None:
         """It keeps its connections, takes new ones, and says nothing."""
