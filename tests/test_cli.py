@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.server import HEAD, Server, delta, message, parsed, reply, sse
 
 import copilot_router
 from copilot_router import main
@@ -32,106 +32,70 @@ HOSTILE = "a\x1b]0;owned\x07\x9b2J\u202eb"
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-class Server(ThreadingHTTPServer):
+class ChatServer(Server):
     """An OpenAI-compatible server. The prompt says how it behaves."""
 
-    daemon_threads = True
     silent = False  #: when it is pinged
     healthy = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.bodies: list[dict[str, Any]] = []
-        self.heads: list[str] = []
         self.go = threading.Event()  #: lets an answer that waits in its middle go on
+        super().__init__(self.serve)
 
-    def handle_error(self, *_: Any) -> None:
-        """A client that has gone away is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def reply(self, body: Any, status: int = 200, **headers: str) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.server.heads.append(f"{self.path}\n{self.headers}")
-        if self.server.silent:
-            self.server.go.wait(20)
-        bad = "bad-key" in str(self.headers) or not self.server.healthy
-        self.reply({"error": {"message": f"no {HOSTILE}"}} if bad else {}, 401 if bad else 200)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        prompt = body["messages"][-1]["content"]
-        if "bad-key" in str(self.headers):
-            self.reply({"error": {"message": "wrong key"}}, 401)
-        elif not self.server.healthy or prompt == "down":
-            self.reply({"error": {"message": f"broken {HOSTILE}"}}, 500)
-        elif prompt == "limit":
-            self.reply({"error": {"message": "slow"}}, 429, Retry_After="30")
-        elif prompt == "limit once" and len(self.server.bodies) < 3:
-            self.reply({"error": {"message": "slow"}}, 429, retry_after_ms="50")
-        elif prompt == "refuse":
-            self.reply({"error": {"message": "not so"}}, 400)
-        elif prompt in ("silence", "interrupt"):
-            if prompt == "interrupt":
-                os.kill(os.getpid(), signal.SIGINT)
-            self.server.go.wait(20)
-            self.whole("after all", body)
-        elif prompt in ("lines", "hold", "break", "hostile"):
-            self.stream(prompt)
+    def serve(self, _: Server, connection: Any, request: bytes) -> bool:
+        came = parsed(request)
+        prompt = came.body["messages"][-1]["content"] if came.body else ""
+        streamed = prompt in ("lines", "hold", "break", "hostile") and self.healthy
+        if streamed:
+            first = {"lines": "one\n", "hostile": f"{HOSTILE}\n\ttab"}.get(prompt, "one ")
+            connection.sendall(HEAD + sse(delta(content=first)))
+            if prompt == "hold":
+                self.go.wait(20)
+            if prompt != "break":
+                connection.sendall(sse(delta("stop", content="two"), done=True))
+        elif "bad-key" in str(came.headers) or not (self.healthy or came.body):
+            connection.sendall(reply({"error": {"message": f"no {HOSTILE}"}}, 401))
+        elif not came.body:
+            if self.silent:
+                self.go.wait(20)
+            connection.sendall(reply({}))
         else:
-            weak = body.get("model") == "weak" or prompt == "give up"
-            self.whole("[ESCALATE] too hard" if weak else f"you said {prompt}", body)
+            connection.sendall(self.said(prompt, came.body.get("model")))
+        return not streamed
 
-    def whole(self, text: str, body: dict[str, Any]) -> None:
-        choice = {"message": {"content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 21, "completion_tokens": 10}
-        self.reply({"model": body.get("model"), "choices": [choice], "usage": usage})
-
-    def stream(self, prompt: str) -> None:
-        first = {"lines": "one\n", "hostile": f"{HOSTILE}\n\ttab"}.get(prompt, "one ")
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        self.delta(first)
-        if prompt == "hold":
-            self.server.go.wait(20)
-        if prompt != "break":
-            self.delta("two", "stop")
-            self.wfile.write(b"data: [DONE]\n\n")
-
-    def delta(self, text: str, finish: str | None = None) -> None:
-        event = {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
-        self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+    def said(self, prompt: str, model: Any) -> bytes:
+        error = {"error": {"message": f"not so {HOSTILE}"}}
+        if not self.healthy or prompt == "down":
+            return reply(error, 500)
+        if prompt == "limit":
+            return reply(error, 429, Retry_After="30")
+        if prompt == "limit once" and len(self.requests) < 3:
+            return reply(error, 429, retry_after_ms="50")
+        if prompt == "refuse":
+            return reply(error, 400)
+        if prompt == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if prompt in ("silence", "interrupt"):
+            self.go.wait(20)
+        weak = model == "weak" or prompt == "give up"
+        whole = message(content="[ESCALATE] too hard" if weak else f"you said {prompt}")
+        return reply({**whole, "model": model,
+                      "usage": {"prompt_tokens": 21, "completion_tokens": 10}})
 
 
 class Cli:
     """Runs commands in this process, in an empty directory, against a server."""
 
-    def __init__(self, folder: Path, server: Server, patch: Any, capsys: Any) -> None:
+    def __init__(self, folder: Path, server: ChatServer, patch: Any, capsys: Any) -> None:
         self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         """The exit status, standard output and standard error."""
         self.capsys.readouterr()
         try:
-            status = main(arguments)
+            return (main(arguments), *self.capsys.readouterr())
         except SystemExit as end:
-            status = int(str(end.code or 0))
-        return (status, *self.capsys.readouterr())
+            return (int(str(end.code or 0)), *self.capsys.readouterr())
 
     def ask(self, *more: str) -> tuple[int, str, str]:
         """``chat`` with the server."""
@@ -152,21 +116,17 @@ class Cli:
     @property
     def prompts(self) -> list[str]:
         """What the server was asked."""
-        return [body["messages"][-1]["content"] for body in self.server.bodies]
+        return [body["messages"][-1]["content"] for body in self.server.bodies if body]
 
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Cli]:
     monkeypatch.chdir(tmp_path)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with ChatServer() as server:
         try:
             yield Cli(tmp_path, server, monkeypatch, capsys)
         finally:
             server.go.set()
-            server.shutdown()
-            thread.join()
 
 
 class Terminal(io.StringIO):
@@ -225,8 +185,9 @@ def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
     cli.environ(MY_KEY=KEY)
     aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
     assert cli("check", *aim)[0] == 0
-    assert cli.server.heads[0].startswith(path)
-    assert KEY in cli.server.heads[0]
+    (asked,) = cli.server.requests
+    assert asked.path.startswith(path)
+    assert KEY in str(asked.headers)
 
 
 def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
@@ -269,7 +230,7 @@ def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -
 
 def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
     assert cli.ask("limit once")[0] == 1
-    cli.server.bodies.clear()
+    cli.server.requests.clear()
     assert cli.ask("--wait", "20", "limit once")[:2] == (0, "you said limit once\n")
 
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from support.server import parsed, reply
+from support.server import KEY, MAKERS, parsed, reply
 
 from copilot_router import (
-    AnthropicProvider,
     AuthenticationError,
     ContextLengthExceeded,
-    GeminiProvider,
     InvalidResponse,
-    LMStudioProvider,
     ModelNotFound,
-    OllamaProvider,
-    OpenAIProvider,
     Overloaded,
     RateLimited,
     ServerError,
@@ -42,7 +36,7 @@ class Answer:
     calls: tuple[Called, ...] = ()
     finish: str = "stop"  # stop | length | tool_calls | content_filter
     usage: Usage = field(default_factory=lambda: Usage(9, 4))
-    cuts: int = 2  #: pieces of a call's arguments, where the format streams them
+    cuts: ClassVar[int] = 2  #: pieces of a call's arguments, where the format streams them
 
     @property
     def whole(self) -> str:
@@ -75,8 +69,8 @@ class Dialect:
     #: Failures that have a status of their own, by what they mean.
     failures: ClassVar[dict[str, Failure]]
 
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        raise NotImplementedError
+    def make(self, url: str, key: Any = KEY, **settings: Any) -> Any:
+        return MAKERS[self.name](key, url, **settings)
 
     def body(self, answer: Answer) -> dict[str, Any]:
         """The whole answer."""
@@ -95,21 +89,10 @@ class Dialect:
 
     #: A hint, its value, and the 400 of a model that refuses it.
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"error": {
-        "message": "Unsupported value: 'temperature' does not support 0.5 with this model. Only "
-                   "the default (1) value is "
-        "supported.", "type": "invalid_request_error", "param": "temperature",
-        "code": "unsupported_value"}})
+        "message": "Unsupported value: 'temperature' does not support 0.5 with this model.",
+        "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}})
     #: The name in a request of what the hint becomes.
     hint: ClassVar[str] = "temperature"
-
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        """Name, description and schema of every tool in a request."""
-        return [(f["name"], f["description"], f["parameters"])
-                for f in (tool["function"] for tool in body["tools"])]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        """Name, arguments and result of every tool call, linked as the vendor links them."""
-        raise NotImplementedError
 
     def streams(self, path: str, body: dict[str, Any]) -> bool:
         """Whether a request asks for a stream."""
@@ -120,24 +103,18 @@ class Dialect:
 
 
 def openai_failures() -> dict[str, Failure]:
-    def error(status: int, kind: type, message: str, type_: str | None = None, code: Any = None,
-              wait: float | None = None, **headers: str) -> Failure:
-        body = {"error": {"message": message, "type": type_, "param": None, "code": code}}
-        return status, {name.replace("_", "-"): value for name,
-                        value in headers.items()}, body, kind, wait
+    def error(message: str, type_: str, code: str | None = None) -> Any:
+        return {"error": {"message": message, "type": type_, "param": None, "code": code}}
 
-    invalid = "invalid_request_error"
+    invalid, long = "invalid_request_error", "Your input exceeds the context window of this model."
+    key, limit = "Incorrect API key provided.", "Rate limit reached"
+    limited = error(limit, "requests", "rate_limit_exceeded")
+    too_long = error(long, invalid, "context_length_exceeded")
     return {
-        "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid,
-                     "invalid_api_key"),
-        "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests",
-                                 "rate_limit_exceeded", 7.0, Retry_After="7"),
-        "500": error(500, ServerError, "The server had an error processing your request",
-                     "server_error"),
-        "context length": error(400, ContextLengthExceeded,
-                                "Your input exceeds the context window of this model.", invalid,
-                                "context_length_exceeded"),
-    }
+        "401": (401, {}, error(key, invalid, "invalid_api_key"), AuthenticationError, None),
+        "429 with a hint": (429, {"Retry-After": "7"}, limited, RateLimited, 7.0),
+        "500": (500, {}, error("The server had an error", "server_error"), ServerError, None),
+        "context length": (400, {}, too_long, ContextLengthExceeded, None)}
 
 
 class Chat(Dialect):
@@ -149,9 +126,6 @@ class Chat(Dialect):
                             "code": "server_is_overloaded"}}), Overloaded
     reasoning_key = "reasoning_content"
     needs_model = False
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OpenAIProvider(key, url, api="chat", **settings)
 
     def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
         return [
@@ -200,33 +174,18 @@ class Chat(Dialect):
                           "usage": self.usage(answer.usage)}))
         return [*found, sse("[DONE]")]
 
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {m["tool_call_id"]: m["content"] for m in body["messages"] if m["role"] == "tool"}
-        return [
-            (call["function"]["name"], json.loads(call["function"]["arguments"]),
-             results[call["id"]])
-            for message in body["messages"] for call in message.get("tool_calls", ())
-        ]
-
 
 class LMStudio(Chat):
     name = "lmstudio"
     reasoning_key = "reasoning"
+    none = "No models loaded. Please load a model in the developer page or use the 'lms load' command."
+    full = "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
     failures: ClassVar[dict[str, Failure]] = {
-        **openai_failures(), "404 model": (404, {},
-                      {"error": {"message": "No models loaded. Please load a model in the "
-                                            "developer page or use the "
-                                          "'lms load' command.", "type": "invalid_request_error",
-                                          "param": "model", "code": None}}, ModelNotFound, None),
-        "context length": (400, {},
-                           {"error": "Trying to keep the first 9000 tokens when context the "
-                                     "overflows. However, the "
-                                     "model is loaded with context length of only 4096 tokens"},
-                                     ContextLengthExceeded, None),
-    }
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return LMStudioProvider(key, url, **settings)
+        **openai_failures(),
+        "404 model": (404, {}, {"error": {"message": none, "type": "invalid_request_error",
+            "param": "model", "code": None}}, ModelNotFound, None),
+        "context length": (400, {}, {"error": full + "loaded with context length of only 4096"},
+            ContextLengthExceeded, None)}
 
 
 class Responses(Dialect):
@@ -241,9 +200,6 @@ class Responses(Dialect):
         RateLimited,
     )
     needs_model = False
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OpenAIProvider(key, url, api="responses", **settings)
 
     def items(self, answer: Answer) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -286,39 +242,25 @@ class Responses(Dialect):
         for at, item in enumerate(self.items(answer)):
             hollow = {**item, "status": "in_progress"}
             where = {"output_index": at, "item_id": item["id"]}
+            hollow |= {key: type(item[key])() for key in ("summary", "content", "arguments")
+                       if key in item}
+            found.append(event("response.output_item.added", output_index=at, item=hollow))
             if item["type"] == "reasoning":
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "summary": []}))
                 found += [event("response.reasoning_summary_text.delta", **where, delta=piece)
                           for piece in answer.reasoning]
             elif item["type"] == "message":
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "content": []}))
-                found.append(event("response.content_part.added", **where,
-                                   part={"type": "output_text", "text": ""}))
-                found += [event("response.output_text.delta", **where, content_index=0,
-                                delta=piece) for piece in answer.text]
+                part = {"type": "output_text", "text": ""}
+                found.append(event("response.content_part.added", **where, part=part))
+                found += [event("response.output_text.delta", **where, content_index=0, delta=piece)
+                          for piece in answer.text]
                 found.append(event("response.output_text.done", **where, content_index=0,
                                    text=answer.whole))
             else:
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "arguments": ""}))
                 found += [event("response.function_call_arguments.delta", **where, delta=piece)
                           for piece in cut(item["arguments"], answer.cuts)]
             found.append(event("response.output_item.done", output_index=at, item=item))
         body = self.body(answer)
         return [*found, event(f"response.{body['status']}", response=body)]
-
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [(tool["name"], tool["description"], tool["parameters"]) for tool in body["tools"]]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {item["call_id"]: item["output"] for item in body["input"]
-                   if item.get("type") == "function_call_output"}
-        return [
-            (item["name"], json.loads(item["arguments"]), results[item["call_id"]])
-            for item in body["input"] if item.get("type") == "function_call"
-        ]
 
 
 class Anthropic(Dialect):
@@ -337,10 +279,9 @@ class Anthropic(Dialect):
 
     @staticmethod
     def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
-              code: str = "", **headers: str) -> Failure:
-        error = {"type": type_, "message": message,
-                 **({"details": {"error_code": code}} if code else {})}
-        return status, headers, {"type": "error", "error": error, "request_id": "req_1"}, kind, wait
+              **headers: str) -> Failure:
+        body = {"type": "error", "error": {"type": type_, "message": message}, "request_id": "req_1"}
+        return status, headers, body, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
@@ -353,9 +294,6 @@ class Anthropic(Dialect):
 
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
         "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return AnthropicProvider(key, url, **settings)
 
     stops: ClassVar[dict[str, str]] = {
         "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
@@ -423,18 +361,6 @@ class Anthropic(Dialect):
         found.append(event("message_delta", delta=delta, usage=self.outputs(answer.usage)))
         return [*found, event("message_stop")]
 
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [(tool["name"], tool["description"], tool["input_schema"]) for tool in body["tools"]]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        blocks = [block for message in body["messages"] for block in message["content"]]
-        results = {
-            block["tool_use_id"]: "".join(part["text"] for part in block["content"])
-            for block in blocks if block["type"] == "tool_result"
-        }
-        return [(block["name"], block["input"], results[block["id"]]) for block in blocks
-                if block["type"] == "tool_use"]
-
 
 class Gemini(Dialect):
     name = "gemini"
@@ -471,9 +397,6 @@ class Gemini(Dialect):
         "message": "Invalid JSON payload received. Unknown name "
         '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})
     hint = "frequencyPenalty"
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return GeminiProvider(key, url, **settings)
 
     stops: ClassVar[dict[str, str]] = {
         "stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP", "content_filter": "SAFETY",
@@ -513,23 +436,6 @@ class Gemini(Dialect):
         found.append(sse(self.chunk([{"text": ""}], answer.usage, self.stops[answer.finish])))
         return [event.replace(b"\n\n", b"\r\n\r\n") for event in found]
 
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [
-            (function["name"], function["description"], function["parametersJsonSchema"])
-            for tool in body["tools"] for function in tool["functionDeclarations"]
-        ]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        parts = [part for turn in body["contents"] for part in turn["parts"]]
-        calls = [part["functionCall"] for part in parts if "functionCall" in part]
-        results = [part["functionResponse"] for part in parts if "functionResponse" in part]
-        assert [(call["id"], call["name"]) for call in calls] == [(result["id"], result["name"])
-            for result in results]
-        return [
-            (call["name"], call.get("args", {}), result["response"]["output"])
-            for call, result in zip(calls, results, strict=True)
-        ]
-
     def streams(self, path: str, body: dict[str, Any]) -> bool:
         return path.endswith(":streamGenerateContent?alt=sse")
 
@@ -554,9 +460,6 @@ class Ollama(Dialect):
     refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high",
                                                {"error": '"m" does not support thinking'})
     hint = "think"
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OllamaProvider(key, url, **settings)
 
     def end(self, answer: Answer) -> dict[str, Any]:
         return {"done": True, "done_reason": "length" if answer.finish == "length" else "stop",
@@ -584,14 +487,6 @@ class Ollama(Dialect):
         found += [self.message(**self.called(answer))] if answer.calls else []
         found.append({**self.message(), **self.end(answer)})
         return [json.dumps(line).encode() + b"\n" for line in found]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {m["tool_call_id"]: (m["tool_name"], m["content"]) for m in body["messages"]
-                   if m["role"] == "tool"}
-        calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
-        assert all(results[call["id"]][0] == call["function"]["name"] for call in calls)
-        return [(call["function"]["name"], call["function"]["arguments"], results[call["id"]][1])
-                for call in calls]
 
 
 DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), Gemini(), Ollama())
@@ -642,8 +537,3 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
-
-
-def found_in(pattern: str, body: Any) -> str:
-    """The first text of a body that matches, in full."""
-    return next(text for text in texts_in(body) if re.fullmatch(pattern, text))

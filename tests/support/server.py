@@ -133,6 +133,9 @@ def _received(connection: socket.socket) -> bytes:
 
 # -- answers
 
+#: Of a stream that ends when the connection is closed.
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
 
 def reply(body: Any, status: int = 200, kind: str = "application/json", **headers: str) -> bytes:
     """A whole HTTP answer: JSON, or bytes as they are."""

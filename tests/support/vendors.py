@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NoReturn
 import requests
 from requests.adapters import HTTPAdapter
 from support import dialects
-from support.dialects import Answer, Dialect
+from support.dialects import Answer
 from support.server import Request, Server, parsed
 
 from copilot_router import Usage
@@ -49,17 +49,13 @@ class Raw:
     kind: str = "application/json"
     headers: dict[str, str] = field(default_factory=dict)
 
-    def data(self) -> bytes:
-        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
-
+@dataclass(eq=False)
 class Refused(Exception):
     """A broken rule: the status and the body to answer."""
 
-    def __init__(self, status: int, body: Any) -> None:
-        super().__init__(status, body)
-        self.status = status
-        self.body = body
+    status: int
+    body: Any
 
 
 def halves(text: str) -> list[str]:
@@ -266,9 +262,8 @@ class Vendor:
 
     answers_of: ClassVar[Any]  #: the format of its answers
 
-    def answers(self, request: Request) -> Dialect:
-        found: Dialect = self.answers_of(self, request)
-        return found
+    def answers(self, request: Request) -> Any:
+        return self.answers_of(self, request)
 
     # -- serving
 
@@ -295,7 +290,7 @@ class Vendor:
     def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
         came = parsed(request)
         raw = self.answer(came)
-        data = raw.data()
+        data = raw.body if isinstance(raw.body, bytes) else json.dumps(raw.body).encode()
         streamed = "stream" in raw.kind or "ndjson" in raw.kind
         closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
         headers = {"Content-Type": raw.kind, **raw.headers, **closes}
@@ -334,24 +329,20 @@ def detour(vendor: Vendor) -> Iterator[requests.Session]:
 # ==== OpenAI Chat Completions
 
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
-
-
-def _chat_call() -> Any:
-    return {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
-            "function!": {"name!": TOOL_NAME, "arguments!": str}}
+UNANSWERED = "An assistant message with 'tool_calls' must be followed by tool messages."
+CHAT_CALL = {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
+             "function!": {"name!": TOOL_NAME, "arguments!": str}}
 
 
 class Chat(Vendor):
-    """Chat Completions. ``local``: a compatible server with the limits of older ones."""
+    """Chat Completions. ``thinking``: reasoning_content has to come back, as at DeepSeek."""
 
     base = "/v1"
     prefix = "call_"
 
-    def __init__(self, *script: Any, local: bool = False, thinking: bool = False,
-                 **settings: Any) -> None:
+    def __init__(self, *script: Any, thinking: bool = False, **settings: Any) -> None:
         super().__init__(*script, **settings)
-        self.local = local
-        self.needs_reasoning = thinking  #: DeepSeek wants reasoning_content back
+        self.needs_reasoning = thinking
 
     def error(self, message: str, status: int, code: Any = None, param: Any = None,
               **_: Any) -> Any:
@@ -369,8 +360,8 @@ class Chat(Vendor):
                       code="model_not_found")
         return request.body
 
-    def shape(self) -> dict[str, Any]:
-        content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
+    def chat_shape(self) -> dict[str, Any]:
+        content = either(str, [tagged("type", {"text": {"text!": str}})])
         parts = tagged("type", {
             "text": {"text!": str}, "image_url": {"image_url!": {"url!": address,
                                          "detail": frozenset({"auto", "low", "high"})}},
@@ -380,19 +371,17 @@ class Chat(Vendor):
         })
         said = {"name": str, "content!": content}
         roles: dict[str, Any] = {
-            "system": said, "user": {"name": str, "content!": either(str, [parts])},
+            "system": said, "developer": said, "user": {"name": str, "content!": either(str, [parts])},
             "assistant": {"name": str, "content": either(content, type(None)),
-                          "tool_calls": [_chat_call()]},
+                          "tool_calls": [CHAT_CALL]},
             "tool": {"tool_call_id!": str, "content!": content},
         }
-        if self.local:
+        if self.needs_reasoning:
             roles["assistant"]["reasoning_content"] = str
-        else:
-            roles["developer"] = said
         named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
         json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
         return {
-            "model" if self.local else "model!": str, "messages!": [tagged("role", roles)],
+            "model!": str, "messages!": [tagged("role", roles)],
             "tools": [{"type!": frozenset({"function"}), "function!": {
                 "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
             }}], "tool_choice": either(frozenset({"none", "auto", "required"}), named),
@@ -403,19 +392,20 @@ class Chat(Vendor):
             "stream_options": {"include_usage": bool},
             "response_format": tagged("type", {"text": {}, "json_object": {},
                                                "json_schema": {"json_schema!": json_schema}}),
-            "max_tokens" if self.local else "max_completion_tokens": between(1, 10**6, int),
+            "max_completion_tokens": between(1, 10**6, int),
         }
 
     def check(self, request: Request) -> None:
         body = self.check_access(request, "/v1/chat/completions")
-        if isinstance(body, dict) and not self.local and "max_tokens" in body:
+        if isinstance(body, dict) and "max_tokens" in body:
             self.fail("Unsupported parameter: 'max_tokens' is not supported with this model. "
                       "Use 'max_completion_tokens' instead.", code="unsupported_parameter",
                       param="max_tokens")
-        self.match(body, self.shape())
+        self.match(body, self.chat_shape())
         self.forbid(not body["messages"], "Invalid 'messages': empty array.", code="empty_array")
         self.check_messages(body["messages"])
-        self.check_tools(body)
+        self.check_tools(body, [tool["function"]["name"] for tool in body.get("tools", ())])
+        self.check_tools_of_reasoners(body)
         if body.get("stream_options") and not body.get("stream"):
             self.fail("The 'stream_options' is for streams only", param="stream_options")
         if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
@@ -424,25 +414,23 @@ class Chat(Vendor):
         if format_ == "json_object" and "json" not in str(body["messages"]).lower():
             self.fail("'messages' must contain the word 'json' in some form.")
 
-    def check_tools(self, body: Any) -> None:
-        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+    def check_tools(self, body: Any, names: list[str]) -> None:
         self.unique(names, "tools")
         self.forbid(body.get("tools") == [], "[] is too short - 'tools'")
         for name in ("tool_choice", "parallel_tool_calls"):
             if name in body and not names:
                 self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
         choice = body.get("tool_choice")
-        if isinstance(choice, dict) and choice["function"]["name"] not in names:
+        if isinstance(choice, dict) and choice.get("function", choice)["name"] not in names:
             self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
-        if names and not self.local:
-            self.check_tools_of_reasoners(body)
 
     def check_tools_of_reasoners(self, body: Any) -> None:
-        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in "
-                "/v1/chat/completions. "
-                "To use function tools, use /v1/responses")
-        self.forbid(body["model"] == "gpt-6-astra", text + ".", param="reasoning_effort")
-        if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
+        model, effort = body["model"], body.get("reasoning_effort")
+        text = (f"Function tools with reasoning_effort are not supported for {model} in "
+                "/v1/chat/completions. To use function tools, use /v1/responses")
+        if "tools" in body and model == "gpt-6-astra":
+            self.fail(text + ".", param="reasoning_effort")
+        if "tools" in body and model == "gpt-6-sol" and effort != "none":
             self.fail(text + " or set reasoning_effort to 'none'.", param="reasoning_effort")
 
     def check_messages(self, messages: list[Any]) -> None:
@@ -454,8 +442,7 @@ class Chat(Vendor):
                     self.fail("a tool message without its call", param=f"messages.[{at}].role")
                 open_ids.remove(message["tool_call_id"])
                 continue
-            if open_ids:
-                self.unanswered(open_ids)
+            self.forbid(open_ids, UNANSWERED)
             calls = message.get("tool_calls")
             if calls == [] or (message["role"] == "assistant" and message.get("content") is None
                                and not calls):
@@ -465,12 +452,8 @@ class Chat(Vendor):
             thinks = self.needs_reasoning and message["role"] == "assistant"
             if thinks and not message.get("reasoning_content"):
                 self.fail("The reasoning_content in the thinking mode must be passed back.")
-        if open_ids:
-            self.unanswered(open_ids)
+        self.forbid(open_ids, UNANSWERED)
         self.unique(seen, "messages.tool_calls.id")
-
-    def unanswered(self, ids: list[str]) -> NoReturn:
-        self.fail("An assistant message with 'tool_calls' must be followed by tool messages.")
 
 
 class ChatAnswers(Own, dialects.Chat):
@@ -493,13 +476,11 @@ class Responses(Chat):
         })]
         spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
         call_id = re.compile(r".{1,64}", re.DOTALL)
-        message = tagged("role", {
-            "user": {"content!": either(str, said), "type": frozenset({"message"})},
-            "system": {"content!": either(str, said), "type": frozenset({"message"})},
-            "developer": {"content!": either(str, said), "type": frozenset({"message"})},
-            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}),
-                          "id": str, "status": str},
-        })
+        plain = {"content!": either(str, said), "type": frozenset({"message"})}
+        own = {"content!": either(str, spoken), "type": frozenset({"message"}), "id": str,
+               "status": str}
+        message = tagged("role", {"user": plain, "system": plain, "developer": plain,
+                                  "assistant": own})
         item = tagged("type", {
             "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str,
                               "status": str},
@@ -528,22 +509,10 @@ class Responses(Chat):
 
     def check(self, request: Request) -> None:
         if request.path.endswith("/chat/completions"):
-            chat = super().shape()
-            self_shape, self.shape = self.shape, lambda: chat  # type: ignore[method-assign]
-            try:
-                return super().check(request)
-            finally:
-                self.shape = self_shape  # type: ignore[method-assign]
+            return super().check(request)
         body = self.check_access(request, "/v1/responses")
         self.match(body, self.shape())
-        names = [tool["name"] for tool in body.get("tools", ())]
-        self.unique(names, "tools")
-        for name in ("tool_choice", "parallel_tool_calls"):
-            if name in body and not names:
-                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
-        choice = body.get("tool_choice")
-        if isinstance(choice, dict) and choice["name"] not in names:
-            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
+        self.check_tools(body, [tool["name"] for tool in body.get("tools", ())])
         if body["input"] in ([], ""):
             self.missing("input")
         if isinstance(body["input"], list):
@@ -573,7 +542,7 @@ class Responses(Chat):
                     self.fail("a reasoning item without what followed it")
         self.unique(called, "input.call_id")
 
-    def answers(self, request: Request) -> Dialect:
+    def answers(self, request: Request) -> Any:
         chat = request.path.endswith("/chat/completions")
         return (ChatAnswers if chat else ResponsesAnswers)(self, request)
 
@@ -680,16 +649,12 @@ class Anthropic(Vendor):
                    if isinstance(message["content"], list) for block in message["content"])
         if used and not names:
             self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools")
-        choice = body.get("tool_choice")
-        if choice is None:
-            return
-        if not names:
-            self.fail("tool_choice: tool_choice may only be specified while providing tools.")
-        if choice["type"] == "tool" and choice["name"] not in names:
-            self.fail(f"tool_choice: Tool '{choice['name']}' not found in provided tools.")
+        choice = body.get("tool_choice", {"type": "auto"})
+        self.forbid("tool_choice" in body and not names, "tool_choice: only with tools")
+        self.forbid(choice.get("name", "") not in ["", *names], "tool_choice: Tool not found")
         if choice["type"] in ("any", "tool"):
             if model in NO_FORCE:
-                self.fail(f"tool_choice.type: \"{choice['type']}\" is not supported for this model")
+                self.fail(f"tool_choice.type: '{choice['type']}' is not supported for this model")
             if body.get("thinking", {}).get("type") in ("enabled", "adaptive"):
                 self.fail("Thinking may not be enabled when tool_choice forces tool use.")
 
@@ -716,12 +681,8 @@ class Anthropic(Vendor):
 
     def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
         results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
-        for one in results:
-            if one not in open_ids:
-                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result`")
-        lost = [one for one in open_ids if one not in results]
-        self.forbid(lost, f"{where}: `tool_use` ids were found without `tool_result` blocks")
-        self.unique(results, f"{where}.tool_result")
+        if sorted(results) != sorted(open_ids):
+            self.fail(f"{where}: each `tool_use` has to have its `tool_result`, and no other")
         if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
             self.fail(f"{where}: `tool_result` blocks must come before any other content")
 
@@ -819,9 +780,7 @@ class Gemini(Vendor):
         methods = "(generateContent|streamGenerateContent)"
         found = re.fullmatch(rf"/v1beta/models/([^/:]+):{methods}(\?alt=sse)?", request.path)
         if not found or found[1] not in self.models:
-            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, "
-                      "or is not supported for "
-                      "generateContent.", 404)
+            self.fail("models/x is not found for API version v1beta.", 404)
         body = request.body
         self.match(body, self.shape())
         self.check_contents(body["contents"], found[1])
@@ -841,19 +800,16 @@ class Gemini(Vendor):
         for function in declared:
             if "parameters" in function and "parametersJsonSchema" in function:
                 self.fail("parameters and parametersJsonSchema are mutually exclusive")
-            for name in ("parameters", "parametersJsonSchema"):
-                given = function.get(name)
-                if given is not None and not given.get("properties") and not given.keys() & {"$ref",
-                    "anyOf", "additionalProperties"}:
-                    self.fail(f"* function_declarations.{name}.properties: should be non-empty")
-        config = body.get("toolConfig", {}).get("functionCallingConfig")
-        if config is None:
-            return
-        self.forbid(not declared, "Function calling config is set without function_declarations.")
-        allowed = config.get("allowedFunctionNames")
-        if allowed is not None and config["mode"] != "ANY":
+            given = function.get("parameters", function.get("parametersJsonSchema"))
+            if given is not None and not given.get("properties") and not given.keys() & {
+                    "$ref", "anyOf", "additionalProperties"}:
+                self.fail("* function_declarations.parameters.properties: should be non-empty")
+        config = body.get("toolConfig", {}).get("functionCallingConfig", {})
+        self.forbid(config and not declared, "Function calling config without declarations.")
+        allowed = config.get("allowedFunctionNames", [])
+        if allowed and config["mode"] != "ANY":
             self.fail("allowed_function_names should only be set when the mode is ANY")
-        if not set(allowed or ()) <= {function["name"] for function in declared}:
+        if not set(allowed) <= {function["name"] for function in declared}:
             self.fail("allowed_function_names holds a name that is not declared")
 
     def check_contents(self, contents: list[Any], model: str) -> None:
@@ -868,24 +824,17 @@ class Gemini(Vendor):
                 if len(part.keys() & {"text", "inlineData", "functionCall",
                                       "functionResponse"}) != 1:
                     self.fail(f"* {where}.parts: required oneof field 'data' must be one")
-                if ("functionCall" in part) != ("functionCall" in part
-                                                and content["role"] == "model") or (
-                        "functionResponse" in part and content["role"] != "user"):
+                if {"user": "functionCall", "model": "functionResponse"}[content["role"]] in part:
                     self.fail(f"{where}: function call in a user turn, or a response of the model")
-            self.check_responses([part["functionResponse"] for part in parts
-                                  if "functionResponse" in part], open_calls)
+            responses = [part["functionResponse"] for part in parts if "functionResponse" in part]
+            if [(one["name"], one.get("id")) for one in responses] != [
+                    (one["name"], one.get("id")) for one in open_calls]:
+                self.fail("Please ensure that function response parts are those of the calls.")
             open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
             if content["role"] == "model":
                 self.check_signatures(parts, model)
         if contents[-1]["role"] != "user":
             self.fail("Please ensure that the last turn is a user turn.")
-
-    def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
-        if len(responses) != len(calls):
-            self.fail("Please ensure that the number of responses is equal to that of calls.")
-        for call, response in zip(calls, responses, strict=True):
-            if (call["name"], call.get("id")) != (response["name"], response.get("id")):
-                self.fail("Please ensure that function response parts belong to their calls.")
 
     def check_signatures(self, parts: list[Any], model: str) -> None:
         first = next((part for part in parts if "functionCall" in part), None)
