@@ -177,11 +177,9 @@ def test_chat_prints_the_answer_and_nothing_else(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(("name", "path"), [("openai", "/v1/models"), ("lmstudio", "/v1/models"),
-                                            ("ollama", "/api/tags"), ("anthropic", "/v1/models"),
-                                            ("gemini", "/v1beta/models")])  # fmt: skip
-def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
-    name: str, path: str, cli: Cli
-) -> None:
+    ("ollama", "/api/tags"), ("anthropic", "/v1/models"), ("gemini", "/v1beta/models")])
+def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(name: str, path: str,
+        cli: Cli) -> None:
     cli.environ(MY_KEY=KEY)
     aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
     assert cli("check", *aim)[0] == 0
@@ -197,7 +195,7 @@ def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
             return super().write(text)
 
     for more, expected in ((["lines"], ["one\n", "two", "\n"]),
-                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):  # fmt: skip
+                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):
         pieces: list[str] = []
         cli.streams(stdout=Pieces())
         assert cli.ask(*more)[0] == 0
@@ -247,12 +245,10 @@ def test_standard_input_is_the_prompt_where_none_is_given(prompt: list[str], cli
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-@pytest.mark.parametrize(
-    ("text", "sent"), [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")]
-)
-def test_a_pipe_or_file_is_joined_to_a_given_prompt(
-    kind: str, text: str, sent: str, cli: Cli
-) -> None:
+@pytest.mark.parametrize(("text", "sent"),
+    [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")])
+def test_a_pipe_or_file_is_joined_to_a_given_prompt(kind: str, text: str, sent: str,
+        cli: Cli) -> None:
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)
@@ -282,30 +278,18 @@ def test_no_prompt_and_one_that_is_no_text_are_usage_errors(stdin: bytes | None,
         assert (status, out, len(err.splitlines()), cli.prompts) == (2, "", 1, [])
 
 
-def test_a_prompt_without_quotes_is_told_to_be_quoted(cli: Cli) -> None:
-    status, _, err = cli.ask("what", "is", "the", "sky")
-    assert (status, '"what is the sky"' in err) == (2, True)
-
-
 # -- how it ends
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "parts"),
-    [
-        (["limit"], 1, ["RateLimited", "try again in"]),
-        (["down"], 1, ["ServerError", "(2 times)"]),
+@pytest.mark.parametrize(("arguments", "status", "parts"),
+    [(["limit"], 1, ["RateLimited", "try again in"]), (["down"], 1, ["ServerError", "(2 times)"]),
         (["refuse"], 1, ["BadRequest", "not so"]),
         (["--timeout", "0.1", "silence"], 124, ["deadline"]),
-        (["--wait", "-1", "hi"], 2, ["wait=-1"]),
-        (["--tiers", "other", "hi"], 2, ["'other'"]),
+        (["--wait", "-1", "hi"], 2, ["wait=-1"]), (["--tiers", "other", "hi"], 2, ["'other'"]),
         (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
-        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"]),
-    ],
-)
-def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
-    arguments: list[str], status: int, parts: list[str], cli: Cli
-) -> None:
+        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"])])
+def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(arguments: list[str],
+        status: int, parts: list[str], cli: Cli) -> None:
     ended, out, err = cli.ask(*arguments)
     assert (ended, out) == (status, "")
     assert [part for part in parts if part not in err] == []
@@ -319,15 +303,6 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
     assert bool(told.get("attempts")) == (status != 2)
     assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
     assert all(part not in out for part in ("null", '""', "[]", "{}"))
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
-@pytest.mark.parametrize("command", [["chat", "hi"], ["check"]])
-def test_a_timeout_that_is_not_above_zero_is_a_usage_error(
-    command: list[str], value: str, cli: Cli
-) -> None:
-    status, _, err = cli(*command, "--timeout", value)
-    assert (status, "--timeout" in err) == (2, True)
 
 
 def test_a_tier_that_is_not_running_is_named_with_its_address(cli: Cli) -> None:
@@ -348,12 +323,10 @@ def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(how: str, c
         cli.environ(OPENAI_BASE_URL=cli.server.url)
     if how == "configuration":
         cli.config('[[tier]]\nname = "cloud"\n[tier.provider]\ntype = "openai"\n'
-                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')  # fmt: skip
+                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')
     status, out, err = cli("chat", *flags, "--model", "m", "hi")
-    assert (status, out) == (1, "")
-    assert f"check {variable}" in err
-    assert cli.server.url in err
-    assert "try again" not in err
+    assert (status, out, "try again" in err) == (1, "", False)
+    assert all(part in err for part in (f"check {variable}", cli.server.url))
     status, out, _ = cli("check", *flags)
     assert (status, f"check {variable}" in out) == (1, True)
 
@@ -364,9 +337,8 @@ def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> Non
         assert (ended, out, cli.server.url in err) == (status, "one \n", True)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")]
-)
+@pytest.mark.parametrize(("prompt", "left"),
+    [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")])
 def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
     """While the server is silent, and as soon as the first text is shown."""
 
@@ -394,7 +366,7 @@ def lost(kind: str) -> Any:
         reading, writing = os.pipe()
         os.close(reading)
         return open(writing, "w")
-    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()
+    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()  # noqa: SIM115
     if kind == "closed":
         stream.close()
     return None if kind == "none" else stream
@@ -403,10 +375,9 @@ def lost(kind: str) -> Any:
 @needs_full
 @pytest.mark.parametrize(("kind", "status"), [("full", 1), ("none", 1), ("closed", 1), ("pipe", 0)])
 @pytest.mark.parametrize("arguments", [["chat", "lines"], ["chat", "--json", "down"], ["check"],
-                                       ["status"], ["reset", "openai"]])  # fmt: skip
-def test_an_output_that_cannot_be_written_is_one_sentence(
-    arguments: list[str], kind: str, status: int, cli: Cli
-) -> None:
+                                       ["status"], ["reset", "openai"]])
+def test_an_output_that_cannot_be_written_is_one_sentence(arguments: list[str], kind: str,
+        status: int, cli: Cli) -> None:
     """A pipe whose reader has gone is no failure."""
     cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m")
     cli.streams(stdout=lost(kind))
@@ -447,7 +418,7 @@ def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) 
 
 
 @pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
-                                       ["status"], ["reset", "cl\u202eoud"]])  # fmt: skip
+                                       ["status"], ["reset", "cl\u202eoud"]])
 def test_messages_and_names_cannot_steer_a_terminal(arguments: list[str], cli: Cli) -> None:
     cli.server.healthy = False
     cli.config(TWO_TIERS.replace("first", "cl\\u202eoud"))
@@ -461,8 +432,7 @@ def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli)
     cli.config(
         f'[[tier]]\nname = "local"\nprovider = {{type = "lmstudio", base_url = "{REFUSED}"}}\n'
         '[[tier]]\nname = "cloud"\nmodels = ["m"]\nprices = [1.0, 1.0]\n'
-        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n'
-    )
+        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n')
     status, out, err = cli("chat", "-v", "a question")
     assert (status, out) == (0, "you said a question\n")
     lines = err.splitlines()
@@ -495,14 +465,11 @@ def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
 # -- what a new user meets first
 
 VARIABLES = ["LMSTUDIO_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY", "GEMINI_API_KEY",
-             "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY",
-             "ANTHROPIC_BASE_URL"]  # fmt: skip
-HELP = {
-    "chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system", "-v",
-             "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
+    "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"]
+HELP = {"chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system",
+    "-v", "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
     "status": ["--config", "--json"], "check": ["--config", "--json", "--timeout"],
-    "reset": ["TIER", "--config"], "init": ["FILE"],
-}  # fmt: skip
+    "reset": ["TIER", "--config"], "init": ["FILE"]}
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -517,12 +484,14 @@ def test_help_names_flags_variables_and_exit_statuses(command: str, cli: Cli) ->
     assert [flag for flag in HELP[command] if flag not in part[1]] == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["chat", "--nonsense"], ["sing"], ["reset"], ["--nonsense"], ["status", "-v"]]
-)
-def test_wrong_usage_is_status_2(arguments: list[str], cli: Cli) -> None:
+@pytest.mark.parametrize(("arguments", "part"), [*((words.split(), "usage: copilot-router")
+    for words in ("chat --nonsense", "sing", "reset", "--nonsense", "status -v")),
+    *(([*command, "--timeout", value], "--timeout") for value in ("0", "-1", "nan", "soon")
+        for command in (["chat", "hi"], ["check"])),
+    (["chat", "what", "is", "the", "sky"], '"what is the sky"')])
+def test_wrong_usage_is_status_2(arguments: list[str], part: str, cli: Cli) -> None:
     status, out, err = cli(*arguments)
-    assert (status, out, "usage: copilot-router" in err) == (2, "", True)
+    assert (status, out, part in err) == (2, "", True)
 
 
 def test_no_provider_and_no_model_name_what_to_set(cli: Cli) -> None:
@@ -611,9 +580,8 @@ def test_a_store_that_is_missing_or_down_is_said(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_colour_only_on_a_terminal_and_never_with_no_color(
-    no_color: str, coloured: bool, cli: Cli
-) -> None:
+def test_colour_only_on_a_terminal_and_never_with_no_color(no_color: str, coloured: bool,
+        cli: Cli) -> None:
     cli.config()
     cli.environ(NO_COLOR=no_color)
     for kind, expected in ((Terminal, coloured), (io.StringIO, False)):
@@ -642,7 +610,7 @@ def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> A
     if shell:
         words = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *words]
     return subprocess.run(words, env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60)
 
 
 def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:

@@ -21,32 +21,17 @@ import pytest
 import requests
 
 import copilot_router
-from copilot_router import (
-    AnthropicProvider,
-    CircuitBreaker,
-    ConfigError,
-    ContentFiltered,
-    FailoverChain,
-    GeminiProvider,
-    LLMProvider,
-    LMStudioProvider,
-    MemoryStore,
-    OllamaProvider,
-    OpenAIProvider,
-    ProviderTier,
-    RateLimited,
-    RedisStore,
-    ScriptedProvider,
-    ServerError,
-    SQLiteStore,
-    main,
-)
+from copilot_router import (AnthropicProvider, CircuitBreaker, ConfigError, ContentFiltered,
+    FailoverChain, GeminiProvider, LLMProvider, LMStudioProvider, MemoryStore, OllamaProvider,
+    OpenAIProvider, ProviderTier, RateLimited, RedisStore, ScriptedProvider, ServerError,
+    SQLiteStore, main)
 
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest itself needs tomli
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
+Patch, Write = pytest.MonkeyPatch, Callable[[str], Path]
 KEY = "sk-test-config-key-1234567890"
 NOWHERE = "http://127.0.0.1:9/v1"
 TIER = '[[tier]]\nname = "a"\nmodels = ["m"]\n'
@@ -87,16 +72,12 @@ IN_PROVIDER = ("[[tier]] 1", "(a)", "[tier.provider]")
 IN_BREAKER = ("[[tier]] 1", "(a)", "[tier.breaker]")
 #: A file with one mistake, and what its message has to hold: the place, what stands there, and the
 #: nearest name where there is one. What each constructor checks is tested with the constructor.
-MISTAKES: list[tuple[str, tuple[str, ...]]] = [
-    ("[chain\n", ("line 1",)),
+MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
     (f"[chian]\n{GOOD}", ("'chian'", "chain")),
     (f"[logging]\n{GOOD}", ("'logging'", "chain", "tier", "store")),
-    (f"timeout = 5\n{GOOD}", ("'timeout'", "chain")),
-    ("[chain]\ntimeout = 5\n", ("[[tier]]",)),
-    ('[tier]\nname = "a"\n', ("[[tier]]",)),
-    (f"chain = 5\n{GOOD}", ("[chain]", "int")),
-    ("tier = [5]\n", ("[[tier]] 1", "int")),
-    ("a = " + "[" * 5000 + "]" * 5000, ("TOML",)),
+    (f"timeout = 5\n{GOOD}", ("'timeout'", "chain")), ("[chain]\ntimeout = 5\n", ("[[tier]]",)),
+    ('[tier]\nname = "a"\n', ("[[tier]]",)), (f"chain = 5\n{GOOD}", ("[chain]", "int")),
+    ("tier = [5]\n", ("[[tier]] 1", "int")), ("a = " + "[" * 5000 + "]" * 5000, ("TOML",)),
     (of_chain("timeot = 5"), ("[chain]", "FailoverChain", "'timeot'", "'timeout'")),
     (of_chain('timeout = "5"'), ("[chain]", "timeout='5'")),
     (of_chain('on_event = "print"'), ("[chain]", "on_event", "mapping")),
@@ -105,8 +86,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_chain('on_error = {RateLimited = "retry"}'), ("[chain]", "RateLimited", "'retry'")),
     (of_chain("tiers = []"), ("[chain]", "tiers", "[[tier]]")),
     (of_chain('store = "x.db"'), ("[chain]", "store", "[store]")),
-    (GOOD + GOOD, ("[chain]", "'a'")),
-    (f"[[tier]]\n{PROVIDER}", ("[[tier]] 1", "name")),
+    (GOOD + GOOD, ("[chain]", "'a'")), (f"[[tier]]\n{PROVIDER}", ("[[tier]] 1", "name")),
     (f"[[tier]]\nname = 1\n{PROVIDER}", ("[[tier]] 1", "name=1")),
     (f'{GOOD}[[tier]]\nname = "b"\n', ("[[tier]] 2", "(b)", "[tier.provider]")),
     (of_tier('model = ["x"]'), ("[[tier]] 1", "(a)", "ProviderTier", "'model'", "'models'")),
@@ -141,14 +121,12 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_store('type = "sqlite"'), ("[store]", "path")),
     (of_store('type = "sqlite"\npath = "x.db"\nfile = "y"'), ("[store]", "SQLiteStore", "'file'")),
     (of_store('type = "redis"'), ("[store]", "url")),
-    (of_store('type = "redis"\nurl_env = "NOT_SET"'), ("[store]", "url_env", "NOT_SET")),
-]
+    (of_store('type = "redis"\nurl_env = "NOT_SET"'), ("[store]", "url_env", "NOT_SET"))]
 
 
 @pytest.mark.parametrize(("text", "parts"), MISTAKES, ids=[text[-40:] for text, _ in MISTAKES])
-def test_a_mistake_in_a_file_is_told_with_its_place(
-    text: str, parts: tuple[str, ...], write: Callable[[str], Path]
-) -> None:
+def test_a_mistake_in_a_file_is_told_with_its_place(text: str, parts: tuple[str, ...],
+        write: Write) -> None:
     path = write(text)
     with pytest.raises(ConfigError) as error:
         FailoverChain.from_config(path)
@@ -173,9 +151,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         FailoverChain.from_config("null\0byte.toml")
 
 
-def test_without_a_toml_parser_it_says_what_to_install(
-    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch: Patch) -> None:
     for name in ("tomllib", "tomli"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match="pip install tomli"):
@@ -200,43 +176,31 @@ def ignore(*_: Any) -> float:
 
 
 SESSION = requests.Session()
-COMMON: dict[str, Any] = {
-    "api_key": KEY, "base_url": "http://127.0.0.1:9/v2", "headers": {"X-Team": "blue"},
-    "connect_timeout": 1.0, "first_token_timeout": 2.0, "stall_timeout": 3.0,
-    "max_response_bytes": 4, "stream_upstream": False, "session": SESSION,
-}  # fmt: skip
+COMMON: dict[str, Any] = {"api_key": KEY, "base_url": "http://127.0.0.1:9/v2",
+    "headers": {"X-Team": "blue"}, "connect_timeout": 1.0, "first_token_timeout": 2.0,
+    "stall_timeout": 3.0, "max_response_bytes": 4, "stream_upstream": False, "session": SESSION}
 #: What each constructor is given here: every argument that it has, and none with its default.
-SAMPLES: dict[type, dict[str, Any]] = {
-    FailoverChain: {
-        "escalation_model": ["m", "n"], "escalation_marker": "<UP>", "escalation_prompt": "Up",
-        "accept": bool, "timeout": 1.5, "wait": 2.5, "max_retry_after": 3.5, "failure_threshold": 7,
-        "recovery_timeout": 8.5, "on_error": {"ContentFiltered": "next", "RateLimited": "raise"},
-        "on_event": ignore, "clock": ignore, "sleep": ignore,
-    },
-    ProviderTier: {
-        "name": "b", "models": {"fast": "n-2026"}, "role": "secondary", "timeout": 1.5,
-        "retries": 4, "max_concurrency": 5, "prices": {"n-2026": [1.0, 2.0, 0.5, 1.5]},
-        "supports_tools": False, "supports_images": False,
-        "params": {"temperature": 0.5, "extra_body": {"top_k": 3}},
-    },
-    CircuitBreaker: {
-        "failure_threshold": 4, "recovery_timeout": 5.5, "name": "mine", "trial_timeout": 7.5,
-        "max_recovery_timeout": 60.5, "clock": ignore, "store": {"type": "memory"},
-        "on_change": ignore, "jitter": 0.5,
-    },
+SAMPLES: dict[type, dict[str, Any]] = {FailoverChain: {"escalation_model": ["m", "n"],
+    "escalation_marker": "<UP>", "escalation_prompt": "Up", "accept": bool, "timeout": 1.5,
+    "wait": 2.5, "max_retry_after": 3.5, "failure_threshold": 7, "recovery_timeout": 8.5,
+    "on_error": {"ContentFiltered": "next", "RateLimited": "raise"}, "on_event": ignore,
+    "clock": ignore, "sleep": ignore}, ProviderTier: {"name": "b", "models": {"fast": "n-2026"},
+        "role": "secondary", "timeout": 1.5, "retries": 4, "max_concurrency": 5,
+        "prices": {"n-2026": [1.0, 2.0, 0.5, 1.5]}, "supports_tools": False,
+        "supports_images": False, "params": {"temperature": 0.5, "extra_body": {"top_k": 3}}},
+    CircuitBreaker: {"failure_threshold": 4, "recovery_timeout": 5.5, "name": "mine",
+        "trial_timeout": 7.5, "max_recovery_timeout": 60.5, "clock": ignore,
+        "store": {"type": "memory"}, "on_change": ignore, "jitter": 0.5},
     OpenAIProvider: {**COMMON, "api": "responses"}, LMStudioProvider: {**COMMON, "api": "chat"},
     AnthropicProvider: COMMON, GeminiProvider: COMMON, OllamaProvider: COMMON,
     MemoryStore: {"clock": ignore}, SQLiteStore: {"path": "x.db", "timeout": 0.5, "refresh": 0.75},
     RedisStore: {"client_or_url": "redis://127.0.0.1:9/0", "namespace": "mine",
-                 "shared_counts": True, "timeout": 0.5, "refresh": 0.75},
-}  # fmt: skip
+        "shared_counts": True, "timeout": 0.5, "refresh": 0.75}}
 #: What the configuration gives in sections of their own.
 SECTIONS = {"tiers", "store", "provider", "breaker"}
-TYPES: dict[type, str] = {
-    OpenAIProvider: "openai", LMStudioProvider: "lmstudio", AnthropicProvider: "anthropic",
-    GeminiProvider: "gemini", OllamaProvider: "ollama", MemoryStore: "memory",
-    SQLiteStore: "sqlite", RedisStore: "redis",
-}  # fmt: skip
+TYPES: dict[type, str] = {OpenAIProvider: "openai", LMStudioProvider: "lmstudio",
+    AnthropicProvider: "anthropic", GeminiProvider: "gemini", OllamaProvider: "ollama",
+    MemoryStore: "memory", SQLiteStore: "sqlite", RedisStore: "redis"}
 
 
 def config_with(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +226,7 @@ Built = dict[type, list[dict[str, Any]]]
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Built:
+def built(monkeypatch: Patch) -> Built:
     """The arguments that each constructor was really called with."""
     seen: Built = {kind: [] for kind in SAMPLES}
 
@@ -292,17 +256,15 @@ def test_every_argument_has_a_sample_other_than_its_default(kind: type) -> None:
 
 @KINDS
 @pytest.mark.parametrize("in_file", [False, True], ids=["mapping", "file"])
-def test_every_argument_is_reachable_by_its_own_name(
-    kind: type, in_file: bool, built: Built, write: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_every_argument_is_reachable_by_its_own_name(kind: type, in_file: bool, built: Built,
+        write: Write, monkeypatch: Patch) -> None:
     """A file holds no key and no object of Python, a mapping holds all."""
     if kind is RedisStore:
         pytest.importorskip("redis")
     monkeypatch.chdir(write("").parent)
     objects = {"accept", "on_event", "clock", "sleep", "on_change", "session", "api_key"}
     settings = {name: value for name, value in SAMPLES[kind].items()
-                if not in_file or name not in objects}  # fmt: skip
+                if not in_file or name not in objects}
     config = config_with(kind, settings)
     text = "\n".join(f"{section} = {toml(value)}" for section, value in config.items() if in_file)
     FailoverChain.from_config(write(text) if in_file else config)
@@ -314,11 +276,11 @@ def test_every_argument_is_reachable_by_its_own_name(
     assert kind is not CircuitBreaker or isinstance(got["store"], MemoryStore)
 
 
-def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(
-    write: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(write: Write,
+        tmp_path: Path) -> None:
     """The tier's name is the breaker's where none is given."""
-    stores = [toml({"type": "sqlite", "path": str(tmp_path / name)}) for name in ("all.db", "own.db")]
+    paths = [str(tmp_path / name) for name in ("all.db", "own.db")]
+    stores = [toml({"type": "sqlite", "path": path}) for path in paths]
     chain = FailoverChain.from_config(write(
         f'store = {stores[0]}\n{GOOD}[[tier]]\nname = "b"\nbreaker = {{store = {stores[1]}}}\n'
         'provider = {type = "lmstudio"}'))
@@ -332,7 +294,7 @@ def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(
     assert [tier.breaker.state for tier in again.tiers] == ["open", "open"]
 
 
-def test_inf_in_a_file_means_no_limit(write: Callable[[str], Path]) -> None:
+def test_inf_in_a_file_means_no_limit(write: Write) -> None:
     assert FailoverChain.from_config(write(f"[chain]\ntimeout = inf\n{GOOD}")).timeout == math.inf
 
 
@@ -341,14 +303,9 @@ def test_a_mapping_may_hold_objects(tmp_path: Path) -> None:
     inner = FailoverChain([ProviderTier("inner", ScriptedProvider(["from within"]))])
     breaker = CircuitBreaker(1, name="mine")
     store = SQLiteStore(tmp_path / "x.db")
-    chain = FailoverChain.from_config({
-        "chain": {"on_error": {ServerError: "raise"}},
-        "store": store,
-        "tier": (
-            {"name": "a", "provider": inner, "breaker": breaker},
-            {"name": "b", "provider": ScriptedProvider([ServerError])},
-        ),
-    })  # fmt: skip
+    chain = FailoverChain.from_config({"chain": {"on_error": {ServerError: "raise"}},
+        "store": store, "tier": ({"name": "a", "provider": inner, "breaker": breaker},
+            {"name": "b", "provider": ScriptedProvider([ServerError])})})
     assert chain.chat("hi").text == "from within"
     assert chain.tiers[0].breaker is breaker
     with pytest.raises(ServerError):
@@ -381,22 +338,18 @@ def test_a_type_error_of_a_constructor_is_told_with_its_place() -> None:
 
 # -- keys
 
-SECRETS: dict[str, dict[str, Any]] = {
-    "api_key": {"api_key": KEY},
+SECRETS: dict[str, dict[str, Any]] = {"api_key": {"api_key": KEY},
     "password in the address": {"base_url": f"http://me:{KEY}@127.0.0.1:9/v1"},
     "token as the user": {"base_url": f"http://{KEY}@127.0.0.1:9/v1"},
     "key in the query": {"base_url": f"http://127.0.0.1:9/v1?api-version=1&api-key={KEY}"},
-    **{name: {"headers": {"X-Team": "blue", name: KEY}} for name in (
-        "authorization", "Proxy-Authorization", "Helicone-Auth", "x-api-key", "API-Key",
-        "X-Access-Token", "Cookie", "X-Client-Secret", "X-Password",
-    )},
-}  # fmt: skip
+    **{name: {"headers": {"X-Team": "blue", name: KEY}}
+        for name in ("authorization", "Proxy-Authorization", "Helicone-Auth", "x-api-key",
+            "API-Key", "X-Access-Token", "Cookie", "X-Client-Secret", "X-Password")}}
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(
-    name: str, write: Callable[[str], Path]
-) -> None:
+def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(name: str,
+        write: Write) -> None:
     provider = {"type": "openai", "base_url": NOWHERE, **SECRETS[name]}
     with pytest.raises(ConfigError, match="_env") as error:
         FailoverChain.from_config(write(f"{TIER}provider = {toml(provider)}"))
@@ -406,9 +359,9 @@ def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(
     assert FailoverChain.from_config({"tier": [tier]}).tiers[0].name == "a"
 
 
-def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Callable[[str], Path]) -> None:
+def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Write) -> None:
     headers = {"OpenAI-Organization": "org-1", "anthropic-version": "2023-06-01",
-               "X-Title": "mine", "X-Max-Tokens": "5"}  # fmt: skip
+               "X-Title": "mine", "X-Max-Tokens": "5"}
     url = "http://127.0.0.1:9/v1?api-version=2024"
     provider = {"type": "openai", "base_url": url, "headers": headers}
     path = write(f"{TIER}provider = {toml(provider)}")
@@ -416,12 +369,9 @@ def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Callable[[str
 
 
 @pytest.mark.parametrize("name", ["url", "client_or_url"])
-@pytest.mark.parametrize(
-    "url", [f"redis://:{KEY}@127.0.0.1:9/0", f"redis://127.0.0.1:9/0?password={KEY}"]
-)
-def test_a_password_of_redis_in_a_file_is_refused_unseen(
-    name: str, url: str, write: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize("url",
+    [f"redis://:{KEY}@127.0.0.1:9/0", f"redis://127.0.0.1:9/0?password={KEY}"])
+def test_a_password_of_redis_in_a_file_is_refused_unseen(name: str, url: str, write: Write) -> None:
     with pytest.raises(ConfigError, match=r"\[store\].*url_env") as error:
         FailoverChain.from_config(write(f'store = {{type = "redis", {name} = "{url}"}}\n{GOOD}'))
     assert KEY not in str(error.value)
@@ -430,13 +380,9 @@ def test_a_password_of_redis_in_a_file_is_refused_unseen(
     assert FailoverChain.from_config({"store": store, "tier": [tier]}).tiers[0].name == "a"
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [f'api_key_env = "{KEY}"', 'api_key_env = "AIza-x"', f'headers_env = {{"X-Key" = "{KEY}"}}'],
-)
-def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(
-    entry: str, write: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize("entry",
+    [f'api_key_env = "{KEY}"', 'api_key_env = "AIza-x"', f'headers_env = {{"X-Key" = "{KEY}"}}'])
+def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(entry: str, write: Write) -> None:
     with pytest.raises(ConfigError, match="_env") as error:
         FailoverChain.from_config(write(f"{GOOD}{entry}\n"))
     assert KEY not in str(error.value)
@@ -444,26 +390,22 @@ def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(
 
 
 @pytest.mark.parametrize("in_file", [True, False])
-def test_variables_are_read_in_a_file_and_in_a_mapping(
-    in_file: bool, built: Built, write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_are_read_in_a_file_and_in_a_mapping(in_file: bool, built: Built,
+        write: Write, monkeypatch: Patch) -> None:
     pytest.importorskip("redis")
     environ = {"MY_KEY": KEY, "my_url": "http://127.0.0.1:9/x", "MY_HEADER": "secret",
-               "MY_REDIS": "redis://:pw@127.0.0.1:9"}  # fmt: skip
+               "MY_REDIS": "redis://:pw@127.0.0.1:9"}
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     provider = {"type": "anthropic", "api_key_env": "MY_KEY", "base_url_env": "my_url",
-                "headers": {"X-Team": "blue"},
-                "headers_env": {"X-Access-Token": "MY_HEADER"}}  # fmt: skip
+        "headers": {"X-Team": "blue"}, "headers_env": {"X-Access-Token": "MY_HEADER"}}
     tiers = [{"name": "a", "provider": provider}]
     config = {"store": {"type": "redis", "url_env": "MY_REDIS"}, "tier": tiers}
     before = json.dumps(config)
     text = "\n".join(f"{name} = {toml(value)}" for name, value in config.items())
     FailoverChain.from_config(write(text) if in_file else config)
-    assert built[AnthropicProvider] == [{
-        "api_key": KEY, "base_url": "http://127.0.0.1:9/x",
-        "headers": {"X-Team": "blue", "X-Access-Token": "secret"},
-    }]  # fmt: skip
+    assert built[AnthropicProvider] == [{"api_key": KEY, "base_url": "http://127.0.0.1:9/x",
+        "headers": {"X-Team": "blue", "X-Access-Token": "secret"}}]
     assert built[RedisStore] == [{"client_or_url": "redis://:pw@127.0.0.1:9"}]
     assert json.dumps(config) == before
 
@@ -472,7 +414,7 @@ def test_variables_are_read_in_a_file_and_in_a_mapping(
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def no_network(monkeypatch: Patch) -> list[Any]:
     """Whoever so much as looks up a name is noted."""
     attempts: list[Any] = []
     for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
@@ -504,27 +446,23 @@ ENVIRONMENTS: list[tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = [
       "OLLAMA_HOST": "127.0.0.1", "LMSTUDIO_BASE_URL": LOCAL},
      [("lmstudio", f"{LOCAL}/v1", []), ("ollama", f"{LOCAL[:-1]}11434", []), ("gemini", GOOGLE, []),
       ("openai", OPENAI, []), ("anthropic", ANTHROPIC, [])]),
-]  # fmt: skip
+]
 ENVIRONMENT_IDS = [" ".join(environ) for environ, _ in ENVIRONMENTS]
 #: The tiers that from_env may make, and the variables that make them.
-VARIABLES = {
-    "lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],
+VARIABLES = {"lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],
     "gemini": ["GOOGLE_API_KEY", "GEMINI_API_KEY"], "openai": ["OPENAI_API_KEY", "OPENAI_BASE_URL"],
-    "anthropic": ["ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"],
-}  # fmt: skip
+    "anthropic": ["ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"]}
 
 
 def tiers_of(chain: FailoverChain) -> list[tuple[str, str, list[str]]]:
     providers: list[Any] = [tier.provider for tier in chain.tiers]
     return [(tier.name, provider.base_url, list(tier.models))
-            for tier, provider in zip(chain.tiers, providers, strict=True)]  # fmt: skip
+            for tier, provider in zip(chain.tiers, providers, strict=True)]
 
 
 @pytest.mark.parametrize(("environ", "expected"), ENVIRONMENTS, ids=ENVIRONMENT_IDS)
-def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(
-    environ: dict[str, str], expected: list[Any], no_network: list[Any],
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ: dict[str, str],
+        expected: list[Any], no_network: list[Any], caplog: Any, monkeypatch: Patch) -> None:
     """Neither does it look at the environment of the process when another one is given."""
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/wrong")
     with caplog.at_level(logging.INFO, "copilot_router"):
@@ -553,7 +491,7 @@ def test_an_environment_without_a_provider_names_every_variable_that_would_do() 
 # -- init
 
 
-def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, str]) -> str:
+def written(path: Path, monkeypatch: Patch, environ: Mapping[str, str]) -> str:
     """The file that init writes in an environment, which stays set."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -563,21 +501,17 @@ def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, s
 
 STRANGE = 'a"\\ 🦙 {x}'
 LM_STUDIO = ("lmstudio", "http://localhost:1234/v1", [])
-INIT = [
-    *ENVIRONMENTS,
-    ({}, [LM_STUDIO]),
+INIT = [*ENVIRONMENTS, ({}, [LM_STUDIO]),
     ({"LM_API_TOKEN": KEY, "OLLAMA_API_KEY": KEY, "OLLAMA_MODEL": "m"}, [LM_STUDIO]),
     ({"OPENAI_API_KEY": KEY, "OPENAI_MODEL": STRANGE}, [("openai", OPENAI, [STRANGE])]),
     ({"OPENAI_BASE_URL": f"{LOCAL}/x", "OPENAI_API_KEY": KEY}, [("openai", f"{LOCAL}/x", [])]),
-    ({"LMSTUDIO_BASE_URL": f"http://me:{KEY}@127.0.0.1:9"}, [("lmstudio", f"{LOCAL}/v1", [])]),
-]
+    ({"LMSTUDIO_BASE_URL": f"http://me:{KEY}@127.0.0.1:9"}, [("lmstudio", f"{LOCAL}/v1", [])])]
 
 
 @pytest.mark.parametrize(("environ", "expected"), INIT, ids=[" ".join(env) for env, _ in INIT])
 def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
-    environ: dict[str, str], expected: list[Any], tmp_path: Path, no_network: list[Any],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+        environ: dict[str, str], expected: list[Any], tmp_path: Path, no_network: list[Any],
+        monkeypatch: Patch, capsys: Any) -> None:
     path = tmp_path / "router.toml"
     text = written(path, monkeypatch, environ)
     assert KEY not in text
@@ -592,9 +526,8 @@ def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
     assert no_network == []
 
 
-def test_what_init_comments_out_works_when_it_is_switched_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_init_comments_out_works_when_it_is_switched_on(tmp_path: Path,
+        monkeypatch: Patch) -> None:
     text = written(tmp_path / "router.toml", monkeypatch, {})
     for kind in ("OPENAI", "ANTHROPIC", "GOOGLE"):
         monkeypatch.setenv(f"{kind}_API_KEY", KEY)
@@ -611,9 +544,8 @@ def test_what_init_comments_out_works_when_it_is_switched_on(
     assert (tmp_path / "copilot-router.db").exists()
 
 
-def test_init_overwrites_nothing_and_leaves_no_broken_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_overwrites_nothing_and_leaves_no_broken_file(tmp_path: Path,
+        monkeypatch: Patch, capsys: Any) -> None:
     mine = tmp_path / "router.toml"
     mine.write_text("mine", encoding="utf-8")
     assert main(["init", str(mine)]) == 2
@@ -637,9 +569,8 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
-def test_init_writes_the_file_that_the_other_commands_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_writes_the_file_that_the_other_commands_use(tmp_path: Path,
+        monkeypatch: Patch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 0
     assert "--config" not in capsys.readouterr().out

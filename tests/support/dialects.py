@@ -10,16 +10,8 @@ from typing import Any, ClassVar
 
 from support.server import KEY, MAKERS, parsed, reply
 
-from copilot_router import (
-    AuthenticationError,
-    ContextLengthExceeded,
-    InvalidResponse,
-    ModelNotFound,
-    Overloaded,
-    RateLimited,
-    ServerError,
-    Usage,
-)
+from copilot_router import (AuthenticationError, ContextLengthExceeded, InvalidResponse,
+    ModelNotFound, Overloaded, RateLimited, ServerError, Usage)
 
 #: name, argument object
 Called = tuple[str, dict[str, Any]]
@@ -110,8 +102,7 @@ def openai_failures() -> dict[str, Failure]:
     key, limit = "Incorrect API key provided.", "Rate limit reached"
     limited = error(limit, "requests", "rate_limit_exceeded")
     too_long = error(long, invalid, "context_length_exceeded")
-    return {
-        "401": (401, {}, error(key, invalid, "invalid_api_key"), AuthenticationError, None),
+    return {"401": (401, {}, error(key, invalid, "invalid_api_key"), AuthenticationError, None),
         "429 with a hint": (429, {"Retry-After": "7"}, limited, RateLimited, 7.0),
         "500": (500, {}, error("The server had an error", "server_error"), ServerError, None),
         "context length": (400, {}, too_long, ContextLengthExceeded, None)}
@@ -128,20 +119,16 @@ class Chat(Dialect):
     needs_model = False
 
     def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
-        return [
-            {**({"index": at} if indexed else {}), "id": f"call_{at}", "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments)}}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        return [{**({"index": at} if indexed else {}), "id": f"call_{at}", "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments)}}
+            for at, (name, arguments) in enumerate(answer.calls)]
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        return {
-            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+        return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens,
-                                      "cache_write_tokens": usage.cache_write_tokens},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        }
+                "cache_write_tokens": usage.cache_write_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
 
     def body(self, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.whole or None,
@@ -178,10 +165,9 @@ class Chat(Dialect):
 class LMStudio(Chat):
     name = "lmstudio"
     reasoning_key = "reasoning"
-    none = "No models loaded. Please load a model in the developer page or use the 'lms load' command."
+    none = "No models loaded. Please load a model in the developer page or use 'lms load'."
     full = "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
-    failures: ClassVar[dict[str, Failure]] = {
-        **openai_failures(),
+    failures: ClassVar[dict[str, Failure]] = {**openai_failures(),
         "404 model": (404, {}, {"error": {"message": none, "type": "invalid_request_error",
             "param": "model", "code": None}}, ModelNotFound, None),
         "context length": (400, {}, {"error": full + "loaded with context length of only 4096"},
@@ -193,12 +179,9 @@ class Responses(Dialect):
     failures = openai_failures()
     idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
                "response.created")
-    broken = (
-        sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
-                                                     "output": [], "error": {
-            "code": "rate_limit_exceeded", "message": "Rate limit reached"}}}, "response.failed"),
-        RateLimited,
-    )
+    broken = (sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
+        "output": [], "error": {"code": "rate_limit_exceeded", "message": "Rate limit reached"}}},
+        "response.failed"), RateLimited)
     needs_model = False
 
     def items(self, answer: Answer) -> list[dict[str, Any]]:
@@ -211,28 +194,23 @@ class Responses(Dialect):
             content = [{"type": "output_text", "text": answer.whole, "annotations": []}]
             items.append({"type": "message", "id": "msg_1", "role": "assistant",
                           "status": "completed", "content": content})
-        items += [
-            {"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
-             "status": "completed", "arguments": json.dumps(arguments)}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        items += [{"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
+            "status": "completed", "arguments": json.dumps(arguments)}
+            for at, (name, arguments) in enumerate(answer.calls)]
         return items
 
     def body(self, answer: Answer) -> dict[str, Any]:
         reason = {"length": "max_output_tokens",
                   "content_filter": "content_filter"}.get(answer.finish)
         usage = answer.usage
-        return {
-            "id": "resp_1", "object": "response", "model": self.model, "error": None,
+        return {"id": "resp_1", "object": "response", "model": self.model, "error": None,
             "output": self.items(answer), "status": "incomplete" if reason else "completed",
-            "incomplete_details": {"reason": reason} if reason else None, "usage": {
-                "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
+            "incomplete_details": {"reason": reason} if reason else None,
+            "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens,
-                                         "cache_write_tokens": usage.cache_write_tokens},
+                    "cache_write_tokens": usage.cache_write_tokens},
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            },
-        }
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens}}
 
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
@@ -265,40 +243,33 @@ class Responses(Dialect):
 
 class Anthropic(Dialect):
     name = "anthropic"
-    broken = (
-        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
-             "request_id": "r"}, "error"), Overloaded,
-    )
+    broken = (sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
+        "request_id": "r"}, "error"), Overloaded)
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
     ping_path = "/v1/models?limit=1"
-    idle = (
-        sse({"type": "message_start", "message": {"id": "msg_1", "model": "m", "content": [],
-                                                  "usage": {}}}, "message_start")
-        + sse({"type": "ping"}, "ping")
-    )
+    idle = (sse({"type": "message_start",
+        "message": {"id": "msg_1", "model": "m", "content": [], "usage": {}}}, "message_start")
+        + sse({"type": "ping"}, "ping"))
 
     @staticmethod
     def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
               **headers: str) -> Failure:
-        body = {"type": "error", "error": {"type": type_, "message": message}, "request_id": "req_1"}
+        body = {"type": "error", "error": {"type": type_, "message": message}, "request_id": "r"}
         return status, headers, body, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
         "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0,
-                                 **{"retry-after": "7"}),
+            **{"retry-after": "7"}),
         "500": error(500, ServerError, "api_error", "Internal server error"),
         "context length": error(400, ContextLengthExceeded, "invalid_request_error",
-                                "prompt is too long: 210000 tokens > 200000 maximum"),
-    }
+            "prompt is too long: 210000 tokens > 200000 maximum")}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
         "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})
 
-    stops: ClassVar[dict[str, str]] = {
-        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
-        "content_filter": "refusal",
-    }
+    stops: ClassVar[dict[str, str]] = {"stop": "end_turn", "length": "max_tokens",
+        "tool_calls": "tool_use", "content_filter": "refusal"}
 
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
@@ -307,10 +278,8 @@ class Anthropic(Dialect):
                            "signature": "c2lnbmVk"})
         if answer.text:
             blocks.append({"type": "text", "text": answer.whole})
-        blocks += [
-            {"type": "tool_use", "id": f"toolu_{at}", "name": name, "input": arguments}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        blocks += [{"type": "tool_use", "id": f"toolu_{at}", "name": name, "input": arguments}
+            for at, (name, arguments) in enumerate(answer.calls)]
         return blocks
 
     @staticmethod
@@ -380,17 +349,14 @@ class Gemini(Dialect):
                  **({"details": list(details)} if details else {})}
         return status, {}, {"error": error}, kind, wait
 
-    failures: ClassVar[dict[str, Failure]] = {
-        "401": error(401, AuthenticationError, "UNAUTHENTICATED",
-                     "Request had invalid authentication credentials."),
+    failures: ClassVar[dict[str, Failure]] = {"401": error(401, AuthenticationError,
+        "UNAUTHENTICATED", "Request had invalid authentication credentials."),
         "429 with a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED", "Resource exhausted", 7.0,
-                                 {"@type": "type.googleapis.com/google.rpc.RetryInfo",
-                                  "retryDelay": "7s"}),
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}),
         "500": error(500, ServerError, "INTERNAL", "An internal error has occurred."),
         "context length": error(400, ContextLengthExceeded, "INVALID_ARGUMENT",
-                                "The input token count (1200000) exceeds the "
-                                "maximum number of tokens allowed (1048576)."),
-    }
+            "The input token count (1200000) exceeds the "
+            "maximum number of tokens allowed (1048576).")}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("frequency_penalty", 0.5, {"error": {
         "code": 400, "status": "INVALID_ARGUMENT",
@@ -398,28 +364,24 @@ class Gemini(Dialect):
         '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})
     hint = "frequencyPenalty"
 
-    stops: ClassVar[dict[str, str]] = {
-        "stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP", "content_filter": "SAFETY",
-    }
+    stops: ClassVar[dict[str, str]] = {"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
+        "content_filter": "SAFETY"}
 
     def chunk(self, parts: list[Any], usage: Usage, finish: str | None = None) -> dict[str, Any]:
         written = usage.completion_tokens - usage.reasoning_tokens
         counts = {"promptTokenCount": usage.prompt_tokens, "candidatesTokenCount": written,
-                  "thoughtsTokenCount": usage.reasoning_tokens,
-                  "cachedContentTokenCount": usage.cached_tokens,
-                  "totalTokenCount": usage.total_tokens}
+            "thoughtsTokenCount": usage.reasoning_tokens,
+            "cachedContentTokenCount": usage.cached_tokens, "totalTokenCount": usage.total_tokens}
         candidate = {"index": 0, "content": {"role": "model", "parts": parts},
                      **({"finishReason": finish} if finish else {})}
         return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": self.model,
                 "responseId": "r1"}
 
     def called(self, answer: Answer) -> list[dict[str, Any]]:
-        return [
-            {"functionCall": {"id": f"g{at}", "name": name,
-                              **({"args": arguments} if arguments else {})},
-             **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        return [{"functionCall": {"id": f"g{at}", "name": name,
+            **({"args": arguments} if arguments else {})},
+            **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
+            for at, (name, arguments) in enumerate(answer.calls)]
 
     def body(self, answer: Answer) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{"text": "".join(answer.reasoning),
@@ -453,9 +415,8 @@ class Ollama(Dialect):
     failures: ClassVar[dict[str, Failure]] = {
         "401": (401, {}, {"error": "unauthorized"}, AuthenticationError, None),
         "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited,
-                            7.0),
-        "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None),
-    }
+            7.0),
+        "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None)}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high",
                                                {"error": '"m" does not support thinking'})
@@ -473,8 +434,7 @@ class Ollama(Dialect):
     def called(self, answer: Answer) -> dict[str, Any]:
         calls = [
             {"id": f"call_{at}", "function": {"index": at, "name": name, "arguments": arguments}}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+            for at, (name, arguments) in enumerate(answer.calls)]
         return {"tool_calls": calls} if calls else {}
 
     def body(self, answer: Answer) -> dict[str, Any]:

@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3 import HTTPHeaderDict, HTTPResponse
 
-from copilot_router import (
-    AnthropicProvider,
-    GeminiProvider,
-    LLMResponse,
-    LMStudioProvider,
-    OllamaProvider,
-    OpenAIProvider,
-    ProviderError,
-)
+from copilot_router import (AnthropicProvider, GeminiProvider, LLMResponse, LMStudioProvider,
+    OllamaProvider, OpenAIProvider, ProviderError)
 
 KEY = "sk-test-server-key-1234567890"
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": CITY}}]
+USER = {"role": "user", "content": "q"}
 #: Writes to the connection; true keeps it open for the next request.
 Serve = Callable[[Any, socket.socket, bytes], bool]
 
@@ -193,9 +189,8 @@ class Canned(BaseAdapter):
         self.pieces: list[bytes] = []
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
-        raw = HTTPResponse(
-            _Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status, preload_content=False
-        )
+        raw = HTTPResponse(_Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status,
+            preload_content=False)
         return HTTPAdapter().build_response(request, raw)
 
     def close(self) -> None:
@@ -225,11 +220,8 @@ class _Pieces(io.RawIOBase):
 MAKERS: dict[str, Callable[..., Any]] = {
     "chat": lambda *args, **more: OpenAIProvider(*args, **{"api": "chat", **more}),
     "responses": lambda *args, **more: OpenAIProvider(*args, api="responses", **more),
-    "lmstudio": LMStudioProvider,
-    "anthropic": AnthropicProvider,
-    "gemini": GeminiProvider,
-    "ollama": OllamaProvider,
-}
+    "lmstudio": LMStudioProvider, "anthropic": AnthropicProvider, "gemini": GeminiProvider,
+    "ollama": OllamaProvider}
 
 
 @contextmanager
@@ -275,9 +267,8 @@ def outcome(provider: Any, messages: Any = "q", tools: Any = None, **options: An
     return said
 
 
-def read(
-    kind: str, answer: bytes | Serve, messages: Any = "q", tools: Any = None, **more: Any
-) -> Any:
+def read(kind: str, answer: bytes | Serve, messages: Any = "q", tools: Any = None,
+        **more: Any) -> Any:
     """What a provider makes of one answer: the response or the error, of chat() and of stream()."""
     names = ("first_token_timeout", "stall_timeout", "max_response_bytes", "stream_upstream", "api")
     settings = {name: more.pop(name) for name in names if name in more}
@@ -285,9 +276,8 @@ def read(
         return outcome(provider, messages, tools, **more)
 
 
-def sent(
-    kind: str, messages: Any = "q", tools: Any = None, settings: Any = None, **options: Any
-) -> Any:
+def sent(kind: str, messages: Any = "q", tools: Any = None, settings: Any = None,
+        **options: Any) -> Any:
     """The body that a provider sends. The answer to it says nothing."""
     with talking(kind, reply({}), **(settings or {})) as (provider, server):
         try:

@@ -1,8 +1,8 @@
 """Fake vendors on loopback that enforce the vendors' own rules, so that no encoder passes by luck.
 
 Each answers a violation with its vendor's own status and error body, and a legal request with the
-next item of its script (a ``Reply``, a ``Raw`` answer, or a function of the request's body that
-returns one), streamed where the request asks for a stream. Tool ids and signatures that it has
+next item of its script (a ``Reply``, the bytes of an answer, or a function of the body that returns
+one), streamed where the request asks for a stream. Tool ids and signatures that it has
 given out it takes back only unchanged.
 """
 
@@ -15,7 +15,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -23,7 +23,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from support import dialects
 from support.dialects import Answer
-from support.server import Request, Server, parsed
+from support.server import Request, Server, parsed, reply
 
 from copilot_router import Usage
 
@@ -38,16 +38,6 @@ class Reply:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     thinking: str = ""
     finish: str = ""  #: "" for the one that fits
-
-
-@dataclass
-class Raw:
-    """An answer as it stands. A streamed one without length ends by closing the connection."""
-
-    body: Any = b""
-    status: int = 200
-    kind: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -94,16 +84,13 @@ NUMBER = (int, float)
 
 
 def either(*specs: Any) -> Check:
-    """One of several shapes, that for a text first; the complaint is of the one that was meant."""
+    """One of several shapes; the complaint is of the last."""
 
     def check(vendor: Vendor, value: Any, where: str) -> None:
-        complaints = []
-        for spec in specs:
-            try:
+        for spec in specs[:-1]:
+            with suppress(Refused):
                 return vendor.match(value, spec, where)
-            except Refused as refused:
-                complaints.append(refused)
-        raise complaints[0 if isinstance(value, str) else -1]
+        return vendor.match(value, specs[-1], where)
 
     return check
 
@@ -167,29 +154,23 @@ def schema(vendor: Vendor, value: Any, where: str) -> None:
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class Vendor:
+class Vendor(Server):
     """A fake of one vendor. ``url`` is the base URL for a provider."""
 
     base = ""
     prefix = ""  #: of the ids it issues
+    answers_of: ClassVar[Any]  #: the format of its answers
 
     def __init__(self, *script: Any, models: tuple[str, ...] = ("m-1", "m-2")) -> None:
-        self.script = deque(script)
-        self.models = models
-        self.requests: list[Request] = []
+        self.script, self.models = deque(script), models
         self.refusals: list[Refused] = []
         self.issued: dict[str, Any] = {}
-        self._count = 0
-        self._server = Server(self._serve)
-        self.port, self.root = self._server.port, self._server.url
-        self.url = self.root + self.base
-
-    @property
-    def bodies(self) -> list[Any]:
-        return [request.body for request in self.requests]
+        super().__init__(self._serve)
+        self.root = self.url
+        self.url += self.base
 
     def new_id(self) -> str:
-        self._count += 1
+        self._count = getattr(self, "_count", 0) + 1
         return f"{self.prefix}{self.port}_{self._count}"
 
     # -- the rules' vocabulary
@@ -207,46 +188,41 @@ class Vendor:
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"Unknown parameter: '{where}'.")
 
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"Missing required parameter: '{where}'.")
-
     def wrong(self, where: str, wanted: str) -> NoReturn:
         self.fail(f"Invalid value for '{where}': expected {wanted}.")
 
     def match(self, value: Any, spec: Any, where: str = "") -> None:
+        good = True
         if isinstance(spec, dict):
             self._match_object(value, spec, where)
         elif isinstance(spec, list):
-            if not isinstance(value, list):
-                self.wrong(where, "a list")
-            for at, item in enumerate(value):
+            good = isinstance(value, list)
+            for at, item in enumerate(value if good else ()):
                 self.match(item, spec[0], f"{where}[{at}]")
         elif isinstance(spec, frozenset):
-            if not isinstance(value, (str, bool)) or value not in spec:
-                self.wrong(where, f"one of {sorted(map(str, spec))}")
+            good = isinstance(value, (str, bool)) and value in spec
         elif isinstance(spec, re.Pattern):
-            if not isinstance(value, str) or not spec.fullmatch(value):
-                self.wrong(where, f"text that matches {spec.pattern}")
+            good = isinstance(value, str) and bool(spec.fullmatch(value))
         elif isinstance(spec, (type, tuple)):
             kinds = spec if isinstance(spec, tuple) else (spec,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds
-                                                and object not in kinds):
-                self.wrong(where, " or ".join(kind.__name__ for kind in kinds))
+            good = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
         else:
             spec(self, value, where)
+        if not good:
+            self.wrong(where, str(spec))
 
     def _match_object(self, value: Any, spec: dict[str, Any], where: str) -> None:
         if not isinstance(value, dict):
             self.wrong(where or "the body", "an object")
-        names = {name.rstrip("!"): inner for name, inner in spec.items()}
-        for name in value:
-            if name not in names:
-                self.unknown(f"{where}.{name}" if where else name)
+        inside = f"{where}." if where else ""
         for name in spec:
             if name.endswith("!") and name[:-1] not in value:
-                self.missing(f"{where}.{name[:-1]}" if where else name[:-1])
+                self.fail(f"Missing required parameter: '{inside}{name[:-1]}'.")
+        names = {name.rstrip("!"): inner for name, inner in spec.items()}
         for name, item in value.items():
-            self.match(item, names[name], f"{where}.{name}" if where else name)
+            if name not in names:
+                self.unknown(inside + name)
+            self.match(item, names[name], inside + name)
 
     def unique(self, names: list[str], where: str) -> None:
         self.forbid(len(set(names)) != len(names), f"{where}: names and ids must be unique")
@@ -260,57 +236,38 @@ class Vendor:
     def streams(self, request: Request) -> bool:
         return bool(request.body.get("stream"))
 
-    answers_of: ClassVar[Any]  #: the format of its answers
-
-    def answers(self, request: Request) -> Any:
+    def own(self, request: Request) -> Any:
         return self.answers_of(self, request)
 
     # -- serving
 
-    def answer(self, request: Request) -> Raw:
-        self.requests.append(request)
+    def answer(self, request: Request) -> bytes:
         try:
             self.check(request)
         except Refused as refused:
             self.refusals.append(refused)
-            return Raw(refused.body, refused.status)
+            return reply(refused.body, refused.status)
         item = self.script.popleft() if self.script else Reply("ok")
-        if callable(item):
-            item = item(request.body)
-        if isinstance(item, Raw):
+        item = item(request.body) if callable(item) else item
+        if isinstance(item, bytes):
             return item
         finish = item.finish or ("tool_calls" if item.calls else "stop")
         answer = Answer(tuple(halves(item.text)), tuple(halves(item.thinking)), tuple(item.calls),
                         finish, Usage(20, 15, 4, 0, 6))
-        own = self.answers(request)
+        own = self.own(request)
         if not self.streams(request):
-            return Raw(own.body(answer))
-        return Raw(b"".join(own.events(answer)), kind=own.stream_kind)
+            return reply(own.body(answer))
+        return reply(b"".join(own.events(answer)), kind=own.stream_kind)
 
     def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
-        came = parsed(request)
-        raw = self.answer(came)
-        data = raw.body if isinstance(raw.body, bytes) else json.dumps(raw.body).encode()
-        streamed = "stream" in raw.kind or "ndjson" in raw.kind
-        closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
-        headers = {"Content-Type": raw.kind, **raw.headers, **closes}
-        lines = [f"HTTP/1.1 {raw.status} X", *(f"{name}: {text}" for name, text in headers.items())]
-        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
-        return not streamed
-
-    def __enter__(self) -> Vendor:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._server.__exit__()
+        connection.sendall(self.answer(parsed(request)))
+        return True
 
 
 class _Detour(HTTPAdapter):
     """Requests for one host go to another."""
 
-    def __init__(self, root: str) -> None:
-        super().__init__()
-        self.root = root
+    root = ""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
         request.url = self.root + "/" + request.url.split("/", 3)[3]
@@ -320,9 +277,11 @@ class _Detour(HTTPAdapter):
 @contextmanager
 def detour(vendor: Vendor) -> Iterator[requests.Session]:
     """A session in which every https address leads to the fake."""
+    adapter = _Detour()
+    adapter.root = vendor.root
     with requests.Session() as session:
         session.trust_env = False
-        session.mount("https://", _Detour(vendor.root))
+        session.mount("https://", adapter)
         yield session
 
 
@@ -362,38 +321,33 @@ class Chat(Vendor):
 
     def chat_shape(self) -> dict[str, Any]:
         content = either(str, [tagged("type", {"text": {"text!": str}})])
-        parts = tagged("type", {
-            "text": {"text!": str}, "image_url": {"image_url!": {"url!": address,
-                                         "detail": frozenset({"auto", "low", "high"})}},
+        parts = tagged("type", {"text": {"text!": str},
+            "image_url": {
+                "image_url!": {"url!": address, "detail": frozenset({"auto", "low", "high"})}},
             "file": {"file!": {"filename!": str, "file_data!": str}},
-            "input_audio": {"input_audio!": {"data!": encoded,
-                                             "format!": frozenset({"wav", "mp3"})}},
-        })
+            "input_audio": {
+                "input_audio!": {"data!": encoded, "format!": frozenset({"wav", "mp3"})}}})
         said = {"name": str, "content!": content}
-        roles: dict[str, Any] = {
-            "system": said, "developer": said, "user": {"name": str, "content!": either(str, [parts])},
+        roles: dict[str, Any] = {"system": said, "developer": said,
+            "user": {"name": str, "content!": either(str, [parts])},
             "assistant": {"name": str, "content": either(content, type(None)),
-                          "tool_calls": [CHAT_CALL]},
-            "tool": {"tool_call_id!": str, "content!": content},
-        }
+                "tool_calls": [CHAT_CALL]}, "tool": {"tool_call_id!": str, "content!": content}}
         if self.needs_reasoning:
             roles["assistant"]["reasoning_content"] = str
         named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
         json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
-        return {
-            "model!": str, "messages!": [tagged("role", roles)],
-            "tools": [{"type!": frozenset({"function"}), "function!": {
-                "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
-            }}], "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+        return {"model!": str, "messages!": [tagged("role", roles)],
+            "tools": [{"type!": frozenset({"function"}),
+                "function!": {"name!": TOOL_NAME, "description": str, "parameters": dict,
+                    "strict": bool}}],
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
             "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1),
-            "seed": int, "n": int,
-            "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
-            "stop": either(str, [str]), "reasoning_effort": EFFORTS, "stream": bool,
-            "stream_options": {"include_usage": bool},
-            "response_format": tagged("type", {"text": {}, "json_object": {},
-                                               "json_schema": {"json_schema!": json_schema}}),
-            "max_completion_tokens": between(1, 10**6, int),
-        }
+            "seed": int, "presence_penalty": between(-2, 2),
+            "frequency_penalty": between(-2, 2), "user": str, "stop": either(str, [str]),
+            "reasoning_effort": EFFORTS, "stream": bool, "stream_options": {"include_usage": bool},
+            "response_format": tagged("type",
+                {"text": {}, "json_object": {}, "json_schema": {"json_schema!": json_schema}}),
+            "max_completion_tokens": between(1, 10**6, int)}
 
     def check(self, request: Request) -> None:
         body = self.check_access(request, "/v1/chat/completions")
@@ -469,11 +423,9 @@ class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
 
     def shape(self) -> dict[str, Any]:
-        said = [tagged("type", {
-            "input_text": {"text!": str},
+        said = [tagged("type", {"input_text": {"text!": str},
             "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
-            "input_file": {"filename!": str, "file_data!": str},
-        })]
+            "input_file": {"filename!": str, "file_data!": str}})]
         spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
         call_id = re.compile(r".{1,64}", re.DOTALL)
         plain = {"content!": either(str, said), "type": frozenset({"message"})}
@@ -481,31 +433,26 @@ class Responses(Chat):
                "status": str}
         message = tagged("role", {"user": plain, "system": plain, "developer": plain,
                                   "assistant": own})
-        item = tagged("type", {
-            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str,
-                              "status": str},
+        item = tagged("type", {"function_call": {"call_id!": call_id, "name!": TOOL_NAME,
+            "arguments!": str, "id": str, "status": str},
             "function_call_output": {"call_id!": call_id, "output!": str},
-            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str},
-        })
+            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str}})
 
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
             vendor.match(value, item if own else message, where)
 
         named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
-        return {
-            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
-            "include": [str],
-            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str,
-                       "parameters!": schema, "strict!": bool}],
+        return {"model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
+            "include": [str], "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME,
+                "description": str, "parameters!": schema, "strict!": bool}],
             "tool_choice": either(frozenset({"none", "auto", "required"}), named),
-            "parallel_tool_calls": bool,
-            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2),
-            "top_p": between(0, 1), "user": str,
+            "parallel_tool_calls": bool, "max_output_tokens": between(16, 10**6, int),
+            "temperature": between(0, 2), "top_p": between(0, 1), "user": str,
             "reasoning": {"effort": EFFORTS, "summary": frozenset({"auto"})}, "stream": bool,
-            "text": {"format!": tagged("type", {"text": {}, "json_object": {}, "json_schema": {
-                "name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}})},
-        }
+            "text": {"format!": tagged("type", {"text": {}, "json_object": {},
+                "json_schema": {"name!": TOOL_NAME, "schema!": dict, "strict": bool,
+                    "description": str}})}}
 
     def check(self, request: Request) -> None:
         if request.path.endswith("/chat/completions"):
@@ -513,8 +460,7 @@ class Responses(Chat):
         body = self.check_access(request, "/v1/responses")
         self.match(body, self.shape())
         self.check_tools(body, [tool["name"] for tool in body.get("tools", ())])
-        if body["input"] in ([], ""):
-            self.missing("input")
+        self.forbid(body["input"] in ([], ""), "Missing required parameter: 'input'.")
         if isinstance(body["input"], list):
             self.check_items(body["input"], body["model"])
         return None
@@ -542,7 +488,7 @@ class Responses(Chat):
                     self.fail("a reasoning item without what followed it")
         self.unique(called, "input.call_id")
 
-    def answers(self, request: Request) -> Any:
+    def own(self, request: Request) -> Any:
         chat = request.path.endswith("/chat/completions")
         return (ChatAnswers if chat else ResponsesAnswers)(self, request)
 
@@ -604,22 +550,19 @@ class Anthropic(Vendor):
             "thinking": {"thinking!": str, "signature!": str}, "redacted_thinking": {"data!": str},
         })]
         parallel = {"disable_parallel_tool_use": bool}
-        return {
-            "model!": str, "max_tokens!": between(1, 128000, int),
+        return {"model!": str, "max_tokens!": between(1, 128000, int),
             "system": either(written, [tagged("type", {"text": text})]),
             "messages!": [tagged("role", {"user": {"content!": either(written, user)},
-                                          "assistant": {"content!": either(written, assistant)}})],
+                "assistant": {"content!": either(written, assistant)}})],
             "tools": [{"name!": name, "description": str, "input_schema!": schema, "strict": bool}],
-            "tool_choice": tagged(
-                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel},
-                         "none": {}}
-            ), "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
-            "stop_sequences": [written], "stream": bool, "metadata": {"user_id": str},
-            "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
-                                        "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
+            "tool_choice": tagged("type", {"auto": parallel, "any": parallel,
+                "tool": {"name!": name, **parallel}, "none": {}}), "temperature": between(0, 1),
+            "top_p": between(0, 1), "top_k": int, "stop_sequences": [written], "stream": bool,
+            "metadata": {"user_id": str}, "thinking": tagged("type",
+                {"adaptive": {"display": str}, "disabled": {},
+                    "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
             "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
-                              "format": tagged("type", {"json_schema": {"schema!": dict}})},
-        }
+                "format": tagged("type", {"json_schema": {"schema!": dict}})}}
 
     def check(self, request: Request) -> None:
         body, version = request.body, request.headers.get("anthropic-version")
@@ -665,9 +608,7 @@ class Anthropic(Vendor):
         seen: list[str] = []
         for at, message in enumerate(messages):
             where, content = f"messages.{at}", message["content"]
-            if message["role"] != ("user", "assistant")[at % 2]:
-                self.fail('messages: roles must alternate between "user" and "assistant", and '
-                          'begin with "user"')
+            self.forbid(message["role"] != ("user", "assistant")[at % 2], "roles must alternate")
             blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
             self.forbid(not blocks, f"{where}: content must not be empty")
             self.check_results(blocks, open_ids, where)
@@ -676,15 +617,13 @@ class Anthropic(Vendor):
             if message["role"] == "assistant":
                 self.check_thinking(blocks, body, at)
         self.unique(seen, "messages.tool_use.id")
-        if messages[-1]["role"] == "assistant":
-            self.fail("This model does not support assistant message prefill.")
+        self.forbid(messages[-1]["role"] == "assistant", "no prefill by the assistant")
 
     def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
         results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
-        if sorted(results) != sorted(open_ids):
-            self.fail(f"{where}: each `tool_use` has to have its `tool_result`, and no other")
-        if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
-            self.fail(f"{where}: `tool_result` blocks must come before any other content")
+        self.forbid(sorted(results) != sorted(open_ids), f"{where}: `tool_use` and `tool_result`")
+        first = {block["type"] for block in blocks[: len(results)]}
+        self.forbid(first - {"tool_result"}, f"{where}: `tool_result` blocks have to come first")
 
     def signature(self, body: Any, at: int, thought: str) -> str:
         return digest("anthropic", self.port, body["model"], thought, body.get("system"),
@@ -745,32 +684,25 @@ class Gemini(Vendor):
         name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
         media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)")
         blob = {"mimeType!": media, "data!": encoded}
-        part = {
-            "text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
+        part = {"text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
             "functionCall": {"id": str, "name!": name, "args": dict},
-            "functionResponse": {"id": str, "name!": name, "response!": dict},
-        }
+            "functionResponse": {"id": str, "name!": name, "response!": dict}}
         modes = frozenset({"AUTO", "ANY", "NONE"})
-        return {
-            "contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
+        return {"contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
             "systemInstruction": {"parts!": [{"text!": written}], "role": str},
-            "tools": [{"functionDeclarations!": [{
-                "name!": name, "description": written, "parameters": dict,
-                "parametersJsonSchema": dict}]}],
-            "toolConfig": {"functionCallingConfig": {"mode!": modes,
-                                                     "allowedFunctionNames": [name]}},
-            "generationConfig": {
-                "temperature": between(0, 2), "topP": between(0, 1), "topK": int,
-                "candidateCount": int,
-                "maxOutputTokens": between(1, 10**6, int), "stopSequences": [str], "seed": int,
-                "presencePenalty": between(-2, 2), "frequencyPenalty": between(-2, 2),
+            "tools": [{"functionDeclarations!": [{"name!": name, "description": written,
+                "parameters": dict, "parametersJsonSchema": dict}]}],
+            "toolConfig": {
+                "functionCallingConfig": {"mode!": modes, "allowedFunctionNames": [name]}},
+            "generationConfig": {"temperature": between(0, 2), "topP": between(0, 1), "topK": int,
+                "candidateCount": int, "maxOutputTokens": between(1, 10**6, int),
+                "stopSequences": [str], "seed": int, "presencePenalty": between(-2, 2),
+                "frequencyPenalty": between(-2, 2),
                 "responseMimeType": frozenset({"text/plain", "application/json"}),
-                "responseJsonSchema": dict,
-                "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
-                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH",
-                                       "XHIGH"})},
-            }, "safetySettings": list, "cachedContent": str,
-        }
+                "responseJsonSchema": dict, "thinkingConfig": {"includeThoughts": bool,
+                    "thinkingBudget": int,
+                    "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH", "XHIGH"})}},
+            "safetySettings": list, "cachedContent": str}
 
     def check(self, request: Request) -> None:
         if request.headers.get("x-goog-api-key") != KEY:
@@ -779,27 +711,24 @@ class Gemini(Vendor):
             self.fail("API key not valid. Please pass a valid API key.", details=[reason])
         methods = "(generateContent|streamGenerateContent)"
         found = re.fullmatch(rf"/v1beta/models/([^/:]+):{methods}(\?alt=sse)?", request.path)
-        if not found or found[1] not in self.models:
-            self.fail("models/x is not found for API version v1beta.", 404)
+        self.forbid(not found or found[1] not in self.models, "models/x is not found", 404)
         body = request.body
         self.match(body, self.shape())
         self.check_contents(body["contents"], found[1])
         self.check_tools(body)
         config = body.get("generationConfig", {})
-        if "responseJsonSchema" in config and config.get("responseMimeType") != "application/json":
-            self.fail("responseJsonSchema is only supported with responseMimeType application/json")
-        if len(config.get("stopSequences", ())) > 5:
-            self.fail("The number of stop sequences must be at most 5")
-        if {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys():
-            self.fail("You can only set one of thinking_budget and thinking_level.")
+        plain = config.get("responseMimeType") != "application/json"
+        self.forbid("responseJsonSchema" in config and plain, "responseJsonSchema for plain text")
+        self.forbid(len(config.get("stopSequences", ())) > 5, "more than 5 stop sequences")
+        both = {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys()
+        self.forbid(both, "You can only set one of thinking_budget and thinking_level.")
 
     def check_tools(self, body: Any) -> None:
         declared = [function for tool in body.get("tools", ())
                     for function in tool["functionDeclarations"]]
         self.unique([function["name"] for function in declared], "tools")
         for function in declared:
-            if "parameters" in function and "parametersJsonSchema" in function:
-                self.fail("parameters and parametersJsonSchema are mutually exclusive")
+            self.forbid({"parameters", "parametersJsonSchema"} <= function.keys(), "two schemas")
             given = function.get("parameters", function.get("parametersJsonSchema"))
             if given is not None and not given.get("properties") and not given.keys() & {
                     "$ref", "anyOf", "additionalProperties"}:
@@ -807,43 +736,37 @@ class Gemini(Vendor):
         config = body.get("toolConfig", {}).get("functionCallingConfig", {})
         self.forbid(config and not declared, "Function calling config without declarations.")
         allowed = config.get("allowedFunctionNames", [])
-        if allowed and config["mode"] != "ANY":
-            self.fail("allowed_function_names should only be set when the mode is ANY")
-        if not set(allowed) <= {function["name"] for function in declared}:
-            self.fail("allowed_function_names holds a name that is not declared")
+        self.forbid(allowed and config["mode"] != "ANY", "allowed_function_names without ANY")
+        names = {function["name"] for function in declared}
+        self.forbid(set(allowed) - names, "allowed_function_names holds an undeclared name")
 
     def check_contents(self, contents: list[Any], model: str) -> None:
         self.forbid(not contents, "* GenerateContentRequest.contents: contents is not specified")
         open_calls: list[Any] = []
         for at, content in enumerate(contents):
             where, parts = f"contents[{at}]", content["parts"]
-            if content["role"] != ("user", "model")[at % 2]:
-                self.fail("Please ensure that multiturn requests alternate.")
+            self.forbid(content["role"] != ("user", "model")[at % 2], "turns have to alternate")
             self.forbid(not parts, f"* GenerateContentRequest.{where}.parts: must not be empty")
             for part in parts:
-                if len(part.keys() & {"text", "inlineData", "functionCall",
-                                      "functionResponse"}) != 1:
-                    self.fail(f"* {where}.parts: required oneof field 'data' must be one")
-                if {"user": "functionCall", "model": "functionResponse"}[content["role"]] in part:
-                    self.fail(f"{where}: function call in a user turn, or a response of the model")
+                data = part.keys() & {"text", "inlineData", "functionCall", "functionResponse"}
+                self.forbid(len(data) != 1, f"* {where}.parts: oneof field 'data' must be one")
+                other = {"user": "functionCall", "model": "functionResponse"}[content["role"]]
+                self.forbid(other in part, f"{where}: a part of the other role")
             responses = [part["functionResponse"] for part in parts if "functionResponse" in part]
-            if [(one["name"], one.get("id")) for one in responses] != [
-                    (one["name"], one.get("id")) for one in open_calls]:
-                self.fail("Please ensure that function response parts are those of the calls.")
+            pairs = [[(one["name"], one.get("id")) for one in those]
+                     for those in (responses, open_calls)]
+            self.forbid(pairs[0] != pairs[1], "function response parts are not those of the calls")
             open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
             if content["role"] == "model":
                 self.check_signatures(parts, model)
-        if contents[-1]["role"] != "user":
-            self.fail("Please ensure that the last turn is a user turn.")
+        self.forbid(contents[-1]["role"] != "user", "the last turn has to be the user's")
 
     def check_signatures(self, parts: list[Any], model: str) -> None:
         first = next((part for part in parts if "functionCall" in part), None)
-        if first is not None and "thoughtSignature" not in first:
-            self.fail("Function call is missing a thought_signature in functionCall parts.")
+        self.forbid("thoughtSignature" not in (first or "thoughtSignature"), "no thought_signature")
         for part in parts:
             own = part.get("functionCall", {}).get("id")
-            if own is not None and self.issued.get(own) != (model, part):
-                self.fail("Function call id is not one of this model's, or its part was changed.")
+            self.forbid(own and self.issued.get(own) != (model, part), "a foreign or changed part")
             signature = part.get("thoughtSignature", SKIP_SIGNATURE)
             bare = {name: value for name, value in part.items() if name != "thoughtSignature"}
             if signature not in (SKIP_SIGNATURE, digest("gemini", self.port, model, bare)):
@@ -880,21 +803,18 @@ class Ollama(Vendor):
         call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
         numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty",
                                  "frequency_penalty", "repeat_penalty"), NUMBER)
-        return {
-            "model!": re.compile(r".+"), "messages": [tagged("role", {
-                "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
+        return {"model!": re.compile(r".+"), "messages": [tagged("role",
+            {"system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
                 "assistant": {"content!": str, "thinking": str, "images": [encoded],
-                              "tool_calls": [call]},
-                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str,
-                         "images": [encoded]},
-            })], "stream": bool, "truncate": bool, "shift": bool,
-            "format": either(frozenset({"json"}), schema), "keep_alive": either(str, NUMBER),
+                    "tool_calls": [call]}, "tool": {"content!": str, "tool_name!": str,
+                        "tool_call_id": str, "images": [encoded]}})], "stream": bool,
+            "truncate": bool, "shift": bool, "format": either(frozenset({"json"}), schema),
+            "keep_alive": either(str, NUMBER),
             "think": frozenset({True, False, "low", "medium", "high", "max"}),
-            "tools": [{"type!": frozenset({"function"}), "function!": {
-                "name!": str, "description": str, "parameters": schema, "strict": bool}}],
-            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int,
-                        "stop": [str]},
-        }
+            "tools": [{"type!": frozenset({"function"}),
+                "function!": {"name!": str, "description": str, "parameters": schema,
+                    "strict": bool}}], "options": {**numbers, "num_predict": int, "num_ctx": int,
+                        "seed": int, "top_k": int, "stop": [str]}}
 
     def check(self, request: Request) -> None:
         body = request.body
@@ -902,10 +822,6 @@ class Ollama(Vendor):
         self.match(body, self.shape())
         if body["model"] not in self.models:
             self.fail(f"model '{body['model']}' not found", 404)
-        if body["model"] == "plain" and "think" in body:
-            self.fail('"plain" does not support thinking')
-        if body["model"] == "plain" and "tools" in body:
-            self.fail("registry.ollama.ai/library/plain does not support tools")
         open_calls: list[tuple[str, str | None]] = []
         seen: list[str] = []
         for message in body.get("messages", ()):
