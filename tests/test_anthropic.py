@@ -42,7 +42,6 @@ def whole(reason: str | None, *content: Any, **usage: Any) -> bytes:
 
 
 def met(*script: Any, models: tuple[str, ...] = CLAUDES) -> tuple[Any, Any]:
-    """A vendor that enforces its rules, and a provider for it."""
     vendor = Anthropic(*script, models=("m-1", *models))
     return vendor, AnthropicProvider(KEY, vendor.url)
 
@@ -110,7 +109,6 @@ def test_usage_counts_the_cache_apart_and_later_counts_replace() -> None:
     [*TEXT, {"type": "message_delta", "delta": {"stop_reason": 5}}],
     [started(), grows(0, "input_json_delta", partial_json="{}"), stops("tool_use"), END]])
 def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
-    """Also a delta whose block did not begin."""
     wire = stream(*body) if isinstance(body, list) else reply(body)
     assert isinstance(read("anthropic", wire), InvalidResponse)
 
@@ -169,8 +167,7 @@ def test_tool_ids_are_made_valid_alike_on_both_sides_and_stay_distinct() -> None
                     TOOLS)["messages"]
     made = [one["id"] for one in messages[1]["content"]]
     assert [one["tool_use_id"] for one in messages[2]["content"]] == made
-    assert len(set(made)) == len(ids)
-    assert made[-1] == "fine-1"
+    assert (len(set(made)), made[-1]) == (len(ids), "fine-1")
     assert [one["content"][0]["text"] for one in messages[2]["content"]] == [
         f"result {at}" for at in range(5)]
 

@@ -90,7 +90,6 @@ class Cli:
         self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """The exit status, standard output and standard error."""
         self.capsys.readouterr()
         try:
             return (main(arguments), *self.capsys.readouterr())
@@ -98,7 +97,6 @@ class Cli:
             return (int(str(end.code or 0)), *self.capsys.readouterr())
 
     def ask(self, *more: str) -> tuple[int, str, str]:
-        """``chat`` with the server."""
         return self("chat", "--base-url", self.server.url, "--model", "m", *more)
 
     def config(self, text: str = "", name: str = "copilot-router.toml", url: str = "") -> None:
@@ -115,7 +113,6 @@ class Cli:
 
     @property
     def prompts(self) -> list[str]:
-        """What the server was asked."""
         return [body["messages"][-1]["content"] for body in self.server.bodies if body]
 
 
@@ -198,8 +195,7 @@ def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
                            (["--no-stream", "lines"], ["one\ntwo", "\n"])):
         pieces: list[str] = []
         cli.streams(stdout=Pieces())
-        assert cli.ask(*more)[0] == 0
-        assert pieces == expected
+        assert (cli.ask(*more)[0], pieces) == (0, expected)
 
 
 def test_chat_as_json_prints_the_whole_response(cli: Cli) -> None:
@@ -292,8 +288,7 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(argum
         status: int, parts: list[str], cli: Cli) -> None:
     ended, out, err = cli.ask(*arguments)
     assert (ended, out) == (status, "")
-    assert [part for part in parts if part not in err] == []
-    assert (cli.server.url in err) == (status != 2)
+    assert ([part for part in parts if part not in err], cli.server.url in err) == ([], status != 2)
     assert all(line.startswith("copilot-router: ") for line in err.splitlines())
     ended, out, err = cli.ask("--json", *arguments)
     told = json.loads(out)
@@ -361,7 +356,6 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there i
 
 
 def lost(kind: str) -> Any:
-    """A stream that cannot be written to."""
     if kind == "pipe":
         reading, writing = os.pipe()
         os.close(reading)
@@ -458,8 +452,7 @@ def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
     for prompt, times in (("silence", 1), ("hi", 0)):
         terminal = Terminal("", "openai", cli.server.go)
         cli.streams(stderr=terminal)
-        assert cli.ask(prompt)[0] == 0
-        assert terminal.getvalue().count("openai") == times
+        assert (cli.ask(prompt)[0], terminal.getvalue().count("openai")) == (0, times)
 
 
 # -- what a new user meets first

@@ -50,7 +50,6 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it."""
     if isinstance(value, Mapping):
         pairs = (f"{json.dumps(name)} = {toml(item)}" for name, item in value.items())
         return "{" + ", ".join(pairs) + "}"
@@ -227,7 +226,6 @@ Built = dict[type, list[dict[str, Any]]]
 
 @pytest.fixture
 def built(monkeypatch: Patch) -> Built:
-    """The arguments that each constructor was really called with."""
     seen: Built = {kind: [] for kind in SAMPLES}
 
     for kind in SAMPLES:
@@ -415,7 +413,6 @@ def test_variables_are_read_in_a_file_and_in_a_mapping(in_file: bool, built: Bui
 
 @pytest.fixture
 def no_network(monkeypatch: Patch) -> list[Any]:
-    """Whoever so much as looks up a name is noted."""
     attempts: list[Any] = []
     for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
         monkeypatch.setattr(owner, name, lambda *args, **_: attempts.append(args))
@@ -477,8 +474,7 @@ def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ
     assert KEY not in caplog.text
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
-    assert tiers_of(FailoverChain.from_env()) == expected
-    assert no_network == []
+    assert (tiers_of(FailoverChain.from_env()), no_network) == (expected, [])
 
 
 def test_an_environment_without_a_provider_names_every_variable_that_would_do() -> None:
@@ -520,8 +516,7 @@ def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
     assert f"--config {path}" in said
     gaps = [tier for tier, _, models in expected if not models and tier != "lmstudio"]
     switched_on = re.findall(r"(?m)^\[\[tier\]\]\nname = \"(.*)\"\nmodels = .*FILL IN", text)
-    assert switched_on == gaps
-    assert ("Fill in" in said) == bool(gaps)
+    assert (switched_on, "Fill in" in said) == (gaps, bool(gaps))
     assert all(tier in said for tier, _, _ in expected)
     assert no_network == []
 
@@ -537,8 +532,7 @@ def test_what_init_comments_out_works_when_it_is_switched_on(tmp_path: Path,
     on = on.replace("models = []", 'models = ["m"]')
     (tmp_path / "all.toml").write_text(on, encoding="utf-8")
     chain = FailoverChain.from_config("all.toml")
-    assert [tier.name for tier in chain.tiers] == list(VARIABLES)
-    assert chain.wait == 120.0
+    assert ([tier.name for tier in chain.tiers], chain.wait) == (list(VARIABLES), 120.0)
     assert all(len(tier.prices) == 2 for tier in chain.tiers)
     chain.tiers[0].breaker.open(60, "by hand")
     assert (tmp_path / "copilot-router.db").exists()
@@ -561,8 +555,7 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(tmp_path: Path,
     monkeypatch.setenv("OLLAMA_HOST", "h\udcffst")  # what Python makes of a byte that is not UTF-8
     assert main(["init", str(tmp_path / "new.toml")]) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 4
+    assert (out, len(err.splitlines())) == ("", 4)
     assert "No space left" in err
     assert str(mine) in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]

@@ -128,7 +128,6 @@ def test_model_names_addresses_and_the_response_id() -> None:
 
 
 def test_the_key_of_google_wins_and_no_key_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key of the environment goes to the vendor's own host only."""
     with pytest.warns(UserWarning, match="GOOGLE_API_KEY"):
         GeminiProvider("")
     with Gemini() as vendor, Server(reply(candidate(TEXT))) as server:
@@ -203,7 +202,6 @@ def test_tool_choice_is_a_mode(choice: Any, config: Any) -> None:
 
 
 def test_a_history_that_ends_with_the_assistant_gets_a_user_turn() -> None:
-    """So it does at Anthropic."""
     history = [USER, {"role": "assistant", "content": "So"}]
     assert sent("gemini", history)["contents"][-1] == {
         "role": "user", "parts": [{"text": "Continue."}]}

@@ -65,11 +65,9 @@ class Dialect:
         return MAKERS[self.name](key, url, **settings)
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer."""
         raise NotImplementedError
 
     def events(self, answer: Answer) -> list[bytes]:
-        """The streamed answer, event by event, as they stand on the wire."""
         raise NotImplementedError
 
     #: Events before the first token, which are no sign of it.
@@ -87,7 +85,6 @@ class Dialect:
     hint: ClassVar[str] = "temperature"
 
     def streams(self, path: str, body: dict[str, Any]) -> bool:
-        """Whether a request asks for a stream."""
         return bool(body.get("stream", False))
 
     def __repr__(self) -> str:
@@ -456,7 +453,6 @@ DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), G
 
 
 def head(dialect: Dialect, **headers: str) -> bytes:
-    """The head of a streamed answer, whose body is sent with ``chunk``."""
     lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}",
              "Transfer-Encoding: chunked"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -468,13 +464,10 @@ def chunk(data: bytes) -> bytes:
 
 
 def streamed(dialect: Dialect, events: list[bytes], **headers: str) -> bytes:
-    """A whole streamed answer, one chunk an event."""
     return head(dialect, **headers) + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
 
 
 def answers(dialect: Dialect, make: Callable[[dict[str, Any]], Answer]) -> Callable[..., bool]:
-    """A server that answers, streamed or whole as it was asked."""
-
     def serve(server: Any, connection: Any, request: bytes) -> bool:
         path, _, body = parsed(request)
         answer = make(body)

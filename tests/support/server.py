@@ -155,12 +155,10 @@ def sse(*events: Any, done: bool = False) -> bytes:
 
 
 def stream(*events: Any, done: bool = False, kind: str = "text/event-stream") -> bytes:
-    """An HTTP answer of server-sent events."""
     return reply(sse(*events, done=done), kind=kind)
 
 
 def lines(*items: Any, kind: str = "application/x-ndjson") -> bytes:
-    """An HTTP answer of JSON lines; bytes stay as they are."""
     data = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in items]
     return reply(b"\n".join(data) + b"\n", kind=kind)
 
@@ -226,7 +224,6 @@ MAKERS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def talking(kind: str, *answers: bytes | Serve, **settings: Any) -> Iterator[tuple[Any, Server]]:
-    """A provider, and the server that it talks to."""
     with Server(*answers) as server:
         provider = MAKERS[kind](KEY, server.url, **settings)
         try:
@@ -236,7 +233,6 @@ def talking(kind: str, *answers: bytes | Serve, **settings: Any) -> Iterator[tup
 
 
 def drained(stream: Any) -> tuple[list[str], Any]:
-    """The deltas of a stream, and its response."""
     deltas = []
     while True:
         try:
@@ -292,12 +288,10 @@ def sent(kind: str, messages: Any = "q", tools: Any = None, settings: Any = None
 
 
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A chunk."""
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
 
 
 def message(finish: str | None = "stop", **fields: Any) -> dict[str, Any]:
-    """A whole answer."""
     return {"choices": [{"index": 0, "message": {"role": "assistant", **fields},
                          "finish_reason": finish}]}
 

@@ -49,13 +49,11 @@ class Refused(Exception):
 
 
 def halves(text: str) -> list[str]:
-    """A text as two deltas."""
     middle = (len(text) + 1) // 2
     return [piece for piece in (text[:middle], text[middle:]) if piece]
 
 
 def digest(*things: Any) -> str:
-    """A signature over anything that is JSON."""
     text = json.dumps(things, sort_keys=True)
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
@@ -70,7 +68,6 @@ class Own:
         self._ids: list[str] = []
 
     def ids(self, answer: Answer) -> list[str]:
-        """One for each call, the same at each question."""
         while len(self._ids) < len(answer.calls):
             self._ids.append(self.vendor.new_id())
         return self._ids
@@ -138,14 +135,12 @@ def address(vendor: Vendor, value: Any, where: str) -> None:
 
 
 def written(vendor: Vendor, value: Any, where: str) -> None:
-    """Text that is not blank."""
     vendor.match(value, str, where)
     if not value.strip():
         vendor.fail(f"{where}: text content blocks must contain non-whitespace text")
 
 
 def schema(vendor: Vendor, value: Any, where: str) -> None:
-    """A JSON schema of an object."""
     vendor.match(value, dict, where)
     if value.get("type") != "object":
         vendor.wrong(f"{where}.type", "'object'")
@@ -230,7 +225,6 @@ class Vendor(Server):
     # -- a vendor's own part
 
     def check(self, request: Request) -> None:
-        """Refuse the request or let it pass."""
         raise NotImplementedError
 
     def streams(self, request: Request) -> bool:
@@ -265,8 +259,6 @@ class Vendor(Server):
 
 
 class _Detour(HTTPAdapter):
-    """Requests for one host go to another."""
-
     root = ""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
