@@ -61,6 +61,13 @@ class Dialect:
     #: Failures that have a status of their own, by what they mean.
     failures: ClassVar[dict[str, Failure]]
 
+    def ids(self, answer: Answer) -> list[str]:
+        return [f"call_{at}" for at in range(len(answer.calls))]
+
+    def called_as(self, answer: Answer) -> Any:
+        """The calls with their ids."""
+        return zip(self.ids(answer), answer.calls, strict=True)
+
     def make(self, url: str, key: Any = KEY, **settings: Any) -> Any:
         return MAKERS[self.name](key, url, **settings)
 
@@ -116,9 +123,9 @@ class Chat(Dialect):
     needs_model = False
 
     def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
-        return [{**({"index": at} if indexed else {}), "id": f"call_{at}", "type": "function",
+        return [{**({"index": at} if indexed else {}), "id": one, "type": "function",
             "function": {"name": name, "arguments": json.dumps(arguments)}}
-            for at, (name, arguments) in enumerate(answer.calls)]
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
@@ -191,9 +198,9 @@ class Responses(Dialect):
             content = [{"type": "output_text", "text": answer.whole, "annotations": []}]
             items.append({"type": "message", "id": "msg_1", "role": "assistant",
                           "status": "completed", "content": content})
-        items += [{"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
+        items += [{"type": "function_call", "id": f"fc_{one}", "call_id": one, "name": name,
             "status": "completed", "arguments": json.dumps(arguments)}
-            for at, (name, arguments) in enumerate(answer.calls)]
+            for one, (name, arguments) in self.called_as(answer)]
         return items
 
     def body(self, answer: Answer) -> dict[str, Any]:
@@ -275,8 +282,8 @@ class Anthropic(Dialect):
                            "signature": "c2lnbmVk"})
         if answer.text:
             blocks.append({"type": "text", "text": answer.whole})
-        blocks += [{"type": "tool_use", "id": f"toolu_{at}", "name": name, "input": arguments}
-            for at, (name, arguments) in enumerate(answer.calls)]
+        blocks += [{"type": "tool_use", "id": one, "name": name, "input": arguments}
+            for one, (name, arguments) in self.called_as(answer)]
         return blocks
 
     @staticmethod
@@ -375,10 +382,10 @@ class Gemini(Dialect):
                 "responseId": "r1"}
 
     def called(self, answer: Answer) -> list[dict[str, Any]]:
-        return [{"functionCall": {"id": f"g{at}", "name": name,
+        return [{"functionCall": {"id": one, "name": name,
             **({"args": arguments} if arguments else {})},
             **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
-            for at, (name, arguments) in enumerate(answer.calls)]
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
 
     def body(self, answer: Answer) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{"text": "".join(answer.reasoning),
@@ -429,9 +436,8 @@ class Ollama(Dialect):
                 "message": {"role": "assistant", "content": content, **fields}, "done": False}
 
     def called(self, answer: Answer) -> dict[str, Any]:
-        calls = [
-            {"id": f"call_{at}", "function": {"index": at, "name": name, "arguments": arguments}}
-            for at, (name, arguments) in enumerate(answer.calls)]
+        calls = [{"id": one, "function": {"index": at, "name": name, "arguments": arguments}}
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
         return {"tool_calls": calls} if calls else {}
 
     def body(self, answer: Answer) -> dict[str, Any]:

@@ -403,9 +403,7 @@ class Chat(Vendor):
 
 
 class ChatAnswers(Own, dialects.Chat):
-    def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
-        calls = super().calls(answer, indexed)
-        return [{**call, "id": one} for call, one in zip(calls, self.ids(answer), strict=True)]
+    pass
 
 
 # ==== OpenAI Responses
@@ -488,16 +486,13 @@ class Responses(Chat):
 class ResponsesAnswers(Own, dialects.Responses):
     def items(self, answer: Answer) -> list[dict[str, Any]]:
         """Reasoning is sealed for its model, and each call has to come back behind it."""
-        items, ids = super().items(answer), self.ids(answer)
-        calls = [item for item in items if item["type"] == "function_call"]
+        items = super().items(answer)
         if answer.reasoning:
             own = items[0]
             own["id"] = f"rs_{id(answer)}"
             sealed = (self.model, own["id"], own["summary"], self.vendor.port)
             own["encrypted_content"] = digest(*sealed)
-            self.vendor.issued.update((one, (self.model, own)) for one in ids)
-        for call, one in zip(calls, ids, strict=True):
-            call.update(call_id=one, id=f"fc_{one}")
+            self.vendor.issued.update((one, (self.model, own)) for one in self.ids(answer))
         return items
 
 
@@ -636,15 +631,12 @@ class Anthropic(Vendor):
 class AnthropicAnswers(Own, dialects.Anthropic):
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
         """Thinking is signed, and has to come back with the calls behind it."""
-        blocks, ids, body = super().blocks(answer), self.ids(answer), self.request.body
-        uses = [block for block in blocks if block["type"] == "tool_use"]
-        for use, one in zip(uses, ids, strict=True):
-            use["id"] = one
+        blocks, body = super().blocks(answer), self.request.body
         if answer.reasoning:
             at = len(body["messages"])
             blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
             kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
-            self.vendor.issued.update((one, (self.model, kept)) for one in ids)
+            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
         return blocks
 
 
@@ -769,7 +761,6 @@ class GeminiAnswers(Own, dialects.Gemini):
     def called(self, answer: Answer) -> list[dict[str, Any]]:
         parts = super().called(answer)
         for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
-            part["functionCall"]["id"] = one
             if at == 0:
                 del part["thoughtSignature"]
                 part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
@@ -831,11 +822,7 @@ class Ollama(Vendor):
 
 
 class OllamaAnswers(Own, dialects.Ollama):
-    def called(self, answer: Answer) -> dict[str, Any]:
-        found = super().called(answer)
-        for call, one in zip(found.get("tool_calls", ()), self.ids(answer), strict=True):
-            call["id"] = one
-        return found
+    pass
 
 
 Chat.answers_of = ChatAnswers
