@@ -58,13 +58,13 @@ processes: $(VENV)/dev  ## many processes and one trial, 200 rounds on SQLite an
 		$(wildcard $(foreach name,stores load processes gunicorn,tests/test_$(name).py))
 
 soak: $(VENV)/dev  ## ten minutes of calls while servers, stores and breakers fail at random (SECONDS=120)
-	$(RUN) tests/soak.py $(SECONDS)
+	$(RUN) tools/soak.py $(SECONDS)
 
 attack: $(VENV)/dev  ## hostile servers, signals at random points, fuzzers, a thread storm: at most ten minutes (SECONDS=120)
-	$(RUN) tests/attack.py $(SECONDS)
+	$(RUN) tools/attack.py $(SECONDS)
 
 mutate: $(VENV)/dev  ## break the module in one place at a time: do the tests notice? (NUMBER=300 SEED=11: a sample)
-	$(RUN) tests/mutate.py $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED))
+	$(RUN) tools/mutate.py $(if $(NUMBER),--number $(NUMBER)) $(if $(SEED),--seed $(SEED))
 
 $(VENV)-bench/made: setup.cfg benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench
@@ -84,15 +84,15 @@ bench-fleet: $(VENV)/made  ## 2,000 processes and a provider that is down for tw
 	$(RUN) benchmarks/fleet.py
 
 real: $(VENV)/dev  ## a real model through the chain (builds the llama.cpp server first: about ten minutes)
-	COPILOT_ROUTER_REAL="$$($(RUN) tests/real/build.py)" && export COPILOT_ROUTER_REAL && $(RUN) -m pytest tests/real -q -s -p no:randomly
+	COPILOT_ROUTER_REAL="$$($(RUN) tools/real/build.py)" && export COPILOT_ROUTER_REAL && PYTHONPATH=tests $(RUN) -m pytest -p conftest tools/real -q -s -p no:randomly
 
 sdk: $(VENV)/made  ## bodies against the vendors' own packages: their types, and what their clients send
 	$(PIP) -e '.[sdk]'
-	$(RUN) -m pytest tests/sdk -q
+	PYTHONPATH=tests $(RUN) -m pytest -p conftest tools/sdk -q
 
 replay: $(VENV)/made  ## recorded answers out of public packages, compared with the vendors' own parsers
 	$(PIP) -e '.[sdk]' pyyaml
-	$(RUN) tests/replay.py
+	$(RUN) tools/replay.py
 
 dist: $(VENV)/dev  ## sdist and wheel in dist/
 	rm -rf dist

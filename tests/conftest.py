@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.faults import FaultServer, fault_server
 from support.leaks import MARKS, LeakWatch
-from support.stores import make_store, redis_server, redis_url  # noqa: F401 - fixtures for all
+from support.stores import clock, make_store, redis_server, redis_url  # noqa: F401 - fixtures
 
 _real_connect = socket.socket.connect
 _real_connect_ex = socket.socket.connect_ex

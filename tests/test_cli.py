@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.server import HEAD, Server, delta, message, parsed, reply, sse
 
 import copilot_router
 from copilot_router import main
@@ -32,109 +32,71 @@ HOSTILE = "a\x1b]0;owned\x07\x9b2J\u202eb"
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-class Server(ThreadingHTTPServer):
+class ChatServer(Server):
     """An OpenAI-compatible server. The prompt says how it behaves."""
 
-    daemon_threads = True
     silent = False  #: when it is pinged
     healthy = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.bodies: list[dict[str, Any]] = []
-        self.heads: list[str] = []
         self.go = threading.Event()  #: lets an answer that waits in its middle go on
+        super().__init__(self.serve)
 
-    def handle_error(self, *_: Any) -> None:
-        """A client that has gone away is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def reply(self, body: Any, status: int = 200, **headers: str) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.server.heads.append(f"{self.path}\n{self.headers}")
-        if self.server.silent:
-            self.server.go.wait(20)
-        bad = "bad-key" in str(self.headers) or not self.server.healthy
-        self.reply({"error": {"message": f"no {HOSTILE}"}} if bad else {}, 401 if bad else 200)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        prompt = body["messages"][-1]["content"]
-        if "bad-key" in str(self.headers):
-            self.reply({"error": {"message": "wrong key"}}, 401)
-        elif not self.server.healthy or prompt == "down":
-            self.reply({"error": {"message": f"broken {HOSTILE}"}}, 500)
-        elif prompt == "limit":
-            self.reply({"error": {"message": "slow"}}, 429, Retry_After="30")
-        elif prompt == "limit once" and len(self.server.bodies) < 3:
-            self.reply({"error": {"message": "slow"}}, 429, retry_after_ms="50")
-        elif prompt == "refuse":
-            self.reply({"error": {"message": "not so"}}, 400)
-        elif prompt in ("silence", "interrupt"):
-            if prompt == "interrupt":
-                os.kill(os.getpid(), signal.SIGINT)
-            self.server.go.wait(20)
-            self.whole("after all", body)
-        elif prompt in ("lines", "hold", "break", "hostile"):
-            self.stream(prompt)
+    def serve(self, _: Server, connection: Any, request: bytes) -> bool:
+        came = parsed(request)
+        prompt = came.body["messages"][-1]["content"] if came.body else ""
+        streamed = prompt in ("lines", "hold", "break", "hostile") and self.healthy
+        if streamed:
+            first = {"lines": "one\n", "hostile": f"{HOSTILE}\n\ttab"}.get(prompt, "one ")
+            connection.sendall(HEAD + sse(delta(content=first)))
+            if prompt == "hold":
+                self.go.wait(20)
+            if prompt != "break":
+                connection.sendall(sse(delta("stop", content="two"), done=True))
+        elif "bad-key" in str(came.headers) or not (self.healthy or came.body):
+            connection.sendall(reply({"error": {"message": f"no {HOSTILE}"}}, 401))
+        elif not came.body:
+            if self.silent:
+                self.go.wait(20)
+            connection.sendall(reply({}))
         else:
-            weak = body.get("model") == "weak" or prompt == "give up"
-            self.whole("[ESCALATE] too hard" if weak else f"you said {prompt}", body)
+            connection.sendall(self.said(prompt, came.body.get("model")))
+        return not streamed
 
-    def whole(self, text: str, body: dict[str, Any]) -> None:
-        choice = {"message": {"content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 21, "completion_tokens": 10}
-        self.reply({"model": body.get("model"), "choices": [choice], "usage": usage})
-
-    def stream(self, prompt: str) -> None:
-        first = {"lines": "one\n", "hostile": f"{HOSTILE}\n\ttab"}.get(prompt, "one ")
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        self.delta(first)
-        if prompt == "hold":
-            self.server.go.wait(20)
-        if prompt != "break":
-            self.delta("two", "stop")
-            self.wfile.write(b"data: [DONE]\n\n")
-
-    def delta(self, text: str, finish: str | None = None) -> None:
-        event = {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
-        self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+    def said(self, prompt: str, model: Any) -> bytes:
+        error = {"error": {"message": f"not so {HOSTILE}"}}
+        if not self.healthy or prompt == "down":
+            return reply(error, 500)
+        if prompt == "limit":
+            return reply(error, 429, Retry_After="30")
+        if prompt == "limit once" and len(self.requests) < 3:
+            return reply(error, 429, retry_after_ms="50")
+        if prompt == "refuse":
+            return reply(error, 400)
+        if prompt == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if prompt in ("silence", "interrupt"):
+            self.go.wait(20)
+        weak = model == "weak" or prompt == "give up"
+        whole = message(content="[ESCALATE] too hard" if weak else f"you said {prompt}")
+        return reply({**whole, "model": model,
+                      "usage": {"prompt_tokens": 21, "completion_tokens": 10}})
 
 
 class Cli:
     """Runs commands in this process, in an empty directory, against a server."""
 
-    def __init__(self, folder: Path, server: Server, patch: Any, capsys: Any) -> None:
+    def __init__(self, folder: Path, server: ChatServer, patch: Any, capsys: Any) -> None:
         self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """The exit status, standard output and standard error."""
         self.capsys.readouterr()
         try:
-            status = main(arguments)
+            return (main(arguments), *self.capsys.readouterr())
         except SystemExit as end:
-            status = int(str(end.code or 0))
-        return (status, *self.capsys.readouterr())
+            return (int(str(end.code or 0)), *self.capsys.readouterr())
 
     def ask(self, *more: str) -> tuple[int, str, str]:
-        """``chat`` with the server."""
         return self("chat", "--base-url", self.server.url, "--model", "m", *more)
 
     def config(self, text: str = "", name: str = "copilot-router.toml", url: str = "") -> None:
@@ -151,22 +113,17 @@ class Cli:
 
     @property
     def prompts(self) -> list[str]:
-        """What the server was asked."""
-        return [body["messages"][-1]["content"] for body in self.server.bodies]
+        return [body["messages"][-1]["content"] for body in self.server.bodies if body]
 
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Cli]:
     monkeypatch.chdir(tmp_path)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with ChatServer() as server:
         try:
             yield Cli(tmp_path, server, monkeypatch, capsys)
         finally:
             server.go.set()
-            server.shutdown()
-            thread.join()
 
 
 class Terminal(io.StringIO):
@@ -217,16 +174,15 @@ def test_chat_prints_the_answer_and_nothing_else(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(("name", "path"), [("openai", "/v1/models"), ("lmstudio", "/v1/models"),
-                                            ("ollama", "/api/tags"), ("anthropic", "/v1/models"),
-                                            ("gemini", "/v1beta/models")])  # fmt: skip
-def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(
-    name: str, path: str, cli: Cli
-) -> None:
+    ("ollama", "/api/tags"), ("anthropic", "/v1/models"), ("gemini", "/v1beta/models")])
+def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(name: str, path: str,
+        cli: Cli) -> None:
     cli.environ(MY_KEY=KEY)
     aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
     assert cli("check", *aim)[0] == 0
-    assert cli.server.heads[0].startswith(path)
-    assert KEY in cli.server.heads[0]
+    (asked,) = cli.server.requests
+    assert asked.path.startswith(path)
+    assert KEY in str(asked.headers)
 
 
 def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
@@ -236,11 +192,10 @@ def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
             return super().write(text)
 
     for more, expected in ((["lines"], ["one\n", "two", "\n"]),
-                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):  # fmt: skip
+                           (["--no-stream", "lines"], ["one\ntwo", "\n"])):
         pieces: list[str] = []
         cli.streams(stdout=Pieces())
-        assert cli.ask(*more)[0] == 0
-        assert pieces == expected
+        assert (cli.ask(*more)[0], pieces) == (0, expected)
 
 
 def test_chat_as_json_prints_the_whole_response(cli: Cli) -> None:
@@ -269,7 +224,7 @@ def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -
 
 def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
     assert cli.ask("limit once")[0] == 1
-    cli.server.bodies.clear()
+    cli.server.requests.clear()
     assert cli.ask("--wait", "20", "limit once")[:2] == (0, "you said limit once\n")
 
 
@@ -286,12 +241,10 @@ def test_standard_input_is_the_prompt_where_none_is_given(prompt: list[str], cli
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-@pytest.mark.parametrize(
-    ("text", "sent"), [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")]
-)
-def test_a_pipe_or_file_is_joined_to_a_given_prompt(
-    kind: str, text: str, sent: str, cli: Cli
-) -> None:
+@pytest.mark.parametrize(("text", "sent"),
+    [("some text\n", "sum up\n\nsome text\n"), ("", "sum up")])
+def test_a_pipe_or_file_is_joined_to_a_given_prompt(kind: str, text: str, sent: str,
+        cli: Cli) -> None:
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)
@@ -321,34 +274,21 @@ def test_no_prompt_and_one_that_is_no_text_are_usage_errors(stdin: bytes | None,
         assert (status, out, len(err.splitlines()), cli.prompts) == (2, "", 1, [])
 
 
-def test_a_prompt_without_quotes_is_told_to_be_quoted(cli: Cli) -> None:
-    status, _, err = cli.ask("what", "is", "the", "sky")
-    assert (status, '"what is the sky"' in err) == (2, True)
-
-
 # -- how it ends
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "parts"),
-    [
-        (["limit"], 1, ["RateLimited", "try again in"]),
-        (["down"], 1, ["ServerError", "(2 times)"]),
+@pytest.mark.parametrize(("arguments", "status", "parts"),
+    [(["limit"], 1, ["RateLimited", "try again in"]), (["down"], 1, ["ServerError", "(2 times)"]),
         (["refuse"], 1, ["BadRequest", "not so"]),
         (["--timeout", "0.1", "silence"], 124, ["deadline"]),
-        (["--wait", "-1", "hi"], 2, ["wait=-1"]),
-        (["--tiers", "other", "hi"], 2, ["'other'"]),
+        (["--wait", "-1", "hi"], 2, ["wait=-1"]), (["--tiers", "other", "hi"], 2, ["'other'"]),
         (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
-        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"]),
-    ],
-)
-def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
-    arguments: list[str], status: int, parts: list[str], cli: Cli
-) -> None:
+        (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"])])
+def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(arguments: list[str],
+        status: int, parts: list[str], cli: Cli) -> None:
     ended, out, err = cli.ask(*arguments)
     assert (ended, out) == (status, "")
-    assert [part for part in parts if part not in err] == []
-    assert (cli.server.url in err) == (status != 2)
+    assert ([part for part in parts if part not in err], cli.server.url in err) == ([], status != 2)
     assert all(line.startswith("copilot-router: ") for line in err.splitlines())
     ended, out, err = cli.ask("--json", *arguments)
     told = json.loads(out)
@@ -358,15 +298,6 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(
     assert bool(told.get("attempts")) == (status != 2)
     assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
     assert all(part not in out for part in ("null", '""', "[]", "{}"))
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
-@pytest.mark.parametrize("command", [["chat", "hi"], ["check"]])
-def test_a_timeout_that_is_not_above_zero_is_a_usage_error(
-    command: list[str], value: str, cli: Cli
-) -> None:
-    status, _, err = cli(*command, "--timeout", value)
-    assert (status, "--timeout" in err) == (2, True)
 
 
 def test_a_tier_that_is_not_running_is_named_with_its_address(cli: Cli) -> None:
@@ -387,12 +318,10 @@ def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(how: str, c
         cli.environ(OPENAI_BASE_URL=cli.server.url)
     if how == "configuration":
         cli.config('[[tier]]\nname = "cloud"\n[tier.provider]\ntype = "openai"\n'
-                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')  # fmt: skip
+                   'base_url = "{url}"\napi_key_env = "MY_KEY"\n')
     status, out, err = cli("chat", *flags, "--model", "m", "hi")
-    assert (status, out) == (1, "")
-    assert f"check {variable}" in err
-    assert cli.server.url in err
-    assert "try again" not in err
+    assert (status, out, "try again" in err) == (1, "", False)
+    assert all(part in err for part in (f"check {variable}", cli.server.url))
     status, out, _ = cli("check", *flags)
     assert (status, f"check {variable}" in out) == (1, True)
 
@@ -403,9 +332,8 @@ def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> Non
         assert (ended, out, cli.server.url in err) == (status, "one \n", True)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "left"), [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")]
-)
+@pytest.mark.parametrize(("prompt", "left"),
+    [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")])
 def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
     """While the server is silent, and as soon as the first text is shown."""
 
@@ -428,12 +356,11 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there i
 
 
 def lost(kind: str) -> Any:
-    """A stream that cannot be written to."""
     if kind == "pipe":
         reading, writing = os.pipe()
         os.close(reading)
         return open(writing, "w")
-    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()
+    stream = open("/dev/full", "w") if kind == "full" else io.StringIO()  # noqa: SIM115
     if kind == "closed":
         stream.close()
     return None if kind == "none" else stream
@@ -442,10 +369,9 @@ def lost(kind: str) -> Any:
 @needs_full
 @pytest.mark.parametrize(("kind", "status"), [("full", 1), ("none", 1), ("closed", 1), ("pipe", 0)])
 @pytest.mark.parametrize("arguments", [["chat", "lines"], ["chat", "--json", "down"], ["check"],
-                                       ["status"], ["reset", "openai"]])  # fmt: skip
-def test_an_output_that_cannot_be_written_is_one_sentence(
-    arguments: list[str], kind: str, status: int, cli: Cli
-) -> None:
+                                       ["status"], ["reset", "openai"]])
+def test_an_output_that_cannot_be_written_is_one_sentence(arguments: list[str], kind: str,
+        status: int, cli: Cli) -> None:
     """A pipe whose reader has gone is no failure."""
     cli.environ(OPENAI_BASE_URL=cli.server.url, OPENAI_MODEL="m")
     cli.streams(stdout=lost(kind))
@@ -486,7 +412,7 @@ def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) 
 
 
 @pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
-                                       ["status"], ["reset", "cl\u202eoud"]])  # fmt: skip
+                                       ["status"], ["reset", "cl\u202eoud"]])
 def test_messages_and_names_cannot_steer_a_terminal(arguments: list[str], cli: Cli) -> None:
     cli.server.healthy = False
     cli.config(TWO_TIERS.replace("first", "cl\\u202eoud"))
@@ -500,8 +426,7 @@ def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli)
     cli.config(
         f'[[tier]]\nname = "local"\nprovider = {{type = "lmstudio", base_url = "{REFUSED}"}}\n'
         '[[tier]]\nname = "cloud"\nmodels = ["m"]\nprices = [1.0, 1.0]\n'
-        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n'
-    )
+        'provider = {type = "openai", base_url = "{url}", api_key_env = "MY_KEY"}\n')
     status, out, err = cli("chat", "-v", "a question")
     assert (status, out) == (0, "you said a question\n")
     lines = err.splitlines()
@@ -527,21 +452,17 @@ def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
     for prompt, times in (("silence", 1), ("hi", 0)):
         terminal = Terminal("", "openai", cli.server.go)
         cli.streams(stderr=terminal)
-        assert cli.ask(prompt)[0] == 0
-        assert terminal.getvalue().count("openai") == times
+        assert (cli.ask(prompt)[0], terminal.getvalue().count("openai")) == (0, times)
 
 
 # -- what a new user meets first
 
 VARIABLES = ["LMSTUDIO_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY", "GEMINI_API_KEY",
-             "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY",
-             "ANTHROPIC_BASE_URL"]  # fmt: skip
-HELP = {
-    "chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system", "-v",
-             "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
+    "OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"]
+HELP = {"chat": ["--config", "--provider", "--base-url", "--api-key-env", "--model", "--system",
+    "-v", "--escalation-model", "--timeout", "--wait", "--tiers", "--json", "--no-stream"],
     "status": ["--config", "--json"], "check": ["--config", "--json", "--timeout"],
-    "reset": ["TIER", "--config"], "init": ["FILE"],
-}  # fmt: skip
+    "reset": ["TIER", "--config"], "init": ["FILE"]}
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -556,12 +477,14 @@ def test_help_names_flags_variables_and_exit_statuses(command: str, cli: Cli) ->
     assert [flag for flag in HELP[command] if flag not in part[1]] == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["chat", "--nonsense"], ["sing"], ["reset"], ["--nonsense"], ["status", "-v"]]
-)
-def test_wrong_usage_is_status_2(arguments: list[str], cli: Cli) -> None:
+@pytest.mark.parametrize(("arguments", "part"), [*((words.split(), "usage: copilot-router")
+    for words in ("chat --nonsense", "sing", "reset", "--nonsense", "status -v")),
+    *(([*command, "--timeout", value], "--timeout") for value in ("0", "-1", "nan", "soon")
+        for command in (["chat", "hi"], ["check"])),
+    (["chat", "what", "is", "the", "sky"], '"what is the sky"')])
+def test_wrong_usage_is_status_2(arguments: list[str], part: str, cli: Cli) -> None:
     status, out, err = cli(*arguments)
-    assert (status, out, "usage: copilot-router" in err) == (2, "", True)
+    assert (status, out, part in err) == (2, "", True)
 
 
 def test_no_provider_and_no_model_name_what_to_set(cli: Cli) -> None:
@@ -650,9 +573,8 @@ def test_a_store_that_is_missing_or_down_is_said(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_colour_only_on_a_terminal_and_never_with_no_color(
-    no_color: str, coloured: bool, cli: Cli
-) -> None:
+def test_colour_only_on_a_terminal_and_never_with_no_color(no_color: str, coloured: bool,
+        cli: Cli) -> None:
     cli.config()
     cli.environ(NO_COLOR=no_color)
     for kind, expected in ((Terminal, coloured), (io.StringIO, False)):
@@ -681,7 +603,7 @@ def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> A
     if shell:
         words = ["/bin/sh", "-c", f'"$@" {shell}', "sh", *words]
     return subprocess.run(words, env={**os.environ, **environ}, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60)
 
 
 def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:

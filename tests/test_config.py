@@ -21,32 +21,17 @@ import pytest
 import requests
 
 import copilot_router
-from copilot_router import (
-    AnthropicProvider,
-    CircuitBreaker,
-    ConfigError,
-    ContentFiltered,
-    FailoverChain,
-    GeminiProvider,
-    LLMProvider,
-    LMStudioProvider,
-    MemoryStore,
-    OllamaProvider,
-    OpenAIProvider,
-    ProviderTier,
-    RateLimited,
-    RedisStore,
-    ScriptedProvider,
-    ServerError,
-    SQLiteStore,
-    main,
-)
+from copilot_router import (AnthropicProvider, CircuitBreaker, ConfigError, ContentFiltered,
+    FailoverChain, GeminiProvider, LLMProvider, LMStudioProvider, MemoryStore, OllamaProvider,
+    OpenAIProvider, ProviderTier, RateLimited, RedisStore, ScriptedProvider, ServerError,
+    SQLiteStore, main)
 
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest itself needs tomli
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
+Patch, Write = pytest.MonkeyPatch, Callable[[str], Path]
 KEY = "sk-test-config-key-1234567890"
 NOWHERE = "http://127.0.0.1:9/v1"
 TIER = '[[tier]]\nname = "a"\nmodels = ["m"]\n'
@@ -65,7 +50,6 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it."""
     if isinstance(value, Mapping):
         pairs = (f"{json.dumps(name)} = {toml(item)}" for name, item in value.items())
         return "{" + ", ".join(pairs) + "}"
@@ -77,67 +61,35 @@ def toml(value: Any) -> str:
 # -- mistakes
 
 
-def of_chain(line: str) -> str:
-    return f"[chain]\n{line}\n{GOOD}"
-
-
-def of_tier(line: str) -> str:
-    return f"{TIER}{line}\n{PROVIDER}"
-
-
-def of_provider(line: str) -> str:
-    return f"{GOOD}{line}\n"
-
-
-def of_type(lines: str) -> str:
-    return f"{TIER}[tier.provider]\n{lines}\n"
-
-
-def of_breaker(line: str) -> str:
-    return f"{GOOD}[tier.breaker]\n{line}\n"
-
-
-def of_store(lines: str) -> str:
-    return f"[store]\n{lines}\n{GOOD}"
-
-
+of_chain = f"[chain]\n{{}}\n{GOOD}".format
+of_tier = f"{TIER}{{}}\n{PROVIDER}".format
+of_provider = f"{GOOD}{{}}\n".format
+of_type = f"{TIER}[tier.provider]\n{{}}\n".format
+of_breaker = f"{GOOD}[tier.breaker]\n{{}}\n".format
+of_store = f"[store]\n{{}}\n{GOOD}".format
 IN_PROVIDER = ("[[tier]] 1", "(a)", "[tier.provider]")
 IN_BREAKER = ("[[tier]] 1", "(a)", "[tier.breaker]")
 #: A file with one mistake, and what its message has to hold: the place, what stands there, and the
 #: nearest name where there is one. What each constructor checks is tested with the constructor.
-MISTAKES: list[tuple[str, tuple[str, ...]]] = [
-    ("[chain\n", ("line 1",)),
+MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
     (f"[chian]\n{GOOD}", ("'chian'", "chain")),
     (f"[logging]\n{GOOD}", ("'logging'", "chain", "tier", "store")),
-    (f"timeout = 5\n{GOOD}", ("'timeout'", "chain")),
-    (f"[tiers]\n{GOOD}", ("'tiers'", "tier")),
-    ("[chain]\ntimeout = 5\n", ("[[tier]]",)),
-    ('[tier]\nname = "a"\n', ("[[tier]]",)),
-    (f"chain = 5\n{GOOD}", ("[chain]", "int")),
-    ("tier = [5]\n", ("[[tier]] 1", "int")),
-    ("a = " + "[" * 5000 + "]" * 5000, ("TOML",)),
+    (f"timeout = 5\n{GOOD}", ("'timeout'", "chain")), ("[chain]\ntimeout = 5\n", ("[[tier]]",)),
+    ('[tier]\nname = "a"\n', ("[[tier]]",)), (f"chain = 5\n{GOOD}", ("[chain]", "int")),
+    ("tier = [5]\n", ("[[tier]] 1", "int")), ("a = " + "[" * 5000 + "]" * 5000, ("TOML",)),
     (of_chain("timeot = 5"), ("[chain]", "FailoverChain", "'timeot'", "'timeout'")),
     (of_chain('timeout = "5"'), ("[chain]", "timeout='5'")),
-    (of_chain("timeout = nan"), ("[chain]", "timeout=nan")),
     (of_chain('on_event = "print"'), ("[chain]", "on_event", "mapping")),
-    (of_chain('clock = "time.time"'), ("[chain]", "clock", "mapping")),
-    (of_chain('escalation_marker = ""'), ("[chain]", "escalation_marker=''")),
     (of_chain('escalation_model = "mm"'), ("[chain]", "escalation_model='mm'", "'m'")),
     (of_chain('on_error = {RateLimit = "next"}'), ("[chain]", "on_error", "'RateLimit'")),
-    (of_chain('on_error = {ProviderTier = "next"}'), ("[chain]", "on_error", "ProviderTier")),
     (of_chain('on_error = {RateLimited = "retry"}'), ("[chain]", "RateLimited", "'retry'")),
     (of_chain("tiers = []"), ("[chain]", "tiers", "[[tier]]")),
     (of_chain('store = "x.db"'), ("[chain]", "store", "[store]")),
-    (GOOD + GOOD, ("[chain]", "'a'")),
-    (f"[[tier]]\n{PROVIDER}", ("[[tier]] 1", "name")),
-    (f'[[tier]]\nname = " "\n{PROVIDER}', ("[[tier]] 1", "name=' '")),
+    (GOOD + GOOD, ("[chain]", "'a'")), (f"[[tier]]\n{PROVIDER}", ("[[tier]] 1", "name")),
     (f"[[tier]]\nname = 1\n{PROVIDER}", ("[[tier]] 1", "name=1")),
     (f'{GOOD}[[tier]]\nname = "b"\n', ("[[tier]] 2", "(b)", "[tier.provider]")),
     (of_tier('model = ["x"]'), ("[[tier]] 1", "(a)", "ProviderTier", "'model'", "'models'")),
     (of_tier('role = "primry"'), ("[[tier]] 1", "role='primry'", "'primary'")),
-    (of_tier('role = ["primary"]'), ("[[tier]] 1", "role=['primary']")),
-    (of_tier("prices = [1.0]"), ("[[tier]] 1", "prices=[1.0]")),
-    (of_tier('supports_tools = "no"'), ("[[tier]] 1", "supports_tools='no'")),
     (of_tier('params = ["seed"]'), ("[[tier]] 1", "params", "list")),
     (of_tier("params = {temprature = 1}"), ("[tier.params]", "'temprature'", "'temperature'")),
     (of_tier("breaker = 3"), ("[[tier]] 1", "breaker", "int")),
@@ -148,14 +100,11 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_type('type = "opnai"'), (*IN_PROVIDER, "'opnai'", "'openai'")),
     (of_type('type = ["openai"]'), (*IN_PROVIDER, "type=['openai']")),
     (of_type('type = "openai"\nbase_url = "localhost:1234"'), (*IN_PROVIDER, "'localhost:1234'")),
-    (of_type('type = "openai"\nbase_url = 3'), (*IN_PROVIDER, "base_url", "3")),
     (of_provider("timeout = 5"), (*IN_PROVIDER, "OpenAIProvider", "'timeout'", "'stall_timeout'")),
     (of_provider('stall_timeout = "x"'), (*IN_PROVIDER, "stall_timeout='x'")),
-    (of_provider("stream_upstream = 1"), (*IN_PROVIDER, "stream_upstream=1")),
     (of_provider('session = "mine"'), (*IN_PROVIDER, "session", "mapping")),
     (of_provider('api = "response"'), (*IN_PROVIDER, "'response'", "'responses'")),
     (of_provider('headers = ["X-Team: blue"]'), (*IN_PROVIDER, "headers")),
-    (of_provider('headers = {"X-Team" = 3}'), (*IN_PROVIDER, "X-Team")),
     (of_provider('headers_env = ["X"]'), (*IN_PROVIDER, "headers_env")),
     (of_provider('api_key_env = "NOT_SET"'), (*IN_PROVIDER, "api_key_env", "NOT_SET")),
     (of_provider('headers_env = {"X-Key" = "NOT_SET"}'), (*IN_PROVIDER, "headers_env", "NOT_SET")),
@@ -163,26 +112,20 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [
     (of_provider('api_key_env = ""'), (*IN_PROVIDER, "api_key_env=''")),
     (of_provider('base_url_env = "HOME"'), (*IN_PROVIDER, "base_url", "base_url_env")),
     (of_breaker("failures = 3"), (*IN_BREAKER, "CircuitBreaker", "'failure_threshold'")),
-    (of_breaker("failure_threshold = 0"), (*IN_BREAKER, "failure_threshold=0")),
     (of_breaker('on_change = "print"'), (*IN_BREAKER, "on_change", "mapping")),
     (of_tier('breaker = {store = {type = "sqlight"}}'), (*IN_BREAKER, "'sqlight'", "'sqlite'")),
     (f'store = "x.db"\n{GOOD}', ("[store]", "str")),
     (of_store('path = "x.db"'), ("[store]", "type", "memory, sqlite, redis")),
     (of_store('type = "sqllite"'), ("[store]", "'sqllite'", "'sqlite'")),
     (of_store('type = "sqlite"'), ("[store]", "path")),
-    (of_store('type = "sqlite"\npath = 3'), ("[store]", "path=3")),
     (of_store('type = "sqlite"\npath = "x.db"\nfile = "y"'), ("[store]", "SQLiteStore", "'file'")),
-    (of_store('type = "sqlite"\npath = "x.db"\nrefresh = "1s"'), ("[store]", "refresh", "'1s'")),
     (of_store('type = "redis"'), ("[store]", "url")),
-    (of_store('type = "redis"\nurl_env = "NOT_SET"'), ("[store]", "url_env", "NOT_SET")),
-    (of_store('type = "redis"\nurl = "redis://h"\nshared_counts = "yes"'), ("shared_counts",)),
-]
+    (of_store('type = "redis"\nurl_env = "NOT_SET"'), ("[store]", "url_env", "NOT_SET"))]
 
 
 @pytest.mark.parametrize(("text", "parts"), MISTAKES, ids=[text[-40:] for text, _ in MISTAKES])
-def test_a_mistake_in_a_file_is_told_with_its_place(
-    text: str, parts: tuple[str, ...], write: Callable[[str], Path]
-) -> None:
+def test_a_mistake_in_a_file_is_told_with_its_place(text: str, parts: tuple[str, ...],
+        write: Write) -> None:
     path = write(text)
     with pytest.raises(ConfigError) as error:
         FailoverChain.from_config(path)
@@ -191,50 +134,25 @@ def test_a_mistake_in_a_file_is_told_with_its_place(
     assert [part for part in parts if part not in told] == []
 
 
-def test_the_file_around_the_mistakes_is_a_good_one(write: Callable[[str], Path]) -> None:
-    assert [tier.name for tier in FailoverChain.from_config(write(GOOD)).tiers] == ["a"]
-
-
-@pytest.mark.parametrize("config", [3, None, [], b"router.toml"])
-def test_neither_a_mapping_nor_a_path_is_refused(config: Any) -> None:
-    with pytest.raises(ConfigError, match=type(config).__name__):
-        FailoverChain.from_config(config)
-
-
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b'[[tier]]\nname = "\xe4"\n')
     for path in (tmp_path / "missing.toml", tmp_path, latin):
         with pytest.raises(ConfigError, match=re.escape(str(path))):
             FailoverChain.from_config(str(path))
+    for config in (3, None, [], b"router.toml"):
+        with pytest.raises(ConfigError, match=type(config).__name__):
+            FailoverChain.from_config(config)
     with pytest.raises(ConfigError):
         FailoverChain.from_config("null\0byte.toml")
 
 
-def test_without_a_toml_parser_it_says_what_to_install(
-    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch: Patch) -> None:
     for name in ("tomllib", "tomli"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match="pip install tomli"):
         FailoverChain.from_config(write(GOOD))
     assert FailoverChain.from_config(tomllib.loads(GOOD)).tiers[0].name == "a"
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrong", "near"),
-    [(OpenAIProvider, "stal_timeout", "stall_timeout"), (AnthropicProvider, "base_ulr", "base_url"),
-     (LMStudioProvider, "first_token_timout", "first_token_timeout"),
-     (GeminiProvider, "header", "headers"), (OllamaProvider, "connect_timout", "connect_timeout")],
-)  # fmt: skip
-def test_an_unknown_argument_is_refused_under_the_class_with_the_nearest(
-    kind: type, wrong: str, near: str
-) -> None:
-    """From Python; the same from a file stands in the table above."""
-    with pytest.raises((TypeError, ConfigError), match=re.escape(wrong)) as error:
-        kind(KEY, **{wrong: 1})
-    assert kind.__name__ in str(error.value)
-    assert repr(near) in str(error.value)
 
 
 # -- every argument
@@ -248,59 +166,37 @@ def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
     return {item.name: item for item in items if item.name != "self" and item.kind != kinds}
 
 
-def ignore(*_: Any) -> None:
-    """For arguments that take a function."""
+def ignore(*_: Any) -> float:
+    """For arguments that take a function: a clock that stands still."""
+    return 1000.0
 
 
-class Clock:
-    """A clock that stands still, and its ``sleep``."""
-
-    def __call__(self) -> float:
-        return 1000.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError("nothing sleeps here")
-
-
-CLOCK = Clock()
 SESSION = requests.Session()
-COMMON: dict[str, Any] = {
-    "api_key": KEY, "base_url": "http://127.0.0.1:9/v2", "headers": {"X-Team": "blue"},
-    "connect_timeout": 1.0, "first_token_timeout": 2.0, "stall_timeout": 3.0,
-    "max_response_bytes": 4, "stream_upstream": False, "session": SESSION,
-}  # fmt: skip
+COMMON: dict[str, Any] = {"api_key": KEY, "base_url": "http://127.0.0.1:9/v2",
+    "headers": {"X-Team": "blue"}, "connect_timeout": 1.0, "first_token_timeout": 2.0,
+    "stall_timeout": 3.0, "max_response_bytes": 4, "stream_upstream": False, "session": SESSION}
 #: What each constructor is given here: every argument that it has, and none with its default.
-SAMPLES: dict[type, dict[str, Any]] = {
-    FailoverChain: {
-        "escalation_model": ["m", "n"], "escalation_marker": "<UP>", "escalation_prompt": "Up",
-        "accept": bool, "timeout": 1.5, "wait": 2.5, "max_retry_after": 3.5, "failure_threshold": 7,
-        "recovery_timeout": 8.5, "on_error": {"ContentFiltered": "next", "RateLimited": "raise"},
-        "on_event": ignore, "clock": CLOCK, "sleep": CLOCK.sleep,
-    },
-    ProviderTier: {
-        "name": "b", "models": {"fast": "n-2026"}, "role": "secondary", "timeout": 1.5,
-        "retries": 4, "max_concurrency": 5, "prices": {"n-2026": [1.0, 2.0, 0.5, 1.5]},
-        "supports_tools": False, "supports_images": False,
-        "params": {"temperature": 0.5, "extra_body": {"top_k": 3}},
-    },
-    CircuitBreaker: {
-        "failure_threshold": 4, "recovery_timeout": 5.5, "name": "mine", "trial_timeout": 7.5,
-        "max_recovery_timeout": 60.5, "clock": CLOCK, "store": {"type": "memory"},
-        "on_change": ignore, "jitter": 0.5,
-    },
+SAMPLES: dict[type, dict[str, Any]] = {FailoverChain: {"escalation_model": ["m", "n"],
+    "escalation_marker": "<UP>", "escalation_prompt": "Up", "accept": bool, "timeout": 1.5,
+    "wait": 2.5, "max_retry_after": 3.5, "failure_threshold": 7, "recovery_timeout": 8.5,
+    "on_error": {"ContentFiltered": "next", "RateLimited": "raise"}, "on_event": ignore,
+    "clock": ignore, "sleep": ignore}, ProviderTier: {"name": "b", "models": {"fast": "n-2026"},
+        "role": "secondary", "timeout": 1.5, "retries": 4, "max_concurrency": 5,
+        "prices": {"n-2026": [1.0, 2.0, 0.5, 1.5]}, "supports_tools": False,
+        "supports_images": False, "params": {"temperature": 0.5, "extra_body": {"top_k": 3}}},
+    CircuitBreaker: {"failure_threshold": 4, "recovery_timeout": 5.5, "name": "mine",
+        "trial_timeout": 7.5, "max_recovery_timeout": 60.5, "clock": ignore,
+        "store": {"type": "memory"}, "on_change": ignore, "jitter": 0.5},
     OpenAIProvider: {**COMMON, "api": "responses"}, LMStudioProvider: {**COMMON, "api": "chat"},
     AnthropicProvider: COMMON, GeminiProvider: COMMON, OllamaProvider: COMMON,
-    MemoryStore: {"clock": CLOCK}, SQLiteStore: {"path": "x.db", "timeout": 0.5, "refresh": 0.75},
+    MemoryStore: {"clock": ignore}, SQLiteStore: {"path": "x.db", "timeout": 0.5, "refresh": 0.75},
     RedisStore: {"client_or_url": "redis://127.0.0.1:9/0", "namespace": "mine",
-                 "shared_counts": True, "timeout": 0.5, "refresh": 0.75},
-}  # fmt: skip
+        "shared_counts": True, "timeout": 0.5, "refresh": 0.75}}
 #: What the configuration gives in sections of their own.
 SECTIONS = {"tiers", "store", "provider", "breaker"}
-TYPES: dict[type, str] = {
-    OpenAIProvider: "openai", LMStudioProvider: "lmstudio", AnthropicProvider: "anthropic",
-    GeminiProvider: "gemini", OllamaProvider: "ollama", MemoryStore: "memory",
-    SQLiteStore: "sqlite", RedisStore: "redis",
-}  # fmt: skip
+TYPES: dict[type, str] = {OpenAIProvider: "openai", LMStudioProvider: "lmstudio",
+    AnthropicProvider: "anthropic", GeminiProvider: "gemini", OllamaProvider: "ollama",
+    MemoryStore: "memory", SQLiteStore: "sqlite", RedisStore: "redis"}
 
 
 def config_with(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,23 +222,18 @@ Built = dict[type, list[dict[str, Any]]]
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Built:
-    """The arguments that each constructor was really called with."""
+def built(monkeypatch: Patch) -> Built:
     seen: Built = {kind: [] for kind in SAMPLES}
 
-    def watch(kind: type) -> None:
+    for kind in SAMPLES:
         real: Any = kind.__init__
 
-        @functools.wraps(real)
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        def init(self: Any, *args: Any, kind: Any = kind, real: Any = real, **kwargs: Any) -> None:
             if type(self) is kind:
                 seen[kind].append(dict(kwargs))
             real(self, *args, **kwargs)
 
-        monkeypatch.setattr(kind, "__init__", init)
-
-    for kind in SAMPLES:
-        watch(kind)
+        monkeypatch.setattr(kind, "__init__", functools.wraps(real)(init))
     return seen
 
 
@@ -360,17 +251,15 @@ def test_every_argument_has_a_sample_other_than_its_default(kind: type) -> None:
 
 @KINDS
 @pytest.mark.parametrize("in_file", [False, True], ids=["mapping", "file"])
-def test_every_argument_is_reachable_by_its_own_name(
-    kind: type, in_file: bool, built: Built, write: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_every_argument_is_reachable_by_its_own_name(kind: type, in_file: bool, built: Built,
+        write: Write, monkeypatch: Patch) -> None:
     """A file holds no key and no object of Python, a mapping holds all."""
     if kind is RedisStore:
         pytest.importorskip("redis")
     monkeypatch.chdir(write("").parent)
     objects = {"accept", "on_event", "clock", "sleep", "on_change", "session", "api_key"}
     settings = {name: value for name, value in SAMPLES[kind].items()
-                if not in_file or name not in objects}  # fmt: skip
+                if not in_file or name not in objects}
     config = config_with(kind, settings)
     text = "\n".join(f"{section} = {toml(value)}" for section, value in config.items() if in_file)
     FailoverChain.from_config(write(text) if in_file else config)
@@ -382,24 +271,14 @@ def test_every_argument_is_reachable_by_its_own_name(
     assert kind is not CircuitBreaker or isinstance(got["store"], MemoryStore)
 
 
-def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(
-    write: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(write: Write,
+        tmp_path: Path) -> None:
     """The tier's name is the breaker's where none is given."""
-    text = f"""
-        [store]
-        type = "sqlite"
-        path = {toml(str(tmp_path / "all.db"))}
-        {GOOD}
-        [[tier]]
-        name = "b"
-        [tier.provider]
-        type = "lmstudio"
-        [tier.breaker.store]
-        type = "sqlite"
-        path = {toml(str(tmp_path / "own.db"))}
-    """
-    chain = FailoverChain.from_config(write(text))
+    paths = [str(tmp_path / name) for name in ("all.db", "own.db")]
+    stores = [toml({"type": "sqlite", "path": path}) for path in paths]
+    chain = FailoverChain.from_config(write(
+        f'store = {stores[0]}\n{GOOD}[[tier]]\nname = "b"\nbreaker = {{store = {stores[1]}}}\n'
+        'provider = {type = "lmstudio"}'))
     chain.tiers[0].breaker.open(60, "by hand")
     assert (tmp_path / "all.db").exists()
     assert not (tmp_path / "own.db").exists()
@@ -410,34 +289,20 @@ def test_a_store_of_a_breaker_wins_over_the_store_of_all_tiers(
     assert [tier.breaker.state for tier in again.tiers] == ["open", "open"]
 
 
-def test_inf_in_a_file_means_no_limit(write: Callable[[str], Path]) -> None:
-    assert FailoverChain.from_config(write(f"[chain]\ntimeout = inf\n{GOOD}")).timeout == math.inf
-
-
 def test_a_mapping_may_hold_objects(tmp_path: Path) -> None:
     """A provider, a chain, a breaker, a store and a class stand where a file has tables."""
     inner = FailoverChain([ProviderTier("inner", ScriptedProvider(["from within"]))])
     breaker = CircuitBreaker(1, name="mine")
     store = SQLiteStore(tmp_path / "x.db")
-    chain = FailoverChain.from_config({
-        "chain": {"on_error": {ServerError: "raise"}},
-        "store": store,
-        "tier": (
-            {"name": "a", "provider": inner, "breaker": breaker},
-            {"name": "b", "provider": ScriptedProvider([ServerError])},
-        ),
-    })  # fmt: skip
+    chain = FailoverChain.from_config({"chain": {"on_error": {ServerError: "raise"}},
+        "store": store, "tier": ({"name": "a", "provider": inner, "breaker": breaker},
+            {"name": "b", "provider": ScriptedProvider([ServerError])})})
     assert chain.chat("hi").text == "from within"
     assert chain.tiers[0].breaker is breaker
     with pytest.raises(ServerError):
         chain.chat("hi", tiers=["b"])
     breaker.open(60, "by hand")
     assert store.load("mine")[0] is not None
-
-
-def test_none_in_a_mapping_is_no_store() -> None:
-    config = {"store": None, "tier": [{"name": "a", "provider": ScriptedProvider(["yes"])}]}
-    assert FailoverChain.from_config(config).chat("hi").text == "yes"
 
 
 def test_from_config_of_a_subclass_makes_the_subclass() -> None:
@@ -447,7 +312,8 @@ def test_from_config_of_a_subclass_makes_the_subclass() -> None:
             self.colour = colour
 
     tier = {"name": "a", "provider": ScriptedProvider([])}
-    chain = Mine.from_config({"chain": {"colour": "blue", "wait": 2.0}, "tier": [tier]})
+    config = {"store": None, "chain": {"colour": "blue", "wait": 2.0}, "tier": [tier]}
+    chain = Mine.from_config(config)  # None is no store
     assert isinstance(chain, Mine)
     assert (chain.colour, chain.wait) == ("blue", 2.0)
 
@@ -463,22 +329,18 @@ def test_a_type_error_of_a_constructor_is_told_with_its_place() -> None:
 
 # -- keys
 
-SECRETS: dict[str, dict[str, Any]] = {
-    "api_key": {"api_key": KEY},
+SECRETS: dict[str, dict[str, Any]] = {"api_key": {"api_key": KEY},
     "password in the address": {"base_url": f"http://me:{KEY}@127.0.0.1:9/v1"},
     "token as the user": {"base_url": f"http://{KEY}@127.0.0.1:9/v1"},
     "key in the query": {"base_url": f"http://127.0.0.1:9/v1?api-version=1&api-key={KEY}"},
-    **{name: {"headers": {"X-Team": "blue", name: KEY}} for name in (
-        "authorization", "Proxy-Authorization", "Helicone-Auth", "x-api-key", "API-Key",
-        "X-Access-Token", "Cookie", "X-Client-Secret", "X-Password",
-    )},
-}  # fmt: skip
+    **{name: {"headers": {"X-Team": "blue", name: KEY}}
+        for name in ("authorization", "Proxy-Authorization", "Helicone-Auth", "x-api-key",
+            "API-Key", "X-Access-Token", "Cookie", "X-Client-Secret", "X-Password")}}
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(
-    name: str, write: Callable[[str], Path]
-) -> None:
+def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(name: str,
+        write: Write) -> None:
     provider = {"type": "openai", "base_url": NOWHERE, **SECRETS[name]}
     with pytest.raises(ConfigError, match="_env") as error:
         FailoverChain.from_config(write(f"{TIER}provider = {toml(provider)}"))
@@ -488,22 +350,20 @@ def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(
     assert FailoverChain.from_config({"tier": [tier]}).tiers[0].name == "a"
 
 
-def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Callable[[str], Path]) -> None:
+def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Write) -> None:
     headers = {"OpenAI-Organization": "org-1", "anthropic-version": "2023-06-01",
-               "X-Title": "mine", "X-Max-Tokens": "5"}  # fmt: skip
+               "X-Title": "mine", "X-Max-Tokens": "5"}
     url = "http://127.0.0.1:9/v1?api-version=2024"
     provider = {"type": "openai", "base_url": url, "headers": headers}
-    path = write(f"{TIER}provider = {toml(provider)}")
-    assert FailoverChain.from_config(path).tiers[0].name == "a"
+    chain = FailoverChain.from_config(
+        write(f"[chain]\ntimeout = inf\n{TIER}provider = {toml(provider)}"))
+    assert (chain.tiers[0].name, chain.timeout) == ("a", math.inf)
 
 
 @pytest.mark.parametrize("name", ["url", "client_or_url"])
-@pytest.mark.parametrize(
-    "url", [f"redis://:{KEY}@127.0.0.1:9/0", f"redis://127.0.0.1:9/0?password={KEY}"]
-)
-def test_a_password_of_redis_in_a_file_is_refused_unseen(
-    name: str, url: str, write: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize("url",
+    [f"redis://:{KEY}@127.0.0.1:9/0", f"redis://127.0.0.1:9/0?password={KEY}"])
+def test_a_password_of_redis_in_a_file_is_refused_unseen(name: str, url: str, write: Write) -> None:
     with pytest.raises(ConfigError, match=r"\[store\].*url_env") as error:
         FailoverChain.from_config(write(f'store = {{type = "redis", {name} = "{url}"}}\n{GOOD}'))
     assert KEY not in str(error.value)
@@ -512,13 +372,9 @@ def test_a_password_of_redis_in_a_file_is_refused_unseen(
     assert FailoverChain.from_config({"store": store, "tier": [tier]}).tiers[0].name == "a"
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [f'api_key_env = "{KEY}"', 'api_key_env = "AIza-x"', f'headers_env = {{"X-Key" = "{KEY}"}}'],
-)
-def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(
-    entry: str, write: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize("entry",
+    [f'api_key_env = "{KEY}"', 'api_key_env = "AIza-x"', f'headers_env = {{"X-Key" = "{KEY}"}}'])
+def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(entry: str, write: Write) -> None:
     with pytest.raises(ConfigError, match="_env") as error:
         FailoverChain.from_config(write(f"{GOOD}{entry}\n"))
     assert KEY not in str(error.value)
@@ -526,26 +382,22 @@ def test_a_key_where_the_name_of_a_variable_belongs_is_not_shown(
 
 
 @pytest.mark.parametrize("in_file", [True, False])
-def test_variables_are_read_in_a_file_and_in_a_mapping(
-    in_file: bool, built: Built, write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_are_read_in_a_file_and_in_a_mapping(in_file: bool, built: Built,
+        write: Write, monkeypatch: Patch) -> None:
     pytest.importorskip("redis")
     environ = {"MY_KEY": KEY, "my_url": "http://127.0.0.1:9/x", "MY_HEADER": "secret",
-               "MY_REDIS": "redis://:pw@127.0.0.1:9"}  # fmt: skip
+               "MY_REDIS": "redis://:pw@127.0.0.1:9"}
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     provider = {"type": "anthropic", "api_key_env": "MY_KEY", "base_url_env": "my_url",
-                "headers": {"X-Team": "blue"},
-                "headers_env": {"X-Access-Token": "MY_HEADER"}}  # fmt: skip
+        "headers": {"X-Team": "blue"}, "headers_env": {"X-Access-Token": "MY_HEADER"}}
     tiers = [{"name": "a", "provider": provider}]
     config = {"store": {"type": "redis", "url_env": "MY_REDIS"}, "tier": tiers}
     before = json.dumps(config)
     text = "\n".join(f"{name} = {toml(value)}" for name, value in config.items())
     FailoverChain.from_config(write(text) if in_file else config)
-    assert built[AnthropicProvider] == [{
-        "api_key": KEY, "base_url": "http://127.0.0.1:9/x",
-        "headers": {"X-Team": "blue", "X-Access-Token": "secret"},
-    }]  # fmt: skip
+    assert built[AnthropicProvider] == [{"api_key": KEY, "base_url": "http://127.0.0.1:9/x",
+        "headers": {"X-Team": "blue", "X-Access-Token": "secret"}}]
     assert built[RedisStore] == [{"client_or_url": "redis://:pw@127.0.0.1:9"}]
     assert json.dumps(config) == before
 
@@ -554,8 +406,7 @@ def test_variables_are_read_in_a_file_and_in_a_mapping(
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Whoever so much as looks up a name is noted."""
+def no_network(monkeypatch: Patch) -> list[Any]:
     attempts: list[Any] = []
     for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
         monkeypatch.setattr(owner, name, lambda *args, **_: attempts.append(args))
@@ -586,27 +437,23 @@ ENVIRONMENTS: list[tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = [
       "OLLAMA_HOST": "127.0.0.1", "LMSTUDIO_BASE_URL": LOCAL},
      [("lmstudio", f"{LOCAL}/v1", []), ("ollama", f"{LOCAL[:-1]}11434", []), ("gemini", GOOGLE, []),
       ("openai", OPENAI, []), ("anthropic", ANTHROPIC, [])]),
-]  # fmt: skip
+]
 ENVIRONMENT_IDS = [" ".join(environ) for environ, _ in ENVIRONMENTS]
 #: The tiers that from_env may make, and the variables that make them.
-VARIABLES = {
-    "lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],
+VARIABLES = {"lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],
     "gemini": ["GOOGLE_API_KEY", "GEMINI_API_KEY"], "openai": ["OPENAI_API_KEY", "OPENAI_BASE_URL"],
-    "anthropic": ["ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"],
-}  # fmt: skip
+    "anthropic": ["ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"]}
 
 
 def tiers_of(chain: FailoverChain) -> list[tuple[str, str, list[str]]]:
     providers: list[Any] = [tier.provider for tier in chain.tiers]
     return [(tier.name, provider.base_url, list(tier.models))
-            for tier, provider in zip(chain.tiers, providers, strict=True)]  # fmt: skip
+            for tier, provider in zip(chain.tiers, providers, strict=True)]
 
 
 @pytest.mark.parametrize(("environ", "expected"), ENVIRONMENTS, ids=ENVIRONMENT_IDS)
-def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(
-    environ: dict[str, str], expected: list[Any], no_network: list[Any],
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ: dict[str, str],
+        expected: list[Any], no_network: list[Any], caplog: Any, monkeypatch: Patch) -> None:
     """Neither does it look at the environment of the process when another one is given."""
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/wrong")
     with caplog.at_level(logging.INFO, "copilot_router"):
@@ -621,8 +468,7 @@ def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(
     assert KEY not in caplog.text
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
-    assert tiers_of(FailoverChain.from_env()) == expected
-    assert no_network == []
+    assert (tiers_of(FailoverChain.from_env()), no_network) == (expected, [])
 
 
 def test_an_environment_without_a_provider_names_every_variable_that_would_do() -> None:
@@ -635,7 +481,7 @@ def test_an_environment_without_a_provider_names_every_variable_that_would_do() 
 # -- init
 
 
-def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, str]) -> str:
+def written(path: Path, monkeypatch: Patch, environ: Mapping[str, str]) -> str:
     """The file that init writes in an environment, which stays set."""
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -645,21 +491,17 @@ def written(path: Path, monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, s
 
 STRANGE = 'a"\\ 🦙 {x}'
 LM_STUDIO = ("lmstudio", "http://localhost:1234/v1", [])
-INIT = [
-    *ENVIRONMENTS,
-    ({}, [LM_STUDIO]),
+INIT = [*ENVIRONMENTS, ({}, [LM_STUDIO]),
     ({"LM_API_TOKEN": KEY, "OLLAMA_API_KEY": KEY, "OLLAMA_MODEL": "m"}, [LM_STUDIO]),
     ({"OPENAI_API_KEY": KEY, "OPENAI_MODEL": STRANGE}, [("openai", OPENAI, [STRANGE])]),
     ({"OPENAI_BASE_URL": f"{LOCAL}/x", "OPENAI_API_KEY": KEY}, [("openai", f"{LOCAL}/x", [])]),
-    ({"LMSTUDIO_BASE_URL": f"http://me:{KEY}@127.0.0.1:9"}, [("lmstudio", f"{LOCAL}/v1", [])]),
-]
+    ({"LMSTUDIO_BASE_URL": f"http://me:{KEY}@127.0.0.1:9"}, [("lmstudio", f"{LOCAL}/v1", [])])]
 
 
 @pytest.mark.parametrize(("environ", "expected"), INIT, ids=[" ".join(env) for env, _ in INIT])
 def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
-    environ: dict[str, str], expected: list[Any], tmp_path: Path, no_network: list[Any],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+        environ: dict[str, str], expected: list[Any], tmp_path: Path, no_network: list[Any],
+        monkeypatch: Patch, capsys: Any) -> None:
     path = tmp_path / "router.toml"
     text = written(path, monkeypatch, environ)
     assert KEY not in text
@@ -668,15 +510,13 @@ def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
     assert f"--config {path}" in said
     gaps = [tier for tier, _, models in expected if not models and tier != "lmstudio"]
     switched_on = re.findall(r"(?m)^\[\[tier\]\]\nname = \"(.*)\"\nmodels = .*FILL IN", text)
-    assert switched_on == gaps
-    assert ("Fill in" in said) == bool(gaps)
+    assert (switched_on, "Fill in" in said) == (gaps, bool(gaps))
     assert all(tier in said for tier, _, _ in expected)
     assert no_network == []
 
 
-def test_what_init_comments_out_works_when_it_is_switched_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_init_comments_out_works_when_it_is_switched_on(tmp_path: Path,
+        monkeypatch: Patch) -> None:
     text = written(tmp_path / "router.toml", monkeypatch, {})
     for kind in ("OPENAI", "ANTHROPIC", "GOOGLE"):
         monkeypatch.setenv(f"{kind}_API_KEY", KEY)
@@ -686,16 +526,14 @@ def test_what_init_comments_out_works_when_it_is_switched_on(
     on = on.replace("models = []", 'models = ["m"]')
     (tmp_path / "all.toml").write_text(on, encoding="utf-8")
     chain = FailoverChain.from_config("all.toml")
-    assert [tier.name for tier in chain.tiers] == list(VARIABLES)
-    assert chain.wait == 120.0
+    assert ([tier.name for tier in chain.tiers], chain.wait) == (list(VARIABLES), 120.0)
     assert all(len(tier.prices) == 2 for tier in chain.tiers)
     chain.tiers[0].breaker.open(60, "by hand")
     assert (tmp_path / "copilot-router.db").exists()
 
 
-def test_init_overwrites_nothing_and_leaves_no_broken_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_overwrites_nothing_and_leaves_no_broken_file(tmp_path: Path,
+        monkeypatch: Patch, capsys: Any) -> None:
     mine = tmp_path / "router.toml"
     mine.write_text("mine", encoding="utf-8")
     assert main(["init", str(mine)]) == 2
@@ -711,17 +549,15 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(
     monkeypatch.setenv("OLLAMA_HOST", "h\udcffst")  # what Python makes of a byte that is not UTF-8
     assert main(["init", str(tmp_path / "new.toml")]) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 4
+    assert (out, len(err.splitlines())) == ("", 4)
     assert "No space left" in err
     assert str(mine) in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
-def test_init_writes_the_file_that_the_other_commands_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_writes_the_file_that_the_other_commands_use(tmp_path: Path,
+        monkeypatch: Patch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 0
     assert "--config" not in capsys.readouterr().out

@@ -34,18 +34,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 # ==== views ====
 
 
-@pytest.mark.parametrize(
-    ("local", "cloud", "status", "wait", "body"),
-    [
-        ([], [], 200, None, {"answer": "ok", "by": "local"}),
+@pytest.mark.parametrize(("local", "cloud", "status", "wait", "body"),
+    [([], [], 200, None, {"answer": "ok", "by": "local"}),
         ([BROKEN] * 2, [Answer(("from afar",))], 200, None, {"answer": "from afar", "by": "cloud"}),
-        ([BUSY], [BUSY], 503, "30", NOBODY),
-        ([FILTERED], [], 422, None, REFUSED),
-    ],
-)
-def test_flask_view_answers_or_says_why_not(
-    machine: Machine, local: Any, cloud: Any, status: int, wait: str | None, body: Any
-) -> None:
+        ([BUSY], [BUSY], 503, "30", NOBODY), ([FILTERED], [], 422, None, REFUSED)])
+def test_flask_view_answers_or_says_why_not(machine: Machine, local: Any, cloud: Any, status: int,
+        wait: str | None, body: Any) -> None:
     machine.local.script.extend(local)
     machine.cloud.script.extend(cloud)
     client = example("flask_view", "flask").create_app().test_client()
@@ -120,9 +114,8 @@ def test_stream_that_cannot_begin_is_a_503(machine: Machine, name: str) -> None:
         assert json.loads(response.read()) == NOBODY
 
 
-def test_heartbeat_is_sent_while_the_model_is_silent(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heartbeat_is_sent_while_the_model_is_silent(machine: Machine,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTBEAT", "0.02")
     gate = threading.Semaphore(1)
     machine.local.script.append(Answer(TEXTS, gate=gate))
@@ -145,9 +138,8 @@ def test_thoughts_have_a_pane_that_is_cleared_when_another_tier_is_asked(machine
 # ==== scripts and tasks ====
 
 
-def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(machine: Machine, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The first run gets its answer after a pause. The third asks nobody."""
     monkeypatch.setenv("BREAKERS", str(tmp_path / "breakers.db"))
     (log := tmp_path / "shop.log").write_text("one\n")
@@ -164,9 +156,8 @@ def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(
     assert ("local: RateLimited" in first, "local: skipped" in second) == (True, True)
 
 
-def test_csv_rows_go_on_where_they_stopped(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_csv_rows_go_on_where_they_stopped(machine: Machine, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
     """An outage ends the script after one row. Started again, it asks for the others only."""
     module = example("csv_rows")
     source, target = tmp_path / "tickets.csv", tmp_path / "answers.csv"
@@ -186,9 +177,8 @@ def test_csv_rows_go_on_where_they_stopped(
     assert rows == [("1", "billing", "local"), ("2", "bug", "local"), ("3", "", "ContentFiltered")]
 
 
-def test_private_questions_and_those_over_the_budget_stay_local(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_private_questions_and_those_over_the_budget_stay_local(machine: Machine, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "questions.txt").write_text("private: my secret\nfirst\nsecond\n")
     machine.local.script.extend([BROKEN] * 2)
     assert example("private_and_budget").main("0.000001", str(tmp_path / "questions.txt")) == 0
@@ -279,19 +269,13 @@ def test_sdk_answers_as_a_tier_with_tools(machine: Machine) -> None:
     assert chain.chat([question, first.message, result], tools).text == "ok"
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "wait"),
-    [
-        (BUSY, cr.RateLimited, 30.0),
+@pytest.mark.parametrize(("answer", "kind", "wait"),
+    [(BUSY, cr.RateLimited, 30.0),
         (Refusal(401, message="my prompt"), cr.AuthenticationError, None),
-        (Refusal(404, message="my prompt"), cr.ModelNotFound, None),
-        (BROKEN, cr.ServerError, None),
-        (Refusal(422, message="my prompt"), cr.BadRequest, None),
-    ],
-)
-def test_errors_of_the_sdk_become_ours(
-    machine: Machine, answer: Refusal, kind: type[cr.ProviderError], wait: float | None
-) -> None:
+        (Refusal(404, message="my prompt"), cr.ModelNotFound, None), (BROKEN, cr.ServerError, None),
+        (Refusal(422, message="my prompt"), cr.BadRequest, None)])
+def test_errors_of_the_sdk_become_ours(machine: Machine, answer: Refusal,
+        kind: type[cr.ProviderError], wait: float | None) -> None:
     """Each with status and Retry-After, after one request, and without the server's text."""
     module = example("vendor_sdk", "openai")
     machine.cloud.script.append(answer)

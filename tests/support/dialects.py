@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from support.server import parsed, reply
+from support.server import KEY, MAKERS, parsed, reply
 
-from copilot_router import (
-    AnthropicProvider,
-    AuthenticationError,
-    ContextLengthExceeded,
-    GeminiProvider,
-    InvalidResponse,
-    LMStudioProvider,
-    ModelNotFound,
-    OllamaProvider,
-    OpenAIProvider,
-    Overloaded,
-    RateLimited,
-    ServerError,
-    Usage,
-)
+from copilot_router import (AuthenticationError, ContextLengthExceeded, InvalidResponse,
+    ModelNotFound, Overloaded, RateLimited, ServerError, Usage)
 
 #: name, argument object
 Called = tuple[str, dict[str, Any]]
@@ -42,7 +28,7 @@ class Answer:
     calls: tuple[Called, ...] = ()
     finish: str = "stop"  # stop | length | tool_calls | content_filter
     usage: Usage = field(default_factory=lambda: Usage(9, 4))
-    cuts: int = 2  #: pieces of a call's arguments, where the format streams them
+    cuts: ClassVar[int] = 2  #: pieces of a call's arguments, where the format streams them
 
     @property
     def whole(self) -> str:
@@ -75,15 +61,20 @@ class Dialect:
     #: Failures that have a status of their own, by what they mean.
     failures: ClassVar[dict[str, Failure]]
 
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        raise NotImplementedError
+    def ids(self, answer: Answer) -> list[str]:
+        return [f"call_{at}" for at in range(len(answer.calls))]
+
+    def called_as(self, answer: Answer) -> Any:
+        """The calls with their ids."""
+        return zip(self.ids(answer), answer.calls, strict=True)
+
+    def make(self, url: str, key: Any = KEY, **settings: Any) -> Any:
+        return MAKERS[self.name](key, url, **settings)
 
     def body(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer."""
         raise NotImplementedError
 
     def events(self, answer: Answer) -> list[bytes]:
-        """The streamed answer, event by event, as they stand on the wire."""
         raise NotImplementedError
 
     #: Events before the first token, which are no sign of it.
@@ -95,24 +86,12 @@ class Dialect:
 
     #: A hint, its value, and the 400 of a model that refuses it.
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"error": {
-        "message": "Unsupported value: 'temperature' does not support 0.5 with this model. Only "
-                   "the default (1) value is "
-        "supported.", "type": "invalid_request_error", "param": "temperature",
-        "code": "unsupported_value"}})
+        "message": "Unsupported value: 'temperature' does not support 0.5 with this model.",
+        "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}})
     #: The name in a request of what the hint becomes.
     hint: ClassVar[str] = "temperature"
 
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        """Name, description and schema of every tool in a request."""
-        return [(f["name"], f["description"], f["parameters"])
-                for f in (tool["function"] for tool in body["tools"])]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        """Name, arguments and result of every tool call, linked as the vendor links them."""
-        raise NotImplementedError
-
     def streams(self, path: str, body: dict[str, Any]) -> bool:
-        """Whether a request asks for a stream."""
         return bool(body.get("stream", False))
 
     def __repr__(self) -> str:
@@ -120,24 +99,17 @@ class Dialect:
 
 
 def openai_failures() -> dict[str, Failure]:
-    def error(status: int, kind: type, message: str, type_: str | None = None, code: Any = None,
-              wait: float | None = None, **headers: str) -> Failure:
-        body = {"error": {"message": message, "type": type_, "param": None, "code": code}}
-        return status, {name.replace("_", "-"): value for name,
-                        value in headers.items()}, body, kind, wait
+    def error(message: str, type_: str, code: str | None = None) -> Any:
+        return {"error": {"message": message, "type": type_, "param": None, "code": code}}
 
-    invalid = "invalid_request_error"
-    return {
-        "401": error(401, AuthenticationError, "Incorrect API key provided.", invalid,
-                     "invalid_api_key"),
-        "429 with a hint": error(429, RateLimited, "Rate limit reached", "requests",
-                                 "rate_limit_exceeded", 7.0, Retry_After="7"),
-        "500": error(500, ServerError, "The server had an error processing your request",
-                     "server_error"),
-        "context length": error(400, ContextLengthExceeded,
-                                "Your input exceeds the context window of this model.", invalid,
-                                "context_length_exceeded"),
-    }
+    invalid, long = "invalid_request_error", "Your input exceeds the context window of this model."
+    key, limit = "Incorrect API key provided.", "Rate limit reached"
+    limited = error(limit, "requests", "rate_limit_exceeded")
+    too_long = error(long, invalid, "context_length_exceeded")
+    return {"401": (401, {}, error(key, invalid, "invalid_api_key"), AuthenticationError, None),
+        "429 with a hint": (429, {"Retry-After": "7"}, limited, RateLimited, 7.0),
+        "500": (500, {}, error("The server had an error", "server_error"), ServerError, None),
+        "context length": (400, {}, too_long, ContextLengthExceeded, None)}
 
 
 class Chat(Dialect):
@@ -150,24 +122,17 @@ class Chat(Dialect):
     reasoning_key = "reasoning_content"
     needs_model = False
 
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OpenAIProvider(key, url, api="chat", **settings)
-
     def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
-        return [
-            {**({"index": at} if indexed else {}), "id": f"call_{at}", "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments)}}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        return [{**({"index": at} if indexed else {}), "id": one, "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments)}}
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        return {
-            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+        return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens,
-                                      "cache_write_tokens": usage.cache_write_tokens},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        }
+                "cache_write_tokens": usage.cache_write_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
 
     def body(self, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.whole or None,
@@ -200,33 +165,17 @@ class Chat(Dialect):
                           "usage": self.usage(answer.usage)}))
         return [*found, sse("[DONE]")]
 
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {m["tool_call_id"]: m["content"] for m in body["messages"] if m["role"] == "tool"}
-        return [
-            (call["function"]["name"], json.loads(call["function"]["arguments"]),
-             results[call["id"]])
-            for message in body["messages"] for call in message.get("tool_calls", ())
-        ]
-
 
 class LMStudio(Chat):
     name = "lmstudio"
     reasoning_key = "reasoning"
-    failures: ClassVar[dict[str, Failure]] = {
-        **openai_failures(), "404 model": (404, {},
-                      {"error": {"message": "No models loaded. Please load a model in the "
-                                            "developer page or use the "
-                                          "'lms load' command.", "type": "invalid_request_error",
-                                          "param": "model", "code": None}}, ModelNotFound, None),
-        "context length": (400, {},
-                           {"error": "Trying to keep the first 9000 tokens when context the "
-                                     "overflows. However, the "
-                                     "model is loaded with context length of only 4096 tokens"},
-                                     ContextLengthExceeded, None),
-    }
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return LMStudioProvider(key, url, **settings)
+    none = "No models loaded. Please load a model in the developer page or use 'lms load'."
+    full = "Trying to keep the first 9000 tokens when context the overflows. However, the model is "
+    failures: ClassVar[dict[str, Failure]] = {**openai_failures(),
+        "404 model": (404, {}, {"error": {"message": none, "type": "invalid_request_error",
+            "param": "model", "code": None}}, ModelNotFound, None),
+        "context length": (400, {}, {"error": full + "loaded with context length of only 4096"},
+            ContextLengthExceeded, None)}
 
 
 class Responses(Dialect):
@@ -234,16 +183,10 @@ class Responses(Dialect):
     failures = openai_failures()
     idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
                "response.created")
-    broken = (
-        sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
-                                                     "output": [], "error": {
-            "code": "rate_limit_exceeded", "message": "Rate limit reached"}}}, "response.failed"),
-        RateLimited,
-    )
+    broken = (sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
+        "output": [], "error": {"code": "rate_limit_exceeded", "message": "Rate limit reached"}}},
+        "response.failed"), RateLimited)
     needs_model = False
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OpenAIProvider(key, url, api="responses", **settings)
 
     def items(self, answer: Answer) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -255,28 +198,23 @@ class Responses(Dialect):
             content = [{"type": "output_text", "text": answer.whole, "annotations": []}]
             items.append({"type": "message", "id": "msg_1", "role": "assistant",
                           "status": "completed", "content": content})
-        items += [
-            {"type": "function_call", "id": f"fc_{at}", "call_id": f"call_{at}", "name": name,
-             "status": "completed", "arguments": json.dumps(arguments)}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        items += [{"type": "function_call", "id": f"fc_{one}", "call_id": one, "name": name,
+            "status": "completed", "arguments": json.dumps(arguments)}
+            for one, (name, arguments) in self.called_as(answer)]
         return items
 
     def body(self, answer: Answer) -> dict[str, Any]:
         reason = {"length": "max_output_tokens",
                   "content_filter": "content_filter"}.get(answer.finish)
         usage = answer.usage
-        return {
-            "id": "resp_1", "object": "response", "model": self.model, "error": None,
+        return {"id": "resp_1", "object": "response", "model": self.model, "error": None,
             "output": self.items(answer), "status": "incomplete" if reason else "completed",
-            "incomplete_details": {"reason": reason} if reason else None, "usage": {
-                "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
+            "incomplete_details": {"reason": reason} if reason else None,
+            "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens,
-                                         "cache_write_tokens": usage.cache_write_tokens},
+                    "cache_write_tokens": usage.cache_write_tokens},
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            },
-        }
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens}}
 
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
@@ -286,81 +224,56 @@ class Responses(Dialect):
         for at, item in enumerate(self.items(answer)):
             hollow = {**item, "status": "in_progress"}
             where = {"output_index": at, "item_id": item["id"]}
+            hollow |= {key: type(item[key])() for key in ("summary", "content", "arguments")
+                       if key in item}
+            found.append(event("response.output_item.added", output_index=at, item=hollow))
             if item["type"] == "reasoning":
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "summary": []}))
                 found += [event("response.reasoning_summary_text.delta", **where, delta=piece)
                           for piece in answer.reasoning]
             elif item["type"] == "message":
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "content": []}))
-                found.append(event("response.content_part.added", **where,
-                                   part={"type": "output_text", "text": ""}))
-                found += [event("response.output_text.delta", **where, content_index=0,
-                                delta=piece) for piece in answer.text]
+                part = {"type": "output_text", "text": ""}
+                found.append(event("response.content_part.added", **where, part=part))
+                found += [event("response.output_text.delta", **where, content_index=0, delta=piece)
+                          for piece in answer.text]
                 found.append(event("response.output_text.done", **where, content_index=0,
                                    text=answer.whole))
             else:
-                found.append(event("response.output_item.added", output_index=at,
-                                   item={**hollow, "arguments": ""}))
                 found += [event("response.function_call_arguments.delta", **where, delta=piece)
                           for piece in cut(item["arguments"], answer.cuts)]
             found.append(event("response.output_item.done", output_index=at, item=item))
         body = self.body(answer)
         return [*found, event(f"response.{body['status']}", response=body)]
 
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [(tool["name"], tool["description"], tool["parameters"]) for tool in body["tools"]]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {item["call_id"]: item["output"] for item in body["input"]
-                   if item.get("type") == "function_call_output"}
-        return [
-            (item["name"], json.loads(item["arguments"]), results[item["call_id"]])
-            for item in body["input"] if item.get("type") == "function_call"
-        ]
-
 
 class Anthropic(Dialect):
     name = "anthropic"
-    broken = (
-        sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
-             "request_id": "r"}, "error"), Overloaded,
-    )
+    broken = (sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
+        "request_id": "r"}, "error"), Overloaded)
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
     ping_path = "/v1/models?limit=1"
-    idle = (
-        sse({"type": "message_start", "message": {"id": "msg_1", "model": "m", "content": [],
-                                                  "usage": {}}}, "message_start")
-        + sse({"type": "ping"}, "ping")
-    )
+    idle = (sse({"type": "message_start",
+        "message": {"id": "msg_1", "model": "m", "content": [], "usage": {}}}, "message_start")
+        + sse({"type": "ping"}, "ping"))
 
     @staticmethod
     def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
-              code: str = "", **headers: str) -> Failure:
-        error = {"type": type_, "message": message,
-                 **({"details": {"error_code": code}} if code else {})}
-        return status, headers, {"type": "error", "error": error, "request_id": "req_1"}, kind, wait
+              **headers: str) -> Failure:
+        body = {"type": "error", "error": {"type": type_, "message": message}, "request_id": "r"}
+        return status, headers, body, kind, wait
 
     failures: ClassVar[dict[str, Failure]] = {
         "401": error(401, AuthenticationError, "authentication_error", "invalid x-api-key"),
         "429 with a hint": error(429, RateLimited, "rate_limit_error", "Too many", 7.0,
-                                 **{"retry-after": "7"}),
+            **{"retry-after": "7"}),
         "500": error(500, ServerError, "api_error", "Internal server error"),
         "context length": error(400, ContextLengthExceeded, "invalid_request_error",
-                                "prompt is too long: 210000 tokens > 200000 maximum"),
-    }
+            "prompt is too long: 210000 tokens > 200000 maximum")}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("temperature", 0.5, {"type": "error", "error": {
         "type": "invalid_request_error", "message": "temperature: Extra inputs are not permitted"}})
 
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return AnthropicProvider(key, url, **settings)
-
-    stops: ClassVar[dict[str, str]] = {
-        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
-        "content_filter": "refusal",
-    }
+    stops: ClassVar[dict[str, str]] = {"stop": "end_turn", "length": "max_tokens",
+        "tool_calls": "tool_use", "content_filter": "refusal"}
 
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
@@ -369,10 +282,8 @@ class Anthropic(Dialect):
                            "signature": "c2lnbmVk"})
         if answer.text:
             blocks.append({"type": "text", "text": answer.whole})
-        blocks += [
-            {"type": "tool_use", "id": f"toolu_{at}", "name": name, "input": arguments}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        blocks += [{"type": "tool_use", "id": one, "name": name, "input": arguments}
+            for one, (name, arguments) in self.called_as(answer)]
         return blocks
 
     @staticmethod
@@ -423,18 +334,6 @@ class Anthropic(Dialect):
         found.append(event("message_delta", delta=delta, usage=self.outputs(answer.usage)))
         return [*found, event("message_stop")]
 
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [(tool["name"], tool["description"], tool["input_schema"]) for tool in body["tools"]]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        blocks = [block for message in body["messages"] for block in message["content"]]
-        results = {
-            block["tool_use_id"]: "".join(part["text"] for part in block["content"])
-            for block in blocks if block["type"] == "tool_result"
-        }
-        return [(block["name"], block["input"], results[block["id"]]) for block in blocks
-                if block["type"] == "tool_use"]
-
 
 class Gemini(Dialect):
     name = "gemini"
@@ -454,17 +353,14 @@ class Gemini(Dialect):
                  **({"details": list(details)} if details else {})}
         return status, {}, {"error": error}, kind, wait
 
-    failures: ClassVar[dict[str, Failure]] = {
-        "401": error(401, AuthenticationError, "UNAUTHENTICATED",
-                     "Request had invalid authentication credentials."),
+    failures: ClassVar[dict[str, Failure]] = {"401": error(401, AuthenticationError,
+        "UNAUTHENTICATED", "Request had invalid authentication credentials."),
         "429 with a hint": error(429, RateLimited, "RESOURCE_EXHAUSTED", "Resource exhausted", 7.0,
-                                 {"@type": "type.googleapis.com/google.rpc.RetryInfo",
-                                  "retryDelay": "7s"}),
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}),
         "500": error(500, ServerError, "INTERNAL", "An internal error has occurred."),
         "context length": error(400, ContextLengthExceeded, "INVALID_ARGUMENT",
-                                "The input token count (1200000) exceeds the "
-                                "maximum number of tokens allowed (1048576)."),
-    }
+            "The input token count (1200000) exceeds the "
+            "maximum number of tokens allowed (1048576).")}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("frequency_penalty", 0.5, {"error": {
         "code": 400, "status": "INVALID_ARGUMENT",
@@ -472,31 +368,24 @@ class Gemini(Dialect):
         '"frequencyPenalty" at \'generation_config\': Cannot find field.'}})
     hint = "frequencyPenalty"
 
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return GeminiProvider(key, url, **settings)
-
-    stops: ClassVar[dict[str, str]] = {
-        "stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP", "content_filter": "SAFETY",
-    }
+    stops: ClassVar[dict[str, str]] = {"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
+        "content_filter": "SAFETY"}
 
     def chunk(self, parts: list[Any], usage: Usage, finish: str | None = None) -> dict[str, Any]:
         written = usage.completion_tokens - usage.reasoning_tokens
         counts = {"promptTokenCount": usage.prompt_tokens, "candidatesTokenCount": written,
-                  "thoughtsTokenCount": usage.reasoning_tokens,
-                  "cachedContentTokenCount": usage.cached_tokens,
-                  "totalTokenCount": usage.total_tokens}
+            "thoughtsTokenCount": usage.reasoning_tokens,
+            "cachedContentTokenCount": usage.cached_tokens, "totalTokenCount": usage.total_tokens}
         candidate = {"index": 0, "content": {"role": "model", "parts": parts},
                      **({"finishReason": finish} if finish else {})}
         return {"candidates": [candidate], "usageMetadata": counts, "modelVersion": self.model,
                 "responseId": "r1"}
 
     def called(self, answer: Answer) -> list[dict[str, Any]]:
-        return [
-            {"functionCall": {"id": f"g{at}", "name": name,
-                              **({"args": arguments} if arguments else {})},
-             **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        return [{"functionCall": {"id": one, "name": name,
+            **({"args": arguments} if arguments else {})},
+            **({"thoughtSignature": "c2lnbmVk"} if at == 0 else {})}
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
 
     def body(self, answer: Answer) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{"text": "".join(answer.reasoning),
@@ -512,23 +401,6 @@ class Gemini(Dialect):
         found = [sse(self.chunk([part], start)) for part in parts]
         found.append(sse(self.chunk([{"text": ""}], answer.usage, self.stops[answer.finish])))
         return [event.replace(b"\n\n", b"\r\n\r\n") for event in found]
-
-    def declared(self, body: dict[str, Any]) -> list[tuple[str, str, Any]]:
-        return [
-            (function["name"], function["description"], function["parametersJsonSchema"])
-            for tool in body["tools"] for function in tool["functionDeclarations"]
-        ]
-
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        parts = [part for turn in body["contents"] for part in turn["parts"]]
-        calls = [part["functionCall"] for part in parts if "functionCall" in part]
-        results = [part["functionResponse"] for part in parts if "functionResponse" in part]
-        assert [(call["id"], call["name"]) for call in calls] == [(result["id"], result["name"])
-            for result in results]
-        return [
-            (call["name"], call.get("args", {}), result["response"]["output"])
-            for call, result in zip(calls, results, strict=True)
-        ]
 
     def streams(self, path: str, body: dict[str, Any]) -> bool:
         return path.endswith(":streamGenerateContent?alt=sse")
@@ -547,16 +419,12 @@ class Ollama(Dialect):
     failures: ClassVar[dict[str, Failure]] = {
         "401": (401, {}, {"error": "unauthorized"}, AuthenticationError, None),
         "429 with a hint": (429, {"Retry-After": "7"}, {"error": "too many requests"}, RateLimited,
-                            7.0),
-        "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None),
-    }
+            7.0),
+        "500": (500, {}, {"error": "model runner has unexpectedly stopped"}, ServerError, None)}
 
     refused: ClassVar[tuple[str, Any, Any]] = ("reasoning_effort", "high",
                                                {"error": '"m" does not support thinking'})
     hint = "think"
-
-    def make(self, url: str, key: str = "sk-test-contract-key-1234567890", **settings: Any) -> Any:
-        return OllamaProvider(key, url, **settings)
 
     def end(self, answer: Answer) -> dict[str, Any]:
         return {"done": True, "done_reason": "length" if answer.finish == "length" else "stop",
@@ -568,10 +436,8 @@ class Ollama(Dialect):
                 "message": {"role": "assistant", "content": content, **fields}, "done": False}
 
     def called(self, answer: Answer) -> dict[str, Any]:
-        calls = [
-            {"id": f"call_{at}", "function": {"index": at, "name": name, "arguments": arguments}}
-            for at, (name, arguments) in enumerate(answer.calls)
-        ]
+        calls = [{"id": one, "function": {"index": at, "name": name, "arguments": arguments}}
+            for at, (one, (name, arguments)) in enumerate(self.called_as(answer))]
         return {"tool_calls": calls} if calls else {}
 
     def body(self, answer: Answer) -> dict[str, Any]:
@@ -585,14 +451,6 @@ class Ollama(Dialect):
         found.append({**self.message(), **self.end(answer)})
         return [json.dumps(line).encode() + b"\n" for line in found]
 
-    def answered(self, body: dict[str, Any]) -> list[tuple[str, Any, str]]:
-        results = {m["tool_call_id"]: (m["tool_name"], m["content"]) for m in body["messages"]
-                   if m["role"] == "tool"}
-        calls = [call for message in body["messages"] for call in message.get("tool_calls", ())]
-        assert all(results[call["id"]][0] == call["function"]["name"] for call in calls)
-        return [(call["function"]["name"], call["function"]["arguments"], results[call["id"]][1])
-                for call in calls]
-
 
 DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), Gemini(), Ollama())
 
@@ -601,7 +459,6 @@ DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), G
 
 
 def head(dialect: Dialect, **headers: str) -> bytes:
-    """The head of a streamed answer, whose body is sent with ``chunk``."""
     lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}",
              "Transfer-Encoding: chunked"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -613,13 +470,10 @@ def chunk(data: bytes) -> bytes:
 
 
 def streamed(dialect: Dialect, events: list[bytes], **headers: str) -> bytes:
-    """A whole streamed answer, one chunk an event."""
     return head(dialect, **headers) + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
 
 
 def answers(dialect: Dialect, make: Callable[[dict[str, Any]], Answer]) -> Callable[..., bool]:
-    """A server that answers, streamed or whole as it was asked."""
-
     def serve(server: Any, connection: Any, request: bytes) -> bool:
         path, _, body = parsed(request)
         answer = make(body)
@@ -642,8 +496,3 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
-
-
-def found_in(pattern: str, body: Any) -> str:
-    """The first text of a body that matches, in full."""
-    return next(text for text in texts_in(body) if re.fullmatch(pattern, text))

@@ -1,6 +1,6 @@
 """Clocks, providers and a loopback server for the tests of chains and streams."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import json
 import threading
@@ -9,14 +9,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from copilot_router import (
-    Attempt,
-    FailoverChain,
-    LLMProvider,
-    LLMResponse,
-    OpenAIProvider,
-    ProviderTier,
-    ScriptedProvider,
+    Attempt, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider, ProviderTier, ScriptedProvider
 )
 
 PROMPT = "the secret prompt of this test suite"
@@ -45,8 +41,6 @@ class VirtualClock:
 
 
 # -- chains
-
-
 def scripted(*items: Any, repeat: bool = True) -> ScriptedProvider:
     return ScriptedProvider(items, repeat=repeat)
 
@@ -60,14 +54,8 @@ def chain_of(clock: VirtualClock, *tiers: ProviderTier, **settings: Any) -> Fail
     return FailoverChain(tiers, clock=clock, sleep=clock.sleep, **settings)
 
 
-def tier_of(chain: FailoverChain, name: str) -> ProviderTier:
-    return next(one for one in chain.tiers if one.name == name)
-
-
 def calls(chain: FailoverChain, name: str) -> list[dict[str, Any]]:
-    provider = tier_of(chain, name).provider
-    assert isinstance(provider, ScriptedProvider)
-    return provider.calls
+    return next(one.provider.calls for one in chain.tiers if one.name == name)
 
 
 def failures(chain: FailoverChain, at: int = 0) -> int:
@@ -79,8 +67,6 @@ def outcomes(attempts: tuple[Attempt, ...]) -> list[str]:
 
 
 # -- providers
-
-
 class Custom(LLMProvider):
     """Answers with what ``function(**options)`` returns or raises."""
 
@@ -161,6 +147,13 @@ class Limits(OpenAIProvider):
         return response
 
 
+def error_of(kind: Any, work: Any, *args: Any, match: Any = None, **options: Any) -> Any:
+    """The error of this kind that the call must raise."""
+    with pytest.raises(kind, match=match) as caught:
+        work(*args, **options)
+    return caught.value
+
+
 def in_threads(count: int, work: Callable[[], Any]) -> list[threading.Thread]:
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
@@ -179,16 +172,14 @@ def in_time(work: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 # -- a server
-
-
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)  # type: ignore[attr-defined]
-        self.close_connection = not self.server.answer(self, body)  # type: ignore[attr-defined]
+        self.server.bodies.append(body)
+        self.close_connection = not self.server.answer(self, body)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -258,20 +249,16 @@ def refusal(status: int, message: str = "no", headers: str = "", **error: Any) -
 def answering(*answers: bytes) -> Callable[[Handler, Any], bool]:
     """Each request takes the next of these answers, and the last one stays."""
     left = list(answers)
-
-    def answer(handler: Handler, body: Any) -> bool:
+    def answer(handler, body):
         handler.wfile.write(left.pop(0) if len(left) > 1 else left[0])
         return False
-
     return answer
 
 
 def silent_after(data: bytes) -> Callable[[Handler, Any], bool]:
     """Sends this, and then nothing until the client or the server goes."""
-
-    def answer(handler: Handler, body: Any) -> bool:
+    def answer(handler, body):
         handler.wfile.write(data)
-        handler.server.stopping.wait(30)  # type: ignore[attr-defined]
+        handler.server.stopping.wait(30)
         return False
-
     return answer

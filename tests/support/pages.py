@@ -72,12 +72,9 @@ SHOWN |= {getattr(time, name): f"time.{name}" for name in ("monotonic", "sleep")
 
 def parameters(*functions: Any) -> dict[str, str]:
     """Names and defaults of all arguments, also of those that a class hands on to its base."""
-    return {
-        name: SHOWN.get(item.default) or repr(item.default)
-        for function in functions
-        for name, item in inspect.signature(function).parameters.items()
-        if name != "self" and item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)
-    }
+    return {name: SHOWN.get(item.default) or repr(item.default) for function in functions
+        for name, item in inspect.signature(function).parameters.items() if name != "self"
+        and item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)}
 
 
 def public(kind: type) -> set[str]:

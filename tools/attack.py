@@ -1,6 +1,6 @@
 """Everything that may break a promise: hostile servers, signals, fuzzed bodies, many threads.
 
-    python tests/attack.py [SECONDS, 600]
+    python tools/attack.py [SECONDS, 600]
 
 Hostile servers: every row of tests/support/faults.py in every wire format, ``chat()`` and
 ``stream()``. Signals: a handler raises at a random point of a call, over HTTP and over each store;
@@ -29,13 +29,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 from support.faults import DIALECTS, ROWS, answer_to, descriptors, fault_server
 from support.stores import REDIS, RedisServer
 
 import copilot_router as cr
 
 KEY = "sk-test-attack-key-5647382910"
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a call may end after its deadline, beside what a mere sleep was late meanwhile.
 LATE = 0.1
 #: Seconds after which a call counts as one that hangs.
@@ -327,9 +329,9 @@ def fuzz(seconds: float) -> Part:
     part = Part("fuzzed bodies")
     examples = max(60, int(seconds * 12))
     environment = {**os.environ, "COPILOT_ROUTER_FUZZ": str(examples)}
-    command = [sys.executable, "-m", "pytest", "-q", "-s", str(TESTS / "test_fuzz.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", str(ROOT / "tests" / "test_fuzz.py")]
     try:
-        settings: Any = {"cwd": TESTS.parent, "env": environment, "timeout": seconds * 4 + 60}
+        settings: Any = {"cwd": ROOT, "env": environment, "timeout": seconds * 4 + 60}
         done = subprocess.run(command, capture_output=True, text=True, **settings)
     except subprocess.TimeoutExpired:
         part.say("the fuzzers did not end in time")

@@ -1,4 +1,4 @@
-"""A plugin of pytest (``-p support.reached``) for tests/mutate.py: which test reaches what."""
+"""A plugin of pytest (``-p reached``) for tools/mutate.py: which test reaches what."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Mutation testing of copilot_router.py: break one place at a time, and see if a test notices.
 
-    python tests/mutate.py [--number 300] [--seed 11] [--jobs 2] [--map FILE]
+    python tools/mutate.py [--number 300] [--seed 11] [--jobs 2] [--map FILE]
 
 Broken are numbers, short strings, operators, conditions, results, statements and arguments; in a
 sample each line is as likely as the next. The suite runs once and notes which test reaches which
@@ -257,9 +257,9 @@ def copy_of_the_tree(where: Path) -> Path:
 
 def run_pytest(tree: Path, arguments: list[str], limit: float, **variables: str) -> int | None:
     """Its exit status, None if it had to be killed. Nothing that it started survives."""
-    path = f"{tree}{os.pathsep}{tree / 'tests'}"
+    path = os.pathsep.join(str(tree / name) for name in ("", "tests", "tools"))
     env = {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables}
-    plugins = ["-p", "support.reached", "-p", "no:cacheprovider"]
+    plugins = ["-p", "reached", "-p", "no:cacheprovider"]
     command = [sys.executable, "-B", "-m", "pytest", "-q", *plugins, *arguments]
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     quiet |= {"cwd": tree, "env": env, "start_new_session": True}

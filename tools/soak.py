@@ -1,6 +1,6 @@
 """Sixteen threads call for minutes while everything around them fails: every answer is right.
 
-    python tests/soak.py [SECONDS, 600]
+    python tools/soak.py [SECONDS, 600]
 
 Three chains share the work: with breakers in memory, SQLite and, if installed, Redis. Their first
 tier has faults of tests/support/faults.py, their second is well; the servers are another process.
@@ -27,6 +27,8 @@ from collections import Counter, defaultdict, deque
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.faults import ROWS, Entry, answer_to, descriptors, fault_server
 from support.stores import REDIS, RedisServer
