@@ -437,7 +437,7 @@ def test_responses_status_and_reasons() -> None:
             assert read("responses", wire).finish_reason == ours
     failed = {"error": {"code": "server_error", "message": "x"}}
     for wire in (stream(finished(status="failed", **failed)), stream({"type": "error", **failed}),
-            stream({"type": "error", "code": "server_error", "message": "x"}),
+            stream(b'data: {"type": "error", "code": "server_error"}\n\n'),
                  reply({"status": "failed", "output": [], **failed})):
         assert isinstance(read("responses", wire), ServerError)
     refusal = {"type": "message", "content": [{"type": "refusal", "refusal": "no"}]}
