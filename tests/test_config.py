@@ -118,6 +118,11 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
     (of_store('path = "x.db"'), ("[store]", "type", "memory, sqlite, redis")),
     (of_store('type = "sqllite"'), ("[store]", "'sqllite'", "'sqlite'")),
     (of_store('type = "sqlite"'), ("[store]", "path")),
+    (of_store('type = "sqlite"\npath = 3'), ("[store]", "path=3")),
+    (of_tier("prices = [1.0]"), ("[[tier]] 1", "prices=[1.0]")),
+    (of_tier('supports_tools = "no"'), ("[[tier]] 1", "supports_tools='no'")),
+    (of_chain('escalation_marker = ""'), ("[chain]", "escalation_marker=''")),
+    (of_provider('headers = {"X-Team" = 3}'), (*IN_PROVIDER, "X-Team")),
     (of_store('type = "sqlite"\npath = "x.db"\nfile = "y"'), ("[store]", "SQLiteStore", "'file'")),
     (of_store('type = "redis"'), ("[store]", "url")),
     (of_store('type = "redis"\nurl_env = "NOT_SET"'), ("[store]", "url_env", "NOT_SET"))]
@@ -153,6 +158,11 @@ def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch
     with pytest.raises(ConfigError, match="pip install tomli"):
         FailoverChain.from_config(write(GOOD))
     assert FailoverChain.from_config(tomllib.loads(GOOD)).tiers[0].name == "a"
+
+
+def test_an_unknown_argument_of_a_provider_names_the_class_and_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"OpenAIProvider.*'stal_timeout'.*'stall_timeout'"):
+        OpenAIProvider(KEY, stal_timeout=1)
 
 
 # -- every argument

@@ -132,9 +132,9 @@ def test_reasoning_is_read_and_shown_under_all_its_names(fields: dict[str, Any])
 
 
 def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
-    parts = [{"type": "text", "text": "a"}, 3, {"text": "b"}]
+    parts = [{"type": "text", "text": "a"}, 3, {"text": "b"}, "c"]
     response = read("chat", reply(message(content=parts)))
-    assert (response.text, response.raw) == ("ab", message(content=parts))
+    assert (response.text, response.raw) == ("abc", message(content=parts))
     old = {"choices": [{"text": "old", "finish_reason": "stop"}]}
     assert read("chat", reply(old)).text == "old"
     made = read("chat", reply(message(content={"city": "Oslo"})))
@@ -437,6 +437,7 @@ def test_responses_status_and_reasons() -> None:
             assert read("responses", wire).finish_reason == ours
     failed = {"error": {"code": "server_error", "message": "x"}}
     for wire in (stream(finished(status="failed", **failed)), stream({"type": "error", **failed}),
+            stream(b'data: {"type": "error", "code": "server_error"}\n\n'),
                  reply({"status": "failed", "output": [], **failed})):
         assert isinstance(read("responses", wire), ServerError)
     refusal = {"type": "message", "content": [{"type": "refusal", "refusal": "no"}]}
