@@ -2200,6 +2200,7 @@ class _Answer:
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.key = ""  #: that was sent
+        self.limited = False  #: its socket is: not that of a user's session
         self.limits, self.most = limits, most
         self._raw, self._ended = response.raw, False
         original = getattr(self._raw, "_original_response", None)
@@ -2250,8 +2251,8 @@ class _Answer:
 
     def _read(self) -> bytes:
         try:
-            if self._original is None:
-                self.limits.left()  # the socket of a user's session is not limited
+            if not self.limited:
+                self.limits.left()
             return self._read1()
         except MemoryError:
             failure: ProviderError = InvalidResponse("the answer does not fit into memory")
@@ -3968,7 +3969,7 @@ class _HTTPProvider(LLMProvider):
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
-                answer.key = key
+                answer.key, answer.limited = key, self._own_session
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
                 answer.close()  # a 408 on a kept connection may be about the time it was idle

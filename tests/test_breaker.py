@@ -1,6 +1,6 @@
 """The circuit breaker: its states, tickets and trials, and what happens around a change."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import contextlib
 import copy

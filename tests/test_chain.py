@@ -1,6 +1,6 @@
 """The chain: who is asked, in which order, with what, and what the caller is told."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import copy
 import gc

@@ -1,6 +1,6 @@
 """Self-escalation: who is told of the marker, who is asked, and what the caller sees."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import pytest
 from support.fakes import Limits, calls, error_of, outcomes, scripted, tier

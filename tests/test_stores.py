@@ -1,6 +1,6 @@
 """Breakers that share their state in a store, and what they do when the store is in trouble."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import http.client
 import itertools

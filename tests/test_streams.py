@@ -1,6 +1,6 @@
 """Streams fail over until the first delta, never end in silence, and give back all they hold."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import contextlib
 import gc

@@ -1,6 +1,6 @@
 """Clocks, providers and a loopback server for the tests of chains and streams."""
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import json
 import threading

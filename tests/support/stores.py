@@ -9,7 +9,7 @@ The contract works for a store of your own as well::
             return lambda: MyStore(...)  # each call: a handle as another process would have
 """
 
-from __future__ import annotations  # noqa: I001
+from __future__ import annotations
 
 import dis
 import itertools
