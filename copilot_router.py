@@ -3394,8 +3394,9 @@ class _Collector:
             for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
                 self.take_value(item)
             return
-        told = body.get("error") or body.get("object") == "error" or body.get("base_resp")
-        if told and (told is not body.get("base_resp") or told.get("status_code")):  # MiniMax
+        if body.get("error") or body.get("object") == "error" or (
+            "base_resp" in body and _dict(body["base_resp"]).get("status_code")  # MiniMax
+        ):
             raise _InBandError(body)
         self._raw, self._passes = body, False
         try:
@@ -3403,9 +3404,10 @@ class _Collector:
                 kind = fact[0]
                 if kind == "text" and not (self.complete or self._passes):
                     self._take_text(fact[1])  # as most of them
-                elif kind == "choice" or not self._passes:
-                    if not self.complete or kind not in _ANSWERING:
-                        _TAKERS[kind](self, *fact[1:])
+                elif kind == "choice" or not (
+                    self._passes or (self.complete and kind in _ANSWERING)
+                ):
+                    _TAKERS[kind](self, *fact[1:])
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             if not self.complete:  # what follows a whole answer cannot spoil it
                 what = f"the answer has not the form that it should have ({type(error).__name__})"
