@@ -1539,25 +1539,14 @@ class _BoundedSocket:
         self._given: float | None = None
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("recv", "recv_into", "send"):
+            left = self._left()
+            self._sock.settimeout(left if self._given is None else min(left, self._given))
         return getattr(self._sock, name)
 
     def settimeout(self, seconds: float | None) -> None:
         self._given = seconds
         self._sock.settimeout(seconds)
-
-    def _bound(self) -> Any:
-        left = self._left()
-        self._sock.settimeout(left if self._given is None else min(left, self._given))
-        return self._sock
-
-    def recv(self, *args: Any) -> Any:
-        return self._bound().recv(*args)
-
-    def recv_into(self, *args: Any) -> Any:
-        return self._bound().recv_into(*args)
-
-    def send(self, *args: Any) -> Any:
-        return self._bound().send(*args)
 
     def sendall(self, data: Any, *_: Any) -> None:
         view = memoryview(data).cast("B")
@@ -1641,9 +1630,7 @@ class RedisStore:
     def _left(self) -> float:
         """Of the operation: redis-py's own limit counts anew for each byte that comes."""
         left: float = getattr(self._operation, "until", math.inf) - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return min(left, self.timeout)
+        return max(1e-4, min(left, self.timeout))
 
     def _key(self, name: str) -> str:
         from urllib.parse import quote
@@ -1971,20 +1958,70 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     return True
 
 
+class _Limited:
+    """Mixed into urllib3's connections: bounds what they do, and notes if one is reused."""
+
+    sock: Any
+    timeout: Any
+    used = False
+
+    def connect(self) -> None:
+        self.now = _Now()
+        self.now.limits = limits = _sending.limits
+        limits.connecting = True
+        try:
+            super().connect()  # type: ignore[misc]
+        finally:
+            limits.connecting = False
+        self.sock = _LimitedSocket(self.sock, self.now.left)
+
+    def _new_conn(self) -> Any:
+        limits = self.now.limits
+        if hasattr(self, "_socks_options"):
+            from urllib3.exceptions import HTTPError
+
+            self.timeout = limits.connect_left()
+            try:
+                return super()._new_conn()  # type: ignore[misc]
+            except (OSError, HTTPError):
+                told = "the SOCKS proxy does not connect"
+            raise limits.expired() or ProviderUnavailable(told)
+        sock = _connect(self, limits)
+        sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
+        return sock
+
+    def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        """TLS to the proxy; TLS inside it reads through this socket, many times a handshake."""
+        sock = super()._connect_tls_proxy(*args, **kwargs)  # type: ignore[misc]
+        return _LimitedSocket(sock, self.now.left)
+
+    def _tunnel(self) -> None:
+        plain = self.sock
+        if not isinstance(plain, _LimitedSocket):
+            self.sock = _LimitedSocket(plain, self.now.left)
+        try:
+            super()._tunnel()  # type: ignore[misc]
+            plain.settimeout(self.now.limits.connect_left())  # for TLS, once more
+        finally:
+            self.sock = plain if self.sock is not None else None  # TLS wraps the socket itself
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        limits = _sending.limits
+        if self.sock is not None and limits.fresh:
+            self.close()  # type: ignore[attr-defined]
+        if self.sock is not None:
+            self.now.limits, limits.reused = limits, self.used
+        self.used = True
+        return super().request(*args, **kwargs)  # type: ignore[misc]
+
+
 @functools.cache
-def _http() -> tuple[Any, Callable[[], Any]]:
-    """requests, and a maker of sessions with our adapter; imported when first needed."""
+def _limited(pool: Any) -> Any:
+    """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
     import http.client
 
-    try:
-        import requests
-    except ImportError:
-        raise ImportError("HTTP providers need PyPI's requests: pip install requests") from None
-    from requests.adapters import HTTPAdapter
-
-    _check_hooks()
-    for name in ("connection", "connectionpool"):
-        logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
+    if issubclass(pool.ConnectionCls, _Limited):
+        return pool
 
     class Response(http.client.HTTPResponse):
         """Passes over interim answers such as 103; http.client takes all but 100 for final."""
@@ -1996,74 +2033,27 @@ def _http() -> tuple[Any, Callable[[], Any]]:
                     return found
                 http.client.parse_headers(self.fp)
 
-    class Limited:
-        """Mixed into urllib3's connections: bounds what they do, and notes if one is reused."""
+    kinds = (_Limited, pool.ConnectionCls)
+    connection = type("Connection", kinds, {"response_class": Response})
+    return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
-        response_class: Any = Response
-        sock: Any
-        timeout: Any
-        used = False
 
-        def connect(self) -> None:
-            self.now = _Now()
-            self.now.limits = limits = _sending.limits
-            limits.connecting = True
-            try:
-                super().connect()  # type: ignore[misc]
-            finally:
-                limits.connecting = False
-            self.sock = _LimitedSocket(self.sock, self.now.left)
+@functools.cache
+def _http() -> tuple[Any, Callable[[], Any]]:
+    """requests, and a maker of sessions with our adapter; imported when first needed."""
+    try:
+        import requests
+    except ImportError:
+        raise ImportError("HTTP providers need PyPI's requests: pip install requests") from None
+    from requests.adapters import HTTPAdapter
 
-        def _new_conn(self) -> Any:
-            left = self.now.limits.connect_left()
-            if hasattr(self, "_socks_options"):
-                self.timeout = left
-                try:
-                    return super()._new_conn()  # type: ignore[misc]
-                except Exception as error:
-                    if _passes_through(error):
-                        raise
-                late = self.now.limits.expired()
-                raise late or ProviderUnavailable("the SOCKS proxy does not connect")
-            sock = _connect(self, self.now.limits)
-            sock.settimeout(self.now.limits.connect_left())  # for TLS, which measures it as a whole
-            return sock
-
-        def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
-            """TLS to the proxy; TLS inside it reads through this socket, many times a handshake."""
-            sock = super()._connect_tls_proxy(*args, **kwargs)  # type: ignore[misc]
-            return _LimitedSocket(sock, self.now.left)
-
-        def _tunnel(self) -> None:
-            plain = self.sock
-            if not isinstance(plain, _LimitedSocket):
-                self.sock = _LimitedSocket(plain, self.now.left)
-            try:
-                super()._tunnel()  # type: ignore[misc]
-                plain.settimeout(self.now.limits.connect_left())  # for TLS, once more
-            finally:
-                self.sock = plain if self.sock is not None else None  # TLS wraps the socket itself
-
-        def request(self, *args: Any, **kwargs: Any) -> Any:
-            limits = _sending.limits
-            if self.sock is not None and limits.fresh:
-                self.close()  # type: ignore[attr-defined]
-            if self.sock is not None:
-                self.now.limits, limits.reused = limits, self.used
-            self.used = True
-            return super().request(*args, **kwargs)  # type: ignore[misc]
-
-    @functools.cache
-    def limited(pool: Any) -> Any:
-        """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
-        if issubclass(pool.ConnectionCls, Limited):
-            return pool
-        connection = type("Connection", (Limited, pool.ConnectionCls), {})
-        return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
+    _check_hooks()
+    for name in ("connection", "connectionpool"):
+        logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
 
     def equipped(manager: Any) -> Any:
         given = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {name: limited(pool) for name, pool in given.items()}
+        manager.pool_classes_by_scheme = {name: _limited(pool) for name, pool in given.items()}
         return manager
 
     class Adapter(HTTPAdapter):

@@ -124,6 +124,12 @@ def hidden(error: RouterError) -> bool:
     return PROMPT not in shown and KEY not in shown
 
 
+def check_count(ill: FaultServer, row: Row, wanted: int) -> None:
+    """A 408 for an idle connection may come just after the next request was sent: one more then."""
+    late = row.name == "given_up_while_idle"
+    assert ill.count(row.name) in (wanted, wanted + late), row.name
+
+
 def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
     """All calls of a row: what comes out, how soon, after how many requests, and the breaker."""
     with fault_server(dialect) as ill, fault_server(dialect) as well, pair(ill, well, row) as chain:
@@ -145,7 +151,7 @@ def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
                 assert attempts[-1].outcome == "ok"
             else:
                 assert fits(failures(attempts), row), (row.name, attempts)
-        assert ill.count(row.name) == row.requests, row.name
+        check_count(ill, row, row.requests)
         assert stands(chain, row.breaker), (row.name, chain.tiers[0].breaker.snapshot())
 
 
@@ -181,7 +187,7 @@ def check_stream(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
             else:
                 assert read(chain, f"{PROMPT}{row.name} {call}", row) == side, row.name
             assert time.monotonic() - start < row.within + slack, row.name
-        assert ill.count(row.name) == (1 if row.after else row.requests), row.name
+        check_count(ill, row, 1 if row.after else row.requests)
         assert stands(chain, "closed 1" if row.after else row.breaker), row.name
         assert not (row.after and well.log), row.name
 
