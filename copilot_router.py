@@ -19,9 +19,10 @@ scripted provider · tier · configuration · one call · chain · command line.
 A section uses only what stands above it. A call enters at the chain and goes up the file.
 
 Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
-Deadlines are wall clock and cover everything; only a DNS look-up cannot be interrupted: the call
-ends after it. Everything may be shared by threads and used across a fork. No background thread is
-started, nothing happens at import; ``requests`` is imported with the first HTTP provider.
+Deadlines count elapsed time and cover everything; only a DNS look-up cannot be interrupted: the
+call ends after it. Everything may be shared by threads and used across a fork. No background
+thread is started, an import connects to nothing; ``requests`` is imported with the first HTTP
+provider.
 
 Everything raised is a RouterError, except a TypeError for an unknown option and what your own
 ``accept`` raises. Errors and responses pickle. Keys, prompts and answers are never in a log, an
@@ -400,7 +401,7 @@ def _passes_through(error: BaseException) -> bool:
     return mistake or _is_task_limit(error)
 
 
-class _Facts(NamedTuple):
+class _Circumstances(NamedTuple):
     """What the verdict depends on beside the error. Times in seconds."""
 
     overruled: str | None = None  #: by ``on_error``: next, raise or None
@@ -419,7 +420,7 @@ class _Verdict(NamedTuple):
     pause: float = 0.0  #: before a retry
 
 
-def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa: B008 - a constant
+def _judged(error: BaseException, facts: _Circumstances = _Circumstances()) -> _Verdict:  # noqa: B008 - a constant
     """What follows from an error. Pure; the breaker alone asks it without facts."""
     if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
         return _judged(error.__cause__, facts)._replace(then=facts.overruled or error.then)
@@ -450,7 +451,7 @@ def _judged(error: BaseException, facts: _Facts = _Facts()) -> _Verdict:  # noqa
     return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
 
 
-def _ended_by_the_call(error: BaseException, facts: _Facts) -> bool:
+def _ended_by_the_call(error: BaseException, facts: _Circumstances) -> bool:
     """Whether the call's deadline ended the attempt, not a silence limit."""
     silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
     late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, DeadlineExceeded))
@@ -1809,8 +1810,8 @@ class _Limits:
     """The time limits of one request. The one that runs out first names the error."""
 
     __slots__ = (
-        "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused", "silence", "since",
-        "stall", "started", "suspicious",
+        "blamed_after", "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused",
+        "silence", "since", "stall", "started",
     )  # fmt: skip
 
     def __init__(
@@ -1820,7 +1821,7 @@ class _Limits:
         self.since = time.monotonic()  #: since when the server has been silent while we wait
         self.connect_by, self.connecting = self.since + connect, False
         self.silence, self.stall = silence  #: before generation has begun, and after
-        self.suspicious, self.own_stall = own  #: the provider's: such a silence counts in any case
+        self.blamed_after, self.own_stall = own  #: such a silence is the server's fault in any case
         self.started = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
@@ -1844,7 +1845,7 @@ class _Limits:
         now = time.monotonic() + _EARLY
         silent = now - self.since
         over = now >= min(self.deadline, self.since + self.silence)
-        if silent >= min(self.silence, self.suspicious) and over:
+        if silent >= min(self.silence, self.blamed_after) and over:
             code = "stall_timeout" if self.started else "first_token_timeout"
             what = "no further data" if self.started else "no first token"
             return ProviderTimeout(f"{what} for {silent:.1f} s", code=code)
@@ -1860,13 +1861,13 @@ class _Limits:
         self.since = time.monotonic()
         if not self.started:
             self.started = True
-            self.silence, self.suspicious = self.stall, self.own_stall
+            self.silence, self.blamed_after = self.stall, self.own_stall
 
     def end_soon(self, seconds: float) -> None:
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
 
-class _Now:
+class _CurrentLimits:
     """The limits of the request that a connection serves. They change, its socket stays."""
 
     limits: _Limits
@@ -1966,7 +1967,7 @@ class _Limited:
     used = False
 
     def connect(self) -> None:
-        self.now = _Now()
+        self.now = _CurrentLimits()
         self.now.limits = limits = _sending.limits
         limits.connecting = True
         try:
@@ -2472,7 +2473,8 @@ def _json(data: bytes | str, what: str) -> Any:
 
 # ==== reading failures ============================================================================
 # What a failed answer means is read in this order: specific codes in the body, phrases in its
-# message, its generic type, a number in the body, the status; each from a vendor's own rows first.
+# message, its generic type, a number in the body, the status. A vendor's own rows come first at
+# their stage only: a shared phrase still comes before a vendor's status.
 # What the message repeats of the request is taken out before: a prompt may speak of invalid keys.
 
 #: Characters of a server's message that are shown, and that are searched.
@@ -2779,7 +2781,8 @@ def _class_of(
     for pattern, kind in (*rows.phrases, *_PHRASES):
         found = words.find(f"(?i){pattern}")
         if found and _may_mean(kind, status, report, found.group().lower()):
-            sure = (pattern, kind) in rows.phrases or status in (200, 401, 402, 403, 429)
+            fits = status in (200, 401, 402, 403, 429) or rows.statuses.get(status) is kind
+            sure = fits or (pattern, kind) in rows.phrases
             return kind, sure or kind not in (QuotaExceeded, AuthenticationError)
     number = status if status >= 300 else report.number or status
     if number in (404, 410) and (words.say(model or "model") or words.say("model")):
@@ -2900,7 +2903,7 @@ def _duration(text: str) -> float | None:
 # LLMResponse, and knows no vendor. A body of another form than a reader expects raises KeyError,
 # TypeError or the like in the reader; the collector makes it InvalidResponse.
 
-#: Portable options. Hints may be dropped where a vendor has none; the others never silently.
+#: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})  # fmt: skip
 _OPTIONS: frozenset[str] = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice",
@@ -3209,7 +3212,8 @@ def _counted(usage: Mapping[str, Any], *names: str) -> int:
 
 # -- to the answer
 
-_FactsFound = Iterator[tuple[Any, ...]]  #: see _Collector
+_Object = dict[str, Any]  #: as JSON has them
+_Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
 #: Finish reasons of all vendors, in lower case -> ours. A word that is not here stays as it came.
 _FINISHES = {word: reason for reason, words in {
     "stop": "stop end_turn stop_sequence tool_calls tool_use function_call eos eos_token completed"
@@ -3300,23 +3304,24 @@ class _Collector:
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
     call key id name arguments  a tool call or a piece of one; key None: a piece of the last
-    arguments key str           more arguments of a call, if that has begun
+    arguments key str           more arguments of call `key`; passed over if none has begun
     called id name arguments    a whole tool call
     extra key value             what must go back with that call
-    open key · closed key       a part of the answer has begun, is complete
+    open key · closed key       a part has begun, is complete; an answer with an open one is cut
     grow name str               a text that must go back with the message, in pieces
     keep name key item          an item of a list that may have to go back; key None: a new item
     piece name key field str    one field of such an item grows
     needed                      the items must go back
-    usage counts read           counts so far, and how to read them; missing ones stay as they were
+    usage dict function         counts, merged into those so far; function(all counts) -> Usage
     refusal · alive             the model refuses, in words · a sign of life
     choice index                the facts that follow are of this one of several: 0 is taken
-    stop reason · end           the finish reason (None: named, but empty) · the end marker
+    stop reason · end           the finish reason, "" if the server has none, None if the field is
+                                empty: then the end marker completes nothing · the end marker
     begin                       the answer begins, perhaps once more
     """
 
     def __init__(
-        self, call: _Call, read: Callable[[Any], _FactsFound],
+        self, call: _Call, read: Callable[[Any], _Facts],
         finishes: Mapping[str, str] = MappingProxyType({}),
         names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:  # fmt: skip
@@ -3325,7 +3330,7 @@ class _Collector:
         self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
         self.check: Callable[[], ProviderError | None] = lambda: None  #: is the time over?
         self._call, self._read = call, read
-        self._finishes = finishes  #: a vendor's words, before the shared ones
+        self._finishes = finishes  #: a vendor's words exactly as they come, before _FINISHES
         self._names = names  #: tools' names as they were sent -> as the caller knows them
         self._begin()
 
@@ -3403,7 +3408,7 @@ class _Collector:
                 what = f"the answer has not the form that it should have ({type(error).__name__})"
                 raise InvalidResponse(what) from None
 
-    def _watched(self, body: Any) -> _FactsFound:
+    def _watched(self, body: Any) -> _Facts:
         """The facts of a large event, with a look at the clock from time to time."""
         for at, fact in enumerate(self._read(body), 1):
             yield fact
@@ -3468,7 +3473,7 @@ class _Collector:
     def _take_arguments(self, key: Any, text: str) -> None:
         self.alive = True
         if key in self._by_key:
-            self._by_key[key]["pieces"].append(text)
+            self._by_key[key]["pieces"].append("" + text)  # TypeError if it is no text
 
     def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
         """Whether a piece with a name begins a new call, though an earlier one has its key."""
@@ -3666,17 +3671,17 @@ _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 class _HTTPProvider(LLMProvider):
     """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
 
-    A vendor's class gives its names, addresses, words and ``_prepare``, for all of the module.
+    A vendor's class declares its names, addresses, words for failures and ``_prepare``.
     """
 
-    _vendor: ClassVar[str]  #: its name in messages, in a configuration and for a tier
+    _vendor: ClassVar[str]  #: its name in messages and in `identity`
     _default_url: ClassVar[str]
-    _api_path: ClassVar[str] = ""  #: added to a base URL without a path
+    _api_path: ClassVar[str] = ""  #: added to a base URL without a path: the version
     _cut_paths: ClassVar[tuple[str, ...]] = ()  #: ends of a base URL that people copy along
     _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
-    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: hosts for a key of the environment; or .ends
+    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: where its key may go; .x.com: to hosts below
     _needs_model: ClassVar[bool] = True
     _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
     _rows: ClassVar[_Rows] = _Rows()
@@ -4341,13 +4346,11 @@ def _correction(
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by LM Studio,
 # llama.cpp, vLLM, OpenRouter and many others, and OpenAI's own Responses API.
 
-_Object = dict[str, Any]  #: as JSON has them
-
 #: Names under which servers send thinking that they want back as it came.
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
 
-def _chat_facts(body: _Object) -> _FactsFound:
+def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices = body.get("choices") or ()
     usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
@@ -4378,7 +4381,7 @@ def _chat_facts(body: _Object) -> _FactsFound:
     yield "model", body.get("model")
 
 
-def _chat_content(content: Any) -> _FactsFound:
+def _chat_content(content: Any) -> _Facts:
     """Content as parts, thinking among them (Magistral), or as an object (JSON modes)."""
     for part in [json.dumps(content)] if isinstance(content, dict) else content:
         fields = {"text": part} if isinstance(part, str) else _dict(part)
@@ -4389,7 +4392,7 @@ def _chat_content(content: Any) -> _FactsFound:
                 yield "thought", piece.get("text")
 
 
-def _chat_extras(message: _Object) -> _FactsFound:
+def _chat_extras(message: _Object) -> _Facts:
     """Thinking, tool calls and refusals."""
     name = next((name for name in _THOUGHT_KEYS if message.get(name)), None)
     if name is not None:
@@ -4548,7 +4551,7 @@ class _ResponsesFacts:
         self._come: dict[Any, str] = {}  #: texts and arguments by their place
         self._thought: set[Any] = set()  #: places of reasoning items that have come
 
-    def __call__(self, body: _Object) -> _FactsFound:
+    def __call__(self, body: _Object) -> _Facts:
         kind, at = str(body.get("type", "")).removeprefix("response."), body.get("output_index")
         ends = kind in ("completed", "incomplete", "failed", "cancelled")
         if ends or "output" in body or body.get("object") == "response":
@@ -4584,7 +4587,7 @@ class _ResponsesFacts:
         self._come[place] = text
         return text[len(come) :]
 
-    def _end(self, body: _Object) -> _FactsFound:
+    def _end(self, body: _Object) -> _Facts:
         status = body.get("status")
         if status == "failed":
             raise _InBandError({"error": body.get("error") or {"message": "the response failed"}})
@@ -4598,7 +4601,7 @@ class _ResponsesFacts:
         yield "stop", reason if status == "incomplete" else "completed"
         yield ("end",)
 
-    def _item(self, at: Any, item: _Object, whole: bool = True) -> _FactsFound:
+    def _item(self, at: Any, item: _Object, whole: bool = True) -> _Facts:
         kind, key = item.get("type"), ("item", at)
         yield ("alive",)
         if kind == "function_call":
@@ -4760,7 +4763,7 @@ _ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
 
 
-def _anthropic_facts(body: _Object) -> _FactsFound:
+def _anthropic_facts(body: _Object) -> _Facts:
     kind = body.get("type")
     if kind == "message_start":
         yield ("begin",)
@@ -4785,10 +4788,10 @@ def _anthropic_facts(body: _Object) -> _FactsFound:
         yield "stop", body.get("stop_reason") or ""
 
 
-def _anthropic_begins(at: int, block: _Object) -> _FactsFound:
+def _anthropic_begins(at: int, block: _Object) -> _Facts:
     kind = block.get("type")
     yield ("alive",)
-    yield "open", at + 0
+    yield "open", at + 0  # TypeError if it is no number
     yield "keep", "blocks", at, block
     if kind == "text":
         yield "text", block.get("text")
@@ -4799,7 +4802,7 @@ def _anthropic_begins(at: int, block: _Object) -> _FactsFound:
         yield ("needed",)
 
 
-def _anthropic_grows(at: int, delta: _Object) -> _FactsFound:
+def _anthropic_grows(at: int, delta: _Object) -> _Facts:
     name = _ANTHROPIC_GROWS.get(delta["type"])
     if name is None:
         return  # a citation, or something new
@@ -4980,7 +4983,7 @@ _NO_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _gemini_facts(body: _Object) -> _FactsFound:
+def _gemini_facts(body: _Object) -> _Facts:
     yield "model", body.get("modelVersion")
     yield "id", body.get("responseId")
     yield "usage", body.get("usageMetadata"), _gemini_usage
@@ -4998,7 +5001,7 @@ def _gemini_facts(body: _Object) -> _FactsFound:
         yield "stop", None if reason == "FINISH_REASON_UNSPECIFIED" else reason
 
 
-def _gemini_part_facts(part: _Object) -> _FactsFound:
+def _gemini_part_facts(part: _Object) -> _Facts:
     text, called, signed = part.get("text"), part.get("functionCall"), "thoughtSignature" in part
     if signed:
         yield ("alive",)
@@ -5129,7 +5132,7 @@ class GeminiProvider(_HTTPProvider):
 # drops the beginning of a prompt that does not fit, without a word.
 
 
-def _ollama_facts(body: _Object) -> _FactsFound:
+def _ollama_facts(body: _Object) -> _Facts:
     message = body.get("message") or {}
     yield "model", body.get("model")
     if thinking := message.get("thinking"):
@@ -5334,8 +5337,8 @@ class TierHealth(NamedTuple):
 class _Places:
     """The places of a tier with ``max_concurrency``.
 
-    A place refers to a common mark; the interpreter's count of references to it says how many there
-    are. So no exception, whenever it is raised, can lose one.
+    A place is an object that refers to a common mark: ``sys.getrefcount`` of the mark tells how
+    many are taken. So a place that an exception lost frees itself.
     """
 
     def __init__(self, most: int) -> None:
@@ -5522,8 +5525,9 @@ def _checked_params(params: Any, where: str) -> dict[str, Any]:
 
 # ==== configuration ===============================================================================
 # A chain from a mapping, a TOML file or the environment. Names, variables and addresses come from
-# the classes: a new provider needs one row in this table, and nothing else in these two sections.
+# the classes: a new provider needs one row in this table.
 
+#: Their order is that of the tiers in `from_env`; a name in capitals begins NAME_MODEL.
 _PROVIDERS: dict[str, type[_HTTPProvider]] = {
     "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider,
     "openai": OpenAIProvider, "anthropic": AnthropicProvider,
@@ -5880,8 +5884,8 @@ class _Try:
         left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
         if late and self.idle and tier.timeout is not None and given < tier.timeout:
-            given = left = 0.0  # it was in time; its reader was not
-        verdict = _judged(error, _Facts(
+            given = left = 0.0  # the server was in time; the caller was slow between deltas
+        verdict = _judged(error, _Circumstances(
             run.chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
             run.chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
         ))  # fmt: skip
@@ -6126,7 +6130,7 @@ class _Run:
 
     def deltas(self, found: LLMResponse | _Try) -> Generator[str, None, LLMResponse]:
         """The deltas of the answer. Until the first text another tier may still be asked."""
-        yield ""  # taken at once: closing or losing a generator that has begun runs its ``finally``
+        yield ""  # ChatStream takes it at once: only a generator that has begun runs its `finally`
         while isinstance(found, _Try):
             attempt, tier = found, found.tier
             response = yield from attempt.deltas()
@@ -6552,8 +6556,8 @@ class FailoverChain(LLMProvider):
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
-        A tier for each provider whose key or base URL is set (a local one: address), in the order
-        LM Studio, Ollama, Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models;
+        A tier for each provider whose key or base URL is set (a local one: address), local ones
+        first, then Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models;
         without one a call has to. ``settings``: the chain's arguments. The log says at INFO what
         was found. Raises ConfigError if nothing was.
         """

@@ -83,7 +83,9 @@ def test_lines_and_bodies_are_short_and_parameters_few() -> None:
         lines = (function.end_lineno or 0) + 1 - body[0].lineno if body else 0
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         taken = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
-        wide = function.name in ("chat", "stream") or re.fullmatch(r"(_HTTP)?[A-Z]\w*\.__init__", name)
+        wide = function.name in ("chat", "stream") or re.fullmatch(
+            r"(_HTTP)?[A-Z]\w*\.__init__", name
+        )
         if lines > 60 or (len(taken) > 6 and not wide):
             long.append(f"{name}, {lines} lines, {len(taken)} parameters")
     assert long == []
