@@ -420,7 +420,9 @@ class _Verdict(NamedTuple):
     pause: float = 0.0  #: before a retry
 
 
-def _judged(error: BaseException, facts: _Circumstances = _Circumstances()) -> _Verdict:  # noqa: B008 - a constant
+def _judged(
+    error: BaseException, facts: _Circumstances = _Circumstances()  # noqa: B008 - a constant
+) -> _Verdict:
     """What follows from an error. Pure; the breaker alone asks it without facts."""
     if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
         return _judged(error.__cause__, facts)._replace(then=facts.overruled or error.then)
