@@ -339,6 +339,16 @@ def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_ove
     assert seen == ["hm, ", "so", "yes"] and broken.partial == "yes"
 
 
+def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
+    """Its stream may hold nothing else, and they may come between the text."""
+    thought, answer = copilot_router.Thought("hm"), LLMResponse("yes")
+    mixed = chain_of(clock, tier("a", [thought, "y", thought, "es"]))
+    assert list(mixed.stream(PROMPT)) == ["y", "es"]
+    for thoughts, shown in ((True, [thought]), (False, [])):
+        stream = watched(clock, thought, response=answer).stream(PROMPT, thoughts=thoughts)
+        assert list(stream) == [*shown, "yes"] and stream.text == stream.response.text == "yes"
+
+
 # -- chains in chains
 def nested(clock: VirtualClock, *deltas: Any, **given: Any) -> FailoverChain:
     """A chain whose first tier is a chain, and whose second answers "b"."""
