@@ -347,6 +347,9 @@ def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
     for thoughts, shown in ((True, [thought]), (False, [])):
         stream = watched(clock, thought, response=answer).stream(PROMPT, thoughts=thoughts)
         assert list(stream) == [*shown, "yes"] and stream.text == stream.response.text == "yes"
+    weak = ProviderTier("a", Watched(thought, response=LLMResponse("[ESCALATE] hard")), ["a"])
+    chain = chain_of(clock, weak, tier("b", [thought, "no"]), escalation_model="b")
+    assert list(chain.stream(PROMPT, thoughts=True)) == [thought, thought, "no"]
 
 
 # -- chains in chains
