@@ -696,6 +696,7 @@ def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, 
 
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [({"messages": []}, "empty"),
+    ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "tool_calls is a str"),
     ({"messages": [{"role": "nobody", "content": "x"}]}, "nobody"), ({"tools": "weather"}, "tools"),
     ({"tools": F}, "tools"), ({"tools": [5]}, r"tools\[0\]"),
     ({"tools": [F, {"type": "function"}]}, r"tools\[1\]"),
