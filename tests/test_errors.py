@@ -127,14 +127,6 @@ def test_errors_of_a_chain_pickle(script: Exception) -> None:
     assert all(error.__traceback__ is None for error in caught.value.errors)
 
 
-def test_the_error_of_an_unknown_option_pickles_as_a_plain_type_error() -> None:
-    chain = FailoverChain([ProviderTier("a", ScriptedProvider(["fine"]))])
-    with pytest.raises(TypeError) as caught:
-        chain.chat("hi", colour="red")
-    other = pickle.loads(pickle.dumps(caught.value))
-    assert (type(other), other.args) == (TypeError, caught.value.args)
-
-
 def test_the_answer_of_a_failed_escalation_is_no_part_of_what_is_shown() -> None:
     tiers = [ProviderTier("a", ScriptedProvider(["the amber answer"]), ["m"])]
     with pytest.raises(EscalationFailed) as caught:

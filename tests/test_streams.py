@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import (
-    DONE, HEAD, PARTS, PROMPT, VirtualClock, Watched, answering, calls, chain_of, error_of, event,
-    failures, outcomes, scripted, serve, tier, whole,
+    DONE, HEAD, PARTS, PROMPT, Custom, VirtualClock, Watched, answering, calls, chain_of, error_of,
+    event, failures, outcomes, scripted, serve, tier, whole,
 )
 
 import copilot_router
@@ -71,9 +71,10 @@ def test_a_stream_waits_and_chooses_like_chat(clock):
 
 def test_an_answer_without_text_has_no_delta(clock):
     wanted = LLMResponse(tool_calls=[ToolCall("1", "f", {"x": 1})], usage=Usage(3, 4))
-    stream = watched(clock, response=wanted).stream(PROMPT)
-    assert list(stream) == [] and (stream.text, stream.response.usage) == ("", Usage(3, 4))
-    assert stream.response.tool_calls == wanted.tool_calls
+    for provider in (Watched(response=wanted), Custom(lambda **_: wanted)):
+        stream = chain_of(clock, ProviderTier("a", provider)).stream(PROMPT)
+        assert list(stream) == [] and (stream.text, stream.response.usage) == ("", Usage(3, 4))
+        assert stream.response.tool_calls == wanted.tool_calls
 
 
 # -- after it

@@ -169,13 +169,15 @@ def test_a_request_on_a_new_connection_is_not_sent_again_by_the_transport() -> N
         assert len(server.requests) == 1
 
 
-def test_all_kept_connections_may_have_been_dropped() -> None:
+@pytest.mark.parametrize("told", [b"", b"HTTP/1.1 408 Idle\r\nContent-Length: 9\r\n\r\n"])
+def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
     """The unseen retry takes a new connection and not the next kept one."""
     both = threading.Barrier(2)
     old: list[socket.socket] = []
 
     def one_answer_each(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if connection in old:
+            connection.sendall(told)
             return False
         if b'"first"' in request:
             both.wait(5)
