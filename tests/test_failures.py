@@ -370,6 +370,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (410, says("The model m has been retired.")),
+        (422, {"detail": ["Invalid model: m", 5]}),
     ],
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
@@ -400,6 +401,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
     ],
     ProviderTimeout: [(408, says("x", type="api_error"))],
+    InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
         (500, says("the moderation service is down")),

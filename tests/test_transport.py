@@ -475,10 +475,9 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
 
 
 def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
-    body = gzip.compress(bytes(1 << 24)) * 64  # a gigabyte
-    with peer(says(whole(body, "Content-Encoding: gzip"))) as server:
-        with provider(server.url, max_response_bytes=1 << 40) as client:
-            fails(client, ProviderTimeout, timeout=0.1, seconds=0.2)
+    bomb = whole(gzip.compress(bytes(1 << 24)) * 64, "Content-Encoding: gzip")  # a gigabyte
+    with peer(says(bomb)) as server, provider(server.url, max_response_bytes=1 << 40) as client:
+        fails(client, ProviderTimeout, timeout=0.1, seconds=0.2)
 
 
 MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
