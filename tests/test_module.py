@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import requests
 from support.stores import FakeClock, PlainStore, error_of, fail
 
 import copilot_router
@@ -38,8 +39,9 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(
     monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
     module, clock = load(), FakeClock()
     sqlite = module.SQLiteStore(tmp_path / "file")
-    provider = module.LMStudioProvider(base_url="http://127.0.0.1:9")
-    alone = module.CircuitBreaker(clock=clock)
+    session = requests.Session()
+    providers = [module.LMStudioProvider(session=given) for given in (None, session)]
+    alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
     shared = [
         module.CircuitBreaker(name=str(at), clock=clock, store=store)
         for at, store in enumerate([sqlite, module.MemoryStore(), PlainStore()])
@@ -55,11 +57,14 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(
             for hook in hooks:
                 hook.get(name, int)()
     assert alone.admit().is_trial  # the other one is the parent's
+    assert untouched.is_closed
     for breaker in shared:
         error_of(module.CircuitOpen, breaker.admit)
         breaker.reset()
         assert breaker.is_closed
-    provider.close()
+    for provider in providers:
+        provider.close()
+    session.close()
 
 
 def test_a_system_without_fork(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
