@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
 )
+from support.fakes import Watched
 from support.stores import (
     KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line, done, end, error_of,
     fail, in_a_thread, needs_fork, python, seconds_of,
@@ -32,7 +33,7 @@ from support.stores import (
 from copilot_router import (
     AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen, ConfigError,
     ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
-    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ScriptedProvider, ServerError,
+    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ServerError,
     StreamInterrupted, Ticket,
 )
 
@@ -208,13 +209,14 @@ def test_a_verdict_given_again_after_an_interrupt_counts_once():
         assert breaker.snapshot().failures == 1, point
 
 
-def test_a_stream_whose_trial_is_overtaken_goes_on_and_decides_nothing(clock):
-    breaker = CircuitBreaker(clock=clock)
-    fail(breaker)
+def test_a_stream_whose_trial_is_overtaken_decides_nothing(clock):
+    breaker = tripped(CircuitBreaker(1, clock=clock))
     clock.advance(15)
-    tier = ProviderTier("x", ScriptedProvider(["fine"]), breaker=breaker)
+    tier = ProviderTier("x", Watched("fine", ServerError("no")), breaker=breaker)
     overtake = lambda event: event.kind == "attempt" and breaker.open()  # noqa: E731
-    assert "".join(FailoverChain([tier], on_event=overtake, clock=clock).stream("hi")) == "fine"
+    stream = FailoverChain([tier], on_event=overtake, clock=clock).stream("hi")
+    assert next(stream) == "fine" and breaker.is_open
+    error_of(StreamInterrupted, list, stream)
     assert breaker.is_open and breaker.retry_after is None
 
 

@@ -38,30 +38,39 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(
     hooks: list[dict[str, Any]] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
     module, clock = load(), FakeClock()
-    sqlite = module.SQLiteStore(tmp_path / "file")
+    sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
     session = requests.Session()
     providers = [module.LMStudioProvider(session=given) for given in (None, session)]
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
     shared = [
         module.CircuitBreaker(name=str(at), clock=clock, store=store)
-        for at, store in enumerate([sqlite, module.MemoryStore(), PlainStore()])
+        for at, store in enumerate([sqlite, module.MemoryStore(), plain])
     ]
     breakers = [alone, *shared]
     for breaker in breakers:
         fail(breaker)
         clock.advance(15)
         assert breaker.admit().is_trial
-    for side in ("after_in_parent", "after_in_child"):
-        assert all(breaker.is_half_open for breaker in breakers)
-        for name in ("before", side):
+
+    def fork(side: str) -> None:
+        for when in ("before", side):
             for hook in hooks:
-                hook.get(name, int)()
+                hook.get(when, int)()
+
+    fork("after_in_parent")
+    assert all(breaker.is_half_open for breaker in breakers)
+    fork("after_in_child")
     assert alone.admit().is_trial  # the other one is the parent's
     assert untouched.is_closed
     for breaker in shared:
         error_of(module.CircuitOpen, breaker.admit)
         breaker.reset()
         assert breaker.is_closed
+    shared[2].open()
+    module.CircuitBreaker(name="2", clock=clock, store=plain).reset()  # of another process
+    assert shared[2].is_open
+    fork("after_in_child")
+    assert shared[2].is_closed  # the child does not go by what its parent has read
     for provider in providers:
         provider.close()
     session.close()

@@ -242,7 +242,7 @@ def test_a_trial_that_cannot_be_given_back_is_taken_over_after_its_lease(clock):
     assert mine.is_open
     store.error_of_swap = None
     clock.advance(40)
-    assert other.admit().is_trial
+    assert other.admit().is_trial and mine.is_half_open
 
 
 def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
