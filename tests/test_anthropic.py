@@ -81,9 +81,13 @@ def test_a_second_message_start_begins_again_or_breaks_the_answer() -> None:
     """As long as there is no text it costs nothing; behind text the answer would be two in one."""
     again = stream(started(input_tokens=3), started(input_tokens=3), *TEXT, stops("end_turn"), END)
     assert read("anthropic", again).text == "x"
+    thought = [block(0, type="thinking", thinking=""), grows(0, "thinking_delta", thinking="hm")]
+    hidden = stream(started(), *thought, started(), *TEXT, stops("end_turn"), END)
+    assert (read("anthropic", hidden).text, read("anthropic", hidden).reasoning) == ("x", None)
     broken = stream(started(), *TEXT, started(), *TEXT, stops("end_turn"), END)
-    with talking("anthropic", broken) as (provider, _), pytest.raises(InvalidResponse):
-        list(provider.stream("q", model="m", timeout=10))
+    for wire, options in ((broken, {}), (hidden, {"thoughts": True})):
+        with talking("anthropic", wire) as (provider, _), pytest.raises(InvalidResponse):
+            list(provider.stream("q", model="m", timeout=10, **options))
 
 
 def test_usage_counts_the_cache_apart_and_later_counts_replace() -> None:
@@ -240,10 +244,12 @@ def test_cache_control_of_tools_and_messages_stays_on_its_block() -> None:
     mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     history = [{"role": "system", "content": [{"type": "text", "text": "s", **mark}]},
                {"role": "user", "content": [{"type": "text", "text": "a", **mark},
-                                            {"type": "text", "text": "b"}]}]
+                                            {"type": "text", "text": "b"}]},
+               {"role": "user", "content": "whole", **mark}]
     body = sent("anthropic", history, [{**TOOLS[0], **mark}])
     assert body["system"] == [{"type": "text", "text": "s", **mark}]
-    assert body["messages"][0]["content"] == history[1]["content"]
+    assert body["messages"][0]["content"] == [*history[1]["content"],
+                                              {"type": "text", "text": "whole", **mark}]
     assert body["tools"][0]["cache_control"] == mark["cache_control"]
 
 

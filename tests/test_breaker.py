@@ -24,15 +24,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
 )
+from support.fakes import Watched
 from support.stores import (
-    KINDS, FakeClock, PlainStore, Stage, Wrapped, at_each_line, done, end, error_of, fail,
-    in_a_thread, needs_fork, python, seconds_of,
+    KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line, done, end, error_of,
+    fail, in_a_thread, needs_fork, python, seconds_of,
 )
 
 from copilot_router import (
     AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen, ConfigError,
-    ContextLengthExceeded, EmptyResponse, MemoryStore, ModelNotFound,
-    ProviderError, QuotaExceeded, RateLimited, ServerError,
+    ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
+    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ServerError,
     StreamInterrupted, Ticket,
 )
 
@@ -187,6 +188,36 @@ def test_the_first_verdict_counts(new):
     with breaker.admit() as ticket:
         ticket.failure()
     assert breaker.is_open
+    breaker.reset()
+    with contextlib.suppress(Boom), breaker.admit() as ticket:
+        ticket.success()
+        boom()
+    assert breaker.is_closed
+
+
+def test_a_verdict_given_again_after_an_interrupt_counts_once():
+    held: list[Ticket] = []
+    def make():
+        breaker = CircuitBreaker(store=PlainStore(), name="x")
+        held.append(breaker.admit())
+        return breaker
+    def interrupt(_):
+        raise Interrupted
+    work = lambda _: held[-1].failure("down")  # noqa: E731
+    for point, breaker in at_each_line(make, work, interrupt, event="call"):
+        held[-1].failure("down")
+        assert breaker.snapshot().failures == 1, point
+
+
+def test_a_stream_whose_trial_is_overtaken_decides_nothing(clock):
+    breaker = tripped(CircuitBreaker(1, clock=clock))
+    clock.advance(15)
+    tier = ProviderTier("x", Watched("fine", ServerError("no")), breaker=breaker)
+    overtake = lambda event: event.kind == "attempt" and breaker.open()  # noqa: E731
+    stream = FailoverChain([tier], on_event=overtake, clock=clock).stream("hi")
+    assert next(stream) == "fine" and breaker.is_open
+    error_of(StreamInterrupted, list, stream)
+    assert breaker.is_open and breaker.retry_after is None
 
 
 # -- verdicts

@@ -619,7 +619,9 @@ def test_a_bad_option_is_refused_before_anybody_is_asked(options, kind, match):
     provider = OpenAIProvider(KEY, "http://127.0.0.1:9/v1")
     chain = FailoverChain([ProviderTier("a", provider, ["m"]), tier("b", "x")])
     for call in both_ways(chain, "hi", **options):
-        assert type(error_of(kind, call, match=match)).__name__ == kind.__name__
+        error = error_of(kind, call, match=match)
+        assert type(error).__name__ == kind.__name__
+        assert type(pickle.loads(pickle.dumps(error))) is kind
     assert not calls(chain, "b") and failures(chain) == 0
 
 

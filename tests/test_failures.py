@@ -370,6 +370,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (410, says("The model m has been retired.")),
+        (422, {"detail": ["Invalid model: m", 5]}),
     ],
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
@@ -400,8 +401,10 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
     ],
     ProviderTimeout: [(408, says("x", type="api_error"))],
+    InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
+        (500, says("the moderation service is down")),
     ],
     Overloaded: [
         (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
@@ -452,6 +455,8 @@ def test_the_same_words_mean_the_same_inside_an_answer(kind: type, body: Any) ->
     """As a whole answer at status 200, and as an event in a stream."""
     assert type(refused(200, body)) is kind
     assert type(refused(200, f"data: {json.dumps(body)}\n\n")) is kind
+    begun = "data: " + json.dumps({"choices": [{"delta": {"role": "assistant"}}]}) + "\n\n"
+    assert type(refused(200, begun + json.dumps(body, indent=1) + "\n")) is kind
 
 
 @pytest.mark.parametrize("vendor", [AnthropicProvider, GeminiProvider, OllamaProvider])
@@ -565,6 +570,13 @@ def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None
     prompt = "what does it mean: model overloaded, context length, tools not supported?"
     for kind, status in ((ServerError, 500), (BadRequest, 400), (RateLimited, 429)):
         assert type(refused(status, says(f"cannot read '{prompt}'"), messages=prompt)) is kind
+
+
+def test_a_server_may_say_itself_what_a_very_large_request_says_too() -> None:
+    prompt = "please explain insufficient balance to me " * 4000
+    echo = "in: please explain insufficient balance to me"
+    for words, kind in ((echo, BadRequest), (f"{echo}. Insufficient balance!", QuotaExceeded)):
+        assert type(refused(400, says(words), messages=prompt)) is kind
 
 
 # -- how long to wait
@@ -688,6 +700,8 @@ def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], st
     error = refused(status, says(f"no: {change(prompt)}!"), messages=messages)
     assert "garden behind" not in str(error).lower()
     assert "***" in str(error)
+    error = refused(status, says(f"\u0130: {prompt}"), messages=messages)  # lower() makes it longer
+    assert str(error) == "\u0130: ***"
 
 
 def test_no_text_of_the_answer_is_shown_by_an_error_inside_it() -> None:
@@ -708,9 +722,12 @@ def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixtu
         connection.sendall(odd + b"Content-Length: 0\r\nX: y\r\n\r\n")
         return False
 
-    with peer(serve) as server, pytest.raises(ProviderError):
-        OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
-    assert SECRET not in caplog.text
+    with peer(serve) as server:
+        with pytest.raises(ProviderError):
+            OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
+        assert SECRET not in caplog.text
+        requests.get(f"{server.url}?mine=1", timeout=5)
+    assert "?mine=1" in caplog.text  # a request of the user's own is logged as ever
 
 
 def test_a_message_shows_no_control_characters_and_is_clipped() -> None:

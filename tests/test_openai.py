@@ -310,7 +310,9 @@ CARRIED: list[dict[str, Any]] = [
     {"tool_calls": [{"index": 0, **CALL, "extra_content": {"google": {"thought_signature": "S"}}}]},
     *({**fields, "tool_calls": [{"index": 0, **CALL}]} for fields in (
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "S", "id": "c1"}]},
-        {"reasoning_opaque": "S"}, {"reasoning_content": "First S"}, {"reasoning": "First S"})),
+        {"reasoning_opaque": "S"}, {"reasoning_content": "First S"}, {"reasoning": "First S"},
+        {"reasoning_content": "S", "reasoning_details": [{"type": "reasoning.text", "text": "S"}]},
+    )),
 ]
 
 
@@ -331,6 +333,30 @@ def test_opaque_fields_go_back_to_the_same_server_and_model_only(fields: dict[st
             assert own[name] == value
     for one in (foreign, stranger.bodies[0]["messages"][1]):
         assert one == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def test_pieces_of_reasoning_details_go_back_as_whole_items() -> None:
+    """They belong together by type, index and id."""
+    def item(kind: str, index: Any, **fields: Any) -> dict[str, Any]:
+        return {"type": f"reasoning.{kind}", "index": index, **fields}
+
+    come = [item("text", 0, text="First "), item("text", 0, text="this.", signature=None),
+            item("text", 0, text=None, signature="S"), item("summary", 1, summary="a"),
+            item("summary", 1, summary="b"), item("text", None, text="x"),
+            item("text", None, text="y")]
+    events = [delta(content="", reasoning_details=[one]) for one in come]
+    wire = stream(*events, delta(tool_calls=[{"index": 0, **CALL}]), delta("tool_calls"))
+    with talking("chat", wire) as (provider, server):
+        found = provider.chat([USER], TOOLS, "m", timeout=5)
+        provider.chat([USER, found.message, RESULT], TOOLS, "m", timeout=5)
+    assert found.reasoning == "First this.abxy"
+    assert server.bodies[1]["messages"][1]["reasoning_details"] == [
+        item("text", 0, text="First this."), come[2], item("summary", 1, summary="ab"), *come[5:]]
+
+
+def test_a_servers_own_kind_of_tool_is_sent_as_it_is() -> None:
+    tools = [{"type": "web_search", "filters": {"allowed": ["x"]}}, *TOOLS]
+    assert sent("chat", tools=tools)["tools"] == tools
 
 
 def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import re
+import sys
+import threading
+import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ from typing import Any
 import pytest
 import requests
 import responses
+from support.server import Canned, Server, reply, talking
 
 import copilot_router
 from copilot_router import (
@@ -85,7 +92,7 @@ def key_sent(client: Any) -> str | None:
         ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
         ("https://r.openai.azure.com/openai/deployments/d?api-version=1",
          "https://r.openai.azure.com/openai/deployments/d"),
-        ("http://me:pass@h/v1", "http://h/v1"),
+        ("http://me:pass@h/v1", "http://h/v1"), ("http://[::1", "http://[::1/v1"),
     ],
 )  # fmt: skip
 @without_key
@@ -262,6 +269,34 @@ def test_a_key_may_be_a_function_that_is_asked_for_each_request(mocked: Any) -> 
         assert "sk-test" not in f"{caught.value} {caught.value!r}"
 
 
+def limit(name: str) -> type[Exception]:
+    return type(name, (Exception,), {})
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [("celery.exceptions", limit("SoftTimeLimitExceeded")), ("none", AssertionError),
+     ("rq.timeouts", limit("BaseTimeoutException")), ("none", KeyboardInterrupt)],
+)  # fmt: skip
+def test_what_is_not_the_servers_fault_passes_through(
+    module: str, error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a task's time, in a key's function too, and mistakes."""
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{error.__name__: error}))
+
+    def over(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with requests.Session() as session:
+        session.mount("https://", canned := Canned())
+        canned.send = over  # type: ignore[method-assign]
+        asked = [OpenAIProvider(KEY, BASE, session=session), OpenAIProvider(over, BASE)]
+        for client in asked[: 1 if error is AssertionError else 2]:
+            for ask in (client.ping, lambda one=client: one.chat("hi", model="m")):
+                with pytest.raises(error):
+                    ask()
+
+
 # -- requests
 
 
@@ -360,6 +395,51 @@ def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
 def test_an_unknown_setting_names_the_class_and_the_nearest() -> None:
     with pytest.raises((TypeError, ConfigError), match=r"OpenAIProvider.*stall_timeout"):
         OpenAIProvider(KEY, BASE, stall_timout=1)  # type: ignore[call-arg]
+
+
+# -- sessions
+
+
+def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment's settings are looked up once."""
+    real, looked = requests.Session.merge_environment_settings, threading.Semaphore(0)
+    made: list[Any] = []
+
+    def slowly(self: Any, *args: Any) -> Any:
+        made.append(self)
+        looked.release()
+        time.sleep(0.2)  # in which the other thread comes to the lock
+        return real(self, *args)
+
+    monkeypatch.setattr(requests.Session, "merge_environment_settings", slowly)
+    with talking("chat", reply(WHOLE)) as (client, server):
+        threads = [threading.Thread(target=client.chat, args=("q", None, "m")) for _ in range(2)]
+        threads[0].start()
+        assert looked.acquire(timeout=5)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        assert (len(made), len(server.requests)) == (1, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_opens_a_session_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fresh module registers is called as a fork calls it. A user's session stays."""
+    hooks: list[dict[str, Any]] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **found: hooks.append(found))
+    monkeypatch.delitem(sys.modules, "copilot_router")
+    fresh = importlib.import_module("copilot_router")
+    with Server(reply(WHOLE)) as server, requests.Session() as session:
+        clients = [fresh.OpenAIProvider(KEY, server.url, session=one) for one in (None, session)]
+        for client in clients * 2:
+            assert client.chat("q", model="m", timeout=5).text == "fine"
+        for hook in [one[when] for when in ("before", "after_in_child") for one in hooks
+                     if when in one]:
+            hook()
+        for client in clients:
+            assert client.chat("q", model="m", timeout=5).text == "fine"
+        assert server.connections == 3
+        clients[0].close()
 
 
 # -- ping

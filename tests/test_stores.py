@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,19 @@ def test_separate_counts_and_local_trouble_are_not_written(clock):
     stage.play("2 c:closed c:failures=2 c:F c:open")
 
 
+def test_a_trial_that_cannot_be_given_back_is_taken_over_after_its_lease(clock):
+    store = Wrapped(PlainStore(), clock)
+    mine, other = (breaker_on(store, clock, trial_timeout=40) for _ in "ab")
+    fail(mine)
+    clock.advance(15)
+    trial, store.error_of_swap = mine.admit(), DOWN
+    end(trial, ProviderUnavailable("refused"))
+    assert mine.is_open
+    store.error_of_swap = None
+    clock.advance(40)
+    assert other.admit().is_trial and mine.is_half_open
+
+
 def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     """The others closed it meanwhile. Said once at each edge, as a warning and as information."""
     caplog.set_level("INFO", "copilot_router")
@@ -350,6 +364,60 @@ def test_a_blocked_store_blocks_one_thread():
     waiting.join(10)
     assert breaker.is_closed
     assert store.store.load("x")[0].failures == breaker.snapshot().failures == 1
+
+
+def test_while_a_store_hangs_another_caller_gets_the_trial(clock, shared, monkeypatch):
+    breaker = breaker_on(shared, clock)
+    fail(breaker)
+    clock.advance(15)
+    entered, hold = threading.Event(), threading.Event()
+    def block(name):
+        shared.before = None
+        entered.set()
+        assert hold.wait(10)
+    shared.before = block
+    (waiting,) = in_threads(1, lambda: breaker.state)
+    assert entered.wait(10)
+    error_of(CircuitOpen, breaker.admit)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 1)
+    trial = breaker.admit()
+    error_of(CircuitOpen, breaker.admit)
+    hold.set()
+    waiting.join(10)
+    trial.success()
+    assert breaker.is_closed and breaker_on(shared, clock).is_closed
+
+
+@pytest.mark.parametrize("where", ["_change_alone", "_set"])
+def test_a_thread_that_saw_the_store_busy_may_go_on_late(where):
+    """It stops in its own change, and goes on at any point of the change it had seen."""
+    def make():
+        store, made = Wrapped(MemoryStore()), SimpleNamespace(threads=[])
+        made.stopped, made.go = threading.Event(), threading.Event()
+        breaker = made.breaker = breaker_on(store, FakeClock(), failure_threshold=10)
+        made.tickets = [breaker.admit(), breaker.admit()]
+        def stop(at):
+            if at[0] == where:
+                made.stopped.set()
+                made.go.wait(10)
+        def hold(name):
+            store.before = None
+            late = lambda: stores.traced(made.tickets[1].failure, stop, "call")  # noqa: E731
+            made.threads = in_threads(1, late)
+            assert made.stopped.wait(10)
+            raise DOWN
+        store.before = hold
+        return made
+    def go_on(made):
+        made.go.set()
+        for thread in made.threads:
+            thread.join(10)
+    def work(made):
+        made.tickets[0].failure()
+        go_on(made)
+    for point, made in at_each_line(make, work, go_on, event="call"):
+        assert made.breaker.snapshot().failures == 2, point
 
 
 def test_user_code_runs_without_a_lock(clock, shared):

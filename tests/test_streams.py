@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import (
-    DONE, HEAD, PARTS, PROMPT, VirtualClock, Watched, answering, calls, chain_of, error_of, event,
-    failures, outcomes, scripted, serve, tier, whole,
+    DONE, HEAD, PARTS, PROMPT, Custom, VirtualClock, Watched, answering, calls, chain_of, error_of,
+    event, failures, outcomes, scripted, serve, tier, whole,
 )
 
 import copilot_router
@@ -71,9 +71,10 @@ def test_a_stream_waits_and_chooses_like_chat(clock):
 
 def test_an_answer_without_text_has_no_delta(clock):
     wanted = LLMResponse(tool_calls=[ToolCall("1", "f", {"x": 1})], usage=Usage(3, 4))
-    stream = watched(clock, response=wanted).stream(PROMPT)
-    assert list(stream) == [] and (stream.text, stream.response.usage) == ("", Usage(3, 4))
-    assert stream.response.tool_calls == wanted.tool_calls
+    for provider in (Watched(response=wanted), Custom(lambda **_: wanted)):
+        stream = chain_of(clock, ProviderTier("a", provider)).stream(PROMPT)
+        assert list(stream) == [] and (stream.text, stream.response.usage) == ("", Usage(3, 4))
+        assert stream.response.tool_calls == wanted.tool_calls
 
 
 # -- after it
@@ -337,6 +338,19 @@ def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_ove
             assert list(chain.stream(PROMPT, **options)) == ["yes"]
         seen, broken = read(chain.stream(PROMPT, thoughts=True))
     assert seen == ["hm, ", "so", "yes"] and broken.partial == "yes"
+
+
+def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
+    """Its stream may hold nothing else, and they may come between the text."""
+    thought, answer = copilot_router.Thought("hm"), LLMResponse("yes")
+    mixed = chain_of(clock, tier("a", [thought, "y", thought, "es"]))
+    assert list(mixed.stream(PROMPT)) == ["y", "es"]
+    for thoughts, shown in ((True, [thought]), (False, [])):
+        stream = watched(clock, thought, response=answer).stream(PROMPT, thoughts=thoughts)
+        assert list(stream) == [*shown, "yes"] and stream.text == stream.response.text == "yes"
+    weak = ProviderTier("a", Watched(thought, response=LLMResponse("[ESCALATE] hard")), ["a"])
+    chain = chain_of(clock, weak, tier("b", [thought, "no"]), escalation_model="b")
+    assert list(chain.stream(PROMPT, thoughts=True)) == [thought, thought, "no"]
 
 
 # -- chains in chains

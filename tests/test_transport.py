@@ -169,13 +169,15 @@ def test_a_request_on_a_new_connection_is_not_sent_again_by_the_transport() -> N
         assert len(server.requests) == 1
 
 
-def test_all_kept_connections_may_have_been_dropped() -> None:
+@pytest.mark.parametrize("told", [b"", b"HTTP/1.1 408 Idle\r\nContent-Length: 9\r\n\r\n"])
+def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
     """The unseen retry takes a new connection and not the next kept one."""
     both = threading.Barrier(2)
     old: list[socket.socket] = []
 
     def one_answer_each(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if connection in old:
+            connection.sendall(told)
             return False
         if b'"first"' in request:
             both.wait(5)
@@ -191,6 +193,15 @@ def test_all_kept_connections_may_have_been_dropped() -> None:
             thread.join(5)
         assert ask(client, "second") == "good"
         assert server.connections == 3
+
+
+def test_more_connections_at_once_than_are_kept() -> None:
+    with peer(healthy) as server, provider(server.url) as client:
+        streams = [client.stream("hi", model="m", timeout=20) for _ in range(101)]
+        assert [next(stream) for stream in streams] == ["good"] * 101
+        assert not any(list(stream) for stream in streams)
+        assert ask(client) == "good"
+        assert server.connections == 101
 
 
 def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
@@ -307,6 +318,9 @@ def test_an_address_that_swallows_packets_costs_its_share_once(resolved: Any) ->
             client.close()
             with within(0.1):
                 assert ask(client) == "good"
+        with provider("http://one.invalid", connect_timeout=0.1) as client:
+            resolved(full.getsockname()[1])
+            fails(client, ProviderUnavailable, match="connect timeout", seconds=0.3)
 
 
 def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
@@ -449,6 +463,23 @@ def test_chunks_count_and_not_what_stands_beside_or_behind_them(more: str) -> No
         assert [ask(client) for _ in range(2)] == ["good"] * 2
 
 
+def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE)[:-2])
+        server.drip(connection, b"X: y\r\n\r\n", 0.01)
+        return True
+
+    with peer(serve) as server, provider(server.url) as client:
+        assert [ask(client) for _ in range(2)] == ["good"] * 2
+        assert server.connections == 1
+
+
+def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
+    bomb = whole(gzip.compress(bytes(1 << 24)) * 64, "Content-Encoding: gzip")  # a gigabyte
+    with peer(says(bomb)) as server, provider(server.url, max_response_bytes=1 << 40) as client:
+        fails(client, ProviderTimeout, timeout=0.1, seconds=0.2)
+
+
 MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
 
 
@@ -521,6 +552,23 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
         assert len(server.requests) == 4
         client = OpenAIProvider(KEY, server.url, session=session)
         assert ask(client, timeout=float("inf"), first_token_timeout=float("inf")) == "good"
+        client = OpenAIProvider(KEY, f"http://127.0.0.1:{closed_port()}", session=session)
+        fails(client, ProviderUnavailable, match="refused")
+
+
+@pytest.mark.parametrize(("kind", "said"), [(RecursionError, "gevent"), (AttributeError, "Attr")])
+def test_a_session_of_the_users_that_is_at_fault_is_unavailable(kind: Any, said: str) -> None:
+    class Faulty(requests.adapters.BaseAdapter):
+        def send(self, *_: Any, **__: Any) -> Any:
+            raise kind("at fault")
+
+        def close(self) -> None:
+            pass
+
+    with requests.Session() as session:
+        session.mount("http://", Faulty())
+        fails(OpenAIProvider(KEY, "http://127.0.0.1:9", session=session),
+              ProviderUnavailable, match=said)  # fmt: skip
 
 
 # -- proxies

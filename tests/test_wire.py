@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -348,6 +349,45 @@ def test_a_body_is_read_by_its_first_bytes_and_not_by_its_label(dialect: Dialect
         assert (response.content, called(response)) == ("Hello, world", list(CALLS[:1])), wire
 
 
+def test_events_in_lines_may_follow_a_line_that_is_none() -> None:
+    lines = [json.dumps(one) for one in ({"id": "r"}, delta(content="a"), delta(content="b"), STOP)]
+    assert read("chat", reply("\n".join(lines).encode())).text == "ab"
+    for odd in ("{", "oops", '{"a": 1} {}'):
+        wire = reply("\n".join([*lines[:2], odd, *lines[2:]]).encode())
+        assert isinstance(read("chat", wire), InvalidResponse)
+
+
+def test_an_answer_of_too_many_values_is_not_read() -> None:
+    """They would take many times the memory of their text."""
+    text = json.dumps(message(content="x"))[:-1]
+    for many, kind in ((180_000, LLMResponse), (200_000, InvalidResponse)):
+        values = "{}," * many if kind is InvalidResponse else " " * 3 * many
+        found = read("chat", reply(f'{text}, "more": [{values}{{}}]}}'.encode()))
+        assert type(found) is kind
+        assert getattr(found, "code", "too_large") == "too_large"
+
+
+@pytest.mark.quiet
+def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a large answer looks at it from time to time."""
+    canned, real = Canned(), time.monotonic
+    canned.pieces = [json.dumps(message(content=[{"text": "x"}] * 9000)).encode()]
+    with requests.Session() as session:
+        session.mount("http://", canned)
+        provider = OpenAIProvider(KEY, "http://h", session=session)
+        for jump in itertools.count(1):
+            looks = itertools.count()
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "monotonic", lambda n=looks, at=jump: real() + 99 * (
+                    next(n) >= at))
+                try:
+                    assert provider.chat("q", model="m", timeout=50).text == "x" * 9000
+                except ProviderTimeout:
+                    continue
+            break
+    assert jump > 35  # as often as 9000 / 256, at least
+
+
 def test_raw_control_characters_in_json_strings_are_read(dialect: Dialect) -> None:
     answer = Answer(text=("a\tb", "\x01c"))
     for wire in (b"".join(dialect.events(answer)), json.dumps(dialect.body(answer)).encode()):
@@ -427,6 +467,7 @@ ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
         "item": {"type": "reasoning", "id": "r", "summary": []}}),
     ("responses", {"type": "response.reasoning_summary_text.delta", "delta": "x"}),
     ("responses", {"type": "response.reasoning_text.delta", "delta": "x"}),
+    ("responses", {"type": "response.code_interpreter_call_code.delta", "delta": "x"}),
     ("anthropic", {"type": "content_block_start", "index": 0,
         "content_block": {"type": "thinking", "thinking": ""}}),
     ("anthropic", {"type": "content_block_start", "index": 0,
@@ -696,6 +737,7 @@ def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, 
 
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [({"messages": []}, "empty"),
+    ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "tool_calls is a str"),
     ({"messages": [{"role": "nobody", "content": "x"}]}, "nobody"), ({"tools": "weather"}, "tools"),
     ({"tools": F}, "tools"), ({"tools": [5]}, r"tools\[0\]"),
     ({"tools": [F, {"type": "function"}]}, r"tools\[1\]"),
@@ -931,6 +973,35 @@ def test_what_a_server_repeats_of_the_request_teaches_nothing(place: str, text: 
         assert chain.health()[0].learned == {"m": {"temperature": "drop"}}
 
 
+@pytest.mark.parametrize(("status", "kept"), [(429, True), (500, True), (422, False)])
+def test_a_correction_is_forgotten_only_if_the_corrected_request_is_refused(status: int,
+        kept: bool) -> None:
+    refusal = reply({"error": {"message": "Unsupported value: 'temperature'"}}, 400)
+    last = reply({"error": {"message": "no"}}, status)
+    with talking("chat", refusal, last) as (provider, server):
+        chain = chain_of(provider)
+        with pytest.raises((AllProvidersFailed, ProviderError)):
+            chain.chat("q", temperature=0.5, timeout=5)
+        assert chain.health()[0].learned.get("m", {}) == ({"temperature": "drop"} if kept else {})
+        assert ["temperature" in body for body in server.bodies][:2] == [True, False]
+
+
+@pytest.mark.parametrize(("number", "options"), [*((at, {}) for at in (1, 3, 4, 5)),
+                                                 (3, {"reasoning_effort": "high"})])
+def test_a_model_that_shows_no_thoughts_is_asked_without_them(number: int, options: Any) -> None:
+    """It is learned, so that the next request is the right one at once."""
+    dialect = DIALECTS[number]
+    refusal = reply({"error": {"message": "thinking is not supported by this model"}}, 400)
+    with served(dialect, refusal, Answer()) as (server, provider):
+        chain = chain_of(provider)
+        for _ in range(2):
+            stream = chain.stream("q", thoughts=True, timeout=5, **options)
+            assert "".join(stream) == "Hello, world"
+        assert chain.health()[0].learned == {"m": {"thoughts": "drop"}}
+        first, *others = server.bodies
+        assert first != others[0] == others[1]
+
+
 # -- histories
 
 
@@ -1073,6 +1144,7 @@ def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> N
         {"role": "tool", "tool_call_id": "same", "content": [{"type": "text", "text": "first"}]},
         {"role": "tool", "tool_call_id": "", "content": ""},
         {"role": "tool", "tool_call_id": "stranger", "content": "lost"},
+        {"role": "tool", "tool_call_id": "other", "content": [{"type": "text", "text": "astray"}]},
         {"role": "tool", "tool_call_id": "long" * 20, "content": "long one"},
         {"role": "user", "content": " \n"}, {"role": "assistant", "content": None},
         {"role": "assistant", "content": "so"}]
@@ -1083,7 +1155,8 @@ def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> N
         assert not vendor.refusals
     assert (history, TOOLS) == before
     text = json.dumps(vendor.bodies[0])
-    for one in ("hello", "be brief", "look", "iVBORw0KGgo=", "first", "no result", "lost", "so"):
+    for one in ("hello", "be brief", "look", "iVBORw0KGgo=", "first", "no result", "lost", "astray",
+                "so"):
         assert one in text
 
 
@@ -1131,6 +1204,21 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
             with pytest.raises(UnsupportedRequest):
                 provider.chat(messages, tools, "m-1")
         assert (len(vendor.requests), vendor.refusals) == (able, [])
+
+
+@pytest.mark.parametrize(("role", "part", "error", "told"), [
+    ("user", {"type": "image_url", "image_url": {"url": ""}}, BadRequest, "no URL"),
+    ("user", {"type": "image_url"}, BadRequest, "no URL"),
+    ("user", {"type": "file", "file": {"file_id": "f"}}, BadRequest, "no URL"),
+    ("system", {"type": "image_url", "image_url": "data:image/png;base64,QQ=="},
+        UnsupportedRequest, "only text")])
+@pytest.mark.parametrize("name", ["anthropic", "gemini"])
+def test_parts_without_an_address_or_in_the_wrong_place_are_not_sent(name: str, role: str,
+        part: Any, error: Any, told: str) -> None:
+    with at(name) as (vendor, provider):
+        with pytest.raises(error, match=told):
+            provider.chat([{"role": role, "content": [part]}, USER], model="m-1")
+        assert not vendor.requests
 
 
 @pytest.mark.parametrize("name", ["anthropic", "gemini"])

@@ -1,0 +1,98 @@
+"""The module as a whole: loaded anew, around a fork, and with parts of its surroundings missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import requests
+from support.stores import FakeClock, PlainStore, error_of, fail
+
+import copilot_router
+
+KEY = "sk-test-module-key-1234567890"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """``load()``: the module once more, under another name; nothing of it acts at a real fork."""
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None, raising=False)
+
+    def fresh() -> Any:
+        spec: Any = importlib.util.spec_from_file_location("loaded_anew", copilot_router.__file__)
+        made = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, made)
+        spec.loader.exec_module(made)
+        return made
+
+    return fresh
+
+
+def test_what_was_made_before_a_fork_works_in_parent_and_child(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    hooks: list[dict[str, Any]] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
+    module, clock = load(), FakeClock()
+    sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
+    session = requests.Session()
+    providers = [module.LMStudioProvider(session=given) for given in (None, session)]
+    alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
+    shared = [
+        module.CircuitBreaker(name=str(at), clock=clock, store=store)
+        for at, store in enumerate([sqlite, module.MemoryStore(), plain])
+    ]
+    breakers = [alone, *shared]
+    for breaker in breakers:
+        fail(breaker)
+        clock.advance(15)
+        assert breaker.admit().is_trial
+
+    def fork(side: str) -> None:
+        for when in ("before", side):
+            for hook in hooks:
+                hook.get(when, int)()
+
+    fork("after_in_parent")
+    assert all(breaker.is_half_open for breaker in breakers)
+    fork("after_in_child")
+    assert alone.admit().is_trial  # the other one is the parent's
+    assert untouched.is_closed
+    for breaker in shared:
+        error_of(module.CircuitOpen, breaker.admit)
+        breaker.reset()
+        assert breaker.is_closed
+    shared[2].open()
+    module.CircuitBreaker(name="2", clock=clock, store=plain).reset()  # of another process
+    assert shared[2].is_open
+    fork("after_in_child")
+    assert shared[2].is_closed  # the child does not go by what its parent has read
+    for provider in providers:
+        provider.close()
+    session.close()
+
+
+def test_a_system_without_fork(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "register_at_fork")
+    assert load().ScriptedProvider(["fine"]).chat("hi").text == "fine"
+
+
+def test_without_requests_only_http_providers_are_missing(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load()
+    monkeypatch.setitem(sys.modules, "requests", None)
+    error_of(ImportError, module.OpenAIProvider, KEY, match="pip install requests")
+    assert module.ScriptedProvider(["fine"]).chat("hi").text == "fine"
+
+
+def test_a_version_that_lacks_what_the_limits_build_on_is_named(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load()
+    monkeypatch.delattr("urllib3.connectionpool.ConnectionPool.QueueCls")
+    error_of(module.ConfigError, module.OpenAIProvider, KEY, match="QueueCls: install requests")
