@@ -1494,7 +1494,7 @@ class SQLiteStore:
             import sqlite3  # not while a child is forked: it would wait for the import
 
             connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
-            with contextlib.closing(connection):
+            try:
                 connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if version not in (0, self._version):
@@ -1508,6 +1508,8 @@ class SQLiteStore:
                     connection.execute("COMMIT")
                 cursor = connection.execute(statement, values)
                 return cursor.rowcount, cursor.fetchall()
+            finally:
+                connection.close()
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
