@@ -1494,7 +1494,7 @@ class SQLiteStore:
             import sqlite3  # not while a child is forked: it would wait for the import
 
             connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
-            try:
+            with contextlib.closing(connection):
                 connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if version not in (0, self._version):
@@ -1508,8 +1508,6 @@ class SQLiteStore:
                     connection.execute("COMMIT")
                 cursor = connection.execute(statement, values)
                 return cursor.rowcount, cursor.fetchall()
-            finally:
-                connection.close()
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
@@ -1933,7 +1931,7 @@ class _IdleConnections(deque[Any]):
 
 
 #: Private names of other packages that the code below builds on, by module.
-_HOOKS = {
+_HOOKS = {} if sys.platform == "emscripten" else {  # it has no sockets, so no limits of its own
     "http.client": "HTTPResponse._read_status HTTPConnection._tunnel",
     "urllib3.connection": "HTTPConnection._new_conn HTTPSConnection._connect_tls_proxy",
     "urllib3.connectionpool": "HTTPConnectionPool.ConnectionCls HTTPConnectionPool.QueueCls",
@@ -2750,11 +2748,17 @@ _KEY_LIKE = (
 )
 
 
-def _masked(message: str, secrets: Iterable[str]) -> str:
-    """One clipped line without keys and control characters."""
+def _hidden(message: str, secrets: Iterable[str]) -> str:
+    """The message without these keys, at its whole length."""
     for secret in secrets:
         if len(secret) >= 4:
             message = re.sub(rf"(?i){re.escape(secret)}", "***", message)
+    return message
+
+
+def _masked(message: str, secrets: Iterable[str]) -> str:
+    """One clipped line without keys and control characters."""
+    message = _hidden(message, secrets)
     message = _pattern(_KEY_LIKE).sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
@@ -3374,6 +3378,9 @@ class _Collector:
         try:
             body = _json(data, "an event")
         except InvalidResponse:
+            if name == "error":
+                said = data[:_READ_SIZE].decode("utf-8", "replace")
+                raise _InBandError({"error": {"message": said}}) from None
             if self.complete or _is_heartbeat(data):
                 return
             raise
@@ -3388,7 +3395,7 @@ class _Collector:
 
     def take_value(self, body: Any) -> None:
         if type(body) is not dict:
-            if isinstance(body, str) and body:
+            if isinstance(body, str) and body and not self.complete:
                 raise InvalidResponse("an event is a text")
             for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
                 self.take_value(item)
@@ -3453,7 +3460,8 @@ class _Collector:
         call_id, name = _clean(call_id), _clean(name)
         call = self._by_key.get(key)
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
-            call = self._calls[-1]
+            known = (one for one in self._calls if call_id and one["id"] == call_id)
+            call = next(known, self._calls[-1])
         if call and name and call["name"] and self._is_another(call, call_id, name):
             call = None
         if call is None:
@@ -3668,6 +3676,7 @@ _TAKERS = {name[6:]: taker for name, taker in vars(_Collector).items() if name[:
 
 # ==== HTTP provider ===============================================================================
 
+_ERROR_SIZE = 256 * 1024  #: bytes of a failed answer that are read for its message
 #: What is shown of a Content-Type: a server may echo a key in any header.
 _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 
@@ -3908,12 +3917,11 @@ class _HTTPProvider(LLMProvider):
                 failure.status = failure.status or (answer.status if answer else None)
                 raise
             finally:
-                if answer is not None:
-                    answer.close()
+                getattr(answer, "close", dict)()
             status = error.status or 0
             if fix is not None:
-                if 400 <= status < 500 and status not in (401, 403, 408, 409, 425, 429):
-                    self._forget(call.model, fix[0])  # it did not help
+                if status and status not in (408, 409, 425, 429, 503, 529):
+                    self._forget(call.model, fix[0])  # nothing shows that it helps
                 raise error
             fix = _correction(report, words, status, call, self._moves(report, words, status))
             if fix is None or call.learned.get(fix[0], call) == fix[1]:  # as it was sent
@@ -4118,7 +4126,10 @@ class _HTTPProvider(LLMProvider):
             if len(lines) == 1:
                 raise
             for line in lines:
-                _json(line, what)
+                if not isinstance(_json(line, what), dict):
+                    raise
+                if late := collector.check():
+                    raise late from None
             for line in lines:  # events in lines, of which the first was no piece of an answer
                 collector.take("", line)
             return
@@ -4148,6 +4159,7 @@ class _HTTPProvider(LLMProvider):
             if error.code == "too_large":
                 raise
             return {}
+        body = body[:_ERROR_SIZE]
         if body.lstrip().startswith(_SSE_BEGINS):
             parser = _SSE()
             body = next((data for _, data in [*parser.feed(body), *parser.close()]), b"")
@@ -4163,7 +4175,8 @@ class _HTTPProvider(LLMProvider):
         """The error that a body reports, at any status, with a message that is safe to show."""
         report, headers, status = _report(body), answer.headers, answer.status
         asked = (call.messages, call.tools, call.options)
-        words = _Words(report.message, (*_texts_of(asked), answered))
+        told = _hidden(report.message, (*self._secrets, answer.key))  # whole, before it is cut
+        words = _Words(told, (*_texts_of(asked), answered))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
@@ -4731,12 +4744,14 @@ class OpenAIProvider(_HTTPProvider):
         return "/chat/completions", body, _Collector(call, _chat_facts)
 
     def _moves(self, report: _Report, words: _Words, status: int) -> tuple[str, Any] | None:
+        if status not in (400, 404, 422):
+            return None
         if words.say("reasoning_content") and words.say("passed back"):
             return "reasoning_content", " "  # DeepSeek wants some on turns of other models, too
         if words.find(r"(?i)tool call id .{0,80}(a-z|length of 9)|length of 9"):
             return "tool_ids", "nine"
         served = words.find(r"(?i)v1/responses|responses api|only supported in v1/responses")
-        moves = self.api == "auto" and status in (400, 404) and served
+        moves = self.api == "auto" and status != 422 and served
         return ("api", "responses") if moves else None
 
 
