@@ -1493,7 +1493,7 @@ class SQLiteStore:
         with self._lock:
             import sqlite3  # not while a child is forked: it would wait for the import
 
-            connection = sqlite3.connect(self._file, self.timeout, isolation_level=None)
+            connection = sqlite3.connect(self._file, timeout=self.timeout, isolation_level=None)
             with contextlib.closing(connection):
                 connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -4338,8 +4338,9 @@ def _correction(
     limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
     candidates = {name: _COMPLAINTS.get(name, name) for name in _HINTS if name in call.options}
     candidates |= {name: name for name in (*limits, "stream_options")}
-    if call.thoughts:
-        candidates["thoughts"] = r"thinking[\w.]{0,40}|think|summary|includeThoughts|adaptive"
+    if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
+        thinking = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive" if call.thoughts else ""
+        candidates["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)" + thinking
     named = [] if report.param not in candidates else [report.param]
     advice = words.find("(?i) use ")  # what stands behind it is what to send instead
     for name, pattern in ({} if named else candidates).items():
@@ -4690,7 +4691,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
         body["max_output_tokens"] = call.limit()
     effort = call.renamed({"reasoning_effort": "effort"})
     if effort or call.thoughts:
-        body["reasoning"] = {**effort, "summary": "auto"}
+        shown = {} if "thoughts" in call.learned else {"summary": "auto"}
+        body["reasoning"] = {**effort, **shown}
     kind, schema = _format(call)
     if kind != "text":
         body["text"] = {"format": {"type": kind, **schema}}
@@ -5091,7 +5093,7 @@ def _gemini_config(call: _Call) -> _Object:
     if kind == "json_schema":
         config["responseJsonSchema"] = schema.get("schema", {})
     effort = call.options.get("reasoning_effort")
-    if effort or call.thoughts:
+    if (effort or call.thoughts) and "thoughts" not in call.learned:
         level = {"none": "LOW", "max": "XHIGH"}.get(str(effort), str(effort).upper())
         chosen = {"thinkingLevel": level} if effort else {}
         config["thinkingConfig"] = {"includeThoughts": True, **chosen}
@@ -5222,7 +5224,8 @@ def _ollama_body(call: _Call, streaming: bool) -> _Object:
     kind, schema = _format(call)
     if kind != "text":
         body["format"] = "json" if kind == "json_object" else schema.get("schema", {})
-    if effort := call.options.get("reasoning_effort"):
+    effort = call.options.get("reasoning_effort")
+    if effort and "thoughts" not in call.learned:
         body["think"] = {"none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
     elif call.thoughts:
         body["think"] = True
