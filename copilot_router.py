@@ -2624,7 +2624,7 @@ def _report(body: Any) -> _Report:
     """Reads all forms: an object, a text or a list under "error", "message" or "detail"."""
     body = _innermost(body)
     if isinstance(body, str):
-        return _Report(body[:_SEARCHED])
+        return _Report(body)
     body = _dict(body)
     minimax, details = _dict(body.get("base_resp")), _dict(body.get("details"))
     metadata, param = _dict(body.get("metadata")), body.get("param")
@@ -2647,7 +2647,7 @@ def _report(body: Any) -> _Report:
     report = _Report(str(message), codes, param if isinstance(param, str) else "", number, delay)
     if metadata.get("raw"):  # OpenRouter: the words of the provider behind it
         report = _joined_reports(report, metadata["raw"])
-    return report._replace(message=report.message[:_SEARCHED])
+    return report
 
 
 def _joined_reports(report: _Report, raw: Any) -> _Report:

@@ -692,6 +692,14 @@ def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str
     assert SECRET.lower() not in f"{whole!r} {whole.base_url}".lower()
 
 
+def test_a_key_is_hidden_before_anything_else_is_taken_out_or_cut() -> None:
+    key = "acme-violet-9f8e7d6c5b4a3210-end"
+    for told, prompt in ((f"no: {key}", "violet"), (f"{key} " * 60 + key, "q")):
+        messages = [{"role": "user", "content": prompt}]
+        error = refused(400, says(told), messages=messages, api_key=key)
+        assert not re.search("acme|9f8e7d6c5b4a", str(error))
+
+
 @pytest.mark.parametrize("change", [str, str.upper, str.title, lambda text: text[5:-3]])
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], str]) -> None:

@@ -388,6 +388,51 @@ def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPat
     assert jump > 35  # as often as 9000 / 256, at least
 
 
+@pytest.mark.quiet
+def test_reading_many_small_lines_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    canned, real = Canned(), time.monotonic
+    canned.pieces = [b"{}\n" * 60]
+    with requests.Session() as session:
+        session.mount("http://", canned)
+        provider = OpenAIProvider(KEY, "http://h", session=session)
+        for jump in itertools.count(1):
+            looks = itertools.count()
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "monotonic", lambda n=looks, at=jump: real() + 99 * (
+                    next(n) >= at))
+                with pytest.raises((ProviderTimeout, InvalidResponse)) as found:
+                    provider.chat("q", model="m", timeout=50)
+            if not found.errisinstance(ProviderTimeout):
+                break
+    assert jump > 60
+    assert isinstance(read("chat", reply(b"{}\n1\n1\n")), InvalidResponse)
+
+
+@pytest.mark.parametrize("said", [b"timeout", b"it closed", b'"late"', b'{"message": "late"}'])
+@pytest.mark.parametrize("end", [sse(STOP), b"data: [DONE]\n\n"])
+def test_an_error_event_is_an_error_whatever_it_says(said: bytes, end: bytes) -> None:
+    body = sse(delta(content="Hello ")) + b"event: error\ndata: " + said + b"\n\n" + end
+    assert isinstance(read("chat", reply(body, kind="text/event-stream")), ProviderError)
+
+
+def test_pieces_of_a_call_without_an_index_go_to_the_call_that_they_name() -> None:
+    pieces = [piece("", "weather", id="x"), piece("", "time", id="y"),
+              piece('{"city": 1}', id="x"), piece('{"zone": 2}', id="y")]
+    response = read("chat", reply(sse(*pieces, STOP), kind="text/event-stream"))
+    assert [call.arguments for call in response.tool_calls] == [{"city": 1}, {"zone": 2}]
+
+
+@pytest.mark.parametrize("told", ["near 'length of 9'", "see v1/responses for it",
+                                  "reasoning_content was not passed back"])
+@pytest.mark.parametrize("status", [429, 500, 403])
+def test_nothing_is_learned_from_a_status_that_refuses_no_field(status: int, told: str) -> None:
+    with talking("chat", reply({"error": {"message": told}}, status)) as (provider, _):
+        chain = chain_of(provider)
+        with pytest.raises((AllProvidersFailed, ProviderError)):
+            chain.chat("q", timeout=5)
+        assert not any(chain.health()[0].learned.values())
+
+
 def test_raw_control_characters_in_json_strings_are_read(dialect: Dialect) -> None:
     answer = Answer(text=("a\tb", "\x01c"))
     for wire in (b"".join(dialect.events(answer)), json.dumps(dialect.body(answer)).encode()):
@@ -973,9 +1018,10 @@ def test_what_a_server_repeats_of_the_request_teaches_nothing(place: str, text: 
         assert chain.health()[0].learned == {"m": {"temperature": "drop"}}
 
 
-@pytest.mark.parametrize(("status", "kept"), [(429, True), (500, True), (422, False)])
-def test_a_correction_is_forgotten_only_if_the_corrected_request_is_refused(status: int,
-        kept: bool) -> None:
+@pytest.mark.parametrize(("status", "kept"), [(429, True), (503, True), (500, False), (403, False),
+                                              (422, False)])
+def test_a_correction_is_kept_only_if_it_may_have_helped(status: int, kept: bool) -> None:
+    """A server that has no time just then says nothing about the corrected request."""
     refusal = reply({"error": {"message": "Unsupported value: 'temperature'"}}, 400)
     last = reply({"error": {"message": "no"}}, status)
     with talking("chat", refusal, last) as (provider, server):
@@ -986,12 +1032,13 @@ def test_a_correction_is_forgotten_only_if_the_corrected_request_is_refused(stat
         assert ["temperature" in body for body in server.bodies][:2] == [True, False]
 
 
-@pytest.mark.parametrize(("number", "options"), [*((at, {}) for at in (1, 3, 4, 5)),
-                                                 (3, {"reasoning_effort": "high"})])
+@pytest.mark.parametrize(("number", "options"), [(at, effort) for at in (1, 3, 4, 5)
+                                                 for effort in ({}, {"reasoning_effort": "high"})])
 def test_a_model_that_shows_no_thoughts_is_asked_without_them(number: int, options: Any) -> None:
     """It is learned, so that the next request is the right one at once."""
     dialect = DIALECTS[number]
-    refusal = reply({"error": {"message": "thinking is not supported by this model"}}, 400)
+    told = "generating reasoning summaries" if number == 1 else "thinking"
+    refusal = reply({"error": {"message": f"{told} is not supported by this model"}}, 400)
     with served(dialect, refusal, Answer()) as (server, provider):
         chain = chain_of(provider)
         for _ in range(2):
