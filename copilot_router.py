@@ -1490,24 +1490,27 @@ class SQLiteStore:
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
         """How many rows were changed, and those found. Raises sqlite3.Error or OSError."""
-        with self._lock:
-            import sqlite3  # not while a child is forked: it would wait for the import
+        try:
+            with self._lock:
+                import sqlite3  # not while a child is forked: it would wait for the import
 
-            connection = sqlite3.connect(self._file, timeout=self.timeout, isolation_level=None)
-            with contextlib.closing(connection):
-                connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
-                version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, self._version):
-                    found = f"{self.path} is of version {version}, not {self._version}"
-                    raise sqlite3.DatabaseError(found)
-                if version == 0:
-                    columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
-                    connection.execute(f"PRAGMA user_version = {self._version}")
-                    connection.execute("COMMIT")
-                cursor = connection.execute(statement, values)
-                return cursor.rowcount, cursor.fetchall()
+                connection = sqlite3.connect(self._file, timeout=self.timeout, isolation_level=None)
+                with contextlib.closing(connection):
+                    connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
+                    version = connection.execute("PRAGMA user_version").fetchone()[0]
+                    if version not in (0, self._version):
+                        found = f"{self.path} is of version {version}, not {self._version}"
+                        raise sqlite3.DatabaseError(found)
+                    if version == 0:
+                        columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
+                        connection.execute("BEGIN IMMEDIATE")
+                        connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
+                        connection.execute(f"PRAGMA user_version = {self._version}")
+                        connection.execute("COMMIT")
+                    cursor = connection.execute(statement, values)
+                    return cursor.rowcount, cursor.fetchall()
+        except ImportError:
+            raise OSError("this Python was built without sqlite3: use another store") from None
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"

@@ -585,6 +585,12 @@ def open_files(path: Path) -> list[str]:
     return [name for name in found if name.startswith(str(path))]
 
 
+def test_a_python_without_sqlite_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    with pytest.raises(OSError, match="built without sqlite3"):
+        SQLiteStore(tmp_path / "file").load("x")
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
 def test_sqlite_keeps_nothing_open_between_operations(tmp_path):
     """After success, refusal and failure, in any thread, and without close()."""
