@@ -2792,7 +2792,8 @@ def _class_of(
     for pattern, kind in (*rows.phrases, *_PHRASES):
         found = words.find(f"(?i){pattern}")
         if found and _may_mean(kind, status, report, found.group().lower()):
-            fits = status in (200, 401, 402, 403, 429) or rows.statuses.get(status) is kind
+            coded = status == 200 and bool(report.number or report.codes)  # not a word in a text
+            fits = status in (401, 402, 403, 429) or rows.statuses.get(status) is kind or coded
             sure = fits or (pattern, kind) in rows.phrases
             return kind, sure or kind not in (QuotaExceeded, AuthenticationError)
     number = status if status >= 300 else report.number or status
@@ -3393,7 +3394,8 @@ class _Collector:
 
     def take_whole(self, body: Any, text: bytes) -> None:
         """Take an answer that is one value."""
-        self.whole, self._large, self._halves = True, True, b"\\ud" in text
+        self.whole = not body or isinstance(body, dict)  # a list holds the events of a stream
+        self._large, self._halves = True, b"\\ud" in text
         self.take_value(body)
 
     def take_value(self, body: Any) -> None:

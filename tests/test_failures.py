@@ -692,6 +692,11 @@ def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str
     assert SECRET.lower() not in f"{whole!r} {whole.base_url}".lower()
 
 
+@pytest.mark.parametrize("told", ["template error near 'limit: 0'", "near 'out of credits'"])
+def test_words_alone_in_a_200_park_no_tier_for_long(told: str) -> None:
+    assert refused(200, says(told)).breaker == "neutral"
+
+
 def test_a_key_is_hidden_before_anything_else_is_taken_out_or_cut() -> None:
     key = "acme-violet-9f8e7d6c5b4a3210-end"
     for told, prompt in ((f"no: {key}", "violet"), (f"{key} " * 60 + key, "q")):

@@ -408,6 +408,12 @@ def test_reading_many_small_lines_looks_at_the_clock(monkeypatch: pytest.MonkeyP
     assert isinstance(read("chat", reply(b"{}\n1\n1\n")), InvalidResponse)
 
 
+@pytest.mark.parametrize("end", [[], [STOP]], ids=["cut", "whole"])
+def test_a_list_of_the_events_of_a_stream_needs_a_finish_reason(end: list[Any]) -> None:
+    found = read("chat", reply([delta(content="Hello "), delta(content="wor"), *end]))
+    assert isinstance(found, LLMResponse if end else InvalidResponse)
+
+
 @pytest.mark.parametrize("said", [b"timeout", b"it closed", b'"late"', b'{"message": "late"}'])
 @pytest.mark.parametrize("end", [sse(STOP), b"data: [DONE]\n\n"])
 def test_an_error_event_is_an_error_whatever_it_says(said: bytes, end: bytes) -> None:
