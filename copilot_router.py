@@ -3862,9 +3862,7 @@ class _HTTPProvider(LLMProvider):
         silence. ``thoughts=True`` also yields the model's thinking, as deltas of class Thought.
         """
         held: list[_Answer] = []
-        stream = _sealed(self._deltas(messages, tools, model, kwargs, held))
-        _open_answers[stream] = held
-        return stream
+        return _sealed(self._deltas(messages, tools, model, kwargs, held), held)
 
     def ping(self, timeout: float = 5.0) -> None:
         """Lists the models: cheap, free, and proof of address and key (not of quota)."""
@@ -4237,13 +4235,18 @@ class _HTTPProvider(LLMProvider):
         return call._replace(options=options, learned=learned, thoughts=thoughts)
 
 
-#: Keeps the answers of a stream as long as the stream. Otherwise, where both are part of a cycle,
-#: the garbage collector may find the socket before the stream that closes it.
-_open_answers: weakref.WeakKeyDictionary[Any, list[_Answer]] = weakref.WeakKeyDictionary()
+#: The answers of the streams that have begun. In a cycle the garbage collector might otherwise find
+#: the socket before the stream that closes it. An interrupt may stop the callback of a weak
+#: dictionary, so this is a plain one.
+_open_answers: dict[int, list[_Answer]] = {}
 
 
-def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
+def _sealed(
+    stream: Generator[str, None, LLMResponse], held: list[_Answer]
+) -> Generator[str, None, LLMResponse]:
     """The same stream; its errors come without the frames in which they arose."""
+    key = id(held)
+    _open_answers[key] = held
     try:
         return (yield from stream)
     except GeneratorExit:
@@ -4251,6 +4254,8 @@ def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, L
     except BaseException as error:
         del stream
         raise _bare(error)  # noqa: B904 - it is the same error
+    finally:
+        del _open_answers[key]  # no call here, after which a signal's handler could raise
 
 
 def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
