@@ -6,6 +6,7 @@ A few hundred calls by default; ``make stress`` makes 10,000 (COPILOT_ROUTER_STR
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.faults import FAULTS, Chat, answer_to, descriptors, fault_server
@@ -144,6 +146,38 @@ def test_memory_does_not_grow_with_the_number_of_calls(
                 assert grown[-1] < 20_000, grown
             finally:
                 tracemalloc.stop()
+
+
+@pytest.mark.quiet
+def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A handler may also raise in a callback of the standard library, which passes over it."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with fault_server() as server:
+        files = descriptors()
+        for number in range(12):
+            looks = itertools.count()
+
+            def strike(frame: Any, what: str, _: Any, looks: Any = looks, at: int = number) -> None:
+                inside = what == "call" and "weakref" in frame.f_code.co_filename
+                if inside and next(looks) == at:
+                    raise KeyboardInterrupt
+
+            tier = ProviderTier("a", Chat().client(KEY, server.url), ["healthy"])
+            with FailoverChain([tier]) as chain:
+                chain.chat("hi", timeout=5)
+                sys.setprofile(strike)
+                try:
+                    list(chain.stream("hi", timeout=5))
+                except KeyboardInterrupt:
+                    pass
+                finally:
+                    sys.setprofile(None)
+        until = time.monotonic() + 5
+        while descriptors() > files and time.monotonic() < until:
+            gc.collect()
+        assert descriptors() <= files
 
 
 # -- the rules that conftest.py lays down
