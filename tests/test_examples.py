@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import recipes
 from support.chat_server import BROKEN, BUSY, USAGE, Answer, Endless, Refusal
-from support.clocks import FakeClock
+from support.fakes import VirtualClock
 from support.pages import section
 from support.recipes import DJANGO, EXAMPLES, STREAMS, Machine, example, pieces, run, served
 
@@ -145,7 +145,7 @@ def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(machine: Machin
     (log := tmp_path / "shop.log").write_text("one\n")
     machine.both(BROKEN, 2)
     machine.local.script.append(Answer(("All quiet.",)))
-    clock = FakeClock()
+    clock = VirtualClock()
     assert example("cron_job").main([str(log)], sleep=clock.sleep) == 0
     assert sum(clock.slept) > 1
     machine.both(Refusal(429, {"Retry-After": "1800"}))

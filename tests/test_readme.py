@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support import pages
-from support.clocks import FakeClock
+from support.fakes import VirtualClock
 from support.pages import PAGES, PAPERS, blocks, names_in, rows, run_blocks, section, text_of
 
 import copilot_router as cr
@@ -253,7 +253,7 @@ def test_events_hold_what_the_guide_and_the_docstring_say() -> None:
         ProviderTier("c", ScriptedProvider([cr.BadRequest("x"), "ok"]), ["c"]),
         ProviderTier("d", ScriptedProvider(["never"]), ["d"], supports_tools=False),
     ]
-    clock = FakeClock()
+    clock = VirtualClock()
     limits = {"failure_threshold": 2, "recovery_timeout": 1.0, "max_retry_after": 0.5, "wait": 60.0}
     hooks = {"on_event": seen.append, "clock": clock, "sleep": clock.sleep}
     chain = FailoverChain(tiers, escalation_model="c", **limits, **hooks)  # type: ignore[arg-type]

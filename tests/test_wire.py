@@ -368,43 +368,29 @@ def test_an_answer_of_too_many_values_is_not_read() -> None:
 
 
 @pytest.mark.quiet
-def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a large answer looks at it from time to time."""
+@pytest.mark.parametrize(("body", "looks"), [  # as often as 9000 / 256, and as there are lines
+    (json.dumps(message(content=[{"text": "x"}] * 9000)).encode(), 35), (b"{}\n" * 60, 60)])
+def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPatch, body: bytes,
+        looks: int) -> None:
+    """Reading a large answer, or one of many lines, looks at it from time to time."""
     canned, real = Canned(), time.monotonic
-    canned.pieces = [json.dumps(message(content=[{"text": "x"}] * 9000)).encode()]
+    canned.pieces = [body]
     with requests.Session() as session:
         session.mount("http://", canned)
         provider = OpenAIProvider(KEY, "http://h", session=session)
         for jump in itertools.count(1):
-            looks = itertools.count()
+            count = itertools.count()
             with monkeypatch.context() as patch:
-                patch.setattr(time, "monotonic", lambda n=looks, at=jump: real() + 99 * (
+                patch.setattr(time, "monotonic", lambda n=count, at=jump: real() + 99 * (
                     next(n) >= at))
                 try:
-                    assert provider.chat("q", model="m", timeout=50).text == "x" * 9000
-                except ProviderTimeout:
-                    continue
-            break
-    assert jump > 35  # as often as 9000 / 256, at least
-
-
-@pytest.mark.quiet
-def test_reading_many_small_lines_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    canned, real = Canned(), time.monotonic
-    canned.pieces = [b"{}\n" * 60]
-    with requests.Session() as session:
-        session.mount("http://", canned)
-        provider = OpenAIProvider(KEY, "http://h", session=session)
-        for jump in itertools.count(1):
-            looks = itertools.count()
-            with monkeypatch.context() as patch:
-                patch.setattr(time, "monotonic", lambda n=looks, at=jump: real() + 99 * (
-                    next(n) >= at))
-                with pytest.raises((ProviderTimeout, InvalidResponse)) as found:
-                    provider.chat("q", model="m", timeout=50)
-            if not found.errisinstance(ProviderTimeout):
+                    found: Any = provider.chat("q", model="m", timeout=50)
+                except ProviderError as error:
+                    found = error
+            if not isinstance(found, ProviderTimeout):
                 break
-    assert jump > 60
+    assert jump > looks
+    assert isinstance(found, LLMResponse if looks == 35 else InvalidResponse)
     assert isinstance(read("chat", reply(b"{}\n1\n1\n")), InvalidResponse)
 
 
