@@ -3316,7 +3316,7 @@ class _Collector:
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
     call key id name arguments  a tool call or a piece of one; key None: a piece of the last
-    arguments key str           more arguments of call `key`; passed over if none has begun
+    arguments key str           more arguments of call `key`; kept until that has begun
     called id name arguments    a whole tool call
     extra key value             what must go back with that call
     open key · closed key       a part has begun, is complete; an answer with an open one is cut
@@ -3362,6 +3362,7 @@ class _Collector:
         self._think = _ThinkSplitter()
         self._calls: list[dict[str, Any]] = []
         self._by_key: dict[Any, dict[str, Any]] = {}  #: calls
+        self._early: dict[Any, list[str]] = {}  #: arguments of calls that have not begun
         self._open: set[Any] = set()  #: parts whose end has not come
         self._counts: dict[str, Any] = {}
         self._grown: dict[str, list[str]] = {}
@@ -3470,7 +3471,8 @@ class _Collector:
         if call and name and call["name"] and self._is_another(call, call_id, name):
             call = None
         if call is None:
-            call = {"id": "", "name": "", "pieces": [], "closed": False}
+            early = self._early.pop(key, [])
+            call = {"id": "", "name": "", "pieces": early, "closed": False}
             self._calls.append(call)
         if key is not None:
             self._by_key[key] = call
@@ -3489,8 +3491,9 @@ class _Collector:
 
     def _take_arguments(self, key: Any, text: str) -> None:
         self.alive = True
-        if key in self._by_key:
-            self._by_key[key]["pieces"].append("" + text)  # TypeError if it is no text
+        call = self._by_key.get(key)
+        pieces = call["pieces"] if call else self._early.setdefault(key, [])
+        pieces.append("" + text)  # TypeError if it is no text
 
     def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
         """Whether a piece with a name begins a new call, though an earlier one has its key."""

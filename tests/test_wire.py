@@ -414,6 +414,17 @@ def test_pieces_of_a_call_without_an_index_go_to_the_call_that_they_name() -> No
     assert [call.arguments for call in response.tool_calls] == [{"city": 1}, {"zone": 2}]
 
 
+def test_arguments_that_come_before_their_call_are_kept() -> None:
+    pieces = [{"type": "response.function_call_arguments.delta", "output_index": 0, "delta": part}
+              for part in ('{"city"', ': "Bern"}')]
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"city": "Bern"}'}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+    for output in ([], [item]):
+        end = {"type": "response.completed", "response": {"status": "completed", "output": output}}
+        response = read("responses", stream(*pieces, done, end))
+        assert [call.arguments for call in response.tool_calls] == [{"city": "Bern"}]
+
+
 @pytest.mark.parametrize("told", ["near 'length of 9'", "see v1/responses for it",
                                   "reasoning_content was not passed back"])
 @pytest.mark.parametrize("status", [429, 500, 403])
