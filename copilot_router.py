@@ -2752,10 +2752,13 @@ _KEY_LIKE = (
 
 
 def _hidden(message: str, secrets: Iterable[str]) -> str:
-    """The message without these keys, at its whole length."""
+    """The message without these keys, also as a URL or as JSON writes them, at its whole length."""
+    from urllib.parse import quote
+
     for secret in secrets:
-        if len(secret) >= 4:
-            message = re.sub(rf"(?i){re.escape(secret)}", "***", message)
+        for form in dict.fromkeys((secret, quote(secret, ""), secret.replace("/", "\\/"))):
+            if len(secret) >= 4:
+                message = re.sub(rf"(?i){re.escape(form)}", "***", message)
     return message
 
 
@@ -3689,6 +3692,18 @@ _ERROR_SIZE = 256 * 1024  #: bytes of a failed answer that are read for its mess
 _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 
 
+def _credentials(url: str) -> list[str]:
+    """The name and password of a URL as Basic authentication sends them, and the password."""
+    import base64
+    from urllib.parse import unquote
+
+    found = re.match(r"[^/]*//([^/?#]*)@", url.strip())
+    if not found:
+        return []
+    user = unquote(found.group(1))
+    return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]]
+
+
 class _HTTPProvider(LLMProvider):
     """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
 
@@ -3749,14 +3764,10 @@ class _HTTPProvider(LLMProvider):
 
     def _set_secrets(self, url: str) -> tuple[str, ...]:
         """What no message may show. A name and password of the URL become a header."""
-        import base64
-        from urllib.parse import unquote
-
         secrets = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
-        if found := re.match(r"[^/]*//([^/?#]*)@", url.strip()):
-            user = unquote(found.group(1))
-            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-            secrets += [self._headers["Authorization"], *user.split(":", 1)[1:]]
+        if credentials := _credentials(url):
+            self._headers["Authorization"] = f"Basic {credentials[0]}"
+            secrets += credentials
         secrets += self._own_headers.values()
         pieces = [piece for text in secrets for piece in re.split(r"[\s=;,]+", text)]
         return (*secrets, *(piece for piece in pieces if len(piece) > 7))
@@ -4033,6 +4044,8 @@ class _HTTPProvider(LLMProvider):
             if self._session is None:
                 session = self._new_session()
                 self._settings = self._environment(session, url)
+                for proxy in (self._settings.get("proxies") or {}).values():
+                    self._secrets = (*self._secrets, *_credentials(proxy))
                 self._session = session
             return self._session
 

@@ -692,6 +692,11 @@ def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str
     assert SECRET.lower() not in f"{whole!r} {whole.base_url}".lower()
 
 
+@pytest.mark.parametrize("written", ["ab/cd+ef/0123", r"ab\/cd+ef\/0123", "ab%2Fcd%2Bef%2f0123"])
+def test_a_key_is_hidden_in_the_forms_of_json_and_of_urls(written: str) -> None:
+    assert str(refused(400, says(f"no: {written}!"), api_key="ab/cd+ef/0123")) == "no: ***!"
+
+
 @pytest.mark.parametrize("told", ["template error near 'limit: 0'", "near 'out of credits'"])
 def test_words_alone_in_a_200_park_no_tier_for_long(told: str) -> None:
     assert refused(200, says(told)).breaker == "neutral"

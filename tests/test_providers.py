@@ -400,6 +400,15 @@ def test_an_unknown_setting_names_the_class_and_the_nearest() -> None:
 # -- sessions
 
 
+def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "bob:s3cr3tPw99 and Basic Ym9iOnMzY3IzdFB3OTk= denied"
+    with Server(reply({"error": {"message": told}}, 407)) as server:
+        monkeypatch.setenv("http_proxy", server.url.replace("//", "//bob:s3cr3tPw99@"))
+        with pytest.raises(ProviderError, match=r"\*\*\* denied") as caught:
+            LMStudioProvider("", "http://server.test").chat("q", model="m", timeout=5)
+        assert not re.search("s3cr3t|Ym9i", f"{caught.value} {caught.value!r}")
+
+
 def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment's settings are looked up once."""
     real, looked = requests.Session.merge_environment_settings, threading.Semaphore(0)
