@@ -169,7 +169,7 @@ class RateLimited(ProviderError):
     breaker = "park"
 
 class QuotaExceeded(RateLimited):
-    """Out of money, or at a spend limit. Never waited out."""
+    """Out of money, or at a spend limit. Never waited out. Its first park is four times as long."""
 
     breaker = "park long"
 
