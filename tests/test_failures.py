@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import requests
 import responses
+import urllib3
 from support.faults import (
     ANSWER,
     BY_NAME,
@@ -277,7 +278,10 @@ def test_what_the_faults_do_to_a_client_of_one_line() -> None:
             seen = {name: one.result() if one.done() else HELD for name, one in futures.items()}
         finally:
             server.stop()
-    assert seen == {row.name: row.naive for row in ROWS}
+    wanted = {row.name: row.naive for row in ROWS}
+    if urllib3.__version__ < "2":  # it does not compare what came with the Content-Length
+        wanted["short_content_length"] = RAW
+    assert seen == wanted
 
 
 def test_nothing_is_left_of_broken_connections() -> None:
