@@ -1390,7 +1390,8 @@ class _SharedView:
         self.next_read = outage.until
         if not self._down:
             self._down = True
-            what = f"the store is down ({outage.error}): going on alone"
+            name = f"the store {getattr(self._store, 'path', '')}".rstrip()
+            what = f"{name} is down ({outage.error}): going on alone"
             self._breaker._changes.append(("store", "down", what))
         return None
 
@@ -1587,8 +1588,7 @@ class RedisStore:
         try:
             import redis
         except ImportError:
-            cure = "pip install copilot-router[redis]"
-            raise ConfigError(f"RedisStore needs PyPI's redis: {cure}") from None
+            raise ConfigError("RedisStore needs PyPI's redis: pip install redis") from None
         self.shared_counts = shared_counts
         self.timeout: float = _number(timeout, "RedisStore(timeout)", finite=True)
         self.refresh: float = _number(refresh, "RedisStore(refresh)")
@@ -1845,9 +1845,9 @@ class _Limits:
             raise TimeoutError
         return min(left, _LONGEST_WAIT)
 
-    def expired(self) -> ProviderTimeout | None:
-        """The error that these limits amount to by now, None if there is time left."""
-        now = time.monotonic() + _EARLY
+    def expired(self, ahead: float = _EARLY) -> ProviderTimeout | None:
+        """The error that these limits amount to in so many seconds, None if there is time left."""
+        now = time.monotonic() + ahead
         silent = now - self.since
         over = now >= min(self.deadline, self.since + self.silence)
         if silent >= min(self.silence, self.blamed_after) and over:
@@ -2136,9 +2136,8 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
             end = data.find(b"\n", at + skip)
             if lacking or end < 0:
                 break
-            digits = data[at + skip : end][:64].partition(b";")[0].strip()
-            _check_http(re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits) is not None)
-            lacking, at, skip = int(digits, 16), end + 1, 2
+            lacking = _chunk_size(data[at + skip : min(end, at + skip + 64)])
+            at, skip = end + 1, 2
             if not lacking:
                 break
         rest = data[at:]
@@ -2153,6 +2152,13 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):
         rest += received
         _check_http(len(rest) <= _READ_SIZE)
+
+
+@functools.lru_cache(1000)
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    _check_http(re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits) is not None)
+    return int(digits, 16)
 
 
 def _check_http(right: bool) -> None:
@@ -2195,7 +2201,7 @@ class _Answer:
 
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
-        self.key = ""  #: that was sent
+        self.secrets: tuple[str, ...] = ()  #: that were sent
         self.limited = False  #: its socket is: not that of a user's session
         self.limits, self.most = limits, most
         self._raw, self._ended = response.raw, False
@@ -2315,7 +2321,8 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         broken, how = InvalidResponse, "truncated: the connection broke"
     rows: tuple[tuple[type[ProviderError], str, tuple[type[BaseException], ...]], ...] = (
         (ProviderUnavailable, "the name cannot be resolved", (socket.gaierror,)),
-        (ProviderUnavailable, "TLS failed", (ssl.SSLError, theirs.SSLError, wrapped.SSLError)),
+        (ProviderUnavailable, _tls_trouble(causes),
+         (ssl.SSLError, theirs.SSLError, wrapped.SSLError)),
         (ProviderUnavailable, "the proxy failed", (theirs.ProxyError, wrapped.ProxyError)),
         (ProviderUnavailable, "refused", (ConnectionRefusedError,)),
         (ProviderUnavailable, "cannot connect", (wrapped.NewConnectionError,)),
@@ -2332,6 +2339,15 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         if among(*kinds):
             return kind(message)
     return _local_trouble(causes, what)
+
+
+def _tls_trouble(causes: list[BaseException]) -> str:
+    for cause in causes:
+        if why := getattr(cause, "verify_message", None):
+            return f"TLS failed: {_ascii(why)}: REQUESTS_CA_BUNDLE names certificates of your own"
+        if getattr(cause, "reason", None) in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            return "TLS failed: the server does not speak it: is it http?"
+    return "TLS failed"
 
 
 def _local_trouble(causes: list[BaseException], what: str) -> ProviderError:
@@ -2439,8 +2455,11 @@ class _JSONBody(_Lines):
         return self.feed(b"\n") if self._in_pieces else []
 
 
-#: json.loads, less its look at the options and at white space; control characters are read.
-_scanned = json.JSONDecoder(strict=False).raw_decode
+#: What json.loads calls in the end: (text, start) -> (value, end). Control characters are read.
+_scanned: Callable[[str, int], tuple[Any, int]]
+_scanned = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
+#: What it raises: StopIteration for a text that holds no value.
+_NOT_JSON = (ValueError, RecursionError, StopIteration)
 
 
 def _is_heartbeat(data: bytes) -> bool:
@@ -2452,8 +2471,8 @@ def _is_piece(line: bytes, labelled: bool) -> bool:
     """Whether a line is a piece of an answer, in Ollama's form or that of Chat Completions."""
     try:
         text = line.decode("utf-8", "replace").strip() if len(line) < _READ_SIZE else "0"
-        value = _scanned(text)[0]
-    except (ValueError, RecursionError):
+        value = _scanned(text, 0)[0]
+    except _NOT_JSON:
         return False
     if not isinstance(value, dict) or labelled:
         return labelled
@@ -2468,10 +2487,10 @@ def _json(data: bytes | str, what: str) -> Any:
     try:
         if text[:1] != "{" or text[-1:] != "}":
             text = text.removeprefix("\ufeff").strip(" \t\r\n")
-        value, end = _scanned(text)
+        value, end = _scanned(text, 0)
         if end == len(text):
             return value
-    except (ValueError, RecursionError):
+    except _NOT_JSON:
         pass
     raise InvalidResponse(f"{what} is not JSON")
 
@@ -2823,6 +2842,8 @@ def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: s
         return status < 500
     if kind is ContentFiltered:  # else a service of that name has trouble
         return status in (200, 400, 403, 422)
+    if kind is ProviderUnavailable:  # else it is about the address of a picture
+        return status in (200, 404, 405)
     # Gemini speaks of its quota at any rate limit, and then names a delay
     return kind is not QuotaExceeded or report.delay is None or phrase.startswith("limit: 0")
 
@@ -3217,7 +3238,8 @@ def _argument_object(arguments: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
-    return value if type(value) is int and 0 < value < 2**53 else 0
+    known = type(value) in (int, float) and 0 < value < 2**53
+    return int(value) if known else 0
 
 
 def _counted(usage: Mapping[str, Any], *names: str) -> int:
@@ -3242,8 +3264,16 @@ _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
     "canceled", "timeout", "connection_error", "failed", "server_error",
 })  # fmt: skip
+_PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that change the answer: those behind its finish reason are passed over.
-_ANSWERING = frozenset({"text", "thought", "call", "called", "arguments", "grow", "stop"})
+_ANSWERING = frozenset({"text", "full", "thought", "call", "called", "arguments", "grow", "stop"})
+
+
+def _is_dense(text: bytes, most: int) -> bool:
+    """Whether the values of a JSON text would take many times the memory of the text itself."""
+    weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36} if len(text) >= 1 << 19 else {}
+    memory = sum(text.count(mark) * weight for mark, weight in weights.items())
+    return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
 
 
 class _InBandError(Exception):
@@ -3318,6 +3348,7 @@ class _Collector:
 
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
+    full str                    the whole text, of which deltas may have come
     call key id name arguments  a tool call or a piece of one; key None: a piece of the last
     arguments key str           more arguments of call `key`; kept until that has begun
     called id name arguments    a whole tool call
@@ -3343,7 +3374,8 @@ class _Collector:
         self.request_id: str | None = None
         self.usage: Usage | None = None
         self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
-        self.check: Callable[[], ProviderError | None] = lambda: None  #: is the time over?
+        self.check: Callable[..., ProviderError | None] = lambda *_: None  #: is the time over?
+        self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
         self._finishes = finishes  #: a vendor's words exactly as they come, before _FINISHES
         self._names = names  #: tools' names as they were sent -> as the caller knows them
@@ -3352,11 +3384,14 @@ class _Collector:
     def _begin(self) -> None:
         self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
+        self.stops_at_once = False  #: and it came with the first piece: more may follow
         self._large = False  #: this event is, so that reading it looks at the clock
         self.ended = False  #: the end marker has come: nothing follows
         self.whole = False  #: it came as one value, and not in events
         self._finish: str | None = None
+        self._begun = False  #: events before this one had text or calls
         self._names_finish = False  #: the server speaks of finish reasons
+        self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
         self._refused = self._needed = self._passes = False
         self._model = self._half = ""  # _half: of a surrogate pair, whose other half may come
         self._halves = False  #: the answer may hold such halves
@@ -3380,9 +3415,7 @@ class _Collector:
         if data[:6] == b"[DONE]":
             self.ended = True
             return
-        self._large = len(data) > _READ_SIZE
-        if b"\\ud" in data:
-            self._halves = True
+        self._weigh(data)
         try:
             body = _json(data, "an event")
         except InvalidResponse:
@@ -3396,11 +3429,42 @@ class _Collector:
             raise _InBandError({"error": body})
         self.take_value(body)
 
-    def take_whole(self, body: Any, text: bytes) -> None:
-        """Take an answer that is one value."""
+    def take_whole(self, text: bytes, what: str) -> None:
+        """Take a body of JSON: one value, or a value in each line. InvalidResponse for another."""
+        self._weigh(text)
+        lines = [line for line in text.split(b"\n") if line.strip()]
+        if len(lines) > 1 and self._are_objects(lines):
+            for line in lines:
+                self.take("", line)
+            return
+        body = _json(text, what)
+        if not isinstance(body, (dict, list)):
+            raise InvalidResponse("the answer is no object")
         self.whole = not body or isinstance(body, dict)  # a list holds the events of a stream
-        self._large, self._halves = True, b"\\ud" in text
+        self._large = True
         self.take_value(body)
+
+    def _are_objects(self, lines: Sequence[bytes]) -> bool:
+        for line in lines:
+            try:
+                if not isinstance(_json(line, "a line"), dict):
+                    return False
+            except InvalidResponse:
+                return False
+            if late := self.check():
+                raise late
+        return True
+
+    def _weigh(self, data: bytes) -> None:
+        """Look at a text before it is parsed, which nothing can interrupt."""
+        self._large = len(data) > _READ_SIZE
+        if b"\\ud" in data:
+            self._halves = True
+        if self._large:
+            if _is_dense(data, self.most):
+                raise InvalidResponse("the answer has too many values to read", code="too_large")
+            if late := self.check(len(data) / _PARSED):
+                raise late
 
     def take_value(self, body: Any) -> None:
         if type(body) is not dict:
@@ -3413,12 +3477,17 @@ class _Collector:
             "base_resp" in body and _dict(body["base_resp"]).get("status_code")  # MiniMax
         ):
             raise _InBandError(body)
-        self._raw, self._passes = body, False
+        self._raw, self._passes, self._begun = body, False, bool(self._text or self._calls)
         try:
             for fact in self._read(body) if not self._large else self._watched(body):
                 kind = fact[0]
                 if kind == "text" and not (self.complete or self._passes):
                     self._take_text(fact[1])  # as most of them
+                elif kind == "text" and self._goes_on(fact[1]):
+                    self.complete, self._finish = False, None
+                    self._take_text(fact[1])
+                elif fact in self._repeated:
+                    pass
                 elif kind == "choice" or not (
                     self._passes or (self.complete and kind in _ANSWERING)
                 ):
@@ -3435,10 +3504,18 @@ class _Collector:
             if not at % 256 and (late := self.check()):
                 raise late
 
+    def _goes_on(self, text: str | None) -> bool:
+        """Whether text behind a finish reason is a part of the answer.
+
+        Old servers put "stop" into every event. A proxy that answers twice repeats what has come.
+        """
+        return bool(text) and self.stops_at_once and not self._passes and text != self.text
+
     # -- facts
 
     def _take_model(self, name: Any) -> None:
         self._model = name if isinstance(name, str) and name else self._model
+        self._repeated[0] = ("model", name)
 
     def _take_id(self, request_id: Any) -> None:
         self.request_id = self.request_id or (_clean(request_id) or None)
@@ -3457,6 +3534,13 @@ class _Collector:
         self._text.append(text)
         if self.shows is not None:
             self.shows.append(text)
+
+    def _take_full(self, text: str) -> None:
+        come = self.text
+        if text.startswith(come):
+            self._take_text(text[len(come) :])
+        elif not text.endswith(come):  # a think block stood before it
+            raise InvalidResponse("the answer contradicts its own deltas")
 
     def _take_thought(self, text: Any) -> None:
         if isinstance(text, str) and text:
@@ -3556,11 +3640,13 @@ class _Collector:
     def _take_stop(self, reason: Any) -> None:
         self._names_finish = self._names_finish or reason != ""
         if not reason:  # as in most events
+            self._repeated[1] = ("stop", reason)
             return
         word = reason.lower()
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
+            self.stops_at_once = not self._begun
             self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
             self.complete = True
 
@@ -3580,6 +3666,11 @@ class _Collector:
     def text(self) -> str:
         """What has come so far."""
         return "".join(self._text)
+
+    def texts(self) -> list[str]:
+        """All that the model has said so far: text, thinking, arguments."""
+        calls = ("".join(call["pieces"]) for call in self._calls)
+        return [self.text, "".join(self._reasoning), *calls]
 
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is not complete, and as _checked_answer does."""
@@ -3704,6 +3795,17 @@ def _credentials(url: str) -> list[str]:
     return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]]
 
 
+def _pieces(secrets: Iterable[str]) -> tuple[str, ...]:
+    """The secrets, and their longer words: of a header a message may repeat only one."""
+    kept = tuple(secrets)
+    words = (word for text in kept for word in re.split(r"[\s=;,]+", text) if len(word) > 7)
+    return (*kept, *words)
+
+
+#: What the name of a model may be: paths of files are.
+_NAME = r"[^\x00-\x1f\x7f]{0,200}"
+
+
 class _HTTPProvider(LLMProvider):
     """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
 
@@ -3764,13 +3866,11 @@ class _HTTPProvider(LLMProvider):
 
     def _set_secrets(self, url: str) -> tuple[str, ...]:
         """What no message may show. A name and password of the URL become a header."""
-        secrets = re.findall(r"(?i)(?:key|token|secret|sig)[^=&]*=([^&]+)", self._query)
+        secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
         if credentials := _credentials(url):
             self._headers["Authorization"] = f"Basic {credentials[0]}"
             secrets += credentials
-        secrets += self._own_headers.values()
-        pieces = [piece for text in secrets for piece in re.split(r"[\s=;,]+", text)]
-        return (*secrets, *(piece for piece in pieces if len(piece) > 7))
+        return _pieces((*secrets, *self._own_headers.values()))
 
     # -- keys and addresses
 
@@ -3995,7 +4095,9 @@ class _HTTPProvider(LLMProvider):
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
-                answer.key, answer.limited = key, self._own_session
+                answer.secrets, answer.limited = (key,), self._own_session
+                if not self._own_session:
+                    answer.secrets += self._added(response.request.headers, headers)
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
                 answer.close()  # a 408 on a kept connection may be about the time it was idle
@@ -4031,6 +4133,11 @@ class _HTTPProvider(LLMProvider):
         prepared.headers["Content-Length"] = str(len(body))
         return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
 
+    @staticmethod
+    def _added(sent: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, ...]:
+        """What a session of the user's has put into the headers: it may be a key."""
+        return _pieces(text for text in map(str, sent.values()) if text not in ours.values())
+
     def _environment(self, session: Any, url: str) -> dict[str, Any]:
         """Proxies and certificates of the environment. What stays on this machine has no proxy."""
         settings: dict[str, Any] = session.merge_environment_settings(url, {}, True, None, None)
@@ -4056,18 +4163,20 @@ class _HTTPProvider(LLMProvider):
     ) -> Generator[str, None, LLMResponse]:
         """Read an answer of status 2xx as it comes. Raises what is wrong with it."""
         collector.request_id = self._request_id(answer)
-        collector.check = answer.limits.expired
+        collector.check, collector.most = answer.limits.expired, answer.most
         try:
             yield from self._read_events(answer, collector)
             shown = len(collector.text)
             response = collector.response()
+            if response.model != call.model:  # a name of the server's own
+                response.model = self._token(response.model, answer, _NAME) or call.model or ""
             if collector.shows is not None and (rest := response.text[shown:]):
                 yield rest  # what might have become a think block or half a character
             return response
         except (RecursionError, MemoryError) as error:
             raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
-            told = self._reported(in_band.args[0], answer, call, collector.text)[0]
+            told = self._reported(in_band.args[0], answer, call, collector.texts())[0]
             told.usage = collector.usage
             raise told from None
         except ProviderError as error:
@@ -4102,7 +4211,8 @@ class _HTTPProvider(LLMProvider):
             yield body.feed(head)
             for chunk in chunks:
                 yield body.feed(chunk)
-                if collector.complete and limits.silence > _TAIL_TIMEOUT:
+                ends = collector.complete and not collector.stops_at_once
+                if ends and limits.silence > _TAIL_TIMEOUT:
                     limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
             if isinstance(body, _JSONBody) and not collector.complete:
                 self._take_rest(answer, body, collector)
@@ -4133,28 +4243,10 @@ class _HTTPProvider(LLMProvider):
             return
         if not text.strip():
             raise InvalidResponse("an empty body")
-        if _is_dense(text, answer.most):
-            raise InvalidResponse("the answer has too many values to be read", code="too_large")
         kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
         shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
         what = f"the answer ({shown})"
-        lines = [line for line in text.split(b"\n") if line.strip()]
-        try:
-            value = _json(text, what)
-        except InvalidResponse:
-            if len(lines) == 1:
-                raise
-            for line in lines:
-                if not isinstance(_json(line, what), dict):
-                    raise
-                if late := collector.check():
-                    raise late from None
-            for line in lines:  # events in lines, of which the first was no piece of an answer
-                collector.take("", line)
-            return
-        if not isinstance(value, (dict, list)):
-            raise InvalidResponse("the answer is no object")
-        collector.take_whole(value, text)
+        collector.take_whole(text, what)
 
     # -- failures
 
@@ -4189,17 +4281,18 @@ class _HTTPProvider(LLMProvider):
             return body.decode("utf-8", "replace") if plain else {}
 
     def _reported(
-        self, body: Any, answer: _Answer, call: _Call, answered: str = ""
+        self, body: Any, answer: _Answer, call: _Call, answered: Sequence[str] = ()
     ) -> tuple[ProviderError, _Report, _Words]:
         """The error that a body reports, at any status, with a message that is safe to show."""
         report, headers, status = _report(body), answer.headers, answer.status
         asked = (call.messages, call.tools, call.options)
-        told = _hidden(report.message, (*self._secrets, answer.key))  # whole, before it is cut
-        words = _Words(told, (*_texts_of(asked), answered))
+        secrets = self._secrets_of(answer)
+        told = _hidden(report.message, secrets)  # whole, before it is cut
+        words = _Words(told, (*_texts_of(asked), *answered))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        shown = _masked(_clean(words.shown), (*self._secrets, answer.key))
+        shown = _masked(_clean(words.shown), secrets)
         may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
         error = kind(
             shown or f"status {status} without a message to show", provider=self._vendor,
@@ -4215,10 +4308,17 @@ class _HTTPProvider(LLMProvider):
         found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
         return self._token(next(found, ""), answer)
 
-    def _token(self, text: str, answer: _Answer) -> str | None:
+    def _token(
+        self, text: str, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}"
+    ) -> str | None:
         """A server's code or id; None for anything else, or if it repeats a secret."""
-        told = any(len(s) > 3 and s.lower() in text.lower() for s in (*self._secrets, answer.key))
-        return text if _pattern(r"[\w.:/+=-]{1,100}").fullmatch(text) and not told else None
+        secrets = self._secrets_of(answer)
+        told = any(len(secret) > 3 and secret.lower() in text.lower() for secret in secrets)
+        return text if _pattern(form).fullmatch(text) and not told else None
+
+    def _secrets_of(self, answer: _Answer) -> tuple[str, ...]:
+        """What no message may show: of the settings, and of this request."""
+        return (*self._secrets, *answer.secrets)
 
     # -- what a model refuses is learned from its error
 
@@ -4282,13 +4382,6 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
         except StopIteration as end:
             response: LLMResponse = end.value
             return response
-
-
-def _is_dense(text: bytes, most: int) -> bool:
-    """Whether the values of a JSON text would take many times the memory of the text itself."""
-    weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36} if len(text) >= 1 << 19 else {}
-    memory = sum(text.count(mark) * weight for mark, weight in weights.items())
-    return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
 
 
 def _host_of(url: str) -> str:
@@ -4413,7 +4506,7 @@ def _chat_facts(body: _Object) -> _Facts:
             if len(message) > 1 or content is None:  # most events hold nothing but text
                 yield from _chat_extras(message)
             if isinstance(content, str):
-                yield "text", content
+                yield "full" if delta is None else "text", content
             elif content is not None:
                 yield from _chat_content(content)
         else:
@@ -4597,6 +4690,10 @@ class _ResponsesFacts:
 
     def __call__(self, body: _Object) -> _Facts:
         kind, at = str(body.get("type", "")).removeprefix("response."), body.get("output_index")
+        if kind == "created":
+            yield ("begin",)
+            self._come.clear()
+            self._thought.clear()
         ends = kind in ("completed", "incomplete", "failed", "cancelled")
         if ends or "output" in body or body.get("object") == "response":
             yield from self._end(body.get("response", body))
@@ -6803,6 +6900,11 @@ _SENTENCES = {
 }  # fmt: skip
 
 
+def _program() -> str:
+    """How this program is started: installed, or as a copied file."""
+    return f"python {sys.argv[0]}" if __name__ == "__main__" else "copilot-router"
+
+
 def _is_open(stream: Any, *, terminal: bool = False) -> bool:
     """Whether a standard stream is there (and is a terminal)."""
     return not getattr(stream, "closed", True) and (not terminal or stream.isatty())
@@ -6867,7 +6969,8 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
     url = getattr(provider, "base_url", "")
     where = f" at {url}" if url not in text else ""
     if kind == "CircuitOpen":
-        return text
+        refused = text.startswith((f"{name} is open", f"{name} is trying"))
+        return f"not asked: its breaker{text.removeprefix(name)}" if refused else text
     if kind == "ProviderUnavailable" and text:
         return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
     names = getattr(provider, "_key_variables", ())
@@ -6931,7 +7034,10 @@ def _chain_from(options: Any) -> FailoverChain:
     elif options.config:
         chain = _chain_from_config(FailoverChain, options.config, **settings)
     else:
-        chain = FailoverChain.from_env(**settings)
+        try:
+            chain = FailoverChain.from_env(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or write a file: {_program()} init") from None
     screen.chain = chain
     return chain
 
@@ -7029,7 +7135,8 @@ def _reset_command(options: Any) -> int:
     with _chain_from(options) as chain:
         tiers = {tier.name: tier for tier in chain.tiers}
         if options.tier not in tiers:
-            raise ConfigError(f"no tier is called {options.tier!r}.{_near(options.tier, tiers)}")
+            known = f"{_near(options.tier, tiers)} Known: {', '.join(tiers)}"
+            raise ConfigError(f"no tier is called {options.tier!r}.{known}")
         tier = tiers[options.tier]
         old = tier.breaker.state
         tier.breaker.reset()
@@ -7092,13 +7199,18 @@ def _init_command(options: Any) -> int:
         if made:
             os.unlink(path)
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be written ({why}): name another file") from None
+        cure = f"name another file: {_program()} init OTHER.toml"
+        raise ConfigError(f"{path}: cannot be written ({why}): {cure}") from None
     on = _pattern(r'(?m)^name = "(.*)"\n(.*FILL IN)?').findall("".join(tiers))
     gaps = ", ".join(name for name, gap in on if gap)
     told = f"Fill in the models of {gaps}, then try:" if gaps else "Try:"
     flag = "" if path == _CONFIG_FILE else f" --config {path}"
     text = f"{path} is written, with {', '.join(name for name, _ in on)}. {told}"
-    print(_escaped(f"{text} copilot-router check{flag}"))
+    print(_escaped(f"{text} {_program()} check{flag}"))
+    with contextlib.suppress(ConfigError):
+        _read_toml(path)
+        return 0
+    options.screen.say("to read it on Python 3.10: pip install tomli")
     return 0
 
 

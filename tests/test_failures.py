@@ -403,6 +403,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
         (415, says("Unsupported media type", type="internal_error")),
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
+        (400, says("Invalid URL (image_url)")),
     ],
     ProviderTimeout: [(408, says("x", type="api_error"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
@@ -684,6 +685,7 @@ SECRET = "tulip-Violet-9081726354"
         ({"base_url": f"https://me:{SECRET}@server.test"}, SECRET),
         ({"base_url": f"https://server.test/v1?key={SECRET}"}, SECRET),
         ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
+        ({"base_url": f"https://server.test/v1?code={SECRET}"}, SECRET),
     ],
 )
 def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str) -> None:
@@ -726,12 +728,43 @@ def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], st
     assert str(error) == "\u0130: ***"
 
 
-def test_no_text_of_the_answer_is_shown_by_an_error_inside_it() -> None:
+@pytest.mark.parametrize("fields", [
+    {"content": "%s"}, {"reasoning": "%s"},
+    {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "%s"}}]},
+])  # fmt: skip
+def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> None:
     text = "the amber answer of this model"
-    chunk = json.dumps({"choices": [{"delta": {"content": text}}]})
+    chunk = json.dumps({"choices": [{"delta": fields}]}).replace("%s", text)
     broken = json.dumps(says(f"stopped after: {text}"))
     error = refused(200, f"data: {chunk}\n\ndata: {broken}\n\n")
     assert "amber" not in f"{error} {error!r} {vars(error)}"
+
+
+def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        told = json.dumps(says(f"no: {SECRET}")).encode()
+        connection.sendall(b"HTTP/1.1 400 No\r\nX-Request-Id: %s\r\nContent-Length: %d\r\n\r\n%s"
+                           % (SECRET.encode(), len(told), told))
+        return False
+
+    session = requests.Session()
+    for auth, headers in ((("me", "x"), {"X-Mine": f"Bearer {SECRET}"}),
+                          (lambda request: request.headers.update(A=SECRET) or request, {})):
+        session.auth = auth
+        session.headers.update(headers)
+        with peer(serve) as server, pytest.raises(ProviderError) as caught:
+            OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m")
+        assert SECRET not in f"{caught.value} {vars(caught.value)}"
+        assert "no: ***" in str(caught.value)
+
+
+def test_a_server_that_calls_its_model_by_a_key_names_it_nowhere() -> None:
+    for name, shown in ((SECRET, "m"), ("a\nb", "m"), ("C:\\My Models\\x.gguf", None)):
+        body = {"model": name, "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+        with responses.RequestsMock() as mock:
+            mock.post(re.compile(".*"), json=body)
+            answer = OpenAIProvider(SECRET, BASE).chat("hi", model="m")
+        assert answer.model == (shown or name)
 
 
 @pytest.mark.quiet

@@ -423,6 +423,17 @@ def test_responses_text_may_come_in_any_of_its_events(events: Any) -> None:
     assert (response.text, response.finish_reason) == ("Hello, world", "stop")
 
 
+def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
+    """A proxy has asked again, in the middle of it. Its reader must not get both."""
+    events = [event("created", response={"status": "in_progress", "output": []}), PART] * 2
+    with talking("responses", stream(*events, FINAL)) as (provider, _):
+        assert provider.chat("q", model="m").text == "Hello, world"
+        deltas = provider.stream("q", model="m")
+        assert next(deltas) == "Hello, "
+        with pytest.raises(InvalidResponse):
+            next(deltas)
+
+
 @pytest.mark.parametrize("events", [[PART, finished(text_item("Good bye"))],
     [PART, {**WHOLE_TEXT, "text": "Good bye"}, finished()], [PART], [PART, WHOLE_TEXT, ITEM],
     [PART, event("output_text.done", text="Hel"), finished()]])

@@ -280,6 +280,27 @@ def _ends(dialect: Dialect, event: bytes) -> bool:
         b'"finishReason": "STOP"', b'"done": true', b'"type": "response.completed"'))
 
 
+@pytest.mark.parametrize(("events", "text"),
+    [(["One ", "two."], "One two."), (["One."] * 2, "One.")])
+def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
+        events: Any, text: str) -> None:
+    """Of old Gemini, and of a gateway. A whole answer that comes twice is still one."""
+    gemini = [{"candidates": [{"content": {"parts": [{"text": one}]}, "finishReason": "STOP"}]}
+              for one in events]
+    assert read("gemini", stream(*gemini)).text == text
+    assert read("chat", stream(*(delta("stop", content=one) for one in events))).text == text
+    cut = [delta("stop", content="One "), delta(content="two")]
+    assert isinstance(read("chat", stream(*cut)), InvalidResponse)
+
+
+def test_a_whole_message_behind_its_deltas_is_not_added_to_them() -> None:
+    begun = [delta(content="<think>Hm.</think>One "), delta(content="two")]
+    for text in ("One two.", "<think>Hm.</think>One two"):
+        answer = read("chat", stream(*begun, message(content=text)))
+        assert answer.text == text.removeprefix("<think>Hm.</think>")
+    assert isinstance(read("chat", stream(*begun, message(content="Three"))), InvalidResponse)
+
+
 # -- what a body is
 
 
@@ -365,6 +386,19 @@ def test_an_answer_of_too_many_values_is_not_read() -> None:
         found = read("chat", reply(f'{text}, "more": [{values}{{}}]}}'.encode()))
         assert type(found) is kind
         assert getattr(found, "code", "too_large") == "too_large"
+    event = json.dumps({**delta("stop", content="x"), "more": [{}] * 200_000})
+    assert getattr(read("chat", stream(json.loads(event))), "code", None) == "too_large"
+
+
+def test_what_cannot_be_parsed_in_the_time_left_is_not_begun() -> None:
+    """Nothing can interrupt a parser. Numbers take the most time for each byte."""
+    event = json.dumps({**delta("stop", content="x"), "more": [0.12345678901234567] * 800_000})
+    for wire in (reply(event.encode()), reply(f"data: {event}\n\n".encode())):
+        with talking("chat", wire) as (provider, _):
+            start = time.monotonic()
+            with pytest.raises(ProviderTimeout):
+                provider.chat("q", model="m", timeout=0.2)
+            assert time.monotonic() - start < 0.3
 
 
 @pytest.mark.quiet
