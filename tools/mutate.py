@@ -34,7 +34,7 @@ MODULE = ROOT / "copilot_router.py"
 #: Tests that start processes, measure load, or look at the text of the module.
 LEFT_OUT = "packaging layers readme examples examples_stream demo load stress processes gunicorn"
 #: Seconds of tests (usual time) that one mutant is given.
-BUDGET = 8.0
+BUDGET = 25.0
 
 
 # -- the mutants
