@@ -44,7 +44,7 @@ __all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
     "LLMProvider", "OpenAIProvider", "LMStudioProvider", "AnthropicProvider", "GeminiProvider",
     "OllamaProvider", "ScriptedProvider", "ProviderTier", "FailoverChain",
     "ChatStream", "TierHealth",
-]  # fmt: skip
+]
 
 import contextlib
 import functools
@@ -135,7 +135,7 @@ class ProviderError(RouterError):
     def __init__(
         self, message: str = "", *, provider: str = "", model: str = "", status: int | None = None,
         code: str | None = None, retry_after: float | None = None, request_id: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.provider, self.model = provider, model
         self.status, self.code = status, code
@@ -379,7 +379,7 @@ def _users_frames(trace: TracebackType | None) -> TracebackType | None:
 #: Not about a provider: they pass straight through a chain.
 _PASS_THROUGH: tuple[type[Exception], ...] = (
     ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
-)  # fmt: skip
+)
 #: What task queues raise when the task's time is up, by module.
 _TASK_LIMITS = (
     ("billiard.exceptions", "SoftTimeLimitExceeded"),
@@ -858,7 +858,7 @@ class CircuitBreaker:
         max_recovery_timeout: float | None = None, trial_timeout: float = 120.0,
         clock: Callable[[], float] = time.monotonic, store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None, jitter: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         _number(failure_threshold, "failure_threshold", least=1, whole=True)
         self.failure_threshold = failure_threshold
         self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
@@ -939,7 +939,7 @@ class CircuitBreaker:
         return BreakerSnapshot(
             record.state, record.generation, record.failures, self._remaining(record),
             record.reason, record.opened, self._rejected, self._stale,
-        )  # fmt: skip
+        )
 
     def _remaining(self, record: BreakerRecord) -> float | None:
         if record.state == "closed" or record.deadline == math.inf:
@@ -1059,7 +1059,7 @@ class CircuitBreaker:
     def _settle(
         self, ticket: Ticket, kind: str, seconds: float | None = None, reason: str = "",
         local: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``local``: the trouble may be this machine's own."""
         if kind == "neutral" and not ticket.is_trial:
             ticket._settled = True
@@ -1584,7 +1584,7 @@ class RedisStore:
     def __init__(
         self, client_or_url: Any, namespace: str = "copilot_router", *,
         shared_counts: bool = False, timeout: float = _STORE_BUDGET, refresh: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         try:
             import redis
         except ImportError:
@@ -1604,7 +1604,7 @@ class RedisStore:
         limits = {
             "socket_timeout": self.timeout, "socket_connect_timeout": self.timeout,
             "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
-        }  # fmt: skip
+        }
         try:
             if isinstance(client_or_url, str):
                 given = redis.ConnectionPool.from_url(client_or_url)
@@ -1817,7 +1817,7 @@ class _Limits:
     __slots__ = (
         "blamed_after", "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused",
         "silence", "since", "stall", "started",
-    )  # fmt: skip
+    )
 
     def __init__(
         self, deadline: float, connect: float, silence: Sequence[float], own: Sequence[float]
@@ -2334,7 +2334,7 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
          wrapped.InvalidHeader, wrapped.DecodeError, theirs.ContentDecodingError)),
         (broken, how, (wrapped.ProtocolError, theirs.ChunkedEncodingError)),
         (ProviderUnavailable, "the URL is not valid", (theirs.InvalidURL, theirs.MissingSchema)),
-    )  # fmt: skip
+    )
     for kind, message, kinds in rows:
         if among(*kinds):
             return kind(message)
@@ -2543,7 +2543,7 @@ _CODES = _coded({
     UnsupportedRequest: "unsupported_parameter unsupported_value not_supported_error"
     " model_no_support_for_function unsupported_api_for_model",
     BadRequest: "string_above_max_length",
-})  # fmt: skip
+})
 
 #: Phrases of messages, in this order, in lower case.
 _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
@@ -2579,7 +2579,7 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"no endpoints found that support|"
      r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
-)  # fmt: skip
+)
 
 #: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
 _TYPES = _coded({
@@ -2588,16 +2588,16 @@ _TYPES = _coded({
     ProviderTimeout: "timeout_error timeout request_timeout",
     ServerError: "server_error api_error internal_error internal_server_error internal",
     Overloaded: "unavailable_error service_unavailable_error unavailable",
-})  # fmt: skip
+})
 _LAST_TYPES = _coded({
     BadRequest: "invalid_request_error badrequesterror invalid_argument",
     ModelNotFound: "not_found_error notfounderror not_found",
-})  # fmt: skip
+})
 _STATUSES: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError,
     404: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError, 410: ProviderUnavailable,
     425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
-}  # fmt: skip
+}
 #: What a 403 must speak of to mean that a key has no permission, and not that a prompt is disliked.
 _NAMES_PERMISSION = (
     r"key|permission|credential|token|auth|account|organi[sz]ation|project|billing|credit|balance|"
@@ -2608,7 +2608,7 @@ _REQUEST_IDS = (
     "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
     "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
     "x-amzn-requestid", "x-debug-trace-id",
-)  # fmt: skip
+)
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -2659,7 +2659,7 @@ def _report(body: Any) -> _Report:
         *found, body.get("code"), details.get("error_code"), minimax.get("status_code"),
         _dict(body.get("innererror")).get("code"), metadata.get("limit_source"), body.get("type"),
         body.get("status"),
-    ]  # fmt: skip
+    ]
     numbers = map(_int, (*values, body.get("status_code")))
     number = next((value for value in numbers if value is not None and value < 1000), None)
     texts = (str(value).lower() for value in values if isinstance(value, (str, int)))
@@ -2681,7 +2681,7 @@ def _joined_reports(report: _Report, raw: Any) -> _Report:
         message=f"{report.message}: {below.message}", param=report.param or below.param,
         codes=(*below.codes, *report.codes),
         delay=below.delay if report.delay is None else report.delay,
-    )  # fmt: skip
+    )
 
 
 def _listed(items: list[Any]) -> tuple[str, str]:
@@ -2941,9 +2941,9 @@ def _duration(text: str) -> float | None:
 
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
-                    "reasoning_effort", "parallel_tool_calls", "user"})  # fmt: skip
+                    "reasoning_effort", "parallel_tool_calls", "user"})
 _OPTIONS: frozenset[str] = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice",
-                                     "response_format", "extra_body"}  # fmt: skip
+                                     "response_format", "extra_body"}
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
 #: The user's text where a vendor insists on one and the user has said nothing.
 _GO_ON = "Continue."
@@ -3258,12 +3258,12 @@ _FINISHES = {word: reason for reason, words in {
     "length": "length max_tokens model_length model_context_window_exceeded max_output_tokens"
               " max_length",
     "content_filter": "content_filter sensitive refusal safety",
-}.items() for word in words.split()}  # fmt: skip
+}.items() for word in words.split()}
 #: Finish reasons that mean that the answer failed or was cut off.
 _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
     "canceled", "timeout", "connection_error", "failed", "server_error",
-})  # fmt: skip
+})
 _PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that change the answer: those behind its finish reason are passed over.
 _ANSWERING = frozenset({"text", "full", "thought", "call", "called", "arguments", "grow", "stop"})
@@ -3370,7 +3370,7 @@ class _Collector:
         self, call: _Call, read: Callable[[Any], _Facts],
         finishes: Mapping[str, str] = MappingProxyType({}),
         names: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.request_id: str | None = None
         self.usage: Usage | None = None
         self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
@@ -3697,7 +3697,7 @@ class _Collector:
             request_id=self.request_id,
             carry=self._carry(text, calls) if self._needed else None,
             raw=self._healed(self._raw) if self.whole else None,
-        ), self._call.messages)  # fmt: skip
+        ), self._call.messages)
 
     def _healed(self, value: Any) -> Any:
         return _cleaned(value) if self._halves else value
@@ -3831,7 +3831,7 @@ class _HTTPProvider(LLMProvider):
         first_token_timeout: float | None = None, stall_timeout: float = 20.0,
         max_response_bytes: int = 32 * 1024 * 1024, stream_upstream: bool = True,
         session: requests.Session | None = None, **unknown: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for name in unknown:
             near = _near(name, inspect.signature(_HTTPProvider).parameters)
             raise TypeError(f"{type(self).__name__} has no argument {name!r}.{near}")
@@ -4058,7 +4058,7 @@ class _HTTPProvider(LLMProvider):
             _repaired(_checked_messages(messages)), _checked_tools(tools), model, options,
             identity=f"{self._vendor} {self.base_url} {model or ''}",
             thoughts=bool(kwargs.get("thoughts")),
-        )  # fmt: skip
+        )
 
     def _written(self, call: _Call) -> tuple[str, bytes, _Collector]:
         """Path, body and collector. BadRequest if the request cannot be written as JSON."""
@@ -4299,7 +4299,7 @@ class _HTTPProvider(LLMProvider):
             model=call.model or "", status=status, request_id=self._request_id(answer),
             code=self._token(report.codes[0], answer) if report.codes else None,
             retry_after=hint if may_wait else None,
-        )  # fmt: skip
+        )
         if not certain:
             error.breaker = "neutral"  # it may be about this one request
         return error, report, words
@@ -4340,7 +4340,7 @@ class _HTTPProvider(LLMProvider):
         return {
             model or "": {name: "drop" if fix is None else "replace" for name, fix in fixes.items()}
             for model, fixes in list(self._learned.items()) if fixes
-        }  # fmt: skip
+        }
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
@@ -4570,7 +4570,7 @@ def _openai_usage(usage: _Object) -> Usage:
     cached = _counted(inside, "cached_tokens") or _counted(
         usage, "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens",
         "cache_read_input_tokens",
-    )  # fmt: skip
+    )
     writes = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
     written = _counted(inside, *writes) or _counted(usage, *writes)
     thought = _count(outside.get("reasoning_tokens"))
@@ -4848,7 +4848,7 @@ class OpenAIProvider(_HTTPProvider):
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
         api: str = "auto", **settings: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if api not in ("auto", "chat", "responses"):
             cure = "give 'auto', 'chat' or 'responses'"
             raise ConfigError(f"{type(self).__name__}(api={api!r}): {cure}")
@@ -4900,7 +4900,7 @@ class LMStudioProvider(OpenAIProvider):
 _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
-}  # fmt: skip
+}
 #: Blocks that are kept, to go back.
 _ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 #: What tool ids and tool names must not hold.
@@ -5115,16 +5115,16 @@ _GEMINI_FINISHES = {"CONTINUATION": "length", **dict.fromkeys((
     "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION",
     "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR",
     "PUP_LIMITED_DISABLED",
-), "content_filter")}  # fmt: skip
+), "content_filter")}
 #: The model's own failures: whatever text came with them is no answer.
 _GEMINI_FAILURES = frozenset({
     "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
     "OTHER", "NO_IMAGE", "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE",
-})  # fmt: skip
+})
 #: Keys of a schema that leave an object as empty as it is without them.
 _NO_ARGUMENTS = (
     "type", "title", "description", "required", "$schema", "$id", "$defs", "definitions",
-)  # fmt: skip
+)
 
 
 def _gemini_facts(body: _Object) -> _Facts:
@@ -5205,7 +5205,7 @@ def _gemini_config(call: _Call) -> _Object:
     config = call.renamed({
         "temperature": "temperature", "top_p": "topP", "seed": "seed",
         "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty",
-    })  # fmt: skip
+    })
     if call.limit() is not None:
         config["maxOutputTokens"] = call.limit()
     if stops := _stops(call):
@@ -5531,7 +5531,7 @@ class ProviderTier:
         retries: int = 1, max_concurrency: int | None = None, prices: Any = None,
         supports_tools: bool = True, supports_images: bool = True,
         params: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"name={name!r}: give the tier a name")
         where = f"tier {name!r}"
@@ -5676,7 +5676,7 @@ def _checked_params(params: Any, where: str) -> dict[str, Any]:
 _PROVIDERS: dict[str, type[_HTTPProvider]] = {
     "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider,
     "openai": OpenAIProvider, "anthropic": AnthropicProvider,
-}  # fmt: skip
+}
 _STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
 #: Arguments that are functions or other objects of Python: a file cannot hold them.
 _OBJECTS = frozenset({"accept", "on_event", "on_change", "clock", "sleep", "session"})
@@ -6033,7 +6033,7 @@ class _Try:
         verdict = _judged(error, _Circumstances(
             run.chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
             run.chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
-        ))  # fmt: skip
+        ))
         self.end(error, verdict)
         if verdict.then == "pass" or not isinstance(error, Exception):
             raise error
@@ -6106,7 +6106,7 @@ class _Run:
     def __init__(
         self, chain: FailoverChain, messages: list[Message], tools: Tools, model: str | None,
         limits: tuple[float | None, float | None, Sequence[str] | None], options: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.chain, self.clock = chain, chain._clock
         self.messages, self.tools = messages, tools or None
         self.model, self.options = model, options
@@ -6256,7 +6256,7 @@ class _Run:
         return any(
             (other.role == "emergency" or other.breaker._would_admit()) and not self._unable(other)
             for other, _ in self.later if other is not tier
-        )  # fmt: skip
+        )
 
     def _unable(self, tier: ProviderTier) -> str | None:
         if self.tools and not tier.supports_tools:
@@ -6470,7 +6470,7 @@ class _Run:
     def tell(
         self, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any],
         level: int = logging.DEBUG,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if self.observed or level > logging.DEBUG:
             if _log.isEnabledFor(level):
                 _log.log(level, "%s", _ascii(f"{tier.name} {kind} {model or ''} {data}"))
@@ -6528,7 +6528,7 @@ class FailoverChain(LLMProvider):
         on_error: Mapping[type[Exception], str] | None = None,
         on_event: Callable[[Event], Any] | None = None,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tiers = _checked_tiers(tiers)
         self.timeout: float = _number(timeout, "timeout")
         self.wait: float = _number(wait, "wait")
@@ -6544,7 +6544,7 @@ class FailoverChain(LLMProvider):
                 tier.breaker = CircuitBreaker(
                     failure_threshold, recovery_timeout, name=tier.name, clock=clock,
                     jitter=_FLEET_JITTER if store is None else 0.0,
-                )  # fmt: skip
+                )
             tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
                 tier.breaker._share(store)
@@ -6577,7 +6577,7 @@ class FailoverChain(LLMProvider):
         self, messages: Messages, tools: Tools = None, model: str | None = None, *,
         system: str | None = None, timeout: float | None = None, wait: float | None = None,
         tiers: Sequence[str] | None = None, **kwargs: Any,
-    ) -> LLMResponse:  # fmt: skip
+    ) -> LLMResponse:
         """One answer, from the first tier that gives one.
 
         ``messages``: OpenAI form, or a str for one user message; ``tools``: OpenAI form; neither is
@@ -6605,7 +6605,7 @@ class FailoverChain(LLMProvider):
         self, messages: Messages, tools: Tools = None, model: str | None = None, *,
         system: str | None = None, timeout: float | None = None, wait: float | None = None,
         tiers: Sequence[str] | None = None, thoughts: bool = False, **kwargs: Any,
-    ) -> ChatStream:  # fmt: skip
+    ) -> ChatStream:
         """The answer as deltas of text; arguments as for ``chat()``. Returns with the first one.
 
         Until then it fails over and raises like ``chat()``. After that a break, a stall or the
@@ -6732,7 +6732,7 @@ class FailoverChain(LLMProvider):
         return first + [
             (tier, own or (tier._default if tier.models else model))
             for tier, own in pairs if not own or tier.role == "emergency"
-        ]  # fmt: skip
+        ]
 
     @staticmethod
     def _serving(model: str, tiers: Iterable[ProviderTier]) -> _Plan:
@@ -6767,7 +6767,7 @@ class FailoverChain(LLMProvider):
             "outcome": "ok", "latency": response.latency, "cost": response.cost,
             "attempts": len(response.attempts), "prompt_tokens": response.usage.prompt_tokens,
             "completion_tokens": response.usage.completion_tokens,
-        })  # fmt: skip
+        })
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
         try:
@@ -6897,7 +6897,7 @@ _SENTENCES = {
     "skip": "passing over {tier}: {reason}", "escalation": "{tier} gave up: asking {to}",
     "wait": "no tier is ready: waiting {seconds:.1f} s",
     "breaker": "the breaker of {tier} was {old} and is {new}: {reason}",
-}  # fmt: skip
+}
 
 
 def _program() -> str:
@@ -7176,7 +7176,7 @@ def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str])
     gap = "  # FILL IN the name of a model" if kind._needs_model and not model else ""
     lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
              "# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion",
-             "[tier.provider]", f'type = "{name}"']  # fmt: skip
+             "[tier.provider]", f'type = "{name}"']
     if key or (wants_key and not url):
         lines.append(f'api_key_env = "{variable}"')
     if _pattern(_KEY_IN_URL).search(url):
