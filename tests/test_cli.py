@@ -560,6 +560,8 @@ def test_status_check_and_reset_as_json(cli: Cli) -> None:
     states = [tier["breaker"]["state"] for tier in json.loads(cli("status", "--json")[1])]
     assert states == ["closed", "open"]
     assert json.loads(cli("reset", "last", "--json")[1]) == {"tier": "last", "was": "open"}
+    states = [tier["breaker"]["state"] for tier in json.loads(cli("status", "--json")[1])]
+    assert states == ["closed", "closed"]
 
 
 def test_a_store_that_is_missing_or_down_is_said(cli: Cli) -> None:

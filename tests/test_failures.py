@@ -389,6 +389,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
     AuthenticationError: [
         (401, says("x", type="api_error")), (401, says("x", type="server_error")), (401, {}),
         (403, says("no permission", type="permission_error")),
+        (400, says("x", status="UNAUTHENTICATED")),
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}])),  # Gemini
     ],
@@ -409,7 +410,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
-        (500, says("the moderation service is down")),
+        (500, says("the moderation service is down")), (200, says("x", status_code=500)),
     ],
     Overloaded: [
         (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
@@ -575,6 +576,16 @@ def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None
     prompt = "what does it mean: model overloaded, context length, tools not supported?"
     for kind, status in ((ServerError, 500), (BadRequest, 400), (RateLimited, 429)):
         assert type(refused(status, says(f"cannot read '{prompt}'"), messages=prompt)) is kind
+    lines = "first:\nserver busy\nlast"
+    assert type(refused(400, says("what is 'Server  busy'?"), messages=lines)) is BadRequest
+
+
+def test_a_failure_may_be_plain_text() -> None:
+    for kind, words in ((Overloaded, "Server busy"), (ContextLengthExceeded, "prompt is too long")):
+        told = {"Content-Type": "text/plain; charset=utf-8"}
+        error = refused(503 if kind is Overloaded else 400, words, told)
+        assert (type(error), str(error)) == (kind, words)
+    assert "busy" not in str(refused(503, "Server busy", {"Content-Type": "text/html"}))
 
 
 def test_a_server_may_say_itself_what_a_very_large_request_says_too() -> None:

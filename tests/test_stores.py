@@ -133,7 +133,9 @@ def test_a_client_of_the_user_is_not_changed(redis_url):
         assert client.connection_pool.connection_kwargs["socket_timeout"] == 5
         day = 86_400_000
         assert 0 < client.pttl(key) <= day
-        store.swap("x", 1, BreakerRecord("open", 2, 2, deadline=math.inf, span=math.inf))
+        store.swap("x", 1, BreakerRecord("open", 2, 2, deadline=1e9, span=3600.0))
+        assert day < client.pttl(key) <= day + 3_600_000
+        store.swap("x", 2, BreakerRecord("open", 3, 3, deadline=math.inf, span=math.inf))
         assert client.pttl(key) > 100 * day
         store.close()
         assert store.load("x")[0] is not None

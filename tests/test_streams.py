@@ -37,7 +37,9 @@ def watched(clock: VirtualClock, *deltas: Any, response: Any = None, **given: An
 def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
     """The deltas of a stream that breaks, and its error."""
     seen: list[str] = []
-    return seen, error_of(StreamInterrupted, seen.extend, stream)
+    error = error_of(StreamInterrupted, seen.extend, stream)
+    assert error.provider == error.attempts[-1].tier
+    return seen, error
 
 
 # -- until the first delta

@@ -261,8 +261,10 @@ def test_an_error_inside_a_stream_has_its_class(dialect: Dialect) -> None:
 
 def test_a_page_with_status_200_is_no_answer(dialect: Dialect) -> None:
     for kind in ("text/html", dialect.stream_kind, "application/json"):
-        with pytest.raises(InvalidResponse):
+        with pytest.raises(InvalidResponse, match="truncated|^the answer .* is not JSON"):
             said(dialect, reply(b"<html>Log in</html>", kind=kind))
+    with pytest.raises(InvalidResponse, match="^an event is not JSON"):
+        said(dialect, reply(b"data: <html>Log in</html>\n\n"))
 
 
 def test_text_behind_the_end_of_the_answer_does_not_count(dialect: Dialect) -> None:
@@ -1200,6 +1202,7 @@ def test_what_a_message_carries_goes_back_only_as_it_was(name: str) -> None:
         (call,) = message["tool_calls"]
         answer = {"role": "tool", "tool_call_id": call["id"], "content": "cold"}
         assert provider.chat([USER, message, answer], TOOLS, "m-1").text == "ok"
+        assert all(secret in json.dumps(vendor.bodies[1]) for secret in secrets(vendor))
         edited = {**message, "content": "other text"}
         renamed = {**message, "tool_calls": [{**call, "id": "mine"}]}
         histories = [[USER, edited, answer], [USER, renamed, {**answer, "tool_call_id": "mine"}]]
