@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import importlib
 import re
 from bisect import bisect
 from collections.abc import Iterator
@@ -98,3 +99,12 @@ def test_tests_use_public_names() -> None:
     files = [path for path in TESTS.rglob("*.py") if path != PRIVATE]
     used = {str(path.relative_to(TESTS)): private_names(path.read_text("utf-8")) for path in files}
     assert {path: names for path, names in used.items() if names} == {}
+
+
+def test_tools_import_what_the_tests_have() -> None:
+    """They run apart, some of them rarely."""
+    for path in (TESTS.parent / "tools").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("support."):
+                module = importlib.import_module(str(node.module))
+                assert [one.name for one in node.names if not hasattr(module, one.name)] == [], path

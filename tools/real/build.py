@@ -29,6 +29,8 @@ WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 #: Only what the server needs; nothing that the build would fetch from elsewhere, no TLS: it listens on loopback.
 OPTIONS = ("TESTS", "EXAMPLES", "APP", "UI")
 CMAKE_ARGS = " ".join(f"-DLLAMA_BUILD_{name}=OFF" for name in OPTIONS) + " -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF"
+#: Not for this very processor: a virtual machine may show instructions (AMX) that it does not run.
+CMAKE_ARGS += " -DGGML_NATIVE=OFF -DGGML_AVX512=OFF"
 BUILD_LIMIT = 3600.0  #: seconds
 
 

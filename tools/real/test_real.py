@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clocks import FakeClock
+from support.fakes import VirtualClock
 
 from copilot_router import (
     AllProvidersFailed,
@@ -363,7 +363,7 @@ def test_kill_9_during_a_stream(server: Server, found: dict[str, str], tmp_path:
 
 def test_restart_of_a_killed_server(found: dict[str, str], tmp_path: Path, tell: Tell) -> None:
     """The breaker opens while the server is gone; when it is back and the time is over, the chain returns to it."""
-    clock = FakeClock()
+    clock = VirtualClock()
     spare = ScriptedProvider(["from the spare"], repeat=True)
     with (
         running(found, tmp_path / "log") as server,
@@ -426,7 +426,7 @@ def test_a_wrong_key(server: Server, tell: Tell) -> None:
         provider.close()
     tell(f"status {caught.value.status}: {caught.value}")
     assert caught.value.status == 401
-    clock = FakeClock()
+    clock = VirtualClock()
     with FailoverChain([tier(server, key=wrong)], clock=clock, sleep=clock.sleep) as chain:
         with pytest.raises(AllProvidersFailed) as failed:
             chain.chat(QUESTION)
