@@ -261,9 +261,9 @@ def test_an_error_inside_a_stream_has_its_class(dialect: Dialect) -> None:
 
 def test_a_page_with_status_200_is_no_answer(dialect: Dialect) -> None:
     for kind in ("text/html", dialect.stream_kind, "application/json"):
-        with pytest.raises(InvalidResponse, match="truncated|^the answer .* is not JSON"):
+        with pytest.raises(InvalidResponse, match=r"truncated|^the answer .* is not JSON"):
             said(dialect, reply(b"<html>Log in</html>", kind=kind))
-    with pytest.raises(InvalidResponse, match="^an event is not JSON"):
+    with pytest.raises(InvalidResponse, match=r"^an event is not JSON"):
         said(dialect, reply(b"data: <html>Log in</html>\n\n"))
 
 
