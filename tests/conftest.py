@@ -21,13 +21,9 @@ _real_connect_ex = socket.socket.connect_ex
 _real_getaddrinfo = socket.getaddrinfo
 
 #: What a person may have set for their own use. Upper and lower case mean the same.
-_PREFIXES = (
-    "OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_"
-)  # fmt: skip
-_NAMES = (
-    "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_COLOR",
-    "FORCE_COLOR"
-)  # fmt: skip
+_PREFIXES = ("OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_")
+_NAMES = ("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "NO_COLOR", "FORCE_COLOR")
 #: Seconds that a thread has to end once its test is over.
 _GRACE = 5.0
 
@@ -104,9 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_leaks(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def _nothing_leaks(request: pytest.FixtureRequest,
+        monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A key, a prompt or an answer in a log, an event, an error or a repr fails the test."""
     watch = LeakWatch()
     watch.install(monkeypatch, quiet=request.node.get_closest_marker("quiet") is not None)

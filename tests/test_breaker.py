@@ -21,21 +21,15 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
-)
+from hypothesis.stateful import (Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule,
+    run_state_machine_as_test)
 from support.fakes import Watched
-from support.stores import (
-    KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line, done, end, error_of,
-    fail, in_a_thread, needs_fork, python, seconds_of,
-)
+from support.stores import (KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line,
+    done, end, error_of, fail, in_a_thread, needs_fork, python, seconds_of)
 
-from copilot_router import (
-    AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen, ConfigError,
-    ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
-    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ServerError,
-    StreamInterrupted, Ticket,
-)
+from copilot_router import (AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen,
+    ConfigError, ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
+    ProviderError, ProviderTier, QuotaExceeded, RateLimited, ServerError, StreamInterrupted, Ticket)
 
 
 class Boom(Exception):
@@ -221,9 +215,8 @@ def test_a_stream_whose_trial_is_overtaken_decides_nothing(clock):
 
 
 # -- verdicts
-@pytest.mark.parametrize("kind", [
-    KeyboardInterrupt, SystemExit, GeneratorExit, BaseException, MemoryError, RecursionError,
-    AssertionError])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, BaseException,
+    MemoryError, RecursionError, AssertionError])
 def test_an_interruption_is_itself_and_neutral(new, clock, kind):
     def interrupt():
         raise kind
@@ -514,8 +507,7 @@ def test_the_reason_is_that_of_the_change(new):
     breaker = new(name="db")
     tickets = [breaker.admit() for _ in range(3)]
     for ticket, seconds, reason, told in zip(
-        tickets, (10, 10, 60), ("one", "two", "three"), ("one", "one", "three"), strict=True
-    ):
+            tickets, (10, 10, 60), ("one", "two", "three"), ("one", "one", "three"), strict=True):
         ticket.park(seconds, reason)
         assert breaker.snapshot().reason == told
         assert {told, "db"} <= set(re.findall(r"\w+", str(refused(breaker))))
@@ -850,6 +842,5 @@ def test_any_steps_give_the_answers_of_the_model(kind, make_store):
     settings = {"shared_counts": True} if kind == "redis" else {}
     store = None if kind == "alone" else make_store(kind, refresh=0, **settings)
     examples = {"alone": 100, "memory": 80, "sqlite": 30, "redis": 20}[kind]
-    run_state_machine_as_test(
-        type("Model", (Model,), {"store": store}),
+    run_state_machine_as_test(type("Model", (Model,), {"store": store}),
         settings=hypothesis_settings(max_examples=examples, stateful_step_count=40, deadline=None))

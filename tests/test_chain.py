@@ -22,23 +22,19 @@ from typing import Any
 import pytest
 import requests
 from requests.adapters import BaseAdapter
-from support.fakes import (
-    HEAD, IMAGE, KEY, PROMPT, TOOL, Custom, Held, Limits, VirtualClock, Watched, answering, calls,
-    chain_of, error_of, event, failures, in_threads, in_time, outcomes, refusal, scripted, serve,
-    silent_after, tier, whole
-)
+from support.fakes import (HEAD, IMAGE, KEY, PROMPT, TOOL, Custom, Held, Limits, VirtualClock,
+    Watched, answering, calls, chain_of, error_of, event, failures, in_threads, in_time, outcomes,
+    refusal, scripted, serve, silent_after, tier, whole)
 from support.stores import Interrupted, at_each_line
 from urllib3 import HTTPResponse
 
 import copilot_router
-from copilot_router import (
-    AllProvidersFailed, AnthropicProvider, Attempt, AuthenticationError, BadRequest, CircuitBreaker,
-    CircuitOpen, ConfigError, ContentFiltered, ContextLengthExceeded, DeadlineExceeded,
-    EmptyResponse, Event, FailoverChain, GeminiProvider, InvalidResponse, LLMResponse, MemoryStore,
-    OllamaProvider, OpenAIProvider, Overloaded, ProviderError, ProviderTier, ProviderTimeout,
-    ProviderUnavailable, QuotaExceeded, RateLimited, RouterError, ScriptedProvider, ServerError,
-    ToolCall, UnknownModel, UnsupportedRequest, Usage
-)
+from copilot_router import (AllProvidersFailed, AnthropicProvider, Attempt, AuthenticationError,
+    BadRequest, CircuitBreaker, CircuitOpen, ConfigError, ContentFiltered, ContextLengthExceeded,
+    DeadlineExceeded, EmptyResponse, Event, FailoverChain, GeminiProvider, InvalidResponse,
+    LLMResponse, MemoryStore, OllamaProvider, OpenAIProvider, Overloaded, ProviderError,
+    ProviderTier, ProviderTimeout, ProviderUnavailable, QuotaExceeded, RateLimited, RouterError,
+    ScriptedProvider, ServerError, ToolCall, UnknownModel, UnsupportedRequest, Usage)
 
 LOGGER = "copilot_router"
 MILLION = Usage(1_000_000, 0)
@@ -51,8 +47,7 @@ def about(seconds: float) -> Any:
 
 ASKED = [{"role": "user", "content": "hi"}]
 CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-RESULTS = [
-    *ASKED, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+RESULTS = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
     {"role": "tool", "tool_call_id": "1", "content": "done"}]
 
 
@@ -514,9 +509,8 @@ def test_a_tier_is_not_asked_when_the_breakers_store_took_the_time(clock):
     (10, 0, None, 1), (10, 0, "attempt_timeout", 1), (5, 0, "attempt_timeout", 1),
     (4.9, 0, "attempt_timeout", 0), (10, 6, "attempt_timeout", 0), (3, 0, "first_token_timeout", 1),
     (3, 0, "stall_timeout", 1)])
-def test_an_attempt_ended_by_the_deadline_counts_from_five_seconds_on(
-    clock, limit, before, code, counted
-):
+def test_an_attempt_ended_by_the_deadline_counts_from_five_seconds_on(clock, limit, before, code,
+        counted):
     """``before``: what an earlier tier took. A silence that reached its limit counts."""
     first = ProviderTier("a", slow(clock, before, ProviderUnavailable("x")))
     second = ProviderTier("b", slow(clock, None, ProviderTimeout("x", code=code)))
@@ -549,10 +543,9 @@ def test_silence_limits_are_five_times_as_long_where_patience_is_due(clock):
         assert provider.seen[-2] == provider.seen[-1]
         return provider.seen[-1]
     for patient, options in (
-        ((12, 20), {}), ((12, 15), {"timeout": 30}), ((60, 100), {"model": "m"}),
-        ((60, 100), {"reasoning_effort": "high"}), ((60, 100), {"tiers": ["a"]}),
-        ((5, 20), {"first_token_timeout": 5}), ((12, 3), {"stall_timeout": 3}),
-    ):
+            ((12, 20), {}), ((12, 15), {"timeout": 30}), ((60, 100), {"model": "m"}),
+            ((60, 100), {"reasoning_effort": "high"}), ((60, 100), {"tiers": ["a"]}),
+            ((5, 20), {"first_token_timeout": 5}), ((12, 3), {"stall_timeout": 3})):
         assert patience(**options) == patient
     emergency.tiers[1].breaker.open(100)
     assert patience(emergency) == (12, 20)  # an emergency tier is always ready

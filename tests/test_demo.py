@@ -30,28 +30,19 @@ def test_demo_succeeds_as_a_program_without_colour_in_a_pipe() -> None:
     assert (done.stdout.count(" ok  "), "\033" in done.stdout) == (9, False)
 
 
-@pytest.mark.parametrize(
-    ("step", "settings", "moods"),
-    [
-        ("healthy", {}, {"healthy": "weak"}),
-        ("refused", {"tiers": 1}, {}),
-        ("breaker", {"failure_threshold": 99}, {}),
-        ("rate limit", {}, {"busy": "broken"}),
-        ("deadline", {}, {"dripping": "healthy"}),
-        ("recovery", {"recovery_timeout": 1e6}, {}),
-        ("escalation", {"escalation_marker": "[OTHER]"}, {}),
-        ("marker", {"escalation_marker": "[OTHER]"}, {}),
-        ("all down", {"tiers": 1}, {}),
-    ],
-)
+@pytest.mark.parametrize(("step", "settings", "moods"), [
+    ("healthy", {}, {"healthy": "weak"}),
+    ("refused", {"tiers": 1}, {}),
+    ("breaker", {"failure_threshold": 99}, {}),
+    ("rate limit", {}, {"busy": "broken"}),
+    ("deadline", {}, {"dripping": "healthy"}),
+    ("recovery", {"recovery_timeout": 1e6}, {}),
+    ("escalation", {"escalation_marker": "[OTHER]"}, {}),
+    ("marker", {"escalation_marker": "[OTHER]"}, {}),
+    ("all down", {"tiers": 1}, {})])
 def test_each_step_fails_when_something_else_happens(
-    demo: Any,
-    step: str,
-    settings: dict[str, Any],
-    moods: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+        demo: Any, step: str, settings: dict[str, Any], moods: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def chain(tiers: list[ProviderTier], **given: Any) -> FailoverChain:
         changed = {**given, **settings}
         return FailoverChain(tiers[: changed.pop("tiers", None)], **changed)
@@ -68,13 +59,11 @@ def test_help_says_what_the_demo_does(demo: Any, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="0"):
         demo.main(["--help"])
     assert {"--svg", "matplotlib", "network"} <= set(
-        capsys.readouterr().out.replace(".", " ").split()
-    )
+        capsys.readouterr().out.replace(".", " ").split())
 
 
-def test_svg_without_matplotlib_says_how_to_get_it(
-    demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_svg_without_matplotlib_says_how_to_get_it(demo: Any, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "timeline", raising=False)
     assert demo.main(["--svg", "unused.svg"]) == 1
@@ -85,22 +74,15 @@ def test_pictures_have_their_text_as_text_and_a_background(demo: Any, tmp_path: 
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "timeline.svg"
     assert demo.main(["--svg", str(drawn)]) == 0
-    timeline = {
-        "local",
-        "cheap",
-        "strong",
-        "chain.chat()",
-        "breaker opens: ServerError",
-        "closed again",
-    }
+    timeline = {"local", "cheap", "strong", "chain.chat()", "breaker opens: ServerError",
+        "closed again"}
     expected = {drawn: timeline, ROOT / "docs" / "timeline.svg": timeline}
     expected[ROOT / "docs" / "benchmarks.svg"] = {"copilot_router", "bare requests", "10 ms"}
     for picture, words in expected.items():
         root = ElementTree.parse(picture).getroot()
         assert words <= {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
-        assert "fill: #ffffff" in next(root.iter("{http://www.w3.org/2000/svg}path")).get(
-            "style", ""
-        )
+        first = next(root.iter("{http://www.w3.org/2000/svg}path"))
+        assert "fill: #ffffff" in first.get("style", "")
         assert "dc:date" not in picture.read_text(encoding="utf-8")
 
 

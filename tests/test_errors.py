@@ -9,36 +9,12 @@ from typing import Any
 import pytest
 
 import copilot_router
-from copilot_router import (
-    AllProvidersFailed,
-    Attempt,
-    AuthenticationError,
-    BadRequest,
-    CircuitOpen,
-    ConfigError,
-    ContentFiltered,
-    ContextLengthExceeded,
-    DeadlineExceeded,
-    EmptyResponse,
-    EscalationFailed,
-    FailoverChain,
-    InvalidResponse,
-    LLMResponse,
-    ModelNotFound,
-    Overloaded,
-    ProviderError,
-    ProviderTier,
-    ProviderTimeout,
-    ProviderUnavailable,
-    QuotaExceeded,
-    RateLimited,
-    RouterError,
-    ScriptedProvider,
-    ServerError,
-    StreamInterrupted,
-    UnknownModel,
-    UnsupportedRequest,
-)
+from copilot_router import (AllProvidersFailed, Attempt, AuthenticationError, BadRequest,
+    CircuitOpen, ConfigError, ContentFiltered, ContextLengthExceeded, DeadlineExceeded,
+    EmptyResponse, EscalationFailed, FailoverChain, InvalidResponse, LLMResponse, ModelNotFound,
+    Overloaded, ProviderError, ProviderTier, ProviderTimeout, ProviderUnavailable, QuotaExceeded,
+    RateLimited, RouterError, ScriptedProvider, ServerError, StreamInterrupted, UnknownModel,
+    UnsupportedRequest)
 
 #: Class -> its parent, what the chain does, and what the breaker learns.
 TREE: dict[type[ProviderError], tuple[type, str, str]] = {
@@ -56,12 +32,9 @@ TREE: dict[type[ProviderError], tuple[type, str, str]] = {
     ContextLengthExceeded: (ProviderError, "next", "neutral"),
     UnsupportedRequest: (ProviderError, "next", "neutral"),
     BadRequest: (ProviderError, "next", "neutral"),
-    ContentFiltered: (ProviderError, "raise", "neutral"),
-}
-FIELDS = {
-    "provider": "p", "model": "m", "status": 429, "code": "c", "retry_after": 3.5,
-    "request_id": "r",
-}  # fmt: skip
+    ContentFiltered: (ProviderError, "raise", "neutral")}
+FIELDS = {"provider": "p", "model": "m", "status": 429, "code": "c", "retry_after": 3.5,
+    "request_id": "r"}
 each_class = pytest.mark.parametrize("kind", TREE)
 
 
@@ -74,15 +47,11 @@ def test_the_policy_stands_in_the_class(kind: type[ProviderError]) -> None:
     assert issubclass(kind, RouterError)
 
 
-@pytest.mark.parametrize(
-    ("kind", "parents"),
-    [
-        (StreamInterrupted, (ProviderError,)), (CircuitOpen, (RouterError,)),
-        (AllProvidersFailed, (RouterError,)), (UnknownModel, (RouterError,)),
-        (DeadlineExceeded, (AllProvidersFailed, TimeoutError)),
-        (EscalationFailed, (AllProvidersFailed,)), (ConfigError, (RouterError, ValueError)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "parents"), [
+    (StreamInterrupted, (ProviderError,)), (CircuitOpen, (RouterError,)),
+    (AllProvidersFailed, (RouterError,)), (UnknownModel, (RouterError,)),
+    (DeadlineExceeded, (AllProvidersFailed, TimeoutError)),
+    (EscalationFailed, (AllProvidersFailed,)), (ConfigError, (RouterError, ValueError))])
 def test_the_other_classes(kind: type, parents: tuple[type, ...]) -> None:
     assert all(issubclass(kind, parent) for parent in parents)
     assert kind.__name__ in copilot_router.__all__
@@ -93,16 +62,14 @@ def test_a_provider_fills_in_what_it_knows(kind: Any) -> None:
     bare, full = kind(), kind("the message", **FIELDS)
     assert (bare.provider, bare.model, bare.attempts) == ("", "", ())
     assert [getattr(bare, name) for name in ("status", "code", "retry_after", "request_id")] == [
-        None
-    ] * 4
+        None] * 4
     assert {name: getattr(full, name) for name in FIELDS} == FIELDS
     assert "the message" in str(full)
     assert StreamInterrupted().partial == ""
 
 
-@pytest.mark.parametrize(
-    "again", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy]
-)
+@pytest.mark.parametrize("again",
+    [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("kind", [*TREE, StreamInterrupted])
 def test_errors_pickle_with_all_that_they_carry(kind: Any, again: Any) -> None:
     """Task queues send them to other processes."""

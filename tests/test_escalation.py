@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 from support.fakes import Limits, calls, error_of, outcomes, scripted, tier
 
-from copilot_router import (
-    AllProvidersFailed, BadRequest, EscalationFailed, FailoverChain, LLMResponse, ProviderTier,
-    ProviderUnavailable, Usage,
-)
+from copilot_router import (AllProvidersFailed, BadRequest, EscalationFailed, FailoverChain,
+    LLMResponse, ProviderTier, ProviderUnavailable, Usage)
 
 MARKED = "[ESCALATE] too hard"
 

@@ -19,58 +19,15 @@ import pytest
 import requests
 import responses
 import urllib3
-from support.faults import (
-    ANSWER,
-    BY_NAME,
-    DIALECTS,
-    FOOLED,
-    HELD,
-    HONEST,
-    RAW,
-    RIGHT,
-    ROWS,
-    WRONG,
-    Chat,
-    Dialect,
-    FaultServer,
-    Peer,
-    Row,
-    answer_to,
-    descriptors,
-    fault_server,
-    peer,
-    says,
-)
+from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
+    WRONG, Chat, Dialect, FaultServer, Peer, Row, answer_to, descriptors, fault_server, peer, says)
 from support.leaks import FRAMES
 
-from copilot_router import (
-    AllProvidersFailed,
-    AnthropicProvider,
-    AuthenticationError,
-    BadRequest,
-    ContentFiltered,
-    ContextLengthExceeded,
-    DeadlineExceeded,
-    FailoverChain,
-    GeminiProvider,
-    InvalidResponse,
-    ModelNotFound,
-    OllamaProvider,
-    OpenAIProvider,
-    Overloaded,
-    ProviderError,
-    ProviderTier,
-    ProviderTimeout,
-    ProviderUnavailable,
-    QuotaExceeded,
-    RateLimited,
-    RouterError,
-    ScriptedProvider,
-    ServerError,
-    StreamInterrupted,
-    UnsupportedRequest,
-    Usage,
-)
+from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
+    ContentFiltered, ContextLengthExceeded, DeadlineExceeded, FailoverChain, GeminiProvider,
+    InvalidResponse, ModelNotFound, OllamaProvider, OpenAIProvider, Overloaded, ProviderError,
+    ProviderTier, ProviderTimeout, ProviderUnavailable, QuotaExceeded, RateLimited, RouterError,
+    ScriptedProvider, ServerError, StreamInterrupted, UnsupportedRequest, Usage)
 
 KEY = "sk-test-faults-key-5678901234"
 PROMPT = "the secret question about "
@@ -214,9 +171,8 @@ def test_a_stream_fails_over_or_says_that_it_broke(row: Row) -> None:
 def test_every_wire_format_is_as_safe(dialect: type[Dialect], check: Any) -> None:
     """Each fault that is not of Chat Completions' own content; how much text is in half of the
     compressed bytes differs from format to format."""
-    rows = [
-        row for row in ROWS if row.only is None and (check is check_chat or row.name != "cut_gzip")
-    ]
+    rows = [row for row in ROWS if row.only is None
+        and (check is check_chat or row.name != "cut_gzip")]
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lambda row: check(row, dialect(), slack=2.0), rows))) > 95
 
@@ -228,9 +184,8 @@ def test_alone_a_tier_fails_in_time(row: Row) -> None:
     expected: Any = row.alone or row.expect
     short = {**limits(row), "first_token_timeout": 0.3, "stall_timeout": 0.3}
     with fault_server() as ill:
-        chain = FailoverChain(
-            [tier("ill", ill, row.name, row, **short)], timeout=DEADLINE, sleep=lambda seconds: None
-        )
+        chain = FailoverChain([tier("ill", ill, row.name, row, **short)], timeout=DEADLINE,
+            sleep=lambda seconds: None)
         start, failure = time.monotonic(), None
         try:
             assert chain.chat(prompt, **row.options).text == row.told(answer_to(prompt))
@@ -289,9 +244,8 @@ def test_nothing_is_left_of_broken_connections() -> None:
     names = [row.name for row in ROWS if row.expect in (InvalidResponse, ServerError)]
     with fault_server() as ill:
         provider = Chat().client(KEY, ill.url, max_response_bytes=300_000, stall_timeout=0.3)
-        chain = FailoverChain(
-            [ProviderTier("ill", provider, names, retries=0)], failure_threshold=10_000
-        )
+        chain = FailoverChain([ProviderTier("ill", provider, names, retries=0)],
+            failure_threshold=10_000)
         for name in names[:3]:
             with pytest.raises(RouterError):
                 chain.chat(PROMPT, model=name)
@@ -304,8 +258,7 @@ def test_nothing_is_left_of_broken_connections() -> None:
         chain.close()
         until = time.monotonic() + 5
         while (descriptors() > before or threading.active_count() > threads) and (
-            time.monotonic() < until
-        ):
+                time.monotonic() < until):
             threading.Event().wait(0.01)  # for the server's own ends
         assert descriptors() <= before
         assert threading.active_count() <= threads
@@ -317,8 +270,7 @@ BASE = "https://server.test"
 OVERDUE = "Access denied, please make sure your account is in good standing."
 SPENT = "Your team has either used all available credits or reached its monthly spending limit."
 SUSPENDED = (
-    "Your account <ak> is suspended due to insufficient balance, please recharge your account"
-)
+    "Your account <ak> is suspended due to insufficient balance, please recharge your account")
 RAW_JSON = json.dumps(says(SUSPENDED, type="exceeded_current_quota_error"))
 THROUGH = {"message": "Provider returned error", "code": 400}
 #: Vendors' bodies as public reports and error pages show them: class -> status and body.
@@ -423,23 +375,15 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
 CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
 
 
-def refused(
-    status: int = 200,
-    body: Any = None,
-    told: dict[str, str] | None = None,
-    *,
-    vendor: Any = OpenAIProvider,
-    messages: Any = "hi",
-    **settings: Any,
-) -> ProviderError:
+def refused(status: int = 200, body: Any = None, told: dict[str, str] | None = None, *,
+        vendor: Any = OpenAIProvider, messages: Any = "hi", **settings: Any) -> ProviderError:
     """The error that a provider of one vendor raises for this answer."""
     with responses.RequestsMock() as mock:
         data = body if isinstance(body, (str, bytes)) else json.dumps(body)
         mock.post(re.compile(".*"), status=status, body=data, headers=told)
+        client = vendor(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings)
         with pytest.raises(ProviderError) as caught:
-            vendor(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings).chat(
-                messages, model="m"
-            )
+            client.chat(messages, model="m")
     return caught.value
 
 
@@ -450,13 +394,11 @@ def test_what_bodies_mean(kind: type, status: int, body: Any) -> None:
     assert (error.status, error.provider, error.model) == (status, "openai", "m")
 
 
-@pytest.mark.parametrize(
-    ("kind", "body"),
-    [(kind, body) for kind, _, body in CASES
-     if kind in (QuotaExceeded, ContextLengthExceeded, Overloaded)
-     and isinstance(body.get("error"), dict) and "metadata" not in body["error"]
-     and "Loading" not in str(body)],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "body"), [
+    (kind, body) for kind, _, body in CASES
+        if kind in (QuotaExceeded, ContextLengthExceeded, Overloaded)
+        and isinstance(body.get("error"), dict) and "metadata" not in body["error"]
+        and "Loading" not in str(body)])
 def test_the_same_words_mean_the_same_inside_an_answer(kind: type, body: Any) -> None:
     """As a whole answer at status 200, and as an event in a stream."""
     assert type(refused(200, body)) is kind
@@ -479,39 +421,27 @@ def test_the_reason_of_the_provider_behind_a_gateway_is_shown() -> None:
         assert ("tulip" in str(error)) == ("tulip" in str(raw))
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "waits", "kind"),
-    [
-        (402, says("x"), {}, QuotaExceeded),
-        (402, says("x"), {"Retry-After": "30"}, RateLimited),
-        (402, says("x"), {"retry-after-ms": "30000"}, RateLimited),
-        (503, says("x", type="server_error"), {}, ServerError),
-        (503, says("x", type="server_error"), {"Retry-After": "5"}, Overloaded),
-    ],
-)
-def test_a_hint_when_to_come_back_changes_the_class(
-    status: int, body: Any, waits: dict[str, str], kind: type
-) -> None:
+@pytest.mark.parametrize(("status", "body", "waits", "kind"), [
+    (402, says("x"), {}, QuotaExceeded),
+    (402, says("x"), {"Retry-After": "30"}, RateLimited),
+    (402, says("x"), {"retry-after-ms": "30000"}, RateLimited),
+    (503, says("x", type="server_error"), {}, ServerError),
+    (503, says("x", type="server_error"), {"Retry-After": "5"}, Overloaded)])
+def test_a_hint_when_to_come_back_changes_the_class(status: int, body: Any, waits: dict[str, str],
+        kind: type) -> None:
     assert type(refused(status, body, waits)) is kind
 
 
-@pytest.mark.parametrize(
-    ("message", "quota", "kind"),
-    [
-        ("You exceeded your current quota.", "GenerateRequestsPerMinutePerProject", RateLimited),
-        ("You exceeded your current quota.", "GenerateRequestsPerDayPerProject", QuotaExceeded),
-        ("Quota exceeded. limit: 0", "GenerateRequestsPerMinutePerProject", QuotaExceeded),
-    ],
-)
+@pytest.mark.parametrize(("message", "quota", "kind"), [
+    ("You exceeded your current quota.", "GenerateRequestsPerMinutePerProject", RateLimited),
+    ("You exceeded your current quota.", "GenerateRequestsPerDayPerProject", QuotaExceeded),
+    ("Quota exceeded. limit: 0", "GenerateRequestsPerMinutePerProject", QuotaExceeded)])
 @pytest.mark.parametrize("delay", ["6s", "0s"])
-def test_geminis_quota_of_a_minute_is_a_rate_limit(
-    message: str, quota: str, kind: type, delay: str
-) -> None:
+def test_geminis_quota_of_a_minute_is_a_rate_limit(message: str, quota: str, kind: type,
+        delay: str) -> None:
     types = "type.googleapis.com/google.rpc."
-    details = [
-        {"@type": types + "QuotaFailure", "violations": [{"quotaId": quota}]},
-        {"@type": types + "RetryInfo", "retryDelay": delay},
-    ]
+    details = [{"@type": types + "QuotaFailure", "violations": [{"quotaId": quota}]},
+        {"@type": types + "RetryInfo", "retryDelay": delay}]
     body = says(message, code=429, status="RESOURCE_EXHAUSTED", details=details)
     error = refused(429, body, vendor=GeminiProvider)
     assert (type(error), error.retry_after) == (kind, float(delay[0]))
@@ -533,41 +463,26 @@ def asked(status: int, body: Any, messages: Any, calls: int = 3, **headers: str)
         return len(mock.calls)
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "prompt"),
-    [
-        (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"),
-        (403, "", "hi"),
-        (403, "Request blocked by rule 942100", "select * from users"),
-        (
-            400,
-            says("cannot parse: why is it an incorrect api key"),
-            "why is it an incorrect api key?",
-        ),
-        (400, says("bad token near insufficient balance"), "explain insufficient balance"),
-        (
-            400,
-            says("Invalid prompt: YOU EXCEEDED YOUR CURRENT QUOTA!"),
-            "You exceeded your current quota",
-        ),
-        (422, {"detail": [{"msg": "no: invalid api key"}]}, "he said: invalid api key"),
-        (500, says("crashed on: the server is overloaded"), "the server is overloaded"),
-        (403, says("sentence not liked: insufficient balance"), "insufficient balance"),
-    ],
-)
+@pytest.mark.parametrize(("status", "body", "prompt"), [
+    (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"),
+    (403, "", "hi"),
+    (403, "Request blocked by rule 942100", "select * from users"),
+    (400, says("cannot parse: why is it an incorrect api key"), "why is it an incorrect api key?"),
+    (400, says("bad token near insufficient balance"), "explain insufficient balance"),
+    (400, says("Invalid prompt: YOU EXCEEDED YOUR CURRENT QUOTA!"),
+        "You exceeded your current quota"),
+    (422, {"detail": [{"msg": "no: invalid api key"}]}, "he said: invalid api key"),
+    (500, says("crashed on: the server is overloaded"), "the server is overloaded"),
+    (403, says("sentence not liked: insufficient balance"), "insufficient balance")])
 def test_one_request_that_is_disliked_parks_nobody(status: int, body: Any, prompt: str) -> None:
     """Neither the page of a firewall nor words that the server repeats of the request."""
     assert asked(status, body, prompt) == 3
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (401, "no"), (402, ""), (403, says("Your API key has no permission for this model")),
-        (403, says("x", type="permission_error")), (429, says("Insufficient balance")),
-        (429, says("slow", type="requests")), (400, says(OVERDUE, code="Arrearage")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("status", "body"), [
+    (401, "no"), (402, ""), (403, says("Your API key has no permission for this model")),
+    (403, says("x", type="permission_error")), (429, says("Insufficient balance")),
+    (429, says("slow", type="requests")), (400, says(OVERDUE, code="Arrearage"))])
 def test_a_key_without_money_or_permission_parks(status: int, body: Any) -> None:
     assert asked(status, body, "hi") == 1
 
@@ -631,9 +546,8 @@ HINTS: list[tuple[int, dict[str, str], str, float | None]] = [
 
 
 @pytest.mark.parametrize(("status", "headers", "words", "seconds"), HINTS)
-def test_how_long_to_wait(
-    status: int, headers: dict[str, str], words: str, seconds: float | None
-) -> None:
+def test_how_long_to_wait(status: int, headers: dict[str, str], words: str,
+        seconds: float | None) -> None:
     """Headers first, then the body's words; the headers of limits only at 429, 503 and 529."""
     found = refused(status, says(words or "no"), headers).retry_after
     close = 0.1 if seconds == 4000 else 1e-6  # the moment was written down when the table was made
@@ -656,10 +570,8 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
 
 # -- request ids
 
-ID_HEADERS = [
-    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
-    "mistral-correlation-id", "x-ds-trace-id", "inference-id"
-]  # fmt: skip
+ID_HEADERS = ["x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
+    "mistral-correlation-id", "x-ds-trace-id", "inference-id"]
 
 
 @pytest.mark.parametrize("header", ID_HEADERS)
@@ -684,21 +596,17 @@ def test_a_broken_stream_keeps_its_request_id_and_what_it_had_used() -> None:
 SECRET = "tulip-Violet-9081726354"
 
 
-@pytest.mark.parametrize(
-    ("settings", "shown"),
-    [
-        ({"api_key": SECRET}, SECRET),
-        ({"api_key": SECRET}, SECRET.upper()),
-        ({"api_key": lambda: SECRET}, SECRET),
-        ({"headers": {"X-Gateway": SECRET}}, SECRET),
-        ({"headers": {"Cookie": f"session={SECRET}"}}, SECRET.lower()),
-        ({"headers": {"Proxy-Authorization": f"Bearer {SECRET}"}}, SECRET),
-        ({"base_url": f"https://me:{SECRET}@server.test"}, SECRET),
-        ({"base_url": f"https://server.test/v1?key={SECRET}"}, SECRET),
-        ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
-        ({"base_url": f"https://server.test/v1?code={SECRET}"}, SECRET),
-    ],
-)
+@pytest.mark.parametrize(("settings", "shown"), [
+    ({"api_key": SECRET}, SECRET),
+    ({"api_key": SECRET}, SECRET.upper()),
+    ({"api_key": lambda: SECRET}, SECRET),
+    ({"headers": {"X-Gateway": SECRET}}, SECRET),
+    ({"headers": {"Cookie": f"session={SECRET}"}}, SECRET.lower()),
+    ({"headers": {"Proxy-Authorization": f"Bearer {SECRET}"}}, SECRET),
+    ({"base_url": f"https://me:{SECRET}@server.test"}, SECRET),
+    ({"base_url": f"https://server.test/v1?key={SECRET}"}, SECRET),
+    ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
+    ({"base_url": f"https://server.test/v1?code={SECRET}"}, SECRET)])
 def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str) -> None:
     """Echoed in the message, the code, the type or a header, in any case of letters."""
     body = says(f"no: {shown}", code=shown, type=shown, param=shown)
@@ -835,13 +743,11 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
         chain = FailoverChain([ProviderTier("a", client, ["m"], retries=0)])
         calls: dict[str, Callable[[], Any]] = {
             "cut": lambda: chain.chat(prompt, timeout=5),
-            "bad messages": lambda: client.chat(
-                [{"role": "user", "content": prompt}, 5], model="m"
-            ),
+            "bad messages": lambda: client.chat([{"role": "user", "content": prompt}, 5],
+                model="m"),
             "unknown option": lambda: chain.chat(prompt, temprature=1),
             "stream": lambda: list(chain.stream(prompt, timeout=5)),
-            "interrupt": lambda: chain.chat(prompt + " silent", timeout=5),
-        }
+            "interrupt": lambda: chain.chat(prompt + " silent", timeout=5)}
         with pytest.raises(BaseException) as caught, interrupted(0.3 if name == "interrupt" else 9):
             calls[name]()
     trace, seen = caught.value.__traceback__, set()
@@ -859,12 +765,10 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
 SIZE = 64 * 1024
 PIECES = """1 . 9m 1h2m a- model( ((( [ { \u00e9 sk- key- bearer n_keep tool_choice image
     response_format json_schema max_tokens try-again-in wait-for retry-after temperature"""
-HOSTILE = [
-    *(piece * (SIZE // len(piece)) for piece in PIECES.split()),
-    *(piece * (SIZE // len(piece)) for piece in (
-        " ", "model ", "the model x ", "n_keep ", "tool choice ", "try again in ", "1 ms ",
-        "unsupported parameter: ", "'temperature' ", "current length is 1 while ", "wait for 1 ")),
-]  # fmt: skip
+HOSTILE = [piece * (SIZE // len(piece)) for piece in (
+    *PIECES.split(), " ", "model ", "the model x ", "n_keep ", "tool choice ", "try again in ",
+    "1 ms ", "unsupported parameter: ", "'temperature' ", "current length is 1 while ",
+    "wait for 1 ")]
 
 
 @pytest.mark.parametrize("place", ["message", "code", "header", "delay", "page", "event", "id"])

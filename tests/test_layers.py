@@ -37,10 +37,8 @@ def uses_of_later_sections(source: str) -> list[str]:
     found = list(names_in(compile(source, "module", "exec", dont_inherit=True)))
     defined = {name: line for step, name, line in reversed(found) if step == "STORE_NAME"}
     return [
-        f"line {line} uses {name} of line {defined[name]}"
-        for step, name, line in found
-        if step != "STORE_NAME" and bisect(heads, defined.get(name, 0)) > bisect(heads, line)
-    ]
+        f"line {line} uses {name} of line {defined[name]}" for step, name, line in found
+            if step != "STORE_NAME" and bisect(heads, defined.get(name, 0)) > bisect(heads, line)]
 
 
 def private_names(text: str) -> list[str]:
@@ -84,9 +82,8 @@ def test_lines_and_bodies_are_short_and_parameters_few() -> None:
         lines = (function.end_lineno or 0) + 1 - body[0].lineno if body else 0
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         taken = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
-        wide = function.name in ("chat", "stream") or re.fullmatch(
-            r"(_HTTP)?[A-Z]\w*\.__init__", name
-        )
+        maker = re.fullmatch(r"(_HTTP)?[A-Z]\w*\.__init__", name)
+        wide = function.name in ("chat", "stream") or maker
         if lines > 60 or (len(taken) > 6 and not wide):
             long.append(f"{name}, {lines} lines, {len(taken)} parameters")
     assert long == []

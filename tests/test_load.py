@@ -32,13 +32,10 @@ FULL = CALLS >= 10_000
 THREADS = 16
 DEADLINE = 5.0
 #: Faults of every kind; half of the requests fare well in any case: breakers have to close again.
-KINDS = [
-    "healthy_until_closed", "closed_while_idle", "a_second_answer", "early_hints_first",
+KINDS = ["healthy_until_closed", "closed_while_idle", "a_second_answer", "early_hints_first",
     "given_up_while_idle", "page_500", "hint_absent", "bad_request", "reset_before_headers",
     "cut_chunked", "cut_until_closed", "short_content_length", "garbled_event", "empty_text",
-    "error_in_a_stream", "redirect_307", "silence", "stall", "keep_alives_for_ever",
-    "dripped_body"
-]  # fmt: skip
+    "error_in_a_stream", "redirect_307", "silence", "stall", "keep_alives_for_ever", "dripped_body"]
 
 
 @pytest.mark.quiet
@@ -59,10 +56,9 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
         short = {"first_token_timeout": 0.05, "stall_timeout": 0.05}
         chain = FailoverChain(
             [ProviderTier("ill", OpenAIProvider(KEY, ill.url, **short), ["any"]),
-             ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"])],
-            timeout=DEADLINE, failure_threshold=60, recovery_timeout=0.001,
-            sleep=lambda seconds: time.sleep(seconds / 20),
-        )  # fmt: skip
+                ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"])], timeout=DEADLINE,
+            failure_threshold=60, recovery_timeout=0.001,
+            sleep=lambda seconds: time.sleep(seconds / 20))
 
         def ask(who: int) -> None:
             barrier.wait(10)
@@ -91,9 +87,8 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
     gc.collect()
     print(
         f"\n{len(times)} answers to {CALLS} calls in {time.monotonic() - start:.0f} s, "
-        f"slowest {max(times):.2f} s; {sum(seen.values())} requests to the faulty server, of "
-        f"{len(seen)} faults; its breaker opened {opened} times; answered by {dict(answered)}"
-    )
+            f"slowest {max(times):.2f} s; {sum(seen.values())} requests to the faulty server, of "
+            f"{len(seen)} faults; its breaker opened {opened} times; answered by {dict(answered)}")
     assert not wrong
     assert len(times) == CALLS
     assert max(times) < DEADLINE * 1.05 + 0.1
@@ -116,9 +111,8 @@ def held() -> int:
 
 @pytest.mark.quiet
 @pytest.mark.parametrize("name", ["healthy", "garbled_event", "page_500", "html"])
-def test_memory_does_not_grow_with_the_number_of_calls(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_does_not_grow_with_the_number_of_calls(name: str,
+        caplog: pytest.LogCaptureFixture) -> None:
     """After a warming up: less than 100 bytes for each of 200 calls."""
     caplog.set_level(logging.CRITICAL, "copilot_router")  # pytest keeps each record
     with fault_server() as server:
@@ -150,8 +144,7 @@ def test_memory_does_not_grow_with_the_number_of_calls(
 
 @pytest.mark.quiet
 def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler may also raise in a callback of the standard library, which passes over it."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     with fault_server() as server:
@@ -234,9 +227,8 @@ PLANTED = {
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a session of its own: what it finds must not be found in this one."""
     folder = tmp_path_factory.mktemp("planted")
-    rules = (
-        (HERE / "conftest.py").read_text(encoding="utf-8").replace("_GRACE = 5.0", "_GRACE = 0.01")
-    )
+    rules = (HERE / "conftest.py").read_text(encoding="utf-8")
+    rules = rules.replace("_GRACE = 5.0", "_GRACE = 0.01")
     (folder / "conftest.py").write_text(rules, encoding="utf-8")
     tests = [f"def test_{name}():\n    {body}\n" for name, (body, _) in PLANTED.items()]
     (folder / "test_planted.py").write_text(HEAD + "".join(tests), encoding="utf-8")
@@ -245,10 +237,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> str:
     environment["COLUMNS"] = "250"  # lines of the summary are cut at its width
     environment["PYTHONPATH"] = os.pathsep.join((str(HERE), str(HERE.parent)))
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-rA", "--tb=short", str(folder)],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    done = subprocess.run([*command, "-rA", "--tb=short", str(folder)], env=environment, cwd=folder,
+        capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr
 
 
@@ -256,9 +246,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_conftest_finds_what_it_is_for_and_nothing_else(outcomes: str, name: str) -> None:
     told = PLANTED[name][1]
     lines = [
-        line for line in outcomes.splitlines()
-        if line.endswith(f"::test_{name}") or f"::test_{name} - " in line
-    ]  # fmt: skip
+        line for line in outcomes.splitlines() if line.endswith(f"::test_{name}")
+            or f"::test_{name} - " in line]
     ill = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     assert lines
     assert bool(ill) == (told is not None)

@@ -32,9 +32,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     return fresh
 
 
-def test_what_was_made_before_a_fork_works_in_parent_and_child(
-    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any,
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     hooks: list[dict[str, Any]] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
     module, clock = load(), FakeClock()
@@ -44,8 +43,7 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
     shared = [
         module.CircuitBreaker(name=str(at), clock=clock, store=store)
-        for at, store in enumerate([sqlite, module.MemoryStore(), plain])
-    ]
+            for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
     breakers = [alone, *shared]
     for breaker in breakers:
         fail(breaker)
@@ -81,18 +79,16 @@ def test_a_system_without_fork(load: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert load().ScriptedProvider(["fine"]).chat("hi").text == "fine"
 
 
-def test_without_requests_only_http_providers_are_missing(
-    load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_requests_only_http_providers_are_missing(load: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     module = load()
     monkeypatch.setitem(sys.modules, "requests", None)
     error_of(ImportError, module.OpenAIProvider, KEY, match="pip install requests")
     assert module.ScriptedProvider(["fine"]).chat("hi").text == "fine"
 
 
-def test_a_version_that_lacks_what_the_limits_build_on_is_named(
-    load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_lacks_what_the_limits_build_on_is_named(load: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     module = load()
     monkeypatch.delattr("urllib3.connectionpool.ConnectionPool.QueueCls")
     error_of(module.ConfigError, module.OpenAIProvider, KEY, match="QueueCls: install requests")

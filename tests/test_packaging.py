@@ -96,22 +96,19 @@ def each_python(request: pytest.FixtureRequest) -> str:
 # -- one file
 
 
-def test_import_costs_the_standard_library_only_and_does_nothing(
-    each_python: str, tmp_path: Path
-) -> None:
+def test_import_costs_the_standard_library_only_and_does_nothing(each_python: str,
+        tmp_path: Path) -> None:
     """No requests, TLS, socket, thread, written file or warning, on every Python that is here."""
     shutil.copy(MODULE, tmp_path)
-    printed = python(
-        "-W", "error", "-I", "-S", "-B", "-c", WATCHED_IMPORT, cwd=tmp_path, executable=each_python
-    )
+    printed = python("-W", "error", "-I", "-S", "-B", "-c", WATCHED_IMPORT, cwd=tmp_path,
+        executable=each_python)
     costly = "requests urllib3 ssl socket http.client asyncio argparse sqlite3"
     assert "copilot_router" in printed.split()
     assert not set(printed.split()) & set(costly.split())
 
 
-def test_one_copied_file_works_alone_and_says_what_to_install(
-    each_python: str, tmp_path: Path
-) -> None:
+def test_one_copied_file_works_alone_and_says_what_to_install(each_python: str,
+        tmp_path: Path) -> None:
     """Without site-packages a custom provider answers, and the file is a program."""
     shutil.copy(MODULE, tmp_path)
     printed = python("-I", "-S", "-c", VENDORED, cwd=tmp_path, executable=each_python)
@@ -144,12 +141,9 @@ def test_oldest_python_is_the_same_for_installer_linter_and_type_checker() -> No
 
 def test_all_names_every_public_class_and_function_once() -> None:
     public = {
-        name
-        for name, value in vars(copilot_router).items()
-        if not name.startswith("_")
-        and (inspect.isclass(value) or inspect.isfunction(value))
-        and value.__module__ == "copilot_router"
-    }
+        name for name, value in vars(copilot_router).items() if not name.startswith("_")
+            and (inspect.isclass(value) or inspect.isfunction(value))
+            and value.__module__ == "copilot_router"}
     assert len(set(copilot_router.__all__)) == len(copilot_router.__all__)
     assert set(copilot_router.__all__) == public - {"main"}  # main is the command
 
@@ -253,8 +247,5 @@ def test_no_path_of_somebodys_machine_is_in_the_repository(folder: str) -> None:
     pattern = re.compile(rf"(?<![\w.~$}}/-])/{folder}/\w")
     files = [path for path in files if path.is_file()]
     assert ROOT / "setup.cfg" in files
-    assert [
-        str(path)
-        for path in files
-        if pattern.search(path.read_text(encoding="utf-8", errors="replace"))
-    ] == []
+    assert [str(path) for path in files
+        if pattern.search(path.read_text(encoding="utf-8", errors="replace"))] == []

@@ -21,25 +21,10 @@ import responses
 from support.server import Canned, Server, reply, talking
 
 import copilot_router
-from copilot_router import (
-    AnthropicProvider,
-    AuthenticationError,
-    BadRequest,
-    ConfigError,
-    FailoverChain,
-    GeminiProvider,
-    InvalidResponse,
-    LMStudioProvider,
-    ModelNotFound,
-    OllamaProvider,
-    OpenAIProvider,
-    ProviderError,
-    ProviderTier,
-    ProviderUnavailable,
-    RateLimited,
-    ScriptedProvider,
-    ServerError,
-)
+from copilot_router import (AnthropicProvider, AuthenticationError, BadRequest, ConfigError,
+    FailoverChain, GeminiProvider, InvalidResponse, LMStudioProvider, ModelNotFound, OllamaProvider,
+    OpenAIProvider, ProviderError, ProviderTier, ProviderUnavailable, RateLimited, ScriptedProvider,
+    ServerError)
 
 KEY = "sk-test-provider-key-0987654321"
 BASE = "https://server.test/v1"
@@ -49,13 +34,12 @@ WHOLE = {"model": "m-1", "choices": [{"message": {"content": "fine"}, "finish_re
 VENDORS: dict[Any, tuple[str, str, tuple[str, ...], str]] = {
     OpenAIProvider: ("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
     LMStudioProvider: ("lmstudio", "http://localhost:1234/v1", ("LM_API_TOKEN",),
-                       "LMSTUDIO_BASE_URL"),
+        "LMSTUDIO_BASE_URL"),
     OllamaProvider: ("ollama", "http://localhost:11434", (), "OLLAMA_HOST"),
     AnthropicProvider: ("anthropic", "https://api.anthropic.com", ("ANTHROPIC_API_KEY",),
-                        "ANTHROPIC_BASE_URL"),
+        "ANTHROPIC_BASE_URL"),
     GeminiProvider: ("gemini", "https://generativelanguage.googleapis.com",
-                     ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ""),
-}  # fmt: skip
+        ("GOOGLE_API_KEY", "GEMINI_API_KEY"), "")}
 CLOUDS = [OpenAIProvider, AnthropicProvider, GeminiProvider]
 without_key = pytest.mark.filterwarnings("ignore:.* has no key")
 each_vendor = pytest.mark.parametrize("kind", VENDORS, ids=lambda kind: kind.__name__)
@@ -84,17 +68,13 @@ def key_sent(client: Any) -> str | None:
 # -- addresses
 
 
-@pytest.mark.parametrize(
-    ("given", "full"),
-    [
-        ("http://h", "http://h/v1"), ("http://h/", "http://h/v1"), ("http://h:1/v1/", "http://h:1/v1"),
-        ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
-        ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
-        ("https://r.openai.azure.com/openai/deployments/d?api-version=1",
-         "https://r.openai.azure.com/openai/deployments/d"),
-        ("http://me:pass@h/v1", "http://h/v1"), ("http://[::1", "http://[::1/v1"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("given", "full"), [
+    ("http://h", "http://h/v1"), ("http://h/", "http://h/v1"), ("http://h:1/v1/", "http://h:1/v1"),
+    ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
+    ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
+    ("https://r.openai.azure.com/openai/deployments/d?api-version=1",
+        "https://r.openai.azure.com/openai/deployments/d"),
+    ("http://me:pass@h/v1", "http://h/v1"), ("http://[::1", "http://[::1/v1")])
 @without_key
 def test_base_urls(given: str, full: str) -> None:
     """The API's own path where there is none, else as it is; no name, password or query."""
@@ -103,11 +83,9 @@ def test_base_urls(given: str, full: str) -> None:
     assert full in repr(client)
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["localhost:1234", "ftp://h", "http://", "/v1", 5, "user:hunter2@host/v1", "http//h?k=hunter2",
-     "htp://user:hunter2@host", "user:hun/ter2@host", "host/v1?key=hunter2"],
-)  # fmt: skip
+@pytest.mark.parametrize("url", ["localhost:1234", "ftp://h", "http://", "/v1", 5,
+    "user:hunter2@host/v1", "http//h?k=hunter2", "htp://user:hunter2@host", "user:hun/ter2@host",
+    "host/v1?key=hunter2"])
 def test_an_address_without_scheme_is_refused_without_its_password(url: Any) -> None:
     with pytest.raises(ConfigError, match="base_url") as refused:
         OpenAIProvider(KEY, url)
@@ -115,15 +93,11 @@ def test_an_address_without_scheme_is_refused_without_its_password(url: Any) -> 
     assert "ter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("kind", "base", "asked"),
-    [
-        (OpenAIProvider, "https://h/v1?api-version=1", "https://h/v1/chat/completions?api-version=1"),
-        (GeminiProvider, "https://h/v1beta?k=1",
-         "https://h/v1beta/models/m:streamGenerateContent?alt=sse&k=1"),
-        (OpenAIProvider, "https://h/a@b/v1", "https://h/a@b/v1/chat/completions"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "base", "asked"), [
+    (OpenAIProvider, "https://h/v1?api-version=1", "https://h/v1/chat/completions?api-version=1"),
+    (GeminiProvider, "https://h/v1beta?k=1",
+        "https://h/v1beta/models/m:streamGenerateContent?alt=sse&k=1"),
+    (OpenAIProvider, "https://h/a@b/v1", "https://h/a@b/v1/chat/completions")])
 def test_a_query_of_the_address_stands_behind_the_path(kind: Any, base: str, asked: str) -> None:
     with responses.RequestsMock() as mock:
         mock.post(re.compile(".*"), status=400, json={})
@@ -194,9 +168,8 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
         (GeminiProvider, "https://evil.test", False),
     ],
 )  # fmt: skip
-def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(
-    kind: Any, url: str, goes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url: str, goes: bool,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other address needs its own ``api_key``; a warning names it."""
     monkeypatch.setenv(VENDORS[kind][2][0], "of-the-environment")
     monkeypatch.setenv("OPENAI_BASE_URL", "https://env.test/v1")
@@ -212,15 +185,11 @@ def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(
     assert key_sent(kind("own", url)) == "own"
 
 
-@pytest.mark.parametrize(
-    ("url", "warns"),
-    [
-        ("http://example.test/v1", True), ("http://8.8.8.8/v1", True),
-        ("https://example.test", False), ("http://127.0.0.1:1/v1", False),
-        ("http://localhost:1/v1", False), ("http://[::1]:1", False), ("http://10.1.2.3", False),
-        ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("url", "warns"), [
+    ("http://example.test/v1", True), ("http://8.8.8.8/v1", True),
+    ("https://example.test", False), ("http://127.0.0.1:1/v1", False),
+    ("http://localhost:1/v1", False), ("http://[::1]:1", False), ("http://10.1.2.3", False),
+    ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False)])
 def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
     for key, expected in ((KEY, warns), ("", False)):
         with warnings.catch_warnings(record=True) as told:
@@ -230,11 +199,9 @@ def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> 
         assert KEY not in "".join(str(one.message) for one in told)
 
 
-@pytest.mark.parametrize(
-    ("key", "good"),
-    [("caf\xe9", True), ("\xff", True), (" a\n", True), ("\u0100", False), ("a\x7f", False),
-     ("a\x1fb", False), ("sk-\u201cabc", False), ("sk-a\nbc", False), (5, False)],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "good"), [("caf\xe9", True), ("\xff", True), (" a\n", True),
+    ("\u0100", False), ("a\x7f", False),
+    ("a\x1fb", False), ("sk-\u201cabc", False), ("sk-a\nbc", False), (5, False)])
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: Any, good: bool) -> None:
     if good:
         assert OpenAIProvider(key, BASE)
@@ -273,14 +240,11 @@ def limit(name: str) -> type[Exception]:
     return type(name, (Exception,), {})
 
 
-@pytest.mark.parametrize(
-    ("module", "error"),
-    [("celery.exceptions", limit("SoftTimeLimitExceeded")), ("none", AssertionError),
-     ("rq.timeouts", limit("BaseTimeoutException")), ("none", KeyboardInterrupt)],
-)  # fmt: skip
-def test_what_is_not_the_servers_fault_passes_through(
-    module: str, error: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("module", "error"), [
+    ("celery.exceptions", limit("SoftTimeLimitExceeded")), ("none", AssertionError),
+    ("rq.timeouts", limit("BaseTimeoutException")), ("none", KeyboardInterrupt)])
+def test_what_is_not_the_servers_fault_passes_through(module: str, error: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a task's time, in a key's function too, and mistakes."""
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{error.__name__: error}))
 
@@ -307,16 +271,14 @@ def test_what_is_sent(mocked: Any) -> None:
     for _ in range(2):
         client.chat("hi", model="m", temperature=0.5)
     request = mocked.calls[1].request
-    assert dict(request.headers) == {
-        "Content-Type": "application/json", "Accept": "application/json, text/event-stream",
-        "Accept-Encoding": "identity", "User-Agent": f"copilot-router/{copilot_router.__version__}",
+    assert dict(request.headers) == {"Content-Type": "application/json",
+        "Accept": "application/json, text/event-stream", "Accept-Encoding": "identity",
+        "User-Agent": f"copilot-router/{copilot_router.__version__}",
         "Authorization": f"Bearer {KEY}", "X-Team": "blue",
-        "Content-Length": str(len(request.body)),
-    }  # fmt: skip
-    assert json.loads(request.body) == {
-        "model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "Content-Length": str(len(request.body))}
+    assert json.loads(request.body) == {"model": "m",
+        "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5, "stream": True,
+        "stream_options": {"include_usage": True}}
 
 
 def test_azure_has_its_own_header_and_limit() -> None:
@@ -328,9 +290,8 @@ def test_azure_has_its_own_header_and_limit() -> None:
         assert json.loads(mock.calls[0].request.body)["max_completion_tokens"] == 5
 
 
-def test_netrc_never_replaces_the_key_and_a_users_auth_does(
-    mocked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_netrc_never_replaces_the_key_and_a_users_auth_does(mocked: Any,
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine server.test login a password b\n")
     monkeypatch.setenv("NETRC", str(netrc))
@@ -347,17 +308,13 @@ def test_netrc_never_replaces_the_key_and_a_users_auth_does(
         assert client.chat("hi", model="m").text == "fine"
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"temprature": 1}, TypeError, "'temprature'.*'temperature'"),
-        ({"stall_timout": 1}, TypeError, "stall_timeout"),
-        ({"temperature": math.nan}, (BadRequest, ConfigError), None),
-        ({"extra_body": {"x": {1, 2}}}, (BadRequest, ConfigError), None),
-        ({"timeout": -1}, ConfigError, "timeout"),
-        ({"first_token_timeout": "1"}, ConfigError, "first_token_timeout"),
-    ],
-)
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"temprature": 1}, TypeError, "'temprature'.*'temperature'"),
+    ({"stall_timout": 1}, TypeError, "stall_timeout"),
+    ({"temperature": math.nan}, (BadRequest, ConfigError), None),
+    ({"extra_body": {"x": {1, 2}}}, (BadRequest, ConfigError), None),
+    ({"timeout": -1}, ConfigError, "timeout"),
+    ({"first_token_timeout": "1"}, ConfigError, "first_token_timeout")])
 def test_options_that_cannot_be_taken(options: Any, error: Any, message: Any, mocked: Any) -> None:
     """Refused before anything is sent; an unknown one names the nearest, also through a chain."""
     client = OpenAIProvider(KEY, BASE)
@@ -380,13 +337,9 @@ def test_a_local_server_needs_none(mocked: Any) -> None:
 
 
 @each_vendor
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan},
-        {"max_response_bytes": 0}, {"headers": {"X-A": "a\nb"}},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("settings", [
+    {"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan},
+    {"max_response_bytes": 0}, {"headers": {"X-A": "a\nb"}}])
 def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         kind(KEY, "https://h", **settings)
@@ -455,11 +408,9 @@ def test_a_forked_child_opens_a_session_of_its_own(monkeypatch: pytest.MonkeyPat
 
 
 @each_vendor
-@pytest.mark.parametrize(
-    ("status", "error"),
-    [(200, None), (401, AuthenticationError), (429, RateLimited), (500, ServerError),
-     (302, InvalidResponse), (404, (ProviderUnavailable, ModelNotFound))],
-)  # fmt: skip
+@pytest.mark.parametrize(("status", "error"), [(200, None), (401, AuthenticationError),
+    (429, RateLimited), (500, ServerError),
+    (302, InvalidResponse), (404, (ProviderUnavailable, ModelNotFound))])
 def test_a_ping_asks_for_the_models(kind: Any, status: int, error: Any) -> None:
     with responses.RequestsMock() as mock:
         mock.get(re.compile("https://h/.*"), status=status, json={"data": [], "models": []})

@@ -16,9 +16,8 @@ from support.pages import PAGES, PAPERS, blocks, names_in, rows, run_blocks, sec
 import copilot_router as cr
 from copilot_router import FailoverChain, OpenAIProvider, ProviderTier, ScriptedProvider
 
-HTTP_PROVIDERS = [
-    OpenAIProvider, cr.LMStudioProvider, cr.OllamaProvider, cr.AnthropicProvider, cr.GeminiProvider,
-]
+HTTP_PROVIDERS = [OpenAIProvider, cr.LMStudioProvider, cr.OllamaProvider, cr.AnthropicProvider,
+    cr.GeminiProvider]
 
 
 def stem(path: Path) -> str:
@@ -29,9 +28,8 @@ def stem(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=stem)
-def test_python_blocks_run_and_print_what_their_comments_say(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_blocks_run_and_print_what_their_comments_say(page: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for block, _ in run_blocks(page):
         printed = re.sub(r"\d+ ms", "0 ms", capsys.readouterr().out).splitlines()
@@ -49,18 +47,13 @@ def page_with_chain(page: str, *script: Any) -> tuple[dict[str, Any], ScriptedPr
 NOT_NOW = {"error": "no answer now", "retry_after": pytest.approx(30, abs=1)}
 
 
-@pytest.mark.parametrize(
-    ("answer", "status", "body"),
-    [
-        ("fine", 200, {"answer": "fine"}),
-        (cr.RateLimited("no", retry_after=30), 503, NOT_NOW),
-        (cr.ContentFiltered("no"), 422, {"error": "ContentFiltered"}),
-        (cr.BadRequest("no"), 422, {"error": "BadRequest"}),
-    ],
-)
-def test_flask_view_of_the_readme_turns_each_outcome_into_a_status(
-    answer: Any, status: int, body: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("answer", "status", "body"), [
+    ("fine", 200, {"answer": "fine"}),
+    (cr.RateLimited("no", retry_after=30), 503, NOT_NOW),
+    (cr.ContentFiltered("no"), 422, {"error": "ContentFiltered"}),
+    (cr.BadRequest("no"), 422, {"error": "BadRequest"})])
+def test_flask_view_of_the_readme_turns_each_outcome_into_a_status(answer: Any, status: int,
+        body: dict[str, Any]) -> None:
     names, _ = page_with_chain("README.md", answer)
     seen = names["app"].test_client().post("/ask", json={"question": "hi"})
     assert seen.status_code == status
@@ -79,18 +72,13 @@ def test_stream_and_picture_of_the_readme(capsys: pytest.CaptureFixture[str]) ->
     assert [part["type"] for part in sent] == ["text", "image_url"]
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "result"),
-    [
-        ("weather", {"city": "Bern"}, '"celsius": 21'),
-        ("weather", {"town": "Bern"}, "error: "),
-        ("weather", None, "error: the arguments"),
-        ("delete_all", {}, "error: there is no tool"),
-    ],
-)
-def test_tool_loop_gives_the_model_a_result_or_an_error(
-    name: str, arguments: Any, result: str
-) -> None:
+@pytest.mark.parametrize(("name", "arguments", "result"), [
+    ("weather", {"city": "Bern"}, '"celsius": 21'),
+    ("weather", {"town": "Bern"}, "error: "),
+    ("weather", None, "error: the arguments"),
+    ("delete_all", {}, "error: there is no tool")])
+def test_tool_loop_gives_the_model_a_result_or_an_error(name: str, arguments: Any,
+        result: str) -> None:
     call = cr.LLMResponse(tool_calls=[cr.ToolCall("1", name, arguments)])
     names, provider = page_with_chain("docs/tools.md", call, "Clear.", *[call] * 5)
     assert names["answer"](names["chain"], "How is the weather?") == "Clear."
@@ -103,9 +91,8 @@ def test_tool_loop_gives_the_model_a_result_or_an_error(
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML needs Python 3.11")
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page, "toml")])
-def test_toml_blocks_build_a_chain(
-    block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_toml_blocks_build_a_chain(block: str, monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-test")
     path = tmp_path / "router.toml"
     path.write_text(block.replace("/var/tmp", tmp_path.as_posix()), encoding="utf-8")
@@ -117,9 +104,8 @@ LINES = [line for page in PAGES + PAPERS for line in "".join(blocks(page, "sh"))
 
 
 @pytest.mark.parametrize("command", [line.split("#")[0].split("|")[-1].strip() for line in LINES])
-def test_commands_of_the_pages_exist_with_their_flags(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_of_the_pages_exist_with_their_flags(command: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
     program, what, *arguments = shlex.split(command)
     if program == "make":
         assert re.search(rf"(?m)^{re.escape(what)}:", text_of("Makefile")), command
@@ -157,21 +143,16 @@ def test_readme_is_short_and_links_every_page() -> None:
 # ==== tables that repeat the module ====
 
 
-@pytest.mark.parametrize(
-    ("title", "functions"),
-    [
-        ("FailoverChain", [FailoverChain]),
-        ("One call", [FailoverChain.chat]),
-        ("ProviderTier", [ProviderTier]),
-        ("HTTP providers", [kind for one in HTTP_PROVIDERS for kind in one.__mro__[-4::-1]]),
-        ("CircuitBreaker", [cr.CircuitBreaker]),
-        ("SQLiteStore", [cr.SQLiteStore]),
-        ("RedisStore", [cr.RedisStore]),
-    ],
-)
-def test_settings_and_their_defaults_are_those_of_the_signatures(
-    title: str, functions: list[Any]
-) -> None:
+@pytest.mark.parametrize(("title", "functions"), [
+    ("FailoverChain", [FailoverChain]),
+    ("One call", [FailoverChain.chat]),
+    ("ProviderTier", [ProviderTier]),
+    ("HTTP providers", [kind for one in HTTP_PROVIDERS for kind in one.__mro__[-4::-1]]),
+    ("CircuitBreaker", [cr.CircuitBreaker]),
+    ("SQLiteStore", [cr.SQLiteStore]),
+    ("RedisStore", [cr.RedisStore])])
+def test_settings_and_their_defaults_are_those_of_the_signatures(title: str,
+        functions: list[Any]) -> None:
     table = {name: default for name, default, _ in rows(section("docs/settings.md", title))}
     assert table == pages.parameters(*functions)
 
@@ -251,8 +232,7 @@ def test_events_hold_what_the_guide_and_the_docstring_say() -> None:
         ProviderTier("a", ScriptedProvider([cr.ServerError("x")] * 3), ["a"]),
         ProviderTier("b", ScriptedProvider([limited, gives_up]), ["b"], prices=(1, 2)),
         ProviderTier("c", ScriptedProvider([cr.BadRequest("x"), "ok"]), ["c"]),
-        ProviderTier("d", ScriptedProvider(["never"]), ["d"], supports_tools=False),
-    ]
+        ProviderTier("d", ScriptedProvider(["never"]), ["d"], supports_tools=False)]
     clock = VirtualClock()
     limits = {"failure_threshold": 2, "recovery_timeout": 1.0, "max_retry_after": 0.5, "wait": 60.0}
     hooks = {"on_event": seen.append, "clock": clock, "sleep": clock.sleep}

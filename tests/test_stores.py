@@ -24,17 +24,13 @@ from typing import Any
 import pytest
 from support import stores
 from support.fakes import in_threads
-from support.stores import (
-    KINDS, SHARED_KINDS, FakeClock, Interrupted, PlainStore, Stage, StoreContract,
-    Wrapped, at_each_line, done, end, error_of, fail, in_a_thread, needs_fork, needs_redis,
-    python, seconds_of, spare_port,
-)
+from support.stores import (KINDS, SHARED_KINDS, FakeClock, Interrupted, PlainStore, Stage,
+    StoreContract, Wrapped, at_each_line, done, end, error_of, fail, in_a_thread, needs_fork,
+    needs_redis, python, seconds_of, spare_port)
 
-from copilot_router import (
-    BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError, FailoverChain, MemoryStore,
-    ProviderTier, ProviderUnavailable, RateLimited, RedisStore, ScriptedProvider, ServerError,
-    SQLiteStore, Ticket,
-)
+from copilot_router import (BadRequest, BreakerRecord, CircuitBreaker, CircuitOpen, ConfigError,
+    FailoverChain, MemoryStore, ProviderTier, ProviderUnavailable, RateLimited, RedisStore,
+    ScriptedProvider, ServerError, SQLiteStore, Ticket)
 
 #: Seconds that a store in trouble may add to a call.
 ADDED = 0.25
@@ -333,8 +329,7 @@ def test_a_swap_that_returns_nonsense_fails_no_call(answer, clock):
 
 
 # -- records that are lost
-@pytest.mark.parametrize("story", [
-    "a:F a:F lost b:closed 1 a:closed a:F a:open 1 b:open",
+@pytest.mark.parametrize("story", ["a:F a:F lost b:closed 1 a:closed a:F a:open 1 b:open",
     "a:F a:F a:F lost b:closed 1 a:open 1 b:open",
     "a:F a:F a:F 15 a:trial lost b:closed 1 a:half_open 1 b:half_open"])
 def test_a_lost_record_is_told_again(clock, story):

@@ -15,18 +15,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fakes import (
-    DONE, HEAD, PARTS, PROMPT, Custom, VirtualClock, Watched, answering, calls, chain_of, error_of,
-    event, failures, outcomes, scripted, serve, tier, whole,
-)
+from support.fakes import (DONE, HEAD, PARTS, PROMPT, Custom, VirtualClock, Watched, answering,
+    calls, chain_of, error_of, event, failures, outcomes, scripted, serve, tier, whole)
 
 import copilot_router
-from copilot_router import (
-    AllProvidersFailed, AuthenticationError, BadRequest, ChatStream, ConfigError, ContentFiltered,
-    DeadlineExceeded, EscalationFailed, Event, FailoverChain, InvalidResponse, LLMResponse,
-    ModelNotFound, Overloaded, ProviderTier, ProviderTimeout, ProviderUnavailable, QuotaExceeded,
-    RateLimited, RouterError, ServerError, StreamInterrupted, ToolCall, Usage
-)
+from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest, ChatStream,
+    ConfigError, ContentFiltered, DeadlineExceeded, EscalationFailed, Event, FailoverChain,
+    InvalidResponse, LLMResponse, ModelNotFound, Overloaded, ProviderTier, ProviderTimeout,
+    ProviderUnavailable, QuotaExceeded, RateLimited, RouterError, ServerError, StreamInterrupted,
+    ToolCall, Usage)
 
 
 def watched(clock: VirtualClock, *deltas: Any, response: Any = None, **given: Any) -> FailoverChain:
@@ -413,11 +410,10 @@ STRONG = ["from ", "the ", "stronger"]
 WEAK = Feeding()
 CHAIN = FailoverChain(
     [ProviderTier("weak", WEAK, ["weak"]), tier("strong", STRONG)], escalation_model="strong")
-DRESSED = [
-    "[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** because", "`[ESCALATE]` because",
-    '"[ESCALATE] because"', "> [ESCALATE] because", "```text\n[ESCALATE]", "```3d\n[ESCALATE]",
-    "# [Escalate]: because", "\u201c[ESCALATE]\u201d because", "<think>hm</think>\n[ESCALATE]",
-    "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
+DRESSED = ["[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** because",
+    "`[ESCALATE]` because", '"[ESCALATE] because"', "> [ESCALATE] because", "```text\n[ESCALATE]",
+    "```3d\n[ESCALATE]", "# [Escalate]: because", "\u201c[ESCALATE]\u201d because",
+    "<think>hm</think>\n[ESCALATE]", "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
     "<think>\n</think><think></think>[ESCALATE]"]
 #: What only looks like the marker, and the part of it after which that is certain.
 LOOK_ALIKES = [
@@ -472,10 +468,9 @@ def test_a_look_alike_is_exact_and_held_back_no_longer_than_needed(text, certain
     assert WEAK.taken == len(certain) and [*running] == [certain, *text[len(certain) :]]
 
 
-FRAGMENTS = st.sampled_from([
-    "[ESCALATE]", "[ESC", "ALATE]", "<think>", "</think>", "<thi", "nk>", "```", "3d", "text", "\n",
-    " ", "*", "_", '"', "\u201c", ">", "#", "[", "]", "because", "\u0130", "\u2028", "\x00",
-    "\U0001f600"])
+FRAGMENTS = st.sampled_from(["[ESCALATE]", "[ESC", "ALATE]", "<think>", "</think>", "<thi", "nk>",
+    "```", "3d", "text", "\n", " ", "*", "_", '"', "\u201c", ">", "#", "[", "]", "because",
+    "\u0130", "\u2028", "\x00", "\U0001f600"])
 
 
 @pytest.mark.quiet
@@ -517,9 +512,8 @@ def test_an_escalation_goes_on_with_the_stronger_models_deltas(clock):
     gave_up = LLMResponse("[ESCALATE] too hard", usage=Usage(10**6, 0))
     weak = Watched("[ESC", "ALATE] too", " hard", response=gave_up)
     strong = Watched(*PARTS, response=LLMResponse("".join(PARTS), usage=Usage(0, 10**6)))
-    tiers = (
-        ProviderTier("weak", weak, prices=(1, 1)), ProviderTier("b", strong, ["big"], prices=(2, 8))
-    )
+    tiers = (ProviderTier("weak", weak, prices=(1, 1)),
+        ProviderTier("b", strong, ["big"], prices=(2, 8)))
     events: list[Event] = []
     stream = chain_of(clock, *tiers, escalation_model="big", on_event=events.append).stream(PROMPT)
     assert list(stream) == PARTS

@@ -24,14 +24,8 @@ import pytest
 import requests
 from support.faults import Peer, chunked, descriptors, event, peer
 
-from copilot_router import (
-    InvalidResponse,
-    OpenAIProvider,
-    ProviderError,
-    ProviderTimeout,
-    ProviderUnavailable,
-    ServerError,
-)
+from copilot_router import (InvalidResponse, OpenAIProvider, ProviderError, ProviderTimeout,
+    ProviderUnavailable, ServerError)
 
 KEY = "sk-test-transport-key-1234567890"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -39,9 +33,8 @@ HEAD = OK + b"Content-Type: text/event-stream\r\n"
 CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 ANSWER = event("good") + event(finish="stop") + b"data: [DONE]\n\n"
 STREAM = CHUNKS + chunked(*ANSWER.splitlines(keepends=True))
-WHOLE = json.dumps(
-    {"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]}
-).encode()
+WHOLE = json.dumps({"choices": [{"message": {"content": "good"},
+    "finish_reason": "stop"}]}).encode()
 
 
 def whole(body: bytes = WHOLE, *headers: str) -> bytes:
@@ -90,15 +83,8 @@ def within(seconds: float) -> Iterator[None]:
     assert time.monotonic() - start < seconds * 1.05 + 0.15
 
 
-def fails(
-    client: OpenAIProvider,
-    kind: Any,
-    text: str = "hi",
-    *,
-    seconds: float = 9.0,
-    match: str | None = None,
-    **options: Any,
-) -> ProviderError:
+def fails(client: OpenAIProvider, kind: Any, text: str = "hi", *, seconds: float = 9.0,
+        match: str | None = None, **options: Any) -> ProviderError:
     """The error of a call that must fail within these seconds."""
     with within(seconds), pytest.raises(kind, match=match) as caught:
         ask(client, text, **options)
@@ -206,11 +192,8 @@ def test_more_connections_at_once_than_are_kept() -> None:
 
 def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        return (
-            healthy(server, connection, request)
-            if b"one" in request
-            else silent(server, connection, b"")
-        )
+        return (healthy(server, connection, request) if b"one" in request
+            else silent(server, connection, b""))
 
     with peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
         assert ask(client, "one", timeout=60) == "good"
@@ -281,9 +264,8 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
     root, forked = str(Path(__file__).resolve().parent.parent), threading.Event()
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
     with peer(serve) as server:
-        with subprocess.Popen(
-            [sys.executable, "-c", FORK, server.url], env=environment, stdin=subprocess.PIPE
-        ) as child:
+        with subprocess.Popen([sys.executable, "-c", FORK, server.url], env=environment,
+                stdin=subprocess.PIPE) as child:
             assert child.wait(30) == 0
         assert server.connections in (2, 3)  # the parent's one or two, and the child's own
 
@@ -344,18 +326,13 @@ def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
             fails(client, ProviderTimeout, "x" * 20_000_000, timeout=0.6, seconds=1.2)
 
 
-@pytest.mark.parametrize(
-    ("own", "options", "code"),
-    [
-        (0.1, {"timeout": 5}, "first_token_timeout"),
-        (0.1, {"timeout": 0.3, "first_token_timeout": 60}, "first_token_timeout"),
-        (5, {"timeout": 0.2}, "attempt_timeout"),
-        (5, {"first_token_timeout": 0.1}, "first_token_timeout"),
-    ],
-)
-def test_silence_is_judged_by_the_providers_own_limit(
-    own: float, options: dict[str, float], code: str
-) -> None:
+@pytest.mark.parametrize(("own", "options", "code"), [
+    (0.1, {"timeout": 5}, "first_token_timeout"),
+    (0.1, {"timeout": 0.3, "first_token_timeout": 60}, "first_token_timeout"),
+    (5, {"timeout": 0.2}, "attempt_timeout"),
+    (5, {"first_token_timeout": 0.1}, "first_token_timeout")])
+def test_silence_is_judged_by_the_providers_own_limit(own: float, options: dict[str, float],
+        code: str) -> None:
     with peer(silent) as server, provider(server.url, first_token_timeout=own) as client:
         error = fails(client, ProviderTimeout, **options)
         assert error.code == code
@@ -411,28 +388,22 @@ def in_chunks(form: str) -> bytes:
     parts = [ANSWER[:half], ANSWER[half:], b""]
     data = b"".join(
         (line % len(part)).encode() + part + (b"\r\n" if part else b"")
-        for line, part in zip(form.split("|"), parts, strict=True)
-    )
+            for line, part in zip(form.split("|"), parts, strict=True))
     return CHUNKS + data
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "%x\r\n|%x\r\n|%x\r\n\r\n", "%x;name=value\r\n|%x ; x\r\n|%x;last\r\n\r\n",
-        "%X\r\n|000%x\r\n|000%x\r\n\r\n", "%x\n|%x\n|%x\n\n",
-        "%x\r\n|%x\r\n|%x\r\nExpires: never\r\nA: b\r\n\r\n", "%x\r\n|%x\r\n|%x\r\n",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("form", ["%x\r\n|%x\r\n|%x\r\n\r\n",
+    "%x;name=value\r\n|%x ; x\r\n|%x;last\r\n\r\n", "%X\r\n|000%x\r\n|000%x\r\n\r\n",
+    "%x\n|%x\n|%x\n\n", "%x\r\n|%x\r\n|%x\r\nExpires: never\r\nA: b\r\n\r\n",
+    "%x\r\n|%x\r\n|%x\r\n"])
 def test_forms_of_chunks(form: str) -> None:
     """Extensions, capitals, zeros, line feeds alone, trailers; without a blank line at the end."""
     with peer(says(in_chunks(form), keep=False)) as server, provider(server.url) as client:
         assert ask(client) == "good"
 
 
-@pytest.mark.parametrize(
-    "size", ["", "x", "-1", "-0x1", "3 3", "HTTP/1.1 200 OK", "\xff", "1" * 70_000, "f" * 65_530]
-)
+@pytest.mark.parametrize("size",
+    ["", "x", "-1", "-0x1", "3 3", "HTTP/1.1 200 OK", "\xff", "1" * 70_000, "f" * 65_530])
 def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
     half = event("half")
     for data in (size.encode() + b"\r\n" + half, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
@@ -483,13 +454,9 @@ def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
 MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
 
 
-@pytest.mark.parametrize(
-    ("coding", "data"),
-    [
-        ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("gzip", MEMBERS),
-        ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("coding", "data"), [
+    ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("gzip", MEMBERS),
+    ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE)])
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
     """Also several members of gzip."""
     answer = whole(data, f"Content-Encoding: {coding}")
@@ -595,15 +562,11 @@ def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, pr
         assert not proxy.requests
 
 
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
-        (b"HTTP/1.1 407 Who are you?\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
-        (b"not HTTP at all\r\n\r\n", (ProviderUnavailable, InvalidResponse)),
-        (b"", (ProviderUnavailable, ServerError)),
-    ],
-)
+@pytest.mark.parametrize(("answer", "error"), [
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
+    (b"HTTP/1.1 407 Who are you?\r\nContent-Length: 0\r\n\r\n", ProviderUnavailable),
+    (b"not HTTP at all\r\n\r\n", (ProviderUnavailable, InvalidResponse)),
+    (b"", (ProviderUnavailable, ServerError))])
 def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) -> None:
     with peer(says(answer, keep=False)) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
@@ -659,9 +622,8 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
-def test_a_socks_proxy_without_pysocks_is_named(
-    proxied: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_socks_proxy_without_pysocks_is_named(proxied: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
 
@@ -684,10 +646,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     names = "subjectAltName=DNS:provider.invalid,IP:127.0.0.1"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     subprocess.run(
-        [*make, "-subj", "/CN=provider.invalid", "-addext", names,
-         "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+        [*make, "-subj", "/CN=provider.invalid", "-addext", names, "-keyout", key, "-out",
+            certificate], check=True, capture_output=True, timeout=60)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return context, str(certificate)
@@ -749,9 +709,8 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             fails(client, ProviderTimeout, "drip", timeout=0.5, seconds=0.5)
 
 
-def test_a_tunnel_through_a_proxy_is_kept(
-    tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tunnel_through_a_proxy_is_kept(tls: Any, proxied: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     context, certificate = tls
     with peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
@@ -763,9 +722,8 @@ def test_a_tunnel_through_a_proxy_is_kept(
 
 
 @pytest.mark.parametrize("inner", ["silent", "late"])
-def test_tls_inside_of_tls_is_under_the_same_limit(
-    tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch, inner: str
-) -> None:
+def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
+        monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
     """A proxy that is asked over https, and a handshake inside of it that does not go on."""
     context, certificate = tls
 
@@ -801,9 +759,8 @@ def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_a_bundle_of_certificates_that_is_not_there_is_named(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_of_certificates_that_is_not_there_is_named(variable: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "/nonexistent/bundle.pem")
     with peer(healthy) as server, provider(server.url.replace("http:", "https:")) as client:
         fails(client, ProviderUnavailable, match=r"(?i)certificate|bundle")
@@ -826,8 +783,6 @@ def test_a_program_that_gevent_patched_late_fails_over() -> None:
     pytest.importorskip("gevent", reason="gevent is not installed")
     root = str(Path(__file__).resolve().parent.parent)
     with peer(lambda *_: False) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", GEVENT, server.url.replace("http:", "https:")],
-            env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", GEVENT, server.url.replace("http:", "https:")],
+            env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60)
     assert done.stdout == "ok\n", done.stderr

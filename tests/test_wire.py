@@ -98,9 +98,8 @@ def hangs_up(data: bytes) -> Any:
 # -- answers
 
 
-def test_an_answer_has_text_model_finish_reason_and_usage(
-    dialect: Dialect, streaming: bool
-) -> None:
+def test_an_answer_has_text_model_finish_reason_and_usage(dialect: Dialect,
+        streaming: bool) -> None:
     with served(dialect, Answer(), stream_upstream=streaming) as (server, provider):
         response = provider.chat("hi", model="m", timeout=5)
         path, _, body = server.requests[0]
@@ -114,8 +113,7 @@ def test_an_answer_has_text_model_finish_reason_and_usage(
 
 
 def test_stream_yields_the_deltas_of_the_server_and_returns_what_chat_does(
-    dialect: Dialect,
-) -> None:
+        dialect: Dialect) -> None:
     answer = Answer(text=("One ", "två ", "三 ", "\u2028four\U0001f600"), reasoning=("Hm. ", "So."))
     with served(dialect, answer) as (_, provider):
         deltas, response = drained(provider.stream("hi", model="m", timeout=5))
@@ -842,9 +840,8 @@ FREE = {"tool_choice", "response_format", "stop"}
 @pytest.mark.parametrize(("kind", "asked", "named"),
     [(kind, *row) for kind in ("chat", "anthropic", "gemini", "ollama") for row in MALFORMED
         if kind != "chat" or not row[0].keys() & FREE])
-def test_a_malformed_request_is_refused_before_it_is_sent(
-    kind: str, asked: Any, named: str
-) -> None:
+def test_a_malformed_request_is_refused_before_it_is_sent(kind: str, asked: Any,
+        named: str) -> None:
     asked = {"messages": "q", **({} if "tools" in asked else {"tools": [F]}), **asked}
     with talking(kind, reply({})) as (provider, server):
         with pytest.raises(BadRequest, match=named):

@@ -8,26 +8,9 @@ from __future__ import annotations
 
 from typing_extensions import assert_type
 
-from copilot_router import (
-    AllProvidersFailed,
-    Attempt,
-    BreakerSnapshot,
-    ChatStream,
-    CircuitBreaker,
-    Event,
-    FailoverChain,
-    LLMProvider,
-    LLMResponse,
-    OpenAIProvider,
-    ProviderError,
-    ProviderTier,
-    ScriptedProvider,
-    SQLiteStore,
-    Ticket,
-    TierHealth,
-    ToolCall,
-    Usage,
-)
+from copilot_router import (AllProvidersFailed, Attempt, BreakerSnapshot, ChatStream,
+    CircuitBreaker, Event, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider, ProviderError,
+    ProviderTier, ScriptedProvider, SQLiteStore, Ticket, TierHealth, ToolCall, Usage)
 
 
 def told(event: Event) -> None:
@@ -38,15 +21,13 @@ def told(event: Event) -> None:
 def build(store: SQLiteStore) -> FailoverChain:
     provider: LLMProvider = OpenAIProvider("a-key", stall_timeout=5.0)
     breaker = CircuitBreaker(3, 15.0, name="cloud", store=store)
-    tier = ProviderTier(
-        "cloud", provider, ["gpt-6-luna"], breaker=breaker, params={"temperature": 0.5}
-    )
+    tier = ProviderTier("cloud", provider, ["gpt-6-luna"], breaker=breaker,
+        params={"temperature": 0.5})
     assert_type(tier.breaker, CircuitBreaker)
     assert_type(breaker.admit(), Ticket)
     assert_type(breaker.snapshot(), BreakerSnapshot)
-    return FailoverChain(
-        [tier, ProviderTier("test", ScriptedProvider(["yes"]))], on_event=told, timeout=25
-    )
+    return FailoverChain([tier, ProviderTier("test", ScriptedProvider(["yes"]))], on_event=told,
+        timeout=25)
 
 
 def ask(chain: FailoverChain) -> str:

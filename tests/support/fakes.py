@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from copilot_router import (
-    Attempt, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider, ProviderTier, ScriptedProvider
-)
+from copilot_router import (Attempt, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider,
+    ProviderTier, ScriptedProvider)
 
 PROMPT = "the secret prompt of this test suite"
 KEY = "sk-test-chain-key-1234567890"
@@ -92,9 +91,8 @@ class Watched(LLMProvider):
     def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
         return self.response
 
-    def stream(
-        self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
-    ) -> Generator[str, None, LLMResponse]:
+    def stream(self, messages: Any, tools: Any = None, model: Any = None,
+            **kwargs: Any) -> Generator[str, None, LLMResponse]:
         self.opened += 1
         try:
             for delta in self.deltas:

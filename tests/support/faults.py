@@ -19,27 +19,10 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, ClassVar, NamedTuple
 
-from copilot_router import (
-    AnthropicProvider,
-    AuthenticationError,
-    BadRequest,
-    ContentFiltered,
-    ContextLengthExceeded,
-    EmptyResponse,
-    GeminiProvider,
-    InvalidResponse,
-    LLMProvider,
-    ModelNotFound,
-    OllamaProvider,
-    OpenAIProvider,
-    Overloaded,
-    ProviderTimeout,
-    ProviderUnavailable,
-    QuotaExceeded,
-    RateLimited,
-    ServerError,
-    UnsupportedRequest,
-)
+from copilot_router import (AnthropicProvider, AuthenticationError, BadRequest, ContentFiltered,
+    ContextLengthExceeded, EmptyResponse, GeminiProvider, InvalidResponse, LLMProvider,
+    ModelNotFound, OllamaProvider, OpenAIProvider, Overloaded, ProviderTimeout, ProviderUnavailable,
+    QuotaExceeded, RateLimited, ServerError, UnsupportedRequest)
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
 PATIENCE = 30.0
@@ -113,13 +96,8 @@ class Peer:
             data += piece
         head, _, body = data.partition(b"\r\n\r\n")
         length = next(
-            (
-                int(line[15:])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")
-            ),
-            0,
-        )
+            (int(line[15:]) for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length:")), 0)
         while len(body) < length:
             piece = connection.recv(65536)
             if not piece:
@@ -166,10 +144,8 @@ def event(text: str | None = None, finish: str | None = None) -> bytes:
     """One event of a Chat Completions stream."""
     delta = {"content": text} if text else {}
     return (
-        b"data: "
-        + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode()
-        + b"\n\n"
-    )
+        b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode()
+            + b"\n\n")
 
 
 def _refusals(names: str, overloaded: int = 503) -> dict[str, tuple[int, str]]:
@@ -190,9 +166,8 @@ class Dialect:
     ends_twice = False  #: whether the end marker alone completes an answer, too
     refusals: ClassVar[dict[str, tuple[int, str]]]
 
-    def __init__(
-        self, model: str = "a-model", prompt_tokens: int = 11, completion_tokens: int = 7
-    ) -> None:
+    def __init__(self, model: str = "a-model", prompt_tokens: int = 11,
+            completion_tokens: int = 7) -> None:
         self.model = model  #: as the server reports it
         self.tokens = (prompt_tokens, completion_tokens)
 
@@ -230,9 +205,8 @@ class Dialect:
 
     def refusal(self, kind: str) -> dict[str, Any]:
         """The body of a refusal of this kind."""
-        return {
-            "error": {"message": f"this is {kind}", "type": self.refusals[kind][1], "code": None}
-        }
+        return {"error": {"message": f"this is {kind}", "type": self.refusals[kind][1],
+            "code": None}}
 
     def frame(self, item: Any) -> bytes:
         """One event as it is sent."""
@@ -250,17 +224,14 @@ class Chat(Dialect):
     end = b"data: [DONE]\n\n"
     ends_twice = True
     refusals = _refusals(
-        "invalid_request_error authentication_error requests server_error unavailable_error"
-    )
+        "invalid_request_error authentication_error requests server_error unavailable_error")
 
     def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
         return OpenAIProvider(key, url, api="chat", **settings)
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
-        }
+        return {"model": self.model,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
     @property
     def _usage(self) -> dict[str, Any]:
@@ -273,28 +244,19 @@ class Chat(Dialect):
         return [self._chunk({"content": text}) for text in texts]
 
     def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        head = {
-            "index": at,
-            "id": f"id-{at}",
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
+        head = {"index": at, "id": f"id-{at}", "type": "function",
+            "function": {"name": name, "arguments": ""}}
         pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
         rest = [{"index": at, "function": {"arguments": piece}} for piece in pieces]
         return [self._chunk({"tool_calls": [piece]}) for piece in (head, *rest)]
 
     def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        return [
-            self._chunk({}, "tool_calls" if called else "stop"),
-            {"choices": [], "usage": self._usage},
-        ]
+        return [self._chunk({}, "tool_calls" if called else "stop"),
+            {"choices": [], "usage": self._usage}]
 
     def document(self, text: str) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop",
-        }
+        choice = {"index": 0, "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop"}
         return {"model": self.model, "choices": [choice], "usage": self._usage}
 
 
@@ -313,8 +275,7 @@ class Responses(Dialect):
         return (
             body["model"],
             content if isinstance(content, str) else content[-1]["text"],
-            bool(body.get("stream")),
-        )
+            bool(body.get("stream")))
 
     def opening(self) -> list[dict[str, Any]]:
         return [{"type": "response.created", "response": {"status": "in_progress"}}]
@@ -322,42 +283,26 @@ class Responses(Dialect):
     def texts(self, texts: list[str]) -> list[dict[str, Any]]:
         return [
             {"type": "response.output_text.delta", "output_index": 0, "delta": text}
-            for text in texts
-        ]
+                for text in texts]
 
     def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
-        item = {
-            "type": "message",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "".join(texts)}],
-        }
+        item = {"type": "message", "role": "assistant",
+            "content": [{"type": "output_text", "text": "".join(texts)}]}
         return [{"type": "response.output_item.done", "output_index": 0, "item": item}]
 
     def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        item = {
-            "type": "function_call",
-            "call_id": f"id-{at}",
-            "name": name,
-            "arguments": arguments,
-        }
+        item = {"type": "function_call", "call_id": f"id-{at}", "name": name,
+            "arguments": arguments}
         return [
-            {
-                "type": "response.function_call_arguments.delta",
-                "output_index": at,
-                "delta": arguments,
-            },
-            {"type": "response.output_item.done", "output_index": at, "item": item},
-        ]
+            {"type": "response.function_call_arguments.delta", "output_index": at,
+                "delta": arguments},
+            {"type": "response.output_item.done", "output_index": at, "item": item}]
 
     def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
         return {
-            "object": "response",
-            "status": "completed",
-            "model": self.model,
-            "output": items,
-            "usage": usage,
-        }
+            "object": "response", "status": "completed", "model": self.model, "output": items,
+            "usage": usage}
 
     def closing(self, called: bool = False) -> list[dict[str, Any]]:
         return [{"type": "response.completed", "response": self._response([])}]
@@ -377,8 +322,7 @@ class Anthropic(Dialect):
     ends_twice = True
     refusals = _refusals(
         "invalid_request_error authentication_error rate_limit_error api_error overloaded_error",
-        overloaded=529,
-    )
+        overloaded=529)
 
     def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
         return AnthropicProvider(key, url, **settings)
@@ -388,27 +332,22 @@ class Anthropic(Dialect):
         return (
             body["model"],
             content if isinstance(content, str) else content[-1]["text"],
-            bool(body.get("stream")),
-        )
+            bool(body.get("stream")))
 
     def opening(self) -> list[dict[str, Any]]:
         message = {"type": "message", "role": "assistant", "model": self.model, "content": [],
                    "usage": {"input_tokens": self.tokens[0], "output_tokens": 1}}  # fmt: skip
         return [{"type": "message_start", "message": message}, {"type": "ping"}]
 
-    def _block(
-        self, at: int, block: dict[str, Any], deltas: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def _block(self, at: int, block: dict[str, Any],
+            deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         grown = [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
         opened = {"type": "content_block_start", "index": at, "content_block": block}
         return [opened, *grown]
 
     def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return self._block(
-            0,
-            {"type": "text", "text": ""},
-            [{"type": "text_delta", "text": text} for text in texts],
-        )
+        return self._block(0, {"type": "text", "text": ""},
+            [{"type": "text_delta", "text": text} for text in texts])
 
     def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
         return [{"type": "content_block_stop", "index": 0}]
@@ -421,9 +360,8 @@ class Anthropic(Dialect):
 
     def closing(self, called: bool = False) -> list[dict[str, Any]]:
         delta = {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
-        return [
-            {"type": "message_delta", "delta": delta, "usage": {"output_tokens": self.tokens[1]}}
-        ]
+        return [{"type": "message_delta", "delta": delta,
+            "usage": {"output_tokens": self.tokens[1]}}]
 
     def document(self, text: str) -> dict[str, Any]:
         usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
@@ -432,10 +370,8 @@ class Anthropic(Dialect):
         return {**head, "stop_reason": "end_turn", "usage": usage}
 
     def refusal(self, kind: str) -> dict[str, Any]:
-        return {
-            "type": "error",
-            "error": {"type": self.refusals[kind][1], "message": f"this is {kind}"},
-        }
+        return {"type": "error",
+            "error": {"type": self.refusals[kind][1], "message": f"this is {kind}"}}
 
     def frame(self, item: Any) -> bytes:
         name = item.get("type", "error") if isinstance(item, dict) else "message"
@@ -471,11 +407,8 @@ class Gemini(Dialect):
         return [self._part({"text": text}) for text in texts]
 
     def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        return [
-            self._part(
-                {"functionCall": {"id": f"id-{at}", "name": name, "args": json.loads(arguments)}}
-            )
-        ]
+        return [self._part({"functionCall": {"id": f"id-{at}", "name": name,
+            "args": json.loads(arguments)}})]
 
     def closing(self, called: bool = False) -> list[dict[str, Any]]:
         return [{**self._part({"text": ""}, finishReason="STOP"), "usageMetadata": self._usage}]
@@ -504,30 +437,21 @@ class Ollama(Dialect):
         return body["model"], body["messages"][-1]["content"], body.get("stream", True)
 
     def _line(self, message: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "message": {"role": "assistant", **message},
-            "done": False,
-            **fields,
-        }
+        return {"model": self.model, "message": {"role": "assistant", **message}, "done": False,
+            **fields}
 
     def texts(self, texts: list[str]) -> list[dict[str, Any]]:
         return [self._line({"content": text}) for text in texts]
 
     def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
         function = {"name": name, "arguments": json.loads(arguments)}
-        return [
-            self._line({"content": "", "tool_calls": [{"id": f"id-{at}", "function": function}]})
-        ]
+        return [self._line({"content": "",
+            "tool_calls": [{"id": f"id-{at}", "function": function}]})]
 
     @property
     def _done(self) -> dict[str, Any]:
-        return {
-            "done": True,
-            "done_reason": "stop",
-            "prompt_eval_count": self.tokens[0],
-            "eval_count": self.tokens[1],
-        }
+        return {"done": True, "done_reason": "stop", "prompt_eval_count": self.tokens[0],
+            "eval_count": self.tokens[1]}
 
     def closing(self, called: bool = False) -> list[dict[str, Any]]:
         return [self._line({"content": ""}, **self._done)]
@@ -571,9 +495,8 @@ class Exchange:
     The connection is closed at the end of a fault unless ``keep`` is set.
     """
 
-    def __init__(
-        self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes, path: str
-    ) -> None:
+    def __init__(self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes,
+            path: str) -> None:
         self.server, self.connection, self.dialect = server, connection, server.dialect
         self.asked = asked  #: the body of the request
         self.key = self._key_in(head)  #: what the client authenticated itself with
@@ -617,9 +540,8 @@ class Exchange:
 
     def more(self, text: str) -> bytes:
         """One more event with text, after ``part``."""
-        return (
-            self.dialect.frame(self.dialect.texts([text])[-1]) if self.stream else b" " * len(text)
-        )
+        return (self.dialect.frame(self.dialect.texts([text])[-1]) if self.stream
+            else b" " * len(text))
 
     def error(self, kind: str) -> bytes:
         """An error where an answer should be: an event, or a document."""
@@ -644,9 +566,8 @@ class Exchange:
         self.head("Transfer-Encoding: chunked")
         return self.send(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
 
-    def reply(
-        self, status: str, body: bytes, *headers: str, kind: str = "application/json"
-    ) -> Exchange:
+    def reply(self, status: str, body: bytes, *headers: str,
+            kind: str = "application/json") -> Exchange:
         """A whole answer with its length, well-formed as HTTP goes."""
         self.head(f"Content-Length: {len(body)}", *headers, status=status, kind=kind).send(body)
         self.keep = True
@@ -703,9 +624,8 @@ class Exchange:
 class FaultServer(Peer):
     """Serves the fault that the model's name says; ``pick(model)`` may choose another one."""
 
-    def __init__(
-        self, dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
-    ) -> None:
+    def __init__(self, dialect: Dialect | None = None,
+            pick: Callable[[str], str] | None = None) -> None:
         self.dialect = dialect or Chat()
         self.log: list[Entry] = []
         self._pick = pick
@@ -737,9 +657,8 @@ class FaultServer(Peer):
 
 
 @contextmanager
-def fault_server(
-    dialect: Dialect | None = None, pick: Callable[[str], str] | None = None
-) -> Iterator[FaultServer]:
+def fault_server(dialect: Dialect | None = None,
+        pick: Callable[[str], str] | None = None) -> Iterator[FaultServer]:
     """A FaultServer for the time of a with block."""
     server = FaultServer(dialect, pick)
     try:
@@ -798,9 +717,8 @@ ROWS: list[Row] = []
 ONE, TWO, FINE, NEUTRAL = "1 closed 1", "2 closed 2", "1 closed 0", "1 closed 0"
 
 
-def row(
-    name: str, expect: type, naive: str, seen: str, serve: Callable[[Exchange], Any], **more: Any
-) -> None:
+def row(name: str, expect: type, naive: str, seen: str, serve: Callable[[Exchange], Any],
+        **more: Any) -> None:
     ROWS.append(Row(name, expect, naive, seen, serve, **more))
 
 
@@ -906,9 +824,8 @@ answers("invalid_utf8", WRONG, lambda x: x.ok(x.body.replace(b"answer", b"ans\xf
 answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), GZIP, kind=x.kind))
 for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
     answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
-answers(
-    "whole_json_as_stream", RIGHT, lambda x: x.reply("200 OK", x.whole, kind=x.dialect.stream_type)
-)
+answers("whole_json_as_stream", RIGHT,
+    lambda x: x.reply("200 OK", x.whole, kind=x.dialect.stream_type))
 
 # Time.
 late("endless_status_line", HELD, lambda x: x.send(b"HTTP/1.1 200 ").gush(b"O"))
@@ -978,9 +895,8 @@ broken("switching_protocols", RAW, lambda x: x.send(
     seen=TWO, calls=2)  # fmt: skip
 broken("no_content", RAW, lambda x: x.send(b"HTTP/1.1 204 No Content\r\n\r\n"))
 broken("empty_body", RAW, lambda x: x.reply("200 OK", b""))
-answers(
-    "strange_content_length", RIGHT, lambda x: x.head("Content-Length: \xb2", CLOSE).send(x.body)
-)
+answers("strange_content_length", RIGHT,
+    lambda x: x.head("Content-Length: \xb2", CLOSE).send(x.body))
 broken("enormous_content_length", RAW, lambda x: x.head(
     "Content-Length: " + "9" * 6000, CLOSE).send(x.part), after=True)  # fmt: skip
 broken("redirect_302", WRONG, lambda x: x.reply(
@@ -1005,13 +921,11 @@ broken("unknown_coding", RIGHT, lambda x: x.reply(
 broken("html", RAW, lambda x: x.reply("200 OK", b"<!doctype html>Sign in", kind="text/html"))
 broken("html_as_stream", RAW, lambda x: x.reply(
     "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))  # fmt: skip
-broken("json_as_stream", RAW, lambda x: x.reply(
-    "200 OK", x.whole[:-9], kind=x.dialect.stream_type))  # fmt: skip
+broken("json_as_stream", RAW, lambda x: x.reply("200 OK", x.whole[:-9], kind=x.dialect.stream_type))
 broken("wrong_content_type", RAW, lambda x: x.reply(
     "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))  # fmt: skip
-broken(
-    "invalid_json", RAW, lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th')
-)
+broken("invalid_json", RAW,
+    lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th'))
 broken("deep_json", RAW, lambda x: x.reply("200 OK", b"[" * 200_000))
 broken("garbled_event", RAW, lambda x: x.ok(
     x.part + x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2 + x.body[len(x.part) :]
@@ -1045,8 +959,7 @@ HINTS = {
     "huge": ("Retry-After: 1e308", 3600),
     "impossible_date": ("Retry-After: Thu, 99 Foo 1970 99:00:00 GMT", 15),
     "reset_duration": ("x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s", 90),
-    "absent": ("X-Nothing: 1", 15),
-}
+    "absent": ("X-Nothing: 1", 15)}
 for _name, (_header, _seconds) in HINTS.items():
     row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
         lambda x, header=_header: x.refuse("rate_limited", header))  # fmt: skip
@@ -1054,9 +967,8 @@ row("hint_past_date", RateLimited, RAW, "2 open 0", lambda x: x.refuse(
     "rate_limited", "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"))  # fmt: skip
 row("hint_date", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
     "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))  # fmt: skip
-row("hint_epoch_milliseconds", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
-    "rate_limited", "X-RateLimit-Remaining: 0",
-    f"X-RateLimit-Reset: {(time.time() + 30.5) * 1000:.0f}"))  # fmt: skip
+row("hint_epoch_milliseconds", RateLimited, RAW, "1 open 30", lambda x: x.refuse("rate_limited",
+    "X-RateLimit-Remaining: 0", f"X-RateLimit-Reset: {(time.time() + 30.5) * 1000:.0f}"))
 
 #: Pages of gateways, without any JSON: class, status and reason -> requests and breaker.
 PAGES: dict[type, dict[str, str]] = {
@@ -1096,9 +1008,8 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
         "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required"}]}),
         "top_level_error": (400, {"object": "error", "message": "bad", "code": 40001}),
         "message_to_search_for_ever": (400, says("n_keep " * 30_000)),
-        "message_is_an_object": (400, {"error": {"message": {"a": ["b"]}, "code": {"c": 1},
-                                                 "type": [], "param": 4}}),
-    },
+        "message_is_an_object": (400,
+            {"error": {"message": {"a": ["b"]}, "code": {"c": 1}, "type": [], "param": 4}})},
     ServerError: {
         "error_is_a_number": (500, {"error": 7}),
         "error_is_null": (500, {"error": None}),
@@ -1106,53 +1017,43 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
         "nothing_said": (500, {}),
         "code_superscript": (500, says("x", code="\xb2", status_code="\xb2")),
         "error_200": (200, says("upstream broke", code=502)),
-        "error_200_choice": (200, {"choices": [{"error": {"code": 503, "message": "gone"},
-                                                "finish_reason": "error"}]}),
-    },
+        "error_200_choice": (200,
+            {"choices": [{"error": {"code": 503, "message": "gone"}, "finish_reason": "error"}]})},
     AuthenticationError: {
         "invalid_key": (401, says("Incorrect API key: sk-te***7890.", code="invalid_api_key")),
-        "country": (403, says("no", code="unsupported_country_region_territory")),
-    },
+        "country": (403, says("no", code="unsupported_country_region_territory"))},
     ModelNotFound: {
         "no_model": (404, says("The model `no_model` does not exist.", code="model_not_found")),
         "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.",
-                                "type": "NotFoundError"}),
-        "no_model_loaded": (404, says("No models loaded. Please load a model.", code=None)),
-    },
-    ProviderUnavailable: {
-        "wrong_path": (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
-    },
+            "type": "NotFoundError"}),
+        "no_model_loaded": (404, says("No models loaded. Please load a model.", code=None))},
+    ProviderUnavailable: {"wrong_path": (200,
+        {"error": "Unexpected endpoint or method. (POST /chat/completions)"})},
     ContextLengthExceeded: {
         "context_length": (400, says("too long", code="context_length_exceeded")),
         "context_length_vllm": (400, {"message": "maximum context length is 5 tokens."}),
         "context_length_500": (500, says("exceeds the context size", type="server_error")),
         "context_length_200": (200, {"error": "Trying to keep 9 when context the overflows."}),
-        "too_large_for_the_limit": (429, says("Request too large for gpt on tokens per min: "
-                                               "Limit 3, Requested 9", code="rate_limit_exceeded")),
-    },
+        "too_large_for_the_limit": (429, says("Request too large for gpt on tokens per min: Limit "
+            "3, Requested 9", code="rate_limit_exceeded"))},
     QuotaExceeded: {
         "no_quota": (429, says("You exceeded your current quota", type="insufficient_quota")),
         "spend_limit": (429, says("x", type="tokens", code="project_spend_limit_exceeded")),
-        "no_balance": (402, says("Insufficient Balance")),
-    },
+        "no_balance": (402, says("Insufficient Balance"))},
     ContentFiltered: {
         "policy": (400, says("no", code="content_policy_violation")),
         "policy_azure": (400, says("filtered", code="content_filter", innererror={"code": "x"})),
-        "moderation": (403, says("flagged", code=403, metadata={"reasons": ["violence"]})),
-    },
+        "moderation": (403, says("flagged", code=403, metadata={"reasons": ["violence"]}))},
     UnsupportedRequest: {"no_tools": (400, says("this model does not support tools"))},
     InvalidResponse: {
         "failed_tool_call": (400, says("Failed to call a function.", code="tool_use_failed")),
         "error_200_text": (200, {"error": "something broke"}),
-        "error_200_reason": (200, {"choices": [{"message": {"content": "hal"},
-                                                "finish_reason": "error"}]}),
-    },
+        "error_200_reason": (200,
+            {"choices": [{"message": {"content": "hal"}, "finish_reason": "error"}]})},
     Overloaded: {
         "loading": (503, says("Loading model", type="unavailable_error", code=503)),
         "overloaded_503": (503, says("The engine is currently overloaded", type="server_error")),
-        "capacity": (498, says("x", code="capacity_exceeded")),
-    },
-}  # fmt: skip
+        "capacity": (498, says("x", code="capacity_exceeded"))}}
 _SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
          QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}  # fmt: skip
 for _class, _bodies in REFUSALS.items():
@@ -1178,27 +1079,24 @@ def _calls(*calls: Any) -> dict[str, Any]:
 NONE: dict[type, dict[str, dict[str, Any]]] = {
     EmptyResponse: {
         WRONG: {"empty_text": _choice({"content": ""}), "no_text": _choice({"content": None}),
-                "blank_text": _choice({"content": " \n\t "}),
-                "content_is_an_empty_list": _choice({"content": []})},
-        RAW: {"body_is_a_list": []},
-    },
+            "blank_text": _choice({"content": " \n\t "}),
+            "content_is_an_empty_list": _choice({"content": []})},
+        RAW: {"body_is_a_list": []}},
     InvalidResponse: {
         WRONG: {"content_is_a_number": _choice({"content": 42}),
-                "content_is_true": _choice({"content": True}),
-                "finish_is_a_number": _choice({"content": "hello"}, 7),
-                "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),
-                "call_without_a_name": _calls([{"id": "a", "function": {"arguments": "{}"}}]),
-                "arguments_are_a_list": _calls([{"function": {"name": "f", "arguments": [1]}}])},
+            "content_is_true": _choice({"content": True}),
+            "finish_is_a_number": _choice({"content": "hello"}, 7),
+            "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),
+            "call_without_a_name": _calls([{"id": "a", "function": {"arguments": "{}"}}]),
+            "arguments_are_a_list": _calls([{"function": {"name": "f", "arguments": [1]}}])},
         RAW: {"no_message": _choice(None), "message_is_text": _choice("hello"),
-              "message_is_a_list": _choice(["hello"]), "no_choices": {"choices": []},
-              "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
-              "choices_null": {"choices": None}, "choices_text": {"choices": "hello"},
-              "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
-              "choices_of_null": {"choices": [None]}, "choices_of_text": {"choices": ["hello"]},
-              "choice_is_empty": {"choices": [{}]}, "body_is_text": "hello", "body_is_a_number": 1,
-              "body_is_null": None, "body_is_empty": {}},
-    },
-}  # fmt: skip
+            "message_is_a_list": _choice(["hello"]), "no_choices": {"choices": []},
+            "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
+            "choices_null": {"choices": None}, "choices_text": {"choices": "hello"},
+            "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
+            "choices_of_null": {"choices": [None]}, "choices_of_text": {"choices": ["hello"]},
+            "choice_is_empty": {"choices": [{}]}, "body_is_text": "hello", "body_is_a_number": 1,
+            "body_is_null": None, "body_is_empty": {}}}}
 for _class, _columns in NONE.items():
     for _naive, _bodies in _columns.items():
         for _name, _body in _bodies.items():
@@ -1227,8 +1125,7 @@ WRONG_EVENTS: dict[str, bytes] = {
     "event_error_text": b'data: {"error": "broken pipe"}\n\n',
     "event_error_list": b'data: [{"error": {"message": "x"}}]\n\n',
     "event_finish_error": b'data: {"choices": [{"delta": {}, "finish_reason": "error"}]}\n\n',
-    "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n',
-}
+    "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n'}
 #: Events that carry nothing: passed over.
 EMPTY_EVENTS: dict[str, bytes] = {
     "event_is_empty": b"data:\n\n",
@@ -1238,15 +1135,13 @@ EMPTY_EVENTS: dict[str, bytes] = {
     "event_is_an_empty_list": b"data: []\n\n",
     "event_without_choices": b'data: {"id": "x"}\n\n',
     "event_choices_null": b'data: {"choices": null}\n\n',
-    "event_ping": b'event: ping\ndata: {"type": "ping"}\n\n',
-}
+    "event_ping": b'event: ping\ndata: {"type": "ping"}\n\n'}
 for _name, _event in WRONG_EVENTS.items():
     broken(_name, RAW, _between(_event), only=Chat, after=True)
 for _name, _event in EMPTY_EVENTS.items():
     answers(_name, RAW, _between(_event), only=Chat)
-row("event_named_error", ServerError, RAW, TWO, _between(
-    b'event: error\ndata: {"message": "gone", "code": 500}\n\n'),
-    only=Chat, after=True)  # fmt: skip
+row("event_named_error", ServerError, RAW, TWO,
+    _between(b'event: error\ndata: {"message": "gone", "code": 500}\n\n'), only=Chat, after=True)
 row("event_old_error", ServerError, RAW, TWO, _between(
     b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
     only=Chat, after=True)  # fmt: skip
@@ -1259,9 +1154,8 @@ answers("strange_but_complete", RIGHT, strange_but_complete, only=Chat)
 answers("stream_by_the_book", RIGHT, stream_by_the_book, only=Chat,
         told=lambda text: text.replace("answer", "ans\u2028er"))  # fmt: skip
 answers("healthy_without_prefill", RIGHT, without_prefill, only=Chat)
-answers(
-    "refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2}, only=Chat
-)
+answers("refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2},
+    only=Chat)
 
 BY_NAME = {row.name: row for row in ROWS}
 FAULTS = BY_NAME

@@ -34,11 +34,9 @@ import pytest
 from support.fakes import VirtualClock as FakeClock, error_of, in_threads
 
 import copilot_router
-from copilot_router import (
-    AuthenticationError, BreakerRecord, CircuitBreaker, CircuitOpen, FailoverChain, LLMProvider,
-    LLMResponse, MemoryStore, ProviderTier, ProviderUnavailable, RedisStore, ServerError,
-    SQLiteStore, Ticket,
-)
+from copilot_router import (AuthenticationError, BreakerRecord, CircuitBreaker, CircuitOpen,
+    FailoverChain, LLMProvider, LLMResponse, MemoryStore, ProviderTier, ProviderUnavailable,
+    RedisStore, ServerError, SQLiteStore, Ticket)
 
 TESTS = Path(__file__).resolve().parent.parent
 REDIS = shutil.which("redis-server")
@@ -283,8 +281,7 @@ class Stage:
 
 
 # -- what every store must do
-ODD_NAMES = [
-    "a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
+ODD_NAMES = ["a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE breakers; --",
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
     "breakers", "0", "None"]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
@@ -425,9 +422,8 @@ def traced(work: Callable[[], Any], visit: Callable[[Any], None], event: str = "
         sys.settrace(before)
 
 
-def at_each_line(
-    make: Callable[[], Any], work: Any, act: Any, event: str = "line", callers: bool = True
-) -> Iterator[tuple[Any, Any]]:
+def at_each_line(make: Callable[[], Any], work: Any, act: Any, event: str = "line",
+        callers: bool = True) -> Iterator[tuple[Any, Any]]:
     """For each line that ``work(make())`` passes: run it anew, and ``act`` once at that line.
 
     With ``callers``, a line counts once for each line that it is called from.
