@@ -7,12 +7,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.faults import FaultServer, fault_server
 from support.leaks import MARKS, LeakWatch
 from support.stores import clock, make_store, redis_server, redis_url  # noqa: F401 - fixtures
 
@@ -119,10 +117,3 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.outcome = "failed"
         report.longrepr = f"leaked: {printed.group()!r} was printed or logged"
     return report
-
-
-@pytest.fixture
-def faulty_server() -> Iterator[Callable[..., FaultServer]]:
-    """``faulty_server(dialect, pick)``: a server of all faults that ends with the test."""
-    with ExitStack() as stack:
-        yield lambda *args, **kwargs: stack.enter_context(fault_server(*args, **kwargs))

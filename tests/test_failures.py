@@ -20,8 +20,9 @@ import requests
 import responses
 import urllib3
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
-    WRONG, Chat, Dialect, FaultServer, Peer, Row, answer_to, descriptors, fault_server, peer, says)
+    WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
 from support.leaks import FRAMES
+from support.server import Peer
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
     ContentFiltered, ContextLengthExceeded, DeadlineExceeded, FailoverChain, GeminiProvider,
@@ -90,7 +91,7 @@ def check_count(ill: FaultServer, row: Row, wanted: int) -> None:
 
 def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
     """All calls of a row: what comes out, how soon, after how many requests, and the breaker."""
-    with fault_server(dialect) as ill, fault_server(dialect) as well, pair(ill, well, row) as chain:
+    with FaultServer(dialect) as ill, FaultServer(dialect) as well, pair(ill, well, row) as chain:
         for call in range(row.calls):
             prompt = f"{PROMPT}{row.name} {call}"
             start = time.monotonic()
@@ -136,7 +137,7 @@ def read(chain: FailoverChain, prompt: str, row: Row) -> str:
 def check_stream(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
     """Before the first delta a stream fails over as chat() does; after it the reader is told."""
     side = "ill" if row.expect is ANSWER else "nobody" if row.after else "well"
-    with fault_server(dialect) as ill, fault_server(dialect) as well, pair(ill, well, row) as chain:
+    with FaultServer(dialect) as ill, FaultServer(dialect) as well, pair(ill, well, row) as chain:
         for call in range(row.calls):
             start = time.monotonic()
             if row.expect is ContentFiltered:
@@ -183,7 +184,7 @@ def test_alone_a_tier_fails_in_time(row: Row) -> None:
     prompt = f"{PROMPT}{row.name}"
     expected: Any = row.alone or row.expect
     short = {**limits(row), "first_token_timeout": 0.3, "stall_timeout": 0.3}
-    with fault_server() as ill:
+    with FaultServer() as ill:
         chain = FailoverChain([tier("ill", ill, row.name, row, **short)], timeout=DEADLINE,
             sleep=lambda seconds: None)
         start, failure = time.monotonic(), None
@@ -242,7 +243,7 @@ def test_what_the_faults_do_to_a_client_of_one_line() -> None:
 def test_nothing_is_left_of_broken_connections() -> None:
     """After faults that break or abandon one: no descriptor and no thread more than before."""
     names = [row.name for row in ROWS if row.expect in (InvalidResponse, ServerError)]
-    with fault_server() as ill:
+    with FaultServer() as ill:
         provider = Chat().client(KEY, ill.url, max_response_bytes=300_000, stall_timeout=0.3)
         chain = FailoverChain([ProviderTier("ill", provider, names, retries=0)],
             failure_threshold=10_000)
@@ -560,7 +561,7 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
         server.stopping.wait(10)
         return False
 
-    with peer(serve) as server:
+    with Peer(serve) as server:
         start = time.monotonic()
         with pytest.raises(RateLimited) as caught:
             OpenAIProvider(KEY, server.url, stall_timeout=0.2).chat("q", model="m")
@@ -671,7 +672,7 @@ def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
                           (lambda request: request.headers.update(A=SECRET) or request, {})):
         session.auth = auth
         session.headers.update(headers)
-        with peer(serve) as server, pytest.raises(ProviderError) as caught:
+        with Peer(serve) as server, pytest.raises(ProviderError) as caught:
             OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m")
         assert SECRET not in f"{caught.value} {vars(caught.value)}"
         assert "no: ***" in str(caught.value)
@@ -696,7 +697,7 @@ def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixtu
         connection.sendall(odd + b"Content-Length: 0\r\nX: y\r\n\r\n")
         return False
 
-    with peer(serve) as server:
+    with Peer(serve) as server:
         with pytest.raises(ProviderError):
             OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
         assert SECRET not in caplog.text
@@ -738,7 +739,7 @@ def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
         connection.sendall(top + b"data: " + chunk + b"\n\n")
         return False
 
-    with peer(serve) as server:
+    with Peer(serve) as server:
         client = OpenAIProvider(SECRET, server.url)
         chain = FailoverChain([ProviderTier("a", client, ["m"], retries=0)])
         calls: dict[str, Callable[[], Any]] = {
@@ -798,7 +799,7 @@ def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
         connection.sendall(top.encode("latin-1") + data)
         return True
 
-    with peer(serve) as server:
+    with Peer(serve) as server:
         client = OpenAIProvider(KEY, server.url)
         for number in range(len(HOSTILE)):
             start = time.monotonic()

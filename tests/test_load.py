@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faults import FAULTS, Chat, answer_to, descriptors, fault_server
+from support.faults import BY_NAME, Chat, FaultServer, answer_to, descriptors
 
 from copilot_router import FailoverChain, OpenAIProvider, ProviderTier, RouterError
 
@@ -52,7 +52,7 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
     def pick(model: str) -> str:
         return picked.choice((picked.choice(KINDS), "healthy"))
 
-    with fault_server(pick=pick) as ill, fault_server() as well:
+    with FaultServer(pick=pick) as ill, FaultServer() as well:
         short = {"first_token_timeout": 0.05, "stall_timeout": 0.05}
         chain = FailoverChain(
             [ProviderTier("ill", OpenAIProvider(KEY, ill.url, **short), ["any"]),
@@ -95,7 +95,7 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
     assert descriptors() <= files
     assert threading.active_count() <= threads
     assert answered["ill"] and answered["well"] and opened
-    assert set(KINDS) <= set(FAULTS)
+    assert set(KINDS) <= set(BY_NAME)
     if FULL:
         assert sum(seen.values()) >= 3000
         assert set(seen) == {"healthy", *KINDS}
@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_the_number_of_calls(name: str,
         caplog: pytest.LogCaptureFixture) -> None:
     """After a warming up: less than 100 bytes for each of 200 calls."""
     caplog.set_level(logging.CRITICAL, "copilot_router")  # pytest keeps each record
-    with fault_server() as server:
+    with FaultServer() as server:
         tier = ProviderTier("a", Chat().client(KEY, server.url), [name], retries=0)
         with FailoverChain([tier], failure_threshold=10_000) as chain:
 
@@ -147,7 +147,7 @@ def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler may also raise in a callback of the standard library, which passes over it."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    with fault_server() as server:
+    with FaultServer() as server:
         files = descriptors()
         for number in range(12):
             looks = itertools.count()

@@ -22,7 +22,9 @@ from typing import Any
 
 import pytest
 import requests
-from support.faults import Peer, chunked, descriptors, event, peer
+from support.fakes import event
+from support.faults import chunked, descriptors
+from support.server import Canned, Peer, received
 
 from copilot_router import (InvalidResponse, OpenAIProvider, ProviderError, ProviderTimeout,
     ProviderUnavailable, ServerError)
@@ -132,7 +134,7 @@ def closed_port() -> int:
 
 @pytest.mark.parametrize("answer", [STREAM, whole()], ids=["stream", "whole"])
 def test_calls_use_one_connection_until_the_provider_is_closed(answer: bytes) -> None:
-    with peer(says(answer)) as server, provider(server.url) as client:
+    with Peer(says(answer)) as server, provider(server.url) as client:
         assert [ask(client) for _ in range(5)] == ["good"] * 5
         assert server.connections == 1
         client.close()
@@ -141,16 +143,16 @@ def test_calls_use_one_connection_until_the_provider_is_closed(answer: bytes) ->
 
 
 def test_a_ping_gives_its_connection_back_and_ends_in_its_time() -> None:
-    with peer(says(whole(b'{"data": []}'))) as server, provider(server.url) as client:
+    with Peer(says(whole(b'{"data": []}'))) as server, provider(server.url) as client:
         for _ in range(3):
             client.ping()
         assert (server.connections, len(server.requests)) == (1, 3)
-    with peer(silent) as server, within(0.2), pytest.raises(ProviderTimeout):
+    with Peer(silent) as server, within(0.2), pytest.raises(ProviderTimeout):
         OpenAIProvider(KEY, server.url).ping(0.2)
 
 
 def test_a_request_on_a_new_connection_is_not_sent_again_by_the_transport() -> None:
-    with peer(lambda *_: False) as server, provider(server.url) as client:
+    with Peer(lambda *_: False) as server, provider(server.url) as client:
         fails(client, ServerError)
         assert len(server.requests) == 1
 
@@ -171,7 +173,7 @@ def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
         connection.sendall(STREAM)
         return True
 
-    with peer(one_answer_each) as server, provider(server.url) as client:
+    with Peer(one_answer_each) as server, provider(server.url) as client:
         threads = [threading.Thread(target=ask, args=(client, "first")) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -182,7 +184,7 @@ def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
 
 
 def test_more_connections_at_once_than_are_kept() -> None:
-    with peer(healthy) as server, provider(server.url) as client:
+    with Peer(healthy) as server, provider(server.url) as client:
         streams = [client.stream("hi", model="m", timeout=20) for _ in range(101)]
         assert [next(stream) for stream in streams] == ["good"] * 101
         assert not any(list(stream) for stream in streams)
@@ -195,7 +197,7 @@ def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
         return (healthy(server, connection, request) if b"one" in request
             else silent(server, connection, b""))
 
-    with peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
+    with Peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
         assert ask(client, "one", timeout=60) == "good"
         fails(client, ProviderTimeout, "two", timeout=0.2, seconds=0.2)
         assert server.connections == 1
@@ -204,7 +206,7 @@ def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
 def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
     """Without a garbage collector, too."""
     serve = says(HEAD + b"\r\n" + event("good"), then_silent=True)
-    with peer(serve) as server, provider(server.url) as client:
+    with Peer(serve) as server, provider(server.url) as client:
         next(client.stream("hi", model="m", timeout=5))
         before = descriptors()
         gc.disable()
@@ -221,7 +223,7 @@ def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
 
 def test_a_stream_may_be_read_in_another_thread() -> None:
     got: list[str] = []
-    with peer(healthy) as server, provider(server.url) as client:
+    with Peer(healthy) as server, provider(server.url) as client:
         stream = client.stream("hi", model="m", timeout=5)
         got.append(next(stream))
         reader = threading.Thread(target=lambda: got.extend(stream))
@@ -263,7 +265,7 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
 
     root, forked = str(Path(__file__).resolve().parent.parent), threading.Event()
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    with peer(serve) as server:
+    with Peer(serve) as server:
         with subprocess.Popen([sys.executable, "-c", FORK, server.url], env=environment,
                 stdin=subprocess.PIPE) as child:
             assert child.wait(30) == 0
@@ -274,7 +276,7 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
 
 
 def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: Any) -> None:
-    with peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
+    with Peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
         closed = closed_port()
         tried = resolved(closed, server.port)
         assert ask(client) == "good"
@@ -286,7 +288,7 @@ def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's queue of connections")
 def test_an_address_that_swallows_packets_costs_its_share_once(resolved: Any) -> None:
-    with socket.socket() as full, peer(healthy) as server, contextlib.ExitStack() as stack:
+    with socket.socket() as full, Peer(healthy) as server, contextlib.ExitStack() as stack:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         for _ in range(3):
@@ -333,14 +335,14 @@ def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
     (5, {"first_token_timeout": 0.1}, "first_token_timeout")])
 def test_silence_is_judged_by_the_providers_own_limit(own: float, options: dict[str, float],
         code: str) -> None:
-    with peer(silent) as server, provider(server.url, first_token_timeout=own) as client:
+    with Peer(silent) as server, provider(server.url, first_token_timeout=own) as client:
         error = fails(client, ProviderTimeout, **options)
         assert error.code == code
 
 
 def test_the_limit_of_silence_after_the_first_token_has_its_own_code() -> None:
     serve = says(HEAD + b"\r\n" + event("x"), then_silent=True)
-    with peer(serve) as server, provider(server.url, stall_timeout=0.1) as client:
+    with Peer(serve) as server, provider(server.url, stall_timeout=0.1) as client:
         error = fails(client, ProviderTimeout, seconds=0.3)
         assert error.code == "stall_timeout"
 
@@ -354,7 +356,7 @@ def test_the_callers_own_time_is_not_the_servers_silence() -> None:
         connection.sendall(event(finish="stop"))
         return False
 
-    with peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
+    with Peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
         stream = client.stream("hi", model="m", timeout=60)
         assert next(stream) == "one "
         until = time.monotonic() + 0.3
@@ -365,7 +367,7 @@ def test_the_callers_own_time_is_not_the_servers_silence() -> None:
 
 
 def test_without_any_time_nothing_is_sent() -> None:
-    with peer(healthy) as server, provider(server.url) as client:
+    with Peer(healthy) as server, provider(server.url) as client:
         fails(client, ProviderTimeout, timeout=0)
         assert not server.requests
 
@@ -378,7 +380,7 @@ def test_an_answer_is_the_same_however_it_is_cut(size: int) -> None:
     text = "Grüße, 世界 \u2028 \U0001f600"
     body = event(text) + event(finish="stop") + b"data: [DONE]\n\n"
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
-    with peer(says(CHUNKS + chunked(*pieces))) as server, provider(server.url) as client:
+    with Peer(says(CHUNKS + chunked(*pieces))) as server, provider(server.url) as client:
         assert ask(client) == text
 
 
@@ -398,7 +400,7 @@ def in_chunks(form: str) -> bytes:
     "%x\r\n|%x\r\n|%x\r\n"])
 def test_forms_of_chunks(form: str) -> None:
     """Extensions, capitals, zeros, line feeds alone, trailers; without a blank line at the end."""
-    with peer(says(in_chunks(form), keep=False)) as server, provider(server.url) as client:
+    with Peer(says(in_chunks(form), keep=False)) as server, provider(server.url) as client:
         assert ask(client) == "good"
 
 
@@ -407,7 +409,7 @@ def test_forms_of_chunks(form: str) -> None:
 def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
     half = event("half")
     for data in (size.encode() + b"\r\n" + half, b"1\r\nd\r\n" + size.encode() + b"\r\n"):
-        with peer(says(CHUNKS + data, keep=False)) as server, provider(server.url) as client:
+        with Peer(says(CHUNKS + data, keep=False)) as server, provider(server.url) as client:
             fails(client, InvalidResponse)
 
 
@@ -420,7 +422,7 @@ def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
         connection.sendall(ANSWER[len(event("good")) :] + b"\r\n0\r\n\r\n")
         return True
 
-    with peer(serve) as server, provider(server.url) as client:
+    with Peer(serve) as server, provider(server.url) as client:
         stream = client.stream("hi", model="m", timeout=4)
         assert next(stream) == "good"
         seen.set()
@@ -430,7 +432,7 @@ def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
 @pytest.mark.parametrize("more", ["\r\nHTTP/1.1 500 No\r\n\r\n", "Content-Length: 9999\r\n"])
 def test_chunks_count_and_not_what_stands_beside_or_behind_them(more: str) -> None:
     data = STREAM + more.encode() if more[0] == "\r" else STREAM.replace(HEAD, HEAD + more.encode())
-    with peer(says(data)) as server, provider(server.url) as client:
+    with Peer(says(data)) as server, provider(server.url) as client:
         assert [ask(client) for _ in range(2)] == ["good"] * 2
 
 
@@ -440,14 +442,14 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
         server.drip(connection, b"X: y\r\n\r\n", 0.01)
         return True
 
-    with peer(serve) as server, provider(server.url) as client:
+    with Peer(serve) as server, provider(server.url) as client:
         assert [ask(client) for _ in range(2)] == ["good"] * 2
         assert server.connections == 1
 
 
 def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
     bomb = whole(gzip.compress(bytes(1 << 24)) * 64, "Content-Encoding: gzip")  # a gigabyte
-    with peer(says(bomb)) as server, provider(server.url, max_response_bytes=1 << 40) as client:
+    with Peer(says(bomb)) as server, provider(server.url, max_response_bytes=1 << 40) as client:
         fails(client, ProviderTimeout, timeout=0.1, seconds=0.2)
 
 
@@ -460,7 +462,7 @@ MEMBERS = gzip.compress(WHOLE[:20]) + gzip.compress(WHOLE[20:])
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
     """Also several members of gzip."""
     answer = whole(data, f"Content-Encoding: {coding}")
-    with peer(says(answer)) as server, provider(server.url) as client:
+    with Peer(says(answer)) as server, provider(server.url) as client:
         assert ask(client) == "good"
 
 
@@ -470,7 +472,7 @@ def test_the_largest_answer(body: bytes, zipped: bool) -> None:
     """``max_response_bytes`` counts decompressed bytes."""
     body += b"\n" * 500
     data = whole(gzip.compress(body), "Content-Encoding: gzip") if zipped else whole(body)
-    with peer(says(data)) as server:
+    with Peer(says(data)) as server:
         with provider(server.url, max_response_bytes=len(body)) as client:
             assert ask(client) == "good"
         with provider(server.url, max_response_bytes=len(ANSWER)) as client:
@@ -481,14 +483,14 @@ def test_the_largest_answer(body: bytes, zipped: bool) -> None:
 @pytest.mark.parametrize("body", [WHOLE[:-9], ANSWER[:20]], ids=["json", "sse"])
 def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
     data = OK + b"Content-Length: %d\r\n\r\n" % promised + body
-    with peer(says(data, keep=False)) as server, provider(server.url) as client:
+    with Peer(says(data, keep=False)) as server, provider(server.url) as client:
         fails(client, InvalidResponse, seconds=1)
 
 
 def test_a_complete_answer_survives_a_cut_afterwards() -> None:
     body = event("all") + event(finish="stop")
     data = CHUNKS + b"%x\r\n" % len(body) + body + b"\r\n"
-    with peer(says(data, keep=False)) as server, provider(server.url) as client:
+    with Peer(says(data, keep=False)) as server, provider(server.url) as client:
         assert ask(client) == "all"
 
 
@@ -508,7 +510,7 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
             connection.sendall(STREAM)
         return True
 
-    with peer(serve) as server, requests.Session() as session:
+    with Peer(serve) as server, requests.Session() as session:
         session.headers["X-Session"] = "yes"
         assert ask(OpenAIProvider(KEY, server.url, session=session)) == "good"
         assert b"X-Session: yes" in server.requests[0]
@@ -525,24 +527,21 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
 
 @pytest.mark.parametrize(("kind", "said"), [(RecursionError, "gevent"), (AttributeError, "Attr")])
 def test_a_session_of_the_users_that_is_at_fault_is_unavailable(kind: Any, said: str) -> None:
-    class Faulty(requests.adapters.BaseAdapter):
-        def send(self, *_: Any, **__: Any) -> Any:
-            raise kind("at fault")
-
-        def close(self) -> None:
-            pass
+    def faulty(*_: Any, **__: Any) -> Any:
+        raise kind("at fault")
 
     with requests.Session() as session:
-        session.mount("http://", Faulty())
-        fails(OpenAIProvider(KEY, "http://127.0.0.1:9", session=session),
-              ProviderUnavailable, match=said)  # fmt: skip
+        session.mount("http://", canned := Canned())
+        canned.send = faulty  # type: ignore[method-assign]
+        client = OpenAIProvider(KEY, "http://127.0.0.1:9", session=session)
+        fails(client, ProviderUnavailable, match=said)
 
 
 # -- proxies
 
 
 def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
-    with peer(healthy) as proxy:
+    with Peer(healthy) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
         with provider("http://provider.invalid/v1") as client:
             assert ask(client) == "good"
@@ -552,7 +551,7 @@ def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2"])
 def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, proxied: Any) -> None:
-    with peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, peer(healthy) as server:
+    with Peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, Peer(healthy) as server:
         proxied(f"http://127.0.0.1:{proxy.port}")
         with provider(f"http://{host}:{server.port}/v1", connect_timeout=1) as client:
             if host == "127.0.0.2":  # nobody listens there
@@ -568,7 +567,7 @@ def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, pr
     (b"not HTTP at all\r\n\r\n", (ProviderUnavailable, InvalidResponse)),
     (b"", (ProviderUnavailable, ServerError))])
 def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) -> None:
-    with peer(says(answer, keep=False)) as proxy:
+    with Peer(says(answer, keep=False)) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
         with provider("https://provider.invalid/v1") as client:
             fails(client, error)
@@ -587,7 +586,7 @@ def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
         connection.sendall(OK + b"\r\n")
         return silent(server, connection, request)
 
-    with peer(serve) as proxy:
+    with Peer(serve) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
         with provider("https://provider.invalid/v1") as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
@@ -605,7 +604,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
                 connection.sendall(b"\5\0")
                 asked.append(connection.recv(262))
                 connection.sendall(b"\5\0\0\1\x7f\0\0\1\0\0")
-                while Peer._request(connection):
+                while received(connection):
                     connection.sendall(STREAM)
 
         listener.settimeout(3)
@@ -616,7 +615,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
             assert [ask(client) for _ in range(2)] == ["good"] * 2
         thread.join(5)
     assert b"provider.invalid" in asked[0]
-    with peer(silent) as server:  # the limits hold there, too
+    with Peer(silent) as server:  # the limits hold there, too
         proxied(f"socks5h://127.0.0.1:{server.port}")
         with provider("http://provider.invalid/v1", connect_timeout=0.3) as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
@@ -670,22 +669,13 @@ class SecurePeer(Peer):
             self._threads.discard(threading.current_thread())
 
 
-@contextlib.contextmanager
-def secure(serve: Any, context: ssl.SSLContext) -> Iterator[Peer]:
-    server = SecurePeer(serve, context)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any) -> bool:
     """The answer to CONNECT, and TLS inside of the tunnel: healthy, or silent without a context."""
     connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
     if context is None:
         return silent(server, connection, b"")
     with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as inside:
-        while request := server._request(inside):
+        while request := received(inside):
             server.requests.append(request)
             inside.sendall(STREAM)
     return False
@@ -700,7 +690,7 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             server.drip(connection, HEAD + b"Connection: close\r\n\r\n" + event("x" * 2000))
         return healthy(server, connection, request)
 
-    with secure(serve, context) as server:
+    with SecurePeer(serve, context) as server:
         with provider(server.url) as client:
             fails(client, ProviderUnavailable, match="TLS")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
@@ -712,7 +702,7 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tunnel_through_a_proxy_is_kept(tls: Any, proxied: Any,
         monkeypatch: pytest.MonkeyPatch) -> None:
     context, certificate = tls
-    with peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
+    with Peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
         proxied(f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with provider("https://provider.invalid/v1") as client:
@@ -732,7 +722,7 @@ def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
             server.stopping.wait(0.3)
         return tunnel(None, server, connection)
 
-    with secure(serve, context) as proxy:
+    with SecurePeer(serve, context) as proxy:
         proxied(f"https://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with provider("https://provider.invalid/v1") as client:
@@ -762,7 +752,7 @@ def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
 def test_a_bundle_of_certificates_that_is_not_there_is_named(variable: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "/nonexistent/bundle.pem")
-    with peer(healthy) as server, provider(server.url.replace("http:", "https:")) as client:
+    with Peer(healthy) as server, provider(server.url.replace("http:", "https:")) as client:
         fails(client, ProviderUnavailable, match=r"(?i)certificate|bundle")
 
 
@@ -782,7 +772,7 @@ def test_a_program_that_gevent_patched_late_fails_over() -> None:
     """gevent replaces ssl after the provider was made: no bare RecursionError."""
     pytest.importorskip("gevent", reason="gevent is not installed")
     root = str(Path(__file__).resolve().parent.parent)
-    with peer(lambda *_: False) as server:
+    with Peer(lambda *_: False) as server:
         done = subprocess.run([sys.executable, "-c", GEVENT, server.url.replace("http:", "https:")],
             env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60)
     assert done.stdout == "ok\n", done.stderr

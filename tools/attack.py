@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.faults import DIALECTS, ROWS, answer_to, descriptors, fault_server
+from support.faults import DIALECTS, ROWS, FaultServer, answer_to, descriptors
 from support.stores import REDIS, RedisServer
 
 import copilot_router as cr
@@ -127,7 +127,7 @@ def serve() -> None:
         return random.choice((random.choice(usual), "healthy")) if model == "any" else model
 
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(fault_server(dialect(), pick=pick)) for dialect in DIALECTS]
+        servers = [stack.enter_context(FaultServer(dialect(), pick=pick)) for dialect in DIALECTS]
         print(json.dumps([server.url for server in servers]), flush=True)
         sys.stdin.read()
 

@@ -29,7 +29,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.faults import peer
+from support.server import Peer
 
 import copilot_router as cr
 
@@ -280,7 +280,7 @@ def main() -> None:
         connection.sendall(head_of(playing[-1]) + playing[-1].body)
         return True
 
-    with tempfile.TemporaryDirectory(prefix="replay-") as temporary, peer(serve) as server:
+    with tempfile.TemporaryDirectory(prefix="replay-") as temporary, Peer(serve) as server:
         url = server.url.removesuffix("/v1")
         for recording in recordings(Path(sys.argv[1] if len(sys.argv) > 1 else temporary)):
             playing[:] = [recording]

@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.faults import ROWS, Entry, answer_to, descriptors, fault_server
+from support.faults import ROWS, Entry, FaultServer, answer_to, descriptors
 from support.stores import REDIS, RedisServer
 
 import copilot_router as cr
@@ -65,8 +65,8 @@ class Tally:
 def serve() -> None:
     """The other process: an ill server and a well one, until its input ends; then the tally."""
     names = list(KINDS)
-    picked = fault_server(pick=lambda model: random.choice((random.choice(names), "healthy")))
-    with picked as ill, fault_server() as well:
+    picked = FaultServer(pick=lambda model: random.choice((random.choice(names), "healthy")))
+    with picked as ill, FaultServer() as well:
         tally: Any = Tally()
         ill.log, well.log = tally, Tally()  # type: ignore[assignment]
         print(json.dumps([ill.url, well.url]), flush=True)

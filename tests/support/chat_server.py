@@ -54,10 +54,10 @@ class ChatServer(Server):
 
     def __init__(self) -> None:
         self.script: deque[Any] = deque()
-        super().__init__(self._serve)
+        super().__init__(self._told)
         self.url += "/v1"
 
-    def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
+    def _told(self, _: Server, connection: Any, request: bytes) -> bool:
         item = self.script.popleft() if self.script else Answer()
         if isinstance(item, Refusal):
             error = {"error": {"message": item.message}}

@@ -13,15 +13,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, ClassVar, NamedTuple
 
-from copilot_router import (AnthropicProvider, AuthenticationError, BadRequest, ContentFiltered,
-    ContextLengthExceeded, EmptyResponse, GeminiProvider, InvalidResponse, LLMProvider,
-    ModelNotFound, OllamaProvider, OpenAIProvider, Overloaded, ProviderTimeout, ProviderUnavailable,
+from support import dialects as forms
+from support.dialects import Answer
+from support.server import Peer
+
+from copilot_router import (AuthenticationError, BadRequest, ContentFiltered, ContextLengthExceeded,
+    EmptyResponse, InvalidResponse, ModelNotFound, Overloaded, ProviderTimeout, ProviderUnavailable,
     QuotaExceeded, RateLimited, ServerError, UnsupportedRequest)
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
@@ -38,432 +40,105 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-# -- a raw server
-
-
-class Peer:
-    """A raw server on loopback: ``serve(server, connection, request)`` answers each request."""
-
-    def __init__(self, serve: Callable[[Any, socket.socket, bytes], bool]) -> None:
-        self.serve = serve
-        self.connections = 0
-        self.requests: list[bytes] = []
-        self.stopping = threading.Event()
-        self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self._threads = {threading.Thread(target=self._accept)}
-        for thread in self._threads:
-            thread.start()
-        self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.stopping.is_set():
-                connection.close()
-                return
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.connections += 1
-            self._open.add(connection)
-            thread = threading.Thread(target=self._talk, args=(connection,))
-            thread.start()
-            self._threads.add(thread)  # afterwards: stop() cannot join what has not begun
-
-    def _talk(self, connection: socket.socket) -> None:
-        try:
-            while (request := self._request(connection)) and not self.stopping.is_set():
-                self.requests.append(request)
-                if not self.serve(self, connection, request):
-                    return
-        except OSError:
-            return
-        finally:
-            self._open.discard(connection)
-            connection.close()
-            self._threads.discard(threading.current_thread())
-
-    @staticmethod
-    def _request(connection: socket.socket) -> bytes:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            piece = connection.recv(65536)
-            if not piece:
-                return b""
-            data += piece
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = next(
-            (int(line[15:]) for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")), 0)
-        while len(body) < length:
-            piece = connection.recv(65536)
-            if not piece:
-                return b""
-            body += piece
-        return head + b"\r\n\r\n" + body
-
-    def drip(self, connection: socket.socket, data: bytes, gap: float = 0.02) -> None:
-        """One byte at a time."""
-        for at in range(len(data)):
-            connection.sendall(data[at : at + 1])
-            if self.stopping.wait(gap):
-                return
-
-    def stop(self) -> None:
-        """Hang up on everybody; returns when all threads have ended."""
-        self.stopping.set()
-        with socket.socket() as waker:
-            waker.connect_ex(("127.0.0.1", self.port))
-        self._listener.close()
-        for connection in list(self._open):
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-        for thread in list(self._threads):
-            thread.join(5)
-
-
-@contextmanager
-def peer(serve: Callable[[Any, socket.socket, bytes], bool]) -> Iterator[Peer]:
-    """A Peer for the time of a with block."""
-    server = Peer(serve)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 # -- wire formats
 
 
-def event(text: str | None = None, finish: str | None = None) -> bytes:
-    """One event of a Chat Completions stream."""
-    delta = {"content": text} if text else {}
-    return (
-        b"data: " + json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]}).encode()
-            + b"\n\n")
-
-
-def _refusals(names: str, overloaded: int = 503) -> dict[str, tuple[int, str]]:
-    """A refusal's kind -> its status and the vendor's name for it."""
-    kinds = ("bad_request", "unauthorized", "rate_limited", "server_error", "overloaded")
-    statuses = (400, 401, 429, 500, overloaded)
-    return dict(zip(kinds, zip(statuses, names.split(), strict=True), strict=True))
+def says(message: str, **fields: Any) -> dict[str, Any]:
+    """The body of a refusal in OpenAI's form."""
+    return {"error": {"message": message, **fields}}
 
 
 class Dialect:
-    """How a vendor says what every healthy answer says, as plain objects."""
+    """How a vendor says a healthy answer, in the form of ``support.dialects``, and refuses."""
 
-    name: str
-    path: str  #: in the path of the requests that faults are for; any other gets a list of models
-    stream_type = "text/event-stream"
+    form: ClassVar[forms.Dialect]
+    name: ClassVar[str]
+    path: ClassVar[str]  #: in the path of the requests that faults are for; others get no fault
+    turns = "messages"  #: where the conversation stands in a body
     keep_alive = b": keep-alive\n\n"  #: what a stream may say without saying anything
     end = b""  #: the end marker
-    ends_twice = False  #: whether the end marker alone completes an answer, too
-    refusals: ClassVar[dict[str, tuple[int, str]]]
+    refusals: ClassVar[dict[str, str]]  #: a refusal's kind -> the vendor's name for it
 
-    def __init__(self, model: str = "a-model", prompt_tokens: int = 11,
-            completion_tokens: int = 7) -> None:
-        self.model = model  #: as the server reports it
-        self.tokens = (prompt_tokens, completion_tokens)
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
+    def client(self, key: str, url: str, **settings: Any) -> Any:
         """The provider that speaks it."""
-        raise NotImplementedError
+        return self.form.make(url, key, **settings)
 
     def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
         """Model, text of the last message, and whether a stream is wanted."""
-        return body["model"], body["messages"][-1]["content"], bool(body.get("stream"))
+        last = body[self.turns][-1]
+        content = last.get("content", last.get("parts"))
+        text = content if isinstance(content, str) else content[-1]["text"]
+        model = body.get("model") or path.rpartition("/")[2].partition(":")[0]
+        return model, text, self.form.streams(path, body)
 
-    def opening(self) -> list[dict[str, Any]]:
-        """What opens a stream, without any sign of generation."""
-        return []
+    def stream(self, texts: list[str]) -> list[bytes]:
+        """What comes before these texts, the texts, and what follows without the end marker."""
+        events = self.form.events(Answer(tuple(texts)))
+        first = next(at for at, event in enumerate(events) if texts[0].encode() in event)
+        last = first + len(texts)
+        parts = [b"".join(part) for part in (events[:first], events[first:last], events[last:])]
+        return [*parts[:2], parts[2].removesuffix(self.end)]
 
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        """Events with these pieces of text, which are the first content of an answer."""
-        raise NotImplementedError
-
-    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
-        """What follows when that content is over."""
-        return []
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        """Events of one tool call, the at-th piece of content."""
-        raise NotImplementedError
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        """What makes the answer complete, before the end marker."""
-        raise NotImplementedError
-
-    def document(self, text: str) -> dict[str, Any]:
+    def document(self, text: str) -> bytes:
         """The same answer in one JSON document."""
-        raise NotImplementedError
+        return json.dumps(self.form.body(Answer((text,)))).encode()
 
     def refusal(self, kind: str) -> dict[str, Any]:
         """The body of a refusal of this kind."""
-        return {"error": {"message": f"this is {kind}", "type": self.refusals[kind][1],
-            "code": None}}
+        return says(f"this is {kind}", type=self.refusals[kind], code=None)
 
     def frame(self, item: Any) -> bytes:
         """One event as it is sent."""
-        return b"data: " + json.dumps(item).encode() + b"\n\n"
+        return forms.sse(item)
 
-    def frames(self, items: list[dict[str, Any]]) -> bytes:
-        return b"".join(map(self.frame, items))
+
+#: A refusal's kind -> its status.
+STATUSES = {"rate_limited": 429, "server_error": 500, "overloaded": 503}
+
+
+def _refusals(names: str) -> dict[str, str]:
+    return dict(zip(STATUSES, names.split(), strict=True))
 
 
 class Chat(Dialect):
-    """Chat Completions."""
-
-    name = "chat"
-    path = "/chat/completions"
+    form, name, path = forms.Chat(), "chat", "/chat/completions"
     end = b"data: [DONE]\n\n"
-    ends_twice = True
-    refusals = _refusals(
-        "invalid_request_error authentication_error requests server_error unavailable_error")
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
-        return OpenAIProvider(key, url, api="chat", **settings)
-
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return {"model": self.model,
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-
-    @property
-    def _usage(self) -> dict[str, Any]:
-        return {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1]}
-
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": ""})]
-
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return [self._chunk({"content": text}) for text in texts]
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        head = {"index": at, "id": f"id-{at}", "type": "function",
-            "function": {"name": name, "arguments": ""}}
-        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
-        rest = [{"index": at, "function": {"arguments": piece}} for piece in pieces]
-        return [self._chunk({"tool_calls": [piece]}) for piece in (head, *rest)]
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        return [self._chunk({}, "tool_calls" if called else "stop"),
-            {"choices": [], "usage": self._usage}]
-
-    def document(self, text: str) -> dict[str, Any]:
-        choice = {"index": 0, "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop"}
-        return {"model": self.model, "choices": [choice], "usage": self._usage}
+    refusals = _refusals("requests server_error unavailable_error")
 
 
 class Responses(Dialect):
-    """OpenAI's Responses API."""
-
-    name = "responses"
-    path = "/responses"
+    form, name, path, turns = forms.Responses(), "responses", "/responses", "input"
     refusals = Chat.refusals
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
-        return OpenAIProvider(key, url, api="responses", **settings)
-
-    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        content = body["input"][-1]["content"]
-        return (
-            body["model"],
-            content if isinstance(content, str) else content[-1]["text"],
-            bool(body.get("stream")))
-
-    def opening(self) -> list[dict[str, Any]]:
-        return [{"type": "response.created", "response": {"status": "in_progress"}}]
-
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return [
-            {"type": "response.output_text.delta", "output_index": 0, "delta": text}
-                for text in texts]
-
-    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
-        item = {"type": "message", "role": "assistant",
-            "content": [{"type": "output_text", "text": "".join(texts)}]}
-        return [{"type": "response.output_item.done", "output_index": 0, "item": item}]
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        item = {"type": "function_call", "call_id": f"id-{at}", "name": name,
-            "arguments": arguments}
-        return [
-            {"type": "response.function_call_arguments.delta", "output_index": at,
-                "delta": arguments},
-            {"type": "response.output_item.done", "output_index": at, "item": item}]
-
-    def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
-        return {
-            "object": "response", "status": "completed", "model": self.model, "output": items,
-            "usage": usage}
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        return [{"type": "response.completed", "response": self._response([])}]
-
-    def document(self, text: str) -> dict[str, Any]:
-        part = {"type": "output_text", "text": text}
-        return self._response([{"type": "message", "role": "assistant", "content": [part]}])
 
 
 class Anthropic(Dialect):
-    """Anthropic's Messages."""
-
-    name = "anthropic"
-    path = "/messages"
-    keep_alive = b'event: ping\ndata: {"type": "ping"}\n\n'
-    end = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
-    ends_twice = True
-    refusals = _refusals(
-        "invalid_request_error authentication_error rate_limit_error api_error overloaded_error",
-        overloaded=529)
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
-        return AnthropicProvider(key, url, **settings)
-
-    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        content = body["messages"][-1]["content"]
-        return (
-            body["model"],
-            content if isinstance(content, str) else content[-1]["text"],
-            bool(body.get("stream")))
-
-    def opening(self) -> list[dict[str, Any]]:
-        message = {"type": "message", "role": "assistant", "model": self.model, "content": [],
-                   "usage": {"input_tokens": self.tokens[0], "output_tokens": 1}}  # fmt: skip
-        return [{"type": "message_start", "message": message}, {"type": "ping"}]
-
-    def _block(self, at: int, block: dict[str, Any],
-            deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        grown = [{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas]
-        opened = {"type": "content_block_start", "index": at, "content_block": block}
-        return [opened, *grown]
-
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return self._block(0, {"type": "text", "text": ""},
-            [{"type": "text_delta", "text": text} for text in texts])
-
-    def texts_end(self, texts: list[str]) -> list[dict[str, Any]]:
-        return [{"type": "content_block_stop", "index": 0}]
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        pieces = [arguments[at : at + 5] for at in range(0, len(arguments), 5)]
-        block = {"type": "tool_use", "id": f"id-{at}", "name": name, "input": {}}
-        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
-        return [*self._block(at, block, deltas), {"type": "content_block_stop", "index": at}]
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        delta = {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
-        return [{"type": "message_delta", "delta": delta,
-            "usage": {"output_tokens": self.tokens[1]}}]
-
-    def document(self, text: str) -> dict[str, Any]:
-        usage = {"input_tokens": self.tokens[0], "output_tokens": self.tokens[1]}
-        content = [{"type": "text", "text": text}]
-        head = {"type": "message", "role": "assistant", "model": self.model, "content": content}
-        return {**head, "stop_reason": "end_turn", "usage": usage}
+    form, name, path = forms.Anthropic(), "anthropic", "/messages"
+    keep_alive = forms.sse({"type": "ping"}, "ping")
+    end = forms.sse({"type": "message_stop"}, "message_stop")
+    refusals = _refusals("rate_limit_error api_error overloaded_error")
 
     def refusal(self, kind: str) -> dict[str, Any]:
-        return {"type": "error",
-            "error": {"type": self.refusals[kind][1], "message": f"this is {kind}"}}
+        return {"type": "error", **says(f"this is {kind}", type=self.refusals[kind])}
 
     def frame(self, item: Any) -> bytes:
-        name = item.get("type", "error") if isinstance(item, dict) else "message"
-        return f"event: {name}\ndata: {json.dumps(item)}\n\n".encode()
+        return forms.sse(item, item["type"])
 
 
 class Gemini(Dialect):
-    """Google's generateContent."""
-
-    name = "gemini"
-    path = "enerateContent"
-    refusals = _refusals("INVALID_ARGUMENT UNAUTHENTICATED RESOURCE_EXHAUSTED INTERNAL UNAVAILABLE")
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
-        return GeminiProvider(key, url, **settings)
-
-    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        model = path.rpartition("/")[2].partition(":")[0]
-        return model, body["contents"][-1]["parts"][-1]["text"], "streamGenerateContent" in path
-
-    def _part(self, part: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0, **fields}
-        return {"candidates": [candidate], "modelVersion": self.model}
-
-    @property
-    def _usage(self) -> dict[str, Any]:
-        return {"promptTokenCount": self.tokens[0], "candidatesTokenCount": self.tokens[1]}
-
-    def opening(self) -> list[dict[str, Any]]:
-        return [{"modelVersion": self.model, "responseId": "a-response"}]
-
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return [self._part({"text": text}) for text in texts]
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        return [self._part({"functionCall": {"id": f"id-{at}", "name": name,
-            "args": json.loads(arguments)}})]
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        return [{**self._part({"text": ""}, finishReason="STOP"), "usageMetadata": self._usage}]
-
-    def document(self, text: str) -> dict[str, Any]:
-        return {**self._part({"text": text}, finishReason="STOP"), "usageMetadata": self._usage}
+    form, name, path, turns = forms.Gemini(), "gemini", "enerateContent", "contents"
+    refusals = _refusals("RESOURCE_EXHAUSTED INTERNAL UNAVAILABLE")
 
     def refusal(self, kind: str) -> dict[str, Any]:
-        status, name = self.refusals[kind]
-        return {"error": {"code": status, "message": f"this is {kind}", "status": name}}
+        return says(f"this is {kind}", code=STATUSES[kind], status=self.refusals[kind])
 
 
 class Ollama(Dialect):
-    """Ollama's own: a JSON document a line."""
-
-    name = "ollama"
-    path = "/api/chat"
-    stream_type = "application/x-ndjson"
+    form, name, path = forms.Ollama(), "ollama", "/api/chat"
     keep_alive = b"\n"
-    refusals = _refusals("- - - - -")
-
-    def client(self, key: str, url: str, **settings: Any) -> LLMProvider:
-        return OllamaProvider(key, url, **settings)
-
-    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        return body["model"], body["messages"][-1]["content"], body.get("stream", True)
-
-    def _line(self, message: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        return {"model": self.model, "message": {"role": "assistant", **message}, "done": False,
-            **fields}
-
-    def texts(self, texts: list[str]) -> list[dict[str, Any]]:
-        return [self._line({"content": text}) for text in texts]
-
-    def call(self, at: int, name: str, arguments: str) -> list[dict[str, Any]]:
-        function = {"name": name, "arguments": json.loads(arguments)}
-        return [self._line({"content": "",
-            "tool_calls": [{"id": f"id-{at}", "function": function}]})]
-
-    @property
-    def _done(self) -> dict[str, Any]:
-        return {"done": True, "done_reason": "stop", "prompt_eval_count": self.tokens[0],
-            "eval_count": self.tokens[1]}
-
-    def closing(self, called: bool = False) -> list[dict[str, Any]]:
-        return [self._line({"content": ""}, **self._done)]
-
-    def document(self, text: str) -> dict[str, Any]:
-        return self._line({"content": text}, **self._done)
+    busy = "server busy, please try again. maximum pending requests exceeded"
 
     def refusal(self, kind: str) -> dict[str, Any]:
-        text = {
-            "overloaded": "server busy, please try again. maximum pending requests exceeded"
-        }.get(kind, f"this is {kind}")
-        return {"error": text}
+        return {"error": self.busy if kind == "overloaded" else f"this is {kind}"}
 
     def frame(self, item: Any) -> bytes:
         return json.dumps(item).encode() + b"\n"
@@ -508,13 +183,13 @@ class Exchange:
         self.until = time.monotonic() + PATIENCE
         text = answer_to(self.prompt)
         self.texts = [text[at : at + 9] for at in range(0, len(text), 9)]
-        self.whole = json.dumps(dialect.document(text)).encode()
+        self.whole = dialect.document(text)
+        self.stream_kind = dialect.form.stream_kind
         if self.stream:
-            self.kind = dialect.stream_type
-            self.opening = dialect.frames(dialect.opening())  #: no text yet
+            self.kind = self.stream_kind
+            self.opening = dialect.form.idle  #: no text yet
             self.part = self.told(self.texts[:4])  #: some text, and no end
-            rest = [*dialect.texts_end(self.texts), *dialect.closing()]
-            self.complete = self.told(self.texts) + dialect.frames(rest)  #: all but the end marker
+            self.complete = b"".join(dialect.stream(self.texts))  #: all but the end marker
             self.body = self.complete + dialect.end
         else:
             self.kind = "application/json"
@@ -532,7 +207,7 @@ class Exchange:
 
     def told(self, texts: list[str]) -> bytes:
         """The beginning of a stream, as far as these texts."""
-        return self.opening + self.dialect.frames(self.dialect.texts(texts))
+        return b"".join(self.dialect.stream(texts)[:2])
 
     def counted(self, last: int) -> bytes:
         """A beginning of so many tokens."""
@@ -540,8 +215,7 @@ class Exchange:
 
     def more(self, text: str) -> bytes:
         """One more event with text, after ``part``."""
-        return (self.dialect.frame(self.dialect.texts([text])[-1]) if self.stream
-            else b" " * len(text))
+        return self.dialect.stream([text])[1] if self.stream else b" " * len(text)
 
     def error(self, kind: str) -> bytes:
         """An error where an answer should be: an event, or a document."""
@@ -589,7 +263,7 @@ class Exchange:
 
     def refuse(self, kind: str, *headers: str) -> Exchange:
         """A refusal in the dialect's own words."""
-        return self.say(self.dialect.refusals[kind][0], self.dialect.refusal(kind), *headers)
+        return self.say(STATUSES[kind], self.dialect.refusal(kind), *headers)
 
     def pause(self, seconds: float) -> Exchange:
         self.server.stopping.wait(seconds)
@@ -654,17 +328,6 @@ class FaultServer(Peer):
             self.log.append(Entry(now, row.name, x.prompt, connection.getpeername()[1]))
         row.serve(x)
         return x.keep
-
-
-@contextmanager
-def fault_server(dialect: Dialect | None = None,
-        pick: Callable[[str], str] | None = None) -> Iterator[FaultServer]:
-    """A FaultServer for the time of a with block."""
-    server = FaultServer(dialect, pick)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 # -- the table
@@ -744,7 +407,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 def a_second_answer(x: Exchange) -> None:
     """A good answer, and in the same breath another one that nobody asked for."""
-    other = json.dumps(x.dialect.document("the answer to something else")).encode()
+    other = x.dialect.document("the answer to something else")
     head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
     x.send(b"".join(head.format(x.kind, len(body)).encode() + body for body in (x.body, other)))
     x.keep = True
@@ -825,7 +488,7 @@ answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), 
 for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
     answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
 answers("whole_json_as_stream", RIGHT,
-    lambda x: x.reply("200 OK", x.whole, kind=x.dialect.stream_type))
+    lambda x: x.reply("200 OK", x.whole, kind=x.stream_kind))
 
 # Time.
 late("endless_status_line", HELD, lambda x: x.send(b"HTTP/1.1 200 ").gush(b"O"))
@@ -921,14 +584,14 @@ broken("unknown_coding", RIGHT, lambda x: x.reply(
 broken("html", RAW, lambda x: x.reply("200 OK", b"<!doctype html>Sign in", kind="text/html"))
 broken("html_as_stream", RAW, lambda x: x.reply(
     "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))  # fmt: skip
-broken("json_as_stream", RAW, lambda x: x.reply("200 OK", x.whole[:-9], kind=x.dialect.stream_type))
+broken("json_as_stream", RAW, lambda x: x.reply("200 OK", x.whole[:-9], kind=x.stream_kind))
 broken("wrong_content_type", RAW, lambda x: x.reply(
     "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))  # fmt: skip
 broken("invalid_json", RAW,
     lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th'))
 broken("deep_json", RAW, lambda x: x.reply("200 OK", b"[" * 200_000))
 broken("garbled_event", RAW, lambda x: x.ok(
-    x.part + x.more("half")[:-9] + x.dialect.frame({})[-1:] * 2 + x.body[len(x.part) :]
+    x.part + x.more("half")[:-9] + b"\n\n" + x.body[len(x.part) :]
     if x.stream else x.body[:-7]), after=True)  # fmt: skip
 
 # Refusals, in the dialect's words.
@@ -992,11 +655,6 @@ row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.
 
 
 # -- Chat Completions only
-
-
-def says(message: str, **fields: Any) -> dict[str, Any]:
-    """The body of a refusal in OpenAI's form."""
-    return {"error": {"message": message, **fields}}
 
 
 #: Refusals as they are found in the wild: class -> name -> status and body.
@@ -1158,4 +816,3 @@ answers("refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperatu
     only=Chat)
 
 BY_NAME = {row.name: row for row in ROWS}
-FAULTS = BY_NAME

@@ -41,77 +41,83 @@ def parsed(request: bytes) -> Request:
     return Request(first.split(" ")[1], headers, json.loads(body) if body else {})
 
 
-class Server:
-    """Each request takes the next answer, and the last one stays.
+class Peer:
+    """A raw server on loopback: ``serve(server, connection, request)`` answers each request."""
 
-    An answer is the bytes of a whole HTTP answer, or a function that writes to the connection.
-    """
-
-    def __init__(self, *answers: bytes | Serve) -> None:
-        self.answers = list(answers)
-        self.requests: list[Request] = []
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
         self.connections = 0
+        self.requests: list[Any] = []  #: the bytes of each
         self.stopping = threading.Event()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self._threads = {threading.Thread(target=self._accept)}
+        for thread in self._threads:
+            thread.start()
 
-    @property
-    def bodies(self) -> list[Any]:
-        return [request.body for request in self.requests]
-
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Hang up on everybody; returns when all threads have ended."""
         self.stopping.set()
-        with socket.create_connection(("127.0.0.1", self.port)):  # wakes accept()
-            self._threads[0].join(5)
+        with socket.socket() as waker:
+            waker.connect_ex(("127.0.0.1", self.port))
         self._listener.close()
         for connection in list(self._open):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-        for thread in self._threads[1:]:
+        for thread in list(self._threads):
             thread.join(5)
+
+    def note(self, request: bytes) -> None:
+        self.requests.append(request)
 
     def _accept(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
             if self.stopping.is_set():
                 connection.close()
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.connections += 1
             self._open.add(connection)
-            self._threads.append(threading.Thread(target=self._talk, args=(connection,)))
-            self._threads[-1].start()
+            thread = threading.Thread(target=self._talk, args=(connection,))
+            thread.start()
+            self._threads.add(thread)  # afterwards: stop() cannot join what has not begun
 
     def _talk(self, connection: socket.socket) -> None:
         try:
-            while (request := _received(connection)) and not self.stopping.is_set():
-                self.requests.append(parsed(request))
-                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-                if isinstance(answer, bytes):
-                    connection.sendall(answer)
-                    head = answer.partition(b"\r\n\r\n")[0].lower()
-                    keep = b"\ncontent-length:" in head or b"\ntransfer-encoding:" in head
-                else:
-                    keep = answer(self, connection, request)
-                if not keep:
+            while (request := received(connection)) and not self.stopping.is_set():
+                self.note(request)
+                if not self._serve(self, connection, request):
                     return
         except OSError:
             pass  # the client is gone
         finally:
             self._open.discard(connection)
             connection.close()
+            self._threads.discard(threading.current_thread())
+
+    def drip(self, connection: socket.socket, data: bytes, gap: float = 0.02) -> None:
+        """One byte at a time."""
+        for at in range(len(data)):
+            connection.sendall(data[at : at + 1])
+            if self.stopping.wait(gap):
+                return
 
 
-def _received(connection: socket.socket) -> bytes:
+def received(connection: socket.socket) -> bytes:
     """One request in full; nothing when the client has gone."""
     data = b""
     while b"\r\n\r\n" not in data:
@@ -126,6 +132,33 @@ def _received(connection: socket.socket) -> bytes:
             return b""
         body += piece
     return head + b"\r\n\r\n" + body
+
+
+class Server(Peer):
+    """Each request takes the next answer, and the last one stays. ``requests`` are parsed.
+
+    An answer is the bytes of a whole HTTP answer, or a function that writes to the connection.
+    """
+
+    def __init__(self, *answers: bytes | Serve) -> None:
+        self.answers = list(answers)
+        super().__init__(Server._next)
+        self.url = self.url.removesuffix("/v1")
+
+    @property
+    def bodies(self) -> list[Any]:
+        return [request.body for request in self.requests]
+
+    def note(self, request: bytes) -> None:
+        self.requests.append(parsed(request))
+
+    def _next(self, connection: socket.socket, request: bytes) -> bool:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if not isinstance(answer, bytes):
+            return answer(self, connection, request)
+        connection.sendall(answer)
+        head = answer.partition(b"\r\n\r\n")[0].lower()
+        return b"\ncontent-length:" in head or b"\ntransfer-encoding:" in head
 
 
 # -- answers

@@ -160,7 +160,7 @@ class Vendor(Server):
         self.script, self.models = deque(script), models
         self.refusals: list[Refused] = []
         self.issued: dict[str, Any] = {}
-        super().__init__(self._serve)
+        super().__init__(self._told)
         self.root = self.url
         self.url += self.base
 
@@ -253,7 +253,7 @@ class Vendor(Server):
             return reply(own.body(answer))
         return reply(b"".join(own.events(answer)), kind=own.stream_kind)
 
-    def _serve(self, _: Server, connection: Any, request: bytes) -> bool:
+    def _told(self, _: Server, connection: Any, request: bytes) -> bool:
         connection.sendall(self.answer(parsed(request)))
         return True
 

@@ -33,7 +33,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as responses_params
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from support.dialects import Answer, Anthropic, Chat, Dialect, Gemini, Ollama, Responses
-from support.faults import peer
+from support.server import Peer
 
 KEY = "sk-test-contract-key-1234567890"
 Body = dict[str, Any]
@@ -579,7 +579,7 @@ class Vendor:
     def sent(self, told: tuple[list[Body], list[Body], Body], streaming: bool) -> Body:
         """What the provider sends."""
         messages, tools, options = copy.deepcopy(told)
-        with peer(answers(self.dialect, lambda _: Answer())) as server:
+        with Peer(answers(self.dialect, lambda _: Answer())) as server:
             client = self.dialect.make(f"http://127.0.0.1:{server.port}", KEY, stream_upstream=streaming)
             client._at_openai = True  # or a server on this machine is spoken to as a local model's
             try:
@@ -590,7 +590,7 @@ class Vendor:
         return parsed(request)[2]
 
     def sent_by_its_client(self, told: tuple[list[Body], list[Body], Body], streaming: bool) -> Body:
-        with peer(answers(self.dialect, lambda _: Answer())) as server:
+        with Peer(answers(self.dialect, lambda _: Answer())) as server:
             self.ask(f"http://127.0.0.1:{server.port}", *copy.deepcopy(told), streaming)
             (request,) = server.requests
         return parsed(request)[2]
@@ -728,7 +728,7 @@ def test_a_tool_loop_carries_back_what_the_vendors_client_does(vendor: Vendor, s
     """Thinking, signatures and calls of the first answer stand in the second request as in the client's own loop."""
     answer = replace(THOUGHT, reasoning=()) if vendor.dialect.name == "chat" else THOUGHT
     script = iter([answer, Answer(), answer, Answer()])
-    with peer(answers(vendor.dialect, lambda _: next(script))) as server:
+    with Peer(answers(vendor.dialect, lambda _: next(script))) as server:
         client = vendor.dialect.make(f"http://127.0.0.1:{server.port}", KEY, stream_upstream=streaming)
         client._at_openai = True
         first = client.chat(HI, tools=[WEATHER], model="m", timeout=10)
