@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import json
 import logging
 import math
@@ -21,12 +20,11 @@ from typing import Any
 
 import pytest
 import requests
-from requests.adapters import BaseAdapter
-from support.fakes import (HEAD, IMAGE, KEY, PROMPT, TOOL, Custom, Held, Limits, VirtualClock,
-    Watched, answering, calls, chain_of, error_of, event, failures, in_threads, in_time, outcomes,
-    refusal, scripted, serve, silent_after, tier, whole)
+from support.fakes import (IMAGE, KEY, PROMPT, TOOL, ChatServer, Custom, Held, Limits, VirtualClock,
+    Watched, calls, chain_of, error_of, event, failures, in_threads, in_time, outcomes, scripted,
+    tier, whole)
+from support.server import HEAD, Canned, reply, waits
 from support.stores import Interrupted, at_each_line
-from urllib3 import HTTPResponse
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, AnthropicProvider, Attempt, AuthenticationError,
@@ -358,34 +356,14 @@ def test_an_empty_answer_is_no_answer(clock, messages, response, kind, counted, 
 
 
 # -- reading a built-in provider's answer
-class Failing(BaseAdapter):
-    """Answers with a body whose reading raises ``error``."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-    def send(self, request: Any, **_: Any) -> Any:
-        def read(*_):
-            raise self.error
-        body = io.BytesIO()
-        body.read = body.read1 = body.readinto = read
-        answer = requests.Response()
-        answer.status_code, answer.url, answer.request = 200, request.url, request
-        answer.headers["Content-Type"] = "text/event-stream"
-        answer.raw = HTTPResponse(body, dict(answer.headers), 200, preload_content=False)
-        return answer
-
-    def close(self) -> None: ...
-
-
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError()], ids=lambda one: repr(one)[:6])
 @pytest.mark.parametrize("kind", [
     OpenAIProvider, AnthropicProvider, GeminiProvider, OllamaProvider])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_too_little_memory_while_an_answer_is_read_fails_over(error, kind, way):
     session = requests.Session()
-    session.mount("http://", Failing(error))
+    session.mount("http://", canned := Canned())
+    canned.pieces = [error]
     given = {} if kind is OllamaProvider else {"api_key": KEY}
     provider = kind(base_url="http://127.0.0.1:9", session=session, **given)
     chain = FailoverChain([ProviderTier("a", provider, ["m"], retries=0), tier("b", "x")])
@@ -396,7 +374,7 @@ def test_too_little_memory_while_an_answer_is_read_fails_over(error, kind, way):
 
 def test_an_answer_nested_too_deeply_fails_over():
     deep = b"[" * 100_000
-    with serve(answering(HEAD + b"data: " + deep + b"\n\n", whole("x"))) as server:
+    with ChatServer(HEAD + b"data: " + deep + b"\n\n", whole("x")) as server:
         chain = FailoverChain([server.tier("a"), server.tier("b")])
         assert chain.chat("hi").provider == "b" and failures(chain) == 1
 
@@ -592,7 +570,7 @@ def test_system_is_put_in_front_and_nothing_given_is_modified(clock):
 
 def test_a_custom_provider_sees_plain_messages():
     answer = HEAD + event("x", reasoning_content="hm") + event(finish="stop")
-    with serve(answering(answer)) as server:
+    with ChatServer(answer) as server:
         kept = FailoverChain([server.tier()]).chat("hi").message
     provider = scripted("x")
     FailoverChain([ProviderTier("a", provider)]).chat([*ASKED, kept, *ASKED])
@@ -849,18 +827,18 @@ def shown_by_frames(error: BaseException) -> set[str]:
     return found
 
 
-def hung_up_on(handler: Any, body: Any) -> bool:
+def hung_up_on(server: ChatServer, connection: Any, request: bytes) -> bool:
     signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-    handler.server.stopping.wait(10)
+    server.stopping.wait(10)
     return False
 
 
-CUT = answering(HEAD + event("the secret answer"))
+CUT = HEAD + event("the secret answer")
 BAD = [{"role": "user", "content": PROMPT}, {"role": "nobody"}]
 LEAVING: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "cut": (CUT, PROMPT, {}), "refused": (answering(refusal(400, PROMPT)), PROMPT, {}),
-    "late": (silent_after(HEAD), PROMPT, {"timeout": 0.1}),
-    "late after text": (silent_after(HEAD + event("the secret answer")), PROMPT, {"timeout": 0.1}),
+    "cut": (CUT, PROMPT, {}), "refused": (reply({"error": {"message": PROMPT}}, 400), PROMPT, {}),
+    "late": (waits(b""), PROMPT, {"timeout": 0.1}),
+    "late after text": (waits(event("the secret answer")), PROMPT, {"timeout": 0.1}),
     "bad messages": (CUT, BAD, {}), "unknown option": (CUT, PROMPT, {"temprature": 1}),
     "bad option": (CUT, PROMPT, {"stall_timeout": "x"}),
     "unknown model": (CUT, PROMPT, {"model": "zzz"}),
@@ -876,7 +854,7 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with serve(answer) as server:
+        with ChatServer(answer) as server:
             tiers = server.tier("a"), tier("b", ServerError, retries=0)
             chain = FailoverChain(tiers[: 1 if case == "interrupted" else 2])
             kinds = RouterError, TypeError, KeyboardInterrupt
@@ -907,21 +885,6 @@ def test_health_snapshots_and_events_are_plain_data(clock):
     assert json.loads(json.dumps(snapshot.to_dict())) == plain[0]["breaker"]
     kinds = [json.loads(json.dumps(one.to_dict()))["kind"] for one in events]
     assert kinds == ["attempt", "failover", "attempt", "done"]
-
-
-def test_a_learned_correction_is_shown_by_health_and_ends_with_reset():
-    message = "Unsupported value: 'temperature' does not support 0.5 with this model"
-    no = refusal(400, message, param="temperature", code="unsupported_value")
-    events: list[Event] = []
-    with serve(answering(no, whole("x"))) as server:
-        chain = FailoverChain([server.tier("a")], on_event=events.append)
-        assert [chain.chat("hi", temperature=0.5).text for _ in range(2)] == ["x", "x"]
-        assert ["temperature" in body for body in server.bodies] == [True, False, False]
-        assert chain.health()[0].learned == {"m": {"temperature": "drop"}}
-        chain.reset()
-        assert chain.health()[0].learned == {}
-    kinds = [one.kind for one in events]
-    assert kinds == ["attempt", "resend", "done", "attempt", "done"]
 
 
 class Pinged(ScriptedProvider):
@@ -1138,7 +1101,7 @@ def test_the_same_answers_come_without_anybody_watching(clock):
         assert chain.chat("hi").text == "b"
         chain.tiers[0].breaker.open()
         assert outcomes(both_ways(chain, "hi")[1]().attempts) == ["a:skipped", "b:ok"]
-        with serve(answering(whole("x"))) as server:
+        with ChatServer(whole("x")) as server:
             assert FailoverChain([server.tier()]).chat("hi").text == "x"
     finally:
         logging.getLogger(LOGGER).setLevel(logging.NOTSET)
@@ -1164,7 +1127,7 @@ PRINTABLE = re.compile(r"[ -~]*")
 
 def test_explain_and_the_log_are_printable_ascii(clock, caplog):
     caplog.set_level(logging.DEBUG, LOGGER)
-    with serve(answering(refusal(400, HOSTILE))) as server:
+    with ChatServer(reply({"error": {"message": HOSTILE}}, 400)) as server:
         tiers = [server.tier("a"), tier(f"b{HOSTILE}", ServerError(HOSTILE)), tier("c", "x")]
         chain = FailoverChain(tiers, sleep=lambda _: None)
         response = chain.chat("hi")
@@ -1207,11 +1170,7 @@ def test_a_repr_shows_no_text(clock):
     assert "model='m'" in repr(answer) and "a" in repr(chain)
 
 
-def test_errors_pickle_and_chains_do_not(clock):
-    given = {"provider": "p", "model": "m", "status": 429, "code": "c", "request_id": "r"}
-    error = RateLimited("x", retry_after=3.0, **given)
-    twin = pickle.loads(pickle.dumps(error))
-    assert (str(twin), vars(twin)) == (str(error), vars(error))
+def test_the_failure_of_a_chain_pickles_and_the_chain_does_not(clock):
     class Local(Exception):
         """Queues move errors between processes; this one cannot be pickled."""
     chain = chain_of(clock, tier("a", Local("x")), tier("b", ProviderUnavailable("refused")))

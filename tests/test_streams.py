@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fakes import (DONE, HEAD, PARTS, PROMPT, Custom, VirtualClock, Watched, answering,
-    calls, chain_of, error_of, event, failures, outcomes, scripted, serve, tier, whole)
+from support.fakes import (PARTS, PROMPT, ChatServer, Custom, VirtualClock, Watched, calls,
+    chain_of, error_of, event, failures, outcomes, scripted, tier, whole)
+from support.server import HEAD
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest, ChatStream,
@@ -258,13 +259,13 @@ def test_a_stream_holds_its_place_until_it_ends(clock, end):
 @pytest.mark.parametrize("end", ENDINGS, ids=lambda end: end.__name__)
 def test_ending_early_closes_the_connection(end):
     gone = threading.Event()
-    def answer(handler, body):
-        handler.wfile.write(HEAD + event("one") + event("two"))
+    def answer(server, connection, request):
+        connection.sendall(HEAD + event("one") + event("two"))
         with contextlib.suppress(OSError):
-            assert handler.connection.recv(1) == b""
+            assert connection.recv(1) == b""
         gone.set()
         return False
-    with warnings.catch_warnings(record=True) as warned, serve(answer) as server:
+    with warnings.catch_warnings(record=True) as warned, ChatServer(answer) as server:
         warnings.simplefilter("always")
         one = [FailoverChain([server.tier()]).stream(PROMPT)]
         next(one[0])
@@ -320,10 +321,10 @@ def thinking(*events: bytes) -> bytes:
 
 def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_over():
     """They are no part of the text, and nobody gets them who did not ask."""
-    good, cut = thinking(event("yes"), event(finish="stop"), DONE), thinking(event("yes"))
+    good, cut = thinking(event("yes"), event(finish="stop")), thinking(event("yes"))
     cases = {"a": ([good], "yes"), "b": ([thinking(), whole("well")], "well")}
     for by, (answers, text) in cases.items():
-        with serve(answering(*answers)) as server:
+        with ChatServer(*answers) as server:
             chain = FailoverChain([server.tier("a"), server.tier("b")])
             stream = chain.stream(PROMPT, thoughts=True)
             came = list(stream)
@@ -331,7 +332,7 @@ def test_thoughts_are_deltas_of_their_own_class_before_which_a_tier_may_fail_ove
         assert found == [("hm, ", True), ("so", True), (text, False)]
         assert stream.text == stream.response.text == text and stream.response.provider == by
         assert stream.response.reasoning == ("hm, so" if by == "a" else None)
-    with serve(answering(good, good, cut)) as server:
+    with ChatServer(good, good, cut) as server:
         chain = FailoverChain([server.tier(), tier("b", "a splice")])
         for options in ({}, {"thoughts": False}):
             assert list(chain.stream(PROMPT, **options)) == ["yes"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
+from support.server import HEAD, Server, delta, sse
 
 from copilot_router import (Attempt, FailoverChain, LLMProvider, LLMResponse, OpenAIProvider,
     ProviderTier, ScriptedProvider)
@@ -170,93 +168,19 @@ def in_time(work: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 # -- a server
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)
-        self.close_connection = not self.server.answer(self, body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    """A loopback server: ``answer(handler, body)`` writes raw bytes to ``handler.wfile``.
-
-    A true result keeps the connection. ``bodies`` are the requests.
-    """
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, answer: Callable[[Handler, Any], Any]) -> None:
-        self.answer = answer
-        self.bodies: list[Any] = []
-        self.stopping = threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the client is gone
-
-    def provider(self, **settings: Any) -> OpenAIProvider:
-        return OpenAIProvider(KEY, self.url, **settings)
+class ChatServer(Server):
+    """A server of Chat Completions, as one tier of a chain or several."""
 
     def tier(self, name: str = "http", **limits: Any) -> ProviderTier:
-        return ProviderTier(name, self.provider(**limits), ["m"], retries=0)
-
-
-@contextmanager
-def serve(answer: Callable[[Handler, Any], Any]) -> Iterator[Server]:
-    with Server(answer) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stopping.set()
-            server.shutdown()
-            thread.join(5)
-
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
-DONE = b"data: [DONE]\n\n"
+        return ProviderTier(name, OpenAIProvider(KEY, self.url, **limits), ["m"], retries=0)
 
 
 def event(text: str | None = None, finish: str | None = None, **more: Any) -> bytes:
     """One event of a Chat Completions stream; other fields go into the delta."""
-    delta = {**({} if text is None else {"content": text}), **more}
-    choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return b"data: " + json.dumps({"model": "m-1", "choices": [choice]}).encode() + b"\n\n"
+    fields = {**({} if text is None else {"content": text}), **more}
+    return sse({"model": "m-1", **delta(finish, **fields)})
 
 
 def whole(*texts: str) -> bytes:
     """A complete streamed answer, until the connection closes."""
-    return HEAD + b"".join(map(event, texts)) + event(finish="stop") + DONE
-
-
-def refusal(status: int, message: str = "no", headers: str = "", **error: Any) -> bytes:
-    body = json.dumps({"error": {"message": message, **error}}).encode()
-    lines = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{headers}"
-    return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-def answering(*answers: bytes) -> Callable[[Handler, Any], bool]:
-    """Each request takes the next of these answers, and the last one stays."""
-    left = list(answers)
-    def answer(handler, body):
-        handler.wfile.write(left.pop(0) if len(left) > 1 else left[0])
-        return False
-    return answer
-
-
-def silent_after(data: bytes) -> Callable[[Handler, Any], bool]:
-    """Sends this, and then nothing until the client or the server goes."""
-    def answer(handler, body):
-        handler.wfile.write(data)
-        handler.server.stopping.wait(30)
-        return False
-    return answer
+    return HEAD + b"".join(map(event, texts)) + event(finish="stop") + sse(done=True)

@@ -212,13 +212,14 @@ def waits(data: bytes, kind: str = "text/event-stream") -> Serve:
 class Canned(BaseAdapter):
     """Answers in the process: a session that has it mounted needs no server.
 
-    Each piece of the answer is one read, so that a test decides where the bytes are cut.
+    Each piece of the answer is one read, so that a test decides where the bytes are cut; an
+    exception is raised.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.status, self.headers = 200, {"Content-Type": "text/event-stream"}
-        self.pieces: list[bytes] = []
+        self.pieces: list[Any] = []
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
         raw = HTTPResponse(_Pieces(self.pieces), HTTPHeaderDict(self.headers), self.status,
@@ -230,7 +231,7 @@ class Canned(BaseAdapter):
 
 
 class _Pieces(io.RawIOBase):
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[Any]) -> None:
         self._pieces = [piece for piece in pieces if piece]
 
     def readable(self) -> bool:
@@ -240,6 +241,8 @@ class _Pieces(io.RawIOBase):
         if not self._pieces:
             return b""
         piece = self._pieces.pop(0)
+        if isinstance(piece, BaseException):
+            raise piece
         if 0 <= size < len(piece):
             self._pieces.insert(0, piece[size:])
         return piece[:size] if size >= 0 else piece
