@@ -23,10 +23,10 @@ import requests
 from support.fakes import (IMAGE, KEY, PROMPT, TOOL, ChatServer, Custom, Held, Limits, VirtualClock,
     Watched, calls, chain_of, error_of, event, failures, in_threads, in_time, outcomes, scripted,
     tier, whole)
+from support.leaks import FRAMES
 from support.server import HEAD, Canned, reply, waits
 from support.stores import Interrupted, at_each_line
 
-import copilot_router
 from copilot_router import (AllProvidersFailed, AnthropicProvider, Attempt, AuthenticationError,
     BadRequest, CircuitBreaker, CircuitOpen, ConfigError, ContentFiltered, ContextLengthExceeded,
     DeadlineExceeded, EmptyResponse, Event, FailoverChain, GeminiProvider, InvalidResponse,
@@ -806,7 +806,6 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
 
 # -- secrets in the frames of errors
 SECRETS = re.compile(f"{re.escape(PROMPT)}|{re.escape(KEY)}|the secret answer")
-OURS = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
 
 
 def shown_by_frames(error: BaseException) -> set[str]:
@@ -820,7 +819,7 @@ def shown_by_frames(error: BaseException) -> set[str]:
         seen.append(item)
         queue += [item.__cause__, item.__context__, *getattr(item, "errors", ())]
         for frame, _ in traceback.walk_tb(item.__traceback__):
-            if any(part in frame.f_code.co_filename for part in OURS):
+            if any(part in frame.f_code.co_filename for part in FRAMES):
                 for name, value in list(frame.f_locals.items()):
                     if SECRETS.search(repr(value)):
                         found.add(f"{type(item).__name__}: {name} in {frame.f_code.co_name}()")
@@ -866,6 +865,8 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
         chain = FailoverChain([tier("a", kind("x"))])
         left = error_of(kind, both_ways(chain, PROMPT, system=PROMPT)[way])
         assert shown_by_frames(left) == set()
+    left = error_of(BadRequest, OpenAIProvider(KEY, "http://127.0.0.1:9").chat, BAD, model="m")
+    assert shown_by_frames(left) == set()
 
 
 # -- health

@@ -6,13 +6,11 @@ import json
 import logging
 import random
 import re
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ import responses
 import urllib3
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
     WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
-from support.leaks import FRAMES
 from support.server import Peer
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
@@ -709,56 +706,6 @@ def test_a_message_shows_no_control_characters_and_is_clipped() -> None:
     error = refused(400, says("a\x1b[31m\u202eb\r\n\x00c" + " x" * 5000))
     assert str(error).isprintable()
     assert len(str(error)) < 400
-
-
-@contextmanager
-def interrupted(seconds: float) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-@pytest.mark.parametrize("name", ["cut", "bad messages", "unknown option", "stream", "interrupt"])
-def test_no_local_of_a_traceback_holds_a_text_or_the_key(name: str) -> None:
-    """Reporters of errors show the locals of frames."""
-    prompt, text = "violet prompt", "amber answer"
-    chunk = json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        if b"silent" in request:
-            server.stopping.wait(5)
-        top = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-        connection.sendall(top + b"data: " + chunk + b"\n\n")
-        return False
-
-    with Peer(serve) as server:
-        client = OpenAIProvider(SECRET, server.url)
-        chain = FailoverChain([ProviderTier("a", client, ["m"], retries=0)])
-        calls: dict[str, Callable[[], Any]] = {
-            "cut": lambda: chain.chat(prompt, timeout=5),
-            "bad messages": lambda: client.chat([{"role": "user", "content": prompt}, 5],
-                model="m"),
-            "unknown option": lambda: chain.chat(prompt, temprature=1),
-            "stream": lambda: list(chain.stream(prompt, timeout=5)),
-            "interrupt": lambda: chain.chat(prompt + " silent", timeout=5)}
-        with pytest.raises(BaseException) as caught, interrupted(0.3 if name == "interrupt" else 9):
-            calls[name]()
-    trace, seen = caught.value.__traceback__, set()
-    while trace:
-        if any(part in trace.tb_frame.f_code.co_filename for part in FRAMES):
-            for local, value in trace.tb_frame.f_locals.items():
-                if any(secret in repr(value) for secret in (SECRET, prompt, text)):
-                    seen.add(f"{trace.tb_frame.f_code.co_name}.{local}")
-        trace = trace.tb_next
-    assert not seen
 
 
 # -- searching is bounded
