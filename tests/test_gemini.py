@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from support.server import (CITY, TOOLS, USER, Server, read, reply, sent, stream, talking)
-from support.vendors import Gemini
+from support.server import (CITY, TOOLS, USER, read, reply, sent, stream, talking)
 
-from copilot_router import (AuthenticationError, ContentFiltered, EmptyResponse, FailoverChain,
-    GeminiProvider, InvalidResponse, ProviderTier, ScriptedProvider, Usage)
+from copilot_router import (ContentFiltered, EmptyResponse, FailoverChain,
+    InvalidResponse, ProviderTier, ScriptedProvider, Usage)
 
 SKIP = "skip_thought_signature_validator"
 
@@ -125,21 +124,6 @@ def test_model_names_addresses_and_the_response_id() -> None:
     with talking("gemini", wire, stream_upstream=False) as (provider, server):
         provider.chat("q", model="m", timeout=5)
         assert server.requests[0].path == "/v1beta/models/m:generateContent"
-
-
-def test_the_key_of_google_wins_and_no_key_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(UserWarning, match="GOOGLE_API_KEY"):
-        GeminiProvider("")
-    with Gemini() as vendor, Server(reply(candidate(TEXT))) as server:
-        provider = GeminiProvider("wrong-key", vendor.url)
-        with pytest.raises(AuthenticationError):
-            provider.chat("q", model="m-1", timeout=5)
-        provider.close()
-        monkeypatch.setenv("GEMINI_API_KEY", "sk-test-gemini-key")
-        other = GeminiProvider(api_key="mine", base_url=server.url)
-        other.chat("q", model="m", timeout=5)
-        other.close()
-        assert server.requests[0].headers["x-goog-api-key"] == "mine"
 
 
 def test_function_responses_have_name_object_and_the_order_of_their_calls() -> None:

@@ -13,7 +13,7 @@ from support.server import (STOP, TOOLS, USER, Server, delta,
 from support.vendors import KEY, Chat, Reply, Responses, detour
 
 from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, FailoverChain,
-    InvalidResponse, LLMResponse, LMStudioProvider, ModelNotFound, OpenAIProvider, ProviderTier,
+    InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, ProviderTier,
     ProviderUnavailable, ServerError, Thought, UnsupportedRequest, Usage)
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -383,7 +383,6 @@ def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
     assert isinstance(read("lmstudio", reply(message(content=""))), EmptyResponse)
     assert read("lmstudio", reply({**message(content="x"), "model": "loaded"})).model == "loaded"
     assert "model" not in sent("lmstudio", model=None)
-    assert LMStudioProvider("").first_token_timeout == 60
 
 
 # -- the Responses API
