@@ -344,15 +344,21 @@ def test_a_lost_record_is_told_again(clock, story):
 
 
 # -- at the same time
-def test_a_blocked_store_blocks_one_thread():
-    store = Wrapped(MemoryStore())
-    breaker = breaker_on(store, time.monotonic)
+def blocked(store: Wrapped) -> tuple[threading.Event, threading.Event]:
+    """The next operation sets the first of these events, and waits for the second."""
     entered, hold = threading.Event(), threading.Event()
     def block(name):
         store.before = None
         entered.set()
         assert hold.wait(10)
     store.before = block
+    return entered, hold
+
+
+def test_a_blocked_store_blocks_one_thread():
+    store = Wrapped(MemoryStore())
+    breaker = breaker_on(store, time.monotonic)
+    entered, hold = blocked(store)
     (waiting,) = in_threads(1, lambda: breaker.admit().neutral())
     assert entered.wait(10) and seconds_of(lambda: [breaker.call(int) for _ in range(100)]) < ADDED
     assert seconds_of(lambda: breaker.admit().failure("down")) < ADDED + 0.1
@@ -367,12 +373,7 @@ def test_while_a_store_hangs_another_caller_gets_the_trial(clock, shared, monkey
     breaker = breaker_on(shared, clock)
     fail(breaker)
     clock.advance(15)
-    entered, hold = threading.Event(), threading.Event()
-    def block(name):
-        shared.before = None
-        entered.set()
-        assert hold.wait(10)
-    shared.before = block
+    entered, hold = blocked(shared)
     (waiting,) = in_threads(1, lambda: breaker.state)
     assert entered.wait(10)
     error_of(CircuitOpen, breaker.admit)

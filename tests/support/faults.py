@@ -32,7 +32,7 @@ PATIENCE = 30.0
 
 def chunked(*pieces: bytes) -> bytes:
     """A whole body in the chunked transfer coding."""
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    return b"".join(map(forms.chunk, pieces)) + b"0\r\n\r\n"
 
 
 def descriptors() -> int:
@@ -238,7 +238,7 @@ class Exchange:
     def chunks(self, *pieces: bytes) -> Exchange:
         """The head and the beginning of a chunked body."""
         self.head("Transfer-Encoding: chunked")
-        return self.send(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
+        return self.send(b"".join(map(forms.chunk, pieces)))
 
     def reply(self, status: str, body: bytes, *headers: str,
             kind: str = "application/json") -> Exchange:
