@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.dialects import dialect  # noqa: F401 - a fixture
 from support.leaks import MARKS, LeakWatch
 from support.stores import clock, make_store, redis_server, redis_url  # noqa: F401 - fixtures
 

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import requests
 from support.fakes import (IMAGE, KEY, PROMPT, TOOL, ChatServer, Custom, Held, Limits, VirtualClock,
-    Watched, calls, chain_of, error_of, event, failures, in_threads, in_time, outcomes, scripted,
+    Watched, calls, chain_of, error_of, event, failures, in_threads, outcomes, scripted,
     tier, whole)
 from support.leaks import FRAMES
 from support.server import HEAD, Canned, reply, waits
-from support.stores import Interrupted, at_each_line
+from support.stores import Interrupted, at_each_line, in_a_thread
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, Attempt, AuthenticationError,
     BadRequest, CircuitBreaker, CircuitOpen, ConfigError, ContentFiltered, ContextLengthExceeded,
@@ -787,8 +787,8 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
                              failure_threshold=9)
     def interrupt(chain):
         raise Interrupted
+    lost: list[str] = []
     def sweep():
-        lost = []
         for point, chain in at_each_line(made, lambda one: ask(one, way), interrupt, points):
             gc.collect(0)
             try:
@@ -800,8 +800,7 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
                 found = error
             if found != (True, ["closed", "closed"], "failed"):
                 lost.append(f"{point}: {found}")
-        return (lost,)
-    assert in_time(sweep, 120.0) == ([],)
+    assert in_a_thread(sweep, 120) and lost == []
 
 
 # -- secrets in the frames of errors

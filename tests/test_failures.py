@@ -19,7 +19,7 @@ import responses
 import urllib3
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
     WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
-from support.server import Peer
+from support.server import Peer, Server
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
     ContentFiltered, ContextLengthExceeded, DeadlineExceeded, FailoverChain, GeminiProvider,
@@ -553,12 +553,7 @@ def test_how_long_to_wait(status: int, headers: dict[str, str], words: str,
 
 
 def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        connection.sendall(b"HTTP/1.1 429 Slow\r\nRetry-After: 60\r\nContent-Length: 99\r\n\r\n{")
-        server.stopping.wait(10)
-        return False
-
-    with Peer(serve) as server:
+    with Server(b"HTTP/1.1 429 Slow\r\nRetry-After: 60\r\nContent-Length: 99\r\n\r\n{") as server:
         start = time.monotonic()
         with pytest.raises(RateLimited) as caught:
             OpenAIProvider(KEY, server.url, stall_timeout=0.2).chat("q", model="m")
@@ -688,13 +683,8 @@ def test_a_server_that_calls_its_model_by_a_key_names_it_nowhere() -> None:
 def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixture) -> None:
     """urllib3 logs the path of a request, and at DEBUG headers that it cannot read."""
     caplog.set_level(logging.DEBUG)
-
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        odd = b"HTTP/1.1 500 Oops\r\n" + SECRET.encode() + b" without colon\r\n"
-        connection.sendall(odd + b"Content-Length: 0\r\nX: y\r\n\r\n")
-        return False
-
-    with Peer(serve) as server:
+    odd = f"HTTP/1.1 500 Oops\r\n{SECRET} without colon\r\nX: y\r\n\r\n".encode()
+    with Peer(lambda _, connection, request: connection.sendall(odd)) as server:  # and hangs up
         with pytest.raises(ProviderError):
             OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
         assert SECRET not in caplog.text

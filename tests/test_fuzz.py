@@ -15,9 +15,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import requests
-from support.dialects import DIALECTS, Answer, Dialect
+from support.dialects import Answer, Dialect
 from support.server import Canned, drained
 
 from copilot_router import InvalidResponse, LLMResponse, ProviderError, Usage
@@ -36,12 +35,6 @@ WORDS = ("alpha ", "beta", "γάμμα ", "\n", "世界", "\U0001f600", "<", "th
 JUNK = (b"", b"\xff", b"\r", b"\n", b"\n\n", b"\x00", b'"', b"}", b"{", b"]", b"data:", b": x\n",
         b"event: error\n", b"error:", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"[" * 3000, b"9" * 5000,
         b"data: [DONE]\n\n", b"\\ud800", b"NaN", b"null")
-
-
-@pytest.fixture(params=DIALECTS, ids=repr)
-def dialect(request: pytest.FixtureRequest) -> Dialect:
-    found: Dialect = request.param
-    return found
 
 
 @functools.cache

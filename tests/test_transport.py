@@ -6,7 +6,6 @@ import contextlib
 import gc
 import gzip
 import json
-import os
 import shutil
 import socket
 import ssl
@@ -17,7 +16,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ import requests
 from support.fakes import event
 from support.faults import chunked, descriptors
 from support.server import Canned, Peer, received
+from support.stores import done, needs_fork, python
 
 from copilot_router import (InvalidResponse, OpenAIProvider, ProviderError, ProviderTimeout,
     ProviderUnavailable, ServerError)
@@ -250,25 +249,24 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@needs_fork
 def test_a_forked_child_uses_its_own_sockets() -> None:
     """It forks while another thread's request is under way."""
 
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        if b'"slow"' in request and child.stdin:
-            child.stdin.write(b"x")
+        if b'"slow"' in request:
+            child.stdin.write("x")
             child.stdin.flush()
             forked.wait(10)
         if b"in the child" in request:
             forked.set()
         return healthy(server, connection, request)
 
-    root, forked = str(Path(__file__).resolve().parent.parent), threading.Event()
-    environment = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    forked = threading.Event()
     with Peer(serve) as server:
-        with subprocess.Popen([sys.executable, "-c", FORK, server.url], env=environment,
-                stdin=subprocess.PIPE) as child:
-            assert child.wait(30) == 0
+        child: Any = python(FORK, server.url)
+        assert child.wait(30) == 0
+        done(child)
         assert server.connections in (2, 3)  # the parent's one or two, and the child's own
 
 
@@ -760,8 +758,5 @@ print(chain.chat("hi", timeout=10).text)
 def test_a_program_that_gevent_patched_late_fails_over() -> None:
     """gevent replaces ssl after the provider was made: no bare RecursionError."""
     pytest.importorskip("gevent", reason="gevent is not installed")
-    root = str(Path(__file__).resolve().parent.parent)
     with Peer(lambda *_: False) as server:
-        done = subprocess.run([sys.executable, "-c", GEVENT, server.url.replace("http:", "https:")],
-            env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "ok\n", done.stderr
+        assert done(python(GEVENT, server.url.replace("http:", "https:"))) == "ok\n"

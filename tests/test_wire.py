@@ -39,12 +39,6 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(60))).decode()
 USER = {"role": "user", "content": "q"}
 
 
-@pytest.fixture(params=DIALECTS, ids=lambda dialect: dialect.name)
-def dialect(request: pytest.FixtureRequest) -> Dialect:
-    found: Dialect = request.param
-    return found
-
-
 @pytest.fixture(params=[True, False], ids=["streamed", "whole"])
 def streaming(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
 from support.server import KEY, MAKERS, parsed, reply
 
 from copilot_router import (AuthenticationError, ContextLengthExceeded, InvalidResponse,
@@ -453,6 +454,13 @@ class Ollama(Dialect):
 
 
 DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), Gemini(), Ollama())
+
+
+@pytest.fixture(params=DIALECTS, ids=repr)
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    """Each of them in turn."""
+    found: Dialect = request.param
+    return found
 
 
 # -- HTTP

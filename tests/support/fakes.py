@@ -157,16 +157,6 @@ def in_threads(count: int, work: Callable[[], Any]) -> list[threading.Thread]:
     return threads
 
 
-def in_time(work: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """What the function returns; a failure if it hangs."""
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert found, "it hangs or has failed"
-    return found[0]
-
-
 # -- a server
 class ChatServer(Server):
     """A server of Chat Completions, as one tier of a chain or several."""
