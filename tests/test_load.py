@@ -54,11 +54,10 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
 
     with FaultServer(pick=pick) as ill, FaultServer() as well:
         short = {"first_token_timeout": 0.05, "stall_timeout": 0.05}
-        chain = FailoverChain(
-            [ProviderTier("ill", OpenAIProvider(KEY, ill.url, **short), ["any"]),
-                ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"])], timeout=DEADLINE,
-            failure_threshold=60, recovery_timeout=0.001,
-            sleep=lambda seconds: time.sleep(seconds / 20))
+        tiers = [ProviderTier("ill", OpenAIProvider(KEY, ill.url, **short), ["any"]),
+                 ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"])]
+        chain = FailoverChain(tiers, timeout=DEADLINE, failure_threshold=60,
+            recovery_timeout=0.001, sleep=lambda seconds: time.sleep(seconds / 20))
 
         def ask(who: int) -> None:
             barrier.wait(10)
@@ -87,8 +86,8 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
     gc.collect()
     print(
         f"\n{len(times)} answers to {CALLS} calls in {time.monotonic() - start:.0f} s, "
-            f"slowest {max(times):.2f} s; {sum(seen.values())} requests to the faulty server, of "
-            f"{len(seen)} faults; its breaker opened {opened} times; answered by {dict(answered)}")
+        f"slowest {max(times):.2f} s; {sum(seen.values())} requests to the faulty server, of "
+        f"{len(seen)} faults; its breaker opened {opened} times; answered by {dict(answered)}")
     assert not wrong
     assert len(times) == CALLS
     assert max(times) < DEADLINE * 1.05 + 0.1

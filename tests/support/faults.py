@@ -353,10 +353,9 @@ class Row:
     name: str
     expect: type
     naive: str
-    seen: (
-        str  #: requests to the tier that is ill, and its breaker afterwards: a state, and failures
-    )
-    #: if closed, seconds until somebody is let through if open ("long": 14 to 600)
+    #: Requests to the tier that is ill, and its breaker afterwards: a state, and failures if
+    #: closed, seconds until somebody is let through if open ("long": 14 to 600).
+    seen: str
     serve: Callable[[Exchange], Any]
     only: type[Dialect] | None = None  #: the wire format, for faults of its content
     within: float = 1.0  #: seconds that the call may take at most with a healthy second tier

@@ -24,7 +24,7 @@ from copilot_router import FailoverChain, RouterError
 #: matter.
 MARKS = re.compile(
     r"(?i)sk-test-\w+-key|\bsecret (?:prompt|question|answer)|the prompt of this test|"
-        r"This is the whole answer to")
+    r"This is the whole answer to")
 #: Attributes that exist to hold what nobody else may see; errors are looked at one by one.
 PRIVATE = ("partial", "response", "errors")
 #: Parts of the names of files whose frames are looked at.
