@@ -309,8 +309,7 @@ def test_a_reason_may_be_an_exception(new):
         ("down", "down", ""), (ServerError("on fire"), "on fire", ""),
         (ValueError("the prompt"), "ValueError", "the prompt"),
         (KeyboardInterrupt("the prompt"), "KeyboardInterrupt", "the prompt"),
-        (Hostile(), "Hostile", "")
-    ]:
+        (Hostile(), "Hostile", "")]:
         breaker = new(1)
         breaker.reset()
         breaker.admit().failure(reason)

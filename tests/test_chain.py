@@ -310,8 +310,7 @@ def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, 
         lambda: FailoverChain([tier("a", "x")], on_event=over).chat("hi"),
         lambda: CircuitBreaker(on_change=over).open(),
         lambda: CircuitBreaker(name="x", store=store).admit(),
-        *(getattr(FailoverChain([ProviderTier("a", pinged)]), name) for name in ("check", "ping")),
-    ):
+        *(getattr(FailoverChain([ProviderTier("a", pinged)]), name) for name in ("check", "ping"))):
         error_of(limit, step)
 
 

@@ -446,8 +446,7 @@ ENVIRONMENTS: list[tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = [
     ({"OPENAI_API_KEY": KEY, "ANTHROPIC_API_KEY": KEY, "GEMINI_API_KEY": KEY,
       "OLLAMA_HOST": "127.0.0.1", "LMSTUDIO_BASE_URL": LOCAL},
      [("lmstudio", f"{LOCAL}/v1", []), ("ollama", f"{LOCAL[:-1]}11434", []), ("gemini", GOOGLE, []),
-      ("openai", OPENAI, []), ("anthropic", ANTHROPIC, [])]),
-]
+      ("openai", OPENAI, []), ("anthropic", ANTHROPIC, [])])]
 ENVIRONMENT_IDS = [" ".join(environ) for environ, _ in ENVIRONMENTS]
 #: The tiers that from_env may make, and the variables that make them.
 VARIABLES = {"lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],

@@ -288,8 +288,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, says("insufficient balance (1008)", type="insufficient_balance_error")),  # MiniMax
         (403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),
         (402, says("This request requires more credits, or fewer max_tokens.", code=402)),
-        (429, says("You exceeded your current quota", type="insufficient_quota", code="x")),
-    ],
+        (429, says("You exceeded your current quota", type="insufficient_quota", code="x"))],
     ContextLengthExceeded: [
         (400, says("<400> InternalError.Algo.InvalidParameter: Range of input length should be "
                    "[1, 983616]", code="invalid_parameter_error")),  # DashScope
@@ -312,8 +311,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, says("Request too large for gpt-4o in organization org-z on tokens per min (TPM): "
                    "Limit 30000, Requested 132819.", type="tokens", code="rate_limit_exceeded")),
         (400, {"error": {**THROUGH, "metadata": {"raw": json.dumps(says(
-            "This model's maximum context length is 8192 tokens"))}}}),
-    ],
+            "This model's maximum context length is 8192 tokens"))}}})],
     ModelNotFound: [
         (400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
         (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
@@ -322,8 +320,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (410, says("The model m has been retired.")),
-        (422, {"detail": ["Invalid model: m", 5]}),
-    ],
+        (422, {"detail": ["Invalid model: m", 5]})],
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
                    "variant `image_url`, expected `text` at line 1", code="invalid_request_error")),
@@ -332,8 +329,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
         (500, says("tools param requires --jinja flag", type="server_error")),  # llama.cpp
         (404, says("No endpoints found that support image input", code=404)),  # OpenRouter
-        (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}}),
-    ],
+        (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}})],
     AuthenticationError: [
         (401, says("x", type="api_error")), (401, says("x", type="server_error")), (401, {}),
         (403, says("no permission", type="permission_error")),
@@ -346,28 +342,23 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
                "rate-limited upstream"}}}),
         (429, says("Rate limit reached for gpt in organization o on tokens per min (TPM)",
-                   type="tokens", code="rate_limit_exceeded")),
-    ],
+                   type="tokens", code="rate_limit_exceeded"))],
     BadRequest: [
         (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
         (415, says("Unsupported media type", type="internal_error")),
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
-        (400, says("Invalid URL (image_url)")),
-    ],
+        (400, says("Invalid URL (image_url)"))],
     ProviderTimeout: [(408, says("x", type="api_error"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
-        (500, says("the moderation service is down")), (200, says("x", status_code=500)),
-    ],
+        (500, says("the moderation service is down")), (200, says("x", status_code=500))],
     Overloaded: [
         (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
         (503, says("server busy, maximum pending requests exceeded")),
-        (200, says("x", type="overloaded_error")),
-    ],
+        (200, says("x", type="overloaded_error"))],
     ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
-    ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {})],
-}  # fmt: skip
+    ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {})]}
 CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
 
 
@@ -537,8 +528,7 @@ HINTS: list[tuple[int, dict[str, str], str, float | None]] = [
         ("try again in 2 minutes", 120.0), ("try again in 1 hour", 3600.0),
         ("Try again in 2 days", 172_800.0), ("try again after 1 seconds", 1.0),
         ("try again in 500 milliseconds", 0.5), ("try again in 5 ms", 0.005),
-        ("try again later", None), ("try again in a while", None))),
-]  # fmt: skip
+        ("try again later", None), ("try again in a while", None)))]
 
 
 @pytest.mark.parametrize(("status", "headers", "words", "seconds"), HINTS)
@@ -640,8 +630,7 @@ def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], st
 
 @pytest.mark.parametrize("fields", [
     {"content": "%s"}, {"reasoning": "%s"},
-    {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "%s"}}]},
-])  # fmt: skip
+    {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "%s"}}]}])
 def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> None:
     text = "the amber answer of this model"
     chunk = json.dumps({"choices": [{"delta": fields}]}).replace("%s", text)

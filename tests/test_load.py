@@ -218,8 +218,7 @@ PLANTED = {
     "a_thread": ("threading.Thread(target=event.wait, name='left', daemon=True).start()",
                  "the thread left is still running"),
     "environment": ("event.set()\n"
-                    "    assert not [x for x in os.environ if '192.0.2.1' in os.environ[x]]", None),
-}  # fmt: skip
+                    "    assert not [x for x in os.environ if '192.0.2.1' in os.environ[x]]", None)}
 
 
 @pytest.fixture(scope="module")

@@ -312,8 +312,7 @@ CARRIED: list[dict[str, Any]] = [
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "S", "id": "c1"}]},
         {"reasoning_opaque": "S"}, {"reasoning_content": "First S"}, {"reasoning": "First S"},
         {"reasoning_content": "S", "reasoning_details": [{"type": "reasoning.text", "text": "S"}]},
-    )),
-]
+    ))]
 
 
 @pytest.mark.parametrize("fields", CARRIED, ids=lambda fields: next(iter(fields)))

@@ -163,25 +163,21 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
         kind()
 
 
-@pytest.mark.parametrize(
-    ("kind", "url", "goes"),
-    [
-        (OpenAIProvider, "https://api.openai.com/v1", True),
-        (OpenAIProvider, "https://eu.api.openai.com/v1", True),
-        (OpenAIProvider, "https://r.openai.azure.com/openai/deployments/d", True),
-        (OpenAIProvider, "https://env.test/other", True),  # the host of the variable
-        (OpenAIProvider, "https://api.groq.com/openai/v1", False),
-        (OpenAIProvider, "https://api.openai.com.evil.test/v1", False),
-        (OpenAIProvider, "https://evil.test/api.openai.com", False),
-        (OpenAIProvider, "https://evilapi.openai.com.test", False),
-        (OpenAIProvider, "https://api.openai.com@evil.test/v1", False),
-        (OpenAIProvider, "https://notopenai.azure.com.evil.test", False),
-        (AnthropicProvider, "https://api.anthropic.com", True),
-        (AnthropicProvider, "https://evil.test", False),
-        (GeminiProvider, "https://generativelanguage.googleapis.com", True),
-        (GeminiProvider, "https://evil.test", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "url", "goes"), [
+    (OpenAIProvider, "https://api.openai.com/v1", True),
+    (OpenAIProvider, "https://eu.api.openai.com/v1", True),
+    (OpenAIProvider, "https://r.openai.azure.com/openai/deployments/d", True),
+    (OpenAIProvider, "https://env.test/other", True),  # the host of the variable
+    (OpenAIProvider, "https://api.groq.com/openai/v1", False),
+    (OpenAIProvider, "https://api.openai.com.evil.test/v1", False),
+    (OpenAIProvider, "https://evil.test/api.openai.com", False),
+    (OpenAIProvider, "https://evilapi.openai.com.test", False),
+    (OpenAIProvider, "https://api.openai.com@evil.test/v1", False),
+    (OpenAIProvider, "https://notopenai.azure.com.evil.test", False),
+    (AnthropicProvider, "https://api.anthropic.com", True),
+    (AnthropicProvider, "https://evil.test", False),
+    (GeminiProvider, "https://generativelanguage.googleapis.com", True),
+    (GeminiProvider, "https://evil.test", False)])
 def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url: str, goes: bool,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other address needs its own ``api_key``; a warning names it."""

@@ -101,8 +101,7 @@ def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path):
         ("path", lambda: SQLiteStore("")), ("path", lambda: SQLiteStore(None)),
         ("path", lambda: SQLiteStore(3)), ("timeout", lambda: SQLiteStore("x", timeout=-1)),
         ("timeout", lambda: SQLiteStore("x", timeout=math.inf)),
-        ("refresh", lambda: SQLiteStore("x", refresh=math.nan))
-    ]:
+        ("refresh", lambda: SQLiteStore("x", refresh=math.nan))]:
         error_of(ConfigError, make, match=match)
     assert str(tmp_path) in repr(SQLiteStore(tmp_path / "file"))
 
@@ -198,8 +197,7 @@ STORIES: dict[str, tuple[bool, str]] = {
         a:u 1 b:half_open d:refused b:S 1 e:closed"""),
     "separate counts are neither published nor lost": (False, """
         b:closed a:F a:F a:F 15 a:S a:F a:F down 2 b:F b:F b:S b:F back 60
-        a:closed b:closed a:failures=2 b:failures=0"""),
-}
+        a:closed b:closed a:failures=2 b:failures=0""")}
 
 
 def staged(clock: FakeClock, base: Any, everything: bool = True) -> Stage:

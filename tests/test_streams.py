@@ -524,7 +524,7 @@ def test_an_escalation_goes_on_with_the_stronger_models_deltas(clock):
     assert weak.closed == 1
     assert [one.kind for one in events] == ["attempt", "escalation", "attempt", "done"]
     alone = chain_of(clock, tier("weak", list("`[ESCALATE]` because")), tier("big", ServerError),
-                     escalation_model="big")  # fmt: skip
+                     escalation_model="big")
     failed = error_of(EscalationFailed, alone.stream, "hi")
     assert failed.response is not None and failed.response.text == "because"
 

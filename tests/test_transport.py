@@ -502,7 +502,7 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
         assert ask(OpenAIProvider(KEY, server.url, session=session)) == "good"
         assert b"X-Session: yes" in server.requests[0]
         for place, error in (("silent", ProviderTimeout), ("drip", ProviderTimeout),
-                             ("moved", InvalidResponse)):  # fmt: skip
+                             ("moved", InvalidResponse)):
             client = OpenAIProvider(KEY, f"{server.url}/{place}", session=session)
             fails(client, error, timeout=0.3, seconds=1)
         assert len(server.requests) == 4

@@ -797,8 +797,7 @@ UNWRITABLE: list[dict[str, Any]] = [
     {"messages": "q", "tools": [{"type": "function", "function": {
         "name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": {1}}}}}}]},
     *({"messages": "q", "extra_body": {"x": value}} for value in (
-        float("nan"), float("inf"), Decimal(1), {1}, b"x", CYCLE, "\ud83d")),
-]
+        float("nan"), float("inf"), Decimal(1), {1}, b"x", CYCLE, "\ud83d"))]
 
 
 @pytest.mark.parametrize("asked", UNWRITABLE, ids=range(len(UNWRITABLE)))

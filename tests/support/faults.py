@@ -473,16 +473,16 @@ answers("healthy_without_end_marker", RIGHT, lambda x: x.ok(x.complete))
 answers("healthy_without_finish_reason", RIGHT, lambda x: without_reason(x, False), only=Chat)
 answers("healthy_until_closed", RIGHT, lambda x: x.until_closed(x.body))
 answers("healthy_http_1_0", RIGHT, lambda x: x.send(
-    f"HTTP/1.0 200\r\nContent-Type: {x.kind}\r\n\r\n".encode() + x.body))  # fmt: skip
+    f"HTTP/1.0 200\r\nContent-Type: {x.kind}\r\n\r\n".encode() + x.body))
 answers("healthy_after_keep_alives", RIGHT, lambda x: x.ok(x.keep_alive * 3 + x.body))
 answers("healthy_then_silence", HONEST, lambda x: x.chunks(x.complete).hang())
 answers("healthy_then_reset", HONEST, lambda x: x.chunks(x.complete).pause(0.05).reset())
 answers("continue_first", RIGHT, lambda x: x.send(b"HTTP/1.1 100 Continue\r\n\r\n").ok())
 answers("early_hints_first", RAW, lambda x: x.send(
     b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n").pause(0.1).ok(),
-    "2 closed 0", calls=2)  # fmt: skip
+    "2 closed 0", calls=2)
 answers("invalid_utf8", WRONG, lambda x: x.ok(x.body.replace(b"answer", b"ans\xffer")),
-        told=lambda text: text.replace("answer", "ans\ufffder"))  # fmt: skip
+        told=lambda text: text.replace("answer", "ans\ufffder"))
 answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), GZIP, kind=x.kind))
 for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
     answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
@@ -497,11 +497,11 @@ late("dripped_body", HELD, lambda x: x.head(CLOSE).drip(x.body))
 late("dripped_chunk_size", HELD, lambda x: x.chunks().send(b"5;").gush(b"x"))
 row("dripped_refusal", ServerError, HELD, TWO, lambda x: x.head(
     "Content-Length: 10000", status="500 Oops", kind="application/json").drip(b" " * 10000),
-    within=6.0)  # fmt: skip
+    within=6.0)
 late("keep_alives_for_ever", HELD, lambda x: x.head(CLOSE).gush(x.keep_alive))
 late("blank_lines_for_ever", HELD, lambda x: x.head(CLOSE).gush(b"\r\n"))
 late("keep_alives_in_the_middle", HELD, lambda x: x.until_closed(x.part).gush(x.keep_alive),
-     after=True)  # fmt: skip
+     after=True)
 late("nothing_but_a_beginning", HELD, lambda x: x.head(CLOSE).gush(x.opening if x.stream else b" "))
 late("silence", HONEST, lambda x: x.hang())
 late("silence_after_headers", HONEST, lambda x: x.head(CLOSE).hang())
@@ -510,9 +510,9 @@ late("stall", HONEST, lambda x: x.chunks(x.part).hang(), after=True)
 late("late_first_token", HONEST, lambda x: x.head(CLOSE).pause(20).send(x.body))
 late("stall_after_20_tokens", HONEST, lambda x: x.until_closed(x.counted(20)).hang(), after=True)
 late("long_content_length", HONEST, lambda x: x.head(
-    f"Content-Length: {2 * len(x.body)}").send(x.part).hang(), after=True)  # fmt: skip
+    f"Content-Length: {2 * len(x.body)}").send(x.part).hang(), after=True)
 late("slow_tokens", HELD, lambda x: x.until_closed(x.part).gush(
-    x.more("more "), 0.05), timeout=0.5, after=True)  # fmt: skip
+    x.more("more "), 0.05), timeout=0.5, after=True)
 late("endless_interim_answers", HELD, lambda x: x.gush(b"HTTP/1.1 100 Continue\r\n\r\n"))
 late("endless_early_hints", RAW, lambda x: x.gush(b"HTTP/1.1 103 Early Hints\r\n\r\n"))
 
@@ -525,18 +525,18 @@ broken("closed_in_the_headers", RAW, lambda x: x.send(HALF_A_HEADER))
 closed("reset_in_the_headers", HONEST, lambda x: x.send(HALF_A_HEADER).pause(0.05).reset())
 broken("closed_after_headers", RAW, lambda x: x.head(CLOSE))
 broken("cut_chunked", HONEST, lambda x: x.chunks().send(b"%x\r\n" % (2 * len(x.body)) + x.part),
-       after=True)  # fmt: skip
+       after=True)
 broken("cut_between_chunks", HONEST, lambda x: x.chunks(x.part), after=True)
 broken("cut_until_closed", RAW, lambda x: x.until_closed(x.part), after=True)
 broken("cut_after_40_tokens", RAW, lambda x: x.until_closed(x.counted(40)), after=True)
 broken("cut_before_the_reason", RAW, lambda x: without_reason(x, True), only=Chat, after=True)
 broken("short_content_length", HONEST, lambda x: x.head(
-    f"Content-Length: {len(x.body)}").send(x.part), after=True)  # fmt: skip
+    f"Content-Length: {len(x.body)}").send(x.part), after=True)
 broken("content_length_too_short", RAW, lambda x: x.head(
-    f"Content-Length: {len(x.part)}", CLOSE).send(x.body), after=True)  # fmt: skip
+    f"Content-Length: {len(x.part)}", CLOSE).send(x.body), after=True)
 broken("ended_too_early", RAW, lambda x: x.chunks(x.part).send(b"0\r\n\r\n"), after=True)
 broken("cut_in_a_character", RAW, lambda x: x.until_closed(
-    x.part + b'data: {"choices": [{"delta": {"content": "\xc3'), after=True)  # fmt: skip
+    x.part + b'data: {"choices": [{"delta": {"content": "\xc3'), after=True)
 broken("reset_in_the_body", HONEST, lambda x: x.chunks(x.part).pause(0.05).reset(), after=True)
 answers("closed_while_idle", RIGHT, closed_while_idle, "2 closed 0", calls=2)
 answers("dropped_on_reuse", RIGHT, lambda x: x.number == 2 or x.ok(), "3 closed 0", calls=2)
@@ -544,7 +544,7 @@ answers("a_second_answer", RIGHT, a_second_answer, "2 closed 0", calls=2)
 IDLE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 answers("given_up_while_idle", RIGHT, lambda x: x.ok().send(IDLE), "2 closed 0", calls=2)
 answers("given_up_on_reuse", RIGHT, lambda x: x.send(IDLE) if x.number == 2 else x.ok(),
-        "3 closed 0", calls=2)  # fmt: skip
+        "3 closed 0", calls=2)
 
 # Garbled HTTP, redirects.
 broken("not_http", HONEST, lambda x: x.send(b"SSH-2.0-OpenSSH_9.6\r\n"))
@@ -554,15 +554,15 @@ broken("too_many_headers", HONEST, lambda x: x.head(*["X-A: y"] * 500, CLOSE).se
 broken("bad_chunk_size", HONEST, lambda x: x.chunks().send(b"not a number\r\n" + x.part))
 broken("switching_protocols", RAW, lambda x: x.send(
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").hang(),
-    seen=TWO, calls=2)  # fmt: skip
+    seen=TWO, calls=2)
 broken("no_content", RAW, lambda x: x.send(b"HTTP/1.1 204 No Content\r\n\r\n"))
 broken("empty_body", RAW, lambda x: x.reply("200 OK", b""))
 answers("strange_content_length", RIGHT,
     lambda x: x.head("Content-Length: \xb2", CLOSE).send(x.body))
 broken("enormous_content_length", RAW, lambda x: x.head(
-    "Content-Length: " + "9" * 6000, CLOSE).send(x.part), after=True)  # fmt: skip
+    "Content-Length: " + "9" * 6000, CLOSE).send(x.part), after=True)
 broken("redirect_302", WRONG, lambda x: x.reply(
-    "302 Found", b"", f"Location: http://127.0.0.1:{x.server.port}/elsewhere"))  # fmt: skip
+    "302 Found", b"", f"Location: http://127.0.0.1:{x.server.port}/elsewhere"))
 broken("redirect_307", WRONG, lambda x: x.reply("307 Temporary", b"", "Location: /elsewhere"))
 broken("redirect_without_location", RAW, lambda x: x.reply("308 Permanent", b"<html>moved</html>"))
 
@@ -570,40 +570,40 @@ broken("redirect_without_location", RAW, lambda x: x.reply("308 Permanent", b"<h
 broken("endless_body", HELD, lambda x: x.head(CLOSE).gush((x.keep_alive * 65536)[:65536], 0.01))
 broken("endless_line", HELD, lambda x: x.until_closed(x.part).gush(b"x" * 65536, 0.01), after=True)
 broken("endless_text", HELD, lambda x: x.until_closed(x.part).gush(
-    x.more("again and again " * 4000), 0.01), after=True)  # fmt: skip
+    x.more("again and again " * 4000), 0.01), after=True)
 broken("endless_refusal", HELD, lambda x: x.head(CLOSE, status="500 Oops").gush(b" " * 65536, 0.01))
 broken("gzip_bomb", RAW, lambda x: x.reply("200 OK", BOMB, GZIP, kind=x.kind))
 
 # Garbled bodies.
 broken("invalid_gzip", HONEST, lambda x: x.reply("200 OK", x.body, GZIP, kind=x.kind))
 broken("cut_gzip", RAW, lambda x: x.reply(
-    "200 OK", gzip.compress(x.body)[: -len(x.body) // 6], GZIP, kind=x.kind))  # fmt: skip
+    "200 OK", gzip.compress(x.body)[: -len(x.body) // 6], GZIP, kind=x.kind))
 broken("unknown_coding", RIGHT, lambda x: x.reply(
-    "200 OK", x.body, "Content-Encoding: br", kind=x.kind))  # fmt: skip
+    "200 OK", x.body, "Content-Encoding: br", kind=x.kind))
 broken("html", RAW, lambda x: x.reply("200 OK", b"<!doctype html>Sign in", kind="text/html"))
 broken("html_as_stream", RAW, lambda x: x.reply(
-    "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))  # fmt: skip
+    "200 OK", b"<!doctype html>\n\n<title>Sign in</title>", kind=x.kind))
 broken("json_as_stream", RAW, lambda x: x.reply("200 OK", x.whole[:-9], kind=x.stream_kind))
 broken("wrong_content_type", RAW, lambda x: x.reply(
-    "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))  # fmt: skip
+    "200 OK", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), kind="image/png"))
 broken("invalid_json", RAW,
     lambda x: x.reply("200 OK", b'{"choices": [{"message": {"content": "Th'))
 broken("deep_json", RAW, lambda x: x.reply("200 OK", b"[" * 200_000))
 broken("garbled_event", RAW, lambda x: x.ok(
     x.part + x.more("half")[:-9] + b"\n\n" + x.body[len(x.part) :]
-    if x.stream else x.body[:-7]), after=True)  # fmt: skip
+    if x.stream else x.body[:-7]), after=True)
 
 # Refusals, in the dialect's words.
 answers("server_error_once", RAW, lambda x: x.refuse("server_error") if x.number == 1 else x.ok(),
-        "2 closed 0")  # fmt: skip
+        "2 closed 0")
 answers("reset_once", HONEST, lambda x: x.reset() if x.number == 1 else x.ok(), "2 closed 0")
 answers("rate_limited_once", RAW, lambda x: x.refuse(
-    "rate_limited", "Retry-After: 0.05") if x.number == 1 else x.ok(), "2 closed 0")  # fmt: skip
+    "rate_limited", "Retry-After: 0.05") if x.number == 1 else x.ok(), "2 closed 0")
 answers("rate_limited_for_two_seconds", RAW, lambda x: x.refuse(
     "rate_limited", "Retry-After: 2") if x.number == 1 else x.ok(),
-    "2 closed 0", within=3.0, alone=RateLimited)  # fmt: skip
+    "2 closed 0", within=3.0, alone=RateLimited)
 row("error_in_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(
-    (x.part if x.stream else b"") + x.error("overloaded")), after=True)  # fmt: skip
+    (x.part if x.stream else b"") + x.error("overloaded")), after=True)
 row("error_instead_of_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(x.error("overloaded")))
 
 #: Name -> headers of a rate limit, and the seconds of the park. 15 is the recovery timeout.
@@ -624,11 +624,11 @@ HINTS = {
     "absent": ("X-Nothing: 1", 15)}
 for _name, (_header, _seconds) in HINTS.items():
     row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
-        lambda x, header=_header: x.refuse("rate_limited", header))  # fmt: skip
+        lambda x, header=_header: x.refuse("rate_limited", header))
 row("hint_past_date", RateLimited, RAW, "2 open 0", lambda x: x.refuse(
-    "rate_limited", "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"))  # fmt: skip
+    "rate_limited", "Retry-After: Thu, 01 Jan 1970 00:00:00 GMT"))
 row("hint_date", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
-    "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))  # fmt: skip
+    "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))
 row("hint_epoch_milliseconds", RateLimited, RAW, "1 open 30", lambda x: x.refuse("rate_limited",
     "X-RateLimit-Remaining: 0", f"X-RateLimit-Reset: {(time.time() + 30.5) * 1000:.0f}"))
 
@@ -643,14 +643,13 @@ PAGES: dict[type, dict[str, str]] = {
     InvalidResponse: {"600 What": ONE},
     AuthenticationError: {"401 Unauthorized": "1 open long"},
     RateLimited: {"429 Too Many Requests": "1 open 15"},
-    QuotaExceeded: {"402 Payment Required": "1 open long"},
-}  # fmt: skip
+    QuotaExceeded: {"402 Payment Required": "1 open long"}}
 for _class, _pages in PAGES.items():
     for _status, _seen in _pages.items():
         row(f"page_{_status[:3]}", _class, RAW, _seen, lambda x, status=_status: x.reply(
-            status, f"<h1>{status}</h1>".encode(), kind="text/html"))  # fmt: skip
+            status, f"<h1>{status}</h1>".encode(), kind="text/html"))
 row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.reply(
-    "403 Forbidden", b"<h1>Sorry, you have been blocked</h1>", kind="text/html"))  # fmt: skip
+    "403 Forbidden", b"<h1>Sorry, you have been blocked</h1>", kind="text/html"))
 
 
 # -- Chat Completions only
@@ -712,16 +711,16 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
         "overloaded_503": (503, says("The engine is currently overloaded", type="server_error")),
         "capacity": (498, says("x", code="capacity_exceeded"))}}
 _SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
-         QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}  # fmt: skip
+         QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}
 for _class, _bodies in REFUSALS.items():
     for _name, (_number, _body) in _bodies.items():
         row(_name, _class, WRONG if _name == "error_200_reason" else RAW,
             _SEEN.get(_class, NEUTRAL), lambda x, status=_number, body=_body: x.say(status, body),
-            only=Chat)  # fmt: skip
+            only=Chat)
 row("hint_in_the_body", RateLimited, RAW, "1 open 20", lambda x: x.say(
-    429, says("Please try again in 20s.", code="rate_limit_exceeded")), only=Chat)  # fmt: skip
+    429, says("Please try again in 20s.", code="rate_limit_exceeded")), only=Chat)
 row("error_200_list", RateLimited, RAW, "1 open 15", lambda x: x.say(
-    200, [says("slower, please", code=429)]), only=Chat)  # fmt: skip
+    200, [says("slower, please", code=429)]), only=Chat)
 
 
 def _choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
@@ -759,9 +758,9 @@ for _class, _columns in NONE.items():
         for _name, _body in _bodies.items():
             row(_name, _class, _naive, ONE, lambda x, body=_body: x.say(200, body), only=Chat)
 row("cut_by_length", EmptyResponse, WRONG, NEUTRAL,
-    lambda x: x.say(200, _choice({"content": ""}, "length")), only=Chat)  # fmt: skip
+    lambda x: x.say(200, _choice({"content": ""}, "length")), only=Chat)
 for _name, _body in (("filtered", _choice({"content": None}, "content_filter")),
-                     ("refused", _choice({"content": None, "refusal": "I cannot."}))):  # fmt: skip
+                     ("refused", _choice({"content": None, "refusal": "I cannot."}))):
     row(_name, ContentFiltered, WRONG, NEUTRAL, lambda x, body=_body: x.say(200, body), only=Chat)
 
 
@@ -801,15 +800,15 @@ row("event_named_error", ServerError, RAW, TWO,
     _between(b'event: error\ndata: {"message": "gone", "code": 500}\n\n'), only=Chat, after=True)
 row("event_old_error", ServerError, RAW, TWO, _between(
     b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
-    only=Chat, after=True)  # fmt: skip
+    only=Chat, after=True)
 row("echoes_the_request", BadRequest, RAW, NEUTRAL, echoes, only=Chat)
 broken("echoes_the_request_in_headers", RAW, lambda x: x.reply(
-    "200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key), only=Chat)  # fmt: skip
+    "200 OK", b"no JSON", f"X-Request-Id: {x.prompt}", kind=x.key), only=Chat)
 broken("echoes_the_key_as_coding", RIGHT, lambda x: x.reply(
-    "200 OK", x.body, f"Content-Encoding: {x.key}"), only=Chat)  # fmt: skip
+    "200 OK", x.body, f"Content-Encoding: {x.key}"), only=Chat)
 answers("strange_but_complete", RIGHT, strange_but_complete, only=Chat)
 answers("stream_by_the_book", RIGHT, stream_by_the_book, only=Chat,
-        told=lambda text: text.replace("answer", "ans\u2028er"))  # fmt: skip
+        told=lambda text: text.replace("answer", "ans\u2028er"))
 answers("healthy_without_prefill", RIGHT, without_prefill, only=Chat)
 answers("refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2},
     only=Chat)
