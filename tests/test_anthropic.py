@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -41,9 +43,13 @@ def whole(reason: str | None, *content: Any, **usage: Any) -> bytes:
                   "stop_reason": reason, "usage": usage})
 
 
-def met(*script: Any, models: tuple[str, ...] = CLAUDES) -> tuple[Any, Any]:
-    vendor = Anthropic(*script, models=("m-1", *models))
-    return vendor, AnthropicProvider(KEY, vendor.url)
+@contextmanager
+def met(*script: Any) -> Iterator[tuple[Any, Any]]:
+    """A fake that enforces the vendor's rules, and a provider for it."""
+    with Anthropic(*script, models=("m-1", *CLAUDES)) as vendor:
+        provider = AnthropicProvider(KEY, vendor.url)
+        yield vendor, provider
+        provider.close()
 
 
 @pytest.mark.parametrize("events", [[started(), *TEXT], [started(), *TEXT, END],
@@ -119,18 +125,15 @@ def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
 
 def test_sampling_parameters_that_a_model_refuses_are_dropped() -> None:
     """And remembered, while a model that takes them keeps them."""
-    vendor, provider = met()
-    with vendor:
+    with met() as (vendor, provider):
         for model in ("claude-opus-5-5", "claude-opus-5-5", "claude-haiku-4-5"):
             assert provider.chat("q", model=model, temperature=0.2).text == "ok"
         assert ["temperature" in body for body in vendor.bodies] == [True, False, False, True]
         assert vendor.requests[0].headers["anthropic-version"] == "2023-06-01"
-        provider.close()
 
 
 def test_a_forced_tool_choice_is_never_weakened() -> None:
-    vendor, provider = met(Reply(calls=[("f", {})]))
-    with vendor:
+    with met(Reply(calls=[("f", {})])) as (vendor, provider):
         with pytest.raises(UnsupportedRequest):
             provider.chat("q", TOOLS, "claude-sonnet-5-5", tool_choice="required")
         assert provider.chat("q", TOOLS, "claude-haiku-5-5", tool_choice="required").tool_calls
@@ -138,7 +141,6 @@ def test_a_forced_tool_choice_is_never_weakened() -> None:
         chain = FailoverChain([ProviderTier("a", provider, ["claude-sonnet-5-5"]),
                                ProviderTier("b", ScriptedProvider(["b"]))])
         assert chain.chat("q", TOOLS, tool_choice="required").provider == "b"
-        provider.close()
 
 
 def test_tool_results_stand_together_and_first() -> None:
@@ -147,13 +149,11 @@ def test_tool_results_stand_together_and_first() -> None:
              for one in "abc"]
     results = [{"role": "tool", "tool_call_id": one, "content": text}
                for one, text in (("b", "two"), ("a", " "), ("z", "lost"))]
-    vendor, provider = met()
-    with vendor:
+    with met() as (vendor, provider):
         provider.chat([USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results,
                        {"role": "user", "content": "and now?"}], TOOLS, "m-1")
         assert not vendor.refusals
         last = vendor.bodies[0]["messages"][2]["content"]
-        provider.close()
     assert [(one["type"], one.get("tool_use_id"), one.get("is_error")) for one in last] == [
         ("tool_result", "a", None), ("tool_result", "b", None), ("tool_result", "c", True),
         ("text", None, None), ("text", None, None)]
@@ -178,9 +178,8 @@ def test_tool_ids_are_made_valid_alike_on_both_sides_and_stay_distinct() -> None
 
 @pytest.mark.parametrize("upstream", [True, False])
 def test_thinking_goes_back_to_its_model_byte_for_byte_without_blank_texts(upstream: bool) -> None:
-    vendor, provider = met(Reply("\n\n", [("f", {"city": "Oslo"})], "a thought"))
-    provider.stream_upstream = upstream
-    with vendor:
+    with met(Reply("\n\n", [("f", {"city": "Oslo"})], "a thought")) as (vendor, provider):
+        provider.stream_upstream = upstream
         response = provider.chat([USER], TOOLS, "m-1")
         history = [USER, json.loads(json.dumps(response.message)),
                    {"role": "tool", "tool_call_id": response.tool_calls[0].id, "content": "cold"}]
@@ -191,7 +190,6 @@ def test_thinking_goes_back_to_its_model_byte_for_byte_without_blank_texts(upstr
         assert use["input"] == {"city": "Oslo"}
         assert provider.chat(history, TOOLS, "claude-opus-5-5").text == "ok"
         assert "a thought" not in json.dumps(vendor.bodies[2])
-        provider.close()
 
 
 def test_redacted_thinking_goes_back_too() -> None:

@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule,
     run_state_machine_as_test)
-from support.fakes import Watched
+from support.fakes import Watched, in_threads
 from support.stores import (KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line,
     done, end, error_of, fail, in_a_thread, needs_fork, python, seconds_of)
 
@@ -43,12 +43,11 @@ def boom() -> None:
 @pytest.fixture(params=["alone", *KINDS])
 def new(request, clock, make_store):
     """Makes breakers that keep their state alone or in a store: nobody may see a difference."""
-    settings = {"shared_counts": True} if request.param == "redis" else {}
     def make(threshold=3, recovery=15.0, **more):
         more = {"clock": clock, **more}
         if request.param != "alone":
             more.setdefault("name", "x")
-            more["store"] = Wrapped(make_store(request.param, **settings), more["clock"])
+            more["store"] = Wrapped(make_store(request.param), more["clock"])
         return CircuitBreaker(threshold, recovery, **more)
     return make
 
@@ -472,8 +471,7 @@ def test_a_slow_listener_holds_nobody_up():
         entered.set()
         leave.wait(10)
     breaker = CircuitBreaker(on_change=listener)
-    slow = threading.Thread(target=breaker.open)
-    slow.start()
+    (slow,) = in_threads(1, breaker.open)
     entered.wait(10)
     assert seconds_of(lambda: [(breaker.reset(), breaker.open()) for _ in range(10)]) < 1
     leave.set()
@@ -838,8 +836,7 @@ class Model(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", ["alone", *KINDS])
 def test_any_steps_give_the_answers_of_the_model(kind, make_store):
     """One breaker alone; or two that share a store and take turns: together they are one."""
-    settings = {"shared_counts": True} if kind == "redis" else {}
-    store = None if kind == "alone" else make_store(kind, refresh=0, **settings)
+    store = None if kind == "alone" else make_store(kind, refresh=0)
     examples = {"alone": 100, "memory": 80, "sqlite": 30, "redis": 20}[kind]
     run_state_machine_as_test(type("Model", (Model,), {"store": store}),
         settings=hypothesis_settings(max_examples=examples, stateful_step_count=40, deadline=None))

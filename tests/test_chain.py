@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ import requests
 from support.fakes import (IMAGE, KEY, PROMPT, TOOL, ChatServer, Custom, Held, Limits, VirtualClock,
     Watched, calls, chain_of, error_of, event, failures, in_threads, outcomes, scripted,
     tier, whole)
-from support.leaks import FRAMES
+from support.leaks import LeakWatch
 from support.server import HEAD, Canned, reply, waits
 from support.stores import Interrupted, at_each_line, in_a_thread
 
@@ -803,25 +802,11 @@ def test_an_interruption_at_any_point_takes_nothing_along(monkeypatch, way, poin
 
 
 # -- secrets in the frames of errors
-SECRETS = re.compile(f"{re.escape(PROMPT)}|{re.escape(KEY)}|the secret answer")
-
-
-def shown_by_frames(error: BaseException) -> set[str]:
-    """The local variables that show a secret in the frames of a traceback, and of all causes."""
-    found: set[str] = set()
-    queue, seen = [error], []
-    while queue:
-        item: Any = queue.pop()
-        if item is None or any(item is known for known in seen):
-            continue
-        seen.append(item)
-        queue += [item.__cause__, item.__context__, *getattr(item, "errors", ())]
-        for frame, _ in traceback.walk_tb(item.__traceback__):
-            if any(part in frame.f_code.co_filename for part in FRAMES):
-                for name, value in list(frame.f_locals.items()):
-                    if SECRETS.search(repr(value)):
-                        found.add(f"{type(item).__name__}: {name} in {frame.f_code.co_name}()")
-    return found
+def shown_by_frames(error: BaseException) -> list[str]:
+    """Where a secret is shown by a frame of a traceback, also of causes, or by the error itself."""
+    watch = LeakWatch()
+    watch.look_at_error(error, "a call", frames=True)
+    return watch.found
 
 
 def hung_up_on(server: ChatServer, connection: Any, request: bytes) -> bool:
@@ -856,15 +841,15 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
             chain = FailoverChain(tiers[: 1 if case == "interrupted" else 2])
             kinds = RouterError, TypeError, KeyboardInterrupt
             left = error_of(kinds, both_ways(chain, messages, **options)[way])
-            assert shown_by_frames(left) == set()
+            assert shown_by_frames(left) == []
     finally:
         signal.signal(signal.SIGUSR1, before)
     for kind in (KeyboardInterrupt, AssertionError, ConfigError, ContentFiltered):
         chain = FailoverChain([tier("a", kind("x"))])
         left = error_of(kind, both_ways(chain, PROMPT, system=PROMPT)[way])
-        assert shown_by_frames(left) == set()
+        assert shown_by_frames(left) == []
     left = error_of(BadRequest, OpenAIProvider(KEY, "http://127.0.0.1:9").chat, BAD, model="m")
-    assert shown_by_frames(left) == set()
+    assert shown_by_frames(left) == []
 
 
 # -- health

@@ -19,7 +19,7 @@ import responses
 import urllib3
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
     WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
-from support.server import Peer, Server
+from support.server import Peer, Server, reply
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
     ContentFiltered, ContextLengthExceeded, DeadlineExceeded, FailoverChain, GeminiProvider,
@@ -640,18 +640,13 @@ def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> No
 
 
 def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
-    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        told = json.dumps(says(f"no: {SECRET}")).encode()
-        connection.sendall(b"HTTP/1.1 400 No\r\nX-Request-Id: %s\r\nContent-Length: %d\r\n\r\n%s"
-                           % (SECRET.encode(), len(told), told))
-        return False
-
+    answer = reply(says(f"no: {SECRET}"), 400, X_Request_Id=SECRET)
     session = requests.Session()
     for auth, headers in ((("me", "x"), {"X-Mine": f"Bearer {SECRET}"}),
                           (lambda request: request.headers.update(A=SECRET) or request, {})):
         session.auth = auth
         session.headers.update(headers)
-        with Peer(serve) as server, pytest.raises(ProviderError) as caught:
+        with Server(answer) as server, pytest.raises(ProviderError) as caught:
             OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m")
         assert SECRET not in f"{caught.value} {vars(caught.value)}"
         assert "no: ***" in str(caught.value)

@@ -17,6 +17,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,8 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
                     wrong.append(f"{turn}: another text by {response.provider}")
 
         barrier = threading.Barrier(THREADS)
-        workers = [threading.Thread(target=ask, args=(who,)) for who in range(THREADS)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(ask, range(THREADS)))
         chain.close()
         opened = chain.tiers[0].breaker.snapshot().opened
         seen = Counter(entry.fault for entry in ill.log)

@@ -196,10 +196,9 @@ def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url:
 
 
 @pytest.mark.parametrize(("url", "warns"), [
-    ("http://example.test/v1", True), ("http://8.8.8.8/v1", True),
-    ("https://example.test", False), ("http://127.0.0.1:1/v1", False),
-    ("http://localhost:1/v1", False), ("http://[::1]:1", False), ("http://10.1.2.3", False),
-    ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False)])
+    ("http://example.test/v1", True), ("http://8.8.8.8/v1", True), ("https://example.test", False),
+    ("http://127.0.0.1:1/v1", False), ("http://localhost:1/v1", False), ("http://[::1]:1", False),
+    ("http://10.1.2.3", False), ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False)])
 def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
     for key, expected in ((KEY, warns), ("", False)):
         with warnings.catch_warnings(record=True) as told:

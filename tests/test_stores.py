@@ -57,7 +57,7 @@ class TestSQLite(StoreContract):
 class TestRedis(StoreContract):
     @pytest.fixture
     def handles(self, make_store):
-        return lambda: make_store("redis", shared_counts=True)
+        return lambda: make_store("redis")
 
 
 class TestUsersOwn(StoreContract):
@@ -528,8 +528,7 @@ def test_after_any_outages_all_agree(counts, local):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_at_each_line_leaves_no_lock(kind, make_store):
     """Afterwards another thread can use breaker and store at once, and what it does is saved."""
-    settings = {"shared_counts": True} if kind == "redis" else {}
-    store = make_store(kind, refresh=0, timeout=1.0, **settings)
+    store = make_store(kind, refresh=0, timeout=1.0)
     numbers, changes = itertools.count(), []
     def make():
         note = lambda *change: changes.append(change)  # noqa: E731
@@ -647,7 +646,7 @@ def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, mo
 @needs_redis
 def test_with_redis_the_servers_clock_counts(make_store):
     here, there = FakeClock(100.0), FakeClock(190.0)
-    store = make_store("redis")
+    store = make_store("redis", shared_counts=False)
     one, other = breaker_on(store, here), breaker_on(store, there)
     fail(one)
     assert 14 < (other.retry_after or 0) <= 15

@@ -486,8 +486,7 @@ answers("invalid_utf8", WRONG, lambda x: x.ok(x.body.replace(b"answer", b"ans\xf
 answers("compressed", RIGHT, lambda x: x.reply("200 OK", gzip.compress(x.body), GZIP, kind=x.kind))
 for _at, _kind in enumerate(("text/plain", "application/json", "text/event-stream", "text/html")):
     answers(f"mislabelled_{_at}", RIGHT, lambda x, kind=_kind: x.ok(kind=kind))
-answers("whole_json_as_stream", RIGHT,
-    lambda x: x.reply("200 OK", x.whole, kind=x.stream_kind))
+answers("whole_json_as_stream", RIGHT, lambda x: x.reply("200 OK", x.whole, kind=x.stream_kind))
 
 # Time.
 late("endless_status_line", HELD, lambda x: x.send(b"HTTP/1.1 200 ").gush(b"O"))

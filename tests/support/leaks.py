@@ -58,7 +58,7 @@ class LeakWatch(logging.Handler):
                 for local, value in list(frame.f_locals.items()):
                     self.look(repr(value), f"{where}, {local} in {frame.f_code.co_name}()")
 
-    def look_at_error(self, error: BaseException, where: str) -> None:
+    def look_at_error(self, error: BaseException, where: str, frames: bool = False) -> None:
         """All that an error shows, and all that it wraps."""
         seen: list[BaseException] = []
         queue: list[Any] = [error]
@@ -73,8 +73,9 @@ class LeakWatch(logging.Handler):
                 self.look(f"{item} {item!r} {item.args} {shown}", f"{name} from {where}")
                 if isinstance(item, copilot_router.AllProvidersFailed):
                     self.look(item.explain(), f"explain() of {name}")
+            if frames or isinstance(item, RouterError):
                 queue += [item.__cause__, item.__context__, *getattr(item, "errors", ())]
-            if isinstance(error, RouterError):
+            if frames or isinstance(error, RouterError):
                 self.look_at_frames(item.__traceback__, f"the traceback of {name} from {where}")
 
     def look_at_result(self, owner: Any, result: Any) -> None:

@@ -143,7 +143,10 @@ def clock():
 
 @pytest.fixture
 def make_store(tmp_path, request):
-    """``make_store(kind, **settings)``: a handle on this test's store of that kind."""
+    """``make_store(kind, **settings)``: a handle on this test's store of that kind.
+
+    Redis shares counts, too, as the others do.
+    """
     made: list[Any] = []
     memory = MemoryStore()
     namespace = f"test-{os.getpid()}-{next(_numbers)}"
@@ -155,7 +158,8 @@ def make_store(tmp_path, request):
         if kind == "sqlite":
             made.append(SQLiteStore(tmp_path / "breakers.sqlite", **settings))
         else:
-            made.append(RedisStore(url, settings.pop("namespace", namespace), **settings))
+            settings = {"namespace": namespace, "shared_counts": True, **settings}
+            made.append(RedisStore(url, **settings))
         return made[-1]
     yield make
     for store in made:
