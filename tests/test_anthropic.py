@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from support.server import (CITY, TOOLS, USER, Server, outcome, read, reply, sent, stream, talking)
-from support.vendors import KEY, Anthropic, Reply
+from support.vendors import Reply, faked
 
 from copilot_router import (AnthropicProvider, ContentFiltered, EmptyResponse, FailoverChain,
     InvalidResponse, ProviderTier, ScriptedProvider, UnsupportedRequest, Usage)
@@ -43,13 +41,8 @@ def whole(reason: str | None, *content: Any, **usage: Any) -> bytes:
                   "stop_reason": reason, "usage": usage})
 
 
-@contextmanager
-def met(*script: Any) -> Iterator[tuple[Any, Any]]:
-    """A fake that enforces the vendor's rules, and a provider for it."""
-    with Anthropic(*script, models=("m-1", *CLAUDES)) as vendor:
-        provider = AnthropicProvider(KEY, vendor.url)
-        yield vendor, provider
-        provider.close()
+def met(*script: Any) -> Any:
+    return faked("anthropic", *script, models=("m-1", *CLAUDES))
 
 
 @pytest.mark.parametrize("events", [[started(), *TEXT], [started(), *TEXT, END],

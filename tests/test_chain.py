@@ -1154,18 +1154,6 @@ def test_a_repr_shows_no_text(clock):
     assert "model='m'" in repr(answer) and "a" in repr(chain)
 
 
-def test_the_failure_of_a_chain_pickles_and_the_chain_does_not(clock):
-    class Local(Exception):
-        """Queues move errors between processes; this one cannot be pickled."""
-    chain = chain_of(clock, tier("a", Local("x")), tier("b", ProviderUnavailable("refused")))
-    failed = error_of(AllProvidersFailed, chain.chat, "hi")
-    twin = pickle.loads(pickle.dumps(failed))
-    assert (str(twin), twin.retry_after) == (str(failed), failed.retry_after)
-    assert twin.attempts == failed.attempts
-    assert [type(one) for one in twin.errors] == [ProviderError, ProviderUnavailable]
-    error_of(TypeError, pickle.dumps, chain, match="cannot be copied")
-
-
 def test_a_script_may_hold_all_kinds_of_items():
     def answer(messages, **kwargs):
         called.append((messages, kwargs))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import requests
+from support.fakes import error_of
 
 import copilot_router
 from copilot_router import (AnthropicProvider, CircuitBreaker, ConfigError, ContentFiltered,
@@ -132,9 +133,8 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
 def test_a_mistake_in_a_file_is_told_with_its_place(text: str, parts: tuple[str, ...],
         write: Write) -> None:
     path = write(text)
-    with pytest.raises(ConfigError) as error:
-        FailoverChain.from_config(path)
-    told = str(error.value)
+    error = error_of(ConfigError, FailoverChain.from_config, path)
+    told = str(error)
     assert told.startswith(f"{path}: ")
     assert [part for part in parts if part not in told] == []
 
@@ -481,10 +481,9 @@ def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ
 
 
 def test_an_environment_without_a_provider_names_every_variable_that_would_do() -> None:
-    with pytest.raises(ConfigError) as error:
-        FailoverChain.from_env({"PATH": "x"})
+    error = error_of(ConfigError, FailoverChain.from_env, {"PATH": "x"})
     names = [name for variables in VARIABLES.values() for name in variables]
-    assert [name for name in names if name not in str(error.value)] == []
+    assert [name for name in names if name not in str(error)] == []
 
 
 # -- init

@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+from support.fakes import error_of
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, Attempt, ConfigError, DeadlineExceeded,
@@ -50,16 +51,23 @@ def test_errors_pickle_with_all_that_they_carry(kind: Any, again: Any) -> None:
     assert vars(other) == vars(error)
 
 
-@pytest.mark.parametrize("script", [ServerError("no"), OSError("no")], ids=["provider", "foreign"])
-def test_errors_of_a_chain_pickle(script: Exception) -> None:
+LOCAL = type("Local", (Exception,), {})("no")  # no other process finds its class
+
+
+@pytest.mark.parametrize(("script", "kind"),
+    [(ServerError("no"), ServerError), (OSError("no"), OSError), (LOCAL, ProviderError)])
+def test_errors_of_a_chain_pickle_and_the_chain_does_not(script: Exception, kind: type) -> None:
     tiers = [ProviderTier(name, ScriptedProvider([script, script]), retries=0) for name in "ab"]
-    with pytest.raises(AllProvidersFailed) as caught:
-        FailoverChain(tiers).chat("hi")
-    other = pickle.loads(pickle.dumps(caught.value))
-    assert (str(other), other.explain()) == (str(caught.value), caught.value.explain())
-    assert [type(error) for error in other.errors] == [type(script)] * 2
+    chain = FailoverChain(tiers)
+    failed = error_of(AllProvidersFailed, chain.chat, "hi")
+    other = pickle.loads(pickle.dumps(failed))
+    assert (str(other), other.explain()) == (str(failed), failed.explain())
+    assert (other.retry_after, other.attempts) == (failed.retry_after, failed.attempts)
+    assert [type(error) for error in other.errors] == [kind] * 2
     assert [(one.tier, one.outcome) for one in other.attempts] == [("a", "failed"), ("b", "failed")]
-    assert all(error.__traceback__ is None for error in caught.value.errors)
+    assert all(error.__traceback__ is None for error in failed.errors)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        pickle.dumps(chain)
 
 
 def test_the_answer_of_a_failed_escalation_is_no_part_of_what_is_shown() -> None:

@@ -17,6 +17,7 @@ import pytest
 import requests
 import responses
 import urllib3
+from support.fakes import error_of
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
     WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
 from support.server import Peer, Server, reply
@@ -93,9 +94,8 @@ def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
             prompt = f"{PROMPT}{row.name} {call}"
             start = time.monotonic()
             if row.expect is ContentFiltered:
-                with pytest.raises(ContentFiltered) as refused:
-                    chain.chat(prompt, timeout=5, **row.options)
-                attempts = refused.value.attempts
+                refused = error_of(ContentFiltered, chain.chat, prompt, timeout=5, **row.options)
+                attempts = refused.attempts
             else:
                 response = chain.chat(prompt, timeout=5, **row.options)
                 attempts = response.attempts
@@ -369,9 +369,8 @@ def refused(status: int = 200, body: Any = None, told: dict[str, str] | None = N
         data = body if isinstance(body, (str, bytes)) else json.dumps(body)
         mock.post(re.compile(".*"), status=status, body=data, headers=told)
         client = vendor(settings.pop("api_key", KEY), settings.pop("base_url", BASE), **settings)
-        with pytest.raises(ProviderError) as caught:
-            client.chat(messages, model="m")
-    return caught.value
+        caught = error_of(ProviderError, client.chat, messages, model="m")
+    return caught
 
 
 @pytest.mark.parametrize(("kind", "status", "body"), CASES)
@@ -739,8 +738,7 @@ def test_a_large_prompt_does_not_make_failures_slow() -> None:
         client, taken = OpenAIProvider(KEY, BASE), []
         for _ in range(2):
             start = time.monotonic()
-            with pytest.raises(BadRequest) as caught:
-                client.chat(prompt, model="m")
+            caught = error_of(BadRequest, client.chat, prompt, model="m")
             taken.append(time.monotonic() - start)
-            assert prompt[4_000_100:4_000_140] not in str(caught.value)
+            assert prompt[4_000_100:4_000_140] not in str(caught)
     assert taken[0] < taken[1] + 1.0

@@ -389,26 +389,10 @@ def test_a_break_in_a_nested_chain_reaches_the_reader(clock, error, counted):
 
 
 # -- the marker is held back
-class Feeding(Watched):
-    """Streams ``deltas``, and counts how many were asked for."""
-
-    taken = 0
-
-    def stream(self, *_: Any, **__: Any) -> Any:
-        self.taken = 0
-        for delta in self.deltas:
-            self.taken += 1
-            yield delta
-        return LLMResponse("".join(self.deltas))
-
-    def chat(self, *_: Any, **__: Any) -> LLMResponse:
-        return LLMResponse("".join(self.deltas))
-
-
 # As they are outside of tests: the suite looks at all that these return, which takes long.
 stream_of, chat_of = FailoverChain.stream, FailoverChain.chat
 STRONG = ["from ", "the ", "stronger"]
-WEAK = Feeding()
+WEAK = Watched()
 CHAIN = FailoverChain(
     [ProviderTier("weak", WEAK, ["weak"]), tier("strong", STRONG)], escalation_model="strong")
 DRESSED = ["[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** because",

@@ -29,6 +29,7 @@ from copilot_router import (InvalidResponse, OpenAIProvider, ProviderError, Prov
     ProviderUnavailable, ServerError)
 
 KEY = "sk-test-transport-key-1234567890"
+PLAIN = "http://provider.invalid/v1"
 OK = b"HTTP/1.1 200 OK\r\n"
 HEAD = OK + b"Content-Type: text/event-stream\r\n"
 CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -93,13 +94,14 @@ def fails(client: OpenAIProvider, kind: Any, text: str = "hi", *, seconds: float
 
 
 @pytest.fixture
-def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """``proxied(url)``: every kind of request has this proxy in the environment."""
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``proxied(url)``: a provider; every kind of request has this proxy in the environment."""
 
-    def use(url: str) -> None:
+    def use(url: str, base: str = "https://provider.invalid/v1", **settings: Any) -> Any:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, url)
             monkeypatch.setenv(name.upper(), url)
+        return provider(base, **settings)
 
     return use
 
@@ -513,8 +515,7 @@ def test_a_session_of_the_users_that_is_at_fault_is_unavailable(kind: Any, said:
 
 def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
     with Peer(healthy) as proxy:
-        proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider("http://provider.invalid/v1") as client:
+        with proxied(f"http://127.0.0.1:{proxy.port}", PLAIN) as client:
             assert ask(client) == "good"
         assert proxy.requests[0].startswith(b"POST http://provider.invalid/v1/chat/completions")
         assert KEY.encode() in proxy.requests[0]
@@ -523,8 +524,8 @@ def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2"])
 def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, proxied: Any) -> None:
     with Peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, Peer(healthy) as server:
-        proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider(f"http://{host}:{server.port}/v1", connect_timeout=1) as client:
+        near = f"http://{host}:{server.port}/v1"
+        with proxied(f"http://127.0.0.1:{proxy.port}", near, connect_timeout=1) as client:
             if host == "127.0.0.2":  # nobody listens there
                 fails(client, ProviderUnavailable)
             else:
@@ -539,8 +540,7 @@ def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, pr
     (b"", (ProviderUnavailable, ServerError))])
 def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) -> None:
     with Peer(says(answer, keep=False)) as proxy:
-        proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client:
+        with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             fails(client, error)
         assert proxy.requests[0].startswith(b"CONNECT provider.invalid:443")
         assert KEY.encode() not in proxy.requests[0]
@@ -557,10 +557,8 @@ def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
         connection.sendall(OK + b"\r\n")
         return silent(server, connection, request)
 
-    with Peer(serve) as proxy:
-        proxied(f"http://127.0.0.1:{proxy.port}")
-        with provider("https://provider.invalid/v1") as client:
-            fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
+    with Peer(serve) as proxy, proxied(f"http://127.0.0.1:{proxy.port}") as client:
+        fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
 def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
@@ -580,14 +578,14 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
 
         listener.settimeout(3)
         (thread,) = in_threads(1, socks)
-        proxied(f"socks5h://127.0.0.1:{listener.getsockname()[1]}")
-        with provider("http://provider.invalid/v1") as client:
+        port = listener.getsockname()[1]
+        with proxied(f"socks5h://127.0.0.1:{port}", PLAIN) as client:
             assert [ask(client) for _ in range(2)] == ["good"] * 2
         thread.join(5)
     assert b"provider.invalid" in asked[0]
     with Peer(silent) as server:  # the limits hold there, too
-        proxied(f"socks5h://127.0.0.1:{server.port}")
-        with provider("http://provider.invalid/v1", connect_timeout=0.3) as client:
+        url = f"socks5h://127.0.0.1:{server.port}"
+        with proxied(url, PLAIN, connect_timeout=0.3) as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
@@ -597,8 +595,7 @@ def test_a_socks_proxy_without_pysocks_is_named(proxied: Any,
         raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
 
     monkeypatch.setattr("requests.adapters.SOCKSProxyManager", missing)
-    proxied("socks5h://127.0.0.1:9")
-    with provider("https://provider.invalid/v1") as client:
+    with proxied("socks5h://127.0.0.1:9") as client:
         fails(client, ProviderUnavailable, match=r"(?i)socks|proxy")
 
 
@@ -673,9 +670,8 @@ def test_a_tunnel_through_a_proxy_is_kept(tls: Any, proxied: Any,
         monkeypatch: pytest.MonkeyPatch) -> None:
     context, certificate = tls
     with Peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
-        proxied(f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with provider("https://provider.invalid/v1") as client:
+        with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
         assert proxy.connections == 1
         assert KEY.encode() not in proxy.requests[0]
@@ -693,9 +689,8 @@ def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
         return tunnel(None, server, connection)
 
     with SecurePeer(serve, context) as proxy:
-        proxied(f"https://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with provider("https://provider.invalid/v1") as client:
+        with proxied(f"https://127.0.0.1:{proxy.port}") as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.6, seconds=0.6)
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import requests
 from support.dialects import (DIALECTS, Answer, Dialect, answers, chunk, head, streamed, texts_in)
+from support.fakes import error_of
 from support.server import (KEY, STOP, Canned, Server, delta, drained, message, piece, read, reply,
     sent, sse, stream, talking, waits)
-from support.vendors import KEY as VENDORS_KEY
-from support.vendors import (Anthropic, Gemini, Ollama, Reply, Responses, Vendor, detour)
+from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
 
 import copilot_router
-from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
-    ConfigError, EmptyResponse, FailoverChain, GeminiProvider, InvalidResponse, LLMResponse,
-    OllamaProvider, OpenAIProvider, ProviderError, ProviderTier, ProviderTimeout, ServerError,
+from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest,
+    ConfigError, EmptyResponse, FailoverChain, InvalidResponse, LLMResponse,
+    OpenAIProvider, ProviderError, ProviderTier, ProviderTimeout, ServerError,
     StreamInterrupted, UnsupportedRequest, Usage)
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -145,9 +145,8 @@ def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -
     ids=["nothing", "white space", "only reasoning", "cut by length"])
 def test_an_answer_without_text_and_calls_is_empty(dialect: Dialect, streaming: bool,
         answer: Answer) -> None:
-    with pytest.raises(EmptyResponse) as raised:
-        said(dialect, answer, stream_upstream=streaming)
-    assert raised.value.usage == Usage(9, 4)
+    raised = error_of(EmptyResponse, said, dialect, answer, stream_upstream=streaming)
+    assert raised.usage == Usage(9, 4)
 
 
 def test_several_tool_calls_come_with_text_and_reasoning(dialect: Dialect, streaming: bool) -> None:
@@ -179,10 +178,8 @@ def test_failures_have_their_class(dialect: Dialect, name: str) -> None:
     for wire in (body, event)[: 1 if dialect.name == "ollama" else 2]:
         answer = reply(wire, status, X_Request_Id="r-8", **headers)
         with served(dialect, answer) as (server, provider):
-            with pytest.raises(ProviderError) as raised:
-                provider.chat("hi", model="m", timeout=5)
+            error = error_of(ProviderError, provider.chat, "hi", model="m", timeout=5)
             assert len(server.requests) == 1
-        error = raised.value
         assert (type(error), error.status, error.model) == (kind, status, "m")
         assert (error.retry_after, error.request_id) == (wait, "r-8")
         vendor = "openai" if dialect.name in ("chat", "responses") else dialect.name
@@ -1057,30 +1054,12 @@ def test_a_model_that_shows_no_thoughts_is_asked_without_them(number: int, optio
 # -- histories
 
 
-MODELS = ("m-1", "m-2")
 VENDORS = ("openai", "responses", "anthropic", "gemini", "ollama")
 SYSTEM = {"role": "system", "content": "be brief"}
 #: Whether the thinking goes back to the same vendor and model. OpenAI's own servers want none.
 RETURNS = {"openai": False, "responses": True, "anthropic": True, "gemini": False, "ollama": True}
-KINDS: dict[str, tuple[type[Vendor], Any]] = {"anthropic": (Anthropic, AnthropicProvider),
-    "gemini": (Gemini, GeminiProvider), "ollama": (Ollama, OllamaProvider)}
 DOWN = reply({"error": {"message": "down", "type": "server_error"}}, 500)
 RESULTS = ["weather in Oslo", "time in Oslo", "weather in Rome", "time in Rome", "weather in Bern"]
-
-
-@contextmanager
-def at(name: str, *script: Any, **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """A vendor that enforces its rules, and a provider for it; OpenAI under its own address."""
-    if name in ("openai", "responses"):
-        api = "chat" if name == "openai" else "responses"
-        with Responses(*script) as vendor, detour(vendor) as session:
-            yield vendor, OpenAIProvider(VENDORS_KEY, session=session, api=api, **settings)
-        return
-    fake, made = KINDS[name]
-    with fake(*script) as vendor:
-        provider = made(VENDORS_KEY, vendor.url, **settings)
-        yield vendor, provider
-        provider.close()
 
 
 def turns(*names: str) -> list[Reply]:
@@ -1127,8 +1106,8 @@ def test_a_tool_loop_may_change_the_vendor_at_every_turn(one: str, two: str) -> 
     """Nothing foreign is sent, and each gets its own back unchanged, or it would refuse."""
     a, b, c, d = turns(one, two, one, two)
     streaming = one < two
-    with at(one, a, DOWN, c, DOWN, stream_upstream=streaming) as (first, provider), \
-            at(two, b, d, stream_upstream=streaming) as (second, other):
+    with faked(one, a, DOWN, c, DOWN, stream_upstream=streaming) as (first, provider), \
+            faked(two, b, d, stream_upstream=streaming) as (second, other):
         chain = FailoverChain([ProviderTier("a", provider, ["m-1"], retries=0),
                                ProviderTier("b", other, ["m-1"], retries=0)])
         responses = looped(chain, streaming)
@@ -1148,7 +1127,7 @@ def test_a_tool_loop_may_change_the_vendor_at_every_turn(one: str, two: str) -> 
 @pytest.mark.parametrize("name", VENDORS)
 def test_a_tool_loop_may_change_the_model_at_every_turn(name: str) -> None:
     a, b, c, d = turns("m-1", "m-2", "m-1", "m-2")
-    with at(name, a, DOWN, b, c, DOWN, d) as (vendor, provider):
+    with faked(name, a, DOWN, b, c, DOWN, d) as (vendor, provider):
         chain = FailoverChain([ProviderTier(one, provider, [one], retries=0) for one in MODELS])
         assert [one.provider for one in looped(chain, True)] == [*MODELS, *MODELS]
         assert not vendor.refusals
@@ -1162,7 +1141,8 @@ def test_a_tool_loop_may_change_the_model_at_every_turn(name: str) -> None:
 @pytest.mark.parametrize("name", ["responses", "anthropic", "gemini"])
 def test_what_a_message_carries_goes_back_only_as_it_was(name: str) -> None:
     """Not with an edited text or another id, and not to another server."""
-    with at(name, Reply("text", [("time", {"city": "Oslo"})], "a thought")) as (vendor, provider):
+    first = Reply("text", [("time", {"city": "Oslo"})], "a thought")
+    with faked(name, first) as (vendor, provider):
         message = provider.chat([USER], TOOLS, "m-1").message
         assert message["copilot_router"]
         (call,) = message["tool_calls"]
@@ -1174,7 +1154,7 @@ def test_what_a_message_carries_goes_back_only_as_it_was(name: str) -> None:
         histories = [[USER, edited, answer], [USER, renamed, {**answer, "tool_call_id": "mine"}]]
         if name != "responses":  # both fakes stand behind OpenAI's one address
             histories.append([USER, message, answer])
-        with at(name) as (stranger, other):
+        with faked(name) as (stranger, other):
             for history in histories:
                 assert other.chat(history, TOOLS, "m-1").text == "ok"
                 text = json.dumps(stranger.bodies)
@@ -1202,7 +1182,7 @@ def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> N
         {"role": "user", "content": " \n"}, {"role": "assistant", "content": None},
         {"role": "assistant", "content": "so"}]
     before = copy.deepcopy((history, TOOLS))
-    with at(name) as (vendor, provider):
+    with faked(name) as (vendor, provider):
         assert provider.chat(history, TOOLS, "m-1").text == "ok"
         assert provider.chat(history, None, "m-1").text == "ok"
         assert not vendor.refusals
@@ -1226,7 +1206,7 @@ def test_every_option_is_accepted_by_the_vendor_or_refused_here(name: str) -> No
     varied.append({one: PORTABLE[one] for one in PORTABLE if one not in (*forms, "extra_body")})
     varied.append({"tool_choice": "none", "parallel_tool_calls": False})
     unable, before = [], copy.deepcopy(varied)
-    with at(name) as (vendor, provider):
+    with faked(name) as (vendor, provider):
         for options in varied:
             try:
                 assert provider.chat("in json", TOOLS, "m-1", **options).text == "ok"
@@ -1250,7 +1230,7 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
         able: bool) -> None:
     content = [{"type": "text", "text": "q"}, *([] if part is CUSTOM else [part])]
     messages, tools = [{"role": "user", "content": content}], [part] * (part is CUSTOM) or None
-    with at(name) as (vendor, provider):
+    with faked(name) as (vendor, provider):
         if able:
             assert provider.chat(messages, tools, "m-1").text == "ok"
         else:
@@ -1268,7 +1248,7 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
 @pytest.mark.parametrize("name", ["anthropic", "gemini"])
 def test_parts_without_an_address_or_in_the_wrong_place_are_not_sent(name: str, role: str,
         part: Any, error: Any, told: str) -> None:
-    with at(name) as (vendor, provider):
+    with faked(name) as (vendor, provider):
         with pytest.raises(error, match=told):
             provider.chat([{"role": role, "content": [part]}, USER], model="m-1")
         assert not vendor.requests
@@ -1285,7 +1265,7 @@ def test_tool_names_are_made_valid_and_back(name: str) -> None:
         return Reply(calls=[(one["name"], {"city": "x"}) for one in declared])
 
     choice = {"type": "function", "function": {"name": "1st.tool"}}
-    with at(name, answer) as (vendor, provider):
+    with faked(name, answer) as (vendor, provider):
         response = provider.chat([USER], tools, "m-1", tool_choice=choice)
         assert [call.name for call in response.tool_calls] == names
         results = [{"role": "tool", "tool_call_id": call.id, "content": "x"}

@@ -75,32 +75,33 @@ class Custom(LLMProvider):
 
 
 class Watched(LLMProvider):
-    """Streams ``deltas`` and knows how many of its streams are open.
+    """Streams ``deltas`` and knows how many of its streams are open, and how many it has taken.
 
     An exception among the deltas is raised, a function is called.
     """
 
     def __init__(self, *deltas: Any, response: LLMResponse | None = None) -> None:
-        self.deltas = deltas
-        text = "".join(item for item in deltas if isinstance(item, str))
-        self.response = response or LLMResponse(text)
-        self.opened = self.closed = 0
+        self.deltas, self.response = deltas, response
+        self.opened = self.closed = self.taken = 0
 
     def chat(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> LLMResponse:
-        return self.response
+        text = "".join(item for item in self.deltas if isinstance(item, str))
+        return self.response or LLMResponse(text)
 
     def stream(self, messages: Any, tools: Any = None, model: Any = None,
             **kwargs: Any) -> Generator[str, None, LLMResponse]:
         self.opened += 1
+        self.taken = 0
         try:
             for delta in self.deltas:
+                self.taken += 1
                 if callable(delta):
                     delta()
                 elif isinstance(delta, BaseException):
                     raise delta
                 else:
                     yield delta
-            return self.response
+            return self.chat(messages)
         finally:
             self.closed += 1
 

@@ -25,7 +25,8 @@ from support import dialects
 from support.dialects import Answer
 from support.server import Request, Server, parsed, reply
 
-from copilot_router import Usage
+from copilot_router import (AnthropicProvider, GeminiProvider, OllamaProvider, OpenAIProvider,
+    Usage)
 
 KEY = "sk-test-vendors-key-1234567890"
 
@@ -829,3 +830,26 @@ Chat.answers_of = ChatAnswers
 Anthropic.answers_of = AnthropicAnswers
 Gemini.answers_of = GeminiAnswers
 Ollama.answers_of = OllamaAnswers
+
+
+# ==== all of them
+
+KINDS: dict[str, tuple[type[Vendor], Any]] = {"anthropic": (Anthropic, AnthropicProvider),
+    "gemini": (Gemini, GeminiProvider), "ollama": (Ollama, OllamaProvider)}
+MODELS = ("m-1", "m-2")
+
+
+@contextmanager
+def faked(name: str, *script: Any, models: tuple[str, ...] = MODELS,
+        **settings: Any) -> Iterator[tuple[Any, Any]]:
+    """A vendor that enforces its rules, and a provider for it; OpenAI under its own address."""
+    if name in ("openai", "responses"):
+        api = "chat" if name == "openai" else "responses"
+        with Responses(*script, models=models) as vendor, detour(vendor) as session:
+            yield vendor, OpenAIProvider(KEY, session=session, **{"api": api, **settings})
+        return
+    fake, made = KINDS[name]
+    with fake(*script, models=models) as vendor:
+        provider = made(KEY, vendor.url, **settings)
+        yield vendor, provider
+        provider.close()
