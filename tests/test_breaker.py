@@ -712,16 +712,18 @@ def test_a_child_may_have_a_trial_of_its_own(kind, clock):
 
 GEVENT = """
 import gevent.monkey; gevent.monkey.patch_all()
-import gevent
+import gevent, gevent.event
 from copilot_router import CircuitBreaker, CircuitOpen
 breaker = CircuitBreaker(1, 0.0)
 breaker.admit().failure()
-entered, refused = [], []
+entered, refused, leave = [], [], gevent.event.Event()
 def work(at):
     try:
-        breaker.call(lambda: (entered.append(at), gevent.sleep(0.05)))
+        breaker.call(lambda: (entered.append(at), leave.wait(10)))
     except CircuitOpen:
         refused.append(at)
+        if len(refused) == 199:
+            leave.set()
 gevent.joinall([gevent.spawn(work, at) for at in range(200)])
 assert (len(entered), len(refused)) == (1, 199), (len(entered), len(refused))
 """

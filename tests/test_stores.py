@@ -849,7 +849,7 @@ def test_a_server_that_restarts_is_told_the_open_state(redis_server, clock):
 
 # -- processes
 STORE = """
-import os, sys, threading, time
+import os, sys, threading
 from copilot_router import BreakerRecord, CircuitBreaker, CircuitOpen, RedisStore, SQLiteStore
 kind, where, *more = sys.argv[1:]
 def new():
@@ -859,18 +859,20 @@ def new():
 store = new()
 def children(count, work):
     "What each of them returned, when all may begin at one moment."
-    go, start = os.pipe()
+    (go, start), (ready, here) = os.pipe(), os.pipe()
     pids = []
     for at in range(count):
         pid = os.fork()
         if pid == 0:
             os.close(start)
+            os.write(here, b"x")
             os.read(go, 1)  # until the parent closes its end
             os._exit(work(at))
         pids.append(pid)
-    os.close(go)
-    time.sleep(0.02)
-    os.close(start)
+    for _ in pids:
+        os.read(ready, 1)
+    for end in (go, start, ready, here):
+        os.close(end)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 """
 
