@@ -152,9 +152,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         FailoverChain.from_config("null\0byte.toml")
 
 
-def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch: Patch) -> None:
+def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch: Patch,
+        tmp_path: Path, capsys: Any) -> None:
+    """Also once init has written a file, which can be written all the same."""
     for name in ("tomllib", "tomli"):
         monkeypatch.setitem(sys.modules, name, None)
+    assert main(["init", str(tmp_path / "new.toml")]) == 0
+    assert "pip install tomli" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="pip install tomli"):
         FailoverChain.from_config(write(GOOD))
     assert FailoverChain.from_config(tomllib.loads(GOOD)).tiers[0].name == "a"
