@@ -258,6 +258,14 @@ def test_a_page_with_status_200_is_no_answer(dialect: Dialect) -> None:
         said(dialect, reply(b"data: <html>Log in</html>\n\n"))
 
 
+def test_a_whole_answer_waits_two_seconds_for_the_end_of_its_body() -> None:
+    """And not for as long as a silent server may take within an answer."""
+    with talking("chat", waits(sse(delta(content="whole"), STOP))) as (provider, _):
+        start = time.monotonic()
+        assert provider.chat("q", model="m", timeout=30).text == "whole"
+        assert 1.9 < time.monotonic() - start < 3
+
+
 def test_text_behind_the_end_of_the_answer_does_not_count(dialect: Dialect) -> None:
     """A proxy that plays the answer twice does not double it; nor does it add calls."""
     events = dialect.events(Answer())

@@ -106,7 +106,7 @@ def variants(node: Any) -> Iterator[ast.AST]:
         for at, word in enumerate(node.keywords):
             if word.arg and word.arg not in FOR_PEOPLE:
                 yield changed(node, keywords=node.keywords[:at] + node.keywords[at + 1 :])
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and ast.unparse(node) not in ("return", "return None"):
         yield ast.Return(ast.Constant(None))
     call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     kept = isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name)
