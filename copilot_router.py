@@ -2013,7 +2013,7 @@ class _Limited:
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         limits = _sending.limits
-        if self.sock is not None and limits.fresh:
+        if self.sock is not None and limits.fresh and self.now.limits is not limits:
             self.close()  # type: ignore[attr-defined]
         if self.sock is not None:
             self.now.limits, limits.reused = limits, self.used
@@ -2319,6 +2319,9 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
     how = "closed before the answer"
     if what == "the answer":
         broken, how = InvalidResponse, "truncated: the connection broke"
+    gone = (http.RemoteDisconnected, ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+    if limits.reused and among(*gone):  # urllib3 blames the proxy for a kept tunnel that has ended
+        return broken(how)
     rows: tuple[tuple[type[ProviderError], str, tuple[type[BaseException], ...]], ...] = (
         (ProviderUnavailable, "the name cannot be resolved", (socket.gaierror,)),
         (ProviderUnavailable, _tls_trouble(causes),
@@ -2326,8 +2329,7 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         (ProviderUnavailable, "the proxy failed", (theirs.ProxyError, wrapped.ProxyError)),
         (ProviderUnavailable, "refused", (ConnectionRefusedError,)),
         (ProviderUnavailable, "cannot connect", (wrapped.NewConnectionError,)),
-        (broken, how, (http.RemoteDisconnected, ConnectionResetError, BrokenPipeError,
-                       ConnectionAbortedError, http.IncompleteRead, wrapped.IncompleteRead)),
+        (broken, how, (*gone, http.IncompleteRead, wrapped.IncompleteRead)),
         (InvalidResponse, "not an HTTP answer",
          (http.BadStatusLine, http.LineTooLong, http.UnknownProtocol)),
         (InvalidResponse, "garbled HTTP", (http.HTTPException, wrapped.HeaderParsingError,
@@ -4208,8 +4210,7 @@ class _HTTPProvider(LLMProvider):
         try:
             chunks = answer.chunks()
             body, head = self._form(answer, chunks)
-            yield body.feed(head)
-            for chunk in chunks:
+            for chunk in itertools.chain([head], chunks):
                 yield body.feed(chunk)
                 ends = collector.complete and not collector.stops_at_once
                 if ends and limits.silence > _TAIL_TIMEOUT:

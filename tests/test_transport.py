@@ -636,13 +636,15 @@ class SecurePeer(Peer):
             self._threads.discard(threading.current_thread())
 
 
-def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any) -> bool:
+def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any,
+        answers: int = sys.maxsize) -> bool:
     """The answer to CONNECT, and TLS inside of the tunnel: healthy, or silent without a context."""
     connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
     if context is None:
         return silent(server, connection, b"")
     with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as inside:
-        while request := received(inside):
+        while answers and (request := received(inside)):
+            answers -= 1
             server.requests.append(request)
             inside.sendall(STREAM)
     return False
@@ -675,6 +677,16 @@ def test_a_tunnel_through_a_proxy_is_kept(tls: Any, proxied: Any,
             assert [ask(client) for _ in range(3)] == ["good"] * 3
         assert proxy.connections == 1
         assert KEY.encode() not in proxy.requests[0]
+
+
+def test_a_kept_tunnel_that_has_ended_is_made_anew_once(tls: Any, proxied: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    context, certificate = tls
+    with Peer(lambda server, connection, _: tunnel(context, server, connection, 1)) as proxy:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        with proxied(f"http://127.0.0.1:{proxy.port}") as client:
+            assert [ask(client) for _ in range(3)] == ["good"] * 3
+        assert proxy.connections == 3
 
 
 @pytest.mark.parametrize("inner", ["silent", "late"])
