@@ -108,6 +108,7 @@ class RouterError(Exception):
 
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
+    _had_begun = False  #: the answer had, so that it has a price
 
 
 class ProviderError(RouterError):
@@ -273,9 +274,9 @@ def _number(
 ) -> Any:
     """A checked setting. NaN, booleans and text never are one."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not value >= least or (finite and math.isinf(value)):
+    if not right or not value >= least or (value > 1e300 and (finite or value != math.inf)):
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
-        raise ConfigError(f"{where}={value!r}: give {kind} of at least {least:g}")
+        raise ConfigError(f"{where}={value!r:.60}: give {kind} of at least {least:g}")
     return value
 
 
@@ -432,7 +433,9 @@ def _judged(
     if isinstance(error, ProviderError):
         cut = isinstance(error, EmptyResponse) and error.code == "length"
         then, outcome = error.then, "neutral" if cut else error.breaker
-        hint = None if error.retry_after is None else min(max(error.retry_after, 0.0), _MAX_PARK)
+        given = error.retry_after  # a custom provider may give anything
+        known = isinstance(given, (int, float)) and given == given
+        hint = min(max(given, 0.0), _MAX_PARK) if known else None  # type: ignore[type-var]
     then = facts.overruled or then
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
@@ -1984,12 +1987,9 @@ class _Limited:
     def _new_conn(self) -> Any:
         limits = self.now.limits
         if hasattr(self, "_socks_options"):
-            from urllib3.exceptions import HTTPError
-
-            self.timeout = limits.connect_left()
             try:
-                return super()._new_conn()  # type: ignore[misc]
-            except (OSError, HTTPError):
+                return _connect_by_socks(self, limits)
+            except OSError:
                 told = "the SOCKS proxy does not connect"
             raise limits.expired() or ProviderUnavailable(told)
         sock = _connect(self, limits)
@@ -2013,12 +2013,36 @@ class _Limited:
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         limits = _sending.limits
-        if self.sock is not None and limits.fresh and self.now.limits is not limits:
+        kept = self.sock is not None and self.now.limits is not limits
+        if kept and (limits.fresh or getattr(self.sock, "pending", int)()):  # TLS holds an answer
             self.close()  # type: ignore[attr-defined]
         if self.sock is not None:
             self.now.limits, limits.reused = limits, self.used
         self.used = True
         return super().request(*args, **kwargs)  # type: ignore[misc]
+
+
+def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
+    """A connection by way of a SOCKS proxy; all that is said to the proxy has one limit."""
+    import socks  # type: ignore[import-untyped]
+
+    class Socket(socks.socksocket):  # type: ignore[misc]
+        def recv_into(self, *args: Any, **kwargs: Any) -> Any:
+            self.settimeout(limits.connect_left())
+            return super().recv_into(*args, **kwargs)
+
+    given, sock = connection._socks_options, Socket()
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(sock)
+        names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
+        sock.set_proxy(*(given[name] for name in names))
+        for option in connection.socket_options or ():
+            sock.setsockopt(*option)
+        sock.settimeout(limits.connect_left())
+        sock.connect((connection.host, connection.port))
+        sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
+        opened.pop_all()
+    return sock
 
 
 @functools.cache
@@ -2442,7 +2466,7 @@ class _JSONBody(_Lines):
         lines = [line for line in self.lines(chunk) if line.strip()]
         if self._in_pieces is None:
             lines = list(itertools.dropwhile(_is_heartbeat, lines))
-            self._in_pieces = _is_piece(lines[0], self._in_lines) if lines else None
+            self._in_pieces = _holds_piece(lines[0], self._in_lines) if lines else None
         if self._in_pieces:
             return [("", line) for line in lines]
         self._kept += lines
@@ -2469,15 +2493,18 @@ def _is_heartbeat(data: bytes) -> bool:
     return _pattern(r"[\w.-]{0,40}").fullmatch(data.strip().decode("latin-1")) is not None
 
 
-def _is_piece(line: bytes, labelled: bool) -> bool:
-    """Whether a line is a piece of an answer, in Ollama's form or that of Chat Completions."""
+def _holds_piece(line: bytes, labelled: bool) -> bool:
+    """Whether a line is a piece of an answer; ``labelled``: any object in it is one."""
     try:
         text = line.decode("utf-8", "replace").strip() if len(line) < _READ_SIZE else "0"
         value = _scanned(text, 0)[0]
     except _NOT_JSON:
         return False
-    if not isinstance(value, dict) or labelled:
-        return labelled
+    return labelled if labelled or not isinstance(value, dict) else _is_piece(value)
+
+
+def _is_piece(value: dict[str, Any]) -> bool:
+    """Whether an object is a piece of an answer, in Ollama's form or that of Chat Completions."""
     choices = value.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return value.get("done") is False or (isinstance(first, dict) and "delta" in first)
@@ -2583,6 +2610,8 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
 )
 
+#: Classes that count against a tier: for them a phrase must be the server's own.
+_BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded)
 #: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
 _TYPES = _coded({
     AuthenticationError: "authentication_error permission_error unauthenticated permission_denied",
@@ -2603,7 +2632,7 @@ _STATUSES: dict[int, type[ProviderError]] = {
 #: What a 403 must speak of to mean that a key has no permission, and not that a prompt is disliked.
 _NAMES_PERMISSION = (
     r"key|permission|credential|token|auth|account|organi[sz]ation|project|billing|credit|balance|"
-    r"quota|plan|subscription|country|region|location|forbidden|access|not allowed"
+    r"quota|plan\b|subscription|country|region|location"
 )
 #: Headers with the provider's id of a request; DeepSeek, Mistral, Cerebras, Cohere have their own.
 _REQUEST_IDS = (
@@ -2722,18 +2751,19 @@ class _Words:
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
         self._message = " ".join(message[:_SEARCHED].split())
-        self._known = ""
         known = "\n".join(texts)
-        if len(known) > _COMPARED:
-            self._known, self.shown = known.lower(), ""
-        else:
+        self._known, self.shown = known.lower(), ""
+        self._large = len(known) > _COMPARED
+        if not self._large:
             self._message = self.shown = _without_echo(self._message, known)
 
-    def find(self, pattern: str) -> re.Match[str] | None:
-        """The first match that is the server's own."""
+    def find(self, pattern: str, own: bool = False) -> re.Match[str] | None:
+        """The first match that is the server's own; ``own``: the request has no such words."""
         for found in itertools.islice(_pattern(pattern).finditer(self._message), 4):
-            start, end = max(0, found.start() - 6), found.end() + 6
-            if not self._known or self._message[start:end].lower() not in self._known:
+            around = 6 if self._large else 0
+            start, end = max(0, found.start() - around), found.end() + around
+            compared = self._large or own
+            if not compared or self._message[start:end].lower() not in self._known:
                 return found
         return None
 
@@ -2744,8 +2774,9 @@ class _Words:
 def _without_echo(message: str, known: str) -> str:
     """The message with *** for lines of the request, and for longer runs of its characters."""
     lines = {" ".join(line.split()) for line in known.split("\n")}
-    for line in sorted((x for x in lines if 4 <= len(x) < _ECHO), key=len, reverse=True)[:200]:
-        if line.lower() in message.lower():
+    folded = message.lower()
+    for line in sorted((x for x in lines if 4 <= len(x) < _ECHO), key=len, reverse=True):
+        if line.lower() in folded:
             message = re.sub(rf"(?i)(?<!\w){re.escape(line)}(?!\w)", "***", message)
     known, folded = "\n".join(lines).lower(), message.lower()
     if len(folded) != len(message):
@@ -2814,7 +2845,8 @@ def _class_of(
             soon = kind is QuotaExceeded and status == 402 and waits
             return RateLimited if soon else kind, True
     for pattern, kind in (*rows.phrases, *_PHRASES):
-        found = words.find(f"(?i){pattern}")
+        doubtful = kind in _BLAMING and status in (200, 400, 413, 422)
+        found = words.find(f"(?i){pattern}", own=doubtful)
         if found and _may_mean(kind, status, report, found.group().lower()):
             coded = status == 200 and bool(report.number or report.codes)  # not a word in a text
             fits = status in (401, 402, 403, 429) or rows.statuses.get(status) is kind or coded
@@ -3240,8 +3272,7 @@ def _argument_object(arguments: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
-    known = type(value) in (int, float) and 0 < value < 2**53
-    return int(value) if known else 0
+    return int(value) if type(value) in (int, float) and 0 < value < 2**53 else 0
 
 
 def _counted(usage: Mapping[str, Any], *names: str) -> int:
@@ -3261,10 +3292,13 @@ _FINISHES = {word: reason for reason, words in {
               " max_length",
     "content_filter": "content_filter sensitive refusal safety",
 }.items() for word in words.split()}
+_REASONS = frozenset({*_FINISHES.values(), "tool_calls"})
 #: Finish reasons that mean that the answer failed or was cut off.
 _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
-    "canceled", "timeout", "connection_error", "failed", "server_error",
+    "canceled", "timeout", "connection_error", "failed", "server_error", "incomplete",
+    "interrupted", "user_cancel", "error_limit", "error_toxic", "upstream_error", "disconnected",
+    "internal_error", "internal_server_error", "deadline_exceeded",
 })
 _PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that change the answer: those behind its finish reason are passed over.
@@ -3276,6 +3310,15 @@ def _is_dense(text: bytes, most: int) -> bool:
     weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36} if len(text) >= 1 << 19 else {}
     memory = sum(text.count(mark) * weight for mark, weight in weights.items())
     return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
+
+
+def _says_failure(body: _Object) -> bool:
+    """Whether an object without a key "error" reports one: vendors have many forms."""
+    if "base_resp" in body:  # MiniMax
+        return bool(_dict(body["base_resp"]).get("status_code"))
+    kinds = (body.get("object"), body.get("type"), body.get("status"))
+    number = next(filter(None, map(_int, (body.get("code"), body.get("status_code")))), 0)
+    return bool("error" in kinds or body.get("errors") or body.get("detail") or number >= 400)
 
 
 class _InBandError(Exception):
@@ -3387,6 +3430,7 @@ class _Collector:
         self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
         self.stops_at_once = False  #: and it came with the first piece: more may follow
+        self._more = ""  #: such a text of this event
         self._large = False  #: this event is, so that reading it looks at the clock
         self.ended = False  #: the end marker has come: nothing follows
         self.whole = False  #: it came as one value, and not in events
@@ -3398,12 +3442,14 @@ class _Collector:
         self._model = self._half = ""  # _half: of a surrogate pair, whose other half may come
         self._halves = False  #: the answer may hold such halves
         self._text: list[str] = []
+        self._size = 0  #: characters of the text
         self._reasoning: list[str] = []
         self._think = _ThinkSplitter()
         self._calls: list[dict[str, Any]] = []
         self._by_key: dict[Any, dict[str, Any]] = {}  #: calls
         self._early: dict[Any, list[str]] = {}  #: arguments of calls that have not begun
         self._open: set[Any] = set()  #: parts whose end has not come
+        self._ended: set[Any] = set()  #: and those whose end has
         self._counts: dict[str, Any] = {}
         self._grown: dict[str, list[str]] = {}
         self._kept: dict[str, dict[Any, Any]] = {}
@@ -3421,13 +3467,13 @@ class _Collector:
         try:
             body = _json(data, "an event")
         except InvalidResponse:
-            if name == "error":
+            if name in ("error", "exception"):
                 said = data[:_READ_SIZE].decode("utf-8", "replace")
                 raise _InBandError({"error": {"message": said}}) from None
             if self.complete or _is_heartbeat(data):
                 return
             raise
-        if name and name == "error" and not _dict(body).get("error"):
+        if name in ("error", "exception") and not _dict(body).get("error"):
             raise _InBandError({"error": body})
         self.take_value(body)
 
@@ -3442,7 +3488,8 @@ class _Collector:
         body = _json(text, what)
         if not isinstance(body, (dict, list)):
             raise InvalidResponse("the answer is no object")
-        self.whole = not body or isinstance(body, dict)  # a list holds the events of a stream
+        # a list holds the events of a stream, and a piece of a stream is no whole answer either
+        self.whole = not body or (isinstance(body, dict) and not _is_piece(body))
         self._large = True
         self.take_value(body)
 
@@ -3475,19 +3522,17 @@ class _Collector:
             for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
                 self.take_value(item)
             return
-        if body.get("error") or body.get("object") == "error" or (
-            "base_resp" in body and _dict(body["base_resp"]).get("status_code")  # MiniMax
-        ):
+        if body.get("error") or ("choices" not in body and _says_failure(body)):
             raise _InBandError(body)
         self._raw, self._passes, self._begun = body, False, bool(self._text or self._calls)
+        self._more = ""
         try:
             for fact in self._read(body) if not self._large else self._watched(body):
                 kind = fact[0]
                 if kind == "text" and not (self.complete or self._passes):
                     self._take_text(fact[1])  # as most of them
-                elif kind == "text" and self._goes_on(fact[1]):
-                    self.complete, self._finish = False, None
-                    self._take_text(fact[1])
+                elif self.stops_at_once and not self._passes and kind in ("text", "stop"):
+                    self._take_more(kind, fact[1])
                 elif fact in self._repeated:
                     pass
                 elif kind == "choice" or not (
@@ -3506,12 +3551,16 @@ class _Collector:
             if not at % 256 and (late := self.check()):
                 raise late
 
-    def _goes_on(self, text: str | None) -> bool:
-        """Whether text behind a finish reason is a part of the answer.
+    def _take_more(self, kind: str, value: str | None) -> None:
+        """Text behind a finish reason, in an event that has one too: old servers put it into each.
 
-        Old servers put "stop" into every event. A proxy that answers twice repeats what has come.
+        A proxy that answers twice repeats what has come: that does not count.
         """
-        return bool(text) and self.stops_at_once and not self._passes and text != self.text
+        if kind == "text":
+            self._more = value or ""
+        elif value and self._more and (len(self._more) != self._size or self._more != self.text):
+            self._take_text(self._more)
+            self._take_stop(value)
 
     # -- facts
 
@@ -3534,6 +3583,7 @@ class _Collector:
             if not text:
                 return
         self._text.append(text)
+        self._size += len(text)
         if self.shows is not None:
             self.shows.append(text)
 
@@ -3555,14 +3605,15 @@ class _Collector:
         call_id, name = _clean(call_id), _clean(name)
         call = self._by_key.get(key)
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
-            known = (one for one in self._calls if call_id and one["id"] == call_id)
-            call = next(known, self._calls[-1])
+            last = self._calls[-1]
+            call = self._by_key.get(("id", call_id), last) if call_id else last
         if call and name and call["name"] and self._is_another(call, call_id, name):
             call = None
         if call is None:
             early = self._early.pop(key, [])
-            call = {"id": "", "name": "", "pieces": early, "closed": False}
+            call = {"id": "", "name": "", "pieces": early, "size": 0, "keys": {key}}
             self._calls.append(call)
+        self._by_key["id", call_id] = call
         if key is not None:
             self._by_key[key] = call
         call["id"] = call["id"] or call_id
@@ -3572,10 +3623,11 @@ class _Collector:
         elif not isinstance(arguments, str) and arguments is not None:
             raise TypeError("arguments")
         call["pieces"] += [arguments] if arguments else []
+        call["size"] += len(arguments or "")
         self.alive = True
 
     def _take_called(self, call_id: Any, name: Any, arguments: Any) -> None:
-        self._take_call(("whole", len(self._calls)), call_id, name, arguments)
+        self._take_call(("whole", len(self._calls)), call_id, name, arguments or {})
         self._take_closed(("whole", len(self._calls) - 1))
 
     def _take_arguments(self, key: Any, text: str) -> None:
@@ -3586,9 +3638,12 @@ class _Collector:
 
     def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
         """Whether a piece with a name begins a new call, though an earlier one has its key."""
+        other = bool(call_id and call["id"] and call_id != call["id"])
+        if other and not self._ended.isdisjoint(call["keys"]):
+            return True
         if name == call["name"]:
-            other = bool(call_id and call["id"] and call_id != call["id"])
-            return other and isinstance(_parsed("".join(call["pieces"])), dict)
+            whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
+            return whole and isinstance(_parsed("".join(call["pieces"])), dict)
         known = {_dict(tool.get("function")).get("name") for tool in self._call.tools or ()}
         known |= {theirs for theirs, ours in self._names.items() if ours in known}
         return name in known or call["name"] + name not in known
@@ -3603,8 +3658,7 @@ class _Collector:
 
     def _take_closed(self, key: Any) -> None:
         self._open.discard(key)
-        if key in self._by_key:
-            self._by_key[key]["closed"] = True
+        self._ended.add(key)
 
     def _take_grow(self, name: str, text: Any) -> None:
         if isinstance(text, str):
@@ -3614,6 +3668,8 @@ class _Collector:
     def _take_keep(self, name: str, key: Any, item: Any) -> None:
         items = self._kept.setdefault(name, {})
         items[len(items) if key is None else key] = item
+        if 450 * len(items) > 7 * max(self.most, 1 << 20):  # bytes that a small object takes
+            raise InvalidResponse("the answer has too many values to read", code="too_large")
 
     def _take_piece(self, name: str, key: Any, field_name: str, text: Any) -> None:
         begun = self._kept[name][key].get(field_name)
@@ -3648,7 +3704,7 @@ class _Collector:
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
-            self.stops_at_once = not self._begun
+            self.stops_at_once = self.stops_at_once or not self._begun
             self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
             self.complete = True
 
@@ -3686,7 +3742,7 @@ class _Collector:
         self._text.append(rest + ("\ufffd" if self._half else ""))
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given  # a call with neither name nor arguments is none
-        calls = self._tool_calls(cut=finish == "length")
+        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls"))
         if finish == "stop" and calls:
             finish = "tool_calls"
         text = self._without_thoughts("".join(self._text))
@@ -3732,19 +3788,21 @@ class _Collector:
         return self._healed({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self, cut: bool) -> list[ToolCall]:
-        """``cut``: the token limit ended the answer, perhaps before a call's arguments."""
+        """``cut``: something ended the answer, perhaps before the last call's arguments."""
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
         found: list[ToolCall] = []
+        ids: set[str] = set()
         for at, call in enumerate(self._calls):
             if not call["name"]:
                 raise InvalidResponse("a tool call has no name")
             name = self._names.get(call["name"], call["name"])
             arguments, raw = self._arguments(call["pieces"], name)
-            if cut and not raw and not call["closed"]:
+            unfinished = not self._open.isdisjoint(call["keys"])
+            if not raw.strip() and (unfinished or (cut and call is self._calls[-1])):
                 arguments = None
             call_id = call["id"] or f"call_{earlier + at}"
-            if any(call_id == other.id for other in found):
-                call_id = f"{call_id}_{at}"
+            call_id = f"{call_id}_{at}" if call_id in ids else call_id
+            ids.add(call_id)
             found.append(ToolCall(call_id, name, arguments, raw))
         return found
 
@@ -3851,7 +3909,9 @@ class _HTTPProvider(LLMProvider):
         self._host = _host_of(self.base_url)
         self._key = self._checked_key(api_key)
         given = (headers or {}).items()
-        self._own_headers = {name: _sendable(text, f"headers[{name!r}]") for name, text in given}
+        self._own_headers = {
+            _header_name(name): _sendable(text, f"headers[{name!r}]") for name, text in given
+        }
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
@@ -3860,6 +3920,7 @@ class _HTTPProvider(LLMProvider):
         }
         self._secrets = self._set_secrets(url)
         self._learned: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
+        self._refused: dict[tuple[str | None, str], tuple[Any, ...]] = {}  # values; (): any value
         self._requests, self._new_session = _http()
         self._session, self._own_session = session, session is None
         self._settings: dict[str, Any] = {}
@@ -3912,7 +3973,7 @@ class _HTTPProvider(LLMProvider):
 
     def _full_url(self, url: str) -> str:
         """The address, with the API's path if it has none, without name, password and query."""
-        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url.strip()):
+        if not isinstance(url, str) or not _is_address(url.strip()):
             example = self._default_url + self._api_path
             if isinstance(url, str):  # without what may be a password or a key
                 url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
@@ -4045,7 +4106,9 @@ class _HTTPProvider(LLMProvider):
             fix = _correction(report, words, status, call, self._moves(report, words, status))
             if fix is None or call.learned.get(fix[0], call) == fix[1]:  # as it was sent
                 raise error
-            self._learn(call.model, fix, kwargs.get("on_resend"))
+            of_value = words.find(_OF_VALUE) or "unsupported_value" in report.codes
+            refused = asked.options.get(fix[0]) if of_value else None
+            self._learn(call.model, fix, refused, kwargs.get("on_resend"))
 
     def _checked_call(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> _Call:
         for name in kwargs:
@@ -4170,8 +4233,11 @@ class _HTTPProvider(LLMProvider):
             yield from self._read_events(answer, collector)
             shown = len(collector.text)
             response = collector.response()
-            if response.model != call.model:  # a name of the server's own
+            if response.model != call.model:  # words of the server's own may repeat a key
                 response.model = self._token(response.model, answer, _NAME) or call.model or ""
+            if response.finish_reason not in _REASONS:
+                response.finish_reason = self._token(response.finish_reason, answer) or "unknown"
+            response.request_id = self._token(response.request_id or "", answer)
             if collector.shows is not None and (rest := response.text[shown:]):
                 yield rest  # what might have become a think block or half a character
             return response
@@ -4179,11 +4245,12 @@ class _HTTPProvider(LLMProvider):
             raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
             told = self._reported(in_band.args[0], answer, call, collector.texts())[0]
-            told.usage = collector.usage
+            told.usage, told._had_begun = collector.usage, bool(collector.text)
             raise told from None
         except ProviderError as error:
+            error._had_begun = bool(collector.text)
             error.usage = error.usage or collector.usage
-            error.request_id = error.request_id or collector.request_id
+            error.request_id = error.request_id or self._token(collector.request_id or "", answer)
             raise
 
     def _read_events(self, answer: _Answer, collector: _Collector) -> Iterator[str]:
@@ -4323,10 +4390,13 @@ class _HTTPProvider(LLMProvider):
 
     # -- what a model refuses is learned from its error
 
-    def _learn(self, model: str | None, fix: tuple[str, Any], told: Any) -> None:
+    def _learn(self, model: str | None, fix: tuple[str, Any], refused: Any, told: Any) -> None:
+        """``refused``: the value that was, None if the field is with any value."""
         name, value = fix
         with self._lock:
+            known = self._refused.get((model, name), ())[-20:]
             self._learned[model] = {**self._learned.get(model, {}), name: value}
+            self._refused[model, name] = () if refused is None else (*known, refused)
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
 
@@ -4346,6 +4416,10 @@ class _HTTPProvider(LLMProvider):
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
         learned = self._learned.get(call.model, {})
+        for name in learned:
+            refused = self._refused.get((call.model, name))
+            if refused and call.options.get(name) not in refused:  # another value may do
+                learned = {other: fix for other, fix in learned.items() if other != name}
         options = {name: learned.get(name, value) for name, value in call.options.items()}
         options = {name: value for name, value in options.items() if value is not None}
         thoughts = call.thoughts and "thoughts" not in learned
@@ -4385,6 +4459,19 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
             return response
 
 
+def _is_address(url: str) -> bool:
+    """Whether a URL has http or https, a host, and a port that can be."""
+    from urllib.parse import urlsplit
+
+    if not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url):
+        return False
+    try:
+        found = urlsplit(url)
+        return bool(found.hostname) and found.port != 0
+    except ValueError:
+        return False
+
+
 def _host_of(url: str) -> str:
     from urllib.parse import urlsplit
 
@@ -4395,7 +4482,15 @@ def _host_of(url: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.endswith(".localhost") or _address(host, "is_loopback")
+    """Whether a host is this machine, in any form of its address, or by its name."""
+    import socket
+
+    host = host.rstrip(".")
+    named = host == "localhost" or host.endswith(".localhost") or host == socket.gethostname()
+    with contextlib.suppress(OSError, ValueError):  # "127.1" and numbers, as sockets read them
+        host = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
+    mapped = re.sub(r"^::ffff:(?=\d+\.|[\da-f]+:)", "", host)
+    return named or any(_address(mapped, what) for what in ("is_loopback", "is_unspecified"))
 
 
 def _is_private(host: str) -> bool:
@@ -4424,6 +4519,12 @@ def _sendable(value: Any, where: str) -> str:
     return text
 
 
+def _header_name(name: Any) -> str:
+    if isinstance(name, str) and _pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch(name.strip()):
+        return name.strip()
+    raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
+
+
 #: Our options -> what vendors call them when they complain, if it is another name.
 _COMPLAINTS = {
     "top_p": "top_?p",
@@ -4434,6 +4535,8 @@ _COMPLAINTS = {
     "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
 }
+#: An error about a value: with another one the field may be taken.
+_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
 _REFUSES = (
     r"(?i)unsupported|not supported|does not support|unrecognized|not permitted|deprecated|"
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
@@ -4494,10 +4597,11 @@ def _chat_facts(body: _Object) -> _Facts:
     usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
     if usage:
         yield "usage", usage, _openai_usage
-    for choice in choices:
+    for at, choice in enumerate(choices):
         index = choice.get("index")
         if index or len(choices) > 1:
-            yield "choice", index if isinstance(index, int) else 0
+            number = index if isinstance(index, float) else _int(index)
+            yield "choice", at if number is None else number
         if choice.get("error"):
             raise _InBandError(choice)
         delta = choice.get("delta")
@@ -4505,7 +4609,7 @@ def _chat_facts(body: _Object) -> _Facts:
         if message:
             content = message.get("content")
             if len(message) > 1 or content is None:  # most events hold nothing but text
-                yield from _chat_extras(message)
+                yield from _chat_extras(message, whole=delta is None)
             if isinstance(content, str):
                 yield "full" if delta is None else "text", content
             elif content is not None:
@@ -4530,7 +4634,7 @@ def _chat_content(content: Any) -> _Facts:
                 yield "thought", piece.get("text")
 
 
-def _chat_extras(message: _Object) -> _Facts:
+def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
     name = next((name for name in _THOUGHT_KEYS if message.get(name)), None)
     if name is not None:
@@ -4549,7 +4653,9 @@ def _chat_extras(message: _Object) -> _Facts:
     for at, call in enumerate(calls):
         function = call.get("function") or call.get("custom") or {}
         key = call.get("index")
-        if key is None and len(calls) > 1:
+        if key is None and whole:
+            key = at  # deltas of it may have come
+        elif key is None and len(calls) > 1:
             key = "at", at
         arguments = function.get("arguments", function.get("input"))
         yield "call", key, call.get("id"), function.get("name"), arguments
@@ -4679,22 +4785,25 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
 
 
 class _ResponsesFacts:
-    """Events of the Responses API. It remembers how much of each text has come.
+    """Events of the Responses API. It remembers what has come of each text.
 
     A text, or a call's arguments, may come as deltas, in a ``…done`` event, in its finished item,
-    or only in the final object.
+    or only in the final object. Some servers leave indexes out, repeat or shift them.
     """
 
     def __init__(self) -> None:
-        self._come: dict[Any, str] = {}  #: texts and arguments by their place
+        self._come: dict[Any, list[str]] = {}  #: texts and arguments by their place, in pieces
+        self._at: dict[Any, Any] = {}  #: ids of calls and items -> their places
+        self._calls: dict[Any, Any] = {}  #: places -> ids of the calls there
         self._thought: set[Any] = set()  #: places of reasoning items that have come
 
     def __call__(self, body: _Object) -> _Facts:
         kind, at = str(body.get("type", "")).removeprefix("response."), body.get("output_index")
+        at = self._at.get(body.get("item_id")) if at is None else at
         if kind == "created":
             yield ("begin",)
-            self._come.clear()
-            self._thought.clear()
+            for known in (self._come, self._at, self._calls, self._thought):
+                known.clear()
         ends = kind in ("completed", "incomplete", "failed", "cancelled")
         if ends or "output" in body or body.get("object") == "response":
             yield from self._end(body.get("response", body))
@@ -4703,7 +4812,7 @@ class _ResponsesFacts:
         elif kind in ("output_item.added", "output_item.done"):
             yield from self._item(at, body["item"], whole=kind.endswith("done"))
         elif kind in ("output_text.delta", "output_text.done"):
-            yield "text", self._new(self._place(at, body.get("content_index") or 0), body, "text")
+            yield "text", self._new(("text", at, body.get("content_index") or 0), body, "text")
         elif kind in ("function_call_arguments.delta", "function_call_arguments.done"):
             yield "arguments", ("item", at), self._new(("call", at), body, "arguments")
         elif kind in ("reasoning_summary_text.delta", "reasoning_text.delta"):
@@ -4712,22 +4821,28 @@ class _ResponsesFacts:
         elif kind.endswith(".delta"):
             yield ("alive",)
 
-    def _place(self, at: Any, number: Any) -> Any:
-        """Where a text stands. Some servers' events name no place: then there is one text."""
-        texts = [place for place in self._come if place[0] == "text"]
-        alone = texts and (at is None or texts[0][1] is None)
-        return texts[0] if alone else ("text", at, number)
-
     def _new(self, place: Any, found: _Object, name: str) -> str:
-        """What has not come yet. A whole text that contradicts what has come is no answer."""
-        come = self._come.get(place, "")
-        text = come + found["delta"] if "delta" in found else found.get(name) or ""
-        if not text:
-            return ""
-        if not text.startswith(come):
+        """What has not come yet of a text, in a delta or as a whole."""
+        if "delta" not in found:
+            return self._rest(found.get(name) or "", place)
+        self._come.setdefault(place, []).append("" + found["delta"])  # TypeError: it is no text
+        return str(found["delta"])
+
+    def _rest(self, text: str, place: Any) -> str:
+        """What has not come yet of the text at a place, or at all that begin like it."""
+        come = self._text_at(place)
+        if place[0] == "text" and len(place) > 1 and not come:  # without a place, or under another
+            elsewhere = self._text_at(place[:1])
+            named = place[1] is not None and all(key[1] is not None for key in self._come)
+            come = elsewhere if elsewhere == text or not named else ""
+        if not text.startswith(come) and text:
             raise InvalidResponse("the answer contradicts its own deltas")
-        self._come[place] = text
+        self._come.setdefault((*place, "rest"), []).append(text[len(come) :])
         return text[len(come) :]
+
+    def _text_at(self, place: Any) -> str:
+        found = (pieces for key, pieces in self._come.items() if key[: len(place)] == place)
+        return "".join(itertools.chain.from_iterable(found))
 
     def _end(self, body: _Object) -> _Facts:
         status = body.get("status")
@@ -4737,32 +4852,56 @@ class _ResponsesFacts:
             raise InvalidResponse("the response is neither completed nor incomplete")
         yield "model", body.get("model")
         yield "usage", body.get("usage"), _openai_usage
-        for at, item in enumerate(body.get("output") or ()):
-            yield from self._item(at, item)
+        items = body.get("output") or ()
+        for at, item in enumerate(items):
+            yield from self._item(at, item, final=True)
+        yield "text", self._rest("".join(map(self._text_of, items)), ("text",))
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
         yield "stop", reason if status == "incomplete" else "completed"
         yield ("end",)
 
-    def _item(self, at: Any, item: _Object, whole: bool = True) -> _Facts:
-        kind, key = item.get("type"), ("item", at)
+    @staticmethod
+    def _text_of(item: _Object) -> str:
+        parts = item["content"] if item.get("type") == "message" else ()
+        return "".join(part.get("text") or "" for part in parts)
+
+    def _where(self, at: Any, item: _Object) -> Any:
+        """The place of an item: that of its id, else its index if no other call is there."""
+        call_id, item_id = item.get("call_id"), item.get("id")
+        name = call_id, item_id
+        known = self._at.get(name, self._at.get(call_id) if at is None else None)
+        if known is not None:
+            return known
+        taken = call_id and self._calls.get(at, call_id) != call_id
+        place = name if taken or (at is None and any(name)) else at
+        self._at |= {one: place for one in (name, *name) if one and one != (None, None)}
+        if call_id:
+            self._calls[place] = call_id
+        return place
+
+    def _item(self, index: Any, item: _Object, whole: bool = True, final: bool = False) -> _Facts:
+        kind, at = item.get("type"), self._where(index, item)
         yield ("alive",)
         if kind == "function_call":
             new = self._new(("call", at), item, "arguments")
-            yield "call", key, item.get("call_id"), item["name"], new
+            yield "call", ("item", at), item.get("call_id"), item["name"], new
         if not whole:
+            yield "open", ("item", at)
             return
         yield "keep", "items", at, item
-        yield "closed", key
+        if item.get("status") != "incomplete":
+            yield "closed", ("item", at)
         if kind == "reasoning":
             yield ("needed",)
             for part in (*(item.get("summary") or ()), *(item.get("content") or ())):
                 if at not in self._thought:
                     yield "thought", part.get("text")
             self._thought.add(at)
-        for number, part in enumerate(item["content"] if kind == "message" else ()):
-            if part.get("type") == "refusal":
+        elif kind == "message":
+            if any(part.get("type") == "refusal" for part in item["content"]):
                 yield ("refusal",)
-            yield "text", self._new(self._place(at, number), part, "text")
+            if not final:  # the final object is compared as a whole
+                yield "text", self._rest(self._text_of(item), ("text", at))
 
 
 def _responses_items(call: _Call, message: Message) -> list[Any]:
@@ -5827,7 +5966,7 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     known.pop("self", None)
     for name, value in settings.items():
         if name not in known:
-            cure = f"{_near(name, known)} Known: {', '.join(known)}"
+            cure = f"{_near(str(name), known)} Known: {', '.join(known)}"
             raise ConfigError(f"{where}: {kind.__name__} has no argument {name!r}.{cure}")
         switch = isinstance(known[name].default, bool) and name != "escalation_prompt"
         if switch and not isinstance(value, bool):
@@ -6004,6 +6143,9 @@ class _Try:
             kind, returned = type(self.tier.provider).__name__, type(response).__name__
             told = f"tier {self.tier.name!r}: {kind} returned {returned}"
             raise ConfigError(f"{told}: return an LLMResponse, or raise a ProviderError")
+        if not isinstance(response.usage, Usage):
+            kind = type(response.usage).__name__
+            raise ConfigError(f"tier {self.tier.name!r}: usage is a {kind}: give a Usage")
         if response.content and not response.content.isspace():
             return response
         return _checked_answer(response, self.run.messages)
@@ -6331,7 +6473,8 @@ class _Run:
             model = model or answered
             if usage.reasoning_tokens or response.reasoning:
                 tier._thinkers.add(attempt.model)
-        if self.cost is not None and (response is not None or usage.total_tokens):
+        used = response is not None or usage.total_tokens or getattr(error, "_had_begun", False)
+        if self.cost is not None and used:
             cost: float | None = None
             if inner:
                 cost = response.cost if response is not None else getattr(error, "_cost", None)

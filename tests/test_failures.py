@@ -459,7 +459,10 @@ def asked(status: int, body: Any, messages: Any, calls: int = 3, **headers: str)
         "You exceeded your current quota"),
     (422, {"detail": [{"msg": "no: invalid api key"}]}, "he said: invalid api key"),
     (500, says("crashed on: the server is overloaded"), "the server is overloaded"),
-    (403, says("sentence not liked: insufficient balance"), "insufficient balance")])
+    (403, says("sentence not liked: insufficient balance"), "insufficient balance"),
+    (403, {"message": "Forbidden"}, "drop table"), (403, says("Access denied by a policy"), "hi"),
+    (400, says("Invalid value for 'name': 'overloaded'"), "what is an 'overloaded' operator?"),
+    (422, says("odd: server busy"), "is the server busy or at capacity?")])
 def test_one_request_that_is_disliked_parks_nobody(status: int, body: Any, prompt: str) -> None:
     """Neither the page of a firewall nor words that the server repeats of the request."""
     assert asked(status, body, prompt) == 3
@@ -477,8 +480,8 @@ def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None
     prompt = "what does it mean: model overloaded, context length, tools not supported?"
     for kind, status in ((ServerError, 500), (BadRequest, 400), (RateLimited, 429)):
         assert type(refused(status, says(f"cannot read '{prompt}'"), messages=prompt)) is kind
-    lines = "first:\nserver busy\nlast"
-    assert type(refused(400, says("what is 'Server  busy'?"), messages=lines)) is BadRequest
+    rows = "\n".join(f"row,{at}" for at in range(1000))
+    assert str(refused(400, says("no: row,7"), messages=rows)) == "no: ***"
 
 
 def test_a_failure_may_be_plain_text() -> None:

@@ -100,6 +100,8 @@ def an_answer(rng: Random) -> Answer:
     usage = Usage(counts[0] + counts[2] + counts[3], counts[1] + counts[4], *counts[2:])
     finish = rng.choice(("stop", "stop", "length", "content_filter"))
     finish = "tool_calls" if calls and finish == "stop" else finish
+    if calls and finish != "tool_calls":  # an empty last call may have been cut
+        calls = (*calls[:-1], (calls[-1][0], {"a": "x"}))
     text = ("Answer: ", *words(6), "end")
     return Answer(text, words(4), calls, finish, usage)
 

@@ -77,7 +77,7 @@ CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/
         ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
         ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
         (f"{AZURE}?api-version=1", AZURE), ("http://me:pass@h/v1", "http://h/v1"),
-        ("http://[::1", "http://[::1/v1"), ("https://h/v1/responses", "https://h/v1"))),
+        ("http://[::1]", "http://[::1]/v1"), ("https://h/v1/responses", "https://h/v1"))),
     *((AnthropicProvider, *row) for row in (
         (CLAUDE, f"{CLAUDE}/v1"), (f"{CLAUDE}/v1/messages", f"{CLAUDE}/v1"),
         ("https://h/anthropic/v1/", "https://h/anthropic/v1"), ("http://h:40", "http://h:40/v1"),
@@ -98,7 +98,8 @@ def test_base_urls_lose_what_was_copied_along(kind: Any, given: str, full: str) 
             kind(KEY, bad)
 
 
-@pytest.mark.parametrize("url", ["localhost:1234", "ftp://h", "http://", "/v1", 5,
+@pytest.mark.parametrize("url", ["localhost:1234", "ftp://h", "http://", "/v1", 5, "http://[::1",
+    "http://h:99999/v1", "http://h:ab", "http://hunter2@h:0",
     "user:hunter2@host/v1", "http//h?k=hunter2", "htp://user:hunter2@host", "user:hun/ter2@host",
     "host/v1?key=hunter2"])
 def test_an_address_without_scheme_is_refused_without_its_password(url: Any) -> None:

@@ -521,7 +521,7 @@ def test_a_proxy_of_the_environment_is_used(proxied: Any) -> None:
         assert KEY.encode() in proxy.requests[0]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2", "127.1"])
 def test_requests_to_loopback_never_use_a_proxy_of_the_environment(host: str, proxied: Any) -> None:
     with Peer(says(b"HTTP/1.1 502 No\r\n\r\n")) as proxy, Peer(healthy) as server:
         near = f"http://{host}:{server.port}/v1"
@@ -587,6 +587,15 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
         url = f"socks5h://127.0.0.1:{server.port}"
         with proxied(url, PLAIN, connect_timeout=0.3) as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
+
+    class Slow(Peer):
+        def _talk(self, connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                self.drip(connection, b"\5\0\5\0\0\3\xff" + b"x" * 250)
+            self._threads.discard(threading.current_thread())
+
+    with Slow(silent) as server, proxied(f"socks5h://127.0.0.1:{server.port}", PLAIN) as client:
+        fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
 
 def test_a_socks_proxy_without_pysocks_is_named(proxied: Any,
@@ -687,6 +696,24 @@ def test_a_kept_tunnel_that_has_ended_is_made_anew_once(tls: Any, proxied: Any,
         with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
         assert proxy.connections == 3
+
+
+def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    context, certificate = tls
+    whole = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]})
+    head, stale = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", whole.replace("good", "stale")
+
+    def serve(server: Peer, connection: Any, request: bytes) -> bool:
+        connection.sendall(head % len(whole))
+        more = head % len(stale) + stale.encode() if len(server.requests) == 1 else b""
+        connection.sendall(whole.encode() + more)  # in one record
+        return True
+
+    with SecurePeer(serve, context) as server:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        with provider(server.url, stream_upstream=False) as client:
+            assert [ask(client) for _ in range(3)] == ["good"] * 3
 
 
 @pytest.mark.parametrize("inner", ["silent", "late"])

@@ -282,7 +282,7 @@ def _ends(dialect: Dialect, event: bytes) -> bool:
 
 
 @pytest.mark.parametrize(("events", "text"),
-    [(["One ", "two."], "One two."), (["One."] * 2, "One.")])
+    [(["One ", "two, ", "three."], "One two, three."), (["One."] * 2, "One.")])
 def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
         events: Any, text: str) -> None:
     """Of old Gemini, and of a gateway. A whole answer that comes twice is still one."""
@@ -290,8 +290,8 @@ def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
               for one in events]
     assert read("gemini", stream(*gemini)).text == text
     assert read("chat", stream(*(delta("stop", content=one) for one in events))).text == text
-    cut = [delta("stop", content="One "), delta(content="two")]
-    assert isinstance(read("chat", stream(*cut)), InvalidResponse)
+    behind = [delta("stop", content="One."), delta(content="One")]  # a proxy plays it again
+    assert read("chat", stream(*behind)).text == "One."
 
 
 def test_a_whole_message_behind_its_deltas_is_not_added_to_them() -> None:
@@ -696,6 +696,35 @@ def test_null_arguments_are_empty_unless_the_tool_requires_some(tools: Any, argu
         assert read(kind, wire, tools=tools).tool_calls[0].arguments == arguments
 
 
+@pytest.mark.parametrize("frame", [{"detail": "late"}, {"errors": ["late"]},
+    {"type": "error", "message": "late"}, {"code": 500, "message": "late"}, {"status": "error"},
+    {"status_code": 503}, {"base_resp": {"status_code": 1000, "status_msg": "late"}}])
+def test_an_error_of_any_form_behind_text_is_an_error(frame: Any) -> None:
+    wire = stream(delta(content="half an "), frame, STOP, done=True)
+    assert isinstance(read("chat", wire), ProviderError)
+
+
+def test_a_first_piece_that_stands_alone_is_no_answer() -> None:
+    """A stream in lines of JSON that was cut exactly behind its first object."""
+    assert isinstance(read("chat", reply(delta(content="half an "))), InvalidResponse)
+
+
+def test_many_small_calls_and_items_are_read_in_linear_time_and_memory() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    many = message("tool_calls", tool_calls=[{**call, "id": f"{at}"} for at in range(9000)])
+    start = time.monotonic()
+    assert len(read("chat", reply(many)).tool_calls) == 9000
+    pieces = [piece("{}", "f", id="a", index=0), *(piece("", "f", id=f"{at}", index=0)
+                                                   for at in range(2000))]
+    begun = piece('{"x": "' + "y" * 500_000, "f", id="a", index=0)
+    for events in (pieces, [begun, *pieces]):
+        read("chat", stream(*events, STOP), tools=TOOLS)
+    assert time.monotonic() - start < 5
+    items = {"choices": [{"index": 0, "delta": {"reasoning_details": [{"x": 1}] * 2000}}]}
+    found = read("chat", stream(*[items] * 10, STOP), max_response_bytes=1_000_000)
+    assert getattr(found, "code", None) == "too_large"
+
+
 @pytest.mark.parametrize("text", ["", '{"city": "Os'])
 def test_arguments_of_a_call_that_was_cut_are_none(text: str) -> None:
     wires = {"chat": stream(delta(content="x"), piece(text, "f", index=0, id="a"), delta("length")),
@@ -934,6 +963,27 @@ def test_a_refused_hint_is_dropped_once_and_remembered_per_model(dialect: Dialec
         assert chain.health()[0].learned == {}
         chain.chat("hi", timeout=5, **{option: value})
         assert len(server.requests) == 7
+
+
+@pytest.mark.parametrize("told", [
+    {"message": "Unsupported value: 'temperature' does not support 1.7", "param": "temperature",
+     "code": "unsupported_value"}, {"message": "temperature must be 1 or less: not allowed"},
+    {"message": "invalid temperature: only values between 0 and 1 are allowed"}])
+def test_a_value_that_is_refused_takes_the_field_from_no_other_value(told: Any) -> None:
+    """One caller's mistake must not change the requests of all others."""
+    seen: list[Any] = []
+
+    def serve(server: Server, connection: Any, request: bytes) -> bool:
+        body = json.loads(request.partition(b"\r\n\r\n")[2])
+        seen.append(body.get("temperature"))
+        bad = seen[-1] == 1.7
+        connection.sendall(reply({"error": told}, 400) if bad else reply(message(content="x")))
+        return True
+
+    with talking("chat", serve) as (provider, _):
+        for value in (1.7, 1.7, 0.5):
+            provider.chat("q", model="m", temperature=value)
+    assert seen == [1.7, None, None, 0.5]
 
 
 def test_a_correction_that_did_not_help_is_forgotten(dialect: Dialect) -> None:
