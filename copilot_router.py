@@ -4475,10 +4475,7 @@ def _is_address(url: str) -> bool:
 def _host_of(url: str) -> str:
     from urllib.parse import urlsplit
 
-    try:
-        return (urlsplit(url).hostname or "").lower()
-    except ValueError:
-        return ""
+    return (urlsplit(url).hostname or "").lower()
 
 
 def _is_loopback(host: str) -> bool:
@@ -4807,8 +4804,6 @@ class _ResponsesFacts:
         ends = kind in ("completed", "incomplete", "failed", "cancelled")
         if ends or "output" in body or body.get("object") == "response":
             yield from self._end(body.get("response", body))
-        elif kind == "error":
-            raise _InBandError({"error": body})
         elif kind in ("output_item.added", "output_item.done"):
             yield from self._item(at, body["item"], whole=kind.endswith("done"))
         elif kind in ("output_text.delta", "output_text.done"):

@@ -852,6 +852,11 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
     assert shown_by_frames(left) == []
 
 
+def test_usage_of_a_custom_provider_is_a_usage(clock):
+    answer = LLMResponse("x", usage={"prompt_tokens": 1})
+    error_of(ConfigError, chain_of(clock, tier("a", answer)).chat, "hi", match="usage is a dict")
+
+
 # -- health
 def test_health_snapshots_and_events_are_plain_data(clock):
     events: list[Event] = []

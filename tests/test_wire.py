@@ -740,6 +740,60 @@ def test_arguments_of_a_call_that_was_cut_are_none(text: str) -> None:
         assert (response.finish_reason, response.tool_calls[0].arguments) == ("length", None)
 
 
+def test_arguments_whose_end_was_not_seen_are_none_whatever_ended_the_answer() -> None:
+    block = {"type": "content_block_start", "index": 0, "content_block": {
+        "type": "tool_use", "id": "a", "name": "f", "input": {}}}
+    item = {"type": "function_call", "status": "incomplete", "call_id": "a", "name": "f",
+            "arguments": ""}
+    done = {"type": "response.completed", "response": {"status": "completed", "output": []}}
+    cut = {"type": "response.incomplete", "response": {"status": "incomplete", "output": [item]}}
+    wires = [("chat", [piece("", "f", index=0, id="a"), delta(why)])
+             for why in ("content_filter", "token_limit_reached")]
+    wires += [("anthropic", [{"type": "message_start", "message": {}}, block,
+                             {"type": "message_delta", "delta": {"stop_reason": why}}])
+              for why in ("tool_use", "refusal")]
+    wires += [("responses", [cut]), ("responses", [
+        {"type": "response.output_item.added", "output_index": 0, "item": item}, done])]
+    for kind, events in wires:
+        assert [call.arguments for call in read(kind, stream(*events)).tool_calls] == [None], events
+
+
+def test_calls_without_an_index_or_under_one_that_is_taken_stay_apart() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    both = [{**call, "id": name} for name in "ab"]
+    begun = [{"type": "content_block_start", "index": 0, "content_block": {
+        "type": "tool_use", "id": name, "name": "f", "input": {"x": 1}}} for name in "ab"]
+    closed = {"type": "content_block_stop", "index": 0}
+    items = [{"type": "function_call", "call_id": name, "name": "f", "arguments": '{"x": 1}'}
+             for name in "ab"]
+    done = {"type": "response.completed", "response": {"status": "completed", "output": []}}
+    ended = [{"type": "response.output_item.done", "item": item} for item in items]
+    whole = {"type": "response.completed",
+             "response": {"status": "completed", "output": items}}
+    wires = [("chat", [delta(tool_calls=both), STOP]),
+        ("chat", [*(piece(call["function"]["arguments"], "f", index=at, id=name)
+                    for at, name in enumerate("ab")), message("stop", tool_calls=both)]),
+        ("anthropic", [{"type": "message_start", "message": {}}, begun[0], closed, begun[1], closed,
+                       {"type": "message_delta", "delta": {"stop_reason": "tool_use"}}]),
+        ("responses", [*ended, done]), ("responses", [*ended, whole]),
+        ("responses", [*({**one, "output_index": 0} for one in ended), done])]
+    for kind, events in wires:
+        found = read(kind, stream(*events)).tool_calls
+        assert [(one.id, one.arguments) for one in found] == [(name, {"x": 1}) for name in "ab"]
+
+
+def test_responses_text_under_shifted_indexes_comes_once() -> None:
+    items = [{"type": "reasoning"},
+             {"type": "message", "content": [{"type": "output_text", "text": "Hello"}]}]
+    end = {"type": "response.completed", "response": {"status": "completed", "output": items}}
+    for at, number in ((0, 0), (1, 3), (None, None)):
+        delta_event = {"type": "response.output_text.delta", "output_index": at,
+                       "content_index": number, "delta": "Hello"}
+        for more in ([], [{"type": "response.output_item.done", "output_index": 1,
+                           "item": items[1]}]):
+            assert read("responses", stream(delta_event, *more, end)).text == "Hello"
+
+
 # -- requests
 
 PORTABLE: dict[str, Any] = {"max_tokens": 77, "temperature": 0.5, "top_p": 0.75, "seed": 3,
