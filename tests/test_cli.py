@@ -85,7 +85,6 @@ class ChatServer(Server):
 
 class Cli:
     """Runs commands in this process, in an empty directory, against a server."""
-
     def __init__(self, folder: Path, server: ChatServer, patch: Any, capsys: Any) -> None:
         self.folder, self.server, self.patch, self.capsys = folder, server, patch, capsys
 
@@ -128,7 +127,6 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterato
 
 class Terminal(io.StringIO):
     """Says that it is a terminal, and tells when a text has been written to it."""
-
     def __init__(self, text: str = "", awaited: str = "nothing", seen: Any = None) -> None:
         super().__init__(text)
         self.awaited, self.seen = awaited, seen

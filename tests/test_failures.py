@@ -208,7 +208,6 @@ def test_alone_a_tier_fails_in_time(row: Row) -> None:
 
 def test_what_the_faults_do_to_a_client_of_one_line() -> None:
     """The column says it, and here it is tried: all faults at once, one thread each."""
-
     def naive(server: FaultServer, model: str) -> str:
         question = {"model": model, "messages": [{"role": "user", "content": PROMPT}]}
         url = server.url + "/chat/completions"
@@ -644,10 +643,8 @@ def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> No
 def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
     answer = reply(says(f"no: {SECRET}"), 400, X_Request_Id=SECRET)
     session = requests.Session()
-    for auth, headers in ((("me", "x"), {"X-Mine": f"Bearer {SECRET}"}),
-                          (lambda request: request.headers.update(A=SECRET) or request, {})):
-        session.auth = auth
-        session.headers.update(headers)
+    for auth in (("me", SECRET), lambda request: request.headers.update(A=SECRET) or request):
+        session.auth, session.headers["X-Mine"] = auth, f"Bearer {SECRET}"
         with Server(answer) as server, pytest.raises(ProviderError) as caught:
             OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m")
         assert SECRET not in f"{caught.value} {vars(caught.value)}"

@@ -193,7 +193,6 @@ def cut_up(rng: Random, data: bytes) -> list[bytes]:
 
 def test_a_sound_stream_says_what_was_meant_in_any_pieces(dialect: Dialect) -> None:
     """So does whole JSON, and so do lines that end in CRLF."""
-
     def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
         data = b"".join(events)
         whole = outcome(dialect, [json.dumps(dialect.body(answer)).encode()],
@@ -220,7 +219,6 @@ def test_a_damaged_stream_is_the_same_in_any_pieces(dialect: Dialect) -> None:
 
 def test_a_damaged_body_raises_provider_errors_only(dialect: Dialect) -> None:
     """One that is cut is never an answer."""
-
     def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
         body = dialect.body(answer)
         data = json.dumps(body).encode()
@@ -243,7 +241,6 @@ def the_end(dialect: Dialect, events: list[bytes]) -> int:
 
 def test_a_stream_that_is_cut_before_its_finish_reason_is_never_an_answer(dialect: Dialect) -> None:
     """Cut behind it, it is all of the answer or none."""
-
     def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
         data, end = b"".join(events), the_end(dialect, events)
         full = outcome(dialect, [data])

@@ -46,7 +46,6 @@ def whole(body: bytes = WHOLE, *headers: str) -> bytes:
 
 def says(data: bytes, keep: bool = True, then_silent: bool = False) -> Callable[..., bool]:
     """A server that gives this answer to each request."""
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         connection.sendall(data)
         if then_silent:
@@ -96,7 +95,6 @@ def fails(client: OpenAIProvider, kind: Any, text: str = "hi", *, seconds: float
 @pytest.fixture
 def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``proxied(url)``: a provider; every kind of request has this proxy in the environment."""
-
     def use(url: str, base: str = "https://provider.invalid/v1", **settings: Any) -> Any:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, url)
@@ -245,7 +243,6 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @needs_fork
 def test_a_forked_child_uses_its_own_sockets() -> None:
     """It forks while another thread's request is under way."""
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if b'"slow"' in request:
             child.stdin.write("x")
@@ -549,7 +546,6 @@ def test_a_proxy_that_refuses_a_tunnel(answer: bytes, error: Any, proxied: Any) 
 @pytest.mark.parametrize("form", ["dripped", "late"])
 def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
     """Its answer comes a byte at a time, or late; then TLS is silent."""
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if form == "dripped":
             server.drip(connection, OK + b"X-Padding: padding\r\n" * 50 + b"\r\n")
@@ -630,7 +626,6 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
 
 class SecurePeer(Peer):
     """A Peer behind TLS."""
-
     def __init__(self, serve: Any, context: ssl.SSLContext) -> None:
         self.context = context
         super().__init__(serve)

@@ -41,7 +41,6 @@ class Refusal:
 
 class Endless:
     """Text without end. ``gone`` is released when the client hangs up."""
-
     def __init__(self) -> None:
         self.gone = threading.Semaphore(0)
 
@@ -51,7 +50,6 @@ BROKEN, BUSY = Refusal(500), Refusal(429, {"Retry-After": "30"})
 
 class ChatServer(Server):
     """Each request takes the next item of ``script``, or "ok" where it is empty."""
-
     def __init__(self) -> None:
         self.script: deque[Any] = deque()
         super().__init__(self._told)

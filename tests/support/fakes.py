@@ -21,7 +21,6 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 
 class VirtualClock:
     """``clock()`` is the time; ``sleep`` moves it and is recorded in ``slept``."""
-
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
         self.slept: list[float] = []
@@ -66,7 +65,6 @@ def outcomes(attempts: tuple[Attempt, ...]) -> list[str]:
 # -- providers
 class Custom(LLMProvider):
     """Answers with what ``function(**options)`` returns or raises."""
-
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
@@ -108,7 +106,6 @@ class Watched(LLMProvider):
 
 class Held(ScriptedProvider):
     """Each call says that it has begun, and waits until it may go on."""
-
     def __init__(self, *script: Any) -> None:
         super().__init__(script, repeat=True)
         self.begun, self.go_on = threading.Semaphore(0), threading.Event()
@@ -128,7 +125,6 @@ class Held(ScriptedProvider):
 
 class Limits(OpenAIProvider):
     """An HTTP provider that sends nothing, and notes the silence limits that it is given."""
-
     def __init__(self, *answers: LLMResponse, **settings: Any) -> None:
         super().__init__(KEY, "http://127.0.0.1:9", **settings)
         self.answers = list(answers)
@@ -161,7 +157,6 @@ def in_threads(count: int, work: Callable[[], Any]) -> list[threading.Thread]:
 # -- a server
 class ChatServer(Server):
     """A server of Chat Completions, as one tier of a chain or several."""
-
     def tier(self, name: str = "http", **limits: Any) -> ProviderTier:
         return ProviderTier(name, OpenAIProvider(KEY, self.url, **limits), ["m"], retries=0)
 

@@ -297,7 +297,6 @@ class Exchange:
 
 class FaultServer(Peer):
     """Serves the fault that the model's name says; ``pick(model)`` may choose another one."""
-
     def __init__(self, dialect: Dialect | None = None,
             pick: Callable[[str], str] | None = None) -> None:
         self.dialect = dialect or Chat()

@@ -35,7 +35,6 @@ PROVIDERS = ("OpenAIProvider", "LMStudioProvider", "OllamaProvider", "AnthropicP
 
 class LeakWatch(logging.Handler):
     """Looks at everything the library says, and remembers where it said too much."""
-
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.found: list[str] = []

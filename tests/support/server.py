@@ -43,7 +43,6 @@ def parsed(request: bytes) -> Request:
 
 class Peer:
     """A raw server on loopback: ``serve(server, connection, request)`` answers each request."""
-
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
         self.connections = 0
@@ -199,7 +198,6 @@ def lines(*items: Any, kind: str = "application/x-ndjson") -> bytes:
 
 def waits(data: bytes, kind: str = "text/event-stream") -> Serve:
     """An answer that begins like this and then says nothing until the test ends."""
-
     def serve(server: Server, connection: socket.socket, request: bytes) -> bool:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + (b"%x\r\n%s\r\n" % (len(data), data) if data else b""))

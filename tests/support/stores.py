@@ -79,7 +79,6 @@ def spare_port() -> int:
 
 class RedisServer:
     """A redis-server on loopback that saves nothing; tests stop, pause and empty it."""
-
     def __init__(self) -> None:
         self.port = spare_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -189,7 +188,6 @@ class PlainStore:
 
 class Wrapped:
     """A store around a store: counts what it is asked, and fails or waits when it is told to."""
-
     def __init__(self, store: Any, clock: Callable[[], float] | None=None, **more: Any) -> None:
         self.store = store
         self.clock = clock  #: its time, if not the store's
@@ -496,7 +494,6 @@ def done(process: subprocess.Popen[str], timeout: float = 60) -> str:
 # -- gunicorn
 class Switched(LLMProvider):
     """It repeats the prompt; where its folder has a file "failing", it fails and notes when."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 

@@ -61,7 +61,6 @@ def digest(*things: Any) -> str:
 
 class Own:
     """Answers with the vendor's own ids and signatures, in the name of the model that was asked."""
-
     def __init__(self, vendor: Vendor, request: Request) -> None:
         in_path = request.path.partition("/models/")[2].partition(":")[0]
         self.vendor, self.request = vendor, request
@@ -83,7 +82,6 @@ NUMBER = (int, float)
 
 def either(*specs: Any) -> Check:
     """One of several shapes; the complaint is of the last."""
-
     def check(vendor: Vendor, value: Any, where: str) -> None:
         for spec in specs[:-1]:
             with suppress(Refused):
@@ -95,7 +93,6 @@ def either(*specs: Any) -> Check:
 
 def tagged(key: str, shapes: dict[str, Any]) -> Check:
     """An object whose shape depends on one of its values."""
-
     def check(vendor: Vendor, value: Any, where: str) -> None:
         if not isinstance(value, dict) or value.get(key) not in shapes:
             vendor.wrong(where, f"an object with {key} one of {', '.join(shapes)}")
@@ -412,7 +409,6 @@ class ChatAnswers(Own, dialects.Chat):
 
 class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
-
     def shape(self) -> dict[str, Any]:
         said = [tagged("type", {"input_text": {"text!": str},
             "input_image": {"image_url!": address, "detail!": frozenset({"auto", "low", "high"})},
