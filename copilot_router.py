@@ -3565,7 +3565,7 @@ class _Collector:
     # -- facts
 
     def _take_model(self, name: Any) -> None:
-        self._model = name if isinstance(name, str) and name else self._model
+        self._model = _clean(name) or self._model
         self._repeated[0] = ("model", name)
 
     def _take_id(self, request_id: Any) -> None:
@@ -3862,8 +3862,8 @@ def _pieces(secrets: Iterable[str]) -> tuple[str, ...]:
     return (*kept, *words)
 
 
-#: What the name of a model may be: paths of files are.
-_NAME = r"[^\x00-\x1f\x7f]{0,200}"
+#: What the name of a model may be. One with spaces is the name of a file, or else a text.
+_NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
 
 
 class _HTTPProvider(LLMProvider):
@@ -4250,7 +4250,9 @@ class _HTTPProvider(LLMProvider):
         except ProviderError as error:
             error._had_begun = bool(collector.text)
             error.usage = error.usage or collector.usage
-            error.request_id = error.request_id or self._token(collector.request_id or "", answer)
+            error.model = self._token(error.model, answer, _NAME) or call.model or ""
+            request_id = error.request_id or collector.request_id or ""
+            error.request_id = self._token(request_id, answer)
             raise
 
     def _read_events(self, answer: _Answer, collector: _Collector) -> Iterator[str]:

@@ -96,7 +96,7 @@ def an_answer(rng: Random) -> Answer:
 
     calls = tuple((rng.choice(("f", "get_weather")), {"a": rng.choice(WORDS), "b": [rng.random()]}
                    if rng.random() < 0.8 else {}) for _ in range(rng.randrange(3)))
-    counts = [rng.randrange(300) for _ in range(5)]
+    counts = [rng.randrange(1, 300) for _ in range(5)]
     usage = Usage(counts[0] + counts[2] + counts[3], counts[1] + counts[4], *counts[2:])
     finish = rng.choice(("stop", "stop", "length", "content_filter"))
     finish = "tool_calls" if calls and finish == "stop" else finish
