@@ -3463,7 +3463,11 @@ class _Collector:
         if data[:6] == b"[DONE]":
             self.ended = True
             return
-        self._weigh(data)
+        self._large = len(data) > _READ_SIZE
+        if b"\\ud" in data:
+            self._halves = True
+        if self._large:
+            self._weigh(data)
         try:
             body = _json(data, "an event")
         except InvalidResponse:
@@ -3479,6 +3483,7 @@ class _Collector:
 
     def take_whole(self, text: bytes, what: str) -> None:
         """Take a body of JSON: one value, or a value in each line. InvalidResponse for another."""
+        self._halves = b"\\ud" in text
         self._weigh(text)
         lines = [line for line in text.split(b"\n") if line.strip()]
         if len(lines) > 1 and self._are_objects(lines):
@@ -3505,15 +3510,11 @@ class _Collector:
         return True
 
     def _weigh(self, data: bytes) -> None:
-        """Look at a text before it is parsed, which nothing can interrupt."""
-        self._large = len(data) > _READ_SIZE
-        if b"\\ud" in data:
-            self._halves = True
-        if self._large:
-            if _is_dense(data, self.most):
-                raise InvalidResponse("the answer has too many values to read", code="too_large")
-            if late := self.check(len(data) / _PARSED):
-                raise late
+        """Look at a large text before it is parsed, which nothing can interrupt."""
+        if _is_dense(data, self.most):
+            raise InvalidResponse("the answer has too many values to read", code="too_large")
+        if late := self.check(len(data) / _PARSED):
+            raise late
 
     def take_value(self, body: Any) -> None:
         if type(body) is not dict:
