@@ -108,7 +108,7 @@ class RouterError(Exception):
 
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
-    _had_begun = False  #: the answer had, so that it has a price
+    _had_begun = False  #: an answer had, so that tokens were used
 
 
 class ProviderError(RouterError):
@@ -2027,8 +2027,11 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     import socks  # type: ignore[import-untyped]
 
     class Socket(socks.socksocket):  # type: ignore[misc]
+        is_connected = False  #: then each request has limits of its own
+
         def recv_into(self, *args: Any, **kwargs: Any) -> Any:
-            self.settimeout(limits.connect_left())
+            if not self.is_connected:
+                self.settimeout(limits.connect_left())
             return super().recv_into(*args, **kwargs)
 
     given, sock = connection._socks_options, Socket()
@@ -2040,6 +2043,7 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
             sock.setsockopt(*option)
         sock.settimeout(limits.connect_left())
         sock.connect((connection.host, connection.port))
+        sock.is_connected = True
         sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
         opened.pop_all()
     return sock
@@ -3316,9 +3320,12 @@ def _says_failure(body: _Object) -> bool:
     """Whether an object without a key "error" reports one: vendors have many forms."""
     if "base_resp" in body:  # MiniMax
         return bool(_dict(body["base_resp"]).get("status_code"))
+    if "code" in body or "status_code" in body:
+        number = _int(body.get("code")) or _int(body.get("status_code")) or 0
+        if number >= 400:
+            return True
     kinds = (body.get("object"), body.get("type"), body.get("status"))
-    number = next(filter(None, map(_int, (body.get("code"), body.get("status_code")))), 0)
-    return bool("error" in kinds or body.get("errors") or body.get("detail") or number >= 400)
+    return "error" in kinds or bool(body.get("errors") or body.get("detail"))
 
 
 class _InBandError(Exception):
@@ -3523,7 +3530,8 @@ class _Collector:
             for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
                 self.take_value(item)
             return
-        if body.get("error") or ("choices" not in body and _says_failure(body)):
+        empty = not body.get("choices") or "base_resp" in body
+        if body.get("error") or (empty and not self.complete and _says_failure(body)):
             raise _InBandError(body)
         self._raw, self._passes, self._begun = body, False, bool(self._text or self._calls)
         self._more = ""
@@ -3612,9 +3620,10 @@ class _Collector:
             call = None
         if call is None:
             early = self._early.pop(key, [])
-            call = {"id": "", "name": "", "pieces": early, "size": 0, "keys": {key}}
+            call = {"id": "", "name": "", "pieces": early, "size": 0, "key": key}
             self._calls.append(call)
-        self._by_key["id", call_id] = call
+        if call_id:
+            self._by_key["id", call_id] = call
         if key is not None:
             self._by_key[key] = call
         call["id"] = call["id"] or call_id
@@ -3640,7 +3649,7 @@ class _Collector:
     def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
         """Whether a piece with a name begins a new call, though an earlier one has its key."""
         other = bool(call_id and call["id"] and call_id != call["id"])
-        if other and not self._ended.isdisjoint(call["keys"]):
+        if other and call["key"] in self._ended:
             return True
         if name == call["name"]:
             whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
@@ -3798,8 +3807,7 @@ class _Collector:
                 raise InvalidResponse("a tool call has no name")
             name = self._names.get(call["name"], call["name"])
             arguments, raw = self._arguments(call["pieces"], name)
-            unfinished = not self._open.isdisjoint(call["keys"])
-            if not raw.strip() and (unfinished or (cut and call is self._calls[-1])):
+            if not raw.strip() and (call["key"] in self._open or (cut and call is self._calls[-1])):
                 arguments = None
             call_id = call["id"] or f"call_{earlier + at}"
             call_id = f"{call_id}_{at}" if call_id in ids else call_id
@@ -4246,10 +4254,10 @@ class _HTTPProvider(LLMProvider):
             raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
         except _InBandError as in_band:
             told = self._reported(in_band.args[0], answer, call, collector.texts())[0]
-            told.usage, told._had_begun = collector.usage, bool(collector.text)
+            told.usage, told._had_begun = collector.usage, any(collector.texts())
             raise told from None
         except ProviderError as error:
-            error._had_begun = bool(collector.text)
+            error._had_begun = any(collector.texts())
             error.usage = error.usage or collector.usage
             error.model = self._token(error.model, answer, _NAME) or call.model or ""
             request_id = error.request_id or collector.request_id or ""
@@ -4398,8 +4406,8 @@ class _HTTPProvider(LLMProvider):
         name, value = fix
         with self._lock:
             known = self._refused.get((model, name), ())[-20:]
-            self._learned[model] = {**self._learned.get(model, {}), name: value}
             self._refused[model, name] = () if refused is None else (*known, refused)
+            self._learned[model] = {**self._learned.get(model, {}), name: value}
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
 
@@ -4408,6 +4416,10 @@ class _HTTPProvider(LLMProvider):
         with self._lock:
             kept = {n: value for n, value in self._learned.get(model, {}).items() if n != name}
             self._learned = {**self._learned, model: kept} if name else {}
+            self._refused = {
+                known: values for known, values in self._refused.items()
+                if name and known != (model, name)
+            }
 
     def _corrections(self) -> dict[str, dict[str, str]]:
         """Model -> field -> drop or replace, to show."""
@@ -4486,24 +4498,24 @@ def _is_loopback(host: str) -> bool:
     import socket
 
     host = host.rstrip(".")
-    named = host == "localhost" or host.endswith(".localhost") or host == socket.gethostname()
+    named = host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
     with contextlib.suppress(OSError, ValueError):  # "127.1" and numbers, as sockets read them
-        host = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
-    mapped = re.sub(r"^::ffff:(?=\d+\.|[\da-f]+:)", "", host)
-    return named or any(_address(mapped, what) for what in ("is_loopback", "is_unspecified"))
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    return named or _address(host, "is_loopback") or _address(host, "is_unspecified")
 
 
 def _is_private(host: str) -> bool:
     """Whether a host is on this machine or in a private network."""
     named = "." not in host.strip("[]") or host.endswith((".local", ".internal", ".localhost"))
-    return named or _address(host, "is_loopback") or _address(host, "is_private")
+    return named or _is_loopback(host) or _address(host, "is_private")
 
 
 def _address(host: str, what: str) -> bool:
     import ipaddress
 
     try:
-        return bool(getattr(ipaddress.ip_address(host), what))
+        address = ipaddress.ip_address(host)
+        return bool(getattr(getattr(address, "ipv4_mapped", None) or address, what))
     except ValueError:
         return False
 

@@ -570,12 +570,13 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
                 asked.append(connection.recv(262))
                 connection.sendall(b"\5\0\0\1\x7f\0\0\1\0\0")
                 while received(connection):
+                    threading.Event().wait(0.4)  # longer than connecting may take
                     connection.sendall(STREAM)
 
         listener.settimeout(3)
         (thread,) = in_threads(1, socks)
         port = listener.getsockname()[1]
-        with proxied(f"socks5h://127.0.0.1:{port}", PLAIN) as client:
+        with proxied(f"socks5h://127.0.0.1:{port}", PLAIN, connect_timeout=0.3) as client:
             assert [ask(client) for _ in range(2)] == ["good"] * 2
         thread.join(5)
     assert b"provider.invalid" in asked[0]
