@@ -3678,7 +3678,7 @@ class _Collector:
     def _take_keep(self, name: str, key: Any, item: Any) -> None:
         items = self._kept.setdefault(name, {})
         items[len(items) if key is None else key] = item
-        if 450 * len(items) > 7 * max(self.most, 1 << 20):  # bytes that a small object takes
+        if 700 * len(items) > 7 * max(self.most, 1 << 20):  # bytes of a small object and its copy
             raise InvalidResponse("the answer has too many values to read", code="too_large")
 
     def _take_piece(self, name: str, key: Any, field_name: str, text: Any) -> None:

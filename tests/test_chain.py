@@ -853,8 +853,8 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
 
 
 def test_usage_of_a_custom_provider_is_a_usage(clock):
-    chain = chain_of(clock, tier("a", LLMResponse("x", usage={})))
-    error_of(ConfigError, chain.chat, "hi", match="usage is a dict")
+    chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
+    error_of(ConfigError, chat, "hi", match="usage is a dict")
 
 
 # -- health
