@@ -280,6 +280,13 @@ def _number(
     return value
 
 
+def _function(value: Any, where: str, optional: bool = False) -> Any:
+    """A checked setting that is to be called; ``optional``: or None."""
+    if not callable(value) and not (optional and value is None):
+        raise ConfigError(f"{where}={value!r:.60}: give a function{', or None' * optional}")
+    return value
+
+
 def _drawn(least: float, most: float) -> float:
     """A random number: clients shall not move in step."""
     import random
@@ -287,11 +294,11 @@ def _drawn(least: float, most: float) -> float:
     return random.uniform(least, most)
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _near(name: Any, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(dict.fromkeys(known)), cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -872,8 +879,11 @@ class CircuitBreaker:
         if not trial_timeout:
             raise ConfigError("trial_timeout=0: a trial needs time: give more than 0 seconds")
         self.jitter: float = _number(jitter, "jitter", finite=True)
-        self.name, self._clock = name, clock
-        self._listeners = [on_change] if on_change else []
+        if not isinstance(name, str):
+            raise ConfigError(f"name={name!r:.60}: give a str")
+        _function(on_change, "on_change", optional=True)
+        self.name, self._listeners = name, [on_change] if on_change else []
+        self._clock: Callable[[], float] = _function(clock, "clock")
         self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
         self._record = BreakerRecord()
         self._rejected = self._stale = 0
@@ -1417,7 +1427,7 @@ class MemoryStore:
     shares_local_errors = True
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self._clock = _function(clock, "MemoryStore(clock)")
         self._records: dict[str, BreakerRecord] = {}
         self._renew_after_fork()
         _renewed_after_fork.add(self)
@@ -1721,7 +1731,7 @@ def _kind(value: Any) -> str:
 
 def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
     """The messages, checked as far as every provider needs it. BadRequest never shows a text."""
-    if isinstance(messages, _CheckedMessages):
+    if isinstance(messages, _CheckedMessages) and system is None:
         return messages
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -1731,8 +1741,10 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
         raise BadRequest("messages is empty: give at least one message")
     for at, message in enumerate(messages):
         _check_message(message, f"messages[{at}]")
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return _CheckedMessages([*first, *messages])
+    if system is not None:
+        _check_message(first := {"role": "system", "content": system}, "the argument system")
+        messages = [first, *messages]
+    return _CheckedMessages(messages)
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -1801,7 +1813,6 @@ def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> 
         error.breaker = "neutral"  # some models have nothing to add to the results
     error.model, error.request_id, error.usage = response.model, response.request_id, response.usage
     raise error
-
 
 
 # ==== transport ===================================================================================
@@ -2951,7 +2962,8 @@ def _until(text: str) -> float | None:
         iso = text[:4].isdigit() and "T" in text
         read = datetime.datetime.fromisoformat if iso else parsedate_to_datetime
         when = read(text.replace("Z", "+00:00") if iso else text)
-        return max(0.0, when.timestamp() - time.time())
+        zone = when.tzinfo or datetime.timezone.utc  # without one it is not this machine's
+        return max(0.0, when.replace(tzinfo=zone).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
 
@@ -3917,9 +3929,11 @@ class _HTTPProvider(LLMProvider):
         self._query = url.strip().partition("?")[2]
         self._host = _host_of(self.base_url)
         self._key = self._checked_key(api_key)
-        given = (headers or {}).items()
+        if headers is not None and not isinstance(headers, Mapping):
+            raise ConfigError(f"headers is a {_kind(headers)}: give a dict")
         self._own_headers = {
-            _header_name(name): _sendable(text, f"headers[{name!r}]") for name, text in given
+            _header_name(name): _sendable(text, f"headers[{name!r}]")
+            for name, text in (headers or {}).items()
         }
         self._headers = {
             "Content-Type": "application/json",
@@ -3931,6 +3945,8 @@ class _HTTPProvider(LLMProvider):
         self._learned: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
         self._refused: dict[tuple[str | None, str], tuple[Any, ...]] = {}  # values; (): any value
         self._requests, self._new_session = _http()
+        if session is not None and not hasattr(session, "prepare_request"):
+            raise ConfigError(f"session is a {_kind(session)}: give a requests.Session")
         self._session, self._own_session = session, session is None
         self._settings: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -5946,7 +5962,8 @@ def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
             raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
     if isinstance(settings.get("breaker"), Mapping):
         place = f"{where} [tier.breaker]"
-        breaker = {"name": settings.get("name"), **_settings(settings["breaker"], place, in_file)}
+        given = _settings(settings["breaker"], place, in_file)
+        breaker = {"name": settings.get("name", ""), **given}
         if isinstance(breaker.get("store"), Mapping):
             breaker["store"] = _typed(breaker["store"], _STORES, f"{place} store", in_file)
         settings["breaker"] = _built(CircuitBreaker, breaker, place)
@@ -5961,7 +5978,7 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
     settings = _settings(table, where, in_file)
     name = settings.pop("type", None)
     if not isinstance(name, str) or name not in kinds:
-        cure = f"give one of {', '.join(kinds)}.{_near(str(name), kinds)}"
+        cure = f"give one of {', '.join(kinds)}.{_near(name, kinds)}"
         raise ConfigError(f"{where}: {'no type' if name is None else f'type={name!r}'}: {cure}")
     if "url" in settings:  # RedisStore has one argument for a client and for a URL
         settings["client_or_url"] = settings.pop("url")
@@ -5976,7 +5993,7 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     known.pop("self", None)
     for name, value in settings.items():
         if name not in known:
-            cure = f"{_near(str(name), known)} Known: {', '.join(known)}"
+            cure = f"{_near(name, known)} Known: {', '.join(known)}"
             raise ConfigError(f"{where}: {kind.__name__} has no argument {name!r}.{cure}")
         switch = isinstance(known[name].default, bool) and name != "escalation_prompt"
         if switch and not isinstance(value, bool):
@@ -6687,11 +6704,10 @@ class FailoverChain(LLMProvider):
         self.timeout: float = _number(timeout, "timeout")
         self.wait: float = _number(wait, "wait")
         self.max_retry_after: float = _number(max_retry_after, "max_retry_after")
-        for where, function in (("accept", accept), ("on_event", on_event)):
-            if function is not None and not callable(function):
-                raise ConfigError(f"{where}={function!r}: give a function, or None")
-        self._on_error, self._on_event = _checked_policy(on_error), on_event
-        self._accept, self._clock, self._sleep = accept, clock, sleep
+        self._on_error = _checked_policy(on_error)
+        self._on_event = _function(on_event, "on_event", optional=True)
+        self._accept = _function(accept, "accept", optional=True)
+        self._clock, self._sleep = _function(clock, "clock"), _function(sleep, "sleep")
         self._set_escalation(escalation_model, escalation_marker, escalation_prompt)
         for tier in self.tiers:
             if tier.breaker is None:
@@ -6867,7 +6883,8 @@ class FailoverChain(LLMProvider):
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
         known = [tier.name for tier in self.tiers]
-        if isinstance(names, str) or (names is not None and not names):
+        given = isinstance(names, Iterable) and not isinstance(names, str) and names
+        if names is not None and not given:
             cure = f"give a list of names, such as tiers=[{known[0]!r}]"
             raise ConfigError(f"tiers={names!r}: {cure}")
         for name in names or ():

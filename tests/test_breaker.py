@@ -83,7 +83,8 @@ def test_defaults_are_those_of_the_manual():
     ("recovery_timeout", [-1, math.nan, math.inf, True, "3"]),
     ("max_recovery_timeout", [-1, 1, math.nan, True, "3"]),
     ("trial_timeout", [0, 0.0, -1, math.nan, True, "3"]),
-    ("jitter", [-0.1, math.nan, math.inf, True, "3", None])])
+    ("jitter", [-0.1, math.nan, math.inf, True, "3", None]),
+    ("name", [5, None]), ("clock", [None, 5.0]), ("on_change", ["print"])])
 def test_a_setting_out_of_range_is_refused_by_its_name(name, values):
     for value in values:
         caught = error_of(ConfigError, CircuitBreaker, **{name: value}, match=name)

@@ -113,8 +113,8 @@ def test_tiers_restricts_strictly(clock):
     error_of(UnknownModel, chain.chat, "hi", tiers=["local"], model="cloud")
     assert not calls(chain, "cloud")
     error_of(ConfigError, chain.chat, "hi", tiers=["clod"], match=r"'clod'.*Did you mean 'cloud'")
-    for wrong in ("local", []):
-        error_of(ConfigError, chain.chat, "hi", tiers=wrong, match="give a list of names")
+    for wrong in ("local", [], 5, [5]):
+        error_of(ConfigError, chain.chat, "hi", tiers=wrong, match="give a list|no tier is")
 
 
 def test_a_tier_that_cannot_serve_the_request_is_skipped(clock):
@@ -605,6 +605,7 @@ def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, messa
     chain = chain_of(clock, tier("a", "x"))
     for call in (chain.chat, chain.stream):
         error_of(BadRequest, call, messages, match=message)
+    error_of(BadRequest, chain.chat, "hi", system={"text": "brief"}, match="content of type dict")
     assert not calls(chain, "a")
 
 
@@ -613,7 +614,8 @@ def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, messa
     ({"timeout": "5"}, "timeout='5'"), ({"escalation_model": "aple"}, "Did you mean 'apple'"),
     ({"escalation_model": 5}, "escalation_model=5"), ({"escalation_marker": " "}, "_marker"),
     ({"escalation_marker": "**"}, "_marker"), ({"escalation_prompt": 5}, "escalation_prompt=5"),
-    ({"accept": "x"}, "accept='x'"), ({"on_event": 5}, "on_event=5"),
+    ({"accept": "x"}, "accept='x'"), ({"on_event": 5}, "on_event=5"), ({"clock": 5}, "clock=5"),
+    ({"sleep": None}, "sleep=None"), ({"escalation_model": [5]}, "escalation_model=5: no tier"),
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
     ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
 def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
@@ -622,6 +624,7 @@ def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"role": "primry"}, "Did you mean 'primary'"), ({"models": "gpt"}, "models='gpt': give a"),
+    ({"role": None}, "role=None"),
     ({"models": ["x", ""]}, "every model is a non-empty str"), ({"retries": 1.5}, "retries=1.5"),
     ({"timeout": -1}, "timeout=-1"), ({"max_concurrency": 0}, "max_concurrency=0"),
     ({"prices": (1,)}, "prices"), ({"prices": (1, 2, 3, 4, 5)}, "prices"),
@@ -1011,6 +1014,13 @@ def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock):
     response = chain_of(clock, *tiers).chat("hi", model="big")
     assert outcomes(response.attempts) == ["a:failed", "nested:failed", "c:ok"]
     assert "ModelNotFound" in str(response.attempts[1].error)
+
+
+
+def test_a_nested_chain_takes_a_system_message_of_its_tier(clock):
+    inner = chain_of(clock, tier("i", "x"))
+    chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
+    assert calls(inner, "i")[0]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
 # -- events, the log, explain()

@@ -541,6 +541,18 @@ def test_how_long_to_wait(status: int, headers: dict[str, str], words: str,
     assert found == (None if seconds is None else pytest.approx(seconds, rel=close))
 
 
+@pytest.mark.parametrize("form", ["%Y-%m-%dT%H:%M:%S", "%d %b %Y %H:%M:%S",
+    "%d %b %Y %H:%M:%S -0000"])
+def test_a_date_without_a_zone_is_not_in_the_zone_of_this_machine(form: str, monkeypatch: Any
+        ) -> None:
+    told = {"Retry-After": time.strftime(form, time.gmtime(time.time() + 60))}
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "EST5")
+        time.tzset()
+        assert refused(429, says("no"), told).retry_after == pytest.approx(60, abs=5)
+    time.tzset()
+
+
 def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
     with Server(b"HTTP/1.1 429 Slow\r\nRetry-After: 60\r\nContent-Length: 99\r\n\r\n{") as server:
         start = time.monotonic()

@@ -339,7 +339,7 @@ def test_a_cloud_needs_a_model(kind: Any) -> None:
 @pytest.mark.parametrize("settings", [
     {"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan},
     {"max_response_bytes": 0}, {"headers": {"X-A": "a\nb"}}, {"headers": {"X\r\nA": "b"}},
-    {"connect_timeout": 10**400}])
+    {"connect_timeout": 10**400}, {"headers": [("a", "b")]}, {"session": "s"}])
 def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         kind(KEY, "https://h", **settings)
