@@ -2169,9 +2169,10 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
         pieces: list[bytes] = []
         while True:
             if lacking:
-                pieces.append(data[at : at + lacking])
-                at += len(pieces[-1])
-                lacking -= len(pieces[-1])
+                piece = data[at : at + lacking]
+                pieces.append(piece)
+                at += len(piece)
+                lacking -= len(piece)
             end = data.find(b"\n", at + skip)
             if lacking or end < 0:
                 break
@@ -3479,9 +3480,6 @@ class _Collector:
 
     def take(self, name: str, data: bytes) -> None:
         """Take one event. Raises InvalidResponse or _InBandError."""
-        if data[:6] == b"[DONE]":
-            self.ended = True
-            return
         self._large = len(data) > _READ_SIZE
         if b"\\ud" in data:
             self._halves = True
@@ -3490,6 +3488,9 @@ class _Collector:
         try:
             body = _json(data, "an event")
         except InvalidResponse:
+            if data.startswith(b"[DONE]"):
+                self.ended = True
+                return
             if name in ("error", "exception"):
                 said = data[:_READ_SIZE].decode("utf-8", "replace")
                 raise _InBandError({"error": {"message": said}}) from None
@@ -4622,8 +4623,7 @@ _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices = body.get("choices") or ()
-    usage = body.get("usage") or _dict(body.get("x_groq")).get("usage")
-    if usage:
+    if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for at, choice in enumerate(choices):
         index = choice.get("index")
