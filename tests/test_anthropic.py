@@ -205,6 +205,8 @@ def test_each_option_has_its_field() -> None:
     assert "system" not in sent("anthropic", response_format={"type": "text"})
     assert sent("anthropic")["max_tokens"] > 1000
     assert sent("anthropic", reasoning_effort="none")["thinking"] == {"type": "disabled"}
+    for effort, sends in (("minimal", "low"), ("high", "high")):
+        assert sent("anthropic", reasoning_effort=effort)["output_config"] == {"effort": sends}
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
     wanted = sent("anthropic", response_format=schema)["output_config"]["format"]
     assert wanted == {"type": "json_schema", "schema": CITY}

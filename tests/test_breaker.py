@@ -142,6 +142,7 @@ def test_step_by_step(new, clock, story):
 
 def test_a_success_that_a_failure_overtook_resets_the_count(new):
     breaker = new()
+    assert breaker.snapshot().reason == ""
     assert breaker.call(fail, breaker, 1) is None and breaker.snapshot().failures == 0
 
 

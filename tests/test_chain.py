@@ -571,9 +571,10 @@ def test_a_custom_provider_sees_plain_messages():
     with ChatServer(answer) as server:
         kept = FailoverChain([server.tier()]).chat("hi").message
     provider = scripted("x")
-    FailoverChain([ProviderTier("a", provider)]).chat([*ASKED, kept, *ASKED])
-    plain = {"role": "assistant", "content": "x"}
-    assert provider.calls[0]["messages"] == [*ASKED, plain, *ASKED]
+    for given in (provider, types.SimpleNamespace(chat=provider.chat)):
+        FailoverChain([ProviderTier("a", given)]).chat([*ASKED, kept, *ASKED])
+        plain = {"role": "assistant", "content": "x"}
+        assert provider.calls.pop()["messages"] == [*ASKED, plain, *ASKED]
 
 
 @pytest.mark.parametrize(("options", "kind", "match"), [

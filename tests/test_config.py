@@ -60,8 +60,6 @@ def toml(value: Any) -> str:
 
 
 # -- mistakes
-
-
 of_chain = f"[chain]\n{{}}\n{GOOD}".format
 of_tier = f"{TIER}{{}}\n{PROVIDER}".format
 of_provider = f"{GOOD}{{}}\n".format
@@ -170,8 +168,6 @@ def test_an_unknown_argument_of_a_provider_names_the_class_and_the_nearest() -> 
 
 
 # -- every argument
-
-
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
     """All that a constructor takes, with what it passes on to those of its bases."""
     makers = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
@@ -342,7 +338,6 @@ def test_a_type_error_of_a_constructor_is_told_with_its_place() -> None:
 
 
 # -- keys
-
 SECRETS: dict[str, dict[str, Any]] = {"api_key": {"api_key": KEY},
     "password in the address": {"base_url": f"http://me:{KEY}@127.0.0.1:9/v1"},
     "token as the user": {"base_url": f"http://{KEY}@127.0.0.1:9/v1"},
@@ -417,8 +412,6 @@ def test_variables_are_read_in_a_file_and_in_a_mapping(in_file: bool, built: Bui
 
 
 # -- the environment
-
-
 @pytest.fixture
 def no_network(monkeypatch: Patch) -> list[Any]:
     attempts: list[Any] = []
@@ -491,8 +484,6 @@ def test_an_environment_without_a_provider_names_every_variable_that_would_do() 
 
 
 # -- init
-
-
 def written(path: Path, monkeypatch: Patch, environ: Mapping[str, str]) -> str:
     """The file that init writes in an environment, which stays set."""
     for name, value in environ.items():

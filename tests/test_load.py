@@ -171,7 +171,6 @@ def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
 
 
 # -- the rules that conftest.py lays down
-
 HERE = Path(__file__).resolve().parent
 HEAD = """
 import logging, os, socket, sys, threading

@@ -32,8 +32,6 @@ def both(finish: str, **fields: Any) -> list[bytes]:
 
 
 # -- when an answer of Chat Completions is complete
-
-
 @pytest.mark.parametrize("theirs", ["stop", "function_call", "tool_calls", "length"])
 def test_finish_reasons_of_tool_calls(theirs: str) -> None:
     expected = "length" if theirs == "length" else "tool_calls"
@@ -111,8 +109,6 @@ def test_usage_of_compatible_servers(usage: Any, expected: Usage) -> None:
 
 
 # -- forms of its answers
-
-
 @pytest.mark.parametrize("fields", [{"reasoning_content": "hm"}, {"reasoning": "hm"},
     {"reasoning_text": "hm"}, {"reasoning_details": [{"type": "reasoning.text", "text": "hm"}, 5]},
     {"reasoning_details": [{"summary": "hm"}]}, {"content": "<think>hm</think>"},
@@ -216,8 +212,6 @@ def test_errors_inside_a_stream_stand_in_many_places() -> None:
 
 
 # -- requests of Chat Completions
-
-
 def test_a_body_in_full() -> None:
     options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3}}
     assert sent("chat", tools=TOOLS, **options) == {
@@ -385,8 +379,6 @@ def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
 
 
 # -- the Responses API
-
-
 def event(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": f"response.{kind}", **fields}
 

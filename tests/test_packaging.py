@@ -94,8 +94,6 @@ def each_python(request: pytest.FixtureRequest) -> str:
 
 
 # -- one file
-
-
 def test_import_costs_the_standard_library_only_and_does_nothing(each_python: str,
         tmp_path: Path) -> None:
     """No requests, TLS, socket, thread, written file or warning, on every Python that is here."""
@@ -121,8 +119,6 @@ def test_one_copied_file_works_alone_and_says_what_to_install(each_python: str,
 
 
 # -- names and metadata
-
-
 def test_version_is_a_literal_that_header_and_package_repeat() -> None:
     statements = [ast.unparse(node) for node in ast.parse(SOURCE).body]
     assert f"__version__ = {copilot_router.__version__!r}" in statements
@@ -197,8 +193,6 @@ def test_nothing_is_left_out_of_coverage() -> None:
 
 
 # -- types for users
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site-packages directory with the wheel in it, made without asking a package index."""
@@ -234,8 +228,6 @@ def test_mypy_strict_sees_types_and_mistakes_of_a_users_file(site: Path, tmp_pat
 
 
 # -- the repository
-
-
 @pytest.mark.parametrize("folder", ["work", "root", "home", "Users"])
 def test_no_path_of_somebodys_machine_is_in_the_repository(folder: str) -> None:
     try:

@@ -66,8 +66,6 @@ def key_sent(client: Any) -> str | None:
 
 
 # -- addresses
-
-
 GOOGLE = "https://generativelanguage.googleapis.com"
 CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/deployments/d"
 
@@ -130,8 +128,6 @@ def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None
 
 
 # -- keys and the environment
-
-
 @each_vendor
 def test_defaults(kind: Any) -> None:
     """Local servers have a longer first-token limit: they may load a model first."""
@@ -270,8 +266,6 @@ def test_what_is_not_the_servers_fault_passes_through(module: str, error: Any,
 
 
 # -- requests
-
-
 def test_what_is_sent(mocked: Any) -> None:
     """The headers of a request; cookies of an answer are not sent back."""
     mocked.replace(responses.POST, URL, json=WHOLE, headers={"Set-Cookie": "a=b"})
@@ -346,8 +340,6 @@ def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
 
 
 # -- sessions
-
-
 def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "bob:s3cr3tPw99 and Basic Ym9iOnMzY3IzdFB3OTk= denied"
     with Server(reply({"error": {"message": told}}, 407)) as server:
@@ -417,8 +409,6 @@ def test_a_forked_child_opens_a_session_of_its_own(monkeypatch: pytest.MonkeyPat
 
 
 # -- ping
-
-
 @each_vendor
 @pytest.mark.parametrize(("status", "error"), [(200, None), (401, AuthenticationError),
     (429, RateLimited), (500, ServerError),

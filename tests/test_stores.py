@@ -181,6 +181,9 @@ STORIES: dict[str, tuple[bool, str]] = {
     "an open state wins over one failure of the others": (True, """
         b:F 2 a:closed a:down 2 a:F a:F a:open b:F a:back 2 a:open 2 a:open b:open
         a:left=11 b:left=11"""),
+    "an open state wins over a newer closed one": (True, """
+        b:F b:S 2 a:closed a:down 2 a:open! a:reset a:reset a:reset a:reset a:reset a:reset a:reset
+        b:F b:F b:F b:open a:back 2 a:open 2 a:open b:open"""),
     "both sides may open it": (True, """
         b:F 2 a:closed a:down 2 a:F a:F a:open b:F b:F b:open a:back 2 a:open 2 a:open b:open
         a:left=11 b:left=11"""),
@@ -258,7 +261,8 @@ def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     shared.error = None
     clock.advance(60)
     assert breaker.is_closed and events == ["open", "down", "closed", "back"]
-    lines = [record for record in caplog.records if "store" in record.getMessage()]
+    told = "x: the store is down (ConnectionError): going on alone", "x: the store is back"
+    lines = [record for record in caplog.records if record.getMessage() in told]
     assert [record.levelname for record in lines] == ["WARNING", "INFO"]
 
 
@@ -672,6 +676,28 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
     assert breaker.is_open and store.load("x")[0].state == "open"
     assert events == ["down", "open", "back"]
     store.close()
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_waits_for_a_thread_inside_sqlite(tmp_path, monkeypatch):
+    """Else the child would inherit a lock of SQLite that nobody gives back."""
+    store, connect = SQLiteStore(tmp_path / "file", timeout=0.9), sqlite3.connect
+    store.load("x")
+    inside, ended = threading.Event(), threading.Event()
+    def work():
+        error_of(sqlite3.OperationalError, store.swap, "x", None, BreakerRecord())
+        ended.set()
+    with closing(connect(store.path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: inside.set() or connect(*a, **k))
+        (thread,) = in_threads(1, work)
+        assert inside.wait(10)
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        assert ended.wait(0.4)
+        assert os.waitpid(child, 0)[1] == 0
+    thread.join(10)
 
 
 def sql(path: Path, *statements: str) -> Any:

@@ -399,7 +399,7 @@ DRESSED = ["[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** becaus
     "`[ESCALATE]` because", '"[ESCALATE] because"', "> [ESCALATE] because", "```text\n[ESCALATE]",
     "```3d\n[ESCALATE]", "# [Escalate]: because", "\u201c[ESCALATE]\u201d because",
     "<think>hm</think>\n[ESCALATE]", "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
-    "<think>\n</think><think></think>[ESCALATE]"]
+    "<think>\n</think><think></think>[ESCALATE]", "<think></think>[ESCALATE]"]
 #: What only looks like the marker, and the part of it after which that is certain.
 LOOK_ALIKES = [
     ("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"),

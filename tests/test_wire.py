@@ -90,8 +90,6 @@ def hangs_up(data: bytes) -> Any:
 
 
 # -- answers
-
-
 def test_an_answer_has_text_model_finish_reason_and_usage(dialect: Dialect,
         streaming: bool) -> None:
     with served(dialect, Answer(), stream_upstream=streaming) as (server, provider):
@@ -217,8 +215,6 @@ def test_finish_reasons(at: int, ours: str | None, words: str) -> None:
 
 
 # -- answers that are none
-
-
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 9999\r\n"], ids=["closed", "length"])
 def test_a_cut_answer_is_no_answer(dialect: Dialect, length: bytes) -> None:
     before, after = until(dialect, Answer(), b"world")
@@ -303,8 +299,6 @@ def test_a_whole_message_behind_its_deltas_is_not_added_to_them() -> None:
 
 
 # -- what a body is
-
-
 NOTHING = ["data:", "data: null", 'data: ""', "event: ping\ndata: ", "data: ping", "data: {}",
            'data: {"type": "ping"}', 'data: {"object": "billing", "cost": {"usd": 0.1}}',
            'data: {"choices": null}', 'data: {"id": "gen-1", "provider": "x", "candidates": null}']
@@ -537,7 +531,6 @@ def test_half_characters_in_calls_and_errors_can_be_written(dialect: Dialect) ->
 
 
 # -- signs of life
-
 ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
     for fields in ({"content": "x"}, {"reasoning": "x"}, {"reasoning_content": "x"},
         {"reasoning_text": "x"},
@@ -584,7 +577,6 @@ def test_headers_roles_and_keep_alives_are_no_sign_of_life(dialect: Dialect) -> 
 
 
 # -- thoughts
-
 def test_a_chain_streams_thoughts_where_they_are_asked_for(dialect: Dialect) -> None:
     """They are of the class Thought, and part neither of .text nor of the other deltas."""
     answer = Answer(text=("4", "2"), reasoning=("Let me ", "think."))
@@ -620,7 +612,6 @@ def test_a_closing_think_tag_ends_the_thinking_that_no_tag_opened(pieces: list[s
 
 
 # -- tool calls
-
 F = {"type": "function", "function": {"name": "f"}}
 NEEDY = {"type": "function", "function": {"name": "f", "parameters": CITY}}
 LONG = {"type": "function", "function": {"name": "look_up", "parameters": CITY}}
@@ -791,7 +782,6 @@ def test_responses_text_under_shifted_indexes_comes_once() -> None:
 
 
 # -- requests
-
 PORTABLE: dict[str, Any] = {"max_tokens": 77, "temperature": 0.5, "top_p": 0.75, "seed": 3,
     "user": "somebody", "reasoning_effort": "low", "parallel_tool_calls": False,
     "tool_choice": "auto", "presence_penalty": 0.1, "frequency_penalty": 0.1,
@@ -982,8 +972,6 @@ def test_ping_lists_models_and_generates_nothing(dialect: Dialect) -> None:
 
 
 # -- corrections that are learned from a refusal
-
-
 def refusing(dialect: Dialect, field: str, body: Any, status: int = 400) -> Any:
     def serve(server: Server, connection: Any, request: bytes) -> bool:
         if f'"{field}":'.encode() in request:
@@ -1160,8 +1148,6 @@ def test_a_model_that_shows_no_thoughts_is_asked_without_them(number: int, optio
 
 
 # -- histories
-
-
 VENDORS = ("openai", "responses", "anthropic", "gemini", "ollama")
 SYSTEM = {"role": "system", "content": "be brief"}
 #: Whether the thinking goes back to the same vendor and model. OpenAI's own servers want none.

@@ -464,8 +464,6 @@ def dialect(request: pytest.FixtureRequest) -> Dialect:
 
 
 # -- HTTP
-
-
 def head(dialect: Dialect, **headers: str) -> bytes:
     lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}",
              "Transfer-Encoding: chunked"]

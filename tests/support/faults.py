@@ -41,8 +41,6 @@ def descriptors() -> int:
 
 
 # -- wire formats
-
-
 def says(message: str, **fields: Any) -> dict[str, Any]:
     """The body of a refusal in OpenAI's form."""
     return {"error": {"message": message, **fields}}
@@ -148,8 +146,6 @@ DIALECTS: tuple[type[Dialect], ...] = (Chat, Responses, Anthropic, Gemini, Ollam
 
 
 # -- one request and what may be done to it
-
-
 class Entry(NamedTuple):
     """One attempt, as the server saw it."""
 
@@ -330,8 +326,6 @@ class FaultServer(Peer):
 
 
 # -- the table
-
-
 class ANSWER:
     """Expected of a row: the complete answer of the tier itself."""
 
@@ -651,8 +645,6 @@ row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.
 
 
 # -- Chat Completions only
-
-
 #: Refusals as they are found in the wild: class -> name -> status and body.
 REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
     BadRequest: {

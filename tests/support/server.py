@@ -161,7 +161,6 @@ class Server(Peer):
 
 
 # -- answers
-
 #: Of a stream that ends when the connection is closed.
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 
@@ -249,7 +248,6 @@ class _Pieces(io.RawIOBase):
 
 
 # -- providers
-
 MAKERS: dict[str, Callable[..., Any]] = {
     "chat": lambda *args, **more: OpenAIProvider(*args, **{"api": "chat", **more}),
     "responses": lambda *args, **more: OpenAIProvider(*args, api="responses", **more),
@@ -320,8 +318,6 @@ def sent(kind: str, messages: Any = "q", tools: Any = None, settings: Any = None
 
 
 # -- Chat Completions, which most tests write by hand
-
-
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
 
