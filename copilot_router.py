@@ -1246,10 +1246,9 @@ class _SharedView:
         self.in_store = math.inf  #: since when the lock's holder waits for the store; inf: not now
         self.overtaken = False  #: others changed the record meanwhile
         self._unreadable = _Outage()  #: of this record alone
-        outages: dict[Any, _Outage] = {}
-        with contextlib.suppress(TypeError):  # a user's store that allows no weak reference
-            outages = _outages.setdefault(store, {})
-        self._outage = outages.setdefault(breaker._clock, _Outage())
+        self._outage = _Outage()
+        with contextlib.suppress(TypeError):  # a store without weak references, an unhashable clock
+            self._outage = _outages.setdefault(store, {}).setdefault(breaker._clock, self._outage)
 
     def load(self) -> None:
         """Take over the stored record, or write what is ahead of it."""
@@ -3016,7 +3015,9 @@ class _Call(NamedTuple):
 
     def carried(self, message: Message) -> dict[str, Any]:
         """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
-        kept = _dict(message.get(_CARRY))
+        if _CARRY not in message:
+            return {}
+        kept = _dict(message[_CARRY])
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
         untouched = kept.get("text") == message.get("content") and kept.get("ids") == ids
         return kept if kept.get("for") == self.identity and untouched else {}
@@ -3034,7 +3035,7 @@ class _Call(NamedTuple):
         """The body with the caller's own fields of one vendor on top."""
         extra = self.options.get("extra_body") or {}
         if isinstance(extra, Mapping):
-            return _merged(body, extra)
+            return _merged(body, extra) if extra else body
         raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
 
 
@@ -3765,7 +3766,7 @@ class _Collector:
         self._text.append(rest + ("\ufffd" if self._half else ""))
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given  # a call with neither name nor arguments is none
-        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls"))
+        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls")) if given else []
         if finish == "stop" and calls:
             finish = "tool_calls"
         text = self._without_thoughts("".join(self._text))
@@ -3884,6 +3885,13 @@ def _pieces(secrets: Iterable[str]) -> tuple[str, ...]:
     return (*kept, *words)
 
 
+class _Fix(NamedTuple):
+    """What is known of a field that a model refuses."""
+
+    value: Any  #: what is sent instead; None: nothing
+    refused: tuple[Any, ...]  #: the values that are refused; (): any value
+
+
 #: What the name of a model may be. One with spaces is the name of a file, or else a text.
 _NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
 
@@ -3943,8 +3951,7 @@ class _HTTPProvider(LLMProvider):
             "User-Agent": f"copilot-router/{__version__}",
         }
         self._secrets = self._set_secrets(url)
-        self._learned: dict[str | None, Mapping[str, Any]] = {}  # by model; replaced, never changed
-        self._refused: dict[tuple[str | None, str], tuple[Any, ...]] = {}  # values; (): any value
+        self._learned: dict[str | None, Mapping[str, _Fix]] = {}  # by model; replaced, not changed
         self._requests, self._new_session = _http()
         if session is not None and not hasattr(session, "prepare_request"):
             raise ConfigError(f"session is a {_kind(session)}: give a requests.Session")
@@ -4142,6 +4149,8 @@ class _HTTPProvider(LLMProvider):
                 near = _near(name, (*_OPTIONS, *_LIMIT_OPTIONS[:3]))
                 told = f"unknown option {name!r} for {type(self).__name__}.{near}"
                 raise _UnknownOption(f"{told} Fields of one vendor go into extra_body={{}}")
+        if model is not None and not isinstance(model, str):
+            raise ConfigError(f"model={model!r:.60}: give a name, or None")
         if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
         options = {n: value for n, value in kwargs.items() if n in _OPTIONS and value is not None}
@@ -4348,13 +4357,10 @@ class _HTTPProvider(LLMProvider):
 
     def _failure(self, answer: _Answer, call: _Call) -> tuple[ProviderError, _Report, _Words]:
         """The error for an answer whose status is not 2xx, and what it says for our own eyes."""
-        if not 300 <= answer.status < 400:
-            return self._reported(self._error_body(answer), answer, call)
-        told = "a redirect, which is not followed: correct the base_url"
-        error = InvalidResponse(
-            told, provider=self._vendor, status=answer.status, model=call.model or ""
-        )
-        return error, _Report(), _Words("", ())
+        if 300 <= answer.status < 400:
+            told = "a redirect, which is not followed: correct the base_url"
+            raise InvalidResponse(told, provider=self._vendor, status=answer.status)
+        return self._reported(self._error_body(answer), answer, call)
 
     @staticmethod
     def _error_body(answer: _Answer) -> Any:
@@ -4422,36 +4428,32 @@ class _HTTPProvider(LLMProvider):
         """``refused``: the value that was, None if the field is with any value."""
         name, value = fix
         with self._lock:
-            known = self._refused.get((model, name), ())[-20:]
-            self._refused[model, name] = () if refused is None else (*known, refused)
-            self._learned[model] = {**self._learned.get(model, {}), name: value}
+            known = self._learned.get(model, {})
+            before = known[name].refused[-20:] if name in known else ()
+            values = () if refused is None else (*before, refused)
+            self._learned[model] = {**known, name: _Fix(value, values)}
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
 
     def _forget(self, model: str | None = None, name: str = "") -> None:
         """Forget one correction of a model, or all of all models."""
         with self._lock:
-            kept = {n: value for n, value in self._learned.get(model, {}).items() if n != name}
+            kept = {n: fix for n, fix in self._learned.get(model, {}).items() if n != name}
             self._learned = {**self._learned, model: kept} if name else {}
-            self._refused = {
-                known: values for known, values in self._refused.items()
-                if name and known != (model, name)
-            }
 
     def _corrections(self) -> dict[str, dict[str, str]]:
         """Model -> field -> drop or replace, to show."""
         return {
-            model or "": {name: "drop" if fix is None else "replace" for name, fix in fixes.items()}
+            model or "": {n: "drop" if fix.value is None else "replace" for n, fix in fixes.items()}
             for model, fixes in list(self._learned.items()) if fixes
         }
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
-        learned = self._learned.get(call.model, {})
-        for name in learned:
-            refused = self._refused.get((call.model, name))
-            if refused and call.options.get(name) not in refused:  # another value may do
-                learned = {other: fix for other, fix in learned.items() if other != name}
+        learned = {
+            name: fix.value for name, fix in self._learned.get(call.model, {}).items()
+            if not fix.refused or call.options.get(name) in fix.refused  # else it may do
+        }
         options = {name: learned.get(name, value) for name, value in call.options.items()}
         options = {name: value for name, value in options.items() if value is not None}
         thoughts = call.thoughts and "thoughts" not in learned

@@ -325,8 +325,9 @@ def test_options_that_cannot_be_taken(options: Any, error: Any, message: Any, mo
 
 @pytest.mark.parametrize("kind", CLOUDS)
 def test_a_cloud_needs_a_model(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="model"):
-        kind(KEY).chat("hi")
+    for model in (None, 5, ["m"]):
+        with pytest.raises(ConfigError, match="model"):
+            kind(KEY).chat("hi", model=model)
 
 
 @each_vendor

@@ -290,6 +290,14 @@ def test_pauses_between_tries_grow_to_a_minute_and_are_drawn(clock, shared):
     assert second - first <= 1.1 and events == ["down", "back", "down"]
 
 
+def test_a_clock_of_the_user_needs_no_hash(clock):
+    class Clock(FakeClock):
+        __hash__ = None  # type: ignore[assignment]  # as a dataclass has it
+    breaker = breaker_on(MemoryStore(clock), Clock())
+    fail(breaker)
+    assert breaker.is_open
+
+
 # -- a store that returns nonsense
 RECORD = BreakerRecord()
 NONSENSE: list[Any] = [
