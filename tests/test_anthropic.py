@@ -76,6 +76,11 @@ def test_an_answer_without_blocks_is_empty_or_refused() -> None:
     assert type(read("anthropic", whole("refusal"))) is ContentFiltered
 
 
+def test_a_whole_answer_may_leave_out_its_type() -> None:
+    wire = reply({"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"})
+    assert read("anthropic", wire).text == "x"
+
+
 def test_a_second_message_start_begins_again_or_breaks_the_answer() -> None:
     """As long as there is no text it costs nothing; behind text the answer would be two in one."""
     again = stream(started(input_tokens=3), started(input_tokens=3), *TEXT, stops("end_turn"), END)

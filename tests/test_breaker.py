@@ -184,6 +184,7 @@ def test_the_first_verdict_counts(new):
         ticket.failure()
     assert breaker.is_open
     breaker.reset()
+    assert breaker.snapshot().reason == "reset"
     with contextlib.suppress(Boom), breaker.admit() as ticket:
         ticket.success()
         boom()
@@ -443,7 +444,7 @@ def test_the_trial_of_a_guarded_generator_lasts_until_its_end(new, clock, finish
     running = breaker(stream)(3)
     next(running)
     assert breaker.is_half_open
-    refused(breaker)
+    assert "trying again with one call" in str(refused(breaker))
     with contextlib.suppress(ProviderError):
         finish(running)
     assert breaker.state == state

@@ -873,6 +873,7 @@ def test_health_snapshots_and_events_are_plain_data(clock):
     assert (health.last_error, health.last_latency) == ("ServerError", 0.0)
     plain = json.loads(json.dumps([one.to_dict() for one in chain.health()]))
     assert (plain[0]["name"], plain[0]["failures"], plain[0]["learned"]) == ("a", 1, {})
+    assert plain[0]["models"] == chain.health()[0].to_dict()["models"] == ["a"]
     assert (plain[0]["breaker"]["state"], health.breaker.failures) == ("closed", 1)
     snapshot = chain.tiers[0].breaker.snapshot()
     assert json.loads(json.dumps(snapshot.to_dict())) == plain[0]["breaker"]
@@ -1157,6 +1158,7 @@ def test_a_response_as_data():
     assert tuple(attempts[0]) == ("t", "m", "ok", None, None, 0.0, Usage())
     empty = LLMResponse()
     assert (empty.text, empty.latency, empty.cost, empty.request_id) == ("", 0.0, None, None)
+    assert empty.finish_reason == "stop"
     assert LLMResponse(usage=Usage(3)).total_usage == Usage(3)
     assert Usage(1, 2, 3, 4, 5) + Usage(1, 1, 1, 1, 1) == Usage(2, 3, 4, 5, 6)
     error_of(TypeError, lambda: Usage(1) + 1)

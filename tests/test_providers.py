@@ -174,6 +174,7 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
     (AnthropicProvider, "https://api.anthropic.com", True),
     (AnthropicProvider, "https://evil.test", False),
     (GeminiProvider, "https://generativelanguage.googleapis.com", True),
+    (GeminiProvider, "https://eu-generativelanguage.googleapis.com", True),
     (GeminiProvider, "https://evil.test", False)])
 def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url: str, goes: bool,
         monkeypatch: pytest.MonkeyPatch) -> None:

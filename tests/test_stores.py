@@ -331,9 +331,10 @@ def test_a_load_that_returns_nonsense_counts_as_down(answer, clock):
 def test_a_swap_that_returns_nonsense_fails_no_call(answer, clock):
     store = Wrapped(MemoryStore(clock))
     store.swap = lambda *_: answer
-    chain = chain_on(store, [], scripted("x", ServerError), scripted("y"), clock=clock)
+    events: list[Any] = []
+    chain = chain_on(store, events, scripted("x", ServerError), scripted("y"), clock=clock)
     assert [chain.chat("hi").provider for _ in range(5)] == ["y"] * 5
-    assert chain.tiers[0].breaker.is_open
+    assert chain.tiers[0].breaker.is_open and ("down" in events) == (answer != 0)
     chain.reset()
     assert chain.tiers[0].breaker.is_closed
 
@@ -720,6 +721,13 @@ def read_only(path: Path) -> None:
         store.swap("x", None, BreakerRecord())
     path.chmod(stat.S_IRUSR)
     path.parent.chmod(stat.S_IRUSR | stat.S_IXUSR)
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path):
+    store, record = SQLiteStore(tmp_path / "file"), BreakerRecord("open", 3, 2, 3, 9.0, 5.0)
+    store.swap("x", None, record)
+    sql(tmp_path / "file", "UPDATE breakers SET record = json_remove(record, '$.parks', '$.heals')")
+    assert store.load("x")[0] == record
 
 
 SPOIL: dict[str, Callable[[Path], Any]] = {

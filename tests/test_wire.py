@@ -187,7 +187,7 @@ def test_failures_have_their_class(dialect: Dialect, name: str) -> None:
 LENGTHS = "length max_tokens MAX_TOKENS model_length max_output_tokens"
 FILTERED = """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY
     IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR"""
-BROKEN = "error abort cancelled timeout network_error"
+BROKEN = "error abort cancelled timeout network_error deadline_exceeded failed interrupted"
 #: What a vendor's word for the end of an answer becomes; None: the answer failed.
 FINISH: list[tuple[int, str | None, str]] = [
     (0, "stop", "stop tool_calls"), (0, "length", LENGTHS + " model_context_window_exceeded"),
