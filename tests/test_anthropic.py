@@ -209,6 +209,9 @@ def test_each_option_has_its_field() -> None:
         "stop_sequences": ["a"], "metadata": {"user_id": "u"}}
     assert "system" not in sent("anthropic", response_format={"type": "text"})
     assert sent("anthropic")["max_tokens"] > 1000
+    assert sent("anthropic", [USER], [{"function": {"name": "f"}}])["tools"][0]["name"] == "f"
+    blank = sent("anthropic", [{"role": "user", "content": " "}])["messages"][0]["content"]
+    assert blank == [{"type": "text", "text": "Continue."}]
     assert sent("anthropic", reasoning_effort="none")["thinking"] == {"type": "disabled"}
     for effort, sends in (("minimal", "low"), ("high", "high")):
         assert sent("anthropic", reasoning_effort=effort)["output_config"] == {"effort": sends}

@@ -104,7 +104,7 @@ STORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "reading changes nothing": ("F F F 100 open left=0 open left=0 trial half_open", {}),
     "a recovery timeout of zero means zero": ("F F F open trial S closed", {"recovery": 0.0}),
     "a good trial closes": (
-        "F F F 15 trial half_open refused S closed failures=0 left=None F F closed", {}),
+        "F F F stale=0 15 trial half_open refused S closed failures=0 left=None F F closed", {}),
     "a failed trial opens from its end": (
         "F F F 15 trial 4 F open left=15 14 refused 1 trial 4 F left=15 refused", {}),
     "a refusal during a trial hints at a second": (

@@ -276,6 +276,7 @@ def test_no_prompt_and_one_that_is_no_text_are_usage_errors(stdin: bytes | None,
         (["--timeout", "0.1", "silence"], 124, ["deadline"]),
         (["--wait", "-1", "hi"], 2, ["wait=-1"]), (["--tiers", "other", "hi"], 2, ["'other'"]),
         (["--api-key-env", "NOT_SET", "hi"], 2, ["--api-key-env", "NOT_SET"]),
+        (["--provider=openai", "--api-key-env=NOT_SET", "hi"], 2, ["--api-key-env: the variable"]),
         (["--config", "x.toml", "hi"], 2, ["--config", "--base-url"])])
 def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(arguments: list[str],
         status: int, parts: list[str], cli: Cli) -> None:

@@ -221,8 +221,9 @@ def test_a_body_in_full() -> None:
                 parallel_tool_calls=True)
     assert not bare.pop("stream", False)
     assert bare == {"model": "m", "messages": [USER], "seed": 1}
-    nested = sent("chat", extra_body={"stream_options": {"b": 1}, "temperature": 2}, temperature=1)
-    assert (nested["stream_options"], nested["temperature"]) == ({"include_usage": True, "b": 1}, 2)
+    extra = {"stream_options": {"b": {"c": 1}, "include_usage": False}, "temperature": 2}
+    nested = sent("chat", extra_body=extra, temperature=1)
+    assert (nested["stream_options"], nested["temperature"]) == (extra["stream_options"], 2)
 
 
 def test_openai_gets_developers_parts_and_its_own_token_limit_and_others_do_not() -> None:

@@ -90,7 +90,7 @@ def test_a_break_raises_with_what_had_arrived(clock, error, state, number):
     chain = chain_of(clock, tier("a", [*PARTS, error], breaker=breaker), tier("b", "a splice"))
     stream = chain.stream(PROMPT)
     seen, broken = read(stream)
-    assert seen == PARTS and broken.partial == stream.text == "".join(PARTS)
+    assert (seen, broken.model) == (PARTS, "a") and broken.partial == stream.text == "".join(PARTS)
     assert broken.__cause__ is error and outcomes(broken.attempts) == ["a:failed"]
     assert (broken.attempts[0].error or "").startswith(type(error).__name__)
     for name in ("status", "code", "retry_after", "request_id"):

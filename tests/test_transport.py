@@ -421,6 +421,11 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
         assert server.connections == 1
 
 
+def test_an_empty_body_is_called_so() -> None:
+    with Peer(says(OK + b"Content-Length: 0\r\n\r\n")) as server, provider(server.url) as client:
+        fails(client, InvalidResponse, match="an empty body")
+
+
 def test_a_whole_answer_without_its_last_chunk_is_truncated() -> None:
     data = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE).removesuffix(b"0\r\n\r\n")
     with Peer(says(data, keep=False)) as server, provider(server.url) as client:
