@@ -132,6 +132,8 @@ class ProviderError(RouterError):
     then: str = "next"
     breaker: str = "failure"
     usage: Usage | None = None  #: tokens that the failed request had used, None if unknown
+    provider = model = ""  # these are of a subclass that does not call __init__
+    status = code = retry_after = request_id = None
 
     def __init__(
         self, message: str = "", *, provider: str = "", model: str = "", status: int | None = None,
@@ -439,10 +441,12 @@ def _judged(
     then, outcome, hint = "next", "failure", None
     if isinstance(error, ProviderError):
         cut = isinstance(error, EmptyResponse) and error.code == "length"
-        then, outcome = error.then, "neutral" if cut else error.breaker
-        given = error.retry_after  # a custom provider may give anything
-        known = isinstance(given, (int, float)) and given == given
-        hint = min(max(given, 0.0), _MAX_PARK) if known else None  # type: ignore[type-var]
+        then = error.then if error.then in ("again", "next", "raise") else "next"
+        given = "neutral" if cut else error.breaker
+        outcome = given if given in ("neutral", "park", "park long") else "failure"
+        hint = _hint_of(error)
+    elif _is_of_the_request(error):
+        outcome = "neutral"
     then = facts.overruled or then
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
@@ -463,10 +467,26 @@ def _judged(
     return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
 
 
+def _hint_of(error: Any) -> float | None:
+    """Its ``retry_after`` within sensible limits; a custom provider may give anything."""
+    given = getattr(error, "retry_after", None)
+    if not isinstance(given, (int, float)) or given != given:
+        return None
+    return float(min(max(given, 0), _MAX_PARK))
+
+
+def _is_of_the_request(error: BaseException) -> bool:
+    """Whether a chain inside a chain failed, but has a tier that may answer another request."""
+    if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
+        return False
+    found = any(_judged(inner).breaker == "neutral" for inner in error.errors)
+    return found or isinstance(error, EscalationFailed)
+
+
 def _ended_by_the_call(error: BaseException, facts: _Circumstances) -> bool:
     """Whether the call's deadline ended the attempt, not a silence limit."""
     silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
-    late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, DeadlineExceeded))
+    late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, TimeoutError))
     return late and not silent
 
 
@@ -1242,7 +1262,7 @@ class _SharedView:
         self._seen: int | None = None  #: the stored generation as last seen; None: no record
         self._offset = 0.0  #: the store's time less the breaker's
         self.next_read = -math.inf
-        self._down = False  #: the store is left alone until next_read
+        self.down = False  #: the store is left alone until next_read
         self.in_store = math.inf  #: since when the lock's holder waits for the store; inf: not now
         self.overtaken = False  #: others changed the record meanwhile
         self._unreadable = _Outage()  #: of this record alone
@@ -1253,7 +1273,7 @@ class _SharedView:
     def load(self) -> None:
         """Take over the stored record, or write what is ahead of it."""
         now = self._breaker._clock()
-        if now < self.next_read and self._down:
+        if now < self.next_read and self.down:
             return
         self.next_read = now + self._refresh
         found = self._try(self._read)
@@ -1275,13 +1295,13 @@ class _SharedView:
                 self._adopt(record, store_now)
         if self._standing == "ahead" and not self._write_ahead(record):
             return
-        if self._down:
-            self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
+        if self.down:
+            self.down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
             self._breaker._changes.append(("store", "back", "the store is back"))
 
     def keep(self, change: _Change, local: int | None) -> None:
         """Change the stored record and the breaker's, or the breaker's alone."""
-        if self._down or self.next_read == -math.inf:
+        if self.down or self.next_read == -math.inf:
             self.load()
         counts, until = False, time.monotonic() + 2 * _STORE_BUDGET
         local = None if self._shares_local_errors else local
@@ -1290,7 +1310,7 @@ class _SharedView:
             if new is old:
                 return
             counts = new.era == old.era and new.state == "closed" and not self._shared_counts
-            if self._down or counts or local is not None or self._standing == "own":
+            if self.down or counts or local is not None or self._standing == "own":
                 break
             saved = self._try(self._write, self._seen, new)
             if saved:
@@ -1400,8 +1420,8 @@ class _SharedView:
             finally:
                 self.in_store = math.inf
         self.next_read = outage.until
-        if not self._down:
-            self._down = True
+        if not self.down:
+            self.down = True
             name = f"the store {getattr(self._store, 'path', '')}".rstrip()
             what = f"{name} is down ({outage.error}): going on alone"
             self._breaker._changes.append(("store", "down", what))
@@ -2994,6 +3014,7 @@ _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequen
                     "reasoning_effort", "parallel_tool_calls", "user"})
 _OPTIONS: frozenset[str] = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice",
                                      "response_format", "extra_body"}
+_LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: two names of one option
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
 #: The user's text where a vendor insists on one and the user has said nothing.
 _GO_ON = "Continue."
@@ -3933,7 +3954,9 @@ class _HTTPProvider(LLMProvider):
         self.max_response_bytes: int = most
         self.stream_upstream = stream_upstream
         self._wants_model = self._needs_model
-        url = base_url or self._from_environment(os.environ)[1] or self._default_url
+        url = base_url
+        if url is None:
+            url = self._from_environment(os.environ)[1] or self._default_url
         self.base_url = self._full_url(url)
         self._query = url.strip().partition("?")[2]
         self._host = _host_of(self.base_url)
@@ -5943,7 +5966,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 def _variable(name: Any, where: str) -> str:
     """What an environment variable holds. What is no name in capitals may be a key by mistake."""
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where}={name!r}: give the name of an environment variable")
+        raise ConfigError(f"{where}: give the name of an environment variable, as a str")
     if not os.environ.get(name):
         shown = f" {name}" if _pattern("[A-Z][A-Z0-9_]*").fullmatch(name) else ""
         raise ConfigError(f"{where}: the variable{shown} is not set: set it, or name another")
@@ -6158,6 +6181,8 @@ class _Try:
                 return self.checked(end.value)
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
                 raise (error.__cause__ or error) from None
+            if delta is None:  # as some clients give it for an event without text
+                continue
             if self.opening is not None and not isinstance(delta, Thought):
                 delta = self.opening.feed(delta)
                 if not delta:
@@ -6191,7 +6216,13 @@ class _Try:
             self.place = None
             self.tier._slots.ring()
         if self.stream is not None:
-            getattr(self.stream, "close", dict)()  # last: a provider's generator may raise here
+            try:
+                getattr(self.stream, "close", dict)()
+            except Exception as failure:
+                if _is_task_limit(failure):
+                    raise
+                where = _ascii(f"{self.tier.name}: closing its stream raised {_place(failure)}")
+                _log.warning("%s", where)
 
     def failed(self, error: BaseException, retries: int = 0, may_wait: bool = False) -> _Verdict:
         """End a failed request, record it, and say what follows."""
@@ -6221,23 +6252,23 @@ class _Try:
 
     def deltas(self) -> Generator[str, None, LLMResponse | None]:
         """The rest of a stream; returns the answer, or None if another tier is to be asked."""
-        run, response = self.run, None
+        run, response, reading = self.run, None, True
         try:
             while response is None:
                 if not isinstance(self.delta, Thought):
                     self.taken.append(self.delta)
-                given = run.clock()
+                given, reading = run.clock(), False
                 yield self.delta
-                now = run.clock()
+                now, reading = run.clock(), True
                 self.idle += now - given
                 if now >= run.deadline:
                     told = "the deadline of the call passed"
                     raise ProviderTimeout(told, code="attempt_timeout")
                 response = self.read()
-        except GeneratorExit:
-            self.end(None, None if self.taken else _Verdict("next", "neutral"))
-            raise
         except BaseException as error:
+            if not reading:  # it closes the stream, or has thrown an exception of its own into it
+                self.end(None, None if self.taken else _Verdict("next", "neutral"))
+                raise
             if self.taken:
                 raise self._interrupted(error)  # noqa: B904 - its cause is set
             self.failed(error)
@@ -6389,6 +6420,8 @@ class _Run:
         """Messages and options for one request. Here time becomes seconds."""
         tier, model, messages = attempt.tier, attempt.model, self.messages
         options = {**tier.params, **self.options}
+        if tier.params and (given := self.options.keys() & _LIMIT_NAMES):
+            options = {n: v for n, v in options.items() if n in given or n not in _LIMIT_NAMES}
         if None in options.values():
             options = {name: value for name, value in options.items() if value is not None}
         left = self.deadline - attempt.start
@@ -6398,7 +6431,7 @@ class _Run:
             if self.observed:
                 options["on_resend"] = lambda data: self.tell("resend", tier, model, data)
         if not tier._is_ours:
-            messages = _without_carry(messages)
+            messages = [*_without_carry(messages)]  # it may change its list
         elif self.thoughts:
             options["thoughts"] = True
         if self.instructs and tier._sent_for(self.chain._ladder[-1]) != model:
@@ -6493,7 +6526,8 @@ class _Run:
             text, status = _error_text(error), getattr(error, "status", None)
         tier._count(text, latency)
         found: Any = error if response is None else response
-        inner, usage = getattr(found, "attempts", ()), getattr(found, "usage", None) or _NO_USAGE
+        inner, usage = getattr(found, "attempts", ()), getattr(found, "usage", None)
+        usage = usage if isinstance(usage, Usage) else _NO_USAGE
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
         outcome, answered = "failed", ""
@@ -6552,9 +6586,11 @@ class _Run:
         ladder, tiers = self.chain._ladder, [other for other, _ in self.order]
         passed = [at + 1 for at, name in enumerate(ladder) if tier._sent_for(name) == model]
         rung = max(self.rung, *passed, 0)
-        stronger = self.chain._serving(ladder[rung], tiers) if rung < len(ladder) else []
-        if not stronger:
+        while rung < len(ladder) and not self.chain._serving(ladder[rung], tiers):
+            rung += 1
+        if rung == len(ladder):
             raise self.failure()
+        stronger = self.chain._serving(ladder[rung], tiers)
         self.rung = rung + 1
         self.tell("escalation", tier, model, {"to": ladder[rung]}, logging.INFO)
         asked = {other.name for other, _ in stronger}
@@ -6571,11 +6607,12 @@ class _Run:
         for tier, _ in self.plan:
             error, record = last.get(tier.name), tier.breaker._look()
             same = isinstance(error, ProviderError) and error.breaker == "neutral"
+            same = same or (isinstance(error, AllProvidersFailed) and error.retry_after is None)
             if same or (record.state == "open" and not record.heals):
                 continue  # it would say the same again; a wrong key or an empty account
             left = tier.breaker._remaining(record)
             if left is None and record.state == "closed":
-                left = getattr(error, "retry_after", None) or _SOON
+                left = _hint_of(error) or _SOON
             if left is not None:
                 hints.append(left)
         return min(hints, default=None)
@@ -6736,9 +6773,10 @@ class FailoverChain(LLMProvider):
             raise ConfigError(f"escalation_prompt={prompt!r}: give True, False, or your own text")
         text = _INSTRUCTION if prompt is True else prompt or ""
         self._instruction = text.replace("{marker}", core)
-        if not isinstance(model, (str, Sequence, type(None))):
+        names = model if isinstance(model, (list, tuple)) else [] if model is None else [model]
+        if not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"escalation_model={model!r}: give a name, or a list of names")
-        self._ladder: tuple[str, ...] = (model,) if isinstance(model, str) else tuple(model or ())
+        self._ladder: tuple[str, ...] = tuple(names)
         for name in self._ladder:
             if not self._serving(name, self.tiers):
                 raise ConfigError(f"escalation_model={name!r}: no tier lists it.{self._hint(name)}")
@@ -6885,8 +6923,9 @@ class FailoverChain(LLMProvider):
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
         known = [tier.name for tier in self.tiers]
-        given = isinstance(names, Iterable) and not isinstance(names, str) and names
-        if names is not None and not given:
+        known_form = names is None or (isinstance(names, Iterable) and not isinstance(names, str))
+        names = [*names] if known_form and names is not None else names
+        if not known_form or names == []:
             cure = f"give a list of names, such as tiers=[{known[0]!r}]"
             raise ConfigError(f"tiers={names!r}: {cure}")
         for name in names or ():
@@ -6898,7 +6937,7 @@ class FailoverChain(LLMProvider):
             return [(tier, tier._default) for tier in tiers]
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
-        if not self._serving(model, tiers):
+        if not any(tier._sent_for(model) for tier in tiers):
             raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
         pairs = [(tier, tier._id_of(model)) for tier in tiers]
         first = [(tier, own) for tier, own in pairs if own and tier.role != "emergency"]
@@ -6907,11 +6946,11 @@ class FailoverChain(LLMProvider):
             for tier, own in pairs if not own or tier.role == "emergency"
         ]
 
-    @staticmethod
-    def _serving(model: str, tiers: Iterable[ProviderTier]) -> _Plan:
-        """The tiers that list a model, else those that take any."""
-        listed = [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
-        return listed or [(tier, model) for tier in tiers if not tier.models]
+    def _serving(self, model: str, tiers: Iterable[ProviderTier]) -> _Plan:
+        """Those of the tiers that list a model; those that take any, if no tier here lists it."""
+        if any(tier._id_of(model) for tier in self.tiers):
+            return [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
+        return [(tier, model) for tier in tiers if not tier.models]
 
     def _hint(self, model: str) -> str:
         """The near misses of a name, and at most ten known names."""
@@ -7052,7 +7091,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
 
 _CONFIG_FILE = "copilot-router.toml"
 _EXIT_CODES = """\
-exit status: 0 answered, 1 every tier failed (or the output was lost),
+exit status: 0 answered, 1 every tier failed (or output or reset was lost),
 2 usage or configuration, 124 deadline, 130 interrupted"""
 _BEGIN = f"""\
 begin with a model on this machine (LM Studio here), or with a key:
@@ -7316,7 +7355,7 @@ def _reset_command(options: Any) -> int:
         _say_whose(options.screen, [tier])
     plain = f"{_escaped(tier.name)}: was {old}, is closed"
     print(json.dumps({"tier": tier.name, "was": old}) if options.json else plain)
-    return 0
+    return int(tier.breaker._shared is not None and tier.breaker._shared.down)
 
 
 #: What init writes above the tiers.

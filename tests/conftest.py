@@ -46,21 +46,17 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not _is_local(host):
             attempts.append(f"a test wants to reach {host!r}: only loopback is allowed")
             raise ReachedOut(attempts[-1])
-
     def connect(self: socket.socket, address: Any) -> None:
         check(address[0] if isinstance(address, tuple) else None)
         _real_connect(self, address)
-
     def connect_ex(self: socket.socket, address: Any) -> int:
         check(address[0] if isinstance(address, tuple) else None)
         return _real_connect_ex(self, address)
-
     def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
         if str(host).endswith(".invalid"):  # RFC 6761: never resolves; nobody is asked
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         check(host)
         return _real_getaddrinfo(host, *args, **kwargs)
-
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket.socket, "connect_ex", connect_ex)
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)

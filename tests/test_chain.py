@@ -616,7 +616,7 @@ def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, messa
     ({"escalation_model": 5}, "escalation_model=5"), ({"escalation_marker": " "}, "_marker"),
     ({"escalation_marker": "**"}, "_marker"), ({"escalation_prompt": 5}, "escalation_prompt=5"),
     ({"accept": "x"}, "accept='x'"), ({"on_event": 5}, "on_event=5"), ({"clock": 5}, "clock=5"),
-    ({"sleep": None}, "sleep=None"), ({"escalation_model": [5]}, "escalation_model=5: no tier"),
+    ({"sleep": None}, "sleep=None"), ({"escalation_model": [5]}, "escalation_model=.5.: give"),
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
     ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
 def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
@@ -1017,6 +1017,56 @@ def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock):
     assert outcomes(response.attempts) == ["a:failed", "nested:failed", "c:ok"]
     assert "ModelNotFound" in str(response.attempts[1].error)
 
+
+
+@pytest.mark.parametrize("refuse", [lambda: tier("i", ContextLengthExceeded, UnsupportedRequest),
+    lambda: tier("i", "x")])
+def test_what_a_nested_chain_cannot_do_for_one_request_takes_it_from_no_other(clock, refuse):
+    inner = chain_of(clock, refuse(), tier("j", BadRequest, ServerError), accept=lambda _: False)
+    outer = chain_of(clock, ProviderTier("in", inner))
+    for _ in range(4):
+        error_of(AllProvidersFailed, outer.chat, "hi")
+    assert outer.tiers[0].breaker.is_closed
+
+
+def test_nobody_waits_for_a_nested_chain_that_waiting_does_not_help(clock):
+    inner = chain_of(clock, tier("i", AuthenticationError))
+    outer = chain_of(clock, ProviderTier("in", inner), wait=600)
+    assert error_of(AllProvidersFailed, outer.chat, "hi").retry_after is None and not clock.slept
+
+
+def odd(**fields):
+    """An error whose class does not call __init__ of ours, with these attributes."""
+    return type("Odd", (ServerError,), {"__init__": lambda self: None, **fields})()
+
+
+@pytest.mark.parametrize("error", [odd(), odd(usage={"prompt_tokens": 4}), odd(then="retry"),
+    odd(breaker=None), *(odd(retry_after=value) for value in ("5", -4, math.nan, 1e9))])
+def test_an_odd_error_of_a_custom_provider_fails_over(clock, error):
+    chain = chain_of(clock, tier("a", error, retries=1), tier("b", "fine"), failure_threshold=1)
+    for _ in range(3):
+        assert chain.chat("hi").text == "fine"
+        clock.advance(20)
+    assert len(calls(chain, "a")) <= 6
+    alone = chain_of(clock, tier("a", error), wait=3700)
+    assert (error_of(AllProvidersFailed, alone.chat, "hi").retry_after or 0) <= 3600
+
+
+def test_a_provider_may_change_its_list_of_messages(clock):
+    first = types.SimpleNamespace(chat=lambda messages, **_: messages.clear() or 1 / 0)
+    chain = chain_of(clock, ProviderTier("a", first), tier("b", "x"))
+    assert chain.chat("hi", tiers=(name for name in "ab")).text == "x"
+    assert calls(chain, "b")[0]["messages"] == ASKED
+
+
+def test_the_limit_of_a_call_wins_over_that_of_its_tier_under_either_name(clock):
+    chain = chain_of(clock, tier("a", "x", params={"max_completion_tokens": 100, "seed": 1}))
+    for given, sent in (({"max_tokens": 5}, {"max_tokens": 5}), ({"max_tokens": None}, {}),
+            ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+            ({}, {"max_completion_tokens": 100})):
+        chain.chat("hi", **given)
+        found = {**calls(chain, "a")[-1]["kwargs"], "timeout": 0}
+        assert found == {**sent, "seed": 1, "timeout": 0}
 
 
 def test_a_nested_chain_takes_a_system_message_of_its_tier(clock):

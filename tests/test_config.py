@@ -46,7 +46,6 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
         path = tmp_path / "router.toml"
         path.write_text(text, encoding="utf-8")
         return path
-
     return to_file
 
 
@@ -107,8 +106,9 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
     (of_provider('headers_env = ["X"]'), (*IN_PROVIDER, "headers_env")),
     (of_provider('api_key_env = "NOT_SET"'), (*IN_PROVIDER, "api_key_env", "NOT_SET")),
     (of_provider('headers_env = {"X-Key" = "NOT_SET"}'), (*IN_PROVIDER, "headers_env", "NOT_SET")),
-    (of_provider("api_key_env = 3"), (*IN_PROVIDER, "api_key_env=3")),
-    (of_provider('api_key_env = ""'), (*IN_PROVIDER, "api_key_env=''")),
+    (of_provider("api_key_env = 3"), (*IN_PROVIDER, "api_key_env: give the name")),
+    (of_provider('api_key_env = ""'), (*IN_PROVIDER, "api_key_env: give the name")),
+    (of_type('type = "openai"\nbase_url = ""'), (*IN_PROVIDER, "give a URL")),
     (of_provider('base_url_env = "HOME"'), (*IN_PROVIDER, "base_url", "base_url_env")),
     (of_breaker("failures = 3"), (*IN_BREAKER, "CircuitBreaker", "'failure_threshold'")),
     (of_breaker('on_change = "print"'), (*IN_BREAKER, "on_change", "mapping")),
@@ -320,7 +320,6 @@ def test_from_config_of_a_subclass_makes_the_subclass() -> None:
         def __init__(self, tiers: Any, *, colour: str = "", **settings: Any) -> None:
             super().__init__(tiers, **settings)
             self.colour = colour
-
     tier = {"name": "a", "provider": ScriptedProvider([])}
     config = {"store": None, "chain": {"colour": "blue", "wait": 2.0}, "tier": [tier]}
     chain = Mine.from_config(config)  # None is no store
@@ -332,7 +331,6 @@ def test_a_type_error_of_a_constructor_is_told_with_its_place() -> None:
     class Mine(FailoverChain):
         def __init__(self, tiers: Any) -> None:
             raise TypeError("no tiers today")
-
     with pytest.raises(ConfigError, match=r"^\[chain\].*no tiers today"):
         Mine.from_config({"tier": [{"name": "a", "provider": ScriptedProvider([])}]})
 
@@ -545,7 +543,6 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(tmp_path: Path,
     class Full(io.FileIO):
         def write(self, _: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(copilot_router, "open", lambda path, _: Full(path, "x"), raising=False)
         assert main(["init", str(tmp_path / "new.toml")]) == 2

@@ -46,7 +46,6 @@ def test_each_step_fails_when_something_else_happens(
     def chain(tiers: list[ProviderTier], **given: Any) -> FailoverChain:
         changed = {**given, **settings}
         return FailoverChain(tiers[: changed.pop("tiers", None)], **changed)
-
     monkeypatch.setattr(demo, "FailoverChain", chain)
     for mood, other in moods.items():
         monkeypatch.setattr(demo.Handler, mood, getattr(demo.Handler, other))

@@ -33,6 +33,16 @@ def test_a_marker_is_shown_to_nobody_and_its_reason_is_kept(text):
     assert outcomes(response.attempts) == ["weak:escalated", "strong:ok"]
 
 
+def test_a_rung_that_nobody_here_serves_is_passed_over_and_never_forced_on_a_local_server():
+    tiers = tier("weak", MARKED), tier("mid", "m"), tier("strong", "answer")
+    chain = ladder(*tiers, top=["mid", "strong"])
+    assert chain.chat("hi", tiers=["weak", "strong"]).text == "answer"
+    any_model = tier("local", MARKED, models=[])
+    chain = ladder(any_model, tiers[2])
+    error_of(EscalationFailed, chain.chat, "hi", tiers=["local"])
+    assert len(any_model.provider.calls) == 1 and not told(chain, "local")
+
+
 def test_without_an_escalation_model_there_is_no_marker():
     chain = FailoverChain([tier("weak", MARKED)])
     assert chain.chat("hi").text == MARKED and not told(chain, "weak")

@@ -221,7 +221,6 @@ def test_what_the_faults_do_to_a_client_of_one_line() -> None:
         except Exception:
             return RAW
         return RIGHT if content == answer_to(PROMPT) else WRONG
-
     server = FaultServer()
     with ThreadPoolExecutor(len(ROWS)) as pool:
         try:
@@ -719,7 +718,6 @@ def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
         top = f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n{headers}\r\n"
         connection.sendall(top.encode("latin-1") + data)
         return True
-
     with Peer(serve) as server:
         client = OpenAIProvider(KEY, server.url)
         for number in range(len(HOSTILE)):

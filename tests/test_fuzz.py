@@ -93,7 +93,6 @@ def sound(deltas: str, response: LLMResponse) -> None:
 def an_answer(rng: Random) -> Answer:
     def words(most: int) -> tuple[str, ...]:
         return tuple(rng.choice(WORDS) for _ in range(rng.randrange(most)))
-
     calls = tuple((rng.choice(("f", "get_weather")), {"a": rng.choice(WORDS), "b": [rng.random()]}
                    if rng.random() < 0.8 else {}) for _ in range(rng.randrange(3)))
     counts = [rng.randrange(1, 300) for _ in range(5)]
@@ -205,7 +204,6 @@ def test_a_sound_stream_says_what_was_meant_in_any_pieces(dialect: Dialect) -> N
             assert one.content == answer.whole
             assert (one.reasoning or "") == "".join(answer.reasoning).strip()
             assert [(call.name, call.arguments) for call in one.tool_calls] == list(answer.calls)
-
     every_case(dialect, check)
 
 
@@ -213,7 +211,6 @@ def test_a_damaged_stream_is_the_same_in_any_pieces(dialect: Dialect) -> None:
     def check(rng: Random, answer: Answer, events: list[bytes]) -> None:
         data = b"".join(damaged(rng, events))
         assert outcome(dialect, [data]) == outcome(dialect, cut_up(rng, data))
-
     every_case(dialect, check)
 
 
@@ -226,7 +223,6 @@ def test_a_damaged_body_raises_provider_errors_only(dialect: Dialect) -> None:
             outcome(dialect, [wire], Content_Type="application/json")
         cut = outcome(dialect, [data[: -rng.randint(1, 30)]], Content_Type="application/json")
         assert cut is InvalidResponse
-
     every_case(dialect, check)
 
 
@@ -250,7 +246,6 @@ def test_a_stream_that_is_cut_before_its_finish_reason_is_never_an_answer(dialec
         if late is not InvalidResponse:
             for name in ("content", "tool_calls", "finish_reason"):
                 assert getattr(late, name) == getattr(full, name)
-
     every_case(dialect, check)
 
 
@@ -272,5 +267,4 @@ def test_a_refusal_in_any_form_is_a_provider_error(dialect: Dialect) -> None:
         status = rng.choice(STATUSES)
         found = outcome(dialect, [data], status, **headers)
         assert isinstance(found, type) or status == 200
-
     every_case(dialect, check)

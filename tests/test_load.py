@@ -52,7 +52,6 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
 
     def pick(model: str) -> str:
         return picked.choice((picked.choice(KINDS), "healthy"))
-
     with FaultServer(pick=pick) as ill, FaultServer() as well:
         short = {"first_token_timeout": 0.05, "stall_timeout": 0.05}
         tiers = [ProviderTier("ill", OpenAIProvider(KEY, ill.url, **short), ["any"]),

@@ -28,7 +28,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         monkeypatch.setitem(sys.modules, spec.name, made)
         spec.loader.exec_module(made)
         return made
-
     return fresh
 
 
@@ -49,12 +48,10 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any,
         fail(breaker)
         clock.advance(15)
         assert breaker.admit().is_trial
-
     def fork(side: str) -> None:
         for when in ("before", side):
             for hook in hooks:
                 hook.get(when, int)()
-
     fork("after_in_parent")
     assert all(breaker.is_half_open for breaker in breakers)
     fork("after_in_child")

@@ -153,7 +153,6 @@ def test_several_choices_never_run_into_one_text() -> None:
     def choices(part: str, *texts: Any, finish: Any = None) -> dict[str, Any]:
         return {"choices": [{"index": at, part: {"content": text}, "finish_reason": finish}
                             for text, at in texts]}
-
     events = [choices("delta", ("A1 ", 0), ("B1 ", 1)), choices("delta", ("B2", 1), ("A2", 0))]
     assert read("chat", stream(*events, choices("delta", ("", 1), ("", 0), finish="stop"))).text \
         == "A1 A2"
@@ -286,7 +285,6 @@ def test_tool_ids_of_nine_characters_are_made_where_a_server_asks_for_them(ids: 
         error = {"object": "error", "message": bad and text.format(id=bad[0]), "code": "3280"}
         connection.sendall(reply(error, 400) if bad else both("stop", content="x")[0])
         return True
-
     calls = [{**CALL, "id": one} for one in ids]
     history = [USER, {"role": "assistant", "content": None, "tool_calls": calls},
                *({**RESULT, "tool_call_id": one} for one in ids)]
@@ -334,7 +332,6 @@ def test_pieces_of_reasoning_details_go_back_as_whole_items() -> None:
     """They belong together by type, index and id."""
     def item(kind: str, index: Any, **fields: Any) -> dict[str, Any]:
         return {"type": f"reasoning.{kind}", "index": index, **fields}
-
     come = [item("text", 0, text="First "), item("text", 0, text="this.", signature=None),
             item("text", 0, text=None, signature="S"), item("summary", 1, summary="a"),
             item("summary", 1, summary="b"), item("text", None, text="x"),

@@ -227,10 +227,8 @@ def test_a_key_may_be_a_function_that_is_asked_for_each_request(mocked: Any) -> 
     for _ in range(2):
         with pytest.raises(AuthenticationError):
             client.chat("hi", model="m")
-
     def broken() -> str:
         raise OSError("no token for sk-test-provider-key-1")
-
     client = OpenAIProvider(broken, BASE)  # type: ignore[arg-type]
     spare = ProviderTier("b", ScriptedProvider(["spare"]))
     chain = FailoverChain([ProviderTier("a", client, ["m"]), spare])
@@ -255,7 +253,6 @@ def test_what_is_not_the_servers_fault_passes_through(module: str, error: Any,
 
     def over(*_: Any, **__: Any) -> Any:
         raise error
-
     with requests.Session() as session:
         session.mount("https://", canned := Canned())
         canned.send = over  # type: ignore[method-assign]
@@ -368,13 +365,11 @@ def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.Monke
 
         def __exit__(self, *_: Any) -> None:
             self.lock.release()
-
     def slowly(self: Any, *args: Any) -> Any:
         made.append(self)
         looked.release()
         assert waits.wait(5)
         return real(self, *args)
-
     monkeypatch.setattr(requests.Session, "merge_environment_settings", slowly)
     with Server(reply(WHOLE)) as server:
         with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest,
     ConfigError, ContentFiltered, DeadlineExceeded, EscalationFailed, Event, FailoverChain,
     InvalidResponse, LLMResponse, ModelNotFound, Overloaded, ProviderTier, ProviderTimeout,
     ProviderUnavailable, QuotaExceeded, RateLimited, RouterError, ServerError, StreamInterrupted,
-    ToolCall, Usage)
+    Thought, ToolCall, Usage)
 
 
 def watched(clock: VirtualClock, *deltas: Any, response: Any = None, **given: Any) -> FailoverChain:
@@ -206,7 +207,30 @@ def test_a_stream_is_a_generator(clock):
     assert next(stream, "over") == "over"
 
 
+def test_a_stream_object_may_give_none_and_fail_to_close():
+    """As those of client libraries: None comes for an event without text."""
+    kind = type("Stream", (), {"__next__": lambda self: self.next(), "close": lambda self: 1 / 0})
+    end = StopIteration(LLMResponse("a"))
+    for items, found in (([ServerError("x")], "from b"), (["a", None, end], "a"),
+            (["part", ServerError("x")], StreamInterrupted)):
+        one, stream = Watched(), kind()
+        stream.next = mock.Mock(side_effect=items)
+        one.stream = lambda *_, stream=stream, **__: stream
+        first = ProviderTier("a", one, retries=0)
+        came = FailoverChain([first, tier("b", "from b")]).stream("hi")
+        assert read(came)[1].partial == "part" if found is StreamInterrupted else [*came] == [found]
+
+
 # -- ending early
+def test_what_a_reader_throws_into_a_stream_says_nothing_about_the_tier():
+    chain = FailoverChain([tier("a", [Thought("hm"), "x"]), tier("b", "y")], failure_threshold=1)
+    for taken in (1, 2):
+        stream = chain.stream("hi", thoughts=True)
+        assert len([next(stream) for _ in range(taken)]) == taken
+        error_of(ValueError, stream.throw, ValueError("mine"))
+    assert chain.tiers[0].breaker.is_closed and not calls(chain, "b")
+
+
 def leave_by_error(stream: ChatStream) -> None:
     with contextlib.suppress(LookupError), stream:
         raise LookupError

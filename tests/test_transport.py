@@ -51,7 +51,6 @@ def says(data: bytes, keep: bool = True, then_silent: bool = False) -> Callable[
         if then_silent:
             server.stopping.wait(10)
         return keep
-
     return serve
 
 
@@ -100,7 +99,6 @@ def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             monkeypatch.setenv(name, url)
             monkeypatch.setenv(name.upper(), url)
         return provider(base, **settings)
-
     return use
 
 
@@ -109,17 +107,14 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """``resolved(*ports)``: every name has these ports of loopback; returns ports connected to."""
     tried: list[int] = []
     connect = socket.socket.connect
-
     def noted(self: socket.socket, address: Any) -> None:
         tried.append(address[1])
         connect(self, address)
-
     def use(*ports: int) -> list[int]:
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         monkeypatch.setattr(socket.socket, "connect", noted)
         return tried
-
     return use
 
 
@@ -154,7 +149,6 @@ def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
     """The unseen retry takes a new connection and not the next kept one."""
     both = threading.Barrier(2)
     old: list[socket.socket] = []
-
     def one_answer_each(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if connection in old:
             connection.sendall(told)
@@ -164,7 +158,6 @@ def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
         old.append(connection)
         connection.sendall(STREAM)
         return True
-
     with Peer(one_answer_each) as server, provider(server.url) as client:
         for thread in in_threads(2, lambda: ask(client, "first")):
             thread.join(5)
@@ -185,7 +178,6 @@ def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         return (healthy(server, connection, request) if b"one" in request
             else silent(server, connection, b""))
-
     with Peer(serve) as server, provider(server.url, first_token_timeout=8) as client:
         assert ask(client, "one", timeout=60) == "good"
         fails(client, ProviderTimeout, "two", timeout=0.2, seconds=0.2)
@@ -249,7 +241,6 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
         if b"in the child" in request:
             forked.set()
         return healthy(server, connection, request)
-
     forked = threading.Event()
     with Peer(serve) as server:
         child: Any = python(FORK, server.url)
@@ -325,13 +316,11 @@ def test_silence_is_judged_by_the_providers_own_limit(own: float, options: dict[
 
 def test_the_callers_own_time_is_not_the_servers_silence() -> None:
     paused = threading.Event()
-
     def two_parts(server: Peer, connection: socket.socket, request: bytes) -> bool:
         connection.sendall(HEAD + b"Connection: close\r\n\r\n" + event("one ") + event("two"))
         paused.wait(5)
         connection.sendall(event(finish="stop"))
         return False
-
     with Peer(two_parts) as server, provider(server.url, stall_timeout=0.2) as client:
         stream = client.stream("hi", model="m", timeout=60)
         assert next(stream) == "one "
@@ -389,13 +378,11 @@ def test_a_chunk_without_a_size_is_no_answer(size: str) -> None:
 
 def test_content_is_not_held_back_for_the_rest_of_its_chunk() -> None:
     seen = threading.Event()
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         connection.sendall(CHUNKS + b"%x\r\n" % len(ANSWER) + event("good"))
         assert seen.wait(5)
         connection.sendall(ANSWER[len(event("good")) :] + b"\r\n0\r\n\r\n")
         return True
-
     with Peer(serve) as server, provider(server.url) as client:
         stream = client.stream("hi", model="m", timeout=4)
         assert next(stream) == "good"
@@ -415,7 +402,6 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
         connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE)[:-2])
         server.drip(connection, b"X: y\r\n\r\n", 0.01)
         return True
-
     with Peer(serve) as server, provider(server.url) as client:
         assert [ask(client) for _ in range(2)] == ["good"] * 2
         assert server.connections == 1
@@ -481,7 +467,6 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
         else:
             connection.sendall(STREAM)
         return True
-
     with Peer(serve) as server, requests.Session() as session:
         session.headers["X-Session"] = "yes"
         assert ask(OpenAIProvider(KEY, server.url, session=session)) == "good"
@@ -501,7 +486,6 @@ def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
 def test_a_session_of_the_users_that_is_at_fault_is_unavailable(kind: Any, said: str) -> None:
     def faulty(*_: Any, **__: Any) -> Any:
         raise kind("at fault")
-
     with requests.Session() as session:
         session.mount("http://", canned := Canned())
         canned.send = faulty  # type: ignore[method-assign]
@@ -552,7 +536,6 @@ def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
         server.stopping.wait(0.4)
         connection.sendall(OK + b"\r\n")
         return silent(server, connection, request)
-
     with Peer(serve) as proxy, proxied(f"http://127.0.0.1:{proxy.port}") as client:
         fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
@@ -584,13 +567,11 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
         url = f"socks5h://127.0.0.1:{server.port}"
         with proxied(url, PLAIN, connect_timeout=0.3) as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
-
     class Slow(Peer):
         def _talk(self, connection: socket.socket) -> None:
             with connection, contextlib.suppress(OSError):
                 self.drip(connection, b"\5\0\5\0\0\3\xff" + b"x" * 250)
             self._threads.discard(threading.current_thread())
-
     with Slow(silent) as server, proxied(f"socks5h://127.0.0.1:{server.port}", PLAIN) as client:
         fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 
@@ -599,7 +580,6 @@ def test_a_socks_proxy_without_pysocks_is_named(proxied: Any,
         monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
-
     monkeypatch.setattr("requests.adapters.SOCKSProxyManager", missing)
     with proxied("socks5h://127.0.0.1:9") as client:
         fails(client, ProviderUnavailable, match=r"(?i)socks|proxy")
@@ -629,7 +609,6 @@ class SecurePeer(Peer):
         self.context = context
         super().__init__(serve)
         self.url = self.url.replace("http:", "https:")
-
     def _talk(self, connection: socket.socket) -> None:
         try:
             with self.context.wrap_socket(connection, server_side=True) as inside:
@@ -656,12 +635,10 @@ def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any,
 def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unknown certificate is refused; limits hold inside of TLS as without."""
     context, certificate = tls
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if b"drip" in request:
             server.drip(connection, HEAD + b"Connection: close\r\n\r\n" + event("x" * 2000))
         return healthy(server, connection, request)
-
     with SecurePeer(serve, context) as server:
         with provider(server.url) as client:
             fails(client, ProviderUnavailable, match="TLS")
@@ -697,13 +674,11 @@ def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,
     context, certificate = tls
     whole = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]})
     head, stale = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", whole.replace("good", "stale")
-
     def serve(server: Peer, connection: Any, request: bytes) -> bool:
         connection.sendall(head % len(whole))
         more = head % len(stale) + stale.encode() if len(server.requests) == 1 else b""
         connection.sendall(whole.encode() + more)  # in one record
         return True
-
     with SecurePeer(serve, context) as server:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with provider(server.url, stream_upstream=False) as client:
@@ -715,12 +690,10 @@ def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
         monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
     """A proxy that is asked over https, and a handshake inside of it that does not go on."""
     context, certificate = tls
-
     def serve(server: Peer, connection: Any, request: bytes) -> bool:
         if inner == "late":
             server.stopping.wait(0.3)
         return tunnel(None, server, connection)
-
     with SecurePeer(serve, context) as proxy:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with proxied(f"https://127.0.0.1:{proxy.port}") as client:

@@ -85,7 +85,6 @@ def hangs_up(data: bytes) -> Any:
     def serve(server: Server, connection: Any, request: bytes) -> bool:
         connection.sendall(data)
         return False
-
     return serve
 
 
@@ -121,7 +120,6 @@ def test_deltas_arrive_while_the_server_still_writes(dialect: Dialect) -> None:
         if taken.wait(5):
             connection.sendall(b"".join(map(chunk, after)) + b"0\r\n\r\n")
         return True
-
     with served(dialect, serve) as (_, provider):
         deltas = provider.stream("hi", model="m", timeout=10)
         assert next(deltas) == "first"
@@ -842,7 +840,6 @@ def test_the_key_goes_into_one_header_only(dialect: Dialect) -> None:
 def test_a_key_function_that_fails_is_an_authentication_error(dialect: Dialect) -> None:
     def key() -> str:
         raise OSError("no token today")
-
     with served(dialect, Answer()) as (server, _):
         provider = dialect.make(server.url, key)
         with pytest.raises(AuthenticationError):
@@ -978,7 +975,6 @@ def refusing(dialect: Dialect, field: str, body: Any, status: int = 400) -> Any:
             connection.sendall(reply(body, status))
             return True
         return answers(dialect, lambda _: Answer())(server, connection, request)
-
     return serve
 
 
@@ -1017,7 +1013,6 @@ def test_a_value_that_is_refused_takes_the_field_from_no_other_value(told: Any) 
         bad = seen[-1] == 1.7
         connection.sendall(reply({"error": told}, 400) if bad else reply(message(content="x")))
         return True
-
     with talking("chat", serve) as (provider, _):
         for value in (1.7, 1.7, 0.5):
             provider.chat("q", model="m", temperature=value)
@@ -1357,7 +1352,6 @@ def test_tool_names_are_made_valid_and_back(name: str) -> None:
     def answer(body: Any) -> Reply:
         declared = body["tools"][0].get("functionDeclarations", body["tools"])
         return Reply(calls=[(one["name"], {"city": "x"}) for one in declared])
-
     choice = {"type": "function", "function": {"name": "1st.tool"}}
     with faked(name, answer) as (vendor, provider):
         response = provider.chat([USER], tools, "m-1", tool_choice=choice)

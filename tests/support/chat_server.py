@@ -18,7 +18,6 @@ TOLD = {"id": "1", "model": "gpt-6-luna", "usage": USAGE}
 @dataclass
 class Answer:
     """An answer of the model. Each piece of text is an event of a stream."""
-
     texts: Sequence[str] = ("ok",)
     thoughts: Sequence[str] = ()
     calls: Sequence[tuple[str, dict[str, Any]]] = ()  #: name and arguments
@@ -33,7 +32,6 @@ class Answer:
 @dataclass
 class Refusal:
     """A status with an error body."""
-
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "no"

@@ -23,7 +23,6 @@ Failure = tuple[int, dict[str, str], Any, type, float | None]
 @dataclass(frozen=True)
 class Answer:
     """What the model says, whatever the format. ``usage`` is in the router's own arithmetic."""
-
     text: tuple[str, ...] = ("Hello, ", "world")
     reasoning: tuple[str, ...] = ()
     calls: tuple[Called, ...] = ()
@@ -49,7 +48,6 @@ def sse(data: Any, name: str = "") -> bytes:
 
 class Dialect:
     """One wire format and the provider that speaks it."""
-
     name: ClassVar[str]
     stream_kind: ClassVar[str] = "text/event-stream"
     model = "m-2026"  #: the name that the server reports
@@ -102,7 +100,6 @@ class Dialect:
 def openai_failures() -> dict[str, Failure]:
     def error(message: str, type_: str, code: str | None = None) -> Any:
         return {"error": {"message": message, "type": type_, "param": None, "code": code}}
-
     invalid, long = "invalid_request_error", "Your input exceeds the context window of this model."
     key, limit = "Incorrect API key provided.", "Rate limit reached"
     limited = error(limit, "requests", "rate_limit_exceeded")
@@ -488,7 +485,6 @@ def answers(dialect: Dialect, make: Callable[[dict[str, Any]], Answer]) -> Calla
         else:
             connection.sendall(reply(dialect.body(answer)))
         return True
-
     return serve
 
 

@@ -48,7 +48,6 @@ def says(message: str, **fields: Any) -> dict[str, Any]:
 
 class Dialect:
     """How a vendor says a healthy answer, in the form of ``support.dialects``, and refuses."""
-
     form: ClassVar[forms.Dialect]
     name: ClassVar[str]
     path: ClassVar[str]  #: in the path of the requests that faults are for; others get no fault
@@ -148,7 +147,6 @@ DIALECTS: tuple[type[Dialect], ...] = (Chat, Responses, Anthropic, Gemini, Ollam
 # -- one request and what may be done to it
 class Entry(NamedTuple):
     """One attempt, as the server saw it."""
-
     time: float
     fault: str
     prompt: str
@@ -342,7 +340,6 @@ FOOLED = (HELD, WRONG, RAW)
 @dataclass
 class Row:
     """One fault, and all that is expected of it."""
-
     name: str
     expect: type
     naive: str

@@ -40,7 +40,6 @@ for path in ("/ask", "/ask-async"):
 
 class Machine(NamedTuple):
     """What the recipes find: a server where LM Studio would be, and one for the cloud."""
-
     local: ChatServer
     cloud: ChatServer
 

@@ -27,7 +27,6 @@ Serve = Callable[[Any, socket.socket, bytes], bool]
 
 class Request(NamedTuple):
     """What came in."""
-
     path: str
     headers: dict[str, str]  #: names in lower case
     body: Any  #: the JSON; {} without a body
@@ -202,7 +201,6 @@ def waits(data: bytes, kind: str = "text/event-stream") -> Serve:
         connection.sendall(head.encode() + (b"%x\r\n%s\r\n" % (len(data), data) if data else b""))
         server.stopping.wait(5)
         return False
-
     return serve
 
 

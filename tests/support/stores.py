@@ -167,7 +167,6 @@ def make_store(tmp_path, request):
 
 class PlainStore:
     """A store as a user may write one: two methods, and no hash."""
-
     __hash__ = None
 
     def __init__(self) -> None:

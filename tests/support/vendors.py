@@ -34,7 +34,6 @@ KEY = "sk-test-vendors-key-1234567890"
 @dataclass
 class Reply:
     """What the model says; each vendor puts it into its own form."""
-
     text: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     thinking: str = ""
@@ -44,7 +43,6 @@ class Reply:
 @dataclass(eq=False)
 class Refused(Exception):
     """A broken rule: the status and the body to answer."""
-
     status: int
     body: Any
 
@@ -87,7 +85,6 @@ def either(*specs: Any) -> Check:
             with suppress(Refused):
                 return vendor.match(value, spec, where)
         return vendor.match(value, specs[-1], where)
-
     return check
 
 
@@ -97,7 +94,6 @@ def tagged(key: str, shapes: dict[str, Any]) -> Check:
         if not isinstance(value, dict) or value.get(key) not in shapes:
             vendor.wrong(where, f"an object with {key} one of {', '.join(shapes)}")
         vendor.match(value, {f"{key}!": str, **shapes[value[key]]}, where)
-
     return check
 
 
@@ -106,7 +102,6 @@ def between(least: float, most: float, kinds: Any = NUMBER) -> Check:
         vendor.match(value, kinds, where)
         if not least <= value <= most:
             vendor.wrong(where, f"between {least} and {most}")
-
     return check
 
 
@@ -149,7 +144,6 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 class Vendor(Server):
     """A fake of one vendor. ``url`` is the base URL for a provider."""
-
     base = ""
     prefix = ""  #: of the ids it issues
     answers_of: ClassVar[Any]  #: the format of its answers
@@ -285,7 +279,6 @@ CHAT_CALL = {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"func
 
 class Chat(Vendor):
     """Chat Completions. ``thinking``: reasoning_content has to come back, as at DeepSeek."""
-
     base = "/v1"
     prefix = "call_"
 
@@ -503,7 +496,6 @@ NO_FORCE = ("claude-opus-5-5", "claude-sonnet-5-5")
 
 class Anthropic(Vendor):
     """The Messages API. Signatures are bound to the model and to all that stands before them."""
-
     base = "/v1"
     prefix = "toolu_"
 
@@ -644,7 +636,6 @@ SKIP_SIGNATURE = "skip_thought_signature_validator"
 
 class Gemini(Vendor):
     """generateContent. Signatures are bound to the model and to their part."""
-
     base = "/v1beta"
     prefix = "g"
 
@@ -770,7 +761,6 @@ class GeminiAnswers(Own, dialects.Gemini):
 
 class Ollama(Vendor):
     """The native /api/chat. What the real server ignores in silence is refused here."""
-
     prefix = "call_o"
 
     def error(self, message: str, status: int, **_: Any) -> Any:
