@@ -302,10 +302,12 @@ def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, 
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: limit}))
     def over(*_, **__):
         raise limit
-    store, pinged = MemoryStore(), Pinged(["x"])
+    store, pinged, open_still = MemoryStore(), Pinged(["x"]), types.SimpleNamespace(chat=over)
+    open_still.stream = lambda *_, **__: types.SimpleNamespace(close=over)
     store.load, pinged.error = over, limit()
     for step in (
         *both_ways(FailoverChain([tier("a", limit), tier("b", "x")]), "hi"),
+        lambda: list(FailoverChain([ProviderTier("a", open_still)]).stream("hi")),
         lambda: FailoverChain([tier("a", "x")], on_event=over).chat("hi"),
         lambda: CircuitBreaker(on_change=over).open(),
         lambda: CircuitBreaker(name="x", store=store).admit(),

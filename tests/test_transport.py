@@ -542,7 +542,6 @@ def test_a_slow_proxy_cannot_hold_a_call(form: str, proxied: Any) -> None:
 
 def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
     pytest.importorskip("socks", reason="PyPI's pysocks is not installed")
-
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
