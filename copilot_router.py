@@ -1262,7 +1262,7 @@ class _SharedView:
         self._seen: int | None = None  #: the stored generation as last seen; None: no record
         self._offset = 0.0  #: the store's time less the breaker's
         self.next_read = -math.inf
-        self.down = False  #: the store is left alone until next_read
+        self._down = False  #: the store is left alone until next_read
         self.in_store = math.inf  #: since when the lock's holder waits for the store; inf: not now
         self.overtaken = False  #: others changed the record meanwhile
         self._unreadable = _Outage()  #: of this record alone
@@ -1273,7 +1273,7 @@ class _SharedView:
     def load(self) -> None:
         """Take over the stored record, or write what is ahead of it."""
         now = self._breaker._clock()
-        if now < self.next_read and self.down:
+        if now < self.next_read and self._down:
             return
         self.next_read = now + self._refresh
         found = self._try(self._read)
@@ -1295,13 +1295,13 @@ class _SharedView:
                 self._adopt(record, store_now)
         if self._standing == "ahead" and not self._write_ahead(record):
             return
-        if self.down:
-            self.down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
+        if self._down:
+            self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
             self._breaker._changes.append(("store", "back", "the store is back"))
 
     def keep(self, change: _Change, local: int | None) -> None:
         """Change the stored record and the breaker's, or the breaker's alone."""
-        if self.down or self.next_read == -math.inf:
+        if self._down or self.next_read == -math.inf:
             self.load()
         counts, until = False, time.monotonic() + 2 * _STORE_BUDGET
         local = None if self._shares_local_errors else local
@@ -1310,7 +1310,7 @@ class _SharedView:
             if new is old:
                 return
             counts = new.era == old.era and new.state == "closed" and not self._shared_counts
-            if self.down or counts or local is not None or self._standing == "own":
+            if self._down or counts or local is not None or self._standing == "own":
                 break
             saved = self._try(self._write, self._seen, new)
             if saved:
@@ -1420,8 +1420,8 @@ class _SharedView:
             finally:
                 self.in_store = math.inf
         self.next_read = outage.until
-        if not self.down:
-            self.down = True
+        if not self._down:
+            self._down = True
             name = f"the store {getattr(self._store, 'path', '')}".rstrip()
             what = f"{name} is down ({outage.error}): going on alone"
             self._breaker._changes.append(("store", "down", what))
@@ -6526,8 +6526,10 @@ class _Run:
             text, status = _error_text(error), getattr(error, "status", None)
         tier._count(text, latency)
         found: Any = error if response is None else response
-        inner, usage = getattr(found, "attempts", ()), getattr(found, "usage", None)
-        usage = usage if isinstance(usage, Usage) else _NO_USAGE
+        inner: Any = getattr(found, "attempts", ())
+        usage: Any = getattr(found, "usage", None)
+        if response is None and not isinstance(usage, Usage):
+            usage = _NO_USAGE
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
         outcome, answered = "failed", ""
@@ -6607,11 +6609,12 @@ class _Run:
         for tier, _ in self.plan:
             error, record = last.get(tier.name), tier.breaker._look()
             same = isinstance(error, ProviderError) and error.breaker == "neutral"
-            same = same or (isinstance(error, AllProvidersFailed) and error.retry_after is None)
             if same or (record.state == "open" and not record.heals):
                 continue  # it would say the same again; a wrong key or an empty account
             left = tier.breaker._remaining(record)
             if left is None and record.state == "closed":
+                if isinstance(error, AllProvidersFailed) and error.retry_after is None:
+                    continue  # a chain inside this one knows that waiting does not help
                 left = _hint_of(error) or _SOON
             if left is not None:
                 hints.append(left)
@@ -7355,7 +7358,7 @@ def _reset_command(options: Any) -> int:
         _say_whose(options.screen, [tier])
     plain = f"{_escaped(tier.name)}: was {old}, is closed"
     print(json.dumps({"tier": tier.name, "was": old}) if options.json else plain)
-    return int(tier.breaker._shared is not None and tier.breaker._shared.down)
+    return int(tier.breaker._shared is not None and tier.breaker._shared._down)
 
 
 #: What init writes above the tiers.
