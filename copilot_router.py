@@ -132,7 +132,7 @@ class ProviderError(RouterError):
     then: str = "next"
     breaker: str = "failure"
     usage: Usage | None = None  #: tokens that the failed request had used, None if unknown
-    provider = model = ""  # these are of a subclass that does not call __init__
+    provider = model = ""  # for a subclass that does not call __init__, as the next ones
     status = code = retry_after = request_id = None
 
     def __init__(
@@ -316,7 +316,9 @@ def _picklable(error: BaseException) -> BaseException:
 
 def _error_text(error: BaseException) -> str:
     """``RateLimited: slow down``, without the text of a foreign exception: it could hold a key."""
-    text = str(error) if isinstance(error, RouterError) else ""
+    text = ""
+    with contextlib.suppress(Exception):  # a class of the user's may have a faulty __str__
+        text = str(error) if isinstance(error, RouterError) else ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -479,7 +481,7 @@ def _is_of_the_request(error: BaseException) -> bool:
     """Whether a chain inside a chain failed, but has a tier that may answer another request."""
     if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
         return False
-    found = any(_judged(inner).breaker == "neutral" for inner in error.errors)
+    found = any(_judged(inner).breaker == "neutral" for inner in error.errors or ())
     return found or isinstance(error, EscalationFailed)
 
 
@@ -3012,9 +3014,9 @@ def _duration(text: str) -> float | None:
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
-_OPTIONS: frozenset[str] = _HINTS | {"max_tokens", "max_completion_tokens", "stop", "tool_choice",
-                                     "response_format", "extra_body"}
 _LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: two names of one option
+_OPTIONS: frozenset[str] = _HINTS | _LIMIT_NAMES | {"stop", "tool_choice", "response_format",
+                                                    "extra_body"}
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
 #: The user's text where a vendor insists on one and the user has said nothing.
 _GO_ON = "Continue."
@@ -3056,7 +3058,7 @@ class _Call(NamedTuple):
         """The body with the caller's own fields of one vendor on top."""
         extra = self.options.get("extra_body") or {}
         if isinstance(extra, Mapping):
-            return _merged(body, extra) if extra else body
+            return _merged(body, extra)
         raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
 
 
@@ -3787,7 +3789,7 @@ class _Collector:
         self._text.append(rest + ("\ufffd" if self._half else ""))
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given  # a call with neither name nor arguments is none
-        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls")) if given else []
+        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls"))
         if finish == "stop" and calls:
             finish = "tool_calls"
         text = self._without_thoughts("".join(self._text))
@@ -4818,7 +4820,7 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
     if call.model is not None:
         body["model"] = call.model
-    unsent = {"max_tokens", "max_completion_tokens", "extra_body"}
+    unsent = {*_LIMIT_NAMES, "extra_body"}
     if call.tools:
         body["tools"] = [_chat_tool(tool, at_openai) for tool in call.tools]
     else:
@@ -6181,8 +6183,11 @@ class _Try:
                 return self.checked(end.value)
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
                 raise (error.__cause__ or error) from None
-            if delta is None:  # as some clients give it for an event without text
-                continue
+            if not isinstance(delta, str):
+                if delta is None:  # as some clients give it for an event without text
+                    continue
+                told = f"tier {self.tier.name!r}: a stream gave a {type(delta).__name__}"
+                raise ConfigError(f"{told}: yield str")
             if self.opening is not None and not isinstance(delta, Thought):
                 delta = self.opening.feed(delta)
                 if not delta:
@@ -6926,11 +6931,12 @@ class FailoverChain(LLMProvider):
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
         known = [tier.name for tier in self.tiers]
-        known_form = names is None or (isinstance(names, Iterable) and not isinstance(names, str))
-        names = [*names] if known_form and names is not None else names
-        if not known_form or names == []:
-            cure = f"give a list of names, such as tiers=[{known[0]!r}]"
-            raise ConfigError(f"tiers={names!r}: {cure}")
+        if names is not None:
+            listed = isinstance(names, Iterable) and not isinstance(names, str) and [*names]
+            if not listed:
+                cure = f"give a list of names, such as tiers=[{known[0]!r}]"
+                raise ConfigError(f"tiers={names!r}: {cure}")
+            names = listed
         for name in names or ():
             if name not in known:
                 told = f"no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"

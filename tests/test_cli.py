@@ -520,7 +520,6 @@ def test_status_check_and_reset_work_on_what_all_processes_share(cli: Cli) -> No
     status, out, err = cli("status")
     assert [row[0] for row in table(out).values()] == ["STATE", "closed", "closed"]
     assert (status, len(err.splitlines())) == (0, 1)  # which configuration is used
-
     cli.server.healthy = False
     assert cli("chat", "--tiers", "first", "hi")[0] == 1
     rows = table(cli("status")[1])
@@ -529,7 +528,6 @@ def test_status_check_and_reset_work_on_what_all_processes_share(cli: Cli) -> No
     assert "ServerError" in rows["first"][4]
     assert cli("chat", "--tiers", "first", "hi")[0] == 1
     assert cli.prompts == ["hi"]  # its breaker is open: the second call did not ask
-
     cli.server.healthy = True
     status, out, _ = cli("check")
     assert (status, table(out)["first"][0], table(out)["last"][0]) == (1, "ok", "failed")

@@ -77,7 +77,6 @@ class Watched(LLMProvider):
 
     An exception among the deltas is raised, a function is called.
     """
-
     def __init__(self, *deltas: Any, response: LLMResponse | None = None) -> None:
         self.deltas, self.response = deltas, response
         self.opened = self.closed = self.taken = 0

@@ -163,7 +163,6 @@ class Exchange:
 
     The connection is closed at the end of a fault unless ``keep`` is set.
     """
-
     def __init__(self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes,
             path: str) -> None:
         self.server, self.connection, self.dialect = server, connection, server.dialect

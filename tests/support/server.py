@@ -137,7 +137,6 @@ class Server(Peer):
 
     An answer is the bytes of a whole HTTP answer, or a function that writes to the connection.
     """
-
     def __init__(self, *answers: bytes | Serve) -> None:
         self.answers = list(answers)
         super().__init__(Server._next)
@@ -210,7 +209,6 @@ class Canned(BaseAdapter):
     Each piece of the answer is one read, so that a test decides where the bytes are cut; an
     exception is raised.
     """
-
     def __init__(self) -> None:
         super().__init__()
         self.status, self.headers = 200, {"Content-Type": "text/event-stream"}

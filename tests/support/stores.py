@@ -233,7 +233,6 @@ class Stage:
     hold: admit and keep the ticket; trial: the same, and it is a trial. A number: seconds that
     pass. down, back: the store of this breaker, or of all. Others: what it does or must be now.
     """
-
     def __init__(self, clock: FakeClock, new: Callable[[str], CircuitBreaker]) -> None:
         self.clock, self.new = clock, new
         self.cast: dict[str, CircuitBreaker] = {}
