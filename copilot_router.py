@@ -226,7 +226,7 @@ class CircuitOpen(RouterError):
 class AllProvidersFailed(RouterError):
     """No tier answered. The message names every tier and its reason.
 
-    ``.errors``: one exception for each tier that failed or was skipped, in order.
+    ``.errors``: an exception for each request that failed and each tier passed over, in order.
     ``.retry_after``: seconds until a new try is sensible, None if waiting will not help.
     """
 
@@ -632,7 +632,7 @@ class Event(NamedTuple):
     retry       the same tier again; ``pause``: seconds until then
     resend      the same request once more, corrected; ``field``, ``change`` (drop or replace)
     skip        a tier is passed over; ``reason``
-    failover    a tier has failed; ``to``: the next one
+    failover    a tier has failed, or ``accept`` refused its answer; ``to``: the next one
     escalation  an answer gave up or was refused; ``to``: the model asked instead
     wait        nobody is ready; ``seconds`` until the order starts again
     breaker     a change of state: ``old``, ``new``, ``reason``; or of its store: ``store``
@@ -2477,7 +2477,7 @@ class _SSE(_Lines):
             elif self._bare or line.startswith(b"{"):
                 self._bare.append(line)
                 if line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}"):
-                    events.append(("error", b"\n".join(self._bare)))
+                    events.append(("", b"\n".join(self._bare)))
                     self._bare.clear()
             elif line.startswith(b"event:"):
                 self._event = line[6:].strip().decode("utf-8", "replace")
@@ -5687,14 +5687,13 @@ class _Places:
     def qsize(self) -> int:
         return self._most - (sys.getrefcount(self._mark) - self._unused)
 
-    def take(self, seconds: float) -> list[object] | None:
-        """A place, to be dropped after use; None if there is none in that time."""
-        until = time.monotonic() + seconds
+    def take(self, until: float, clock: Callable[[], float]) -> list[object] | None:
+        """A place, to be dropped after use; None if there is none until that moment."""
         while True:
             with self._lock:
                 if self.qsize() > 0:
                     return [self._mark]
-            left = until - time.monotonic()
+            left = until - clock()
             if left <= 0:
                 return None
             self._bell.acquire(timeout=min(left, 0.05))  # a place that was lost rings no bell
@@ -5728,13 +5727,14 @@ class ProviderTier:
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"name={name!r}: give the tier a name")
         where = f"tier {name!r}"
+        params = _checked_params(params, where)
         if role not in _ROLE_ORDER:
             cure = f"give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}"
             raise ConfigError(f"{where}: role={role!r}: {cure}")
         if breaker is not None and not isinstance(breaker, CircuitBreaker):
             kind = type(breaker).__name__
             raise ConfigError(f"{where}: breaker is a {kind}: give a CircuitBreaker or None")
-        _check_provider(provider, where)
+        self._takes = _options_taken(provider, params, where)
         self.name, self.provider, self.role = name, provider, role
         self.models = _checked_models(models, where)
         self._ids = tuple(self.models.values())
@@ -5747,7 +5747,7 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         self.prices: Any = _checked_prices(prices, self.models, where)
         self.supports_tools, self.supports_images = supports_tools, supports_images
-        self.params = _checked_params(params, where)
+        self.params = params
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_ours = getattr(provider, "_is_ours", False)
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
@@ -5806,7 +5806,10 @@ class ProviderTier:
         return f"<ProviderTier {self.name!r} {self.role} {self.provider!r}>"
 
 
-def _check_provider(provider: Any, where: str) -> None:
+def _options_taken(
+    provider: Any, params: Mapping[str, Any], where: str
+) -> frozenset[str] | None:
+    """The names of the arguments of a provider's ``chat``, None if it takes any."""
     made = not isinstance(provider, type)
     kind = type(provider).__name__ if made else provider.__name__
     chat = getattr(provider, "chat", None) if made else None
@@ -5814,12 +5817,16 @@ def _check_provider(provider: Any, where: str) -> None:
         cure = "give an object with a chat() method, such as OpenAIProvider()"
         raise ConfigError(f"{where}: provider is {kind}: {cure}")
     try:
-        inspect.signature(chat).bind([], tools=None, model=None, timeout=1.0)
+        signature = inspect.signature(chat)
+        signature.bind([], tools=None, model=None, timeout=1.0, **params)
     except TypeError as error:
         cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
         raise ConfigError(f"{where}: chat() of {kind} cannot be called ({error}): {cure}") from None
     except ValueError:
-        pass  # no signature to be had, as for some built-ins
+        return None  # no signature to be had, as for some built-ins
+    if any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
+        return None
+    return frozenset(signature.parameters)
 
 
 def _checked_models(models: Any, where: str) -> dict[str, str]:
@@ -6272,7 +6279,7 @@ class _Try:
                 response = self.read()
         except BaseException as error:
             if not reading:  # it closes the stream, or has thrown an exception of its own into it
-                self.end(None, None if self.taken else _Verdict("next", "neutral"))
+                self.left()
                 raise
             if self.taken:
                 raise self._interrupted(error)  # noqa: B904 - its cause is set
@@ -6280,6 +6287,11 @@ class _Try:
             return None
         self.end()
         return response
+
+    def left(self) -> None:
+        """End a request whose reader wants no more of its stream."""
+        self.end(None, None if self.taken else _Verdict("next", "neutral"))
+        self.tier._count(None, self.run.clock() - self.start)
 
     def _interrupted(self, error: BaseException) -> StreamInterrupted:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
@@ -6408,8 +6420,8 @@ class _Run:
                 return None
             attempt = _Try(self, tier, model, ticket)
             if places is not None:
-                patience = 0.0 if self._later_ready(tier) else self.deadline - attempt.start
-                attempt.place = places.take(max(0.0, patience))
+                until = attempt.start if self._later_ready(tier) else self.deadline
+                attempt.place = places.take(until, self.clock)
                 attempt.start = self.clock()
             if places is not None and attempt.place is None:
                 why = f"{tier.name} is busy"
@@ -6429,6 +6441,8 @@ class _Run:
             options = {n: v for n, v in options.items() if n in given or n not in _LIMIT_NAMES}
         if None in options.values():
             options = {name: value for name, value in options.items() if value is not None}
+        if tier._takes is not None:
+            options = {name: value for name, value in options.items() if name in tier._takes}
         left = self.deadline - attempt.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
         if tier._speaks_http:
@@ -6473,7 +6487,9 @@ class _Run:
             return f"{tier.name} takes no tools"
         if not tier.supports_images and self.has_images:
             return f"{tier.name} takes no images"
-        return None
+        given = {name for name, value in self.options.items() if value is not None}
+        lacking = set() if tier._takes is None else given - tier._takes - _HINTS
+        return f"{tier.name} takes no {', '.join(sorted(lacking))}" if lacking else None
 
     @functools.cached_property
     def has_images(self) -> bool:
@@ -6485,7 +6501,12 @@ class _Run:
 
     def deltas(self, found: LLMResponse | _Try) -> Generator[str, None, LLMResponse]:
         """The deltas of the answer. Until the first text another tier may still be asked."""
-        yield ""  # ChatStream takes it at once: only a generator that has begun runs its `finally`
+        try:
+            yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
+        except BaseException:
+            if isinstance(found, _Try):
+                found.left()
+            raise
         while isinstance(found, _Try):
             attempt, tier = found, found.tier
             response = yield from attempt.deltas()
@@ -6586,6 +6607,8 @@ class _Run:
             self.last.content, self.escalation = reason or None, reason or "no reason given"
         if chain._ladder:
             self._climb(tier, model)
+        else:
+            self._tell_failover(tier, model)
         return False
 
     def _climb(self, tier: ProviderTier, model: str | None) -> None:
@@ -6767,7 +6790,10 @@ class FailoverChain(LLMProvider):
                 tier.breaker._share(store)
             tier.breaker._watchers.add(self)
         self._plan: _Plan = [(tier, tier._default) for tier in self.tiers]
-        self._picky = not all(tier.supports_tools and tier.supports_images for tier in self.tiers)
+        self._picky = not all(
+            tier.supports_tools and tier.supports_images and tier._takes is None
+            for tier in self.tiers
+        )
 
     def _set_escalation(self, model: Any, marker: Any, prompt: Any) -> None:
         if not isinstance(marker, str) or not marker.strip():

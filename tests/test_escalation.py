@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.fakes import Limits, calls, error_of, outcomes, scripted, tier
 
@@ -130,9 +132,12 @@ def test_accept_sends_a_bad_answer_on():
     """Without an escalation model to the next tier, with one to it; the breaker sees a success."""
     accept = lambda response: response.text == "good"  # noqa: E731
     tiers = [tier("a", "bad"), tier("b", "good")]
-    for chain in (FailoverChain(tiers, accept=accept),
-                  ladder(tiers[0], tier("x", "bad"), tiers[1], top="b", accept=accept)):
+    events: list[Any] = []
+    settings = {"accept": accept, "on_event": events.append}
+    for chain, step in ((FailoverChain(tiers, **settings), "failover"),
+            (ladder(tiers[0], tier("x", "bad"), tiers[1], top="b", **settings), "escalation")):
         response = chain.chat("hi")
+        assert (step, {"to": "b"}) in [(event.kind, event.data) for event in events]
         found = [(one.tier, one.outcome, one.error) for one in response.attempts]
         assert found == [("a", "escalated", "refused by accept"), ("b", "ok", None)]
         assert (response.text, response.escalation) == ("good", "refused by accept")

@@ -41,30 +41,11 @@ REQUESTS = int(os.environ.get("COPILOT_ROUTER_REQUESTS", "200"))
 
 
 # -- the contract
-class TestMemory(StoreContract):
-    @pytest.fixture
-    def handles(self, make_store):
-        return lambda: make_store("memory")
-
-
-class TestSQLite(StoreContract):
-    @pytest.fixture
-    def handles(self, make_store):
-        return lambda: make_store("sqlite")
-
-
-@needs_redis
-class TestRedis(StoreContract):
-    @pytest.fixture
-    def handles(self, make_store):
-        return lambda: make_store("redis")
-
-
-class TestUsersOwn(StoreContract):
-    @pytest.fixture
-    def handles(self):
-        store = PlainStore()
-        return lambda: store
+class TestStores(StoreContract):
+    @pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=needs_redis), "own"])
+    def handles(self, request, make_store):
+        own = PlainStore()
+        return lambda: own if request.param == "own" else make_store(request.param)
 
 
 # -- what the tests are made of

@@ -169,6 +169,7 @@ def test_a_streams_success_resets_the_count_of_failures(clock):
         return failures(chain)
     assert after(ChatStream.close) == 1 and after(list) == 0
     assert after(lambda stream: (next(stream), stream.close())) == 0
+    assert chain.health()[0].calls == 6  # those that were closed, too
 
 
 # -- what a stream is
@@ -219,6 +220,9 @@ def test_a_stream_object_may_give_none_and_fail_to_close():
         first = ProviderTier("a", one, retries=0)
         came = FailoverChain([first, tier("b", "from b")]).stream("hi")
         assert read(came)[1].partial == "part" if found is StreamInterrupted else [*came] == [found]
+    stream.next, stream.close = iter(["x"]).__next__, mock.Mock()
+    FailoverChain([first]).stream("hi").close()
+    assert stream.close.called
 
 
 # -- ending early

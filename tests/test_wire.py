@@ -427,6 +427,12 @@ def test_a_list_of_the_events_of_a_stream_needs_a_finish_reason(end: list[Any]) 
     assert isinstance(found, LLMResponse if end else InvalidResponse)
 
 
+def test_an_object_between_events_is_read_as_one() -> None:
+    for line, kind in ((b'{"type": "ping"}\n', LLMResponse), (b'{"error": "x"}\n', ProviderError)):
+        body = sse(delta(content="Hello ")) + line + sse(STOP)
+        assert isinstance(read("chat", reply(body, kind="text/event-stream")), kind)
+
+
 @pytest.mark.parametrize("said", [b"timeout", b"it closed", b'"late"', b'{"message": "late"}'])
 @pytest.mark.parametrize("end", [sse(STOP), b"data: [DONE]\n\n"])
 def test_an_error_event_is_an_error_whatever_it_says(said: bytes, end: bytes) -> None:
