@@ -909,7 +909,6 @@ class CircuitBreaker:
         self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
         self._record = BreakerRecord()
         self._rejected = self._stale = 0
-        self._why_of: tuple[BreakerRecord | None, str] = (None, "")
         self._shared: _SharedView | None = None
         self._set_up()
         if store is not None:
@@ -1083,13 +1082,11 @@ class CircuitBreaker:
         return error
 
     def _why(self, record: BreakerRecord) -> str:
-        """Why a call is refused. Kept with its record: an outage asks at every call."""
-        if self._why_of[0] is not record:
-            state = "trying again with one call" if record.state == "half_open" else "open"
-            until = " until reset" if record.deadline == math.inf else ""
-            reason = f" ({record.reason})" if record.reason else ""
-            self._why_of = (record, f"{self.name or 'circuit'} is {state}{until}{reason}")
-        return self._why_of[1]
+        """Why a call is refused."""
+        state = "trying again with one call" if record.state == "half_open" else "open"
+        until = " until reset" if record.deadline == math.inf else ""
+        reason = f" ({record.reason})" if record.reason else ""
+        return f"{self.name or 'circuit'} is {state}{until}{reason}"
 
     def _settle(
         self, ticket: Ticket, kind: str, seconds: float | None = None, reason: str = "",
@@ -2748,7 +2745,7 @@ def _joined_reports(report: _Report, raw: Any) -> _Report:
     return report._replace(
         message=f"{report.message}: {below.message}", param=report.param or below.param,
         codes=(*below.codes, *report.codes),
-        delay=below.delay if report.delay is None else report.delay,
+        delay=report.delay or below.delay,
     )
 
 
@@ -3692,7 +3689,6 @@ class _Collector:
             whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
             return whole and isinstance(_parsed("".join(call["pieces"])), dict)
         known = {_dict(tool.get("function")).get("name") for tool in self._call.tools or ()}
-        known |= {theirs for theirs, ours in self._names.items() if ours in known}
         return name in known or call["name"] + name not in known
 
     def _take_extra(self, key: Any, value: Any) -> None:

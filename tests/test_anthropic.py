@@ -54,31 +54,30 @@ def test_a_stream_without_a_stop_reason_is_cut(events: Any) -> None:
 
 
 def test_content_is_a_list_of_blocks_and_unknown_ones_are_passed_over() -> None:
-    use = {"type": "tool_use", "id": "t", "name": "f", "input": {"city": "Oslo"}}
+    """A whole answer may leave out its type; a proxy may number two calls alike."""
+    empty = {"type": "tool_use", "id": "s", "name": "f", "input": {}}
+    use, closed = {**empty, "id": "t", "input": {"city": "Oslo"}}, {
+        "type": "content_block_stop", "index": 4}
     content = [{"type": "thinking", "thinking": "hm", "signature": "s"},
                {"type": "server_tool_use", "id": "x"}, {"type": "text", "text": "one "},
-               {"type": "text", "text": "two"}, use]
+               {"type": "text", "text": "two"}, empty, use]
     events = [started(), block(0, type="thinking", thinking="", signature=""),
         grows(0, "thinking_delta", thinking="hm"), grows(0, "signature_delta", signature="s"),
         block(1, type="server_tool_use", id="x"), grows(1, "input_json_delta", partial_json="{}"),
         block(2, type="text", text=""), grows(2, "text_delta", text="one "),
-        grows(2, "citations_delta", citation={}), grows(2, "text_delta", text="two"),
-        block(4, **use), {"type": "news"}, stops("tool_use"), END]
-    for wire in (whole("tool_use", *content), stream(*events)):
+        grows(2, "citations_delta", citation={}), grows(2, "text_delta", text="two"), block(
+            4, **empty), closed, block(4, **use), closed, {"type": "news"}, stops("tool_use"), END]
+    untyped = reply({"content": content, "stop_reason": "tool_use"})
+    for wire in (whole("tool_use", *content), untyped, stream(*events)):
         response = read("anthropic", wire, tools=TOOLS)
         assert (response.text, response.reasoning) == ("one two", "hm")
         assert response.finish_reason == "tool_calls"
-        assert [call.arguments for call in response.tool_calls] == [{"city": "Oslo"}]
+        assert [call.arguments for call in response.tool_calls] == [{}, {"city": "Oslo"}]
 
 
 def test_an_answer_without_blocks_is_empty_or_refused() -> None:
     assert type(read("anthropic", whole("end_turn"))) is EmptyResponse
     assert type(read("anthropic", whole("refusal"))) is ContentFiltered
-
-
-def test_a_whole_answer_may_leave_out_its_type() -> None:
-    wire = reply({"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"})
-    assert read("anthropic", wire).text == "x"
 
 
 def test_a_second_message_start_begins_again_or_breaks_the_answer() -> None:
@@ -201,9 +200,9 @@ def test_redacted_thinking_goes_back_too() -> None:
 
 
 def test_each_option_has_its_field() -> None:
-    body = sent("anthropic", temperature=1.5, top_p=0.5, user="u", stop=["a", " "], max_tokens=7,
-                response_format={"type": "json_object"})
-    assert body.pop("system")
+    body = sent("anthropic", [{"role": "system", "content": "be brief"}, USER], temperature=1.5,
+        top_p=0.5, user="u", stop=["a", " "], max_tokens=7, response_format={"type": "json_object"})
+    assert body.pop("system").startswith("be brief\n\nAnswer with one JSON")
     assert body == {"model": "m", "max_tokens": 7, "stream": True, "temperature": 1, "top_p": 0.5,
         "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}],
         "stop_sequences": ["a"], "metadata": {"user_id": "u"}}

@@ -538,7 +538,7 @@ def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
         assert base - 1e-6 <= drawn <= 1.5 * base + 1e-6
     breaker.reset()
     breaker.admit().park(40)
-    assert 40 - 1e-6 <= (breaker.retry_after or 0) <= 60
+    assert breaker.snapshot().reason == "parked" and 40 - 1e-6 <= (breaker.retry_after or 0) <= 60
     breaker.open(7)
     assert breaker.retry_after == 7
 

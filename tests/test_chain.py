@@ -1191,6 +1191,7 @@ def test_each_step_of_explain():
         Attempt("b", "m", "escalated", "gave up", latency=0.5, usage=Usage(1, 1)),
         Attempt("c", "m", "failed", "ServerError: no", latency=0.25),
         Attempt("d", "m", "ok", latency=1.0, usage=Usage(1, 1)))
+    assert LLMResponse("x", attempts=steps, cost=0.0).explain().endswith(" $0.00")
     told = LLMResponse("x", attempts=steps, cost=0.5).explain().split(" -> ")
     shown = ["a skipped off", "b gave up 500 ms", "c no 250 ms", "d ok $0.5"]
     for step, words in zip(told, shown, strict=True):

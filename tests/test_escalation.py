@@ -144,9 +144,10 @@ def test_accept_sends_a_bad_answer_on():
     assert tiers[0].breaker.snapshot().failures == 0
     two = [tier("a", "bad"), tier("b", "also bad")]
     settings = {"accept": accept, "wait": 100}
-    for chain in (FailoverChain(two, **settings), ladder(*two, top="b", **settings)):
+    for chain, why in ((FailoverChain(two, **settings), "^accept refused every answer: a: "),
+            (ladder(*two, top="b", **settings), "^no stronger answer: a: refused by accept; b: ")):
         for ask in (chain.chat, chain.stream):  # the last one that was refused is attached
-            assert error_of(EscalationFailed, ask, "q", match="accept").response.text == "also bad"
+            assert error_of(EscalationFailed, ask, "q", match=why).response.text == "also bad"
 
 
 def test_what_accept_raises_is_raised():

@@ -709,6 +709,7 @@ def test_a_file_of_version_0_1_is_read(tmp_path):
     store.swap("x", None, record)
     sql(tmp_path / "file", "UPDATE breakers SET record = json_remove(record, '$.parks', '$.heals')")
     assert store.load("x")[0] == record
+    assert sql(tmp_path / "file", "PRAGMA user_version") == (1,)
 
 
 SPOIL: dict[str, Callable[[Path], Any]] = {
@@ -755,7 +756,10 @@ def test_a_store_that_can_be_read_and_not_written(clock, make_store):
     assert events == ["down", "open"]
     store.error_of_swap = None
     clock.advance(60)
-    assert breaker.is_open and events[2:] == ["back"] and store.load("x")[0].state == "open"
+    assert breaker.is_open and events[2:] == ["back"]
+    written = store.load("x")[0]
+    clock.advance(2)
+    assert breaker.is_open and store.load("x")[0] == written and written.state == "open"
 
 
 PLAIN = BreakerRecord(deadline=3.0)._asdict()

@@ -218,8 +218,7 @@ def test_a_cut_answer_is_no_answer(dialect: Dialect, length: bytes) -> None:
     before, after = until(dialect, Answer(), b"world")
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {dialect.stream_kind}\r\nConnection: close\r\n"
     data = head.encode() + length + b"\r\n" + b"".join([*before, after[0]])
-    with pytest.raises(InvalidResponse):
-        said(dialect, hangs_up(data))
+    error_of(InvalidResponse, said, dialect, hangs_up(data))
 
 
 def test_an_answer_that_breaks_behind_its_end_is_an_answer(dialect: Dialect) -> None:
@@ -340,8 +339,7 @@ def test_a_frame_that_may_have_held_text_makes_the_answer_invalid(dialect: Diale
         frame: str) -> None:
     before, after = until(dialect, Answer(), b"world")
     wire = frame.encode() + b"\n" if dialect.name == "ollama" else b"data: %s\n\n" % frame.encode()
-    with pytest.raises(InvalidResponse):
-        said(dialect, streamed(dialect, [*before, wire, *after]))
+    error_of(InvalidResponse, said, dialect, streamed(dialect, [*before, wire, *after]))
 
 
 LABELS = ["text/event-stream", "application/x-ndjson", "application/json", "text/plain",
@@ -436,7 +434,7 @@ def test_an_object_between_events_is_read_as_one() -> None:
 @pytest.mark.parametrize("said", [b"timeout", b"it closed", b'"late"', b'{"message": "late"}'])
 @pytest.mark.parametrize("end", [sse(STOP), b"data: [DONE]\n\n"])
 def test_an_error_event_is_an_error_whatever_it_says(said: bytes, end: bytes) -> None:
-    body = sse(delta(content="Hello ")) + b"event: error\ndata: " + said + b"\n\n" + end
+    body = sse(delta(content="Hello ")) + b"event:error\ndata:" + said + b"\n\n" + end
     assert isinstance(read("chat", reply(body, kind="text/event-stream")), ProviderError)
 
 
