@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 #: Seconds: slower tests are not given to mutants.
-SLOW = 1.5
+SLOW = 8.0
 
 
 class Notes:
