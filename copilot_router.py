@@ -2259,7 +2259,7 @@ class _Answer:
 
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
-        self.secrets: tuple[str, ...] = ()  #: that were sent
+        self.secrets: tuple[str, ...] = ()  #: what no message may show
         self.limited = False  #: its socket is: not that of a user's session
         self.limits, self.most = limits, most
         self._raw, self._ended = response.raw, False
@@ -3055,7 +3055,7 @@ class _Call(NamedTuple):
         """The body with the caller's own fields of one vendor on top."""
         extra = self.options.get("extra_body") or {}
         if isinstance(extra, Mapping):
-            return _merged(body, extra)
+            return _merged(body, extra) if extra else body
         raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
 
 
@@ -4216,7 +4216,7 @@ class _HTTPProvider(LLMProvider):
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
-                answer.secrets, answer.limited = (key,), self._own_session
+                answer.secrets, answer.limited = (*self._secrets, key), self._own_session
                 if not self._own_session:
                     answer.secrets += self._added(response.request.headers, headers)
                 if answer.status != 408 or limits.fresh or not limits.reused:
@@ -4409,13 +4409,12 @@ class _HTTPProvider(LLMProvider):
         """The error that a body reports, at any status, with a message that is safe to show."""
         report, headers, status = _report(body), answer.headers, answer.status
         asked = (call.messages, call.tools, call.options)
-        secrets = self._secrets_of(answer)
-        told = _hidden(report.message, secrets)  # whole, before it is cut
+        told = _hidden(report.message, answer.secrets)  # whole, before it is cut
         words = _Words(told, (*_texts_of(asked), *answered))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        shown = _masked(_clean(words.shown), secrets)
+        shown = _masked(_clean(words.shown), answer.secrets)
         may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
         error = kind(
             shown or f"status {status} without a message to show", provider=self._vendor,
@@ -4431,17 +4430,12 @@ class _HTTPProvider(LLMProvider):
         found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
         return self._token(next(found, ""), answer)
 
-    def _token(
-        self, text: str, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}"
-    ) -> str | None:
+    @staticmethod
+    def _token(text: str, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") -> str | None:
         """A server's code or id; None for anything else, or if it repeats a secret."""
-        secrets = self._secrets_of(answer)
-        told = any(len(secret) > 3 and secret.lower() in text.lower() for secret in secrets)
+        folded = text.lower()
+        told = any(len(secret) > 3 and secret.lower() in folded for secret in answer.secrets)
         return text if _pattern(form).fullmatch(text) and not told else None
-
-    def _secrets_of(self, answer: _Answer) -> tuple[str, ...]:
-        """What no message may show: of the settings, and of this request."""
-        return (*self._secrets, *answer.secrets)
 
     # -- what a model refuses is learned from its error
 
@@ -4471,8 +4465,11 @@ class _HTTPProvider(LLMProvider):
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
+        fixes = self._learned.get(call.model)
+        if not fixes:
+            return call
         learned = {
-            name: fix.value for name, fix in self._learned.get(call.model, {}).items()
+            name: fix.value for name, fix in fixes.items()
             if not fix.refused or call.options.get(name) in fix.refused  # else it may do
         }
         options = {name: learned.get(name, value) for name, value in call.options.items()}
