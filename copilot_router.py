@@ -1716,8 +1716,10 @@ class LLMProvider(ABC):
     ) -> LLMResponse:
         """One whole answer, or a ProviderError. ``messages``, ``tools``: OpenAI's form.
 
-        ``kwargs``: ``timeout`` and the options of the call and of the tier's ``params``. Any other
-        Exception counts as a failure, except that ConfigError passes through.
+        ``kwargs``: ``timeout`` and the options of the call and of the tier's ``params``. Without
+        ``**kwargs`` a tier is passed over for an option that has no argument here; hints such as
+        ``temperature`` are left out. Any Exception that is no ProviderError counts as a failure,
+        except that ConfigError passes through.
         """
 
     def stream(
