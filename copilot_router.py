@@ -172,7 +172,8 @@ class RateLimited(ProviderError):
     breaker = "park"
 
 class QuotaExceeded(RateLimited):
-    """Out of money, or at a spend limit. Never waited out. Its first park is four times as long."""
+    """Out of money, at a spend limit, or a plan's hours, week or month are used up. Never waited
+    out. Its first park is four times as long."""
 
     breaker = "park long"
 
@@ -2585,16 +2586,18 @@ def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderE
 
 
 #: Specific codes and types. Sources: the error pages of OpenAI, Azure, Anthropic, Google, Groq,
-#: DashScope (Arrearage), z.ai (1113, 1261, 1301), MiniMax (1004 to 2049), Moonshot, watsonx.
+#: DashScope (Arrearage), z.ai (1113 to 1321), MiniMax (1004 to 2049), Moonshot, watsonx, Codex.
 _CODES = _coded({
     ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261 1039"
+    " context_exceeded"
     " model_max_prompt_tokens_exceeded tokens_limit_reached max_context_length_exceeded",
     QuotaExceeded: "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded"
     " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
-    " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached",
+    " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
+    " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
     " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
@@ -2621,12 +2624,12 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
      r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
      ContextLengthExceeded),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together; plans whose hours, week or month are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
      r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
-     r"specified api usage limits", QuotaExceeded),
+     r"usage (limit|quota)|monthly quota|limit exhausted", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
@@ -2722,6 +2725,8 @@ def _report(body: Any) -> _Report:
     if isinstance(message, list):
         message, param = _listed(message)
     found, delay = _google_details(body.get("details"))
+    if delay is None:
+        delay = _named_delay(body, _dict(metadata.get("headers")))
     values = [
         *found, body.get("code"), details.get("error_code"), minimax.get("status_code"),
         _dict(body.get("innererror")).get("code"), metadata.get("limit_source"), body.get("type"),
@@ -2776,6 +2781,13 @@ def _google_details(details: Any) -> tuple[list[Any], float | None]:
         if isinstance(item.get("retryDelay"), str):
             delay = _duration(item["retryDelay"])
     return found, delay
+
+
+def _named_delay(body: dict[str, Any], headers: dict[str, Any]) -> float | None:
+    """Seconds to wait in a field of the body, or by the headers that OpenRouter puts into it."""
+    said = (_seconds(str(body.get(name))) for name in ("resets_in_seconds", "retry_after"))
+    lower = {name.lower(): str(value) for name, value in headers.items()}
+    return next(filter(None, said), None) or _reset(lower, "")
 
 
 class _Words:
@@ -4674,22 +4686,32 @@ def _chat_facts(body: _Object) -> _Facts:
 
 
 def _chat_content(content: Any) -> _Facts:
-    """Content as parts, thinking among them (Magistral), or as an object (JSON modes)."""
+    """Content as parts, thinking among them, or as an object (JSON modes)."""
     for part in [json.dumps(content)] if isinstance(content, dict) else content:
         fields = {"text": part} if isinstance(part, str) else _dict(part)
-        yield "text", fields.get("text")
-        if fields.get("type") == "thinking":
-            pieces = fields.get("thinking")
-            for piece in pieces if isinstance(pieces, list) else [{"text": pieces}]:
-                yield "thought", piece.get("text")
+        if fields.get("type") in ("thinking", "reasoning"):
+            yield "thought", _thinking(fields)
+            yield ("alive",)
+        else:
+            yield "text", fields.get("text")
+
+
+def _thinking(value: Any) -> str:
+    """Thinking as a text, in parts (Magistral, Databricks) or in an object (Envoy's gateway)."""
+    if isinstance(value, list):
+        return "".join(map(_thinking, value))
+    names = ("text", "thinking", "summary") if isinstance(value, dict) else ()
+    inner = next((value[name] for name in names if value.get(name)), value)
+    return inner if isinstance(inner, str) else "" if inner is value else _thinking(inner)
 
 
 def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
     name = next((name for name in _THOUGHT_KEYS if message.get(name)), None)
     if name is not None:
-        yield "thought", message[name]
+        yield "thought", _thinking(message[name])
         yield "grow", name, message[name]
+        yield ("alive",)
     for item in filter(None, map(_dict, message.get("reasoning_details") or ())):
         if name is None:
             yield "thought", item.get("text") or item.get("summary")

@@ -56,8 +56,7 @@ def key_sent(client: Any) -> str | None:
     """The key that goes out with a request, under any of the vendors' headers."""
     with responses.RequestsMock() as mock:
         mock.post(re.compile(".*"), status=400, json={})
-        with pytest.raises(BadRequest):
-            client.chat("hi", model="m")
+        error_of(BadRequest, client.chat, "hi", model="m")
         names = ("Authorization", "x-api-key", "x-goog-api-key", "api-key")
         headers = mock.calls[0].request.headers
     found = [headers[name].removeprefix("Bearer ") for name in names if name in headers]

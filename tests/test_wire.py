@@ -231,12 +231,10 @@ def test_an_error_inside_a_stream_has_its_class(dialect: Dialect) -> None:
     before, _ = until(dialect, Answer(text=("par", "tial")), b"tial")
     wire, kind = dialect.broken
     with served(dialect, streamed(dialect, [*before, wire])) as (server, provider):
-        with pytest.raises(kind):
-            provider.chat("hi", model="m", timeout=5)
+        error_of(kind, provider.chat, "hi", model="m", timeout=5)
         deltas = provider.stream("hi", model="m", timeout=5)
         assert next(deltas) == "par"
-        with pytest.raises(kind):
-            next(deltas)
+        error_of(kind, next, deltas)
         with pytest.raises(StreamInterrupted) as broken:
             list(chain_of(provider, provider).stream("hi", timeout=5))
         assert (broken.value.partial, type(broken.value.__cause__)) == ("par", kind)
@@ -326,8 +324,7 @@ def test_frames_that_hold_nothing_are_passed_over_anywhere(dialect: Dialect) -> 
 
 def test_frames_that_hold_nothing_are_no_answer(dialect: Dialect) -> None:
     for frame in frames_of(dialect):
-        with pytest.raises(InvalidResponse):
-            said(dialect, streamed(dialect, [frame] * 3))
+        error_of(InvalidResponse, said, dialect, streamed(dialect, [frame] * 3))
 
 
 BROKEN_FRAMES = ['{"choices": [{"index": 0, "delta": {"content": "lo', "some words of text",
@@ -387,8 +384,7 @@ def test_what_cannot_be_parsed_in_the_time_left_is_not_begun() -> None:
     for wire in (reply(event.encode()), reply(f"data: {event}\n\n".encode())):
         with talking("chat", wire) as (provider, _):
             start = time.monotonic()
-            with pytest.raises(ProviderTimeout):
-                provider.chat("q", model="m", timeout=0.2)
+            error_of(ProviderTimeout, provider.chat, "q", model="m", timeout=0.2)
             assert time.monotonic() - start < 0.3
 
 
@@ -462,8 +458,7 @@ def test_arguments_that_come_before_their_call_are_kept() -> None:
 def test_nothing_is_learned_from_a_status_that_refuses_no_field(status: int, told: str) -> None:
     with talking("chat", reply({"error": {"message": told}}, status)) as (provider, _):
         chain = chain_of(provider)
-        with pytest.raises((AllProvidersFailed, ProviderError)):
-            chain.chat("q", timeout=5)
+        error_of((AllProvidersFailed, ProviderError), chain.chat, "q", timeout=5)
         assert not any(chain.health()[0].learned.values())
 
 
@@ -846,8 +841,7 @@ def test_a_key_function_that_fails_is_an_authentication_error(dialect: Dialect) 
         raise OSError("no token today")
     with served(dialect, Answer()) as (server, _):
         provider = dialect.make(server.url, key)
-        with pytest.raises(AuthenticationError):
-            provider.chat("hi", model="m", timeout=5)
+        error_of(AuthenticationError, provider.chat, "hi", model="m", timeout=5)
         assert not server.requests
 
 
@@ -882,8 +876,7 @@ def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, 
         pytest.skip("Gemini is sent no ids")
     with served(dialect, Answer()) as (server, provider):
         chain = chain_of(provider, failure_threshold=1)
-        with pytest.raises(BadRequest):
-            chain.chat(timeout=5, **asked)
+        error_of(BadRequest, chain.chat, timeout=5, **asked)
         assert not server.requests
         assert chain.tiers[0].breaker.is_closed
 
@@ -1077,8 +1070,7 @@ def test_each_hint_is_dropped_under_all_its_names(status: int, said_by_server: A
 def test_other_errors_are_not_answered_by_a_second_request(text: str, status: int,
         options: Any) -> None:
     with talking("chat", reply({"error": {"message": text}}, status)) as (provider, server):
-        with pytest.raises(ProviderError):
-            provider.chat("q", TOOLS, "m", timeout=5, **options)
+        error_of(ProviderError, provider.chat, "q", TOOLS, "m", timeout=5, **options)
         assert len(server.requests) == 1
 
 
@@ -1105,8 +1097,7 @@ def test_what_a_server_repeats_of_the_request_teaches_nothing(place: str, text: 
     with talking("chat", *script, api="auto") as (provider, server):
         chain = chain_of(provider)
         chain.chat(**plain)
-        with pytest.raises(BadRequest):
-            chain.chat(**{**plain, **asked})
+        error_of(BadRequest, chain.chat, **{**plain, **asked})
         chain.chat(**plain)
         assert chain.health()[0].learned == {}
         before, _, after = server.requests
@@ -1327,8 +1318,7 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
         if able:
             assert provider.chat(messages, tools, "m-1").text == "ok"
         else:
-            with pytest.raises(UnsupportedRequest):
-                provider.chat(messages, tools, "m-1")
+            error_of(UnsupportedRequest, provider.chat, messages, tools, "m-1")
         assert (len(vendor.requests), vendor.refusals) == (able, [])
 
 
