@@ -2633,9 +2633,10 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
-    (r"no models? loaded|model is unloaded|unknown model|^model: |^invalid model|model not exist|"
-     r"is not a valid model|model .{0,120}(not found|does not exist|not exist|no longer available|"
-     r"has been (retired|deprecated))", ModelNotFound),
+    (r"failed to load (the )?model|model has crashed", ServerError),  # LM Studio, at 400
+    (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
+     r"model not exist|is not a valid model|model .{0,120}(not found|does not exist|not exist|"
+     r"no longer available|has been (retired|deprecated))", ModelNotFound),
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
@@ -2650,7 +2651,7 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
 )
 
 #: Classes that count against a tier: for them a phrase must be the server's own.
-_BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded)
+_BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded, ServerError)
 #: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
 _TYPES = _coded({
     AuthenticationError: "authentication_error permission_error unauthenticated permission_denied",

@@ -320,7 +320,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                "code": "1500"}),  # Mistral
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
-        (410, says("The model m has been retired.")),
+        (410, says("The model m has been retired.")), (400, {"error": "Model unloaded."}),
         (422, {"detail": ["Invalid model: m", 5]})],
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
@@ -353,6 +353,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
     ProviderTimeout: [(408, says("x", type="api_error"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
+        (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
+        (400, {"error": "The model has crashed without additional information. (Exit code: 1)"}),
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
         (500, says("the moderation service is down")), (200, says("x", status_code=500))],
     Overloaded: [
