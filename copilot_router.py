@@ -2723,6 +2723,8 @@ def _report(body: Any) -> _Report:
     metadata, param = _dict(body.get("metadata")), body.get("param")
     messages = [body.get(name) for name in ("message", "detail", "error_description")]
     message = next(filter(None, [*messages, minimax.get("status_msg")]), "")
+    if isinstance(message, dict):  # Mistral
+        message = message.get("detail") or message.get("message") or ""
     if isinstance(message, list):
         message, param = _listed(message)
     found, delay = _google_details(body.get("details"))
