@@ -2754,23 +2754,22 @@ def _joined_reports(report: _Report, raw: Any) -> _Report:
     below = _report(raw if isinstance(raw, (dict, str)) else "")
     return report._replace(
         message=f"{report.message}: {below.message}", param=report.param or below.param,
-        codes=(*below.codes, *report.codes),
-        delay=report.delay or below.delay,
+        codes=(*below.codes, *report.codes), delay=report.delay or below.delay,
     )
 
 
 def _listed(items: list[Any]) -> tuple[str, str]:
-    """Message and field of ``[{"loc": ["body", "temperature"], "msg": "Extra inputs"}]``."""
-    texts, names = [], []
+    """Message and first field of ``[{"loc": ["body", "temperature"], "msg": "Extra inputs"}]``."""
+    texts, fields = [], []
     for item in items[:20]:
         if isinstance(item, dict):
             loc, said = item.get("loc"), str(item.get("msg") or item.get("message") or "")
-            place = [str(name) for name in loc[-1:]] if isinstance(loc, list) else []
-            names += place
-            texts.append(": ".join([*place, said]))
+            place = [str(name) for name in loc if name != "body"] if isinstance(loc, list) else []
+            fields += place[:1]
+            texts.append(": ".join([" ".join(place), said] if place else [said]))
         elif isinstance(item, str):
             texts.append(item)
-    return "; ".join(texts), names[0] if len(set(names)) == 1 else ""
+    return "; ".join(texts), next(iter(fields), "")
 
 
 def _google_details(details: Any) -> tuple[list[Any], float | None]:
@@ -3933,7 +3932,7 @@ _NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
 
 
 class _HTTPProvider(LLMProvider):
-    """What all HTTP providers share: the session, the limits, one corrected resend, and failures.
+    """What all HTTP providers share: the session, the limits, corrected resends, and failures.
 
     A vendor's class declares its names, addresses, words for failures and ``_prepare``.
     """
@@ -4145,11 +4144,15 @@ class _HTTPProvider(LLMProvider):
     def _deltas(
         self, messages: Any, tools: Any, model: Any, kwargs: Any, held: list[_Answer] | None
     ) -> Generator[str, None, LLMResponse]:
-        """One answer, with one corrected resend. ``held``: of a stream, whose deltas are wanted."""
+        """One answer, with one corrected resend for each field that the server refuses.
+
+        ``held``: of a stream, whose deltas are wanted.
+        """
         asked = self._checked_call(messages, tools, model, kwargs)
         timeout = kwargs.get("timeout")
         seconds = math.inf if timeout is None else _number(timeout, "timeout")
-        deadline, fix = time.monotonic() + seconds, None
+        deadline = time.monotonic() + seconds
+        fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked)
             path, body, collector = self._written(call)
@@ -4170,13 +4173,13 @@ class _HTTPProvider(LLMProvider):
             finally:
                 getattr(answer, "close", dict)()
             status = error.status or 0
-            if fix is not None:
-                if status and status not in (408, 409, 425, 429, 503, 529):
-                    self._forget(call.model, fix[0])  # nothing shows that it helps
-                raise error
             fix = _correction(report, words, status, call, self._moves(report, words, status))
-            if fix is None or call.learned.get(fix[0], call) == fix[1]:  # as it was sent
+            as_sent = fix is not None and call.learned.get(fix[0], call) == fix[1]
+            if fix is None or as_sent or fix[0] in fixed:
+                if fixed and status and status not in (408, 409, 425, 429, 503, 529):
+                    self._forget(call.model, fixed)  # nothing shows that they help
                 raise error
+            fixed.append(fix[0])
             of_value = words.find(_OF_VALUE) or "unsupported_value" in report.codes
             refused = asked.options.get(fix[0]) if of_value else None
             self._learn(call.model, fix, refused, kwargs.get("on_resend"))
@@ -4467,11 +4470,12 @@ class _HTTPProvider(LLMProvider):
         if told is not None:
             told({"field": name, "change": "drop" if value is None else "replace"})
 
-    def _forget(self, model: str | None = None, name: str = "") -> None:
-        """Forget one correction of a model, or all of all models."""
+    def _forget(self, model: str | None = None, names: Sequence[str] = ()) -> None:
+        """Forget corrections of a model, or all of all models."""
         with self._lock:
-            kept = {n: fix for n, fix in self._learned.get(model, {}).items() if n != name}
-            self._learned = {**self._learned, model: kept} if name else {}
+            known = self._learned.get(model, {}).items()
+            kept = {name: fix for name, fix in known if name not in names}
+            self._learned = {**self._learned, model: kept} if names else {}
 
     def _corrections(self) -> dict[str, dict[str, str]]:
         """Model -> field -> drop or replace, to show."""
@@ -4606,7 +4610,7 @@ _OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less th
 _REFUSES = (
     r"(?i)unsupported|not supported|does not support|unrecognized|not permitted|deprecated|"
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
-    r"unexpected (?:field|keyword|parameter)|cannot be (?:set|used)|"
+    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|must be (?:1|unset)\b"
 )
 
@@ -4638,6 +4642,8 @@ def _correction(
             named.append(name)
     if "thoughts" in named:
         named = ["thoughts"]
+    elif "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic takes one of the two
+        named = ["top_p"]
     if len(named) != 1:
         return None
     name = named[0]

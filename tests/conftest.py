@@ -41,7 +41,6 @@ def _is_local(host: Any) -> bool:
 def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sockets lead to this machine only. A test that tries otherwise fails, whatever it catches."""
     attempts: list[str] = []
-
     def check(host: Any) -> None:
         if not _is_local(host):
             attempts.append(f"a test wants to reach {host!r}: only loopback is allowed")

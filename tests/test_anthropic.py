@@ -220,7 +220,7 @@ def test_each_option_has_its_field() -> None:
 
 
 @pytest.mark.parametrize(("choice", "theirs"), [("auto", None), ("none", {"type": "none"}),
-    ("required", {"type": "any"}),
+    ("required", {"type": "any"}), ({"type": "tool", "name": "f"}, {"type": "tool", "name": "f"}),
     ({"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"})])
 def test_tool_choice_and_parallel_calls(choice: Any, theirs: Any) -> None:
     assert sent("anthropic", tools=TOOLS, tool_choice=choice).get("tool_choice") == theirs

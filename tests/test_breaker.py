@@ -536,6 +536,7 @@ def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
     breaker = new(1, 1.0, max_recovery_timeout=4.0, jitter=0.5)
     for base, drawn in zip([1, 2, 4, 4], open_times(breaker, clock, 4), strict=True):
         assert base - 1e-6 <= drawn <= 1.5 * base + 1e-6
+    assert breaker.snapshot().reason == "failed"
     breaker.reset()
     breaker.admit().park(40)
     assert breaker.snapshot().reason == "parked" and 40 - 1e-6 <= (breaker.retry_after or 0) <= 60

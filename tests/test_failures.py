@@ -703,7 +703,6 @@ HOSTILE = [piece * (SIZE // len(piece)) for piece in (
 def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
     """64 KiB of digits, blanks or half-matches, wherever a server's text is read."""
     limits = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset")
-
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         text = HOSTILE[int(request.rpartition(b"hostile ")[2].partition(b'"')[0])]
         status, body, headers = "429 No", says("no"), ""

@@ -49,7 +49,6 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
     answered: Counter[str] = Counter()
     start = time.monotonic()
     picked = random.Random(start)
-
     def pick(model: str) -> str:
         return picked.choice((picked.choice(KINDS), "healthy"))
     with FaultServer(pick=pick) as ill, FaultServer() as well:
@@ -58,7 +57,6 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
                  ProviderTier("well", OpenAIProvider(KEY, well.url), ["healthy"])]
         chain = FailoverChain(tiers, timeout=DEADLINE, failure_threshold=60,
             recovery_timeout=0.001, sleep=lambda seconds: time.sleep(seconds / 20))
-
         def ask(who: int) -> None:
             barrier.wait(10)
             for turn in range(who, CALLS, THREADS):
@@ -114,7 +112,6 @@ def test_memory_does_not_grow_with_the_number_of_calls(name: str,
     with FaultServer() as server:
         tier = ProviderTier("a", Chat().client(KEY, server.url), [name], retries=0)
         with FailoverChain([tier], failure_threshold=10_000) as chain:
-
             def call(times: int) -> None:
                 for _ in range(times):
                     try:
@@ -147,7 +144,6 @@ def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
         files = descriptors()
         for number in range(12):
             looks = itertools.count()
-
             def strike(frame: Any, what: str, _: Any, looks: Any = looks, at: int = number) -> None:
                 inside = what == "call" and "weakref" in frame.f_code.co_filename
                 if inside and next(looks) == at:

@@ -21,7 +21,6 @@ KEY = "sk-test-module-key-1234567890"
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """``load()``: the module once more, under another name; nothing of it acts at a real fork."""
     monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None, raising=False)
-
     def fresh() -> Any:
         spec: Any = importlib.util.spec_from_file_location("loaded_anew", copilot_router.__file__)
         made = importlib.util.module_from_spec(spec)

@@ -97,7 +97,8 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
     ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 3}, Usage(9, 7)),
     ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": None}, Usage(9, 7)),
     ({"prompt_tokens": 9, "cached_tokens": 4}, Usage(9, 0, 4)),
-    ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 5}, Usage(9, 0, 5)),
+    *(({"prompt_tokens": 9, name: 5}, Usage(9, 0, 5)) for name in ("prompt_cache_hit_tokens",
+        "num_cached_tokens", "cache_read_input_tokens")),
     ({"prompt_tokens": "9", "completion_tokens": -1, "total_tokens": 10**400}, Usage()),
     ({"prompt_tokens": 2**53, "completion_tokens": True}, Usage()), ([], Usage()), ("x", Usage()),
     (5, Usage())])
@@ -260,9 +261,11 @@ def test_assistant_messages_are_sent_in_the_form_of_a_request(given: Any, expect
     ("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
      "'max_completion_tokens' instead.", "max_completion_tokens", [False, True, True]),
     ("Unsupported parameter: 'max_tokens'", "max_completion_tokens", [False, True, True]),
-    ("unknown field stream_options", "stream_options", [True, False, False])])
+    ("unknown field stream_options", "stream_options", [True, False, False]),
+    ({"detail": [{"loc": ["body", "stream_options", "include_usage"], "msg": "not permitted"}]},
+        "stream_options", [True, False, False])])
 def test_wrong_names_of_the_token_limit_and_unknown_stream_options_are_corrected_and_remembered(
-        message_: str, field: str, found: list[bool]) -> None:
+        message_: Any, field: str, found: list[bool]) -> None:
     refusal = reply({"error": {"message": message_}}, 400)
     with talking("chat", refusal, *both("stop", content="x")) as (provider, server):
         for _ in range(2):
@@ -298,6 +301,7 @@ def test_tool_ids_of_nine_characters_are_made_where_a_server_asks_for_them(ids: 
         assert "replace" in chain.health()[0].learned["m"].values()
         _, asked, *results = server.bodies[2]["messages"]
     made = [call["id"] for call in asked["tool_calls"]]
+    assert all(one in made for one in ids if len(one) == 9)
     assert (made, len(set(made))) == ([one["tool_call_id"] for one in results], 2)
 
 

@@ -302,8 +302,7 @@ def test_options_that_cannot_be_taken(options: Any, error: Any, message: Any, mo
     """Refused before anything is sent; an unknown one names the nearest, also through a chain."""
     client = OpenAIProvider(KEY, BASE)
     for ask in (client.chat, FailoverChain([ProviderTier("a", client, ["m"])]).chat):
-        with pytest.raises(error, match=message):
-            ask("hi", model="m", **options)
+        error_of(error, ask, "hi", match=message, model="m", **options)
     assert not mocked.calls
 
 
@@ -405,8 +404,7 @@ def test_a_ping_asks_for_the_models(kind: Any, status: int, error: Any) -> None:
             caught = error_of(error, client.ping)
             assert (caught.provider, caught.status) == (VENDORS[kind][0], status)
             assert len(mock.calls) == 1
-        with pytest.raises(ConfigError, match="timeout"):
-            client.ping(-1)
+        error_of(ConfigError, client.ping, -1, match="timeout")
 
 
 @pytest.mark.parametrize(("status", "state"), [(404, "closed"), (405, "closed"), (500, "open")])

@@ -76,6 +76,7 @@ def test_an_answer_without_text_has_no_delta(clock):
         stream = chain_of(clock, ProviderTier("a", provider)).stream(PROMPT)
         assert list(stream) == [] and (stream.text, stream.response.usage) == ("", Usage(3, 4))
         assert stream.response.tool_calls == wanted.tool_calls
+        chain_of(clock, ProviderTier("a", provider)).stream(PROMPT).close()
 
 
 # -- after it

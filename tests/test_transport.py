@@ -544,7 +544,6 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
     pytest.importorskip("socks", reason="PyPI's pysocks is not installed")
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
-
         def socks() -> None:
             with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.recv(connection.recv(2)[1])
@@ -701,7 +700,6 @@ def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
 
 def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-
         def talk_plain() -> None:
             with listener.accept()[0] as connection:
                 connection.recv(100)

@@ -114,7 +114,6 @@ def test_stream_yields_the_deltas_of_the_server_and_returns_what_chat_does(
 def test_deltas_arrive_while_the_server_still_writes(dialect: Dialect) -> None:
     taken = threading.Event()
     before, after = until(dialect, Answer(text=("first", "second")), b"second")
-
     def serve(server: Server, connection: Any, request: bytes) -> bool:
         connection.sendall(head(dialect) + b"".join(map(chunk, before)))
         if taken.wait(5):
@@ -235,9 +234,9 @@ def test_an_error_inside_a_stream_has_its_class(dialect: Dialect) -> None:
         deltas = provider.stream("hi", model="m", timeout=5)
         assert next(deltas) == "par"
         error_of(kind, next, deltas)
-        with pytest.raises(StreamInterrupted) as broken:
-            list(chain_of(provider, provider).stream("hi", timeout=5))
-        assert (broken.value.partial, type(broken.value.__cause__)) == ("par", kind)
+        stream_ = chain_of(provider, provider).stream("hi", timeout=5)
+        broken = error_of(StreamInterrupted, list, stream_)
+        assert (broken.partial, type(broken.__cause__)) == ("par", kind)
         assert len(server.requests) == 3
 
 
@@ -294,7 +293,8 @@ def test_a_whole_message_behind_its_deltas_is_not_added_to_them() -> None:
 
 
 # -- what a body is
-NOTHING = ["data:", "data: null", 'data: ""', "event: ping\ndata: ", "data: ping", "data: {}",
+NOTHING = ["data:", "data: null", 'data: ""', "event: ping\ndata: ", "data: ping", "event: error",
+           "data: {}",
            'data: {"type": "ping"}', 'data: {"object": "billing", "cost": {"usd": 0.1}}',
            'data: {"choices": null}', 'data: {"id": "gen-1", "provider": "x", "candidates": null}']
 IN_LINES = ["null", '""', "{}", '{"type": "ping"}', "ping"]
@@ -522,9 +522,9 @@ def test_half_characters_in_calls_and_errors_can_be_written(dialect: Dialect) ->
             json.dumps(value, ensure_ascii=False).encode()
     for status in (200, 400, 429, 500):
         error = {"message": half, "code": half, "type": half}
-        with pytest.raises(ProviderError) as raised:
-            said(dialect, reply({"error": error}, status, X_Request_Id="r"))
-        f"{raised.value} {raised.value!r} {raised.value.code}".encode()
+        answer = reply({"error": error}, status, X_Request_Id="r")
+        raised = error_of(ProviderError, said, dialect, answer)
+        f"{raised} {raised!r} {raised.code}".encode()
 
 
 # -- signs of life
@@ -812,8 +812,7 @@ def test_an_unknown_option_is_a_type_error_that_names_the_nearest(dialect: Diale
 def test_a_model_is_needed_unless_the_server_is_a_compatible_one(dialect: Dialect) -> None:
     with served(dialect, Answer()) as (server, provider):
         if dialect.needs_model:
-            with pytest.raises(ConfigError, match="model"):
-                provider.chat("hi", timeout=5)
+            error_of(ConfigError, provider.chat, "hi", match="model", timeout=5)
             assert not server.requests
         else:
             assert provider.chat("hi", timeout=5).content == "Hello, world"
@@ -907,8 +906,7 @@ def test_a_malformed_request_is_refused_before_it_is_sent(kind: str, asked: Any,
         named: str) -> None:
     asked = {"messages": "q", **({} if "tools" in asked else {"tools": [F]}), **asked}
     with talking(kind, reply({})) as (provider, server):
-        with pytest.raises(BadRequest, match=named):
-            chain_of(provider).chat(timeout=5, **asked)
+        error_of(BadRequest, chain_of(provider).chat, match=named, timeout=5, **asked)
         assert not server.requests
 
 
@@ -1002,18 +1000,31 @@ def test_a_refused_hint_is_dropped_once_and_remembered_per_model(dialect: Dialec
     {"message": "invalid temperature: only values between 0 and 1 are allowed"}])
 def test_a_value_that_is_refused_takes_the_field_from_no_other_value(told: Any) -> None:
     """One caller's mistake must not change the requests of all others."""
-    seen: list[Any] = []
-
     def serve(server: Server, connection: Any, request: bytes) -> bool:
-        body = json.loads(request.partition(b"\r\n\r\n")[2])
-        seen.append(body.get("temperature"))
-        bad = seen[-1] == 1.7
+        bad = server.bodies[-1].get("temperature") == 1.7
         connection.sendall(reply({"error": told}, 400) if bad else reply(message(content="x")))
         return True
-    with talking("chat", serve) as (provider, _):
+    with talking("chat", serve) as (provider, server):
         for value in (1.7, 1.7, 0.5):
             provider.chat("q", model="m", temperature=value)
-    assert seen == [1.7, None, None, 0.5]
+    assert [body.get("temperature") for body in server.bodies] == [1.7, None, None, 0.5]
+
+
+def test_fields_that_are_refused_one_after_the_other_are_all_corrected() -> None:
+    """Each once, all remembered; none of them if the request is refused for another reason."""
+    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "seed": 1}
+    def serve(server: Server, connection: Any, request: bytes) -> bool:
+        bad = [name for name in options if name in server.bodies[-1]]
+        told = f"Unsupported parameter: '{bad[0]}'" if bad else "something else is wrong"
+        wrong = bad or server.bodies[-1].get("stop")
+        connection.sendall(reply({"error": told}, 400) if wrong else reply(message(content="x")))
+        return True
+    with talking("chat", serve) as (provider, server):
+        error_of(BadRequest, provider.chat, "q", model="m", stop="x", **options)
+        assert len(server.requests) == 4
+        for count in (8, 9):
+            assert provider.chat("q", model="m", **options).text == "x"
+            assert len(server.requests) == count
 
 
 def test_a_correction_that_did_not_help_is_forgotten(dialect: Dialect) -> None:
@@ -1046,7 +1057,9 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
     (400, 'Unknown name "topP" at generation_config', "top_p"),
     (400, "Unrecognized request argument supplied: seed", "seed"),
     *((422, [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs"}], name)
-        for name in ("seed", "parallel_tool_calls"))]
+        for name in ("seed", "parallel_tool_calls")),
+    (422, [{"loc": ["body", name], "msg": "Extra inputs"} for name in ("seed", "user")], "seed"),
+    (400, "`temperature` and `top_p` cannot both be specified for this model. Use one.", "top_p")]
 
 
 @pytest.mark.parametrize(("status", "said_by_server", "hint"), REFUSALS)
@@ -1116,8 +1129,7 @@ def test_a_correction_is_kept_only_if_it_may_have_helped(status: int, kept: bool
     last = reply({"error": {"message": "no"}}, status)
     with talking("chat", refusal, last) as (provider, server):
         chain = chain_of(provider)
-        with pytest.raises((AllProvidersFailed, ProviderError)):
-            chain.chat("q", temperature=0.5, timeout=5)
+        error_of((AllProvidersFailed, ProviderError), chain.chat, "q", temperature=0.5, timeout=5)
         assert chain.health()[0].learned.get("m", {}) == ({"temperature": "drop"} if kept else {})
         assert ["temperature" in body for body in server.bodies][:2] == [True, False]
 
@@ -1344,7 +1356,6 @@ def test_tool_names_are_made_valid_and_back(name: str) -> None:
     """Dots for Anthropic, a leading digit and too many letters for Gemini."""
     names = ["1st.tool", "a" * 64, "a" * 80 + "b", "a" * 80 + "c", "1st tool"]
     tools = [{"type": "function", "function": {"name": one, "parameters": CITY}} for one in names]
-
     def answer(body: Any) -> Reply:
         declared = body["tools"][0].get("functionDeclarations", body["tools"])
         return Reply(calls=[(one["name"], {"city": "x"}) for one in declared])
