@@ -3960,7 +3960,9 @@ class _HTTPProvider(LLMProvider):
         for name in unknown:
             near = _near(name, inspect.signature(_HTTPProvider).parameters)
             raise TypeError(f"{type(self).__name__} has no argument {name!r}.{near}")
-        first = self._first_token if first_token_timeout is None else first_token_timeout
+        first = first_token_timeout
+        if first is None:  # a whole answer shows no sign of life before it is there
+            first = self._first_token if stream_upstream else math.inf
         most = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
         self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
         self.first_token_timeout: float = _number(first, "first_token_timeout")
@@ -4155,11 +4157,13 @@ class _HTTPProvider(LLMProvider):
         fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked)
-            path, body, collector = self._written(call)
+            streaming = self.stream_upstream and "stream" not in call.learned
+            path, body, collector = self._written(call, streaming)
             collector.shows = None if held is None else []
             answer = None
             try:
-                answer = self._send("POST", path, body, self._limits(kwargs, deadline))
+                limits = self._limits(kwargs, deadline, streaming)
+                answer = self._send("POST", path, body, limits)
                 if held is not None:
                     held[:] = [answer]
                 if 200 <= answer.status < 300:
@@ -4201,10 +4205,10 @@ class _HTTPProvider(LLMProvider):
             thoughts=bool(kwargs.get("thoughts")),
         )
 
-    def _written(self, call: _Call) -> tuple[str, bytes, _Collector]:
+    def _written(self, call: _Call, streaming: bool) -> tuple[str, bytes, _Collector]:
         """Path, body and collector. BadRequest if the request cannot be written as JSON."""
         try:
-            path, body, collector = self._prepare(call, self.stream_upstream)
+            path, body, collector = self._prepare(call, streaming)
             data = json.dumps(body, allow_nan=False, separators=(",", ":"))
             if "\\ud" in data:  # characters beyond the first 65,536: none of them may be a half
                 json.dumps(body, ensure_ascii=False).encode()
@@ -4215,12 +4219,15 @@ class _HTTPProvider(LLMProvider):
             what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
         raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
 
-    def _limits(self, kwargs: dict[str, Any], deadline: float) -> _Limits:
+    def _limits(self, kwargs: dict[str, Any], deadline: float, streaming: bool) -> _Limits:
         own = (self.first_token_timeout, self.stall_timeout)
         first, stall = (
             limit if kwargs.get(name) is None else _number(kwargs[name], name)
             for name, limit in zip(_LIMIT_OPTIONS[1:3], own, strict=True)
         )
+        if self.stream_upstream and not streaming:  # this model only gives whole answers
+            first = max(first, (deadline - time.monotonic()) / 2)
+            own = (first, stall)
         return _Limits(deadline, self.connect_timeout, (first, stall), own)
 
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
@@ -4598,9 +4605,9 @@ def _header_name(name: Any) -> str:
 #: Our options -> what vendors call them when they complain, if it is another name.
 _COMPLAINTS = {
     "top_p": "top_?p",
-    "presence_penalty": "presence_?penalty",
-    "frequency_penalty": "frequency_?penalty",
-    "reasoning_effort": r"reasoning_effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
+    "presence_penalty": "presence_?penalty|penalty",
+    "frequency_penalty": "frequency_?penalty|penalty",
+    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
     r"thinking[\w.]{0,40}|think",
     "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
@@ -4611,8 +4618,20 @@ _REFUSES = (
     r"(?i)unsupported|not supported|does not support|unrecognized|not permitted|deprecated|"
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
-    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|must be (?:1|unset)\b"
+    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
+    r"must be (?:1|unset|one of)\b|or unset|input should be"
 )
+
+
+def _narrowed(named: list[str], words: _Words) -> list[str]:
+    """Which of several fields that an error names has to go; more than one if that is not clear."""
+    if "thoughts" in named:
+        return ["thoughts"]
+    if "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic: not with temperature
+        return ["top_p"]
+    if all(name.endswith("_penalty") for name in named):  # Gemini; the other one is next
+        return [min(named)]
+    return [name for name in named if name != "stream"]  # it is refused only while streaming
 
 
 def _correction(
@@ -4620,8 +4639,8 @@ def _correction(
 ) -> tuple[str, Any] | None:
     """How to change the one optional field that a 400 names, None if there is nothing to correct.
 
-    An option and its new value (None: drop it), or ``token_limit``, ``stream_options`` or a field
-    of the vendor's own and what to do with it.
+    An option and its new value (None: drop it), or ``token_limit``, ``stream``, ``stream_options``
+    or a field of the vendor's own and what to do with it.
     """
     if moved is not None:
         return moved
@@ -4631,19 +4650,18 @@ def _correction(
     limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
     candidates = {name: _COMPLAINTS.get(name, name) for name in _HINTS if name in call.options}
     candidates |= {name: name for name in (*limits, "stream_options")}
+    candidates["stream"] = "stream(?:ing)?"  # OpenAI: only for organizations that are verified
     if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
         thinking = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive" if call.thoughts else ""
         candidates["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)" + thinking
     named = [] if report.param not in candidates else [report.param]
-    advice = words.find("(?i) use ")  # what stands behind it is what to send instead
+    advice = words.find("(?i) (?:use|when) ")  # behind it stands what to send, or what is set
     for name, pattern in ({} if named else candidates).items():
         found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
         if found and (not advice or found.start() < advice.start()):
             named.append(name)
-    if "thoughts" in named:
-        named = ["thoughts"]
-    elif "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic takes one of the two
-        named = ["top_p"]
+    if len(named) > 1:
+        named = _narrowed(named, words)
     if len(named) != 1:
         return None
     name = named[0]
@@ -5052,7 +5070,8 @@ class OpenAIProvider(_HTTPProvider):
     ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
     before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with
     every request, over our own of the same name. ``max_response_bytes``: of one answer, after
-    decompression; more is InvalidResponse. ``stream_upstream=False`` asks for whole JSON.
+    decompression; more is InvalidResponse. ``stream_upstream=False`` asks for whole JSON: then
+    the first token has no limit by default.
     ``session``: your own ``requests.Session``, used as it is, with your time limits. ``api``:
     "chat", "responses", or "auto": Chat Completions until an error says that a model is served by
     the Responses API, which is remembered. Safe to share between threads and across fork. Raises

@@ -31,15 +31,11 @@ def test_demo_succeeds_as_a_program_without_colour_in_a_pipe() -> None:
 
 
 @pytest.mark.parametrize(("step", "settings", "moods"), [
-    ("healthy", {}, {"healthy": "weak"}),
-    ("refused", {"tiers": 1}, {}),
-    ("breaker", {"failure_threshold": 99}, {}),
-    ("rate limit", {}, {"busy": "broken"}),
-    ("deadline", {}, {"dripping": "healthy"}),
-    ("recovery", {"recovery_timeout": 1e6}, {}),
+    ("healthy", {}, {"healthy": "weak"}), ("refused", {"tiers": 1}, {}),
+    ("breaker", {"failure_threshold": 99}, {}), ("rate limit", {}, {"busy": "broken"}),
+    ("deadline", {}, {"dripping": "healthy"}), ("recovery", {"recovery_timeout": 1e6}, {}),
     ("escalation", {"escalation_marker": "[OTHER]"}, {}),
-    ("marker", {"escalation_marker": "[OTHER]"}, {}),
-    ("all down", {"tiers": 1}, {})])
+    ("marker", {"escalation_marker": "[OTHER]"}, {}), ("all down", {"tiers": 1}, {})])
 def test_each_step_fails_when_something_else_happens(
         demo: Any, step: str, settings: dict[str, Any], moods: dict[str, str],
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

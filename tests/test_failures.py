@@ -412,8 +412,7 @@ def test_the_reason_of_the_provider_behind_a_gateway_is_shown() -> None:
 
 
 @pytest.mark.parametrize(("status", "body", "waits", "kind"), [
-    (402, says("x"), {}, QuotaExceeded),
-    (402, says("x"), {"Retry-After": "30"}, RateLimited),
+    (402, says("x"), {}, QuotaExceeded), (402, says("x"), {"Retry-After": "30"}, RateLimited),
     (402, says("x"), {"retry-after-ms": "30000"}, RateLimited),
     (503, says("x", type="server_error"), {}, ServerError),
     (503, says("x", type="server_error"), {"Retry-After": "5"}, Overloaded)])
@@ -452,8 +451,7 @@ def asked(status: int, body: Any, messages: Any, calls: int = 3, **headers: str)
 
 
 @pytest.mark.parametrize(("status", "body", "prompt"), [
-    (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"),
-    (403, "", "hi"),
+    (403, "<html><h1>Attention Required!</h1> You have been blocked</html>", "hi"), (403, "", "hi"),
     (403, "Request blocked by rule 942100", "select * from users"),
     (400, says("cannot parse: why is it an incorrect api key"), "why is it an incorrect api key?"),
     (400, says("bad token near insufficient balance"), "explain insufficient balance"),

@@ -132,6 +132,7 @@ def test_defaults(kind: Any) -> None:
     assert (made.first_token_timeout, made.stall_timeout) == (60.0 if local else 12.0, 20.0)
     assert (made.connect_timeout, made.max_response_bytes) == (5.0, 32 * 1024 * 1024)
     assert made.stream_upstream is True
+    assert kind(KEY, stream_upstream=False).first_token_timeout == math.inf
 
 
 @each_vendor

@@ -73,10 +73,8 @@ def test_stream_and_picture_of_the_readme(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(("name", "arguments", "result"), [
-    ("weather", {"city": "Bern"}, '"celsius": 21'),
-    ("weather", {"town": "Bern"}, "error: "),
-    ("weather", None, "error: the arguments"),
-    ("delete_all", {}, "error: there is no tool")])
+    ("weather", {"city": "Bern"}, '"celsius": 21'), ("weather", {"town": "Bern"}, "error: "),
+    ("weather", None, "error: the arguments"), ("delete_all", {}, "error: there is no tool")])
 def test_tool_loop_gives_the_model_a_result_or_an_error(name: str, arguments: Any,
         result: str) -> None:
     call = cr.LLMResponse(tool_calls=[cr.ToolCall("1", name, arguments)])
@@ -144,12 +142,10 @@ def test_readme_is_short_and_links_every_page() -> None:
 
 
 @pytest.mark.parametrize(("title", "functions"), [
-    ("FailoverChain", [FailoverChain]),
-    ("One call", [FailoverChain.chat]),
+    ("FailoverChain", [FailoverChain]), ("One call", [FailoverChain.chat]),
     ("ProviderTier", [ProviderTier]),
     ("HTTP providers", [kind for one in HTTP_PROVIDERS for kind in one.__mro__[-4::-1]]),
-    ("CircuitBreaker", [cr.CircuitBreaker]),
-    ("SQLiteStore", [cr.SQLiteStore]),
+    ("CircuitBreaker", [cr.CircuitBreaker]), ("SQLiteStore", [cr.SQLiteStore]),
     ("RedisStore", [cr.RedisStore])])
 def test_settings_and_their_defaults_are_those_of_the_signatures(title: str,
         functions: list[Any]) -> None:

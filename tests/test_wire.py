@@ -1012,19 +1012,21 @@ def test_a_value_that_is_refused_takes_the_field_from_no_other_value(told: Any) 
 
 def test_fields_that_are_refused_one_after_the_other_are_all_corrected() -> None:
     """Each once, all remembered; none of them if the request is refused for another reason."""
-    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "seed": 1}
+    options: dict[str, Any] = {"model": "m", "timeout": 5, "temperature": 1, "top_p": 1, "seed": 1}
     def serve(server: Server, connection: Any, request: bytes) -> bool:
-        bad = [name for name in options if name in server.bodies[-1]]
-        told = f"Unsupported parameter: '{bad[0]}'" if bad else "something else is wrong"
+        bad = [one for one in ("stream", *[*options][2:]) if one in server.bodies[-1]]
+        told = {"message": "no", "param": bad[0], "code": "unsupported_value"} if bad else "wrong"
         wrong = bad or server.bodies[-1].get("stop")
+        server.stopping.wait(0 if wrong else 0.4)  # a whole answer has no first token
         connection.sendall(reply({"error": told}, 400) if wrong else reply(message(content="x")))
         return True
-    with talking("chat", serve) as (provider, server):
-        error_of(BadRequest, provider.chat, "q", model="m", stop="x", **options)
-        assert len(server.requests) == 4
-        for count in (8, 9):
-            assert provider.chat("q", model="m", **options).text == "x"
-            assert len(server.requests) == count
+    with talking("chat", serve, first_token_timeout=0.1) as (provider, server):
+        error_of(BadRequest, provider.chat, "q", stop="x", **options)
+        assert len(server.requests) == 5
+        for count in (10, 11):
+            assert provider.chat("q", **options).text == "x" and len(server.requests) == count
+        assert list(provider.stream("q", **options)) == ["x"]
+        assert "stream_options" not in server.bodies[-1]
 
 
 def test_a_correction_that_did_not_help_is_forgotten(dialect: Dialect) -> None:
@@ -1059,7 +1061,14 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
     *((422, [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs"}], name)
         for name in ("seed", "parallel_tool_calls")),
     (422, [{"loc": ["body", name], "msg": "Extra inputs"} for name in ("seed", "user")], "seed"),
-    (400, "`temperature` and `top_p` cannot both be specified for this model. Use one.", "top_p")]
+    (400, "`temperature` and `top_p` cannot both be specified for this model. Use one.", "top_p"),
+    (400, "`temperature` may only be set to 1 when thinking is enabled.", "temperature"),
+    (400, "seed is not supported when stream is true", "seed"),
+    (400, "seed is not supported for streaming", "seed"),
+    (400, "Penalty is not enabled for models/m", "frequency_penalty"),  # Gemini
+    *((400, text, "reasoning_effort") for text in ("m does not support parameter reasoningEffort.",
+        "`reasoning_effort` must be one of `none` or `default`",
+        "'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\""))]
 
 
 @pytest.mark.parametrize(("status", "said_by_server", "hint"), REFUSALS)
