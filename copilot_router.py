@@ -5061,6 +5061,12 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     return call.finished(body)
 
 
+#: What means the same as ``{"type": "json_object"}``, for LM Studio, which takes only schemas.
+_ANY_OBJECT = {
+    "type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}},
+}
+
+
 class OpenAIProvider(_HTTPProvider):
     """Chat Completions at OpenAI, Azure, and every compatible server by its ``base_url``.
 
@@ -5113,6 +5119,8 @@ class OpenAIProvider(_HTTPProvider):
             return "reasoning_content", " "  # DeepSeek wants some on turns of other models, too
         if words.find(r"(?i)tool call id .{0,80}(a-z|length of 9)|length of 9"):
             return "tool_ids", "nine"
+        if words.find(r"(?i)response_format.{0,20} must be .json_schema"):
+            return "response_format", _ANY_OBJECT
         served = words.find(r"(?i)v1/responses|responses api|only supported in v1/responses")
         moves = self.api == "auto" and status != 422 and served
         return ("api", "responses") if moves else None

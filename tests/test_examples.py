@@ -190,7 +190,6 @@ def test_private_questions_and_those_over_the_budget_stay_local(machine: Machine
 def test_celery_task_is_tried_again_when_a_provider_is_ready(machine: Machine) -> None:
     module = example("celery_task", "celery")
     from celery.exceptions import Retry
-
     assert json.loads(json.dumps(module.answer("hi")))["content"] == "ok"
     machine.both(BUSY)
     module.answer.push_request(called_directly=False, retries=0, id="1", args=("hi",), kwargs={})
@@ -240,7 +239,6 @@ def test_opentelemetry_gets_a_span_for_every_request(machine: Machine) -> None:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
     exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")

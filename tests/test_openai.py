@@ -273,6 +273,18 @@ def test_wrong_names_of_the_token_limit_and_unknown_stream_options_are_corrected
     assert [field in body for body in server.bodies] == found
 
 
+def test_json_mode_becomes_a_schema_where_a_server_takes_only_schemas() -> None:
+    """LM Studio is one. A schema of the caller's own stays as it is."""
+    refusal = reply({"error": "'response_format.type' must be 'json_schema' or 'text'"}, 400)
+    own = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+    with talking("chat", refusal, reply(message(content="{}"))) as (provider, server):
+        for form in ({"type": "json_object"}, {"type": "json_object"}, own):
+            assert provider.chat("q", model="m", response_format=form, timeout=5).text == "{}"
+    first, *more, last = (body["response_format"] for body in server.bodies)
+    assert first == {"type": "json_object"} and last == own
+    assert [form["json_schema"]["schema"] for form in more] == [{"type": "object"}] * 2
+
+
 @pytest.mark.parametrize("text", [
     "Tool call id was {id} but must be a-z, A-Z, 0-9, with a length of 9.",
     'MistralException - {{"message": "Tool call id was {id} but must be a-z, A-Z, 0-9, with a '

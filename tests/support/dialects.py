@@ -148,7 +148,6 @@ class Chat(Dialect):
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             return sse({"id": "c1", "object": "chat.completion.chunk", "model": self.model,
                         "choices": [choice], "usage": None})
-
         found = [chunk({"role": "assistant", "content": ""})]
         found += [chunk({self.reasoning_key: piece}) for piece in answer.reasoning]
         found += [chunk({"content": piece}) for piece in answer.text]
@@ -217,7 +216,6 @@ class Responses(Dialect):
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
             return sse({"type": kind, **fields}, kind)
-
         found = [event("response.created", response={"id": "resp_1", "status": "in_progress"})]
         for at, item in enumerate(self.items(answer)):
             hollow = {**item, "status": "in_progress"}
@@ -305,7 +303,6 @@ class Anthropic(Dialect):
     def events(self, answer: Answer) -> list[bytes]:
         def event(kind: str, **fields: Any) -> bytes:
             return sse({"type": kind, **fields}, kind)
-
         start = {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
                  "content": [], "stop_reason": None,
                  "usage": {**self.inputs(answer.usage), "output_tokens": 1}}

@@ -86,7 +86,6 @@ class LeakWatch(logging.Handler):
 
     def wrapped(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method, with a look at what it returns and raises."""
-
         @functools.wraps(method)
         def watched(owner: Any, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -97,7 +96,6 @@ class LeakWatch(logging.Handler):
             self.look_at_result(owner, result)
             is_stream = type(result).__name__ == "generator"
             return self.read(result, method.__qualname__) if is_stream else result
-
         return watched
 
     def read(self, stream: Generator[str, None, Any], where: str) -> Generator[str, None, Any]:
@@ -109,19 +107,15 @@ class LeakWatch(logging.Handler):
 
     def listening(self, made: Callable[..., None]) -> Callable[..., None]:
         """A chain's ``__init__``, with a look at the events that a test listens to."""
-
         @functools.wraps(made)
         def init(chain: FailoverChain, *args: Any, **kwargs: Any) -> None:
             listener = kwargs.get("on_event")
             if callable(listener):
-
                 def heard(event: Any) -> None:
                     self.look(repr(event), f"the event {event.kind}")
                     listener(event)
-
                 kwargs["on_event"] = heard
             made(chain, *args, **kwargs)
-
         return init
 
     def filter(self, record: logging.LogRecord) -> bool:

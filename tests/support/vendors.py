@@ -421,7 +421,6 @@ class Responses(Chat):
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
             vendor.match(value, item if own else message, where)
-
         named = {"type!": frozenset({"function"}), "name!": TOOL_NAME}
         return {"model!": str, "input!": either(str, [items]), "instructions": str, "store": bool,
             "include": [str], "tools": [{"type!": frozenset({"function"}), "name!": TOOL_NAME,
