@@ -63,7 +63,7 @@ import time
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
@@ -6121,6 +6121,12 @@ def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
     return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def _repeated(texts: Iterable[str]) -> list[str]:
+    """Each text once, with the number of times that it was said."""
+    times = Counter(texts).items()
+    return [text if number == 1 else f"{text} ({number} times)" for text, number in times]
+
+
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
     decoration = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
@@ -6747,12 +6753,9 @@ class _Run:
         return error
 
     def _reasons(self) -> str:
-        """Every tier and its reason; what was repeated is said once, with its number."""
-        said: dict[str, int] = {}
-        for attempt in self.attempts:
-            text = _escaped(f"{attempt.tier}: {attempt.error or attempt.outcome}")
-            said[text] = said.get(text, 0) + 1
-        return "; ".join(f"{text} ({n} times)" if n > 1 else text for text, n in said.items())
+        """Every tier and its reason."""
+        told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
+        return "; ".join(_repeated(map(_escaped, told)))
 
     # -- telling
 
@@ -7283,9 +7286,7 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
 def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str]:
     """A sentence for each tier that did not answer, with the number of its failures."""
     bad = [attempt for attempt in attempts if attempt.outcome != "ok"]
-    lines = [f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain]
-    times = {line: lines.count(line) for line in lines}
-    return [line + (f" ({number} times)" if number > 1 else "") for line, number in times.items()]
+    return _repeated(f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain)
 
 
 def _failed(screen: _Screen, error: BaseException) -> int:
