@@ -5102,7 +5102,8 @@ class OpenAIProvider(_HTTPProvider):
         self._wants_model = self._at_openai  # other servers have a model of their own
 
     def _auth_headers(self, key: str) -> dict[str, str]:
-        azure = key and self._host.endswith(".azure.com")
+        is_token = key.startswith("eyJ")  # a JWT of Entra ID
+        azure = key and self._host.endswith(".azure.com") and not is_token
         return {"api-key": key} if azure else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
@@ -5506,7 +5507,8 @@ class GeminiProvider(_HTTPProvider):
     _key_hosts = (".googleapis.com",)
 
     def _auth_headers(self, key: str) -> dict[str, str]:
-        return {"x-goog-api-key": key} if key else {}
+        is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it
+        return {"x-goog-api-key": key} if key and not is_token else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)

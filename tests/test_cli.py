@@ -330,7 +330,6 @@ def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> Non
     [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")])
 def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
     """While the server is silent, and as soon as the first text is shown."""
-
     class Interrupted(io.StringIO):
         def write(self, text: str) -> int:
             done = super().write(text)

@@ -231,15 +231,12 @@ Built = dict[type, list[dict[str, Any]]]
 @pytest.fixture
 def built(monkeypatch: Patch) -> Built:
     seen: Built = {kind: [] for kind in SAMPLES}
-
     for kind in SAMPLES:
         real: Any = kind.__init__
-
         def init(self: Any, *args: Any, kind: Any = kind, real: Any = real, **kwargs: Any) -> None:
             if type(self) is kind:
                 seen[kind].append(dict(kwargs))
             real(self, *args, **kwargs)
-
         monkeypatch.setattr(kind, "__init__", functools.wraps(real)(init))
     return seen
 

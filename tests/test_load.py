@@ -71,7 +71,6 @@ def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> Non
                 answered[response.provider] += 1
                 if response.text != answer_to(prompt):
                     wrong.append(f"{turn}: another text by {response.provider}")
-
         barrier = threading.Barrier(THREADS)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(ask, range(THREADS)))
@@ -120,7 +119,6 @@ def test_memory_does_not_grow_with_the_number_of_calls(name: str,
                         pass
                 server.log.clear()
                 gc.collect()
-
             call(20)
             tracemalloc.start()
             try:
@@ -148,7 +146,6 @@ def test_an_interrupt_inside_a_weak_reference_keeps_no_connection(
                 inside = what == "call" and "weakref" in frame.f_code.co_filename
                 if inside and next(looks) == at:
                     raise KeyboardInterrupt
-
             tier = ProviderTier("a", Chat().client(KEY, server.url), ["healthy"])
             with FailoverChain([tier]) as chain:
                 chain.chat("hi", timeout=5)

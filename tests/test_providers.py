@@ -265,6 +265,18 @@ def test_what_is_sent(mocked: Any) -> None:
         "Content-Length": str(len(request.body))}
 
 
+def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
+    """They go where OAuth wants them; a function usually returns them, since they expire."""
+    for kind, base, token in ((OpenAIProvider, AZURE, "eyJh.eyJz.c2ln"),
+            (GeminiProvider, "https://aiplatform.googleapis.com/v1/publishers/google", "ya29.c")):
+        with responses.RequestsMock() as mock:
+            mock.post(re.compile(".*"), status=400, json={})
+            error_of(BadRequest, kind(lambda token=token: token, base).chat, "hi", model="m")
+            sent = mock.calls[0].request.headers
+        assert sent["Authorization"] == f"Bearer {token}"
+        assert "api-key" not in sent and "x-goog-api-key" not in sent
+
+
 def test_azure_has_its_own_header_and_limit() -> None:
     azure = "https://r.openai.azure.com/openai/deployments/d"
     with responses.RequestsMock() as mock:
@@ -338,7 +350,6 @@ def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.Monke
     real, made_lock = requests.Session.merge_environment_settings, threading.Lock
     looked, waits = threading.Semaphore(0), threading.Event()
     made: list[Any] = []
-
     class Lock:
         def __init__(self) -> None:
             self.lock = made_lock()

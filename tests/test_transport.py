@@ -553,7 +553,6 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
                 while received(connection):
                     threading.Event().wait(0.4)  # longer than connecting may take
                     connection.sendall(STREAM)
-
         listener.settimeout(3)
         (thread,) = in_threads(1, socks)
         port = listener.getsockname()[1]
@@ -704,7 +703,6 @@ def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:
             with listener.accept()[0] as connection:
                 connection.recv(100)
                 connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
         (thread,) = in_threads(1, talk_plain)
         with provider(f"https://127.0.0.1:{listener.getsockname()[1]}") as client:
             fails(client, ProviderUnavailable)

@@ -80,7 +80,6 @@ def application(name: str) -> Any:
         return example(name, "flask").create_app()
     module = example(name, "django")
     from django.urls import clear_url_caches
-
     clear_url_caches()
     return module.application
 
