@@ -2634,6 +2634,7 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
     (r"failed to load (the )?model|model has crashed", ServerError),  # LM Studio, at 400
+    (r"jinja exception", BadRequest),  # llama.cpp, at 500
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
      r"model not exist|is not a valid model|model .{0,120}(not found|does not exist|not exist|"
      r"no longer available|has been (retired|deprecated))", ModelNotFound),
@@ -4081,7 +4082,7 @@ class _HTTPProvider(LLMProvider):
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
         """The path, the body and the collector for a call. Pure."""
 
-    def _moves(self, report: _Report, words: _Words, status: int) -> tuple[str, Any] | None:
+    def _moves(self, call: _Call, words: _Words, status: int) -> tuple[str, Any] | None:
         """A correction of the vendor's own, if the error asks for it: see _correction."""
         return None
 
@@ -4177,7 +4178,7 @@ class _HTTPProvider(LLMProvider):
             finally:
                 getattr(answer, "close", dict)()
             status = error.status or 0
-            fix = _correction(report, words, status, call, self._moves(report, words, status))
+            fix = _correction(report, words, status, call, self._moves(call, words, status))
             as_sent = fix is not None and call.learned.get(fix[0], call) == fix[1]
             if fix is None or as_sent or fix[0] in fixed:
                 if fixed and status and status not in (408, 409, 425, 429, 503, 529):
@@ -4677,6 +4678,12 @@ def _correction(
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by LM Studio,
 # llama.cpp, vLLM, OpenRouter and many others, and OpenAI's own Responses API.
 
+#: What templates of models on servers such as llama.cpp, vLLM and LM Studio say of messages that
+#: are not one of the system and then the user's and the model's in turn.
+_STRICT_TEMPLATE = (
+    "system message must be|roles must alternate|system role not supported|"
+    "only user and assistant roles"
+)
 #: Names under which servers send thinking that they want back as it came.
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
@@ -4859,9 +4866,33 @@ def _chat_tool(tool: Mapping[str, Any], at_openai: bool) -> _Object:
     return sent
 
 
+def _merged_turns(call: _Call) -> list[Message]:
+    """One message of the system, at the beginning, or none; and no two of the user in a row."""
+    role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
+    first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
+    merged: list[Message] = []
+    for message in (*first, *(one for one in call.messages if one["role"] not in of_system)):
+        last = merged[-1] if merged else {}
+        if message["role"] == last.get("role") and message["role"] in ("system", "user"):
+            both = [last["content"], message["content"]]
+            if all(isinstance(content, str) for content in both):
+                joined: Any = "\n\n".join(both)
+            else:
+                joined = [part for content in both for part in _text_parts(content)]
+            merged[-1] = {**last, "content": joined}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _text_parts(content: Any) -> Sequence[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     """The body of a Chat Completions request."""
-    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
+    messages = _merged_turns(call) if "turns" in call.learned else call.messages
+    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in messages]}
     if call.model is not None:
         body["model"] = call.model
     unsent = {*_LIMIT_NAMES, "extra_body"}
@@ -5113,7 +5144,9 @@ class OpenAIProvider(_HTTPProvider):
         body = _chat_body(call, streaming, self._at_openai)
         return "/chat/completions", body, _Collector(call, _chat_facts)
 
-    def _moves(self, report: _Report, words: _Words, status: int) -> tuple[str, Any] | None:
+    def _moves(self, call: _Call, words: _Words, status: int) -> tuple[str, Any] | None:
+        if status < 501 and words.find(f"(?i){_STRICT_TEMPLATE}"):
+            return ("system", "user") if "turns" in call.learned else ("turns", "merged")
         if status not in (400, 404, 422):
             return None
         if words.say("reasoning_content") and words.say("passed back"):

@@ -416,8 +416,7 @@ def test_a_wait_that_does_not_fit_or_help_is_not_begun(clock, error, options):
 
 @pytest.mark.parametrize("error", [
     RateLimited("x", retry_after=0), RateLimited("x", retry_after=0.001),
-    Overloaded("x", retry_after=0), ServerError("x"), ProviderUnavailable("x")
-], ids=lambda one: f"{type(one).__name__} {one.retry_after}")
+    Overloaded("x", retry_after=0), ServerError("x"), ProviderUnavailable("x")])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 @pytest.mark.parametrize("recovery", [0.01, 15])
 def test_naps_grow_and_have_a_floor(clock, error, way, recovery):
@@ -540,8 +539,7 @@ def test_silence_limits_are_five_times_as_long_where_patience_is_due(clock):
 
 @pytest.mark.parametrize(("thinking", "learned"), [
     (LLMResponse("x", usage=Usage(5, 60, reasoning_tokens=50)), True),
-    (LLMResponse("x", reasoning="hm"), True), (LLMResponse("x", usage=Usage(5, 60)), False),
-], ids=["tokens", "text", "none"])
+    (LLMResponse("x", reasoning="hm"), True), (LLMResponse("x", usage=Usage(5, 60)), False)])
 @pytest.mark.parametrize("way", [0, 1], ids=["chat", "stream"])
 def test_a_model_that_thinks_gets_five_times_the_silence(clock, thinking, learned, way):
     provider = Limits(thinking)

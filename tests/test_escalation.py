@@ -111,8 +111,7 @@ def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it():
 
 @pytest.mark.parametrize(("strong", "options", "text"), [
     (ProviderUnavailable, {}, "too hard"), ("[ESCALATE] me neither", {}, "me neither"),
-    ("x", {"tiers": ["weak"]}, "too hard"), ("[ESCALATE] top", {"model": "strong"}, "top"),
-], ids=["down", "gives up too", "nowhere to go", "top itself"])
+    ("x", {"tiers": ["weak"]}, "too hard"), ("[ESCALATE] top", {"model": "strong"}, "top")])
 def test_when_the_stronger_side_fails_the_last_answer_is_attached(strong, options, text):
     """EscalationFailed, which is an AllProvidersFailed; its response has no marker."""
     chain = ladder(tier("weak", MARKED), tier("strong", strong))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import recipes
 from support.chat_server import BROKEN, BUSY, USAGE, Answer, Endless, Refusal
-from support.fakes import VirtualClock
+from support.fakes import VirtualClock, error_of
 from support.pages import section
 from support.recipes import DJANGO, EXAMPLES, STREAMS, Machine, example, pieces, run, served
 
@@ -92,8 +92,7 @@ def test_answer_that_breaks_off_never_looks_complete(machine: Machine, name: str
         if "sse" in name or politely:
             assert re.search(r"bro(ken|ke off)", list(pieces(response))[-1])
         else:
-            with pytest.raises(http.client.IncompleteRead):
-                response.read()
+            error_of(http.client.IncompleteRead, response.read)
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -219,8 +218,7 @@ def test_prometheus_counts_what_happened(machine: Machine) -> None:
     machine.cloud.script.extend([Answer(), BUSY])
     chain.chat("hi")
     chain.chat("hi")
-    with pytest.raises(cr.AllProvidersFailed):
-        chain.chat("hi")
+    error_of(cr.AllProvidersFailed, chain.chat, "hi")
     value = registry.get_sample_value
     assert value("llm_calls_total", {"outcome": "ok"}) == 2
     assert value("llm_calls_total", {"outcome": "AllProvidersFailed"}) == 1

@@ -346,6 +346,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, says("Rate limit reached for gpt in organization o on tokens per min (TPM)",
                    type="tokens", code="rate_limit_exceeded"))],
     BadRequest: [
+        (500, says("Jinja Exception: no tools", type="server_error")),  # llama.cpp
         (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
         (415, says("Unsupported media type", type="internal_error")),
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.fakes import error_of
 from support.server import (CITY, TOOLS, Server, lines, read, reply, sent, talking)
 
 from copilot_router import (BadRequest, EmptyResponse, InvalidResponse, OllamaProvider,
@@ -100,8 +101,7 @@ def test_a_body_in_full() -> None:
 def test_tools_cannot_be_forced_and_are_left_out_for_none() -> None:
     assert "tools" not in sent("ollama", tools=TOOLS, tool_choice="none")
     for choice in ("required", {"type": "function", "function": {"name": "f"}}):
-        with pytest.raises(UnsupportedRequest):
-            sent("ollama", tools=TOOLS, tool_choice=choice)
+        error_of(UnsupportedRequest, sent, "ollama", tools=TOOLS, tool_choice=choice)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,7 @@ def test_reasoning_effort_is_the_field_think(effort: str, think: Any) -> None:
 def test_an_empty_conversation_is_refused_before_it_is_sent() -> None:
     """The server would load the model and answer nothing."""
     with talking("ollama", lines(done("load"))) as (provider, server):
-        with pytest.raises(BadRequest):
-            provider.chat([], model="m")
+        error_of(BadRequest, provider.chat, [], model="m")
         assert not server.requests
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from support.fakes import error_of
 from support.server import (STOP, TOOLS, USER, Server, delta,
     message, piece, read, reply, sent, stream, talking)
 from support.vendors import KEY, Chat, Reply, Responses, detour
@@ -273,6 +274,25 @@ def test_wrong_names_of_the_token_limit_and_unknown_stream_options_are_corrected
     assert [field in body for body in server.bodies] == found
 
 
+@pytest.mark.parametrize(("roles", "status"), [(["system", "user"], 400), (["user"], 500)])
+def test_messages_are_merged_where_the_template_of_a_model_is_strict(roles: Any, status: int
+        ) -> None:
+    """As those of Qwen, Mistral and Gemma on llama.cpp, vLLM and LM Studio."""
+    def serve(server: Server, connection: Any, request: bytes) -> bool:
+        fine = [*roles, "assistant", "user"] == [x["role"] for x in server.bodies[-1]["messages"]]
+        told = reply({"error": "Jinja Exception: conversation roles must alternate"}, status)
+        connection.sendall(reply(message(content="x")) if fine else told)
+        return True
+    said: list[Any] = [{"role": role, "content": role} for role in
+        ("system", "user", "user", "assistant", "developer", "user")]
+    said[2]["content"] = [{"type": "text", "text": "more"}]
+    with talking("chat", serve) as (provider, server):
+        assert [provider.chat(said, model="m").text for _ in range(2)] == ["x"] * 2
+        assert len(server.requests) == 5 - len(roles)
+        first = server.bodies[-1]["messages"][0]["content"]
+    assert first.startswith("system\n\ndeveloper") and first.endswith("more") == (len(roles) == 1)
+
+
 def test_json_mode_becomes_a_schema_where_a_server_takes_only_schemas() -> None:
     """LM Studio is one. A schema of the caller's own stays as it is."""
     refusal = reply({"error": "'response_format.type' must be 'json_schema' or 'text'"}, 400)
@@ -437,8 +457,7 @@ def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
         assert provider.chat("q", model="m").text == "Hello, world"
         deltas = provider.stream("q", model="m")
         assert next(deltas) == "Hello, "
-        with pytest.raises(InvalidResponse):
-            next(deltas)
+        error_of(InvalidResponse, next, deltas)
 
 
 @pytest.mark.parametrize("events", [[PART, finished(text_item("Good bye"))],
@@ -521,8 +540,7 @@ def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
     with openai(models=models, api="chat") as (provider, vendor):
         assert provider.chat("q", TOOLS, "gpt-6-sol", reasoning_effort="low").text == "ok"
         assert [body["reasoning_effort"] for body in vendor.bodies] == ["low", "none"]
-        with pytest.raises(UnsupportedRequest):
-            provider.chat("q", TOOLS, "gpt-6-astra")
+        error_of(UnsupportedRequest, provider.chat, "q", TOOLS, "gpt-6-astra")
 
 
 @pytest.mark.parametrize("status", [400, 404])
@@ -543,10 +561,8 @@ def test_auto_moves_whenever_the_server_says_so(status: int, tools: Any, text: s
 def test_a_path_that_is_not_there_moves_nothing() -> None:
     missing = reply({"error": {"message": "Not Found"}}, 404)
     with talking("chat", missing, api="auto") as (provider, server):
-        with pytest.raises(ProviderUnavailable):
-            provider.chat("q", TOOLS, "m", timeout=5)
+        error_of(ProviderUnavailable, provider.chat, "q", TOOLS, "m", timeout=5)
         assert len(server.requests) == 1
     with openai(reply({"error": {"message": "bad"}}, 400)) as (provider, vendor):
-        with pytest.raises(BadRequest):
-            provider.chat("q", TOOLS, "m")
+        error_of(BadRequest, provider.chat, "q", TOOLS, "m")
         assert len(vendor.requests) == 1

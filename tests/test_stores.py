@@ -847,8 +847,7 @@ DRIPS: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("what", DRIPS)
 @pytest.mark.parametrize("operation", [
-    lambda store: store.load("x"), lambda store: store.swap("x", None, RECORD),
-], ids=["load", "swap"])
+    lambda store: store.load("x"), lambda store: store.swap("x", None, RECORD)])
 def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     """Also where the server keeps every single read shorter than the timeout."""
     pytest.importorskip("redis")

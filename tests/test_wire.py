@@ -136,8 +136,7 @@ def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -
 
 
 @pytest.mark.parametrize("answer", [Answer(text=()), Answer(text=(" \n", " ")),
-    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length")],
-    ids=["nothing", "white space", "only reasoning", "cut by length"])
+    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length")])
 def test_an_answer_without_text_and_calls_is_empty(dialect: Dialect, streaming: bool,
         answer: Answer) -> None:
     raised = error_of(EmptyResponse, said, dialect, answer, stream_upstream=streaming)
@@ -638,10 +637,7 @@ END = delta("tool_calls")
     ([piece("{}", "f", index=0, id="a"),
         delta(content="", function_call={"name": "", "arguments": ""})], [("a", "f", {})]),
     ([piece("{}", "f", index=0, id="a"), piece("{}", "g", index=1, id="a")],
-        [("a", "f", {}), (None, "g", {})])], ids=["in pieces", "at once", "no index", "name again",
-            "an object", "id and name late", "another id without a name",
-            "a new name at the same index", "two indexes", "interleaved", "name in pieces",
-            "a whole name twice", "legacy form", "an empty legacy call beside it", "one id twice"])
+        [("a", "f", {}), (None, "g", {})])])
 def test_tool_calls_are_put_together_from_their_pieces(pieces: list[Any], calls: Any) -> None:
     response = read("chat", stream(*pieces, END, done=True), tools=[F, LONG])
     found = [(call.id, call.name, call.arguments) for call in response.tool_calls]
@@ -652,8 +648,7 @@ def test_tool_calls_are_put_together_from_their_pieces(pieces: list[Any], calls:
     assert response.finish_reason == "tool_calls"
 
 
-@pytest.mark.parametrize("pieces", [[piece("{}", index=0)], [piece("{}", "", index=0, id="a")]],
-    ids=["no name", "an empty name"])
+@pytest.mark.parametrize("pieces", [[piece("{}", index=0)], [piece("{}", "", index=0, id="a")]])
 def test_a_call_with_arguments_and_without_a_name_is_no_answer(pieces: list[Any]) -> None:
     assert isinstance(read("chat", stream(*pieces, END)), InvalidResponse)
 
@@ -673,8 +668,7 @@ def test_arguments_are_read_where_they_are_unambiguous(pieces: Any, arguments: A
 
 
 @pytest.mark.parametrize(
-    ("tools", "arguments"), [([F], {}), ([NEEDY], None), (None, {}), ([LONG], {})],
-    ids=["no parameters", "required parameters", "no tools", "not declared"])
+    ("tools", "arguments"), [([F], {}), ([NEEDY], None), (None, {}), ([LONG], {})])
 def test_null_arguments_are_empty_unless_the_tool_requires_some(tools: Any, arguments: Any) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "null"}}
     item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "null"}
