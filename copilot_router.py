@@ -2629,15 +2629,18 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
      r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
-     r"usage (limit|quota)|monthly quota|limit exhausted", QuotaExceeded),
+     r"usage (limit|quota)|monthly quota|limit exhausted|calls / month", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
-    (r"failed to load (the )?model|model has crashed", ServerError),  # LM Studio, at 400
+    # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
+    (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
+     r"error while processing the model", ServerError),
     (r"jinja exception", BadRequest),  # llama.cpp, at 500
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"model not exist|is not a valid model|model .{0,120}(not found|does not exist|not exist|"
-     r"no longer available|has been (retired|deprecated))", ModelNotFound),
+     r"model not exist|is not a valid model|not found for account|"
+     r"model .{0,120}(not found|does not exist|not exist|no longer available|"
+     r"has been (retired|deprecated))", ModelNotFound),
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),

@@ -289,7 +289,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                    "refreshed in the next cycle.", type="permission_error")),  # Kimi
         (429, {"error": "you (x) have reached your weekly usage limit, please wait or upgrade"}),
         (429, says("You have exceeded the monthly usage quota.")),  # Ark
-        (429, says("You exceeded your current quota", type="insufficient_quota", code="x"))],
+        (429, {"message": "a Trial key, which is limited to 1000 API calls / month"})],  # Cohere
     ContextLengthExceeded: [
         (400, says("<400> InternalError.Algo.InvalidParameter: Range of input length should be "
                    "[1, 983616]", code="invalid_parameter_error")),  # DashScope
@@ -320,6 +320,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                "code": "1500"}),  # Mistral
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
+        (404, {"detail": "Function '1': Not found for account '2'"}),  # NVIDIA
         (410, says("The model m has been retired.")), (400, {"error": "Model unloaded."}),
         (422, {"detail": ["Invalid model: m", 5]})],
     UnsupportedRequest: [
@@ -337,8 +338,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (403, says("no permission", type="permission_error")),
         (400, says("x", status="UNAUTHENTICATED")),
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
-                   details=[{"reason": "API_KEY_INVALID"}])),  # Gemini
-    ],
+                   details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
     RateLimited: [
         (429, says("x", type="api_error")), (429, says("x", type="server_error")),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
@@ -357,7 +357,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
         (400, {"error": "The model has crashed without additional information. (Exit code: 1)"}),
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
-        (500, says("the moderation service is down")), (200, says("x", status_code=500))],
+        (500, says("the moderation service is down")), (200, says("x", status_code=500)),
+        (424, {"error": "Request failed during generation: Server error"}),  # TGI
+        (400, {"detail": "Function id '1': DEGRADED function cannot be invoked"})],  # NVIDIA
     Overloaded: [
         (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
         (503, says("server busy, maximum pending requests exceeded")),
