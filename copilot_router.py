@@ -56,6 +56,7 @@ import logging
 import math
 import operator
 import os
+import random
 import re
 import sys
 import threading
@@ -292,8 +293,6 @@ def _function(value: Any, where: str, optional: bool = False) -> Any:
 
 def _drawn(least: float, most: float) -> float:
     """A random number: clients shall not move in step."""
-    import random
-
     return random.uniform(least, most)
 
 

@@ -734,7 +734,7 @@ def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how, tmp_path):
         assert max(seconds_of(lambda: chain.chat("hi")) for _ in range(5)) < ADDED
         assert chain.tiers[0].breaker.is_open
         root = how == "read-only" and os.geteuid() == 0  # nothing is read-only for root
-        assert set(events) == {"open"} if root else {"down", "open"}
+        assert set(events) == ({"open"} if root else {"down", "open"})
         assert len(events) <= 3
     finally:
         if folder.exists():
