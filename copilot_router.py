@@ -2253,6 +2253,10 @@ class _Inflater:
         return self._machine.eof or not self._begun
 
 
+#: What servers write into Content-Encoding of a body that is not compressed.
+_NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunked")
+
+
 class _Answer:
     """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
 
@@ -2326,7 +2330,7 @@ class _Answer:
 
     def _inflater(self) -> _Inflater | None:
         coding = self.headers.get("Content-Encoding", "").strip().lower()
-        if coding in ("", "identity"):
+        if all(name.strip() in _NO_CODINGS for name in coding.split(",")):
             return None
         if coding not in ("gzip", "x-gzip", "deflate"):
             shown = f" {coding!r}" if coding.isalpha() and len(coding) < 10 else ""
@@ -2669,8 +2673,8 @@ _LAST_TYPES = _coded({
 })
 _STATUSES: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError,
-    404: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError, 410: ProviderUnavailable,
-    425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
+    404: ProviderUnavailable, 407: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError,
+    410: ProviderUnavailable, 425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
 }
 #: What a 403 must speak of to mean that a key has no permission, and not that a prompt is disliked.
 _NAMES_PERMISSION = (
@@ -2900,7 +2904,7 @@ def _class_of(
     for pattern, kind in (*rows.phrases, *_PHRASES):
         doubtful = kind in _BLAMING and status in (200, 400, 413, 422)
         found = words.find(f"(?i){pattern}", own=doubtful)
-        if found and _may_mean(kind, status, report, found.group().lower()):
+        if found and _may_mean(kind, status, report, words, found.group().lower()):
             coded = status == 200 and bool(report.number or report.codes)  # not a word in a text
             fits = status in (401, 402, 403, 429) or rows.statuses.get(status) is kind or coded
             sure = fits or (pattern, kind) in rows.phrases
@@ -2923,7 +2927,9 @@ def _class_of(
     return by_hundred.get(number // 100) or next(last, InvalidResponse), True
 
 
-def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: str) -> bool:
+def _may_mean(
+    kind: type[ProviderError], status: int, report: _Report, words: _Words, phrase: str
+) -> bool:
     """Whether a phrase means what it says at this status."""
     if kind is AuthenticationError:
         return status < 500
@@ -2931,8 +2937,11 @@ def _may_mean(kind: type[ProviderError], status: int, report: _Report, phrase: s
         return status in (200, 400, 403, 422)
     if kind is ProviderUnavailable:  # else it is about the address of a picture
         return status in (200, 404, 405)
-    # Gemini speaks of its quota at any rate limit, and then names a delay
-    return kind is not QuotaExceeded or report.delay is None or phrase.startswith("limit: 0")
+    if kind is not QuotaExceeded or phrase.startswith("limit: 0"):
+        return True
+    # Gemini speaks of its quota at any rate limit, and then names a delay, here or in its details
+    soon = phrase.startswith("exceeded your current quota") and _in_words(words) is not None
+    return report.delay is None and not soon
 
 
 # -- how long to wait
@@ -5121,6 +5130,7 @@ class OpenAIProvider(_HTTPProvider):
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
     _key_hosts = (".openai.com", ".azure.com")
+    _rows = _Rows(phrases=((r"^incorrect api key provided", AuthenticationError),))  # xAI, at 400
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -5371,7 +5381,10 @@ class AnthropicProvider(_HTTPProvider):
     _cut_paths, _ping_path = ("/messages",), "/models?limit=1"
     _key_variables, _url_variable = ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     _key_hosts = (".anthropic.com",)
-    _rows = _Rows(phrases=((r"specified api usage limits", QuotaExceeded),))
+    _rows = _Rows(phrases=(  # all at 400
+        (r"specified api usage limits|^your credit balance is too low", QuotaExceeded),
+        (r"^this organization has been disabled", AuthenticationError),
+    ))
 
     def _full_url(self, url: str) -> str:
         """Anthropic's own client adds /v1 to any path, and compatible servers expect that."""
@@ -5540,6 +5553,7 @@ class GeminiProvider(_HTTPProvider):
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
+    _rows = _Rows(phrases=((r"^user location is not supported", AuthenticationError),))  # at 400
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it

@@ -340,6 +340,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
     RateLimited: [
+        (429, says("You exceeded your current quota. limit: 10\nPlease retry in 1.2s.")),  # Gemini
         (429, says("x", type="api_error")), (429, says("x", type="server_error")),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
                "rate-limited upstream"}}}),
@@ -365,7 +366,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (503, says("server busy, maximum pending requests exceeded")),
         (200, says("x", type="overloaded_error"))],
     ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
-    ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {})]}
+    ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {}), (407, {})]}
 CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
 
 
@@ -405,6 +406,15 @@ def test_the_same_words_mean_the_same_inside_an_answer(kind: type, body: Any) ->
 def test_the_shared_words_hold_for_each_vendor(vendor: Any, kind: type) -> None:
     for status, body in MEANINGS[kind]:
         assert type(refused(status, body, vendor=vendor)) is kind, body
+
+
+@pytest.mark.parametrize(("vendor", "message"), [
+    (AnthropicProvider, "Your credit balance is too low to access the Anthropic API."),
+    (AnthropicProvider, "This organization has been disabled."),
+    (OpenAIProvider, "Incorrect API key provided: xa***12."),  # xAI
+    (GeminiProvider, "User location is not supported for the API use.")])
+def test_an_account_that_is_refused_with_400_parks_its_tier(vendor: Any, message: str) -> None:
+    assert refused(400, says(message, type="x"), vendor=vendor).breaker == "park long"
 
 
 def test_the_reason_of_the_provider_behind_a_gateway_is_shown() -> None:

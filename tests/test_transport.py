@@ -425,8 +425,8 @@ def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
 
 
 @pytest.mark.parametrize(("coding", "data"), [
-    ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)),
-    ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE)])
+    ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("none", WHOLE),
+    ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE), ("identity, UTF-8", WHOLE)])
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
     answer = whole(data, f"Content-Encoding: {coding}")
     with Peer(says(answer)) as server, provider(server.url) as client:

@@ -596,19 +596,15 @@ row("error_instead_of_a_stream", Overloaded, RAW, TWO, lambda x: x.ok(x.error("o
 
 #: Name -> headers of a rate limit, and the seconds of the park. 15 is the recovery timeout.
 HINTS = {
-    "seconds": ("Retry-After: 30", 30),
-    "float": ("Retry-After: 30.4", 30),
-    "milliseconds": ("retry-after-ms: 30000", 30),
+    "seconds": ("Retry-After: 30", 30), "float": ("Retry-After: 30.4", 30),
+    "milliseconds": ("retry-after-ms: 30000", 30), "hours": ("Retry-After: 86400", 3600),
     "both": ("Retry-After: 99\r\nretry-after-ms: 30000", 99),
     "zero_milliseconds": ("Retry-After: 30\r\nretry-after-ms: 0", 30),
-    "hours": ("Retry-After: 86400", 3600),
-    "nonsense": ("Retry-After: soon", 15),
-    "negative": ("Retry-After: -30", 15),
+    "nonsense": ("Retry-After: soon", 15), "negative": ("Retry-After: -30", 15),
     "nan": ("Retry-After: nan", 15), "infinite": ("Retry-After: inf", 15),
-    "huge": ("Retry-After: 1e308", 3600),
     "impossible_date": ("Retry-After: Thu, 99 Foo 1970 99:00:00 GMT", 15),
     "reset_duration": ("x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s", 90),
-    "absent": ("X-Nothing: 1", 15)}
+    "absent": ("X-Nothing: 1", 15), "huge": ("Retry-After: 1e308", 3600)}
 for _name, (_header, _seconds) in HINTS.items():
     row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
         lambda x, header=_header: x.refuse("rate_limited", header))
@@ -626,8 +622,7 @@ PAGES: dict[type, dict[str, str]] = {
     ServerError: dict.fromkeys(("409 Conflict", "425 Too Early", "500 Internal Server Error",
         "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout", "520 Unknown"), TWO),
     BadRequest: {"413 Too Large": NEUTRAL},
-    Overloaded: {"529 Site Is Overloaded": TWO},
-    InvalidResponse: {"600 What": ONE},
+    Overloaded: {"529 Site Is Overloaded": TWO}, InvalidResponse: {"600 What": ONE},
     AuthenticationError: {"401 Unauthorized": "1 open long"},
     RateLimited: {"429 Too Many Requests": "1 open 15"},
     QuotaExceeded: {"402 Payment Required": "1 open long"}}
@@ -654,9 +649,8 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
     ServerError: {
         "error_is_a_number": (500, {"error": 7}), "error_is_null": (500, {"error": None}),
         "server_error": (500, says("The server had an error", type="server_error", code=None)),
-        "nothing_said": (500, {}),
         "code_superscript": (500, says("x", code="\xb2", status_code="\xb2")),
-        "error_200": (200, says("upstream broke", code=502)),
+        "nothing_said": (500, {}), "error_200": (200, says("upstream broke", code=502)),
         "error_200_choice": (200,
             {"choices": [{"error": {"code": 503, "message": "gone"}, "finish_reason": "error"}]})},
     AuthenticationError: {
@@ -755,8 +749,7 @@ def _between(odd: bytes) -> Callable[[Exchange], Any]:
 
 #: Events in the middle of a stream that make it none: name -> event.
 WRONG_EVENTS: dict[str, bytes] = {
-    "event_is_text": b'data: "hello"\n\n',
-    "event_is_a_list": b'data: ["hello"]\n\n',
+    "event_is_text": b'data: "hello"\n\n', "event_is_a_list": b'data: ["hello"]\n\n',
     "event_choices_text": b'data: {"choices": "x"}\n\n',
     "event_choice_null": b'data: {"choices": [null]}\n\n',
     "event_delta_text": b'data: {"choices": [{"delta": "x"}]}\n\n',
@@ -768,12 +761,9 @@ WRONG_EVENTS: dict[str, bytes] = {
     "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n'}
 #: Events that carry nothing: passed over.
 EMPTY_EVENTS: dict[str, bytes] = {
-    "event_is_empty": b"data:\n\n",
-    "event_is_null": b"data: null\n\n",
-    "event_is_an_empty_text": b'data: ""\n\n',
-    "event_is_a_word": b"data: ping\n\n",
-    "event_is_an_empty_list": b"data: []\n\n",
-    "event_without_choices": b'data: {"id": "x"}\n\n',
+    "event_is_empty": b"data:\n\n", "event_is_null": b"data: null\n\n",
+    "event_is_an_empty_text": b'data: ""\n\n', "event_is_a_word": b"data: ping\n\n",
+    "event_is_an_empty_list": b"data: []\n\n", "event_without_choices": b'data: {"id": "x"}\n\n',
     "event_choices_null": b'data: {"choices": null}\n\n',
     "event_ping": b'event: ping\ndata: {"type": "ping"}\n\n'}
 for _name, _event in WRONG_EVENTS.items():
