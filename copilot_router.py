@@ -56,6 +56,7 @@ import logging
 import math
 import operator
 import os
+import queue
 import random
 import re
 import sys
@@ -1836,67 +1837,57 @@ def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> 
 
 
 # ==== transport ===================================================================================
-# The one place that touches sockets. Before each read and write the socket's timeout is set to what
-# the limits of the request still allow. That bounds a server that drips its headers or its body,
-# without a thread for each request. All that goes wrong becomes a ProviderError.
+# All that goes wrong becomes a ProviderError. Before each read and write the socket's timeout is
+# set to what the request's limits still allow: so a server that drips its answer is bounded.
 
-_LONGEST_WAIT = 1e6  #: seconds: poll() counts milliseconds in 32 bits
-_READ_SIZE = 65536  #: bytes read at once; also the longest line of HTTP's own
-_TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for usage and the end of the body
+_READ_SIZE = 65536  #: bytes
+_TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for the end of its body
 
 
 class _Limits:
     """The time limits of one request. The one that runs out first names the error."""
 
-    __slots__ = (
-        "blamed_after", "connect_by", "connecting", "deadline", "fresh", "own_stall", "reused",
-        "silence", "since", "stall", "started",
-    )
-
     def __init__(
         self, deadline: float, connect: float, silence: Sequence[float], own: Sequence[float]
     ) -> None:
         self.deadline = deadline
-        self.since = time.monotonic()  #: since when the server has been silent while we wait
-        self.connect_by, self.connecting = self.since + connect, False
+        self.since = time.monotonic()  #: the server has been silent since then
+        self.connect_by = self.since + connect
         self.silence, self.stall = silence  #: before generation has begun, and after
-        self.blamed_after, self.own_stall = own  #: such a silence is the server's fault in any case
+        self.blamed_after, self.own_stall = own  #: such a silence is the server's fault
         self.started = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
 
     def left(self) -> float:
-        """Seconds that the next read or write may take; TimeoutError if there are none."""
-        return self.connect_left() if self.connecting else self._until(self.since + self.silence)
+        """Seconds that a read or write may take; TimeoutError if there are none."""
+        return self._until(self.since + self.silence)
 
     def connect_left(self) -> float:
-        """Seconds that connecting may still take; TimeoutError if there are none."""
         return self._until(self.connect_by)
 
     def _until(self, moment: float) -> float:
         left = min(moment, self.deadline) - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        return min(left, _LONGEST_WAIT)
+        return min(left, 1e6)  # poll() counts milliseconds in 32 bits
 
     def expired(self, ahead: float = _EARLY) -> ProviderTimeout | None:
-        """The error that these limits amount to in so many seconds, None if there is time left."""
+        """The error of the limit that ends within so many seconds."""
         now = time.monotonic() + ahead
         silent = now - self.since
         over = now >= min(self.deadline, self.since + self.silence)
         if silent >= min(self.silence, self.blamed_after) and over:
-            code = "stall_timeout" if self.started else "first_token_timeout"
-            what = "no further data" if self.started else "no first token"
+            code, what = "first_token_timeout", "no first token"
+            if self.started:
+                code, what = "stall_timeout", "no further data"
             return ProviderTimeout(f"{what} for {silent:.1f} s", code=code)
         if now >= self.deadline:
             return ProviderTimeout("no whole answer in the attempt's time", code="attempt_timeout")
         return None
 
-    def connect_error(self) -> ProviderError:
-        return self.expired() or ProviderUnavailable("connect timeout", code="connect_timeout")
-
     def progress(self) -> None:
-        """Generation goes on, and the caller wants the next event: silence is the server's now."""
+        """The server generates, the caller wants more: silence counts from now."""
         self.since = time.monotonic()
         if not self.started:
             self.started = True
@@ -1907,12 +1898,13 @@ class _Limits:
 
 
 class _CurrentLimits:
-    """The limits of the request that a connection serves. They change, its socket stays."""
+    """The limits of the request that a connection serves now."""
 
-    limits: _Limits
+    def __init__(self, limits: _Limits) -> None:
+        self.limits, self.connecting = limits, True
 
     def left(self) -> float:
-        return self.limits.left()
+        return self.limits.connect_left() if self.connecting else self.limits.left()
 
 
 _sending = threading.local()  #: .limits of the request that this thread sends
@@ -1921,30 +1913,14 @@ _sending = threading.local()  #: .limits of the request that this thread sends
 class _LimitedSocket(_BoundedSocket):
     """What http.client writes to and reads from."""
 
-    def makefile(self, mode: str, *_: Any, **__: Any) -> Any:
-        return io.BufferedReader(_LimitedReader(self), 16384)
-
-
-class _LimitedReader(io.RawIOBase):
-    def __init__(self, owner: _LimitedSocket) -> None:
-        self._owner = owner
-        self._raw = owner._sock.makefile("rb", buffering=0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Any:
-        self._owner._sock.settimeout(self._owner._left())
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+    def makefile(self, *_: Any, **__: Any) -> Any:
+        raw = self._sock.makefile("rb", buffering=0)
+        raw._sock = self  # so that each read sets the timeout
+        return io.BufferedReader(raw, 16384)
 
 
 class _IdleConnections(deque[Any]):
-    """What urllib3's pool keeps connections in. Its own queue has a lock in Python code, which an
-    exception of a signal handler can leave locked for ever; a deque has none."""
+    """A queue for a pool: an exception of a signal handler can leave urllib3's locked for ever."""
 
     def __init__(self, maxsize: int) -> None:
         super().__init__(maxlen=maxsize)
@@ -1952,132 +1928,118 @@ class _IdleConnections(deque[Any]):
     qsize = deque.__len__
 
     def put(self, item: Any, **_: Any) -> None:
-        import queue
-
         if len(self) == self.maxlen:
             raise queue.Full
         self.append(item)
 
     def get(self, **_: Any) -> Any:
-        import queue
-
         try:
             return self.pop()
         except IndexError:
             raise queue.Empty from None
 
 
-#: Private names of other packages that the code below builds on, by module.
-_HOOKS = {} if sys.platform == "emscripten" else {  # it has no sockets, so no limits of its own
-    "http.client": "HTTPResponse._read_status HTTPConnection._tunnel",
-    "urllib3.connection": "HTTPConnection._new_conn HTTPSConnection._connect_tls_proxy",
-    "urllib3.connectionpool": "HTTPConnectionPool.ConnectionCls HTTPConnectionPool.QueueCls",
-    "requests.adapters": "HTTPAdapter.init_poolmanager HTTPAdapter.proxy_manager_for",
-}
-
-
-def _check_hooks() -> None:
-    """ConfigError that names what an installed version lacks."""
-    import importlib
-
-    for module, names in _HOOKS.items():
-        for name in names.split():
-            kind, _, member = name.partition(".")
-            if not hasattr(getattr(importlib.import_module(module), kind, None), member):
-                package = importlib.import_module(module.partition(".")[0])
-                version = getattr(package, "__version__", "of this Python")
-                cure = "install requests 2.31 to 2.x with urllib3 1.26 or 2.x"
-                raise ConfigError(f"{module} ({version}) has no {name}: {cure}")
-
-
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """Takes queries of addresses, and headers that cannot be read, out of what urllib3 logs."""
-    if getattr(_sending, "under_way", False):
-        shown = re.sub(r"(?s)\?[^\s\"')]*|,? unparsed data.*", "", record.getMessage())
-        record.msg, record.args, record.exc_info, record.exc_text = shown, (), None, None
-    return True
-
-
 class _Limited:
-    """Mixed into urllib3's connections: bounds what they do, and notes if one is reused."""
+    """Mixed into urllib3's connections: bounds what they do."""
 
     sock: Any
-    timeout: Any
-    used = False
 
     def connect(self) -> None:
-        self.now = _CurrentLimits()
-        self.now.limits = limits = _sending.limits
-        limits.connecting = True
-        try:
-            super().connect()  # type: ignore[misc]
-        finally:
-            limits.connecting = False
+        self.now = _CurrentLimits(_sending.limits)
+        super().connect()  # type: ignore[misc]
+        self.now.connecting = False
         self.sock = _LimitedSocket(self.sock, self.now.left)
 
     def _new_conn(self) -> Any:
         limits = self.now.limits
-        if hasattr(self, "_socks_options"):
-            try:
-                return _connect_by_socks(self, limits)
-            except OSError:
-                told = "the SOCKS proxy does not connect"
-            raise limits.expired() or ProviderUnavailable(told)
-        sock = _connect(self, limits)
-        sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
+        connect = _connect_by_socks if hasattr(self, "_socks_options") else _connect
+        sock = connect(self, limits)
+        sock.settimeout(limits.connect_left())  # for all of TLS
         return sock
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """TLS to the proxy; TLS inside it reads through this socket, many times a handshake."""
+        """TLS inside of TLS reads through this socket, many times for one handshake."""
         sock = super()._connect_tls_proxy(*args, **kwargs)  # type: ignore[misc]
         return _LimitedSocket(sock, self.now.left)
 
     def _tunnel(self) -> None:
-        plain = self.sock
-        if not isinstance(plain, _LimitedSocket):
-            self.sock = _LimitedSocket(plain, self.now.left)
-        try:
-            super()._tunnel()  # type: ignore[misc]
-            plain.settimeout(self.now.limits.connect_left())  # for TLS, once more
-        finally:
-            self.sock = plain if self.sock is not None else None  # TLS wraps the socket itself
+        plain, self.sock = self.sock, _LimitedSocket(self.sock, self.now.left)
+        super()._tunnel()  # type: ignore[misc]
+        plain.settimeout(self.now.limits.connect_left())  # for all of TLS
+        self.sock = plain  # TLS wraps the socket itself
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
         limits = _sending.limits
-        kept = self.sock is not None and self.now.limits is not limits
-        if kept and (limits.fresh or getattr(self.sock, "pending", int)()):  # TLS holds an answer
-            self.close()  # type: ignore[attr-defined]
-        if self.sock is not None:
-            self.now.limits, limits.reused = limits, self.used
-        self.used = True
+        if self.sock is not None and self.now.limits is not limits:  # a kept connection
+            if limits.fresh or getattr(self.sock, "pending", int)():  # TLS holds an answer
+                self.close()  # type: ignore[attr-defined]
+            else:
+                self.now.limits, limits.reused = limits, True
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
 
+def _connected(sock: Any, connection: Any, address: Any, seconds: float) -> Any:
+    """The socket, connected; closed if that fails."""
+    with contextlib.ExitStack() as unless_done:
+        unless_done.enter_context(sock)
+        for option in connection.socket_options or ():
+            sock.setsockopt(*option)
+        sock.settimeout(seconds)
+        sock.connect(address)
+        unless_done.pop_all()
+    return sock
+
+
 def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
-    """A connection by way of a SOCKS proxy; all that is said to the proxy has one limit."""
     import socks  # type: ignore[import-untyped]
 
-    class Socket(socks.socksocket):  # type: ignore[misc]
-        is_connected = False  #: then each request has limits of its own
+    now = connection.now
 
+    class Socket(socks.socksocket):  # type: ignore[misc]
         def recv_into(self, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_connected:
-                self.settimeout(limits.connect_left())
+            self.settimeout(now.left())
             return super().recv_into(*args, **kwargs)
 
     given, sock = connection._socks_options, Socket()
-    with contextlib.ExitStack() as opened:
-        opened.enter_context(sock)
-        names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
-        sock.set_proxy(*(given[name] for name in names))
-        for option in connection.socket_options or ():
-            sock.setsockopt(*option)
-        sock.settimeout(limits.connect_left())
-        sock.connect((connection.host, connection.port))
-        sock.is_connected = True
-        sock.settimeout(limits.connect_left())  # for TLS, which measures it as a whole
-        opened.pop_all()
-    return sock
+    names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
+    sock.set_proxy(*(given[name] for name in names))
+    address = (connection.host, connection.port)
+    try:
+        return _connected(sock, connection, address, limits.connect_left())
+    except OSError:
+        told = "the SOCKS proxy does not connect"
+        raise limits.expired() or ProviderUnavailable(told) from None
+
+
+#: By (host, port): the address that answered last, so that a dead one costs its time once.
+_last_address: dict[tuple[str, int], Any] = {}
+
+
+def _connect(connection: Any, limits: _Limits) -> Any:
+    """A socket connected to the first address that answers."""
+    import socket
+
+    host, port = getattr(connection, "_dns_host", connection.host), connection.port
+    whose = "the proxy: " if getattr(connection, "proxy", None) else ""
+    try:
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise ProviderUnavailable(f"{whose}the name cannot be resolved") from None
+    addresses.sort(key=lambda found: found[4] != _last_address.get((host, port)))
+    failure: OSError | None = None
+    for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
+        try:
+            left = limits.connect_left() / (2 if at < len(addresses) else 1)
+            sock = _connected(socket.socket(family, kind, proto), connection, address, left)
+        except OSError as error:
+            failure = error
+        else:
+            _last_address[host, port] = address
+            return sock
+    if isinstance(failure, TimeoutError):
+        raise failure
+    refused = isinstance(failure, ConnectionRefusedError)
+    raise ProviderUnavailable(whose + ("refused" if refused else "cannot connect"))
 
 
 @functools.cache
@@ -2092,29 +2054,41 @@ def _limited(pool: Any) -> Any:
         """Passes over interim answers such as 103; http.client takes all but 100 for final."""
 
         def _read_status(self) -> Any:
-            while True:
-                found = super()._read_status()  # type: ignore[misc]
-                if not 101 < found[1] < 200:
-                    return found
+            while 101 < (found := super()._read_status())[1] < 200:  # type: ignore[misc]
                 http.client.parse_headers(self.fp)
+            return found
 
     kinds = (_Limited, pool.ConnectionCls)
     connection = type("Connection", kinds, {"response_class": Response})
     return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
 
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """Takes queries of addresses, and headers that cannot be read, out of what urllib3 logs."""
+    if getattr(_sending, "under_way", False):
+        shown = re.sub(r"(?s)\?[^\s\"')]*|,? unparsed data.*", "", record.getMessage())
+        record.msg, record.args, record.exc_info, record.exc_text = shown, (), None, None
+    return True
+
+
 @functools.cache
 def _http() -> tuple[Any, Callable[[], Any]]:
-    """requests, and a maker of sessions with our adapter; imported when first needed."""
+    """requests, and what makes its sessions; imported when first needed."""
     try:
         import requests
     except ImportError:
         raise ImportError("HTTP providers need PyPI's requests: pip install requests") from None
     from requests.adapters import HTTPAdapter
+    from urllib3 import connection, connectionpool
 
-    _check_hooks()
-    for name in ("connection", "connectionpool"):
-        logging.getLogger(f"urllib3.{name}").addFilter(_without_secrets)
+    kinds = (connection.HTTPSConnection, connectionpool.HTTPConnectionPool, HTTPAdapter)
+    for name in ("_new_conn", "_connect_tls_proxy", "_tunnel", "QueueCls", "proxy_manager_for"):
+        found = any(hasattr(kind, name) for kind in kinds)
+        if not found and sys.platform != "emscripten":  # which has no sockets
+            cure = "install requests 2.31 to 2.x with urllib3 1.26 or 2.x"
+            raise ConfigError(f"the installed requests or urllib3 has no {name}: {cure}")
+    for module in (connection, connectionpool):
+        logging.getLogger(module.__name__).addFilter(_without_secrets)
 
     def equipped(manager: Any) -> Any:
         given = manager.pool_classes_by_scheme
@@ -2130,127 +2104,50 @@ def _http() -> tuple[Any, Callable[[], Any]]:
             return equipped(super().proxy_manager_for(*args, **kwargs))
 
     def session() -> requests.Session:
-        made = requests.Session()
-        for scheme in ("http://", "https://"):
-            made.mount(scheme, Adapter(pool_connections=4, pool_maxsize=100, max_retries=0))
+        made, adapter = requests.Session(), Adapter(pool_connections=4, pool_maxsize=100)
+        made.mount("http://", adapter)
+        made.mount("https://", adapter)
         return made
 
     return requests, session
 
 
-#: By (host, port): the address that answered last, so that a dead one costs its time only once.
-_last_address: dict[tuple[str, int], Any] = {}
-
-
-def _connect(connection: Any, limits: _Limits) -> Any:
-    """A TCP connection to the first address that answers; all share the connect limit."""
-    import socket
-
-    host, port = getattr(connection, "_dns_host", connection.host), connection.port
-    whose = "the proxy: " if getattr(connection, "proxy", None) else ""
-    try:
-        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise ProviderUnavailable(f"{whose}the name cannot be resolved") from None
-    last = _last_address.get((host, port))
-    addresses.sort(key=lambda found: found[4] != last)
-    failure: Exception = OSError("no address")
-    for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
-        with contextlib.ExitStack() as opened:
-            try:
-                left = limits.connect_left()
-                sock = opened.enter_context(socket.socket(family, kind, proto))
-                sock.settimeout(left / 2 if at < len(addresses) else left)
-                for option in connection.socket_options or ():
-                    sock.setsockopt(*option)
-                sock.connect(address)
-            except OSError as error:
-                failure = error
-                continue
-            if len(_last_address) > 500:
-                _last_address.clear()
-            _last_address[host, port] = address
-            opened.pop_all()
-            return sock
-    if isinstance(failure, TimeoutError):
-        raise limits.connect_error()
-    refused = isinstance(failure, ConnectionRefusedError)
-    raise ProviderUnavailable(whose + ("refused" if refused else "cannot connect"))
+#: The head of a chunk, behind the line end of the chunk before it.
+_CHUNK_HEAD = rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n"
 
 
 def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
-    """What a chunked body holds (RFC 9112, 7.1). ``read`` gives b"" at the end.
-
-    It is here for speed and nothing else: http.client makes six calls for each event of a stream.
-    """
-    rest, lacking, skip = b"", 0, 0  # lacking: bytes of this chunk; skip: of the line end behind it
+    """What a chunked body holds. For speed only: http.client makes six calls for each event."""
+    head = re.compile(_CHUNK_HEAD)
+    rest, lacking = b"", 0  # lacking: bytes of this chunk
     while received := read():
         data, at = rest + received, 0
         pieces: list[bytes] = []
-        while True:
-            if lacking:
-                piece = data[at : at + lacking]
-                pieces.append(piece)
-                at += len(piece)
-                lacking -= len(piece)
-            end = data.find(b"\n", at + skip)
-            if lacking or end < 0:
-                break
-            lacking = _chunk_size(data[at + skip : min(end, at + skip + 64)])
-            at, skip = end + 1, 2
+        is_last = False
+        while at < len(data) and not is_last:
             if not lacking:
-                break
+                found = head.match(data, at)
+                if not found:
+                    break
+                at, lacking = found.end(), int(found[1], 16)
+                is_last = not lacking
+            pieces.append(data[at : at + lacking])
+            at += len(pieces[-1])
+            lacking -= len(pieces[-1])
         rest = data[at:]
         if content := b"".join(pieces):
             yield content
-        if end >= 0:  # that was the last chunk: trailers, and a blank line
+        if is_last:
             break
-        _check_http(len(rest) <= _READ_SIZE)
+        if b"\n" in rest[2:] or len(rest) > _READ_SIZE:  # a whole line, and no head of a chunk
+            raise InvalidResponse("garbled HTTP")
     else:
         raise InvalidResponse("truncated: the connection broke")
-    rest = b"\n" + rest
+    rest = b"\n" + rest  # trailers, and a blank line
     while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):
         rest += received
-        _check_http(len(rest) <= _READ_SIZE)
-
-
-@functools.lru_cache(1000)
-def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].strip()
-    _check_http(re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits) is not None)
-    return int(digits, 16)
-
-
-def _check_http(right: bool) -> None:
-    if not right:
-        raise InvalidResponse("garbled HTTP")
-
-
-class _Inflater:
-    """Decompresses gzip (several members too) and deflate (with its header or without)."""
-
-    def __init__(self) -> None:
-        self._machine = zlib.decompressobj(47)
-        self._begun = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        try:
-            if not self._begun and data[:1] not in (b"\x1f", b"\x78", b""):
-                self._machine = zlib.decompressobj(-15)
-            while data:
-                self._begun = True
-                yield self._machine.decompress(data, _READ_SIZE)
-                data = self._machine.unconsumed_tail
-                if self._machine.eof:
-                    data = self._machine.unused_data
-                    if not data.startswith(b"\x1f\x8b"):
-                        return  # padding behind the last member
-                    self._machine = zlib.decompressobj(47)
-        except zlib.error as error:
-            raise InvalidResponse("the compressed body is damaged") from error
-
-    def is_whole(self) -> bool:
-        return self._machine.eof or not self._begun
+        if len(rest) > _READ_SIZE:
+            raise InvalidResponse("garbled HTTP")
 
 
 #: What servers write into Content-Encoding of a body that is not compressed.
@@ -2258,94 +2155,92 @@ _NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunk
 
 
 class _Answer:
-    """An HTTP answer whose headers have arrived: bytes to come, bounded in time and size."""
+    """An HTTP answer whose headers have arrived."""
 
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
         import http.client
 
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
-        self.secrets: tuple[str, ...] = ()  #: what no message may show
-        self.limited = False  #: its socket is: not that of a user's session
+        self.secrets: tuple[str, ...] = ()  #: that were sent
         self.limits, self.most = limits, most
         self._raw, self._ended = response.raw, False
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
         self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
-        read1: Callable[..., bytes]
+        self._read1: Callable[[], bytes]
         if self._original is None:  # a session of the user's
             read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
-            read1 = functools.partial(read1, decode_content=False)
+            self._read1 = functools.partial(read1, _READ_SIZE, decode_content=False)
         elif self._original.chunked:
-            read1 = self._original.fp.read1
+            self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
             self._content = _unchunked(self._read)
-        else:
-            read1 = self._original.read1  # urllib3's own takes twice the time
-        self._read1: Callable[[], bytes] = functools.partial(read1, _READ_SIZE)
+        else:  # urllib3's own takes twice the time
+            self._read1 = functools.partial(self._original.read1, _READ_SIZE)
 
     def chunks(self) -> Iterator[bytes]:
-        """Decompressed bytes as they come, to the end. ProviderError for whatever breaks."""
-        inflater, length = self._inflater(), self._announced()
-        self._check_size(0 if inflater else length or 0)
-        received = total = 0
-        for data in self._content:
-            received += len(data)
-            for piece in inflater.feed(data) if inflater else (data,):
-                total += len(piece)
-                self._check_size(total)
-                yield piece
-                if inflater and (late := self.limits.expired()):  # a read may hold much work
-                    raise late
-        if length is not None and received < length:
-            raise InvalidResponse(f"truncated: {received} of {length} bytes")
-        if inflater and not inflater.is_whole():
-            raise InvalidResponse("truncated: the compressed body breaks off")
-        self._ended = self.status >= 200  # after an interim answer another one could follow
+        """Decompressed bytes as they come. ProviderError for whatever breaks."""
+        total, codings = 0, self.headers.get("Content-Encoding", "").lower().split(",")
+        plain = all(coding.strip() in _NO_CODINGS for coding in codings)
+        for piece in self._received() if plain else self._inflated():
+            total += len(piece)
+            if total > self.most:
+                what = f"the answer is larger than max_response_bytes={self.most}"
+                raise InvalidResponse(what, code="too_large")
+            yield piece
+        self._ended = self.status >= 200  # behind an interim answer another one comes
 
     def body(self) -> bytes:
         return b"".join(self.chunks())
 
-    def _check_size(self, size: int) -> None:
-        if size > self.most:
-            what = f"the answer is larger than max_response_bytes={self.most}"
-            raise InvalidResponse(what, code="too_large")
+    def _received(self) -> Iterator[bytes]:
+        """The body as it was sent. InvalidResponse if it is cut."""
+        received = 0
+        for data in self._content:
+            received += len(data)
+            yield data
+        length = self.headers.get("Content-Length", "")
+        counts = length.isdecimal() and len(length) < 20 and "Transfer-Encoding" not in self.headers
+        if counts and received < int(length):
+            raise InvalidResponse(f"truncated: {received} of {length} bytes")
 
-    def _announced(self) -> int | None:
-        text = self.headers.get("Content-Length", "")
-        known = text.isdecimal() and len(text) < 20 and "Transfer-Encoding" not in self.headers
-        return int(text) if known else None
+    def _inflated(self) -> Iterator[bytes]:
+        machine, window_bits = zlib.decompressobj(47), 0  # gzip, or deflate with its header
+        try:
+            for data in self._received():
+                if not window_bits:
+                    window_bits = 47 if data[:1] in (b"\x1f", b"\x78") else -15
+                    machine = zlib.decompressobj(window_bits)
+                while data:
+                    yield machine.decompress(data, _READ_SIZE)
+                    data = machine.unconsumed_tail
+                    if machine.unused_data.startswith(b"\x1f\x8b"):  # another member of gzip
+                        data, machine = machine.unused_data, zlib.decompressobj(47)
+                    if late := self.limits.expired():  # one read may unpack to gigabytes
+                        raise late
+        except zlib.error as error:
+            raise InvalidResponse("damaged, or compressed by neither gzip nor deflate") from error
+        if not machine.eof:
+            raise InvalidResponse("truncated: the compressed body breaks off")
 
     def _read(self) -> bytes:
         try:
-            if not self.limited:
-                self.limits.left()
+            self.limits.left()  # the socket of a user's session is not limited
             return self._read1()
-        except MemoryError:
-            failure: ProviderError = InvalidResponse("the answer does not fit into memory")
         except Exception as error:
             if _passes_through(error):
                 raise
-            failure = _transport_error(error, self.limits, "the answer")
-        raise failure
-
-    def _inflater(self) -> _Inflater | None:
-        coding = self.headers.get("Content-Encoding", "").strip().lower()
-        if all(name.strip() in _NO_CODINGS for name in coding.split(",")):
-            return None
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            shown = f" {coding!r}" if coding.isalpha() and len(coding) < 10 else ""
-            raise InvalidResponse(f"unknown Content-Encoding{shown}")
-        return _Inflater()
+            raise _transport_error(error, self.limits, "the answer") from None
 
     def finish(self) -> None:
-        """Reads what little is left, so that the connection can serve the next request."""
+        """Reads what little is left, so that the connection can be kept."""
         self.limits.end_soon(_TAIL_TIMEOUT / 10)
         with contextlib.suppress(ProviderError):  # the answer is complete all the same
             self._ended = self._ended or next(self._content, None) is None
 
     def close(self) -> None:
         """Gives the connection back if the body was read to its end, else closes it."""
-        self._content = iter(())  # it refers to this object: without the cycle both go at once
+        self._content = iter(())  # it refers to this object: no cycle
         if not self._ended:
             self._raw.close()
             return
@@ -2354,81 +2249,52 @@ class _Answer:
         self._raw.release_conn()
 
 
+#: Names and words of exceptions, in this order, and what is said of them.
+_TROUBLE = {
+    "RecursionError": "RecursionError: with gevent, patch_all() comes before providers are made",
+    "SOCKS support": "the proxy of the environment speaks SOCKS: pip install pysocks",
+    "(?:CA|TLS) certificate": "no such certificates: see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE",
+    "gaierror": "the name cannot be resolved",
+    "ConnectionRefusedError": "refused",
+    "NewConnectionError": "cannot connect",
+    r"certificate verify failed: ([^(]*\b)": r"TLS failed: \1: see REQUESTS_CA_BUNDLE",
+    "WRONG_VERSION|RECORD_LAYER": "TLS failed: the server does not speak it: is it http?",
+    "SSL": "TLS failed",
+    "ProxyError": "the proxy failed",
+}
+
+
 def _transport_error(error: BaseException, limits: _Limits, what: str) -> ProviderError:
-    """What an exception from below means. Its text may hold a password: it is not repeated."""
-    import socket
-    import ssl
+    """What an exception from below means, without its text, which may hold a password."""
     from http import client as http
 
     from requests import exceptions as theirs
-    from urllib3 import exceptions as wrapped
 
     causes = list(_causes(error))
 
     def among(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    for cause in causes:
-        if isinstance(cause, ProviderError):
-            return cause
-    if among(TimeoutError, theirs.Timeout, wrapped.TimeoutError):
-        if among(wrapped.NewConnectionError) and not among(TimeoutError):
-            refused = among(ConnectionRefusedError)
-            return ProviderUnavailable("refused" if refused else "cannot connect")
-        timed_out = among(theirs.ConnectTimeout, wrapped.ConnectTimeoutError)
-        if timed_out or (what == "connecting" and time.monotonic() >= limits.connect_by):
-            return limits.connect_error()
-        return limits.expired() or ProviderTimeout("timed out", code="attempt_timeout")
-    broken: type[ProviderError] = ServerError
-    how = "closed before the answer"
-    if what == "the answer":
-        broken, how = InvalidResponse, "truncated: the connection broke"
-    gone = (http.RemoteDisconnected, ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
-    if limits.reused and among(*gone):  # urllib3 blames the proxy for a kept tunnel that has ended
-        return broken(how)
-    rows: tuple[tuple[type[ProviderError], str, tuple[type[BaseException], ...]], ...] = (
-        (ProviderUnavailable, "the name cannot be resolved", (socket.gaierror,)),
-        (ProviderUnavailable, _tls_trouble(causes),
-         (ssl.SSLError, theirs.SSLError, wrapped.SSLError)),
-        (ProviderUnavailable, "the proxy failed", (theirs.ProxyError, wrapped.ProxyError)),
-        (ProviderUnavailable, "refused", (ConnectionRefusedError,)),
-        (ProviderUnavailable, "cannot connect", (wrapped.NewConnectionError,)),
-        (broken, how, (*gone, http.IncompleteRead, wrapped.IncompleteRead)),
-        (InvalidResponse, "not an HTTP answer",
-         (http.BadStatusLine, http.LineTooLong, http.UnknownProtocol)),
-        (InvalidResponse, "garbled HTTP", (http.HTTPException, wrapped.HeaderParsingError,
-         wrapped.InvalidHeader, wrapped.DecodeError, theirs.ContentDecodingError)),
-        (broken, how, (wrapped.ProtocolError, theirs.ChunkedEncodingError)),
-        (ProviderUnavailable, "the URL is not valid", (theirs.InvalidURL, theirs.MissingSchema)),
-    )
-    for kind, message, kinds in rows:
-        if among(*kinds):
-            return kind(message)
-    return _local_trouble(causes, what)
-
-
-def _tls_trouble(causes: list[BaseException]) -> str:
-    for cause in causes:
-        if why := getattr(cause, "verify_message", None):
-            return f"TLS failed: {_ascii(why)}: REQUESTS_CA_BUNDLE names certificates of your own"
-        if getattr(cause, "reason", None) in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            return "TLS failed: the server does not speak it: is it http?"
-    return "TLS failed"
-
-
-def _local_trouble(causes: list[BaseException], what: str) -> ProviderError:
-    """A missing optional part, or a fault of this code or a library: said with its place."""
-    text = " ".join(str(cause) for cause in causes if isinstance(cause, (OSError, ValueError)))
-    known = "the proxy of the environment speaks SOCKS, which needs PySocks: pip install pysocks"
-    if "SOCKS" in text:
-        return ProviderUnavailable(known)
-    known = "the file of the CA bundle is not there: see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
-    if "CA certificate bundle" in text or "TLS certificate file" in text:
-        return ProviderUnavailable(known)
-    if any(isinstance(cause, RecursionError) for cause in causes):
-        cure = "with gevent, call monkey.patch_all() before providers are made"
-        return ProviderUnavailable(f"{what} failed: RecursionError: {cure}")
-    _log.warning("%s failed: %s", what, _ascii(_place(causes[0])))
+    if isinstance(error, ProviderError):
+        return error
+    if among(TimeoutError, theirs.Timeout):
+        late = what == "connecting" and time.monotonic() + _EARLY >= limits.connect_by
+        if late or among(theirs.ConnectTimeout):
+            slow: ProviderError = ProviderUnavailable("connect timeout", code="connect_timeout")
+        else:
+            slow = ProviderTimeout("timed out", code="attempt_timeout")
+        return limits.expired() or slow
+    if among(ConnectionError, http.IncompleteRead) and not among(ConnectionRefusedError):
+        if what == "the answer":
+            return InvalidResponse("truncated: the connection broke")
+        return ServerError("closed before the answer")  # also of a kept tunnel through a proxy
+    if among(http.HTTPException):
+        return InvalidResponse("not an HTTP answer")
+    text = " ".join(f"{type(cause).__name__} {cause}" for cause in causes)
+    for pattern, told in _TROUBLE.items():
+        if found := re.search(pattern, text):
+            return ProviderUnavailable(_ascii(found.expand(told)))
+    _log.warning("%s failed: %s", what, _ascii(_place(error)))
     return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
 
 
@@ -2440,22 +2306,15 @@ class _Lines:
     """Splits a body into lines, without their ends."""
 
     def __init__(self) -> None:
-        self._open: list[bytes] = []  # pieces of a line whose end has not come
+        self._open: list[bytes] = []  # of a line whose end has not come
 
     def lines(self, chunk: bytes) -> list[bytes]:
-        """The lines that this chunk completes."""
-        head, mark, rest = chunk.rpartition(b"\n")
-        if not mark:
-            self._open.append(chunk)
+        self._open.append(chunk)
+        if b"\n" not in chunk:
             return []
-        if self._open:
-            head = b"".join((*self._open, head))
-            self._open.clear()
-        if rest:
-            self._open.append(rest)
-        if b"\r" in head:
-            return [line.removesuffix(b"\r") for line in head.split(b"\n")]
-        return head.split(b"\n")
+        *whole, rest = b"".join(self._open).replace(b"\r\n", b"\n").split(b"\n")
+        self._open = [rest]
+        return whole
 
 
 class _SSE(_Lines):
@@ -2489,16 +2348,16 @@ class _SSE(_Lines):
         return events
 
     def close(self) -> list[tuple[str, bytes]]:
-        """The body is over: what stands there without a blank line after it."""
+        """The body is over: the last event may have no blank line."""
         return self.feed(b"\n\n")
 
 
 class _JSONBody(_Lines):
-    """A body of JSON: one value, perhaps over many lines, or a piece of an answer in each line."""
+    """A body of JSON: one value, or a piece of an answer in each line."""
 
     def __init__(self, in_lines: bool) -> None:
         super().__init__()
-        self._in_lines = in_lines  # by its label
+        self._in_lines = in_lines  # by its label: any line is a piece
         self._in_pieces: bool | None = None  # None: not known yet
         self._kept: list[bytes] = []
 
@@ -2517,79 +2376,67 @@ class _JSONBody(_Lines):
         return None if self._in_pieces else b"\n".join([*self._kept, b"".join(self._open)])
 
     def close(self) -> list[tuple[str, bytes]]:
-        """The body is over."""
         return self.feed(b"\n") if self._in_pieces else []
 
 
-#: What json.loads calls in the end: (text, start) -> (value, end). Control characters are read.
-_scanned: Callable[[str, int], tuple[Any, int]]
-_scanned = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
-#: What it raises: StopIteration for a text that holds no value.
-_NOT_JSON = (ValueError, RecursionError, StopIteration)
+#: (text, start) -> (value, end): half the steps of json.loads. Control characters are read.
+_scan: Callable[[str, int], tuple[Any, int]]
+_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
 
 
 def _is_heartbeat(data: bytes) -> bool:
-    """Whether an event can have held nothing: it is empty, or a single bare word."""
+    """Whether an event can have held nothing: it is empty or one bare word."""
     return _pattern(r"[\w.-]{0,40}").fullmatch(data.strip().decode("latin-1")) is not None
 
 
 def _holds_piece(line: bytes, labelled: bool) -> bool:
-    """Whether a line is a piece of an answer; ``labelled``: any object in it is one."""
     try:
-        text = line.decode("utf-8", "replace").strip() if len(line) < _READ_SIZE else "0"
-        value = _scanned(text, 0)[0]
-    except _NOT_JSON:
+        value = _json(line, "a line") if len(line) < _READ_SIZE else None
+        return labelled or _is_piece(value)
+    except InvalidResponse:
         return False
-    return labelled if labelled or not isinstance(value, dict) else _is_piece(value)
 
 
-def _is_piece(value: dict[str, Any]) -> bool:
-    """Whether an object is a piece of an answer, in Ollama's form or that of Chat Completions."""
-    choices = value.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    return value.get("done") is False or (isinstance(first, dict) and "delta" in first)
+def _is_piece(value: Any) -> bool:
+    """Whether a value is a piece of an answer, in Ollama's form or OpenAI's."""
+    try:
+        return value.get("done") is False or "delta" in value["choices"][0]
+    except (AttributeError, LookupError, TypeError):
+        return False
 
 
 def _json(data: bytes | str, what: str) -> Any:
-    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse, without the text, otherwise."""
+    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse if it is none."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    text = text.removeprefix("\ufeff").strip(" \t\r\n")
     try:
-        if text[:1] != "{" or text[-1:] != "}":
-            text = text.removeprefix("\ufeff").strip(" \t\r\n")
-        value, end = _scanned(text, 0)
-        if end == len(text):
-            return value
-    except _NOT_JSON:
-        pass
-    raise InvalidResponse(f"{what} is not JSON")
+        value, end = _scan(text, 0)
+    except (ValueError, RecursionError, StopIteration):
+        end = -1
+    if end != len(text):
+        raise InvalidResponse(f"{what} is not JSON")
+    return value
 
 
 # ==== reading failures ============================================================================
 # What a failed answer means is read in this order: specific codes in the body, phrases in its
-# message, its generic type, a number in the body, the status. A vendor's own rows come first at
-# their stage only: a shared phrase still comes before a vendor's status.
-# What the message repeats of the request is taken out before: a prompt may speak of invalid keys.
+# message, its generic type, a number in the body, the status. What the message repeats of the
+# request is taken out before: a prompt may speak of invalid keys.
 
 #: Characters of a server's message that are shown, and that are searched.
 _MESSAGE_LIMIT, _SEARCHED = 300, 2000
-_ECHO = 16  #: a run of so many characters that also stands in the request counts as an echo of it
+_ECHO = 16  #: so many characters in a row that the request holds, too, are an echo of it
 _COMPARED = 128 * 1024  #: characters of the longest request that is compared with a message
 
-
-class _Rows(NamedTuple):
-    """A vendor's own words for failures. Codes in lower case; phrases are patterns, in order."""
-
-    codes: Mapping[str, type[ProviderError]] = MappingProxyType({})
-    phrases: tuple[tuple[str, type[ProviderError]], ...] = ()
-    statuses: Mapping[int, type[ProviderError]] = MappingProxyType({})
+#: Patterns of messages, in lower case, with what they mean.
+_Phrases = tuple[tuple[str, type[ProviderError]], ...]
 
 
 def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderError]]:
     return {code: kind for kind, codes in kinds.items() for code in codes.split()}
 
 
-#: Specific codes and types. Sources: the error pages of OpenAI, Azure, Anthropic, Google, Groq,
-#: DashScope (Arrearage), z.ai (1113 to 1321), MiniMax (1004 to 2049), Moonshot, watsonx, Codex.
+#: Specific codes and types, by the vendors' error pages; the numbers are z.ai's and MiniMax's.
 _CODES = _coded({
     ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261 1039"
     " context_exceeded"
@@ -2616,8 +2463,7 @@ _CODES = _coded({
     BadRequest: "string_above_max_length",
 })
 
-#: Phrases of messages, in this order, in lower case.
-_PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
+_PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
     (r"context length|context window|maximum context|context size|prompt is too long|"
      r"is longer than the model|context the overflows|n_keep.{0,200}n_ctx|exceed context limit|"
@@ -2641,8 +2487,8 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"error while processing the model", ServerError),
     (r"jinja exception", BadRequest),  # llama.cpp, at 500
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"model not exist|is not a valid model|not found for account|"
-     r"model .{0,120}(not found|does not exist|not exist|no longer available|"
+     r"is not a valid model|not found for account|"
+     r"model .{0,120}(not found|not exist|no longer available|"
      r"has been (retired|deprecated))", ModelNotFound),
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
@@ -2657,8 +2503,14 @@ _PHRASES: tuple[tuple[str, type[ProviderError]], ...] = (
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
 )
 
-#: Classes that count against a tier: for them a phrase must be the server's own.
+#: For classes that count against a tier a phrase must be the server's own.
 _BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded, ServerError)
+#: Statuses at which phrases of these classes mean it: at others a service of that name has trouble,
+#: or the address of a picture is wrong.
+_MEANT_AT: dict[type[ProviderError], Sequence[int]] = {
+    AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422),
+    ProviderUnavailable: (200, 404, 405),
+}
 #: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
 _TYPES = _coded({
     AuthenticationError: "authentication_error permission_error unauthenticated permission_denied",
@@ -2676,12 +2528,12 @@ _STATUSES: dict[int, type[ProviderError]] = {
     404: ProviderUnavailable, 407: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError,
     410: ProviderUnavailable, 425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
 }
-#: What a 403 must speak of to mean that a key has no permission, and not that a prompt is disliked.
+#: What a 403 speaks of if a key has no permission; others dislike a prompt.
 _NAMES_PERMISSION = (
     r"key|permission|credential|token|auth|account|organi[sz]ation|project|billing|credit|balance|"
     r"quota|plan\b|subscription|country|region|location"
 )
-#: Headers with the provider's id of a request; DeepSeek, Mistral, Cerebras, Cohere have their own.
+#: Headers with the provider's id of a request.
 _REQUEST_IDS = (
     "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
     "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
@@ -2702,125 +2554,86 @@ def _int(value: Any) -> int | None:
 class _Report(NamedTuple):
     """What the body of a failure says, whatever its shape."""
 
-    message: str = ""
-    codes: tuple[str, ...] = ()  #: code, type and details' codes, as lower-case text
-    param: str = ""
-    number: int | None = None  #: an HTTP-like number among the codes
-    delay: float | None = None  #: seconds to wait, where the body says so
+    message: str
+    codes: tuple[str, ...]  #: in lower case
+    param: str
+    number: int | None  #: of HTTP, among the codes
+    delay: str  #: as it was said
 
 
-def _innermost(body: Any, depth: int = 8) -> Any:
-    """What {"error": …}, {"errors": …} or a list of one holds."""
-    inner: Any = None
-    if isinstance(body, dict):
-        inner = body.get("error") or body.get("errors")
-    elif body and isinstance(body, list):
-        inner = body[0]
-    found = inner and depth and isinstance(inner, (dict, str, list))
-    return _innermost(inner, depth - 1) if found else body
+#: Names of a failure's parts, of their texts, and of their codes.
+_PARTS = (
+    "error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
+    "headers",
+)
+_TEXTS = ("message", "detail", "error_description", "status_msg", "msg")
+_CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
+#: Names of a time to wait: of Google, Codex, z.ai, and in the headers that OpenRouter repeats.
+_DELAY_NAMES = ("retryDelay", "resets_in_seconds", "retry_after", "X-RateLimit-Reset")
+
+
+def _pieces_of(body: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
+    """The objects in a failure's body, inner ones first. A text becomes one."""
+    if isinstance(body, str):
+        yield {"message": body}
+    elif isinstance(body, list) and depth:
+        for item in body[:20]:
+            yield from _pieces_of(item, depth - 1)
+    elif isinstance(body, dict) and depth:
+        for name in _PARTS:
+            yield from _pieces_of(body.get(name), depth - 1)
+        yield body
+        raw = body.get("raw")  # OpenRouter: of the provider behind it
+        if isinstance(raw, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                raw = json.loads(raw[: 8 * _SEARCHED])
+        yield from _pieces_of(raw, depth - 1)
 
 
 def _report(body: Any) -> _Report:
-    """Reads all forms: an object, a text or a list under "error", "message" or "detail"."""
-    body = _innermost(body)
-    if isinstance(body, str):
-        return _Report(body)
-    body = _dict(body)
-    minimax, details = _dict(body.get("base_resp")), _dict(body.get("details"))
-    metadata, param = _dict(body.get("metadata")), body.get("param")
-    messages = [body.get(name) for name in ("message", "detail", "error_description")]
-    message = next(filter(None, [*messages, minimax.get("status_msg")]), "")
-    if isinstance(message, dict):  # Mistral
-        message = message.get("detail") or message.get("message") or ""
-    if isinstance(message, list):
-        message, param = _listed(message)
-    found, delay = _google_details(body.get("details"))
-    if delay is None:
-        delay = _named_delay(body, _dict(metadata.get("headers")))
-    values = [
-        *found, body.get("code"), details.get("error_code"), minimax.get("status_code"),
-        _dict(body.get("innererror")).get("code"), metadata.get("limit_source"), body.get("type"),
-        body.get("status"),
-    ]
-    numbers = map(_int, (*values, body.get("status_code")))
-    number = next((value for value in numbers if value is not None and value < 1000), None)
-    texts = (str(value).lower() for value in values if isinstance(value, (str, int)))
-    codes = tuple(text for text in texts if not text.isdecimal() or len(text) == 4)
-    if metadata.get("reasons") or "flagged_input" in metadata:
-        codes = ("content_filter", *codes)
-    report = _Report(str(message), codes, param if isinstance(param, str) else "", number, delay)
-    if metadata.get("raw"):  # OpenRouter: the words of the provider behind it
-        report = _joined_reports(report, metadata["raw"])
-    return report
-
-
-def _joined_reports(report: _Report, raw: Any) -> _Report:
-    if isinstance(raw, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            raw = json.loads(raw[: 8 * _SEARCHED])
-    below = _report(raw if isinstance(raw, (dict, str)) else "")
-    return report._replace(
-        message=f"{report.message}: {below.message}", param=report.param or below.param,
-        codes=(*below.codes, *report.codes), delay=report.delay or below.delay,
-    )
-
-
-def _listed(items: list[Any]) -> tuple[str, str]:
-    """Message and first field of ``[{"loc": ["body", "temperature"], "msg": "Extra inputs"}]``."""
+    parts = list(_pieces_of(body))
     texts, fields = [], []
-    for item in items[:20]:
-        if isinstance(item, dict):
-            loc, said = item.get("loc"), str(item.get("msg") or item.get("message") or "")
-            place = [str(name) for name in loc if name != "body"] if isinstance(loc, list) else []
-            fields += place[:1]
-            texts.append(": ".join([" ".join(place), said] if place else [said]))
-        elif isinstance(item, str):
-            texts.append(item)
-    return "; ".join(texts), next(iter(fields), "")
-
-
-def _google_details(details: Any) -> tuple[list[Any], float | None]:
-    """The reasons in google.rpc details (a spent daily quota is one), and the delay asked for."""
-    found: list[Any] = []
-    delay = None
-    for item in map(_dict, details if isinstance(details, list) else ()):
-        found.append(item.get("reason"))
-        if "PerDay" in str(item.get("violations")):
-            found.append("insufficient_quota")
-        if isinstance(item.get("retryDelay"), str):
-            delay = _duration(item["retryDelay"])
-    return found, delay
-
-
-def _named_delay(body: dict[str, Any], headers: dict[str, Any]) -> float | None:
-    """Seconds to wait in a field of the body, or by the headers that OpenRouter puts into it."""
-    said = (_seconds(str(body.get(name))) for name in ("resets_in_seconds", "retry_after"))
-    lower = {name.lower(): str(value) for name, value in headers.items()}
-    return next(filter(None, said), None) or _reset(lower, "")
+    for part in parts:
+        loc = part.get("loc")  # ["body", "temperature"]
+        place = [str(name) for name in loc if name != "body"] if isinstance(loc, list) else []
+        fields += place[:1]
+        said = [part[name] for name in _TEXTS if isinstance(part.get(name), str)]
+        texts += [": ".join([" ".join(place), text] if place else [text]) for text in said]
+    values = [part[name] for name in _CODE_NAMES for part in parts if name in part]
+    if any("PerDay" in str(part.get("violations")) for part in parts):  # Gemini's quota of a day
+        values.insert(0, "insufficient_quota")
+    if any(part.get("reasons") or "flagged_input" in part for part in parts):  # OpenRouter
+        values.insert(0, "content_filter")
+    codes = [str(value).lower() for value in values if isinstance(value, (str, int))]
+    numbers = (number for value in values if (number := _int(value)) and number < 1000)
+    params = [part["param"] for part in parts if isinstance(part.get("param"), str)]
+    delays = [str(part[name]) for name in _DELAY_NAMES for part in parts if part.get(name)]
+    return _Report(
+        "; ".join(dict.fromkeys(filter(None, texts))),
+        tuple(code for code in codes if not code.isdecimal() or len(code) == 4),
+        next(iter([*params, *fields]), ""), next(numbers, None), next(iter(delays), ""),
+    )
 
 
 class _Words:
     """A server's message without what it repeats of the request. ``shown`` is safe to show.
 
-    A message is not compared with a very large request: nothing is shown, and each phrase that is
-    found is looked up in the request.
+    A very large request is not compared: nothing is shown, no phrase counts that it holds.
     """
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
-        self._message = " ".join(message[:_SEARCHED].split())
         known = "\n".join(texts)
-        self._known, self.shown = known.lower(), ""
-        self._large = len(known) > _COMPARED
+        self._message, self.shown = " ".join(message[:_SEARCHED].split()), ""
+        self._known, self._large = _folded(known), len(known) > _COMPARED
         if not self._large:
-            self._message = self.shown = _without_echo(self._message, known)
+            self._message = self.shown = _without_echo(self._message, self._known)
 
     def find(self, pattern: str, own: bool = False) -> re.Match[str] | None:
-        """The first match that is the server's own; ``own``: the request has no such words."""
+        """The first match; ``own``: the request has no such words."""
         for found in itertools.islice(_pattern(pattern).finditer(self._message), 4):
-            around = 6 if self._large else 0
+            around = 6 if self._large else 0  # what surrounds the words tells whose they are
             start, end = max(0, found.start() - around), found.end() + around
-            compared = self._large or own
-            if not compared or self._message[start:end].lower() not in self._known:
+            if not (own or self._large) or _folded(self._message[start:end]) not in self._known:
                 return found
         return None
 
@@ -2828,30 +2641,25 @@ class _Words:
         return text.lower() in self._message.lower()
 
 
+def _folded(text: str) -> str:
+    """In lower case, at the same length: only one character would become two."""
+    return text.replace("\u0130", "i").lower()
+
+
 def _without_echo(message: str, known: str) -> str:
-    """The message with *** for lines of the request, and for longer runs of its characters."""
-    lines = {" ".join(line.split()) for line in known.split("\n")}
-    folded = message.lower()
-    for line in sorted((x for x in lines if 4 <= len(x) < _ECHO), key=len, reverse=True):
-        if line.lower() in folded:
-            message = re.sub(rf"(?i)(?<!\w){re.escape(line)}(?!\w)", "***", message)
-    known, folded = "\n".join(lines).lower(), message.lower()
-    if len(folded) != len(message):
-        folded = message
-    kept, at = [], 0
-    half = _ECHO // 2
-    for start in range(0, len(folded) - half + 1, half):  # an echo holds one of these pieces whole
-        end = start + half
-        if start < at or folded[start:end] not in known:
-            continue
-        while start > at and folded[start - 1 : end] in known:
-            start -= 1
-        while end < len(folded) and folded[start : end + 1] in known:
-            end += 1
-        if end - start >= _ECHO:
-            kept += [message[at:start], "***"]
-            at = end
-    return "".join((*kept, message[at:]))
+    """The message with *** for short lines of the request and for long runs of it."""
+    lines, folded = {" ".join(line.split()) for line in known.split("\n")}, _folded(message)
+    short = [line for line in lines if 4 <= len(line) < _ECHO and line in folded]
+    for line in sorted(short, key=len, reverse=True):
+        message = re.sub(rf"(?i)(?<!\w){re.escape(line)}(?!\w)", "***", message)
+    known = "\n".join(lines)
+    runs = {known[at : at + _ECHO] for at in range(len(known))}
+    echoed, folded = set[int](), _folded(message)
+    for at in range(len(message) - _ECHO + 1):
+        if folded[at : at + _ECHO] in runs:
+            echoed.update(range(at, at + _ECHO))
+    kept = ("\0" if at in echoed else char for at, char in enumerate(message))
+    return re.sub("\0+", "***", "".join(kept))
 
 
 _KEY_LIKE = (
@@ -2861,19 +2669,18 @@ _KEY_LIKE = (
 
 
 def _hidden(message: str, secrets: Iterable[str]) -> str:
-    """The message without these keys, also as a URL or as JSON writes them, at its whole length."""
+    """The message without these keys, also as a URL or as JSON writes them."""
     from urllib.parse import quote
 
     for secret in secrets:
-        for form in dict.fromkeys((secret, quote(secret, ""), secret.replace("/", "\\/"))):
-            if len(secret) >= 4:
-                message = re.sub(rf"(?i){re.escape(form)}", "***", message)
+        if len(secret) >= 4:
+            forms = (secret, quote(secret, ""), secret.replace("/", "\\/"))
+            message = re.sub("(?i)" + "|".join(map(re.escape, forms)), "***", message)
     return message
 
 
-def _masked(message: str, secrets: Iterable[str]) -> str:
-    """One clipped line without keys and control characters."""
-    message = _hidden(message, secrets)
+def _masked(message: str) -> str:
+    """One clipped line without what looks like a key, and without control characters."""
     message = _pattern(_KEY_LIKE).sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
@@ -2881,7 +2688,7 @@ def _masked(message: str, secrets: Iterable[str]) -> str:
 
 
 def _texts_of(value: Any) -> Iterator[str]:
-    """Every text in a request's messages and tools, addresses too; no role, type or picture."""
+    """Every text in a request; no role, type or picture."""
     if isinstance(value, Mapping):
         left_out = ("role", "type", "data", "file_data", _CARRY)
         value = [item for name, item in value.items() if name not in left_out]
@@ -2893,33 +2700,38 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 def _class_of(
-    report: _Report, words: _Words, status: int, model: str | None, waits: bool, rows: _Rows
+    report: _Report, words: _Words, status: int, model: str | None, waits: bool, own: _Phrases
 ) -> tuple[type[ProviderError], bool]:
-    """The class of a failure, and whether it may park the tier for all requests."""
+    """The class of a failure, and whether it may park the tier. ``own``: the vendor's phrases."""
+    if status == 402 and waits:
+        return RateLimited, True
     for code in report.codes:
-        kind = rows.codes.get(code) or _CODES.get(code)
-        if kind is not None:
-            soon = kind is QuotaExceeded and status == 402 and waits
-            return RateLimited if soon else kind, True
-    for pattern, kind in (*rows.phrases, *_PHRASES):
+        if code in _CODES:
+            return _CODES[code], True
+    for pattern, kind in (*own, *_PHRASES):
         doubtful = kind in _BLAMING and status in (200, 400, 413, 422)
         found = words.find(f"(?i){pattern}", own=doubtful)
-        if found and _may_mean(kind, status, report, words, found.group().lower()):
-            coded = status == 200 and bool(report.number or report.codes)  # not a word in a text
-            fits = status in (401, 402, 403, 429) or rows.statuses.get(status) is kind or coded
-            sure = fits or (pattern, kind) in rows.phrases
-            return kind, sure or kind not in (QuotaExceeded, AuthenticationError)
+        if not found or status not in _MEANT_AT.get(kind, (status,)):
+            continue
+        is_gemini = found[0].lower() == "exceeded your current quota" and words.find(_ASKS)
+        if kind is QuotaExceeded and found[0].lower() != "limit: 0" and (report.delay or is_gemini):
+            continue  # Gemini calls any rate limit a quota, and then names a delay
+        sure = (
+            status in (401, 402, 403, 429) or (pattern, kind) in own
+            or kind not in (QuotaExceeded, AuthenticationError)
+            or (status == 200 and bool(report.number or report.codes))  # not a word in a text
+        )
+        return kind, sure
     number = status if status >= 300 else report.number or status
     if number in (404, 410) and (words.say(model or "model") or words.say("model")):
         return ModelNotFound, True
-    if number == 402 and waits:
-        return RateLimited, True
     for code in report.codes:
         weak = 400 <= number < 500 or number in (503, 529)
         if code in _TYPES and not (weak and issubclass(_TYPES[code], ServerError)):
             return _TYPES[code], True
-    if kind := rows.statuses.get(number) or _STATUSES.get(number):
-        return kind, number != 403 or words.find(f"(?i){_NAMES_PERMISSION}") is not None
+    if number in _STATUSES:
+        sure = number != 403 or bool(words.find(f"(?i){_NAMES_PERMISSION}"))
+        return _STATUSES[number], sure
     if number == 503 and waits:
         return Overloaded, True
     last = (_LAST_TYPES[code] for code in report.codes if code in _LAST_TYPES)
@@ -2927,107 +2739,62 @@ def _class_of(
     return by_hundred.get(number // 100) or next(last, InvalidResponse), True
 
 
-def _may_mean(
-    kind: type[ProviderError], status: int, report: _Report, words: _Words, phrase: str
-) -> bool:
-    """Whether a phrase means what it says at this status."""
-    if kind is AuthenticationError:
-        return status < 500
-    if kind is ContentFiltered:  # else a service of that name has trouble
-        return status in (200, 400, 403, 422)
-    if kind is ProviderUnavailable:  # else it is about the address of a picture
-        return status in (200, 404, 405)
-    if kind is not QuotaExceeded or phrase.startswith("limit: 0"):
-        return True
-    # Gemini speaks of its quota at any rate limit, and then names a delay, here or in its details
-    soon = phrase.startswith("exceeded your current quota") and _in_words(words) is not None
-    return report.delay is None and not soon
-
-
-# -- how long to wait
-
-
 def _retry_hint(
     headers: Mapping[str, str], report: _Report, words: _Words, limited: bool
 ) -> float | None:
-    """Seconds to wait by the server's own word, in any of its forms; None for nonsense."""
-    after = headers.get("retry-after", "")
-    said = [_seconds(headers.get("retry-after-ms", ""), 0.001), _seconds(after), _until(after)]
-    named = [seconds for seconds in said if seconds is not None]
-    if named:
-        return max(named)  # the milliseconds may be rounded down to 0
-    told = _in_words(words) if report.delay is None else report.delay
-    if told is not None or not limited:
-        return told
-    kinds = ("-requests", "-tokens", "-input-tokens", "-output-tokens", "")
-    resets = [_reset(headers, kind) for kind in kinds]
-    return max((reset for reset in resets if reset is not None), default=None)
-
-
-#: Seconds of each unit; without a known unit a number means seconds.
-_UNITS = {"ms|milli.*": 0.001, "m|min.*": 60.0, "h|hr.*|hour.*": 3600.0, "d|days?": 86400.0}
-
-
-def _in_words(words: _Words) -> float | None:
-    """Seconds of ``try again in 6m0s``, ``wait 42342 seconds`` or ``retry after 2 minutes``."""
-    one = r"\d{1,12}(?:\.\d{1,9})? ?[a-z]{0,20}"
-    asks = "(?i)(?:try again|retry|wait)(?: in| after| for)?"
-    found = words.find(rf"{asks} ({one}(?: ?{one}){{0,3}})")
-    return None if found is None else _summed(found.group(1).lower())
-
-
-def _summed(text: str) -> float:
-    """Seconds of ``1h2m3s`` or ``2 minutes``."""
-    total = 0.0
-    for number, unit in _pattern(r"(\d{1,12}(?:\.\d{1,12})?) ?([a-z]{0,20})").findall(text):
-        scales = (scale for units, scale in _UNITS.items() if _pattern(units).fullmatch(unit))
-        total += float(number) * next(scales, 1.0)
-    return total
-
-
-def _reset(headers: Mapping[str, str], kind: str) -> float | None:
-    """Seconds until a rate limit that is used up is reset: a duration, a date, or milliseconds."""
-    for name, remaining, read in (
-        (f"x-ratelimit-reset{kind}", f"x-ratelimit-remaining{kind}", _duration),
-        (f"anthropic-ratelimit{kind}-reset", f"anthropic-ratelimit{kind}-remaining", _until),
+    """Seconds to wait by the server's own word; None for nonsense."""
+    resets = [
+        value for name, value in headers.items()
+        if "ratelimit" in name.lower() and "reset" in name.lower()
+        and headers.get(name.lower().replace("reset", "remaining"), "0").strip() in ("0", "")
+    ]
+    asks = words.find(_ASKS)
+    for texts in (
+        [headers.get("retry-after-ms", "") + "ms", headers.get("retry-after", "")],
+        [report.delay or (asks[1] if asks else "")],
+        resets if limited else [],
     ):
-        if name in headers and headers.get(remaining, "0").strip() in ("0", ""):
-            seconds = read(headers[name])
-            if seconds is not None and seconds > 1e9:  # a moment since 1970, at OpenRouter in ms
-                seconds = max(0.0, (seconds / 1000 if seconds > 1e11 else seconds) - time.time())
-            return seconds
+        found = [seconds for text in texts if (seconds := _delay(text)) is not None]
+        if found:
+            return max(found)  # milliseconds may be rounded down to 0
     return None
 
 
+#: How units begin, and their seconds.
+_UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
+#: A number and its unit, perhaps.
+_SPAN = (
+    r"(\d{1,15}(?:\.\d{1,12})?)"
+    r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
+)
+_ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
+
+
+def _delay(text: str) -> float | None:
+    """Seconds of ``7``, ``6m0s``, ``2 minutes``, or until a date or a moment since 1970."""
+    text = text[:64].strip().rstrip(".")
+    span, folded = _pattern(_SPAN), text.lower()
+    if not text or span.sub("", folded).strip():
+        return _until(text)
+    total = 0.0
+    for number, unit in span.findall(folded):
+        total += float(number) * next(size for start, size in _UNITS if unit.startswith(start))
+    if total > 1e9:  # OpenRouter says milliseconds since 1970
+        total = max(0.0, (total / 1000 if total > 1e11 else total) - time.time())
+    return total
+
+
 def _until(text: str) -> float | None:
-    """Seconds until an HTTP date or an RFC 3339 date; 0 if it is past, None if it is no date."""
+    """Seconds until an HTTP or RFC 3339 date; 0 if it is past."""
     import datetime
     from email.utils import parsedate_to_datetime
 
-    text = text[:64]
-    try:
-        iso = text[:4].isdigit() and "T" in text
-        read = datetime.datetime.fromisoformat if iso else parsedate_to_datetime
-        when = read(text.replace("Z", "+00:00") if iso else text)
-        zone = when.tzinfo or datetime.timezone.utc  # without one it is not this machine's
-        return max(0.0, when.replace(tzinfo=zone).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-
-
-def _seconds(text: str, unit: float = 1.0) -> float | None:
-    try:
-        value = float(text[:64]) * unit
-    except ValueError:
-        return None
-    return value if 0 <= value < math.inf else None
-
-
-def _duration(text: str) -> float | None:
-    """Go's durations: ``6m0s``, ``120ms``, ``1h2m3s``; a bare number is seconds."""
-    text = text[:64].strip().rstrip(".")
-    whole = _pattern(r"(?:\d{1,12}(?:\.\d{1,12})?(?:ms|h|m|s))+").fullmatch(text)
-    return _summed(text) if whole else _seconds(text)
+    for read in (datetime.datetime.fromisoformat, parsedate_to_datetime):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
+            when = read(text.replace("Z", "+00:00"))
+            zone = when.tzinfo or datetime.timezone.utc  # without one it is not this machine's
+            return max(0.0, when.replace(tzinfo=zone).timestamp() - time.time())
+    return None
 
 
 # ==== wire formats ================================================================================
@@ -3959,7 +3726,7 @@ class _HTTPProvider(LLMProvider):
     _key_hosts: ClassVar[tuple[str, ...]] = ()  #: where its key may go; .x.com: to hosts below
     _needs_model: ClassVar[bool] = True
     _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
-    _rows: ClassVar[_Rows] = _Rows()
+    _rows: ClassVar[_Phrases] = ()
     _is_ours = True
 
     def __init__(
@@ -4255,7 +4022,7 @@ class _HTTPProvider(LLMProvider):
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
-                answer.secrets, answer.limited = (*self._secrets, key), self._own_session
+                answer.secrets = (*self._secrets, key)
                 if not self._own_session:
                     answer.secrets += self._added(response.request.headers, headers)
                 if answer.status != 408 or limits.fresh or not limits.reused:
@@ -4453,7 +4220,7 @@ class _HTTPProvider(LLMProvider):
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        shown = _masked(_clean(words.shown), answer.secrets)
+        shown = _masked(_clean(words.shown))
         may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
         error = kind(
             shown or f"status {status} without a message to show", provider=self._vendor,
@@ -5130,7 +4897,7 @@ class OpenAIProvider(_HTTPProvider):
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
     _key_hosts = (".openai.com", ".azure.com")
-    _rows = _Rows(phrases=((r"^incorrect api key provided", AuthenticationError),))  # xAI, at 400
+    _rows = ((r"^incorrect api key provided", AuthenticationError),)  # xAI, at 400
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -5381,10 +5148,10 @@ class AnthropicProvider(_HTTPProvider):
     _cut_paths, _ping_path = ("/messages",), "/models?limit=1"
     _key_variables, _url_variable = ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     _key_hosts = (".anthropic.com",)
-    _rows = _Rows(phrases=(  # all at 400
+    _rows = (  # all at 400
         (r"specified api usage limits|^your credit balance is too low", QuotaExceeded),
         (r"^this organization has been disabled", AuthenticationError),
-    ))
+    )
 
     def _full_url(self, url: str) -> str:
         """Anthropic's own client adds /v1 to any path, and compatible servers expect that."""
@@ -5553,7 +5320,7 @@ class GeminiProvider(_HTTPProvider):
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
-    _rows = _Rows(phrases=((r"^user location is not supported", AuthenticationError),))  # at 400
+    _rows = ((r"^user location is not supported", AuthenticationError),)  # at 400
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it

@@ -604,7 +604,7 @@ HINTS = {
     "nan": ("Retry-After: nan", 15), "infinite": ("Retry-After: inf", 15),
     "impossible_date": ("Retry-After: Thu, 99 Foo 1970 99:00:00 GMT", 15),
     "reset_duration": ("x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1m30s", 90),
-    "absent": ("X-Nothing: 1", 15), "huge": ("Retry-After: 1e308", 3600)}
+    "absent": ("X-Nothing: 1", 15), "huge": ("Retry-After: 99999999", 3600)}
 for _name, (_header, _seconds) in HINTS.items():
     row(f"hint_{_name}", RateLimited, RAW, f"1 open {_seconds}",
         lambda x, header=_header: x.refuse("rate_limited", header))
