@@ -663,50 +663,40 @@ def _call_sent(call: ToolCall) -> dict[str, Any]:
 
 
 # ==== circuit breaker =============================================================================
-# One immutable record holds the state. The rules are two pure functions, ``_admitted`` and
-# ``_after``. Changes, functions from the old record to the new one, wait in a queue; whoever finds
-# the lock free applies them in order. So nobody waits for the lock, and a finalizer may settle a
-# ticket in the middle of another change. While the holder of the lock waits for a store, others
-# change the record alone. Reads take no lock. Only a store runs under it, no user's code.
+# One immutable record holds the state. A change is a function from the old record to the new one,
+# applied anew until no other change comes between. Reads take no lock; only the thread that asks a
+# store waits for it. No code of the user's runs under a lock that others wait for.
 
 _SOON = 1.0  #: seconds that retry_after says at most during a trial
-#: A trial's lease doubles with each takeover up to this: a slow provider can close in the end.
-_MAX_LEASE_GROWTH = 8
-_LONGEST_PARK = 600.0  #: seconds that a long park grows to, where the server names no time
 
 
 class BreakerSnapshot(NamedTuple):
-    """A breaker at one moment. ``generation`` grows with every change; ``failures``: in a row.
+    """A breaker at one moment."""
 
-    ``retry_after``: seconds until a call may get through, None when closed or open until reset.
-    ``reason``: of the last change. ``opened``, ``rejected``, ``stale``: how often it opened,
-    refused, and dropped a late result.
-    """
-
-    state: str
-    generation: int
-    failures: int
-    retry_after: float | None
-    reason: str
-    opened: int
-    rejected: int
-    stale: int
+    state: str  #: closed | open | half_open
+    generation: int  #: grows with every change
+    failures: int  #: in a row
+    retry_after: float | None  #: seconds until a call may get through; None: closed, or until reset
+    reason: str  #: of the last change
+    opened: int  #: how often
+    rejected: int  #: calls
+    stale: int  #: late results that were dropped
 
     def to_dict(self) -> dict[str, Any]:
-        """The same by name, JSON-able."""
+        """JSON-able."""
         return self._asdict()
 
 
 class BreakerRecord(NamedTuple):
-    """The state of a breaker, as a store keeps it: plain values, JSON-able by ``_asdict()``."""
+    """What a store keeps of a breaker. ``_asdict()`` is JSON-able."""
 
     state: str = "closed"  #: closed | open | half_open
-    generation: int = 0  #: grows with every change of state and every write to a store
+    generation: int = 0  #: grows with every change
     era: int = 0  #: the generation in which this state, or this trial, began
     failures: int = 0  #: consecutive
-    deadline: float = 0.0  #: of the open time (inf: until reset) or the lease, in the owner's time
+    deadline: float = 0.0  #: of the open time (inf: until reset) or lease, in the time of its owner
     span: float = 0.0  #: until the deadline when it was set: a clock that jumps adds nothing
-    trips: int = 0  #: openings by failures since a success: they double the time
+    trips: int = 0  #: openings by failures since a success: they double the open time
     takeovers: int = 0  #: trials since a verdict whose lease ran out
     opened: int = 0
     reason: str = ""
@@ -714,132 +704,120 @@ class BreakerRecord(NamedTuple):
     heals: bool = True  #: False: a person must mend it (key, money)
 
 
-class _Outcome(NamedTuple):
-    """A verdict on its way into the record."""
-
-    kind: str  #: success | failure | neutral | park | park long | park longer
-    trial: bool
-    late: bool  #: the ticket is of an older era: only a park still counts
-    seconds: float | None
-    reason: str
-    stretch: float  #: of the open time, by the breaker's jitter
+def _changed(old: BreakerRecord, **changes: Any) -> BreakerRecord:
+    return old._replace(generation=old.generation + 1, **changes)
 
 
 def _begun(
     old: BreakerRecord, state: str, now: float, length: float, **changes: Any
 ) -> BreakerRecord:
-    """A new era, for a state or a trial, with a deadline in ``length`` seconds."""
-    new = old._replace(state=state, deadline=now + length, span=length, **changes)
-    return new._replace(generation=old.generation + 1, era=old.generation + 1)
+    """A new state or trial, for ``length`` seconds."""
+    era = old.generation + 1
+    return _changed(old, state=state, era=era, deadline=now + length, span=length, **changes)
 
 
 def _opened(old: BreakerRecord, now: float, length: float, **changes: Any) -> BreakerRecord:
-    fresh = old._replace(takeovers=0, heals=True, opened=old.opened + 1)
-    return _begun(fresh, "open", now, length, **changes)
+    changes = {"takeovers": 0, "heals": True, "opened": old.opened + 1, **changes}
+    return _begun(old, "open", now, length, **changes)
 
 
 def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
-    fresh = BreakerRecord(generation=old.generation, opened=old.opened, reason=reason)
-    return _begun(fresh, "closed", 0.0, 0.0)
+    new = BreakerRecord(generation=old.generation, opened=old.opened, reason=reason)
+    return _begun(new, "closed", 0.0, 0.0)
 
 
-def _admitted(
-    old: BreakerRecord, now: float, rules: CircuitBreaker
-) -> tuple[BreakerRecord, tuple[int, bool] | None]:
-    """The record after a request for leave, and (era, is a trial) of the ticket, or None."""
-    if old.state == "closed":
-        return old, (old.era, False)
-    if now < old.deadline:
-        return old, None
+def _admitted(old: BreakerRecord, now: float, rules: CircuitBreaker) -> BreakerRecord:
+    """With a new trial, if one is due."""
+    if old.state == "closed" or now < old.deadline:
+        return old
     takeovers = old.takeovers + (old.state == "half_open")
-    lease = rules.trial_timeout * min(2 ** max(0, takeovers - 1), _MAX_LEASE_GROWTH)
-    trial = _begun(old, "half_open", now, lease, takeovers=takeovers)
-    return trial, (trial.era, True)
+    # The lease grows, so that a slow provider can close in the end.
+    lease = rules.trial_timeout * min(2 ** max(0, takeovers - 1), 8)
+    return _begun(old, "half_open", now, lease, takeovers=takeovers)
 
 
-def _after(old: BreakerRecord, what: _Outcome, now: float, rules: CircuitBreaker) -> BreakerRecord:
-    if what.kind.startswith("park"):
-        return _parked(old, what, now, rules)
-    if what.late:
+def _after(
+    old: BreakerRecord, ticket: Ticket, kind: str, seconds: float | None, reason: str, now: float
+) -> BreakerRecord:
+    """``kind``: success, failure, neutral, park, park long or park longer."""
+    rules = ticket._breaker
+    stretch = _drawn(1.0, 1.0 + rules.jitter) if rules.jitter else 1.0
+    if kind.startswith("park"):
+        again, long = old.state == "open", kind != "park"
+        level = max(old.parks - again, int(kind == "park longer")) if long else 0
+        most = max(600.0, rules.recovery_timeout)
+        grown = min(rules.recovery_timeout * 4.0 ** min(level, 64), most) * stretch
+        length = max(grown, seconds or 0.0) if long or seconds is None else seconds
+        parks, heals = (level + 1, seconds is not None) if long else (old.parks, True)
+        more = {"parks": parks, "heals": heals, "reason": reason or "parked"}
+        if not again:
+            return _opened(old, now, length, **more)
+        later = now + length > old.deadline  # a park never shortens the open time
+        return _changed(old, deadline=now + length, span=length, **more) if later else old
+    if ticket._era != old.era:
         return old
-    if what.kind == "success":
-        if what.trial:
+    if kind == "success":
+        if ticket.is_trial:
             return _closed(old, "recovered")
-        return old._replace(failures=0, trips=0) if old.failures else old
-    if what.kind == "neutral":
-        return _begun(old, "open", now, 0.0) if what.trial else old  # the next caller may try
+        return _changed(old, failures=0, trips=0) if old.failures else old
+    if kind == "neutral":
+        return _begun(old, "open", now, 0.0)  # a trial: the next caller may try
     failures = old.failures + 1
-    if not what.trial and failures < rules.failure_threshold:
-        return old._replace(failures=failures)
+    if not ticket.is_trial and failures < rules.failure_threshold:
+        return _changed(old, failures=failures)
     grown = rules.recovery_timeout * 2.0 ** min(old.trips, 64)
-    length = min(grown, rules.max_recovery_timeout) * what.stretch
-    reason = what.reason or "failed"
-    return _opened(old, now, length, trips=old.trips + 1, failures=failures, reason=reason)
-
-
-def _parked(old: BreakerRecord, what: _Outcome, now: float, rules: CircuitBreaker) -> BreakerRecord:
-    """Open at once. A park while it is open already only moves the deadline later."""
-    again = old.state == "open"
-    parks, length, heals = old.parks, what.seconds, True
-    if what.kind != "park":
-        heals = length is not None
-        level = max(0, parks - again)
-        level += what.kind == "park longer" and level == 0
-        most = max(_LONGEST_PARK, rules.recovery_timeout)
-        grown = min(rules.recovery_timeout * 4.0 ** min(level, 64), most)
-        length = max(grown * what.stretch, length or 0)
-        parks = level + 1
-    elif length is None:
-        length = rules.recovery_timeout * what.stretch
-    if again and now + length <= old.deadline:
-        return old
-    new = old._replace(deadline=now + length, span=length) if again else _opened(old, now, length)
-    return new._replace(parks=parks, heals=heals, reason=what.reason or "parked")
+    length = min(grown, rules.max_recovery_timeout) * stretch
+    why = reason or "failed"
+    return _opened(old, now, length, trips=old.trips + 1, failures=failures, reason=why)
 
 
 _Change = Callable[[BreakerRecord], BreakerRecord]
-_NO_ERA = -1  #: of tickets whose verdict decides nothing; a park still counts
-
-
-def _numbered(old: BreakerRecord, new: BreakerRecord) -> BreakerRecord:
-    """The new record with a new generation: others see in a store that it changed."""
-    same = new is not old and new.generation == old.generation
-    return new._replace(generation=old.generation + 1) if same else new
+_Step = tuple[BreakerRecord, BreakerRecord]  #: before and after a change
+_NO_ERA = -1  #: of tickets of which only parks count
 
 
 class Ticket:
-    """Leave to make one call. A method or leaving its ``with`` block settles it; the first counts.
+    """Leave to make one call. A method, or leaving its ``with`` block, settles it, once.
 
-    Thread-safe, also in a finalizer. If it is never settled, a trial's lease runs out.
+    Thread-safe, also in a finalizer. A trial that is never settled ends with its lease.
     """
 
-    __slots__ = ("_breaker", "_era", "_settled", "is_trial")
+    __slots__ = ("_breaker", "_era", "_local", "_settled", "is_trial")
 
     def __init__(self, breaker: CircuitBreaker, era: int, is_trial: bool) -> None:
         self._breaker, self._era, self.is_trial, self._settled = breaker, era, is_trial, False
+        self._local = False  #: the trouble may be of this machine
 
     def success(self) -> None:
         """The call worked: closes after a trial, resets the count of failures."""
         record = self._breaker._record
         if record.era == self._era and record.failures == 0 and not self.is_trial:
-            self._settled = True  # every healthy call: nothing to change, no lock
+            self._settled = True  # most calls: nothing to change, no lock
         else:
-            self._breaker._settle(self, "success")
+            self._settle("success")
 
     def failure(self, reason: str | BaseException = "") -> None:
         """The call failed: counted; after a trial the breaker opens again."""
         text = _error_text(reason) if isinstance(reason, BaseException) else reason
-        self._breaker._settle(self, "failure", reason=text)
+        self._settle("failure", reason=text)
 
     def neutral(self) -> None:
-        """It says nothing about the other side; a trial is handed on to the next caller."""
-        self._breaker._settle(self, "neutral")
+        """It says nothing about the other side; the next caller may have the trial."""
+        self._settle("neutral")
 
     def park(self, seconds: float | None = None, reason: str = "") -> None:
-        """The other side wants to be left alone for ``seconds`` (None: the recovery timeout)."""
+        """Open at once, for ``seconds`` (None: the recovery timeout)."""
         if seconds is not None:
             _number(seconds, "seconds")
-        self._breaker._settle(self, "park", seconds, reason)
+        self._settle("park", seconds, reason)
+
+    def _settle(self, kind: str, seconds: float | None = None, reason: str = "") -> None:
+        if kind == "neutral" and not self.is_trial:
+            self._settled = True
+        if not self._settled:
+            now = self._breaker._clock()
+            change = lambda old: _after(old, self, kind, seconds, reason, now)  # noqa: E731
+            self._breaker._change(change, self)
 
     def __enter__(self) -> Ticket:
         return self
@@ -851,14 +829,14 @@ class Ticket:
             self._judge(error)
 
     def _judge(self, error: BaseException, verdict: _Verdict | None = None) -> None:
-        """Settle by what an error means, or by a verdict that is there already."""
+        """Settle by what an error means (``verdict``, if that is known)."""
         if not self._settled:
             found = verdict or _judged(error)
-            local = isinstance(error, (ProviderUnavailable, AuthenticationError))
-            self._breaker._settle(self, found.breaker, found.seconds, _error_text(error), local)
+            self._local = isinstance(error, (ProviderUnavailable, AuthenticationError))
+            self._settle(found.breaker, found.seconds, _error_text(error))
 
     def _begin_anew(self) -> None:
-        """A stream's first item settles a trial; what comes later counts as an ordinary call."""
+        """A stream's first item settles a trial; the rest counts as an ordinary call."""
         if self.is_trial:
             self.success()
             record = self._breaker._record
@@ -867,23 +845,22 @@ class Ticket:
 
 
 class CircuitBreaker:
-    """Stops calling what keeps failing, and finds out with one single call when it works again.
+    """Stops calling what keeps failing, and finds out with one call when it works again.
 
     Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it
     refuses for ``recovery_timeout`` seconds (0: not at all). Then one caller gets a trial: success
-    closes, failure opens again, for the same time or, up to ``max_recovery_timeout`` (None: never
-    longer), for twice as long. After ``trial_timeout`` seconds the next caller takes a trial over.
+    closes, failure opens for the same time or, up to ``max_recovery_timeout`` (None: never longer),
+    for twice as long. After ``trial_timeout`` seconds the next caller takes a trial over.
 
     Use ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or a Ticket's methods. A
-    ProviderError's class says failure, neutral or park; any other Exception is a failure; what is
-    no Exception (KeyboardInterrupt, a closed generator) is neutral.
+    ProviderError's class says failure, neutral or park; another Exception is a failure; what is no
+    Exception (KeyboardInterrupt, a closed generator) is neutral.
 
-    ``jitter``: each open time is drawn from 1 to 1 + ``jitter`` times its length. ``name``: for
-    messages, and the key in a store; in a chain "" takes the tier's. ``clock``: seconds that only
-    grow. ``store``: shares the state with other breakers of this name, by the store's time; None
-    does not. ``on_change(name, old, new, reason)`` is called after each change of state, in order,
-    outside the lock; what it raises is logged. Thread-safe; a forked child has its own copy. Raises
-    ConfigError.
+    ``jitter``: each open time is drawn from 1 to 1 + ``jitter`` times its length. ``name``: in a
+    chain "" takes the tier's. ``clock``: seconds that only grow. ``store``: shares the state with
+    other breakers of this name; None does not. ``on_change(name, old, new, reason)`` is called
+    after each change of state; what it raises is logged. Thread-safe; a forked child has its own
+    copy. Raises ConfigError.
     """
 
     def __init__(
@@ -892,22 +869,22 @@ class CircuitBreaker:
         clock: Callable[[], float] = time.monotonic, store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None, jitter: float = 0.0,
     ) -> None:
-        _number(failure_threshold, "failure_threshold", least=1, whole=True)
-        self.failure_threshold = failure_threshold
+        self.failure_threshold: int = _number(
+            failure_threshold, "failure_threshold", least=1, whole=True
+        )
         self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
         longest = recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
-        _number(longest, "max_recovery_timeout", least=recovery_timeout)
-        self.max_recovery_timeout: float = longest
-        self.trial_timeout: float = _number(trial_timeout, "trial_timeout")
-        if not trial_timeout:
-            raise ConfigError("trial_timeout=0: a trial needs time: give more than 0 seconds")
+        self.max_recovery_timeout: float = _number(
+            longest, "max_recovery_timeout", least=recovery_timeout
+        )
+        self.trial_timeout: float = _number(trial_timeout, "trial_timeout", least=1e-3)
         self.jitter: float = _number(jitter, "jitter", finite=True)
         if not isinstance(name, str):
             raise ConfigError(f"name={name!r:.60}: give a str")
-        _function(on_change, "on_change", optional=True)
-        self.name, self._listeners = name, [on_change] if on_change else []
+        self.name = name
+        self._on_change = _function(on_change, "on_change", optional=True)
         self._clock: Callable[[], float] = _function(clock, "clock")
-        self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains, told of every change
+        self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()  #: chains
         self._record = BreakerRecord()
         self._rejected = self._stale = 0
         self._shared: _SharedView | None = None
@@ -917,30 +894,22 @@ class CircuitBreaker:
         _renewed_after_fork.add(self)
 
     def _set_up(self) -> None:
-        self._lock, self._delivering = threading.Lock(), threading.Lock()
-        self._brief = threading.Lock()  #: guards _rejected and the replacing of _record
-        #: Changes that wait, whose verdict each is, and whether the trouble may be this machine's.
-        self._steps: deque[tuple[_Change, Ticket | None, bool]] = deque()
-        self._changes: deque[tuple[str, str, str]] = deque()  #: what is to be told
+        self._brief = threading.RLock()  # a finalizer may enter
+        self._delivering = threading.Lock()
+        self._changes: deque[tuple[str, str, str]] = deque()  #: old, new, reason; or of the store
 
     def _share(self, store: Any) -> None:
         if not self.name:
             raise ConfigError("a breaker with a store needs a name: give CircuitBreaker(name=...)")
-        for method in ("load", "swap"):
-            if not callable(getattr(store, method, None)):
-                known = "MemoryStore(), SQLiteStore(path) or RedisStore(url)"
-                raise ConfigError(f"a {type(store).__name__} has no {method}(): give {known}")
+        if not (hasattr(store, "load") and hasattr(store, "swap")):
+            known = "SQLiteStore(path) or RedisStore(url)"
+            raise ConfigError(f"a {type(store).__name__} has no load and swap: give {known}")
         self._shared = _SharedView(self, store)
-
-    # -- reading
 
     def _look(self) -> BreakerRecord:
         """The record, read from the store if that is due."""
-        shared = self._shared
-        if shared and self._clock() >= shared.next_read and not self._lock.locked():
-            with self._lock:
-                shared.load()
-            self._work()
+        if self._shared is not None:
+            self._shared.refresh()
         return self._record
 
     @property
@@ -986,8 +955,6 @@ class CircuitBreaker:
         record = self._look()
         return record.state == "closed" or self._clock() >= record.deadline
 
-    # -- guarding calls
-
     def admit(self) -> Ticket:
         """Leave to make one call. Raises CircuitOpen. Settle the ticket."""
         ticket = self._try_admit()
@@ -1013,7 +980,7 @@ class CircuitBreaker:
     def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
         """Decorate a function, or a generator function: admitted at its first ``next()``."""
         if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError("a CircuitBreaker guards blocking functions, no async ones")
+            raise TypeError("a CircuitBreaker guards blocking functions")
         body: Any = fn
 
         def stream(*args: Any, **kwargs: Any) -> Any:
@@ -1026,8 +993,6 @@ class CircuitBreaker:
         guarded: Any = stream if inspect.isgeneratorfunction(fn) else once
         return functools.wraps(fn)(guarded)
 
-    # -- by hand
-
     def open(self, seconds: float | None = None, reason: str = "") -> None:
         """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
         length = math.inf if seconds is None else _number(seconds, "seconds")
@@ -1038,168 +1003,99 @@ class CircuitBreaker:
         """Close, forget what was counted, ignore the results of calls under way."""
         self._change(lambda old: _closed(old, "reset"))
 
-    # -- tickets
-
-    def _try_admit(self) -> Ticket | None:
+    def _try_admit(self, forced: bool = False) -> Ticket | None:
+        """``forced``: also while open, unless by hand."""
         record = self._record if self._shared is None else self._look()
         if record.state == "closed":
             return Ticket(self, record.era, False)
         now = self._clock()
-        found = self._trial(now) if now >= record.deadline else None
-        if found is not None:
-            return Ticket(self, *found)
+        if now >= record.deadline and not (self._shared and self._shared.is_busy()):
+            old, new = self._change(lambda old: _admitted(old, now, self))
+            if new is not old or new.state == "closed":
+                return Ticket(self, new.era, is_trial=new is not old)
         with self._brief:
             self._rejected += 1
+        if forced and self._record.deadline != math.inf:
+            return Ticket(self, _NO_ERA, False)
         return None
 
-    def _trial(self, now: float) -> tuple[int, bool] | None:
-        """None if another caller was quicker."""
-        found: tuple[int, bool] | None = None
-
-        def change(old: BreakerRecord) -> BreakerRecord:
-            nonlocal found
-            new, found = _admitted(old, now, self)
-            return new
-
-        if not self._lock.locked():
-            with self._lock:
-                self._keep(change)
-        elif self._shared and time.monotonic() - self._shared.in_store > 2 * _STORE_BUDGET:
-            self._change_alone(change)
-        self._work()
-        return found
-
-    def _force_admit(self) -> Ticket | None:
-        """The last resort, also while open unless by hand. Such a ticket decides nothing."""
-        ticket = self._try_admit()
-        if ticket is None and self._record.deadline != math.inf:
-            ticket = Ticket(self, _NO_ERA, False)
-        return ticket
-
     def _refusal(self, record: BreakerRecord) -> CircuitOpen:
-        """A new exception each time, or its traceback would grow."""
-        error = CircuitOpen(self._why(record))
+        error = CircuitOpen(self._why(record))  # a new one each time, or its traceback would grow
         error.retry_after = self._remaining(record)
         return error
 
     def _why(self, record: BreakerRecord) -> str:
-        """Why a call is refused."""
         state = "trying again with one call" if record.state == "half_open" else "open"
         until = " until reset" if record.deadline == math.inf else ""
         reason = f" ({record.reason})" if record.reason else ""
         return f"{self.name or 'circuit'} is {state}{until}{reason}"
 
-    def _settle(
-        self, ticket: Ticket, kind: str, seconds: float | None = None, reason: str = "",
-        local: bool = False,
-    ) -> None:
-        """``local``: the trouble may be this machine's own."""
-        if kind == "neutral" and not ticket.is_trial:
-            ticket._settled = True
-        if ticket._settled:
-            return
-        now = self._clock()
-        stretch = _drawn(1.0, 1.0 + self.jitter) if self.jitter else 1.0
-
-        def change(old: BreakerRecord) -> BreakerRecord:
-            late = ticket._era != old.era
-            what = _Outcome(kind, ticket.is_trial, late, seconds, reason, stretch)
-            return _after(old, what, now, self)
-
-        self._change(change, ticket, local)
-
     def _observe(self, error: BaseException | None) -> None:
-        """Take in a ping. A good one makes an open breaker's trial due."""
+        """Take in a ping. A good one makes the trial due."""
         record = self._look()
         if error is not None:
             Ticket(self, record.era if record.state == "closed" else _NO_ERA, False)._judge(error)
         elif record.state == "open" and record.deadline != math.inf:
-            due, era = min(record.deadline, self._clock()), record.era
-            self._change(lambda old: old._replace(deadline=due, span=0) if old.era == era else old)
+            now, era = self._clock(), record.era
+            self._change(lambda old: _changed(old, deadline=now, span=0) if old.era == era else old)
 
-    # -- changes
+    def _change(self, change: _Change, ticket: Ticket | None = None) -> _Step:
+        keep = self._change_alone if self._shared is None else self._shared.change
+        step = keep(change, ticket)
+        self._deliver()
+        return step
 
-    def _change(self, change: _Change, ticket: Ticket | None = None, local: bool = False) -> None:
-        self._steps.append((change, ticket, local))
-        self._work()
+    def _change_alone(self, change: _Change, ticket: Ticket | None = None) -> _Step:
+        while True:
+            old = self._record
+            new = change(old)
+            if self._set(old, new, ticket):
+                return old, new
 
-    def _work(self) -> None:
-        """Apply and tell all that waits, unless somebody else does so at this moment."""
-        while self._steps:
-            if not self._lock.locked():
-                with self._lock:
-                    while self._steps:
-                        self._apply(*self._steps.popleft(), self._keep)
-            elif self._shared and self._shared.in_store < math.inf:
-                with contextlib.suppress(IndexError):  # another thread was quicker
-                    self._apply(*self._steps.popleft(), self._change_alone)
-            else:
-                break
+    def _set(self, old: BreakerRecord, new: BreakerRecord, ticket: Ticket | None = None) -> bool:
+        """Replace the record unless somebody else did. A ticket's first verdict counts."""
+        with self._brief:
+            if self._record is not old:
+                return False
+            if ticket is not None:
+                if ticket._settled:
+                    return True
+                ticket._settled = True
+                self._stale += new is old and ticket._era not in (old.era, _NO_ERA)
+            self._record = new
+            if new.state != old.state:
+                self._changes.append((old.state, new.state, new.reason))
+        return True
+
+    def _deliver(self) -> None:
+        """Tell of all changes in order, unless somebody else does."""
         while self._changes and not self._delivering.locked():
             with self._delivering:
                 while self._changes:
                     self._tell(*self._changes.popleft())
 
-    def _apply(
-        self, change: _Change, ticket: Ticket | None, local: bool, keep: Callable[..., None]
-    ) -> None:
-        if ticket is None:
-            keep(change)
-        elif not ticket._settled:
-            before = self._record
-            keep(change, ticket._era if local else None)
-            self._stale += self._record is before and ticket._era not in (before.era, _NO_ERA)
-            ticket._settled = True  # after the change: what interrupts it leaves the ticket open
-
-    def _keep(self, change: _Change, local: int | None = None) -> None:
-        """``local``: the era of a ticket whose trouble may be this machine's own."""
-        if self._shared is None:
-            self._set(self._record, change(self._record))
-        else:
-            self._shared.keep(change, local)
-
-    def _change_alone(self, change: _Change, local: int | None = None) -> None:
-        """Change the record while the holder of the lock waits for the store."""
-        assert self._shared is not None
-        self._shared.overtaken = True
-        while True:
-            old = self._record
-            if self._set(old, _numbered(old, change(old))):
-                return
-
-    def _set(self, old: BreakerRecord, new: BreakerRecord) -> bool:
-        """Replace the record unless another thread did."""
-        with self._brief:
-            if self._record is not old:
-                return False
-            self._record = new
-        if new.state != old.state:
-            self._changes.append((old.state, new.state, new.reason))
-        return True
-
     def _tell(self, old: str, new: str, reason: str) -> None:
-        """Of a change of state, or of the store (down, back)."""
-        name, of_store = _ascii(self.name or "circuit"), old == "store"
         levels = {"open": logging.WARNING, "down": logging.WARNING, "half_open": logging.DEBUG}
-        said = {"half_open": "trying again with one call", "down": reason, "back": reason}
-        what = said.get(new, f"{new} ({reason})")
-        _log.log(levels.get(new, logging.INFO), "%s: %s", name, _ascii(what))
-        for listener in () if of_store else tuple(self._listeners):
+        what = reason if old == "store" else f"{new} ({reason})"
+        _log.log(levels.get(new, logging.INFO), "%s", _ascii(f"{self.name or 'circuit'}: {what}"))
+        data = {"old": old, "new": new, "reason": reason}
+        if old == "store":
+            data = {"store": reason}
+        elif self._on_change is not None:
             try:
-                listener(self.name, old, new, reason)
+                self._on_change(self.name, old, new, reason)
             except Exception as error:
                 if _is_task_limit(error):
                     raise
-                _log.exception("%s: a listener failed", name)
-        data = {"store": reason} if of_store else {"old": old, "new": new, "reason": reason}
+                _log.exception("%s: on_change failed", _ascii(self.name))
         for chain in tuple(self._watchers):
             chain._breaker_changed(self, data)
 
     def _renew_after_fork(self) -> None:
-        """In a child no thread applies what waits; a trial is the parent's."""
+        """A child has locks anew, and leaves a trial to its parent."""
         self._set_up()
         if self._shared is not None:
-            self._shared.next_read = -math.inf
+            self._share(self._shared._store)
         elif self._record.state == "half_open":
             self._record = _begun(self._record, "open", self._clock(), 0.0)
 
@@ -1207,27 +1103,13 @@ class CircuitBreaker:
         return f"<CircuitBreaker {self.name!r} {self._record.state}>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a CircuitBreaker cannot be copied or pickled; share it, or its snapshot()")
+        raise TypeError("a CircuitBreaker cannot be copied or pickled")
 
 
-_STORE_TRIES = 20  #: how often a change that others keep overtaking is tried again
-_STORE_PAUSES = (1.0, 60.0)  #: seconds until a store that is down is tried again: first, longest
 _STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
-
-
-class _Outage:
-    """How long a store that did not answer is left alone."""
-
-    until, pause, error = -math.inf, 0.0, ""
-
-    def begin(self, now: float, error: Exception) -> None:
-        self.pause = min(max(_STORE_PAUSES[0], 2 * self.pause), _STORE_PAUSES[1])
-        self.until = now + _drawn(self.pause / 2, self.pause)
-        self.error = type(error).__name__
-
-
-#: By store and clock, shared by breakers: else each waits for a hung store in turn.
-_outages: weakref.WeakKeyDictionary[Any, dict[Any, _Outage]] = weakref.WeakKeyDictionary()
+#: By store and clock: "until" when a store that did not answer is left alone, and the "error".
+#: Breakers share it, or each would wait for a hung store in turn.
+_outages: weakref.WeakKeyDictionary[Any, dict[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 def _checked_record(record: Any) -> BreakerRecord:
@@ -1244,13 +1126,11 @@ def _checked_record(record: Any) -> BreakerRecord:
 
 
 class _SharedView:
-    """One breaker's record in a store, for the holder of the breaker's lock.
+    """One breaker's record in a store, which only the holder of the lock asks.
 
-    The breaker's record is one of three things (``_standing``):
-
-    shared   the stored record as of the last look, perhaps with failures that are not shared;
-    ahead    changed while the store was down or busy: written as soon as the store answers;
-    own      open for a reason of this machine alone: not written.
+    ``_standing`` of the breaker's record: shared (the stored one, perhaps with own failures), ahead
+    (changed without the store: written when that answers) or own (open for a reason of this machine
+    alone: not written).
     """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
@@ -1259,183 +1139,152 @@ class _SharedView:
         self._shared_counts = getattr(store, "shared_counts", False)
         self._shares_local_errors = getattr(store, "shares_local_errors", False)
         self._standing = "shared"
-        self._seen: int | None = None  #: the stored generation as last seen; None: no record
+        self._seen: int | None = -1  #: the stored generation; None: no record; -1: unknown
         self._offset = 0.0  #: the store's time less the breaker's
-        self.next_read = -math.inf
-        self._down = False  #: the store is left alone until next_read
-        self.in_store = math.inf  #: since when the lock's holder waits for the store; inf: not now
-        self.overtaken = False  #: others changed the record meanwhile
-        self._unreadable = _Outage()  #: of this record alone
-        self._outage = _Outage()
+        self._down, self._pause = False, 0.0  #: the store is left alone, for seconds that grow
+        self._lock = threading.Lock()
+        self._in_store = math.inf  #: since when the store is asked
+        self._next_read = -math.inf
+        self._overtaken = False  #: others have changed the record alone
+        self._outage: dict[str, Any] = {"until": -math.inf}
         with contextlib.suppress(TypeError):  # a store without weak references, an unhashable clock
             self._outage = _outages.setdefault(store, {}).setdefault(breaker._clock, self._outage)
 
-    def load(self) -> None:
-        """Take over the stored record, or write what is ahead of it."""
-        now = self._breaker._clock()
-        if now < self.next_read and self._down:
-            return
-        self.next_read = now + self._refresh
-        found = self._try(self._read)
-        if self.overtaken and self._standing == "shared":
-            self._standing = "ahead"
-        self.overtaken = False
-        if found is None:
-            return
-        record, store_now = found
-        self._offset = store_now - self._breaker._clock()
-        mine = self._breaker._record
-        if record is None:
-            if self._seen is not None and mine.state != "closed" and self._standing == "shared":
-                self._standing = "ahead"  # the store has lost it
-            self._seen = None
-        elif record.generation != self._seen:
-            newer = record.generation > mine.generation or record.state != mine.state == "closed"
-            if self._standing != "ahead" or newer:
-                self._adopt(record, store_now)
-        if self._standing == "ahead" and not self._write_ahead(record):
-            return
-        if self._down:
-            self._down, self._outage.pause, self._unreadable.pause = False, 0.0, 0.0
-            self._breaker._changes.append(("store", "back", "the store is back"))
+    def is_busy(self) -> bool:
+        """Whether the store is asked now, and does not hang."""
+        return self._lock.locked() and time.monotonic() - self._in_store < 2 * _STORE_BUDGET
 
-    def keep(self, change: _Change, local: int | None) -> None:
-        """Change the stored record and the breaker's, or the breaker's alone."""
-        if self._down or self.next_read == -math.inf:
-            self.load()
-        counts, until = False, time.monotonic() + 2 * _STORE_BUDGET
-        local = None if self._shares_local_errors else local
-        for _ in range(_STORE_TRIES):
-            old, new = self._step(change)
-            if new is old:
-                return
+    def refresh(self) -> None:
+        due = self._breaker._clock() >= self._next_read or (self._overtaken and not self._down)
+        if due and not self._lock.locked():
+            with self._lock:
+                self._try(self._load)
+            self._breaker._deliver()
+
+    def change(self, change: _Change, ticket: Ticket | None) -> _Step:
+        if not self._lock.locked():
+            with self._lock:
+                return self._keep(change, ticket)
+        step = self._breaker._change_alone(change, ticket)
+        self._overtaken = True
+        return step
+
+    def _load(self) -> None:
+        """Take over the stored record, or write what is ahead of it."""
+        breaker = self._breaker
+        record, store_now = self._store.load(breaker.name)
+        if record is not None:
+            _checked_record(record)
+        if not math.isfinite(store_now):
+            raise ValueError("the time of a store is no number")
+        self._offset = store_now - breaker._clock()
+        if self._overtaken and self._standing == "shared":
+            self._standing, self._seen = "ahead", -1
+        self._overtaken = False
+        mine, stored = breaker._record, None if record is None else record.generation
+        if stored is None and self._seen is not None:  # it is new, or lost
+            above = max(mine.generation, int(store_now * 1000))  # any generation that was lost
+            breaker._set(mine, mine._replace(generation=above))
+            if mine.state != "closed" and self._standing == "shared":
+                self._standing = "ahead"
+            self._seen = None
+        elif stored is not None and stored != self._seen:
+            newer = stored > mine.generation or record.state != mine.state == "closed"
+            wins = {"shared": True, "ahead": newer, "own": record.state != "closed"}
+            if wins[self._standing]:
+                left = min(max(record.deadline - store_now, 0.0), record.span)
+                new = record._replace(deadline=breaker._clock() + left)
+                if record.state == "closed" and not self._shared_counts:
+                    same = mine.state == "closed" and record.era == mine.era
+                    new = new._replace(failures=mine.failures if same else 0)
+                self._take(mine, new)
+        if self._standing == "ahead":
+            mine = breaker._record
+            new = mine._replace(generation=max(mine.generation, (stored or 0) + 1))
+            if self._write(stored, new):
+                self._take(mine, new)
+        if self._down:
+            self._down, self._pause = False, 0.0
+            breaker._changes.append(("store", "back", "the store is back"))
+        self._next_read = breaker._clock() + self._refresh
+
+    def _take(self, old: BreakerRecord, new: BreakerRecord, ticket: Ticket | None = None) -> bool:
+        """Make the stored record the breaker's, unless others have changed that."""
+        self._seen, self._standing = new.generation, "shared"
+        return self._breaker._set(old, new, ticket)
+
+    def _keep(self, change: _Change, ticket: Ticket | None) -> _Step:
+        """Change both records, or the breaker's alone."""
+        breaker, until = self._breaker, time.monotonic() + 2 * _STORE_BUDGET
+        if self._down or self._overtaken or self._next_read == -math.inf:
+            self._try(self._load)
+        local = ticket is not None and ticket._local and not self._shares_local_errors
+        for _ in range(20):
+            old = breaker._record
+            new = change(old)
             counts = new.era == old.era and new.state == "closed" and not self._shared_counts
-            if self._down or counts or local is not None or self._standing == "own":
-                break
-            saved = self._try(self._write, self._seen, new)
+            apart = new is old or counts or local or self._standing == "own"
+            saved = None if apart or self._down else self._try(self._write, self._seen, new)
             if saved:
-                if not self._take(old, new):
-                    self._breaker._change_alone(change)
-                return
+                taken = self._take(old, new, ticket)
+                return (old, new) if taken else breaker._change_alone(change, ticket)
             if saved is None or time.monotonic() > until:
                 break
-            self.next_read = -math.inf  # another process was quicker
-            self.load()
-        old, new = self._step(change)
-        while not self._breaker._set(old, new):
-            old, new = self._step(change)
-        if local is not None or self._standing == "own":
-            self._keep_to_itself(old, new, local)
-        elif not counts and new is not old:
-            self._standing = "ahead"
-
-    def _take(self, old: BreakerRecord, new: BreakerRecord) -> bool:
-        """Make the stored record the breaker's, unless other threads have changed that."""
-        self._seen, self._standing = new.generation, "shared"
-        if self._breaker._set(old, new):
-            return True
-        self._seen, self._standing = -1, "ahead"  # no record has that generation
-        self.next_read = -math.inf
-        return False
-
-    def _step(self, change: _Change) -> tuple[BreakerRecord, BreakerRecord]:
-        """The record before and after a change; without a stored one above any generation lost."""
-        old = self._breaker._record
-        now_ms = int((self._breaker._clock() + self._offset) * 1000)
-        if self._seen is None and old.generation < now_ms:
-            self._breaker._set(old, old._replace(generation=now_ms))
-            old = self._breaker._record
-        return old, _numbered(old, change(old))
-
-    def _keep_to_itself(self, old: BreakerRecord, new: BreakerRecord, local: int | None) -> None:
-        """Trouble of this machine stays here. A trial goes back to the others."""
-        if local == old.era and old.state == "half_open" and self._standing == "shared":
-            given_back = _begun(old, "open", old.deadline - old.span, 0.0)
+            self._try(self._load)  # another process was quicker
+        old, new = breaker._change_alone(change, ticket)
+        trial = ticket is not None and ticket.is_trial and ticket._era == old.era
+        if local and trial and self._standing == "shared":
+            given_back = _begun(old, "open", breaker._clock(), 0.0)  # to the others
             if self._try(self._write, self._seen, given_back):
                 self._seen = given_back.generation
-        self._standing = "own" if new.state != "closed" else "shared"
-        if new.state == "closed":
-            self._seen, self.next_read = -1, -math.inf  # the stored record is taken over next
-
-    def _write_ahead(self, record: BreakerRecord | None) -> bool:
-        """Says whether the store answered."""
-        mine = new = self._breaker._record
-        stored = None if record is None else record.generation
-        if stored is not None and new.generation <= stored:
-            new = new._replace(generation=stored + 1)
-        saved = self._try(self._write, stored, new)
-        if saved:
-            self._take(mine, new)
-        elif saved is not None:
-            self._seen = -1  # another process was quicker
-        return saved is not None
-
-    def _adopt(self, record: BreakerRecord, store_now: float) -> None:
-        mine = self._breaker._record
-        if self._standing == "own" and record.state == "closed":
-            self._seen = record.generation
-            return
-        if record.state == "closed":
-            same = mine.state == "closed" and record.era == mine.era
-            own = mine.failures if same else 0
-            counted = record.failures if self._shared_counts else own
-            new = record._replace(deadline=0.0, failures=counted)
-        else:
-            left = min(max(record.deadline - store_now, 0.0), record.span)
-            left = math.inf if record.deadline == math.inf else left
-            new = record._replace(deadline=self._breaker._clock() + left)
-        self._take(mine, new)
-
-    def _read(self) -> tuple[BreakerRecord | None, float]:
-        found = self._store.load(self._breaker.name)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise TypeError("load() of a store returns (record or None, its time)")
-        record, now = found
-        if not math.isfinite(now):
-            raise ValueError("the time of a store is no number")
-        return None if record is None else _checked_record(record), now
+        if local or self._standing == "own":
+            self._standing = "own"
+            if new.state == "closed":
+                self._standing, self._seen, self._next_read = "shared", -1, -math.inf
+        elif new is not old and not counts:
+            self._standing = "ahead"
+        return old, new
 
     def _write(self, expected: int | None, record: BreakerRecord) -> bool:
-        deadline = record.deadline + self._offset if record.state != "closed" else 0.0
-        done = self._store.swap(self._breaker.name, expected, record._replace(deadline=deadline))
-        if not isinstance(done, int):
-            raise TypeError("swap() of a store returns whether it wrote")
-        return bool(done)
+        moved = record._replace(deadline=record.deadline + self._offset)
+        return operator.index(self._store.swap(self._breaker.name, expected, moved)) != 0
 
     def _try(self, operation: Callable[..., Any], *args: Any) -> Any:
-        """What the store says, None while it is down: it is left alone for a while that grows."""
+        """None while the store is down: it is left alone for a while that grows."""
         clock, outage = self._breaker._clock, self._outage
-        until = outage.until
-        if clock() >= until:
+        if self._down and clock() < self._next_read:
+            return None
+        if clock() >= outage["until"]:
             try:
-                self.in_store = time.monotonic()
+                self._in_store = time.monotonic()
                 return operation(*args)
             except Exception as error:
                 if _is_task_limit(error):
                     raise
                 if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                    outage, until = self._unreadable, self._unreadable.until
-                if outage.until == until:  # else another breaker has just found out
-                    outage.begin(clock(), error)
+                    outage = {"until": -math.inf}  # of this record alone
+                if clock() >= outage["until"]:  # else another breaker has just found out
+                    self._pause = min(max(1.0, 2 * self._pause), 60.0)
+                    outage["until"] = clock() + _drawn(self._pause / 2, self._pause)
+                    outage["error"] = type(error).__name__
             finally:
-                self.in_store = math.inf
-        self.next_read = outage.until
+                self._in_store = math.inf
+        self._next_read = outage["until"]
         if not self._down:
             self._down = True
             name = f"the store {getattr(self._store, 'path', '')}".rstrip()
-            what = f"{name} is down ({outage.error}): going on alone"
+            what = f"{name} is down ({outage['error']}): going on alone"
             self._breaker._changes.append(("store", "down", what))
         return None
 
 
 # ==== stores ======================================================================================
-# A store keeps the records of breakers for several processes or machines. It knows no rules:
+# A store keeps breakers' records for several processes or machines, and knows no rules.
 # ``load(name) -> (record or None, the store's time)``; ``swap(name, expected_generation, record) ->
-# bool`` writes the record if the stored one has that generation (None: if there is none) and says
-# whether it did. Both may raise anything: a breaker whose store is down goes on alone. A store may
-# have ``refresh`` (1.0: seconds that a read serves), ``shared_counts`` (False: whether failures are
-# counted together) and ``shares_local_errors`` (False: whether one machine's trouble to connect, or
-# with its key, counts for all).
+# bool`` writes the record if the stored one has that generation (None: if there is none), and says
+# whether it did. Both may raise: then a breaker goes on alone. Attributes that it may have, with
+# their defaults: ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (of
+# failures), ``shares_local_errors = False`` (one machine's trouble to connect, or with its key).
 
 
 class MemoryStore:
@@ -1455,11 +1304,11 @@ class MemoryStore:
         self._lock = threading.RLock()
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record, None if there is none, and the time."""
+        """The record or None, and the time."""
         return self._records.get(name), self._clock()
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the stored generation is the expected one (None: there is none)."""
+        """Compare the generation and write; None expects no record."""
         with self._lock:
             present = self._records.get(name)
             if (None if present is None else present.generation) != expected_generation:
@@ -1475,17 +1324,16 @@ def _record_of(text: Any) -> BreakerRecord:
 
 
 class SQLiteStore:
-    """Records in a SQLite file, for the processes of one machine: gunicorn workers, cron jobs.
+    """Records in a SQLite file, for the processes of one machine.
 
     ``path``: made when first needed, in a folder that exists, not on a network drive. Failures are
-    counted together. ``timeout``: seconds that one operation may wait for other processes. A read
-    serves for ``refresh`` seconds (0: every look reads). No file is open between operations, which
-    cost 0.1 ms each. Thread-safe and fork-safe.
+    counted together. ``timeout``: seconds that an operation may wait for other processes. A read
+    serves for ``refresh`` seconds (0: every look reads). Thread-safe and fork-safe.
     """
 
     shared_counts = True
     shares_local_errors = True
-    _version: ClassVar[int] = 1  #: of the table, as PRAGMA user_version
+    _lock: ClassVar[Any] = threading.RLock()  #: held while a thread is inside SQLite
 
     def __init__(
         self, path: str | os.PathLike[str], *, timeout: float = _STORE_BUDGET, refresh: float = 0.25
@@ -1496,33 +1344,26 @@ class SQLiteStore:
         self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
         self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
         self._file = os.path.abspath(self.path)  # absolute: SQLite reads "file:x" as a URI
-        self._renew_after_fork()
-        _renewed_after_fork.add(self)
-        _sqlite_stores.add(self)
-
-    def _renew_after_fork(self) -> None:
-        self._lock = threading.RLock()  #: held while a thread is inside SQLite
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record, None if there is none, and the time. Raises sqlite3.Error, ValueError."""
+        """The record or None, and the time. Raises sqlite3.Error, ValueError."""
         rows = self._run("SELECT record FROM breakers WHERE name = ?", name)[1]
         return (_record_of(rows[0][0]) if rows else None), time.time()
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the stored generation is the expected one (None: there is none)."""
-        values: tuple[Any, ...] = (record.generation, json.dumps(record._asdict()), name)
+        """Compare the generation and write; None expects no record."""
+        text = json.dumps(record._asdict())
         if expected_generation is None:
-            statement = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
-            return self._run(statement, *values)[0] > 0
-        where = "WHERE name = ? AND generation = ?"
-        statement = f"UPDATE breakers SET generation = ?, record = ? {where}"
-        return self._run(statement, *values, expected_generation)[0] > 0
+            sql = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
+            return self._run(sql, record.generation, text, name)[0] > 0
+        sql = "UPDATE breakers SET generation = ?, record = ? WHERE name = ? AND generation = ?"
+        return self._run(sql, record.generation, text, name, expected_generation)[0] > 0
 
     def close(self) -> None:
         """Does nothing: no file is open."""
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
-        """How many rows were changed, and those found. Raises sqlite3.Error or OSError."""
+        """The count of changed rows, and those found."""
         try:
             with self._lock:
                 import sqlite3  # not while a child is forked: it would wait for the import
@@ -1530,61 +1371,37 @@ class SQLiteStore:
                 connection = sqlite3.connect(self._file, timeout=self.timeout, isolation_level=None)
                 with contextlib.closing(connection):
                     connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
-                    version = connection.execute("PRAGMA user_version").fetchone()[0]
-                    if version not in (0, self._version):
-                        found = f"{self.path} is of version {version}, not {self._version}"
-                        raise sqlite3.DatabaseError(found)
-                    if version == 0:
-                        columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-                        connection.execute("BEGIN IMMEDIATE")
-                        connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
-                        connection.execute(f"PRAGMA user_version = {self._version}")
-                        connection.execute("COMMIT")
+                    columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
+                    connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
                     cursor = connection.execute(statement, values)
                     return cursor.rowcount, cursor.fetchall()
         except ImportError:
-            raise OSError("this Python was built without sqlite3: use another store") from None
+            raise OSError("this Python was built without sqlite3") from None
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
 
 
-#: A child forked while a thread is inside SQLite would inherit a lock that nobody gives back.
-_sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
-_held_for_fork: list[Any] = []
-
-
-def _hold_sqlite() -> None:
-    locks = [store._lock for store in list(_sqlite_stores)]
-    _held_for_fork.extend(lock for lock in locks if lock.acquire(timeout=10 * _STORE_BUDGET))
-
-
-def _release_sqlite() -> None:
-    while _held_for_fork:
-        _held_for_fork.pop().release()
-
-
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # a child would inherit locks that nobody gives back
     os.register_at_fork(
-        before=_hold_sqlite, after_in_parent=_release_sqlite, after_in_child=_held_for_fork.clear
+        before=SQLiteStore._lock.acquire, after_in_parent=SQLiteStore._lock.release,
+        after_in_child=SQLiteStore._lock.release,
     )
 
 
 class _BoundedSocket:
-    """A socket each of whose operations has only the time that ``left()`` still allows."""
+    """A socket whose operations have only the time that ``left()`` still allows."""
 
     def __init__(self, sock: Any, left: Callable[[], float]) -> None:
-        self._sock, self._left = sock, left
-        self._given: float | None = None
+        self._sock, self._left, self._given = sock, left, math.inf
 
     def __getattr__(self, name: str) -> Any:
         if name in ("recv", "recv_into", "send"):
-            left = self._left()
-            self._sock.settimeout(left if self._given is None else min(left, self._given))
+            self._sock.settimeout(min(self._left(), self._given))
         return getattr(self._sock, name)
 
     def settimeout(self, seconds: float | None) -> None:
-        self._given = seconds
+        self._given = math.inf if seconds is None else seconds
         self._sock.settimeout(seconds)
 
     def sendall(self, data: Any, *_: Any) -> None:
@@ -1594,24 +1411,22 @@ class _BoundedSocket:
 
 
 class RedisStore:
-    """Records in Redis, for many machines. Needs PyPI's ``redis`` (the extra ``redis``).
+    """Records in Redis, for many machines. Needs PyPI's ``redis``.
 
     ``client_or_url``: a URL or a ``redis.Redis``, whose time limits and retries are not used.
-    ``namespace``: a prefix of the keys; breakers of one name and namespace share a state.
-    ``shared_counts``: whether failures are counted together; else each process needs its own
-    ``failure_threshold`` of them. One machine's trouble to connect, or with its key, opens only its
-    own breaker. ``timeout``: seconds for one operation, without a retry. A read serves for
-    ``refresh`` seconds. Its time is the server's. Sends nothing when built. Thread-safe, fork-safe.
+    ``namespace``: a prefix of the keys. ``shared_counts``: whether failures are counted together;
+    else each process needs its own ``failure_threshold`` of them. One machine's trouble to connect,
+    or with its key, opens only its own breaker. ``timeout``: seconds for one operation. A read
+    serves for ``refresh`` seconds. Thread-safe and fork-safe.
     """
 
     shares_local_errors = False
-    #: Arguments: the expected generation ("" for none), the new one, record, milliseconds to keep.
+    #: Its values: expected generation ("": none), new one, record, milliseconds to keep.
     _script: ClassVar[str] = """
         if (redis.call('HGET', KEYS[1], 'generation') or '') ~= ARGV[1] then return 0 end
         redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'record', ARGV[3])
         redis.call('PEXPIRE', KEYS[1], ARGV[4])
         return 1"""
-    _keeps: ClassVar[float] = 86400.0  #: seconds that Redis keeps a record beyond its deadline
 
     def __init__(
         self, client_or_url: Any, namespace: str = "copilot_router", *,
@@ -1619,6 +1434,8 @@ class RedisStore:
     ) -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError:
             raise ConfigError("RedisStore needs PyPI's redis: pip install redis") from None
         self.shared_counts = shared_counts
@@ -1626,29 +1443,14 @@ class RedisStore:
         self.refresh: float = _number(refresh, "RedisStore(refresh)")
         self._namespace = namespace
         self._operation = threading.local()  #: .until: when the operation of this thread is over
-        self._client: Any = redis.Redis(connection_pool=self._pool(redis, client_or_url))
-
-    def _pool(self, redis: Any, client_or_url: Any) -> Any:
-        """A pool with the given settings, in which an operation has ``timeout`` in all."""
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
-        limits = {
-            "socket_timeout": self.timeout, "socket_connect_timeout": self.timeout,
-            "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
-        }
+        given: Any = client_or_url
         try:
-            if isinstance(client_or_url, str):
-                given = redis.ConnectionPool.from_url(client_or_url)
-            else:
-                given = client_or_url.connection_pool
-            kind = given.connection_class
-            settings = {**given.connection_kwargs, **limits}
+            by_url = redis.ConnectionPool.from_url
+            given = by_url(given) if isinstance(given, str) else given.connection_pool
         except (ValueError, AttributeError):
-            shown = type(client_or_url).__name__  # a URL may hold a password
-            cure = "give a redis.Redis or a URL like redis://localhost:6379/0"
-            raise ConfigError(f"RedisStore of a {shown}: {cure}") from None
-        store = self
+            cure = "RedisStore: give a redis.Redis or a URL like redis://localhost:6379/0"
+            raise ConfigError(cure) from None  # a URL may hold a password
+        kind, store = given.connection_class, self
 
         class Connection(kind):  # type: ignore[valid-type, misc]
             def _connect(self) -> Any:
@@ -1657,18 +1459,23 @@ class RedisStore:
                 return _BoundedSocket(sock, store._left)
 
             def connect(self) -> None:
-                super().connect()  # it greets the server, which has its own time
+                super().connect()  # it has its own time
                 store._begin()
 
-        return redis.ConnectionPool(Connection, **settings)
+        settings = {
+            **given.connection_kwargs, "socket_timeout": timeout, "socket_connect_timeout": timeout,
+            "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
+        }
+        pool = redis.ConnectionPool(Connection, **settings)
+        self._client: Any = redis.Redis(connection_pool=pool)
 
     def _begin(self) -> None:
         self._operation.until = time.monotonic() + self.timeout
 
     def _left(self) -> float:
-        """Of the operation: redis-py's own limit counts anew for each byte that comes."""
-        left: float = getattr(self._operation, "until", math.inf) - time.monotonic()
-        return max(1e-4, min(left, self.timeout))
+        """Of the operation: redis-py's limit counts anew for each byte."""
+        left: float = self._operation.until - time.monotonic()
+        return max(1e-4, left)
 
     def _key(self, name: str) -> str:
         from urllib.parse import quote
@@ -1676,20 +1483,19 @@ class RedisStore:
         return f"{quote(self._namespace, safe='')}:{quote(name, safe='')}"
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
-        """The record, None if there is none, and the server's time."""
-        key = self._key(name)
-        asked = self._client.pipeline(transaction=False).hget(key, "record").time()
+        """The record or None, and the server's time."""
+        asked = self._client.pipeline(transaction=False).hget(self._key(name), "record").time()
         self._begin()
         text, (seconds, micros) = asked.execute()
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
-        """Write the record if the stored generation is the expected one (None: there is none)."""
+        """Compare the generation and write; None expects no record."""
         expected = "" if expected_generation is None else expected_generation
-        span = record.span if record.span < math.inf else 365 * self._keeps
-        text, kept = json.dumps(record._asdict()), int(1000 * (self._keeps + span))
-        values = (self._key(name), expected, record.generation, text, kept)
+        text = json.dumps(record._asdict())
+        kept = int(1000 * (86_400 + min(record.span, 3e7)))  # a day longer than open
         self._begin()
+        values = (self._key(name), expected, record.generation, text, kept)
         return bool(self._client.eval(self._script, 1, *values))
 
     def close(self) -> None:
@@ -6291,7 +6097,7 @@ class _Run:
         breaker, places, why = tier.breaker, tier._slots, ""
         while not why:
             forced = tier.role == "emergency"
-            ticket = breaker._force_admit() if forced else breaker._try_admit()
+            ticket = breaker._try_admit(forced)
             if ticket is None:
                 self._refused_by(tier, model)
                 return None

@@ -191,6 +191,19 @@ def test_the_first_verdict_counts(new):
     assert breaker.is_closed
 
 
+def test_of_two_verdicts_at_one_moment_the_first_counts():
+    clock, meanwhile = FakeClock(), []
+    def ticking():
+        if meanwhile:
+            meanwhile.pop()()
+        return clock()
+    breaker = CircuitBreaker(1, clock=ticking)
+    ticket = breaker.admit()
+    meanwhile.append(ticket.failure)
+    ticket.park(60)
+    assert breaker.retry_after == 15
+
+
 def test_a_verdict_given_again_after_an_interrupt_counts_once():
     held: list[Ticket] = []
     def make():

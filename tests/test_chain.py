@@ -1153,7 +1153,7 @@ def test_levels_of_the_log(clock, caplog):
         told = ((one.levelno, one.getMessage()) for one in caplog.records)
         return {level for level, text in told if all(word in text for word in words)}
     assert levels("a", "attempt") == {logging.DEBUG} and levels("a", "failover") == {logging.INFO}
-    assert levels("a", "open (ServerError)") == {logging.WARNING}
+    assert levels("a: open (ServerError)") == {logging.WARNING}
     assert levels("a", "closed (recovered)") == {logging.INFO}
     assert logging.WARNING in levels("call failed")
     assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
