@@ -1647,6 +1647,7 @@ def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> 
 # set to what the request's limits still allow: so a server that drips its answer is bounded.
 
 _READ_SIZE = 65536  #: bytes
+_LONGEST_IDLE = 60.0  #: seconds: a firewall may drop a connection after some minutes, silently
 _TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for the end of its body
 
 
@@ -1777,7 +1778,8 @@ class _Limited:
     def request(self, *args: Any, **kwargs: Any) -> Any:
         limits = _sending.limits
         if self.sock is not None and self.now.limits is not limits:  # a kept connection
-            if limits.fresh or getattr(self.sock, "pending", int)():  # TLS holds an answer
+            idle = limits.since - self.now.limits.since > _LONGEST_IDLE
+            if limits.fresh or idle or getattr(self.sock, "pending", int)():  # TLS holds an answer
                 self.close()  # type: ignore[attr-defined]
             else:
                 self.now.limits, limits.reused = limits, True
@@ -2244,19 +2246,19 @@ def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderE
 
 #: Specific codes and types, by the vendors' error pages; the numbers are z.ai's and MiniMax's.
 _CODES = _coded({
-    ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261 1039"
-    " context_exceeded"
-    " model_max_prompt_tokens_exceeded tokens_limit_reached max_context_length_exceeded",
+    ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261"
+    " context_exceeded model_max_prompt_tokens_exceeded tokens_limit_reached"
+    " max_context_length_exceeded",
     QuotaExceeded: "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded"
     " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
-    " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
+    " exceeded_current_quota_error insufficient_credits insufficient_funds 1113"
     " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
-    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
+    " invalidapikey api_key_expired invalid_authentication_error",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
     " model_not_supported",
     ContentFiltered: "content_filter content_policy_violation invalid_prompt cyber_policy"
@@ -2267,6 +2269,13 @@ _CODES = _coded({
     UnsupportedRequest: "unsupported_parameter unsupported_value not_supported_error"
     " model_no_support_for_function unsupported_api_for_model",
     BadRequest: "string_above_max_length",
+})
+
+#: At status 200, in ``base_resp``: https://platform.minimax.io/docs/api-reference/errorcode
+_MINIMAX_CODES = _coded({
+    QuotaExceeded: "1008 2056", RateLimited: "1002 1039 1041 2045",
+    AuthenticationError: "1004 2049", ContentFiltered: "1026 1027",
+    ServerError: "1000 1024 1033", ProviderTimeout: "1001", BadRequest: "1042 2013",
 })
 
 _PHRASES: _Phrases = (
@@ -2284,7 +2293,8 @@ _PHRASES: _Phrases = (
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
      r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
-     r"usage (limit|quota)|monthly quota|limit exhausted|calls / month", QuotaExceeded),
+     r"usage (limit|quota)|monthly quota|limit exhausted|calls / month|have any credits|"
+     r"out of call volume quota", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
      r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
      AuthenticationError),
@@ -2299,7 +2309,7 @@ _PHRASES: _Phrases = (
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
-    (r"loading model|model is loading|overloaded|server busy|maximum pending requests|"
+    (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
      r"image (input|modality)|unsupported param: tools|"
@@ -2374,8 +2384,11 @@ _PARTS = (
 )
 _TEXTS = ("message", "detail", "error_description", "status_msg", "msg")
 _CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
-#: Names of a time to wait: of Google, Codex, z.ai, and in the headers that OpenRouter repeats.
-_DELAY_NAMES = ("retryDelay", "resets_in_seconds", "retry_after", "X-RateLimit-Reset")
+#: Names of a time to wait: of Google, Codex, z.ai, Hugging Face, and in the headers that OpenRouter
+#: repeats.
+_DELAY_NAMES = (
+    "retryDelay", "resets_in_seconds", "retry_after", "estimated_time", "X-RateLimit-Reset",
+)
 
 
 def _pieces_of(body: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
@@ -2511,9 +2524,10 @@ def _class_of(
     """The class of a failure, and whether it may park the tier. ``own``: the vendor's phrases."""
     if status == 402 and waits:
         return RateLimited, True
+    codes = {**_CODES, **_MINIMAX_CODES} if status == 200 else _CODES
     for code in report.codes:
-        if code in _CODES:
-            return _CODES[code], True
+        if code in codes:
+            return codes[code], True
     for pattern, kind in (*own, *_PHRASES):
         doubtful = kind in _BLAMING and status in (200, 400, 413, 422)
         found = words.find(f"(?i){pattern}", own=doubtful)

@@ -289,7 +289,12 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                    "refreshed in the next cycle.", type="permission_error")),  # Kimi
         (429, {"error": "you (x) have reached your weekly usage limit, please wait or upgrade"}),
         (429, says("You have exceeded the monthly usage quota.")),  # Ark
-        (429, {"message": "a Trial key, which is limited to 1000 API calls / month"})],  # Cohere
+        (429, {"message": "a Trial key, which is limited to 1000 API calls / month"}),  # Cohere
+        (403, {"code": "The caller does not have permission to execute the specified operation",
+               "error": "Your newly created team doesn't have any credits yet."}),  # xAI
+        (403, {"statusCode": 403, "message": "Out of call volume quota. Quota will be replenished "
+               "in 01:05:23."}),  # Azure's gateway
+        (200, {"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}})],
     ContextLengthExceeded: [
         (400, says("<400> InternalError.Algo.InvalidParameter: Range of input length should be "
                    "[1, 983616]", code="invalid_parameter_error")),  # DashScope
@@ -344,6 +349,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, says("x", type="api_error")), (429, says("x", type="server_error")),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
                "rate-limited upstream"}}}),
+        *((200, {"base_resp": {"status_code": at, "status_msg": "no"}}) for at in (1002, 1039)),
         (429, says("Rate limit reached for gpt in organization o on tokens per min (TPM)",
                    type="tokens", code="rate_limit_exceeded"))],
     BadRequest: [
@@ -364,6 +370,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
     Overloaded: [
         (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
         (503, says("server busy, maximum pending requests exceeded")),
+        (503, {"error": "Model a/b is currently loading", "estimated_time": 20.0}),  # Hugging Face
         (200, says("x", type="overloaded_error"))],
     ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
     ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {}), (407, {})]}

@@ -184,6 +184,16 @@ def test_a_kept_connection_takes_the_limits_of_the_new_request() -> None:
         assert server.connections == 1
 
 
+def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: Any) -> None:
+    """A firewall may have dropped it without a word."""
+    real, later = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + later[0])
+    with Peer(healthy) as server, provider(server.url) as client:
+        for seconds, connections in ((0, 1), (50, 1), (120, 2)):
+            later[0] = seconds
+            assert (ask(client), server.connections) == ("good", connections)
+
+
 def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
     """Without a garbage collector, too."""
     serve = says(HEAD + b"\r\n" + event("good"), then_silent=True)
@@ -412,10 +422,11 @@ def test_an_empty_body_is_called_so() -> None:
         fails(client, InvalidResponse, match="an empty body")
 
 
-def test_a_whole_answer_without_its_last_chunk_is_truncated() -> None:
-    data = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE).removesuffix(b"0\r\n\r\n")
-    with Peer(says(data, keep=False)) as server, provider(server.url) as client:
-        fails(client, InvalidResponse, match="truncated: the connection broke")
+def test_a_whole_answer_needs_its_last_chunk_and_an_end_of_its_trailers() -> None:
+    body = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE).removesuffix(b"0\r\n\r\n")
+    for data, match in ((body, "truncated"), (body + b"0\r\n" + bytes(70_000), "garbled HTTP")):
+        with Peer(says(data, keep=False)) as server, provider(server.url) as client:
+            fails(client, InvalidResponse, match=match)
 
 
 def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
