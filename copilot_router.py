@@ -2253,12 +2253,12 @@ _CODES = _coded({
     " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
-    " exceeded_current_quota_error insufficient_credits insufficient_funds 1113"
+    " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
     " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
-    " invalidapikey api_key_expired invalid_authentication_error",
+    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
     " model_not_supported",
     ContentFiltered: "content_filter content_policy_violation invalid_prompt cyber_policy"
@@ -2271,11 +2271,11 @@ _CODES = _coded({
     BadRequest: "string_above_max_length",
 })
 
-#: At status 200, in ``base_resp``: https://platform.minimax.io/docs/api-reference/errorcode
+#: More numbers of MiniMax, at status 200; z.ai has others of the same form at other statuses.
+#: Source: https://platform.minimax.io/docs/api-reference/errorcode
 _MINIMAX_CODES = _coded({
-    QuotaExceeded: "1008 2056", RateLimited: "1002 1039 1041 2045",
-    AuthenticationError: "1004 2049", ContentFiltered: "1026 1027",
-    ServerError: "1000 1024 1033", ProviderTimeout: "1001", BadRequest: "1042 2013",
+    QuotaExceeded: "2056", RateLimited: "1002 1039 1041 2045", ServerError: "1000 1024 1033",
+    ProviderTimeout: "1001", BadRequest: "1042 2013",
 })
 
 _PHRASES: _Phrases = (
