@@ -984,7 +984,8 @@ def gunicorn(**variables: str) -> Iterator[Callable[[str], list[Any]]]:
     def ask(prompt):
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("GET", f"/{prompt}")
-            return json.load(connection.getresponse())
+            with connection.getresponse() as response:  # closed also if it breaks off
+                return json.load(response)
     try:
         until, up = time.monotonic() + 60, None
         while not up:
