@@ -10,19 +10,18 @@
     print(chain.chat("Say hello.", timeout=25).text)
 
 Tiers are asked in order under one deadline. Each has a circuit breaker: after three failures in a
-row it is skipped, and 15 seconds later one single call tries it again. What follows from a failure
-is declared by its exception class (section "errors").
+row its tier is skipped, and 15 seconds later one call tries it again. The class of an exception
+says what follows from a failure (section "errors").
 
 Contents: errors · data · circuit breaker · stores · provider interface · transport ·
 reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
 scripted provider · tier · configuration · one call · chain · command line. Search for "# ====".
-A section uses only what stands above it. A call enters at the chain and goes up the file.
+A section uses only what stands above it.
 
 Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
-Deadlines count elapsed time and cover everything; only a DNS look-up cannot be interrupted: the
-call ends after it. Everything may be shared by threads and used across a fork. No background
-thread is started, an import connects to nothing; ``requests`` is imported with the first HTTP
-provider.
+A deadline covers everything but a DNS look-up, which cannot be interrupted: the call ends after it.
+Threads may share all objects, and they work across a fork. No background thread is started. An
+import connects to nothing; ``requests`` is imported with the first HTTP provider.
 
 Everything raised is a RouterError, except a TypeError for an unknown option and what your own
 ``accept`` raises. Errors and responses pickle. Keys, prompts and answers are never in a log, an
@@ -85,11 +84,11 @@ _log.addHandler(logging.NullHandler())
 
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """A compiled pattern, at its first use: most programs never need most of them."""
+    """A pattern, compiled at its first use: most programs need few of them."""
     return re.compile(text)
 
 
-#: What has locks or sockets that a forked child makes anew, by ``_renew_after_fork()``.
+#: Objects that make new locks or sockets in a forked child, by ``_renew_after_fork()``.
 _renewed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -102,39 +101,33 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 # ==== errors ======================================================================================
-# What follows from a failure stands in class attributes of its exception. Only ``_judged``, at the
-# end of this section, reads them.
+# Class attributes of an exception say what follows from it. Only ``_judged``, at the end of this
+# section, reads them.
 
 class RouterError(Exception):
     """The root of all errors here. ``.attempts``: the Attempts of the chain's call until then."""
-
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
     _had_begun = False  #: an answer had, so that tokens were used
 
-
 class ProviderError(RouterError):
     """One provider could not answer. A custom provider raises it or a subclass.
 
-    Two attributes, of a class or of one error, are the policy for the chain and the breaker:
+    ``message`` goes to the log: no key, prompt or answer in it. ``provider``, ``model``: who
+    failed; a chain fills in the tier. ``status``: the HTTP status or None. ``code``: the
+    provider's own, or the limit that a ProviderTimeout reached. ``retry_after``: seconds after
+    which the provider wants to be asked again, None if it did not say.
 
-    ========  ======================================================================================
-    then      ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise``
-    breaker   ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened at once, for
-              ``retry_after``, else for the recovery timeout) or ``park long`` (the same, four times
-              as long with each further one in a row, up to 600 s)
-    ========  ======================================================================================
-
-    ``message``: goes to the log, so no key, prompt or answer in it. ``provider``, ``model``: who
-    failed; a chain fills in the tier. ``status``: the HTTP status or None. ``code``: the provider's
-    own, or the limit that a ProviderTimeout reached. ``retry_after``: seconds after which the
-    provider wants to be asked again, None if it did not say.
+    Two attributes, of a class or of one error, are the policy for the chain and the breaker.
+    ``then``: ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise``.
+    ``breaker``: ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened at once, for
+    ``retry_after``, else for the recovery timeout) or ``park long`` (the same, four times as long
+    with each further one in a row, up to 600 s).
     """
-
     then: str = "next"
     breaker: str = "failure"
     usage: Usage | None = None  #: tokens that the failed request had used, None if unknown
-    provider = model = ""  # for a subclass that does not call __init__, as the next ones
+    provider = model = ""  # these defaults are for a subclass that does not call __init__
     status = code = retry_after = request_id = None
 
     def __init__(
@@ -146,13 +139,11 @@ class ProviderError(RouterError):
         self.status, self.code = status, code
         self.retry_after, self.request_id = retry_after, request_id
 
-
 class ProviderUnavailable(ProviderError):
     """Refused, DNS, TLS, connect timeout, or a 404 that means a wrong path."""
 
 class ServerError(ProviderError):
     """5xx, 409, 425, or closed or reset before the headers."""
-
     then = "again"
 
 class Overloaded(ServerError):
@@ -170,43 +161,35 @@ class EmptyResponse(InvalidResponse):
 
 class RateLimited(ProviderError):
     """429. Without a ``retry_after`` the tier is parked for its breaker's recovery timeout."""
-
     breaker = "park"
 
 class QuotaExceeded(RateLimited):
     """Out of money, at a spend limit, or a plan's hours, week or month are used up. Never waited
     out. Its first park is four times as long."""
-
     breaker = "park long"
 
 class AuthenticationError(ProviderError):
     """401, 403, an invalid key, no permission."""
-
     breaker = "park long"
 
 class ModelNotFound(ProviderError):
     """The provider does not have this model: a 404 or 410 that names it."""
-
     breaker = "neutral"
 
 class ContextLengthExceeded(ProviderError):
     """The prompt does not fit, or can never pass the rate limit."""
-
     breaker = "neutral"
 
 class UnsupportedRequest(ProviderError):
     """The vendor or the model cannot do what the request asks for."""
-
     breaker = "neutral"
 
 class BadRequest(ProviderError):
     """Another 4xx, or a request that cannot be written (nothing is sent)."""
-
     breaker = "neutral"
 
 class ContentFiltered(ProviderError):
     """A safety system refused. No other provider is asked: that would be evasion."""
-
     then = "raise"
     breaker = "neutral"
 
@@ -216,14 +199,12 @@ class StreamInterrupted(ProviderError):
     ``__cause__`` is what broke it, a DeadlineExceeded if the call's own time was over. The breaker
     judges by it; status, code, retry_after and request_id are taken from it.
     """
-
     then = "raise"
     partial: str = ""
 
 class CircuitOpen(RouterError):
     """A breaker said no. ``.retry_after``: seconds until it lets a call through, None if open until
     reset."""
-
     retry_after: float | None = None
 
 class AllProvidersFailed(RouterError):
@@ -232,7 +213,6 @@ class AllProvidersFailed(RouterError):
     ``.errors``: an exception for each request that failed and each tier passed over, in order.
     ``.retry_after``: seconds until a new try is sensible, None if waiting will not help.
     """
-
     errors: tuple[BaseException, ...] = ()
     retry_after: float | None = None
 
@@ -249,7 +229,6 @@ class DeadlineExceeded(AllProvidersFailed, TimeoutError):
 
 class EscalationFailed(AllProvidersFailed):
     """The stronger side failed too. ``.response``: the last answer, without the marker."""
-
     response: LLMResponse | None = None
 
 class UnknownModel(RouterError):
@@ -258,26 +237,29 @@ class UnknownModel(RouterError):
 class ConfigError(RouterError, ValueError):
     """A setting is wrong. The message says where and what to do. Also a ValueError."""
 
-
 class _UnknownOption(TypeError):
     """An option that no provider knows. It shows and pickles as a plain TypeError."""
-
     __qualname__, __module__ = "TypeError", "builtins"
 
     def __reduce__(self) -> Any:
         return TypeError, self.args
-
 
 _UnknownOption.__name__ = "TypeError"
 
 
 # -- checking settings and showing errors
 
+_drawn = random.uniform  #: clients draw their pauses, so that they do not all come back at once
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
 
 def _number(
     value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
 ) -> Any:
-    """A checked setting. NaN, booleans and text never are one."""
+    """A checked setting. NaN, booleans and text are refused."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not value >= least or (value > 1e300 and (finite or value != math.inf)):
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
@@ -290,11 +272,6 @@ def _function(value: Any, where: str, optional: bool = False) -> Any:
     if not callable(value) and not (optional and value is None):
         raise ConfigError(f"{where}={value!r:.60}: give a function{', or None' * optional}")
     return value
-
-
-def _drawn(least: float, most: float) -> float:
-    """A random number: clients shall not move in step."""
-    return random.uniform(least, most)
 
 
 def _near(name: Any, known: Iterable[str]) -> str:
@@ -318,9 +295,10 @@ def _picklable(error: BaseException) -> BaseException:
 def _error_text(error: BaseException) -> str:
     """``RateLimited: slow down``, without the text of a foreign exception: it could hold a key."""
     text = ""
-    with contextlib.suppress(Exception):  # a class of the user's may have a faulty __str__
-        text = str(error) if isinstance(error, RouterError) else ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, RouterError):
+        with contextlib.suppress(Exception):  # a user's subclass may have a faulty __str__
+            text = str(error)
+    return f"{_kind(error)}: {text}" if text else _kind(error)
 
 
 def _ascii(text: str) -> str:
@@ -343,17 +321,23 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
     return _ascii(" -> ".join(steps) + price)
 
 
+def _traces(error: BaseException) -> list[TracebackType]:
+    """The steps of its traceback, the innermost last."""
+    found, trace = [], error.__traceback__
+    while trace is not None:
+        found.append(trace)
+        trace = trace.tb_next
+    return found
+
+
 def _place(error: BaseException) -> str:
     """``KeyError in provider.py, line 12``."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    at = f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace else ""
-    return type(error).__name__ + at
+    last = [f" in {t.tb_frame.f_code.co_filename}, line {t.tb_lineno}" for t in _traces(error)[-1:]]
+    return "".join([_kind(error), *last])
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all it wraps, the way requests and urllib3 wrap."""
+    """The exception and all it wraps (at most 20), the way requests and urllib3 wrap."""
     seen: list[BaseException] = []
     queue: list[Any] = [error]
     while queue and len(seen) < 20:
@@ -364,32 +348,28 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield item
 
 
-#: Libraries under this module, beside the standard library.
+#: Libraries that this module calls, besides the standard library.
 _LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
 
 
 def _bare(error: BaseException) -> BaseException:
-    """The same exception without the frames of this module and of the libraries under it: their
-    locals may hold a prompt, an answer or a key."""
+    """The same exception without the frames of this module and of the libraries that it calls:
+    their locals may hold a prompt, an answer or a key."""
     for item in _causes(error):
-        own = isinstance(item, RouterError)
-        item.__traceback__ = None if own else _users_frames(item.__traceback__)
+        kept: TracebackType | None = None
+        for step in reversed([] if isinstance(item, RouterError) else _traces(item)):
+            names = step.tb_frame.f_globals
+            package = names.get("__name__", "").partition(".")[0]
+            hidden = package in _LIBRARIES or package in sys.stdlib_module_names
+            if not hidden and names is not globals():
+                kept = TracebackType(kept, step.tb_frame, step.tb_lasti, step.tb_lineno)
+        item.__traceback__ = kept
     return error
-
-
-def _users_frames(trace: TracebackType | None) -> TracebackType | None:
-    if trace is None:
-        return None
-    rest, names = _users_frames(trace.tb_next), trace.tb_frame.f_globals
-    package = names.get("__name__", "").partition(".")[0]
-    if names is globals() or package in _LIBRARIES or package in sys.stdlib_module_names:
-        return rest
-    return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
 
 
 # -- what follows from an error
 
-#: Not about a provider: they pass straight through a chain.
+#: These are not about a provider: they pass straight through a chain.
 _PASS_THROUGH: tuple[type[Exception], ...] = (
     ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
 )
@@ -415,7 +395,7 @@ def _passes_through(error: BaseException) -> bool:
 
 
 class _Circumstances(NamedTuple):
-    """What the verdict depends on beside the error. Times in seconds."""
+    """What the verdict depends on besides the error. Times in seconds."""
 
     overruled: str | None = None  #: by ``on_error``: next, raise or None
     retries: int = 0  #: how often this tier may still be asked again
@@ -441,16 +421,8 @@ def _judged(
         return _judged(error.__cause__, facts)._replace(then=facts.overruled or error.then)
     if _passes_through(error):
         return _Verdict("pass", "neutral")
-    then, outcome, hint = "next", "failure", None
-    if isinstance(error, ProviderError):
-        cut = isinstance(error, EmptyResponse) and error.code == "length"
-        then = error.then if error.then in ("again", "next", "raise") else "next"
-        given = "neutral" if cut else error.breaker
-        outcome = given if given in ("neutral", "park", "park long") else "failure"
-        hint = _hint_of(error)
-    elif _is_of_the_request(error):
-        outcome = "neutral"
-    then = facts.overruled or then
+    then, outcome = _declared(error)
+    then, hint = facts.overruled or then, _hint_of(error)
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
     if isinstance(error, RateLimited):
@@ -461,13 +433,30 @@ def _judged(
         return _Verdict("again", outcome, pause=pause)
     if then == "again":
         then = "next"
-    if _ended_by_the_call(error, facts):
+    late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, TimeoutError))
+    if late and getattr(error, "code", None) not in ("first_token_timeout", "stall_timeout"):
+        # the call's deadline ended the request, no limit of the tier
         return _Verdict(then, "failure" if facts.given >= _FAIR_CHANCE - _EARLY else "neutral")
     if isinstance(error, ServerError) and hint is not None and hint > facts.max_wait:
         outcome = "park"
     elif outcome == "park long" and isinstance(error, QuotaExceeded):
         outcome = "park longer"  # an account fills up later than a 401 may pass
     return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
+
+
+def _declared(error: BaseException) -> tuple[str, str]:
+    """``then`` and ``breaker`` of an error; a custom class may declare anything."""
+    if isinstance(error, ProviderError):
+        then = error.then if error.then in ("again", "next", "raise") else "next"
+        if isinstance(error, EmptyResponse) and error.code == "length":
+            return then, "neutral"
+        known = error.breaker in ("neutral", "park", "park long")
+        return then, error.breaker if known else "failure"
+    if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
+        return "next", "failure"
+    inner = [_judged(each).breaker for each in error.errors or ()]
+    other = "neutral" in inner or isinstance(error, EscalationFailed)
+    return "next", "neutral" if other else "failure"  # a nested chain may answer other requests
 
 
 def _hint_of(error: Any) -> float | None:
@@ -478,23 +467,7 @@ def _hint_of(error: Any) -> float | None:
     return float(min(max(given, 0), _MAX_PARK))
 
 
-def _is_of_the_request(error: BaseException) -> bool:
-    """Whether a chain inside a chain failed, but has a tier that may answer another request."""
-    if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
-        return False
-    found = any(_judged(inner).breaker == "neutral" for inner in error.errors or ())
-    return found or isinstance(error, EscalationFailed)
-
-
-def _ended_by_the_call(error: BaseException, facts: _Circumstances) -> bool:
-    """Whether the call's deadline ended the attempt, not a silence limit."""
-    silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
-    late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, TimeoutError))
-    return late and not silent
-
-
 # ==== data ========================================================================================
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -546,7 +519,7 @@ class ToolCall:
     """A tool that the model wants called.
 
     ``arguments`` is None when the model's JSON (``raw_arguments``) is no object or was cut, {} when
-    it is empty. ``id``: to be given back as ``tool_call_id`` with the result.
+    it is empty. Give ``id`` back as ``tool_call_id`` with the result.
     """
 
     id: str
@@ -599,8 +572,12 @@ class LLMResponse:
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.carry:
             message[_CARRY] = self.carry
-        if self.tool_calls:
-            message["tool_calls"] = list(map(_call_sent, self.tool_calls))
+        for call in self.tool_calls:
+            text = call.raw_arguments
+            if not text and call.arguments is not None:
+                text = json.dumps(call.arguments)
+            sent = {"type": "function", "function": {"name": call.name, "arguments": text}}
+            message.setdefault("tool_calls", []).append({"id": call.id, **sent})
         return message
 
     @property
@@ -615,11 +592,11 @@ class LLMResponse:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able data, the texts too."""
-        plain = dict(vars(self))
-        plain["tool_calls"] = [dict(vars(call)) for call in self.tool_calls]
-        plain["usage"] = dict(vars(self.usage))
-        plain["attempts"] = [{**a._asdict(), "usage": dict(vars(a.usage))} for a in self.attempts]
-        return plain
+        return {
+            **vars(self), "usage": vars(self.usage).copy(),
+            "tool_calls": [vars(call).copy() for call in self.tool_calls],
+            "attempts": [{**a._asdict(), "usage": vars(a.usage).copy()} for a in self.attempts],
+        }
 
 
 class Event(NamedTuple):
@@ -653,13 +630,6 @@ class Event(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """The same by name, JSON-able."""
         return self._asdict()
-
-
-def _call_sent(call: ToolCall) -> dict[str, Any]:
-    text = call.raw_arguments
-    if not text and call.arguments is not None:
-        text = json.dumps(call.arguments)
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": text}}
 
 
 # ==== circuit breaker =============================================================================
@@ -1505,7 +1475,6 @@ class RedisStore:
 
 # ==== provider interface ==========================================================================
 
-
 class LLMProvider(ABC):
     """One provider. A custom one implements ``chat`` and raises ProviderError classes.
 
@@ -1525,8 +1494,8 @@ class LLMProvider(ABC):
 
         ``kwargs``: ``timeout`` and the options of the call and of the tier's ``params``. Without
         ``**kwargs`` a tier is passed over for an option that has no argument here; hints such as
-        ``temperature`` are left out. Any Exception that is no ProviderError counts as a failure,
-        except that ConfigError passes through.
+        ``temperature`` are left out. ConfigError passes through; any other Exception counts as a
+        failure.
         """
 
     def stream(
@@ -1552,10 +1521,6 @@ class _CheckedMessages(list[Message]):
     """Messages that need no second check."""
 
 
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
 def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
     """The messages, checked as far as every provider needs it. BadRequest never shows a text."""
     if isinstance(messages, _CheckedMessages) and system is None:
@@ -1577,30 +1542,30 @@ def _checked_messages(messages: Any, system: str | None = None) -> list[Message]
 def _check_message(message: Any, where: str) -> None:
     if type(message) is not dict and not isinstance(message, Mapping):
         raise BadRequest(f"{where} is a {_kind(message)}: give a dict with 'role' and 'content'")
-    role, content = message.get("role"), message.get("content")
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in _ROLES:
         shown = role if isinstance(role, str) and len(role) < 20 else _kind(role)
         raise BadRequest(f"{where} has the role {shown!r}: give one of {', '.join(_ROLES)}")
-    if "tool_calls" in message:
-        if role != "assistant" and message["tool_calls"]:
+    if calls is not None:
+        if role != "assistant" and calls:
             raise BadRequest(f"{where} ({role}) has tool_calls: only the assistant calls tools")
-        _check_tool_calls(message["tool_calls"], f"{where}.tool_calls")
-    if isinstance(content, str):
+        _check_tool_calls(calls, f"{where}.tool_calls")
+    if isinstance(content, str) or (content is None and role == "assistant"):
         return
+    wrong = "a part that is no dict: give {'type': 'text', 'text': ...}"
     if content is None:
-        if role != "assistant":
-            raise BadRequest(f"{where} ({role}) has no content: give a str or a list of parts")
+        wrong = "no content: give a str or a list of parts"
     elif not isinstance(content, (list, tuple)):
-        raise BadRequest(f"{where} ({role}) has content of type {_kind(content)}: give str or list")
-    elif not all(isinstance(part, Mapping) for part in content):
-        cure = "give {'type': 'text', 'text': ...}"
-        raise BadRequest(f"{where} ({role}) has a part that is no dict: {cure}")
+        wrong = f"content of type {_kind(content)}: give str or list"
+    elif all(isinstance(part, Mapping) for part in content):
+        return
+    raise BadRequest(f"{where} ({role}) has {wrong}")
 
 
 def _check_tool_calls(calls: Any, where: str) -> None:
-    if calls is not None and not isinstance(calls, (list, tuple)):
+    if not isinstance(calls, (list, tuple)):
         raise BadRequest(f"{where} is a {_kind(calls)}: give a list")
-    for at, call in enumerate(calls or ()):
+    for at, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not (
             isinstance(function, Mapping)
@@ -5275,7 +5240,6 @@ def _ollama_host(text: str) -> str:
 
 # ==== scripted provider ===========================================================================
 
-
 class ScriptedProvider(LLMProvider):
     """A provider without a network, to test your own failover with.
 
@@ -5288,8 +5252,8 @@ class ScriptedProvider(LLMProvider):
 
     def __init__(self, script: Iterable[Any], repeat: bool = False) -> None:
         if isinstance(script, (str, bytes)) or not isinstance(script, Iterable):
-            kind = type(script).__name__
-            raise ConfigError(f"script is a {kind}: give a list of answers, such as ['hello']")
+            cure = "give a list of answers, such as ['hello']"
+            raise ConfigError(f"script is a {_kind(script)}: {cure}")
         self._script = list(script)
         self._repeat = repeat
         self._turns = itertools.count()  # its next() is atomic
@@ -5306,13 +5270,11 @@ class ScriptedProvider(LLMProvider):
     ) -> Generator[str, None, LLMResponse]:
         """The next item of the script as deltas."""
         self.calls.append({"messages": messages, "tools": tools, "model": model, "kwargs": kwargs})
-        at = next(self._turns)
-        if self._repeat and self._script:
-            at %= len(self._script)
-        if at >= len(self._script):
-            over = f"ScriptedProvider's script of {len(self._script)} items is over"
+        at, number = next(self._turns), len(self._script)
+        if at >= number and not (self._repeat and number):
+            over = f"ScriptedProvider's script of {number} items is over"
             raise ConfigError(f"{over}: add more, or repeat=True")
-        item = self._script[at]
+        item = self._script[at % number]
         if callable(item) and not isinstance(item, type):
             item = item(messages, tools=tools, model=model, **kwargs)
         if isinstance(item, LLMResponse):
@@ -5322,13 +5284,12 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            if isinstance(delta, type) and issubclass(delta, BaseException):
-                raise delta
-            if isinstance(delta, BaseException):
+            kind = delta if isinstance(delta, type) else type(delta)
+            if issubclass(kind, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
-                raise ConfigError(f"script holds a {type(delta).__name__}: give {known}")
+                raise ConfigError(f"script holds a {_kind(delta)}: give {known}")
             (thoughts if isinstance(delta, Thought) else texts).append(delta)
             yield delta
         reasoning = "".join(thoughts) or None

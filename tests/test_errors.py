@@ -69,6 +69,19 @@ def test_errors_of_a_chain_pickle_and_the_chain_does_not(script: Exception, kind
     error_of(TypeError, pickle.dumps, chain, match="cannot be copied")
 
 
+def test_a_failure_with_a_traceback_of_any_length_is_a_failure() -> None:
+    error = ValueError("no")
+    def deep(left: int) -> None:
+        if left:
+            deep(left - 1)
+        raise error
+    for _ in range(10):  # each one makes it longer
+        error_of(ValueError, deep, 200)
+    script = ScriptedProvider([error, "fine"])
+    tiers = [ProviderTier(name, script) for name in "ab"]
+    assert FailoverChain(tiers).chat("hi").text == "fine"
+
+
 def test_the_answer_of_a_failed_escalation_is_no_part_of_what_is_shown() -> None:
     tiers = [ProviderTier("a", ScriptedProvider(["the amber answer"]), ["m"])]
     chain = FailoverChain(tiers, accept=lambda response: False)
