@@ -5327,8 +5327,8 @@ class TierHealth(NamedTuple):
 class _Places:
     """The places of a tier with ``max_concurrency``.
 
-    A place is an object that refers to a common mark: ``sys.getrefcount`` of the mark tells how
-    many are taken. So a place that an exception lost frees itself.
+    A place is a list that holds a common mark: ``sys.getrefcount`` of the mark tells how many are
+    taken. So a place that an exception lost is free again.
     """
 
     def __init__(self, most: int) -> None:
@@ -5336,14 +5336,11 @@ class _Places:
         self._lock, self._bell = threading.Lock(), threading.Lock()
         self._unused = sys.getrefcount(self._mark)
 
-    def qsize(self) -> int:
-        return self._most - (sys.getrefcount(self._mark) - self._unused)
-
     def take(self, until: float, clock: Callable[[], float]) -> list[object] | None:
         """A place, to be dropped after use; None if there is none until that moment."""
         while True:
             with self._lock:
-                if self.qsize() > 0:
+                if sys.getrefcount(self._mark) - self._unused < self._most:
                     return [self._mark]
             left = until - clock()
             if left <= 0:
@@ -5379,14 +5376,14 @@ class ProviderTier:
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"name={name!r}: give the tier a name")
         where = f"tier {name!r}"
-        params = _checked_params(params, where)
+        self.params = _checked_params(params, where)
         if role not in _ROLE_ORDER:
             cure = f"give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}"
             raise ConfigError(f"{where}: role={role!r}: {cure}")
         if breaker is not None and not isinstance(breaker, CircuitBreaker):
-            kind = type(breaker).__name__
-            raise ConfigError(f"{where}: breaker is a {kind}: give a CircuitBreaker or None")
-        self._takes = _options_taken(provider, params, where)
+            cure = "give a CircuitBreaker or None"
+            raise ConfigError(f"{where}: breaker is a {_kind(breaker)}: {cure}")
+        self._takes = _options_taken(provider, self.params, where)
         self.name, self.provider, self.role = name, provider, role
         self.models = _checked_models(models, where)
         self._ids = tuple(self.models.values())
@@ -5399,7 +5396,6 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         self.prices: Any = _checked_prices(prices, self.models, where)
         self.supports_tools, self.supports_images = supports_tools, supports_images
-        self.params = params
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_ours = getattr(provider, "_is_ours", False)
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
@@ -5423,7 +5419,7 @@ class ProviderTier:
         return self.models.get(model) or (model if model in self._ids else None)
 
     def _sent_for(self, model: str) -> str | None:
-        """The id to send for a name; any name is sent as it is by a tier that lists no models."""
+        """The id to send for a name; a tier that lists no models sends any name as it is."""
         return self._id_of(model) if self.models else model
 
     def _count(self, error: str | None, latency: float) -> None:
@@ -5462,10 +5458,10 @@ def _options_taken(
     provider: Any, params: Mapping[str, Any], where: str
 ) -> frozenset[str] | None:
     """The names of the arguments of a provider's ``chat``, None if it takes any."""
-    made = not isinstance(provider, type)
-    kind = type(provider).__name__ if made else provider.__name__
-    chat = getattr(provider, "chat", None) if made else None
-    if not callable(chat):
+    is_class = isinstance(provider, type)
+    kind = provider.__name__ if is_class else _kind(provider)
+    chat = getattr(provider, "chat", None)
+    if is_class or not callable(chat):
         cure = "give an object with a chat() method, such as OpenAIProvider()"
         raise ConfigError(f"{where}: provider is {kind}: {cure}")
     try:
@@ -5475,7 +5471,7 @@ def _options_taken(
         cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
         raise ConfigError(f"{where}: chat() of {kind} cannot be called ({error}): {cure}") from None
     except ValueError:
-        return None  # no signature to be had, as for some built-ins
+        return None  # some built-ins have no signature
     if any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
         return None
     return frozenset(signature.parameters)
@@ -5511,8 +5507,8 @@ def _checked_prices(prices: Any, models: Mapping[str, str], where: str) -> Any:
 
 def _checked_params(params: Any, where: str) -> dict[str, Any]:
     if params is not None and not isinstance(params, Mapping):
-        kind = type(params).__name__
-        raise ConfigError(f"{where}: params is a {kind}: give a dict, such as {{'temperature': 0}}")
+        cure = "give a dict, such as {'temperature': 0}"
+        raise ConfigError(f"{where}: params is a {_kind(params)}: {cure}")
     for own in ("messages", "tools", "model", "timeout"):
         if own in (params or {}):
             cure = "the chain gives it itself; a tier has models= and timeout="
@@ -5524,15 +5520,15 @@ def _checked_params(params: Any, where: str) -> dict[str, Any]:
 # A chain from a mapping, a TOML file or the environment. Names, variables and addresses come from
 # the classes: a new provider needs one row in this table.
 
-#: Their order is that of the tiers in `from_env`; a name in capitals begins NAME_MODEL.
+#: ``from_env`` makes tiers in this order; a name in capitals begins NAME_MODEL.
 _PROVIDERS: dict[str, type[_HTTPProvider]] = {
     "lmstudio": LMStudioProvider, "ollama": OllamaProvider, "gemini": GeminiProvider,
     "openai": OpenAIProvider, "anthropic": AnthropicProvider,
 }
 _STORES: dict[str, type] = {"memory": MemoryStore, "sqlite": SQLiteStore, "redis": RedisStore}
-#: Arguments that are functions or other objects of Python: a file cannot hold them.
+#: Arguments that are objects of Python: a file cannot hold them.
 _OBJECTS = frozenset({"accept", "on_event", "on_change", "clock", "sleep", "session"})
-#: Arguments and headers that carry a key, and what a URL has of one.
+#: Arguments and headers that carry a key, and the part of a URL that may hold one.
 _KEY_NAMES = r"(?i).*(auth|authorization|cookie|key|token|secret|password)"
 _KEY_IN_URL = r"(?i)://[^/?#]*@|[?&][^=&]*(key|token|secret|password|sig|signature)="
 
@@ -5548,9 +5544,10 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     for name, kind in _PROVIDERS.items():
         if any(map(environ.get, _variables(kind))):
             key, url = kind._from_environment(environ)
-            models = list(filter(None, [environ.get(f"{name.upper()}_MODEL")]))
-            tiers.append(ProviderTier(name, kind(key, url or kind._default_url), models))
-            _log.info("from_env: %s with %s", name, *(models or [f"no {name.upper()}_MODEL"]))
+            model = environ.get(variable := f"{name.upper()}_MODEL")
+            provider = kind(key, url or kind._default_url)
+            tiers.append(ProviderTier(name, provider, [model] if model else []))
+            _log.info("from_env: %s with %s", name, model or f"no {variable}")
         else:
             missing.append(" or ".join(_variables(kind)))
     if not tiers:
@@ -5561,8 +5558,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
 
 def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
     in_file = not isinstance(config, Mapping)
-    table = _read_toml(config) if in_file else config
-    where = f"{config}: " if in_file else ""
+    table, where = (_read_toml(config), f"{config}: ") if in_file else (config, "")
     for name in table:
         if name not in ("chain", "tier", "store"):
             raise ConfigError(f"{where}unknown section {name!r}: give chain, tier or store")
@@ -5575,17 +5571,17 @@ def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any)
     if isinstance(policy := settings.get("on_error"), Mapping):  # a file has names of classes
         public = {name: globals()[name] for name in __all__}
         settings["on_error"] = {public.get(name, name): then for name, then in policy.items()}
-    places = ((f"{where}[[tier]] {number}", tier) for number, tier in enumerate(tiers, 1))
-    settings["tiers"] = [_tier_from(tier, place, in_file) for place, tier in places]
+    settings["tiers"] = [
+        _tier_from(tier, f"{where}[[tier]] {at}", in_file) for at, tier in enumerate(tiers, 1)
+    ]
     if "store" in table:
         settings["store"] = _typed(table["store"], _STORES, f"{where}[store]", in_file)
-    chain: FailoverChain = _built(kind, {**settings, **overrides}, f"{where}[chain]")
-    return chain
+    return _built(kind, {**settings, **overrides}, f"{where}[chain]")
 
 
 def _read_toml(path: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"a {type(path).__name__}: give a mapping, or the path of a TOML file")
+        raise ConfigError(f"a {_kind(path)}: give a mapping, or the path of a TOML file")
     try:
         toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli")
         with open(path, "rb") as file:
@@ -5599,9 +5595,9 @@ def _read_toml(path: Any) -> Any:
 
 
 def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
-    """A table whose ``…_env`` entries are replaced by what the environment holds."""
+    """A copy of a table, with the values of the variables that its ``…_env`` entries name."""
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} is a {type(table).__name__}: give a table")
+        raise ConfigError(f"{where} is a {_kind(table)}: give a table")
     found = dict(table)
     headers, named = found.get("headers") or {}, found.pop("headers_env", None) or {}
     if not isinstance(headers, Mapping) or not isinstance(named, Mapping):
@@ -5625,7 +5621,8 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 
 def _variable(name: Any, where: str) -> str:
-    """What an environment variable holds. What is no name in capitals may be a key by mistake."""
+    """What an environment variable holds. A name is shown only in capitals: else it may be a key
+    by mistake."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: give the name of an environment variable, as a str")
     if not os.environ.get(name):
@@ -5646,15 +5643,13 @@ def _tier_from(table: Any, where: str, in_file: bool) -> ProviderTier:
         for name in params.keys() - _OPTIONS if isinstance(params, Mapping) else ():
             cure = f"{_near(name, _OPTIONS)} Fields of one vendor go into extra_body"
             raise ConfigError(f"{where} [tier.params]: unknown option {name!r}.{cure}")
-    if isinstance(settings.get("breaker"), Mapping):
+    if isinstance(breaker := settings.get("breaker"), Mapping):
         place = f"{where} [tier.breaker]"
-        given = _settings(settings["breaker"], place, in_file)
-        breaker = {"name": settings.get("name", ""), **given}
+        breaker = {"name": settings.get("name", ""), **_settings(breaker, place, in_file)}
         if isinstance(breaker.get("store"), Mapping):
             breaker["store"] = _typed(breaker["store"], _STORES, f"{place} store", in_file)
         settings["breaker"] = _built(CircuitBreaker, breaker, place)
-    tier: ProviderTier = _built(ProviderTier, settings, where)
-    return tier
+    return _built(ProviderTier, settings, where)
 
 
 def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> Any:
@@ -5671,7 +5666,7 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
     return _built(kinds[name], settings, where)
 
 
-def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
+def _built(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """``kind(**settings)``, with errors that say where."""
     makers: list[Any] = [base for base in kind.__mro__[:-1] if "__init__" in vars(base)]
     taken = [inspect.signature(base.__init__).parameters.values() for base in reversed(makers)]
