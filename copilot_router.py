@@ -9,9 +9,9 @@
     ])
     print(chain.chat("Say hello.", timeout=25).text)
 
-Tiers are asked in order under one deadline. Each has a circuit breaker: after three failures in a
-row its tier is skipped, and 15 seconds later one call tries it again. The class of an exception
-says what follows from a failure (section "errors").
+Tiers are asked in order under one deadline. After three failures in a row a tier is skipped; 15
+seconds later one call tries it again. The class of an exception says what follows from it (section
+"errors").
 
 Contents: errors · data · circuit breaker · stores · provider interface · transport ·
 reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
@@ -19,19 +19,19 @@ scripted provider · tier · configuration · one call · chain · command line.
 A section uses only what stands above it.
 
 Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
-A deadline covers everything but a DNS look-up, which cannot be interrupted: the call ends after it.
-Threads may share all objects, and they work across a fork. No background thread is started. An
-import connects to nothing; ``requests`` is imported with the first HTTP provider.
+A deadline covers everything; only a DNS look-up cannot be interrupted. Threads may share all
+objects, which work across a fork. No background thread is started. An import connects to nothing;
+``requests`` is imported with the first HTTP provider.
 
 Everything raised is a RouterError, except a TypeError for an unknown option and what your own
-``accept`` raises. Errors and responses pickle. Keys, prompts and answers are never in a log, an
-event, a traceback, or the str, repr or args of anything.
+``accept`` raises. Errors and responses pickle. No key, prompt or answer is ever in a log, an event,
+a traceback, or the str, repr or args of anything.
 """
 
 from __future__ import annotations
 
 __version__ = "0.2.0"
-__all__ = [  # noqa: RUF022 - grouped as the file is, not sorted
+__all__ = [  # noqa: RUF022 - grouped as the file is
     "RouterError", "ProviderError", "ProviderUnavailable", "ServerError", "Overloaded",
     "ProviderTimeout", "InvalidResponse", "EmptyResponse", "RateLimited", "QuotaExceeded",
     "AuthenticationError", "ModelNotFound", "ContextLengthExceeded", "UnsupportedRequest",
@@ -105,7 +105,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 # section, reads them.
 
 class RouterError(Exception):
-    """The root of all errors here. ``.attempts``: the Attempts of the chain's call until then."""
+    """The root of all errors here. ``.attempts``: the Attempts of the call until then."""
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
     _had_begun = False  #: an answer had, so that tokens were used
@@ -115,14 +115,14 @@ class ProviderError(RouterError):
 
     ``message`` goes to the log: no key, prompt or answer in it. ``provider``, ``model``: who
     failed; a chain fills in the tier. ``status``: the HTTP status or None. ``code``: the
-    provider's own, or the limit that a ProviderTimeout reached. ``retry_after``: seconds after
-    which the provider wants to be asked again, None if it did not say.
+    provider's own, or the limit that a ProviderTimeout reached. ``retry_after``: seconds until the
+    provider wants to be asked again, None if it did not say.
 
     Two attributes, of a class or of one error, are the policy for the chain and the breaker.
     ``then``: ``again`` (the same tier once more, then the next), ``next`` (tier) or ``raise``.
     ``breaker``: ``failure`` (counted), ``neutral`` (not counted), ``park`` (opened at once, for
-    ``retry_after``, else for the recovery timeout) or ``park long`` (the same, four times as long
-    with each further one in a row, up to 600 s).
+    ``retry_after``, else for the recovery timeout) or ``park long`` (each further one in a row is
+    four times as long, up to 600 s).
     """
     then: str = "next"
     breaker: str = "failure"
@@ -164,8 +164,8 @@ class RateLimited(ProviderError):
     breaker = "park"
 
 class QuotaExceeded(RateLimited):
-    """Out of money, at a spend limit, or a plan's hours, week or month are used up. Never waited
-    out. Its first park is four times as long."""
+    """No money left, or a spend limit or a plan's hours, week or month used up. Never waited out.
+    Its first park is four times as long."""
     breaker = "park long"
 
 class AuthenticationError(ProviderError):
@@ -196,15 +196,14 @@ class ContentFiltered(ProviderError):
 class StreamInterrupted(ProviderError):
     """A stream broke after text had been handed out. ``.partial``: that text.
 
-    ``__cause__`` is what broke it, a DeadlineExceeded if the call's own time was over. The breaker
-    judges by it; status, code, retry_after and request_id are taken from it.
+    ``__cause__`` is what broke it, a DeadlineExceeded if the call's time was over. The breaker
+    judges by it; status, code, retry_after and request_id are its.
     """
     then = "raise"
     partial: str = ""
 
 class CircuitOpen(RouterError):
-    """A breaker said no. ``.retry_after``: seconds until it lets a call through, None if open until
-    reset."""
+    """A breaker refused. ``.retry_after``: seconds until it admits one, None: open until reset."""
     retry_after: float | None = None
 
 class AllProvidersFailed(RouterError):
@@ -218,14 +217,22 @@ class AllProvidersFailed(RouterError):
 
     def __reduce__(self) -> Any:
         """What cannot be pickled is replaced by a ProviderError that names it."""
-        return type(self), self.args, {**vars(self), "errors": tuple(map(_picklable, self.errors))}
+        import pickle
+
+        errors = list(self.errors)
+        for at, error in enumerate(errors):
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                errors[at] = ProviderError(_error_text(error))
+        return type(self), self.args, {**vars(self), "errors": tuple(errors)}
 
     def explain(self) -> str:
         """One ASCII line: what was tried, what happened, how long it took."""
         return _explain(self.attempts, None)
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
-    """The call's own time was over. Also a TimeoutError."""
+    """The call's time was over. Also a TimeoutError."""
 
 class EscalationFailed(AllProvidersFailed):
     """The stronger side failed too. ``.response``: the last answer, without the marker."""
@@ -282,18 +289,8 @@ def _near(name: Any, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _picklable(error: BaseException) -> BaseException:
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return ProviderError(_error_text(error))
-    return error
-
-
 def _error_text(error: BaseException) -> str:
-    """``RateLimited: slow down``, without the text of a foreign exception: it could hold a key."""
+    """``RateLimited: slow down``, without a foreign exception's text: it may hold a key."""
     text = ""
     if isinstance(error, RouterError):
         with contextlib.suppress(Exception):  # a user's subclass may have a faulty __str__
@@ -302,7 +299,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def _ascii(text: str) -> str:
-    """One printable line: a server's control characters reach no log and no terminal."""
+    """One printable line: no control character of a server reaches a log or a terminal."""
     line = " ".join(text.split())
     if line.isascii() and line.isprintable():
         return line
@@ -321,23 +318,24 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
     return _ascii(" -> ".join(steps) + price)
 
 
-def _traces(error: BaseException) -> list[TracebackType]:
+def _traces(error: BaseException) -> Iterator[TracebackType]:
     """The steps of its traceback, the innermost last."""
-    found, trace = [], error.__traceback__
+    trace = error.__traceback__
     while trace is not None:
-        found.append(trace)
+        yield trace
         trace = trace.tb_next
-    return found
 
 
 def _place(error: BaseException) -> str:
     """``KeyError in provider.py, line 12``."""
-    last = [f" in {t.tb_frame.f_code.co_filename}, line {t.tb_lineno}" for t in _traces(error)[-1:]]
-    return "".join([_kind(error), *last])
+    at = ""
+    for step in _traces(error):
+        at = f" in {step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
+    return _kind(error) + at
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all it wraps (at most 20), the way requests and urllib3 wrap."""
+    """The exception and all that it wraps, as requests and urllib3 do; at most 20."""
     seen: list[BaseException] = []
     queue: list[Any] = [error]
     while queue and len(seen) < 20:
@@ -353,11 +351,11 @@ _LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idn
 
 
 def _bare(error: BaseException) -> BaseException:
-    """The same exception without the frames of this module and of the libraries that it calls:
-    their locals may hold a prompt, an answer or a key."""
+    """The error without the frames of this module and of the libraries that it calls: their
+    locals may hold a prompt, an answer or a key."""
     for item in _causes(error):
         kept: TracebackType | None = None
-        for step in reversed([] if isinstance(item, RouterError) else _traces(item)):
+        for step in reversed([] if isinstance(item, RouterError) else [*_traces(item)]):
             names = step.tb_frame.f_globals
             package = names.get("__name__", "").partition(".")[0]
             hidden = package in _LIBRARIES or package in sys.stdlib_module_names
@@ -369,7 +367,7 @@ def _bare(error: BaseException) -> BaseException:
 
 # -- what follows from an error
 
-#: These are not about a provider: they pass straight through a chain.
+#: Not about a provider: they pass straight through a chain.
 _PASS_THROUGH: tuple[type[Exception], ...] = (
     ConfigError, UnknownModel, _UnknownOption, AssertionError, MemoryError, RecursionError,
 )
@@ -380,7 +378,7 @@ _TASK_LIMITS = (
     ("rq.timeouts", "BaseTimeoutException"),
 )
 _MAX_PARK = 3600.0  #: seconds that a provider's Retry-After may park a tier at most
-_FAIR_CHANCE = 5.0  #: seconds after which a call's deadline counts against the tier that was asked
+_FAIR_CHANCE = 5.0  #: seconds after which a call's deadline counts as a failure of the tier
 _EARLY = 0.005  #: seconds that a socket's timeout may fire before a deadline
 
 
@@ -395,14 +393,14 @@ def _passes_through(error: BaseException) -> bool:
 
 
 class _Circumstances(NamedTuple):
-    """What the verdict depends on besides the error. Times in seconds."""
+    """What a verdict depends on besides the error. Times in seconds."""
 
     overruled: str | None = None  #: by ``on_error``: next, raise or None
     retries: int = 0  #: how often this tier may still be asked again
     may_wait: bool = False  #: a Retry-After may still be waited out
     max_wait: float = math.inf  #: the longest Retry-After that is waited out
     left: float = math.inf  #: until the deadline of the call
-    given: float = 0.0  #: what the tier has had for this request
+    given: float = 0.0  #: that the tier has had for this request
     pause: float = 0.0  #: before a retry, where the error names no time
 
 
@@ -413,10 +411,11 @@ class _Verdict(NamedTuple):
     pause: float = 0.0  #: before a retry
 
 
-def _judged(
-    error: BaseException, facts: _Circumstances = _Circumstances()  # noqa: B008 - a constant
-) -> _Verdict:
-    """What follows from an error. Pure; the breaker alone asks it without facts."""
+_ALONE = _Circumstances()  #: of a breaker without a chain
+
+
+def _judged(error: BaseException, facts: _Circumstances = _ALONE) -> _Verdict:
+    """What follows from an error. Pure."""
     if isinstance(error, StreamInterrupted) and error.__cause__ is not None:
         return _judged(error.__cause__, facts)._replace(then=facts.overruled or error.then)
     if _passes_through(error):
@@ -425,17 +424,16 @@ def _judged(
     then, hint = facts.overruled or then, _hint_of(error)
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
-    if isinstance(error, RateLimited):
-        waits = facts.may_wait and outcome == "park" and facts.overruled is None
-        if waits and soon and hint is not None:
-            return _Verdict("again", "neutral", pause=pause)
-    elif then == "again" and facts.retries > 0 and soon:
-        return _Verdict("again", outcome, pause=pause)
-    if then == "again":
-        then = "next"
+    limited = isinstance(error, RateLimited)
+    again = then == "again" and facts.retries > 0
+    if limited:
+        again = hint is not None and facts.may_wait and outcome == "park" and not facts.overruled
+    if again and soon:
+        return _Verdict("again", "neutral" if limited else outcome, pause=pause)
+    then = "next" if then == "again" else then
     late = facts.left <= _EARLY and isinstance(error, (ProviderTimeout, TimeoutError))
     if late and getattr(error, "code", None) not in ("first_token_timeout", "stall_timeout"):
-        # the call's deadline ended the request, no limit of the tier
+        # the deadline of the call ended the request
         return _Verdict(then, "failure" if facts.given >= _FAIR_CHANCE - _EARLY else "neutral")
     if isinstance(error, ServerError) and hint is not None and hint > facts.max_wait:
         outcome = "park"
@@ -460,7 +458,7 @@ def _declared(error: BaseException) -> tuple[str, str]:
 
 
 def _hint_of(error: Any) -> float | None:
-    """Its ``retry_after`` within sensible limits; a custom provider may give anything."""
+    """Its ``retry_after`` from 0 to _MAX_PARK; a custom provider may give anything."""
     given = getattr(error, "retry_after", None)
     if not isinstance(given, (int, float)) or given != given:
         return None
@@ -471,7 +469,7 @@ def _hint_of(error: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens; 0 for what the provider did not report. ``a + b`` adds field by field.
+    """Tokens; 0 if not reported. ``a + b`` adds field by field.
 
     ``prompt_tokens`` includes cached and cache-written ones, ``completion_tokens`` reasoning.
     """
@@ -492,7 +490,7 @@ class Usage:
 
 
 _NO_USAGE = Usage()
-#: The key of a message for what only the same provider and model may see again.
+#: The key in a message for what only the same provider and model may see again.
 _CARRY = "copilot_router"
 
 
@@ -518,8 +516,8 @@ class Attempt(NamedTuple):
 class ToolCall:
     """A tool that the model wants called.
 
-    ``arguments`` is None when the model's JSON (``raw_arguments``) is no object or was cut, {} when
-    it is empty. Give ``id`` back as ``tool_call_id`` with the result.
+    ``arguments`` is None if the model's JSON (``raw_arguments``) is no object or was cut, {} if it
+    is empty. Give ``id`` back as ``tool_call_id`` with the result.
     """
 
     id: str
@@ -565,10 +563,8 @@ class LLMResponse:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The assistant message to append to ``messages``: OpenAI form, JSON-able.
-
-        What only the same provider and model need back (thinking, signatures) has its own key.
-        """
+        """The assistant message to append to ``messages``: OpenAI form, JSON-able. A separate key
+        holds what only the same provider and model need back (thinking, signatures)."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.carry:
             message[_CARRY] = self.carry
@@ -582,7 +578,7 @@ class LLMResponse:
 
     @property
     def total_usage(self) -> Usage:
-        """Tokens of all attempts; this answer's alone without a record of attempts."""
+        """Tokens of all attempts; ``usage`` if there is no record of attempts."""
         used = [attempt.usage for attempt in self.attempts]
         return functools.reduce(Usage.__add__, used) if used else self.usage
 
@@ -602,21 +598,21 @@ class LLMResponse:
 class Event(NamedTuple):
     """A step of a call, for ``on_event``. ``time``: the chain's clock. No ``tier``, ``model``: "".
 
-    It comes in the call's own thread, for a stream in its reader's. ``data`` never holds a key or a
-    text of a prompt or answer:
+    It comes in the thread of the call, or of a stream's reader. ``data`` holds no key and no text
+    of a prompt or answer:
 
     ==========  ====================================================================================
     attempt     a request is about to be sent; ``timeout``: seconds left for it
-    retry       the same tier again; ``pause``: seconds until then
+    retry       the same tier again, after ``pause`` seconds
     resend      the same request once more, corrected; ``field``, ``change`` (drop or replace)
     skip        a tier is passed over; ``reason``
     failover    a tier has failed, or ``accept`` refused its answer; ``to``: the next one
     escalation  an answer gave up or was refused; ``to``: the model asked instead
-    wait        nobody is ready; ``seconds`` until the order starts again
+    wait        no tier is ready; ``seconds`` until the order starts again
     breaker     a change of state: ``old``, ``new``, ``reason``; or of its store: ``store``
-    done        the end, unless the caller's mistake, an interrupt or a stream's reader ended the
-                call; ``outcome`` (ok, or an error's class), ``latency`` in seconds; of an answer
-                also ``cost`` (USD or None), ``attempts`` (how many), ``prompt_tokens``,
+    done        the end, unless a mistake of the caller, an interrupt or a stream's reader ended
+                the call; ``outcome`` (ok, or an error's class), ``latency`` in seconds; of an
+                answer also ``cost`` (USD or None), ``attempts`` (how many), ``prompt_tokens``,
                 ``completion_tokens``
     ==========  ====================================================================================
     """
@@ -1476,11 +1472,10 @@ class RedisStore:
 # ==== provider interface ==========================================================================
 
 class LLMProvider(ABC):
-    """One provider. A custom one implements ``chat`` and raises ProviderError classes.
+    """One provider. A custom one implements ``chat``.
 
-    A chain passes ``messages`` as a list of dicts in OpenAI form, ``timeout=`` (seconds for this
-    attempt; obey it, or the deadline is not kept), and ``model`` None where the tier lists none. It
-    may call from many threads at once. It logs the errors' texts: no key or prompt may be in them.
+    A chain may call it from many threads at once. It logs the texts of ProviderErrors: no key or
+    prompt may be in them.
     """
 
     _is_ours: ClassVar[bool] = False  #: understands carried parts and ``thoughts=``
@@ -1490,18 +1485,20 @@ class LLMProvider(ABC):
     def chat(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> LLMResponse:
-        """One whole answer, or a ProviderError. ``messages``, ``tools``: OpenAI's form.
+        """One whole answer, or a ProviderError. Another Exception counts as a failure, except
+        ConfigError, which passes through.
 
-        ``kwargs``: ``timeout`` and the options of the call and of the tier's ``params``. Without
-        ``**kwargs`` a tier is passed over for an option that has no argument here; hints such as
-        ``temperature`` are left out. ConfigError passes through; any other Exception counts as a
-        failure.
+        ``messages``, ``tools``: lists of dicts in OpenAI's form. ``model``: None where the tier
+        lists none. ``kwargs``: ``timeout`` (seconds for this request; obey it, or the deadline is
+        not kept), and the options of the call and of the tier's ``params``. Without ``**kwargs`` a
+        tier is passed over for an option that has no argument here; hints such as ``temperature``
+        are left out.
         """
 
     def stream(
         self, messages: Any, tools: Any = None, model: Any = None, **kwargs: Any
     ) -> Generator[str, None, LLMResponse]:
-        """Yields deltas of text, returns the whole answer. By default ``chat()``'s as one delta."""
+        """Yields deltas of text, returns the whole answer. By default one delta of ``chat()``."""
         response = self.chat(messages, tools, model, **kwargs)
         if response.content:
             yield response.content
@@ -1522,7 +1519,7 @@ class _CheckedMessages(list[Message]):
 
 
 def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
-    """The messages, checked as far as every provider needs it. BadRequest never shows a text."""
+    """The messages, checked as far as every provider needs it. BadRequest shows no text of them."""
     if isinstance(messages, _CheckedMessages) and system is None:
         return messages
     if isinstance(messages, str):
@@ -1578,7 +1575,7 @@ def _check_tool_calls(calls: Any, where: str) -> None:
 
 
 def _checked_tools(tools: Any) -> Tools:
-    """The tools, or BadRequest that says which one is malformed. None for an empty list."""
+    """The tools, None for an empty list. BadRequest says which one is malformed."""
     form = "{'type': 'function', 'function': {'name': …, 'parameters': …}}"
     if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
         raise BadRequest(f"tools is a {_kind(tools)}: give a list of {form}")
@@ -5245,9 +5242,9 @@ class ScriptedProvider(LLMProvider):
 
     Each call takes the next item of ``script``: a str (the answer), an LLMResponse, a list of
     deltas (an exception breaks the stream, a Thought is thinking), an exception class or instance
-    (raised), or a callable that is given the call's arguments and returns any of these.
-    Past the end: ConfigError, or from the start again with ``repeat=True``. ``.calls``: what it was
-    given, a list of dicts with messages, tools, model, kwargs. Thread-safe.
+    (raised), or a callable that gets the call's arguments and returns any of these. Past the end:
+    ConfigError, or the start again with ``repeat=True``. ``.calls``: a list of dicts with the
+    messages, tools, model, kwargs of each call. Thread-safe.
     """
 
     def __init__(self, script: Iterable[Any], repeat: bool = False) -> None:
@@ -5327,8 +5324,8 @@ class TierHealth(NamedTuple):
 class _Places:
     """The places of a tier with ``max_concurrency``.
 
-    A place is a list that holds a common mark: ``sys.getrefcount`` of the mark tells how many are
-    taken. So a place that an exception lost is free again.
+    A place is a list that holds a common mark: the mark's reference count tells how many are taken.
+    So a place that an exception lost is free again.
     """
 
     def __init__(self, most: int) -> None:
@@ -5337,7 +5334,7 @@ class _Places:
         self._unused = sys.getrefcount(self._mark)
 
     def take(self, until: float, clock: Callable[[], float]) -> list[object] | None:
-        """A place, to be dropped after use; None if there is none until that moment."""
+        """A place, to be dropped after use; None if there is none before ``until``."""
         while True:
             with self._lock:
                 if sys.getrefcount(self._mark) - self._unused < self._most:
@@ -5356,13 +5353,13 @@ class ProviderTier:
     """One provider in its place in a chain.
 
     ``models``: ids, the first is the default, or a dict alias -> id; empty: any name is passed on.
-    ``role``: primary, secondary or emergency (asked when all else failed, even when its breaker is
-    open). ``breaker``: None lets the chain make one. ``timeout``: seconds for a request, None: the
-    call's. ``retries``: how often the same tier is asked again after a ServerError; 0 never.
+    ``role``: primary, secondary or emergency (asked when all else failed, even if its breaker is
+    open). ``breaker``: None: the chain makes one. ``timeout``: seconds for a request, None: the
+    call's. ``retries``: how often it is asked again after a ServerError, 0: never.
     ``max_concurrency``: requests at once in this process, None: no limit. ``prices``: ``{model or
     alias: (prompt, completion[, cached[, cache_write]])}`` in USD per million tokens, or one tuple
     for all; None: unknown. ``supports_tools``, ``supports_images``: False skips the tier for such
-    requests. ``params``: options under each call's own; a None in the call removes one. Raises
+    requests. ``params``: defaults of a call's options; a None in the call removes one. Raises
     ConfigError. Thread-safe.
     """
 
@@ -5375,26 +5372,27 @@ class ProviderTier:
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"name={name!r}: give the tier a name")
-        where = f"tier {name!r}"
-        self.params = _checked_params(params, where)
-        if role not in _ROLE_ORDER:
-            cure = f"give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}"
-            raise ConfigError(f"{where}: role={role!r}: {cure}")
-        if breaker is not None and not isinstance(breaker, CircuitBreaker):
-            cure = "give a CircuitBreaker or None"
-            raise ConfigError(f"{where}: breaker is a {_kind(breaker)}: {cure}")
-        self._takes = _options_taken(provider, self.params, where)
+        try:
+            self.params = _checked_params(params)
+            if role not in _ROLE_ORDER:
+                cure = f"give one of {', '.join(_ROLE_ORDER)}.{_near(role, _ROLE_ORDER)}"
+                raise ConfigError(f"role={role!r}: {cure}")
+            if breaker is not None and not isinstance(breaker, CircuitBreaker):
+                raise ConfigError(f"breaker is a {_kind(breaker)}: give a CircuitBreaker or None")
+            self._takes = _options_taken(provider, self.params)
+            self.models = _checked_models(models)
+            self.timeout = None if timeout is None else float(_number(timeout, "timeout"))
+            self.retries: int = _number(retries, "retries", whole=True)
+            if max_concurrency is not None:
+                _number(max_concurrency, "max_concurrency", least=1, whole=True)
+            self.prices: Any = _checked_prices(prices, self.models)
+        except ConfigError as error:
+            raise ConfigError(f"tier {name!r}: {error}") from None
         self.name, self.provider, self.role = name, provider, role
-        self.models = _checked_models(models, where)
         self._ids = tuple(self.models.values())
         self._default = self._ids[0] if self._ids else None
         self.breaker: CircuitBreaker = breaker  # type: ignore[assignment]  # the chain makes one
-        self.timeout = None if timeout is None else float(_number(timeout, f"{where}: timeout"))
-        self.retries: int = _number(retries, f"{where}: retries", whole=True)
-        if max_concurrency is not None:
-            _number(max_concurrency, f"{where}: max_concurrency", least=1, whole=True)
         self.max_concurrency = max_concurrency
-        self.prices: Any = _checked_prices(prices, self.models, where)
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_ours = getattr(provider, "_is_ours", False)
@@ -5411,15 +5409,14 @@ class ProviderTier:
 
     def _renew_after_fork(self) -> None:
         self._lock = threading.Lock()
-        most = self.max_concurrency
-        self._slots = None if most is None else _Places(most)
+        self._slots = _Places(self.max_concurrency) if self.max_concurrency else None
 
     def _id_of(self, model: str) -> str | None:
         """The id to send for a name, None if this tier does not list it."""
         return self.models.get(model) or (model if model in self._ids else None)
 
     def _sent_for(self, model: str) -> str | None:
-        """The id to send for a name; a tier that lists no models sends any name as it is."""
+        """The same, but a tier that lists no models sends any name as it is."""
         return self._id_of(model) if self.models else model
 
     def _count(self, error: str | None, latency: float) -> None:
@@ -5431,7 +5428,7 @@ class ProviderTier:
                 self._last_error = error
 
     def _cost(self, usage: Usage, models: Iterable[str | None]) -> float | None:
-        """USD, None without a price. Cached tokens cost the prompt's price if they have none."""
+        """USD, None without a price. Cached tokens without a price cost the prompt's."""
         price = self.prices
         if isinstance(price, dict):
             price = next((price[model] for model in models if model in price), None)
@@ -5454,22 +5451,20 @@ class ProviderTier:
         return f"<ProviderTier {self.name!r} {self.role} {self.provider!r}>"
 
 
-def _options_taken(
-    provider: Any, params: Mapping[str, Any], where: str
-) -> frozenset[str] | None:
+def _options_taken(provider: Any, params: Mapping[str, Any]) -> frozenset[str] | None:
     """The names of the arguments of a provider's ``chat``, None if it takes any."""
     is_class = isinstance(provider, type)
     kind = provider.__name__ if is_class else _kind(provider)
     chat = getattr(provider, "chat", None)
     if is_class or not callable(chat):
         cure = "give an object with a chat() method, such as OpenAIProvider()"
-        raise ConfigError(f"{where}: provider is {kind}: {cure}")
+        raise ConfigError(f"provider is {kind}: {cure}")
     try:
         signature = inspect.signature(chat)
         signature.bind([], tools=None, model=None, timeout=1.0, **params)
     except TypeError as error:
         cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
-        raise ConfigError(f"{where}: chat() of {kind} cannot be called ({error}): {cure}") from None
+        raise ConfigError(f"chat() of {kind} cannot be called ({error}): {cure}") from None
     except ValueError:
         return None  # some built-ins have no signature
     if any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
@@ -5477,26 +5472,25 @@ def _options_taken(
     return frozenset(signature.parameters)
 
 
-def _checked_models(models: Any, where: str) -> dict[str, str]:
+def _checked_models(models: Any) -> dict[str, str]:
     if isinstance(models, (str, bytes)) or not isinstance(models, (Mapping, Sequence)):
         cure = "give a list, such as models=['gpt-6-luna'], or a dict alias -> id"
-        raise ConfigError(f"{where}: models={models!r}: {cure}")
+        raise ConfigError(f"models={models!r}: {cure}")
     pairs = models.items() if isinstance(models, Mapping) else [(model, model) for model in models]
     for alias, model in pairs:
         if not (isinstance(alias, str) and alias and isinstance(model, str) and model):
-            told = f"models holds {alias!r}: {model!r}"
-            raise ConfigError(f"{where}: {told}: every model is a non-empty str")
+            raise ConfigError(f"models holds {alias!r}: {model!r}: every model is a non-empty str")
     return dict(pairs)
 
 
-def _checked_prices(prices: Any, models: Mapping[str, str], where: str) -> Any:
+def _checked_prices(prices: Any, models: Mapping[str, str]) -> Any:
     """None, one tuple, or a dict by ids and aliases."""
     if prices is None:
         return None
     single = not isinstance(prices, Mapping)
     fixed = {}
     for model, price in [("", prices)] if single else prices.items():
-        name = f"{where}: prices" + ("" if single else f"[{model!r}]")
+        name = "prices" if single else f"prices[{model!r}]"
         if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
             cure = "give (prompt, completion[, cached[, cache_write]])"
             raise ConfigError(f"{name}={price!r}: {cure}")
@@ -5505,15 +5499,15 @@ def _checked_prices(prices: Any, models: Mapping[str, str], where: str) -> Any:
     return fixed[""] if single else {**by_id, **fixed}  # a price under the id itself comes first
 
 
-def _checked_params(params: Any, where: str) -> dict[str, Any]:
-    if params is not None and not isinstance(params, Mapping):
-        cure = "give a dict, such as {'temperature': 0}"
-        raise ConfigError(f"{where}: params is a {_kind(params)}: {cure}")
+def _checked_params(params: Any) -> dict[str, Any]:
+    params = {} if params is None else params
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"params is a {_kind(params)}: give a dict, such as {{'temperature': 0}}")
     for own in ("messages", "tools", "model", "timeout"):
-        if own in (params or {}):
+        if own in params:
             cure = "the chain gives it itself; a tier has models= and timeout="
-            raise ConfigError(f"{where}: params[{own!r}]: {cure}")
-    return dict(params or {})
+            raise ConfigError(f"params[{own!r}]: {cure}")
+    return dict(params)
 
 
 # ==== configuration ===============================================================================
