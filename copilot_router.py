@@ -5597,7 +5597,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
     if not isinstance(headers, Mapping) or not isinstance(named, Mapping):
         raise ConfigError(f"{where}: headers and headers_env have to be tables")
     for name, value in {**headers, **table}.items() if in_file else ():
-        if name in _OBJECTS:
+        if name in _OBJECTS and name in table:  # a header may be called accept
             raise ConfigError(f"{where}: {name} is an object: give it in a mapping, not in a file")
         held = name.endswith("url") and _pattern(_KEY_IN_URL).search(str(value))
         if held or _pattern(_KEY_NAMES).fullmatch(name):

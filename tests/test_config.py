@@ -351,7 +351,7 @@ def test_a_key_in_a_file_is_refused_unseen_and_allowed_in_a_mapping(name: str,
 
 def test_headers_and_queries_without_a_key_may_be_in_a_file(write: Write) -> None:
     headers = {"OpenAI-Organization": "org-1", "anthropic-version": "2023-06-01",
-               "X-Title": "mine", "X-Max-Tokens": "5"}
+               "X-Title": "mine", "X-Max-Tokens": "5", "accept": "text/event-stream"}
     url = "http://127.0.0.1:9/v1?api-version=2024"
     provider = {"type": "openai", "base_url": url, "headers": headers}
     chain = FailoverChain.from_config(
