@@ -5281,8 +5281,9 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            kind = delta if isinstance(delta, type) else type(delta)
-            if issubclass(kind, BaseException):
+            if isinstance(delta, type) and issubclass(delta, BaseException):
+                raise delta
+            if isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
