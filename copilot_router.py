@@ -9,19 +9,19 @@
     ])
     print(chain.chat("Say hello.", timeout=25).text)
 
-Tiers are asked in order under one deadline. After three failures in a row a tier is skipped; 15
-seconds later one call tries it again. The class of an exception says what follows from it (section
-"errors").
+Tiers are asked in order under one deadline. Each has a circuit breaker: after three failures in a
+row it is skipped, and 15 seconds later one call tries it again. The class of an exception says what
+follows from it (section "errors").
 
 Contents: errors · data · circuit breaker · stores · provider interface · transport ·
 reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemini · Ollama ·
 scripted provider · tier · configuration · one call · chain · command line. Search for "# ====".
-A section uses only what stands above it.
+A section uses only what stands above it: a call enters at the chain and goes up the file.
 
 Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
-A deadline covers everything; only a DNS look-up cannot be interrupted. Threads may share all
-objects, which work across a fork. No background thread is started. An import connects to nothing;
-``requests`` is imported with the first HTTP provider.
+A deadline covers everything; only a DNS look-up cannot be interrupted: the call ends after it.
+Threads may share all objects, which work across a fork. No background thread is started. An import
+connects to nothing; ``requests`` is imported with the first HTTP provider.
 
 Everything raised is a RouterError, except a TypeError for an unknown option and what your own
 ``accept`` raises. Errors and responses pickle. No key, prompt or answer is ever in a log, an event,
@@ -135,9 +135,8 @@ class ProviderError(RouterError):
         code: str | None = None, retry_after: float | None = None, request_id: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.provider, self.model = provider, model
-        self.status, self.code = status, code
-        self.retry_after, self.request_id = retry_after, request_id
+        self.provider, self.model, self.status = provider, model, status
+        self.code, self.retry_after, self.request_id = code, retry_after, request_id
 
 class ProviderUnavailable(ProviderError):
     """Refused, DNS, TLS, connect timeout, or a 404 that means a wrong path."""
@@ -5486,18 +5485,17 @@ def _checked_models(models: Any) -> dict[str, str]:
 
 def _checked_prices(prices: Any, models: Mapping[str, str]) -> Any:
     """None, one tuple, or a dict by ids and aliases."""
-    if prices is None:
-        return None
-    single = not isinstance(prices, Mapping)
-    fixed = {}
-    for model, price in [("", prices)] if single else prices.items():
-        name = "prices" if single else f"prices[{model!r}]"
+    def checked(price: Any, name: str) -> tuple[Any, ...]:
         if not isinstance(price, (tuple, list)) or not 2 <= len(price) <= 4:
             cure = "give (prompt, completion[, cached[, cache_write]])"
             raise ConfigError(f"{name}={price!r}: {cure}")
-        fixed[model] = tuple(_number(value, name) for value in price)
+        return tuple(_number(value, name) for value in price)
+
+    if not isinstance(prices, Mapping):
+        return None if prices is None else checked(prices, "prices")
+    fixed = {model: checked(price, f"prices[{model!r}]") for model, price in prices.items()}
     by_id = {models[model]: price for model, price in fixed.items() if model in models}
-    return fixed[""] if single else {**by_id, **fixed}  # a price under the id itself comes first
+    return {**by_id, **fixed}  # a price under the id itself comes first
 
 
 def _checked_params(params: Any) -> dict[str, Any]:
