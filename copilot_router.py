@@ -334,14 +334,16 @@ def _place(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all that it wraps, as requests and urllib3 do; at most 20."""
+    """The exception and all that it wraps, also as requests, urllib3 and groups do; at most 50."""
     seen: list[BaseException] = []
     queue: list[Any] = [error]
-    while queue and len(seen) < 20:
+    while queue and len(seen) < 50:
         item = queue.pop(0)
         if isinstance(item, BaseException) and not any(item is known for known in seen):
             seen.append(item)
             queue += [getattr(item, "reason", None), item.__cause__, item.__context__, *item.args]
+            group = getattr(item, "exceptions", ())
+            queue += group if isinstance(group, tuple) else ()
             yield item
 
 
@@ -5452,24 +5454,26 @@ class ProviderTier:
 
 
 def _options_taken(provider: Any, params: Mapping[str, Any]) -> frozenset[str] | None:
-    """The names of the arguments of a provider's ``chat``, None if it takes any."""
+    """The arguments that a provider's ``chat`` and ``stream`` have names for, None: any."""
     is_class = isinstance(provider, type)
     kind = provider.__name__ if is_class else _kind(provider)
-    chat = getattr(provider, "chat", None)
-    if is_class or not callable(chat):
+    if is_class or not callable(getattr(provider, "chat", None)):
         cure = "give an object with a chat() method, such as OpenAIProvider()"
         raise ConfigError(f"provider is {kind}: {cure}")
-    try:
-        signature = inspect.signature(chat)
-        signature.bind([], tools=None, model=None, timeout=1.0, **params)
-    except TypeError as error:
-        cure = "write def chat(self, messages, tools=None, model=None, **kwargs)"
-        raise ConfigError(f"chat() of {kind} cannot be called ({error}): {cure}") from None
-    except ValueError:
-        return None  # some built-ins have no signature
-    if any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
-        return None
-    return frozenset(signature.parameters)
+    taken: frozenset[str] | None = None
+    for name in ("chat", "stream") if hasattr(provider, "stream") else ("chat",):
+        try:
+            signature = inspect.signature(getattr(provider, name))
+            signature.bind([], tools=None, model=None, timeout=1.0, **params)
+        except TypeError as error:
+            cure = f"write def {name}(self, messages, tools=None, model=None, **kwargs)"
+            raise ConfigError(f"{name}() of {kind} cannot be called ({error}): {cure}") from None
+        except ValueError:
+            continue  # some built-ins have no signature
+        if all(one.kind is not one.VAR_KEYWORD for one in signature.parameters.values()):
+            names = frozenset(signature.parameters)
+            taken = names if taken is None else taken & names
+    return taken
 
 
 def _checked_models(models: Any) -> dict[str, str]:

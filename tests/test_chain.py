@@ -661,6 +661,8 @@ def test_a_chat_that_cannot_take_the_arguments_is_refused_when_the_tier_is_built
         kind = type("Kind", (), {"chat": chat})
         match = r"tier 'a': chat\(\) of Kind cannot"
         error_of(ConfigError, ProviderTier, "a", kind(), match=match)
+    streams = type("Kind", (), {"chat": lambda self, messages, **_: None, "stream": old})
+    error_of(ConfigError, ProviderTier, "a", streams(), match=r"stream\(\) of Kind cannot")
     odd = type("Odd", (), {"chat": staticmethod(min)})  # without a signature it is taken as it is
     assert ProviderTier("a", odd()).name == "a"
 
