@@ -2581,11 +2581,11 @@ def _until(text: str) -> float | None:
 
 
 # ==== wire formats ================================================================================
-# What all vendors share. An encoder is a pure function from a call to a body. A reader is a
-# generator function from an event to facts. The collector turns facts into deltas and one
-# LLMResponse, and knows no vendor. A body of another form than a reader expects raises KeyError,
-# TypeError or the like in the reader; the collector makes it InvalidResponse.
+# What all vendors share. An encoder makes a body of a call. A reader is a generator function that
+# finds facts in an event; it raises KeyError, TypeError or the like if the event has not its form.
+# The collector makes deltas and one LLMResponse of the facts; it knows no vendor. None does I/O.
 
+_Object = dict[str, Any]  #: as JSON has them
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
@@ -2593,10 +2593,8 @@ _LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: two names 
 _OPTIONS: frozenset[str] = _HINTS | _LIMIT_NAMES | {"stop", "tool_choice", "response_format",
                                                     "extra_body"}
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
-#: The user's text where a vendor insists on one and the user has said nothing.
-_GO_ON = "Continue."
-#: What stands for the result of a tool call that has none.
-_NO_RESULT = "no result: the call was interrupted"
+_GO_ON = "Continue."  #: the user's turn that a vendor insists on
+_NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
 _STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unknown
 
 
@@ -2606,38 +2604,43 @@ class _Call(NamedTuple):
     messages: list[Message]
     tools: Tools
     model: str | None
-    options: dict[str, Any]
+    options: _Object
     learned: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses (_correction)
     identity: str = ""  #: provider and model: whose carried parts may be sent
     thoughts: bool = False  #: the caller wants to read the model's thinking
 
-    def carried(self, message: Message) -> dict[str, Any]:
+    def carried(self, message: Message) -> _Object:
         """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
-        if _CARRY not in message:
+        kept = _dict(message.get(_CARRY))
+        if kept.get("for") != self.identity or kept.get("text") != message.get("content"):
             return {}
-        kept = _dict(message[_CARRY])
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
-        untouched = kept.get("text") == message.get("content") and kept.get("ids") == ids
-        return kept if kept.get("for") == self.identity and untouched else {}
+        return kept if kept.get("ids") == ids else {}
 
     def limit(self) -> Any:
         """The limit on completion tokens, under whichever name; None if there is none."""
         limit = self.options.get("max_completion_tokens")
         return self.options.get("max_tokens") if limit is None else limit
 
-    def renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """The options that were given, of those named, under a vendor's names."""
-        return {theirs: self.options[own] for own, theirs in names.items() if own in self.options}
+    def renamed(self, names: Mapping[str, str]) -> _Object:
+        """The options of these names that were given, under a vendor's names."""
+        given = {**self.options, "max_tokens": self.limit()}
+        return _given({theirs: given.get(own) for own, theirs in names.items()})
 
-    def finished(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body with the caller's own fields of one vendor on top."""
+    def finished(self, body: _Object) -> _Object:
+        """The body without fields that are None, with ``extra_body`` on top."""
         extra = self.options.get("extra_body") or {}
-        if isinstance(extra, Mapping):
-            return _merged(body, extra) if extra else body
-        raise BadRequest(f"extra_body is a {type(extra).__name__}: give a dict")
+        if not isinstance(extra, Mapping):
+            raise BadRequest(f"extra_body is a {_kind(extra)}: give a dict")
+        return _merged(_given(body), extra)
 
 
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def _given(fields: _Object) -> _Object:
+    """The fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> _Object:
     done = {**base, **top}
     for name in base.keys() & top.keys():
         if isinstance(base[name], Mapping) and isinstance(top[name], Mapping):
@@ -2658,7 +2661,7 @@ class _Part(NamedTuple):
 
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
-    """Content as parts. Raises UnsupportedRequest for a type that cannot be translated."""
+    """Content as parts. Raises UnsupportedRequest for parts of an unknown type."""
     if not isinstance(content, (list, tuple)):
         return [_Part("text", "", content)] if content else []
     found = []
@@ -2677,13 +2680,13 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
         if not isinstance(url, str) or not url:
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
+        if url[:5].lower() != "data:":
+            found.append(_Part("url", "", url, cache))
+            continue
         head, _, data = url[5:].partition(",")
         media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
-        if url[:5].lower() == "data:":  # read leniently
-            data = "".join(data.split()).replace("-", "+").replace("_", "/")
-            found.append(_Part("data", media or "image/png", data, cache))
-        else:
-            found.append(_Part("url", "", url, cache))
+        data = "".join(data.split()).replace("-", "+").replace("_", "/")  # the URL-safe alphabet
+        found.append(_Part("data", media or "image/png", data, cache))
     return found
 
 
@@ -2695,7 +2698,7 @@ def _joined(content: Any, vendor: str) -> str:
     return "\n".join(part.data for part in parts)
 
 
-def _functions(tools: Tools, vendor: str) -> list[dict[str, Any]]:
+def _functions(tools: Tools, vendor: str) -> list[_Object]:
     """The ``function`` objects of tools in OpenAI form, each with a schema of its parameters."""
     for at, tool in enumerate(tools or ()):
         if (kind := tool.get("type", "function")) != "function":
@@ -2704,7 +2707,7 @@ def _functions(tools: Tools, vendor: str) -> list[dict[str, Any]]:
     return [_with_parameters(tool["function"]) for tool in tools or ()]
 
 
-def _with_parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+def _with_parameters(function: Mapping[str, Any]) -> _Object:
     """All servers refuse null; it means a tool without parameters."""
     if function.get("parameters", "") is None:
         return {**function, "parameters": {"type": "object", "properties": {}}}
@@ -2724,7 +2727,7 @@ def _choice(call: _Call) -> tuple[str, str | None]:
     raise BadRequest(f"tool_choice: give auto, none, required or {form}")
 
 
-def _format(call: _Call) -> tuple[str, dict[str, Any]]:
+def _format(call: _Call) -> tuple[str, _Object]:
     """response_format as ``(text | json_object | json_schema, the schema's object)``."""
     wanted = _dict(call.options.get("response_format") or {"type": "text"})
     kind, schema = wanted.get("type"), _dict(wanted.get("json_schema"))
@@ -2742,72 +2745,71 @@ def _stops(call: _Call) -> list[str]:
     raise BadRequest("stop: give a str or a list of them")
 
 
-def _is_blank(message: Message) -> bool:
-    """An assistant's turn without text and calls: some servers refuse it in every later request."""
-    if message["role"] != "assistant" or message.get("tool_calls"):
-        return False
-    content = message.get("content") or ()
-    return not isinstance(content, str) and not any(part.get("text", "-") for part in content)
-
-
 def _repaired(messages: list[Message]) -> list[Message]:
     """Every tool call answered right after it, in its order and under a distinct id.
 
-    All vendors demand that. A call without a result gets one that says so; a result without its
-    call becomes a user's text; a blank turn of the assistant is left out.
+    All vendors demand that. A call without a result gets one that says so. A result without its
+    call becomes a user's text. An assistant's turn without text and calls is left out: some servers
+    refuse it in every later request.
     """
     done: list[Message] = []
     ids: set[str] = set()
-    rest = deque(message for message in messages if not _is_blank(message))
-    while rest:
-        message = rest.popleft()
-        calls = list(message.get("tool_calls") or ())
-        results = [message] if message["role"] == "tool" else []
-        if not calls and not results:
+    waiting: list[tuple[str, int]] = []  #: the last calls: id, and the place in done of the result
+    for message in messages:
+        role, content = message["role"], message.get("content") or ()
+        calls = message.get("tool_calls") or ()
+        if role == "tool":
+            old = message.get("tool_call_id") or ""
+            found = next((call for call in waiting if call[0] == old), None)
+            if found is not None:
+                waiting.remove(found)
+                done[found[1]] = {**message, "tool_call_id": done[found[1]]["tool_call_id"]}
+            elif isinstance(message["content"], str):
+                done.append({"role": "user", "content": f"{_STRAY_RESULT} {message['content']}"})
+            else:
+                told = [{"type": "text", "text": _STRAY_RESULT}, *content]
+                done.append({"role": "user", "content": told})
+        elif calls:
+            fresh = [_distinct(call.get("id") or "", ids) for call in calls]
+            renamed = [{**call, "id": new} for call, new in zip(calls, fresh, strict=True)]
+            done.append({**message, "tool_calls": renamed})
+            waiting = [(call.get("id") or "", at) for at, call in enumerate(calls, len(done))]
+            done += [{"role": "tool", "content": _NO_RESULT, "tool_call_id": new} for new in fresh]
+        elif role != "assistant" or isinstance(content, str) or any(
+            part.get("text", "-") for part in content
+        ):
             done.append(message)
-        while calls and rest and rest[0]["role"] == "tool":
-            results.append(rest.popleft())
-        answers = [_answered(calls, at, results, ids) for at in range(len(calls))]
-        done += [{**message, "tool_calls": calls}, *answers] if calls else []
-        for result in results:
-            told: Any = [{"type": "text", "text": _STRAY_RESULT}, *result["content"]]
-            if isinstance(result["content"], str):
-                told = f"{_STRAY_RESULT} {result['content']}"
-            done.append({"role": "user", "content": told})
+            waiting = []
     return done or messages
 
 
-def _answered(calls: list[Any], at: int, results: list[Message], ids: set[str]) -> Message:
-    """The result of a call, taken from those that came; both get an id that no other call has."""
-    old = calls[at].get("id") or ""
-    answer = next((found for found in results if (found.get("tool_call_id") or "") == old), None)
-    if answer is None:
-        answer = {"role": "tool", "content": _NO_RESULT}
-    else:
-        results.remove(answer)
-    fresh = (f"{old or 'call'}_{number}" for number in itertools.count(len(ids)))
-    new = next(name for name in itertools.chain([old], fresh) if name and name not in ids)
+def _distinct(call_id: str, ids: set[str]) -> str:
+    """The id, or one made of it that is not among ``ids``; it is added to them."""
+    new, numbers = call_id, itertools.count(len(ids))
+    while not new or new in ids:
+        new = f"{call_id or 'call'}_{next(numbers)}"
     ids.add(new)
-    calls[at] = {**calls[at], "id": new}
-    return {**answer, "tool_call_id": new}
+    return new
 
 
 class _Turn:
-    """One side's whole turn, for vendors that insist on user and assistant taking turns."""
+    """All that one side says in a row, for vendors where user and assistant must alternate."""
 
     def __init__(self, role: str, *parts: _Part) -> None:
         self.role = role  #: user | assistant
         self.parts = list(parts)
-        self.calls: list[tuple[str, str, dict[str, Any]]] = []  #: id, name, arguments
+        self.calls: list[tuple[str, str, _Object]] = []  #: id, name, arguments
         self.results: list[tuple[str, str, list[_Part]]] = []  #: id, name, parts
-        self.carry: dict[str, Any] = {}
+        self.carry: _Object = {}
 
 
-def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
-    """The system's parts, and turns that alternate, begin with the user and end with the user."""
+def _conversation(
+    call: _Call, vendor: str, sent: Mapping[str, str]
+) -> tuple[list[_Part], list[_Turn]]:
+    """The system's parts, and turns that begin with the user, alternate, and end with the user."""
     system: list[_Part] = []
     turns: list[_Turn] = []
-    names: dict[str, str] = {}
+    names: dict[str, str] = {}  #: id of a call -> its tool, as it is sent
     for message in call.messages:
         role, content = message["role"], message.get("content")
         parts, calls = _parts(content, vendor), message.get("tool_calls") or ()
@@ -2829,7 +2831,7 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
         else:
             turn.parts += parts
         for item in calls:
-            names[item["id"]] = name = item["function"]["name"]
+            names[item["id"]] = name = sent[item["function"]["name"]]
             arguments = _argument_object(item["function"].get("arguments"))
             turn.calls.append((item["id"], name, arguments))
     filler = _Part("text", "", _GO_ON)
@@ -2856,8 +2858,8 @@ def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
     return {one["name"]: _safe(one["name"], bad, most) for one in functions}
 
 
-def _textual(item: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are text, as they are sent; callers may have parsed them."""
+def _textual(item: Mapping[str, Any]) -> _Object:
+    """A tool call with its arguments as text; callers may have parsed them."""
     arguments = item["function"].get("arguments")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments or {}, allow_nan=False)
@@ -2876,14 +2878,14 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _argument_object(arguments: Any) -> dict[str, Any]:
+def _argument_object(arguments: Any) -> _Object:
     """Arguments for vendors that take only an object; any other value goes under ``_raw``."""
     if isinstance(arguments, dict):
         return arguments
     parsed = _parsed((arguments or "").strip())
-    if parsed is None or parsed == "":
-        return {}
-    return parsed if isinstance(parsed, dict) else {"_raw": arguments}
+    if isinstance(parsed, dict):
+        return parsed
+    return {} if parsed is None or parsed == "" else {"_raw": arguments}
 
 
 def _count(value: Any) -> int:
@@ -2898,7 +2900,6 @@ def _counted(usage: Mapping[str, Any], *names: str) -> int:
 
 # -- to the answer
 
-_Object = dict[str, Any]  #: as JSON has them
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
 #: Finish reasons of all vendors, in lower case -> ours. A word that is not here stays as it came.
 _FINISHES = {word: reason for reason, words in {
@@ -2918,56 +2919,36 @@ _FAILED = frozenset({
 })
 _PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that change the answer: those behind its finish reason are passed over.
-_ANSWERING = frozenset({"text", "full", "thought", "call", "called", "arguments", "grow", "stop"})
-
-
-def _is_dense(text: bytes, most: int) -> bool:
-    """Whether the values of a JSON text would take many times the memory of the text itself."""
-    weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36} if len(text) >= 1 << 19 else {}
-    memory = sum(text.count(mark) * weight for mark, weight in weights.items())
-    return memory > 16 * len(text) or memory > 7 * max(most, 1 << 20)
+_ANSWERING = frozenset({"text", "full", "thought", "call", "arguments", "grow", "stop"})
 
 
 def _says_failure(body: _Object) -> bool:
     """Whether an object without a key "error" reports one: vendors have many forms."""
     if "base_resp" in body:  # MiniMax
         return bool(_dict(body["base_resp"]).get("status_code"))
-    if "code" in body or "status_code" in body:
-        number = _int(body.get("code")) or _int(body.get("status_code")) or 0
-        if number >= 400:
-            return True
+    number = _int(body.get("code")) or _int(body.get("status_code")) or 0
     kinds = (body.get("object"), body.get("type"), body.get("status"))
-    return "error" in kinds or bool(body.get("errors") or body.get("detail"))
+    return number >= 400 or "error" in kinds or bool(body.get("errors") or body.get("detail"))
 
 
 class _InBandError(Exception):
     """An error inside a 200: ``args[0]`` is what it said."""
 
 
-def _whole_characters(text: str) -> tuple[str, str]:
-    """The text with U+FFFD for each lone surrogate; and the half of a pair at its end."""
-    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-    text = text.removesuffix(half)
-    if _pattern("[\ud800-\udfff]").search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text, half
-
-
 def _clean(text: Any) -> str:
-    """A text without halves of surrogate pairs; "" for any other value."""
+    """A text with U+FFFD for each half of a surrogate pair; "" for any other value."""
     if not isinstance(text, str):
         return ""
-    whole, half = _whole_characters(text)
-    return whole + ("\ufffd" if half else "")
+    if text.isascii() or not _pattern("[\ud800-\udfff]").search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cleaned(value: Any) -> Any:
-    """A JSON value without halves of surrogate pairs."""
-    if isinstance(value, dict):
-        return {_cleaned(name): _cleaned(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_cleaned(item) for item in value]
-    return _clean(value) if isinstance(value, str) else value
+    """A JSON value whose texts hold no half of a surrogate pair."""
+    text = json.dumps(value, ensure_ascii=False)
+    whole = _clean(text)
+    return value if whole is text else json.loads(whole)
 
 
 class _ThinkSplitter:
@@ -2975,36 +2956,32 @@ class _ThinkSplitter:
 
     def __init__(self) -> None:
         self.state = "start"  # start | thinking | gap | answer
-        self._held = ""
+        self.held = ""  #: what may be the beginning of a tag
         self.opened = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """(thought, answer) of this piece."""
-        held, self._held, thought = self._held + text, "", ""
+        text, self.held, thought = self.held + text, "", ""
         if self.state == "start":
-            begun = held.lstrip()
+            begun = text.lstrip()
             if begun.startswith("<think>"):
-                self.state, held, self.opened = "thinking", begun[7:], True
-            elif "<think>".startswith(begun) and len(held) < 200:
-                self._held = held
+                self.state, text, self.opened = "thinking", begun[7:], True
+            elif "<think>".startswith(begun) and len(text) < 200:
+                self.held = text
                 return "", ""
             else:
                 self.state = "answer"
-                return "", held
         if self.state == "thinking":
-            thought, tag, rest = held.partition("</think>")
+            thought, tag, rest = text.partition("</think>")
             if not tag:
-                keep = max(0, len(held) - 7)  # the tag may have begun
-                self._held = held[keep:]
-                return held[:keep], ""
-            held = rest
-        answer = held.lstrip()
-        self.state = "answer" if answer else "gap"
-        return thought, answer
-
-    def close(self) -> tuple[str, str]:
-        """The text is over: what was held back."""
-        return (self._held, "") if self.state == "thinking" else ("", self._held)
+                keep = max(0, len(text) - 7)
+                self.held = text[keep:]
+                return text[:keep], ""
+            self.state, text = "gap", rest
+        if self.state == "gap":
+            text = text.lstrip()
+            self.state = "answer" if text else "gap"
+        return thought, text
 
 
 class _Collector:
@@ -3015,7 +2992,6 @@ class _Collector:
     full str                    the whole text, of which deltas may have come
     call key id name arguments  a tool call or a piece of one; key None: a piece of the last
     arguments key str           more arguments of call `key`; kept until that has begun
-    called id name arguments    a whole tool call
     extra key value             what must go back with that call
     open key · closed key       a part has begun, is complete; an answer with an open one is cut
     grow name str               a text that must go back with the message, in pieces
@@ -3042,113 +3018,118 @@ class _Collector:
         self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
         self._finishes = finishes  #: a vendor's words exactly as they come, before _FINISHES
-        self._names = names  #: tools' names as they were sent -> as the caller knows them
+        self._names: Mapping[str, str] = {sent: own for own, sent in names.items()}  #: of tools
         self._begin()
 
     def _begin(self) -> None:
         self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
-        self.stops_at_once = False  #: and it came with the first piece: more may follow
-        self._more = ""  #: such a text of this event
-        self._large = False  #: this event is, so that reading it looks at the clock
+        self.stops_at_once = False  #: it came with the first piece: more may follow
         self.ended = False  #: the end marker has come: nothing follows
-        self.whole = False  #: it came as one value, and not in events
-        self._finish: str | None = None
+        self._whole = False  #: the answer came as one value, and not in events
+        self._raw: Any = None  #: that value
+        self._more = ""  #: text of this event that came behind the finish reason
         self._begun = False  #: events before this one had text or calls
+        self._finish = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
         self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
-        self._refused = self._needed = self._passes = False
-        self._model = self._half = ""  # _half: of a surrogate pair, whose other half may come
-        self._halves = False  #: the answer may hold such halves
+        self._refused = self._needed = False
+        self._passes = False  #: the facts are of another choice
+        self._model = ""
+        self._half = ""  #: of a surrogate pair, whose other half may come
         self._text: list[str] = []
         self._size = 0  #: characters of the text
         self._reasoning: list[str] = []
         self._think = _ThinkSplitter()
-        self._calls: list[dict[str, Any]] = []
-        self._by_key: dict[Any, dict[str, Any]] = {}  #: calls
+        self._calls: list[_Object] = []
+        self._by_key: dict[Any, _Object] = {}  #: calls
         self._early: dict[Any, list[str]] = {}  #: arguments of calls that have not begun
         self._open: set[Any] = set()  #: parts whose end has not come
-        self._ended: set[Any] = set()  #: and those whose end has
-        self._counts: dict[str, Any] = {}
+        self._closed: set[Any] = set()  #: parts whose end has come
+        self._counts: _Object = {}
         self._grown: dict[str, list[str]] = {}
         self._kept: dict[str, dict[Any, Any]] = {}
-        self._pieces: dict[tuple[str, Any], dict[str, list[str]]] = {}
-        self._raw: Any = None
+        self._pieces: dict[tuple[str, Any, str], list[str]] = {}  #: by name, key and field
 
     # -- events
 
     def take(self, name: str, data: bytes) -> None:
         """Take one event. Raises InvalidResponse or _InBandError."""
-        self._large = len(data) > _READ_SIZE
-        if b"\\ud" in data:
-            self._halves = True
-        if self._large:
+        if large := len(data) > _READ_SIZE:
             self._weigh(data)
+        is_error = name in ("error", "exception")
         try:
             body = _json(data, "an event")
         except InvalidResponse:
             if data.startswith(b"[DONE]"):
                 self.ended = True
                 return
-            if name in ("error", "exception"):
-                said = data[:_READ_SIZE].decode("utf-8", "replace")
-                raise _InBandError({"error": {"message": said}}) from None
-            if self.complete or _is_heartbeat(data):
-                return
-            raise
-        if name in ("error", "exception") and not _dict(body).get("error"):
+            if not is_error:
+                if self.complete or _is_heartbeat(data):
+                    return
+                raise
+            body = data[:_READ_SIZE].decode("utf-8", "replace")
+        if is_error and not _dict(body).get("error"):
             raise _InBandError({"error": body})
-        self.take_value(body)
+        self._event(body, large)
 
     def take_whole(self, text: bytes, what: str) -> None:
         """Take a body of JSON: one value, or a value in each line. InvalidResponse for another."""
-        self._halves = b"\\ud" in text
         self._weigh(text)
-        lines = [line for line in text.split(b"\n") if line.strip()]
-        if len(lines) > 1 and self._are_objects(lines):
-            for line in lines:
-                self.take("", line)
-            return
-        body = _json(text, what)
-        if not isinstance(body, (dict, list)):
-            raise InvalidResponse("the answer is no object")
-        # a list holds the events of a stream, and a piece of a stream is no whole answer either
-        self.whole = not body or (isinstance(body, dict) and not _is_piece(body))
-        self._large = True
-        self.take_value(body)
+        bodies: list[Any] = self._objects(text)
+        if len(bodies) < 2:
+            body = bodies[0] if bodies else _json(text, what)
+            if not isinstance(body, (dict, list)):
+                raise InvalidResponse("the answer is no object")
+            # a list holds the events of a stream, and a piece of a stream is no whole answer either
+            self._whole = not body or (isinstance(body, dict) and not _is_piece(body))
+            if self._whole:
+                self._raw = _cleaned(body) if b"\\ud" in text.lower() else body
+            bodies = [body]
+        for body in bodies:
+            self._event(body, True)
 
-    def _are_objects(self, lines: Sequence[bytes]) -> bool:
-        for line in lines:
-            try:
-                if not isinstance(_json(line, "a line"), dict):
-                    return False
-            except InvalidResponse:
-                return False
+    def _objects(self, text: bytes) -> list[_Object]:
+        """The objects of a text that has one in each line; [] for any other text."""
+        found = []
+        for line in filter(bytes.strip, text.split(b"\n")):
             if late := self.check():
                 raise late
-        return True
+            try:
+                body = _json(line, "a line")
+            except InvalidResponse:
+                return []
+            if not isinstance(body, dict):
+                return []
+            found.append(body)
+        return found
 
     def _weigh(self, data: bytes) -> None:
-        """Look at a large text before it is parsed, which nothing can interrupt."""
-        if _is_dense(data, self.most):
-            raise InvalidResponse("the answer has too many values to read", code="too_large")
+        """Look at a large text before it is parsed, which nothing can interrupt.
+
+        Its values must not take many times the memory of the text.
+        """
+        if len(data) >= 1 << 19:
+            weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36}
+            memory = sum(data.count(mark) * weight for mark, weight in weights.items())
+            if memory > min(16 * len(data), 7 * max(self.most, 1 << 20)):
+                raise InvalidResponse("the answer has too many values to read", code="too_large")
         if late := self.check(len(data) / _PARSED):
             raise late
 
-    def take_value(self, body: Any) -> None:
+    def _event(self, body: Any, large: bool) -> None:
         if type(body) is not dict:
             if isinstance(body, str) and body and not self.complete:
                 raise InvalidResponse("an event is a text")
             for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
-                self.take_value(item)
+                self._event(item, large)
             return
         empty = not body.get("choices") or "base_resp" in body
         if body.get("error") or (empty and not self.complete and _says_failure(body)):
             raise _InBandError(body)
-        self._raw, self._passes, self._begun = body, False, bool(self._text or self._calls)
-        self._more = ""
+        self._passes, self._begun, self._more = False, bool(self._text or self._calls), ""
         try:
-            for fact in self._read(body) if not self._large else self._watched(body):
+            for fact in self._watched(body) if large else self._read(body):
                 kind = fact[0]
                 if kind == "text" and not (self.complete or self._passes):
                     self._take_text(fact[1])  # as most of them
@@ -3197,7 +3178,9 @@ class _Collector:
             return
         self.alive = True
         if self._half or not text.isascii():
-            text, self._half = _whole_characters(self._half + text)
+            text = self._half + text
+            self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+            text = _clean(text.removesuffix(self._half))
         if self._think.state != "answer":
             thought, text = self._think.feed(text)
             self._take_thought(thought)
@@ -3224,13 +3207,13 @@ class _Collector:
 
     def _take_call(self, key: Any, call_id: Any, name: Any, arguments: Any) -> None:
         call_id, name = _clean(call_id), _clean(name)
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments)
+        arguments = "" if arguments is None else "" + arguments  # TypeError if it is no text
         call = self._by_key.get(key)
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
-            last = self._calls[-1]
-            call = self._by_key.get(("id", call_id), last) if call_id else last
-        if call and name and call["name"] and self._is_another(call, call_id, name):
-            call = None
-        if call is None:
+            call = self._by_key.get(("id", call_id), self._calls[-1])
+        if call is None or (name and call["name"] and self._is_another(call, call_id, name)):
             early = self._early.pop(key, [])
             call = {"id": "", "name": "", "pieces": early, "size": 0, "key": key}
             self._calls.append(call)
@@ -3240,34 +3223,26 @@ class _Collector:
             self._by_key[key] = call
         call["id"] = call["id"] or call_id
         call["name"] += name if name != call["name"] else ""
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments)
-        elif not isinstance(arguments, str) and arguments is not None:
-            raise TypeError("arguments")
         call["pieces"] += [arguments] if arguments else []
-        call["size"] += len(arguments or "")
+        call["size"] += len(arguments)
         self.alive = True
 
-    def _take_called(self, call_id: Any, name: Any, arguments: Any) -> None:
-        self._take_call(("whole", len(self._calls)), call_id, name, arguments or {})
-        self._take_closed(("whole", len(self._calls) - 1))
-
-    def _take_arguments(self, key: Any, text: str) -> None:
-        self.alive = True
-        call = self._by_key.get(key)
-        pieces = call["pieces"] if call else self._early.setdefault(key, [])
-        pieces.append("" + text)  # TypeError if it is no text
-
-    def _is_another(self, call: dict[str, Any], call_id: str, name: str) -> bool:
+    def _is_another(self, call: _Object, call_id: str, name: str) -> bool:
         """Whether a piece with a name begins a new call, though an earlier one has its key."""
         other = bool(call_id and call["id"] and call_id != call["id"])
-        if other and call["key"] in self._ended:
+        if other and call["key"] in self._closed:
             return True
         if name == call["name"]:
             whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
             return whole and isinstance(_parsed("".join(call["pieces"])), dict)
         known = {_dict(tool.get("function")).get("name") for tool in self._call.tools or ()}
         return name in known or call["name"] + name not in known
+
+    def _take_arguments(self, key: Any, text: str) -> None:
+        self.alive = True
+        call = self._by_key.get(key)
+        pieces = call["pieces"] if call else self._early.setdefault(key, [])
+        pieces.append("" + text)  # TypeError if it is no text
 
     def _take_extra(self, key: Any, value: Any) -> None:
         call = self._calls[-1] if key is None else self._by_key.get(key)
@@ -3279,7 +3254,7 @@ class _Collector:
 
     def _take_closed(self, key: Any) -> None:
         self._open.discard(key)
-        self._ended.add(key)
+        self._closed.add(key)
 
     def _take_grow(self, name: str, text: Any) -> None:
         if isinstance(text, str):
@@ -3292,17 +3267,16 @@ class _Collector:
         if 700 * len(items) > 7 * max(self.most, 1 << 20):  # bytes of a small object and its copy
             raise InvalidResponse("the answer has too many values to read", code="too_large")
 
-    def _take_piece(self, name: str, key: Any, field_name: str, text: Any) -> None:
+    def _take_piece(self, name: str, key: Any, field_name: str, text: str) -> None:
         begun = self._kept[name][key].get(field_name)
-        if not isinstance(text, str):
-            raise TypeError("a delta without its text")
-        pieces = self._pieces.setdefault((name, key), {})
-        pieces.setdefault(field_name, [begun if isinstance(begun, str) else ""]).append(text)
+        begun = begun if isinstance(begun, str) else ""
+        pieces = self._pieces.setdefault((name, key, field_name), [begun])
+        pieces.append("" + text)  # TypeError if it is no text
 
     def _take_needed(self) -> None:
         self._needed = True
 
-    def _take_usage(self, counts: Any, read: Callable[[dict[str, Any]], Usage]) -> None:
+    def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
             self._counts.update({name: value for name, value in counts.items() if value})
             self.usage = read(self._counts)
@@ -3353,20 +3327,17 @@ class _Collector:
 
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is not complete, and as _checked_answer does."""
+        at_end = self._whole or (self.ended and not self._names_finish)
+        if not self.complete and (self._open or not at_end):
+            raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         finish = self._finish
-        if finish is None:
-            if self._open or not (self.whole or (self.ended and not self._names_finish)):
-                raise InvalidResponse("truncated: neither a finish reason nor an end marker")
-            finish = "stop"
-        thought, rest = self._think.close()
-        self._reasoning.append(thought)
-        self._text.append(rest + ("\ufffd" if self._half else ""))
-        given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
-        self._calls = given  # a call with neither name nor arguments is none
-        calls = self._tool_calls(cut=finish not in ("stop", "tool_calls"))
+        texts = self._reasoning if self._think.state == "thinking" else self._text
+        texts.append(self._think.held)
+        self._text.append("\ufffd" if self._half else "")
+        calls = self._tool_calls(finish not in ("stop", "tool_calls")) if self._calls else []
         if finish == "stop" and calls:
             finish = "tool_calls"
-        text = self._without_thoughts("".join(self._text))
+        text = self._without_thoughts(self.text)
         if self._refused and not text and not calls:
             finish = "content_filter"
         return _checked_answer(LLMResponse(
@@ -3375,11 +3346,8 @@ class _Collector:
             reasoning=_clean("".join(self._reasoning)).strip() or None,
             request_id=self.request_id,
             carry=self._carry(text, calls) if self._needed else None,
-            raw=self._healed(self._raw) if self.whole else None,
+            raw=self._raw,
         ), self._call.messages)
-
-    def _healed(self, value: Any) -> Any:
-        return _cleaned(value) if self._halves else value
 
     def _without_thoughts(self, text: str) -> str:
         """The text behind a </think> that no tag opened, unless its beginning was shown already.
@@ -3395,30 +3363,30 @@ class _Collector:
 
     def _carry(self, text: str, calls: list[ToolCall]) -> Any:
         """What only the same provider and model get back, and how to know that it still fits."""
-        kept: dict[str, Any] = {name: "".join(texts) for name, texts in self._grown.items()}
-        for name, items in self._kept.items():
-            kept[name] = []
-            for key, item in items.items():
-                grown = self._pieces.get((name, key), {})
-                joined = {field_name: "".join(texts) for field_name, texts in grown.items()}
-                kept[name].append({**item, **joined})
+        for (name, key, field_name), texts in self._pieces.items():
+            self._kept[name][key][field_name] = "".join(texts)
+        kept: _Object = {name: "".join(texts) for name, texts in self._grown.items()}
+        kept |= {name: list(items.values()) for name, items in self._kept.items()}
         pairs = zip(calls, self._calls, strict=True)
         if extra := {call.id: found["extra"] for call, found in pairs if "extra" in found}:
             kept["extra"] = extra
         ids = [call.id for call in calls]
-        return self._healed({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
+        return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self, cut: bool) -> list[ToolCall]:
         """``cut``: something ended the answer, perhaps before the last call's arguments."""
+        # a call with neither name nor arguments is none
+        given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
+        self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
         found: list[ToolCall] = []
         ids: set[str] = set()
-        for at, call in enumerate(self._calls):
+        for at, call in enumerate(given):
             if not call["name"]:
                 raise InvalidResponse("a tool call has no name")
             name = self._names.get(call["name"], call["name"])
             arguments, raw = self._arguments(call["pieces"], name)
-            if not raw.strip() and (call["key"] in self._open or (cut and call is self._calls[-1])):
+            if not raw.strip() and (call["key"] in self._open or (cut and call is given[-1])):
                 arguments = None
             call_id = call["id"] or f"call_{earlier + at}"
             call_id = f"{call_id}_{at}" if call_id in ids else call_id
@@ -3426,13 +3394,13 @@ class _Collector:
             found.append(ToolCall(call_id, name, arguments, raw))
         return found
 
-    def _arguments(self, pieces: list[str], name: str) -> tuple[dict[str, Any] | None, str]:
+    def _arguments(self, pieces: list[str], name: str) -> tuple[_Object | None, str]:
         """The arguments as an object, None if the model wrote no object; and their text.
 
         Some servers send them after an empty {}, twice, as growing snapshots or encoded twice: that
         is read where only one reading gives an object.
         """
-        text = "".join(pieces)
+        text = _clean("".join(pieces))
         if not text.strip():
             return {}, text
         half = text[: len(text) // 2]
@@ -3445,11 +3413,11 @@ class _Collector:
             if isinstance(value, str) and value != reading:
                 reading, value = value, _parsed(value)
             if isinstance(value, dict):
-                return self._healed(value), _clean(reading)
+                return _cleaned(value), _clean(reading)
         tools = (_dict(tool.get("function")) for tool in self._call.tools or ())
         schemas = [_dict(tool.get("parameters")) for tool in tools if tool.get("name") == name]
         optional = text.strip() == "null" and not any(schema.get("required") for schema in schemas)
-        return ({}, text) if optional else (None, _clean(text))
+        return ({} if optional else None), text
 
 
 #: By the kind of a fact, what takes it.
@@ -4743,7 +4711,7 @@ _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }
-#: Blocks that are kept, to go back.
+#: Blocks of an answer that go back.
 _ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 #: What tool ids and tool names must not hold.
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
@@ -4757,7 +4725,17 @@ def _anthropic_facts(body: _Object) -> _Facts:
     if kind == "content_block_start":
         yield from _anthropic_begins(body["index"], body["content_block"])
     elif kind == "content_block_delta":
-        yield from _anthropic_grows(body["index"], body["delta"])
+        at, delta = body["index"], body["delta"]
+        name = _ANTHROPIC_GROWS.get(delta["type"])
+        if name is not None:  # else it is a citation, or something new
+            yield "piece", "blocks", at, name, delta[name]
+            yield ("alive",)
+        if name == "text":
+            yield "text", delta["text"]
+        elif name == "thinking":
+            yield "thought", delta["thinking"]
+        elif name == "partial_json":
+            yield "arguments", at, delta["partial_json"]
     elif kind == "content_block_stop":
         yield "closed", body.get("index")
     elif kind == "message_delta":
@@ -4788,20 +4766,6 @@ def _anthropic_begins(at: int, block: _Object) -> _Facts:
         yield ("needed",)
 
 
-def _anthropic_grows(at: int, delta: _Object) -> _Facts:
-    name = _ANTHROPIC_GROWS.get(delta["type"])
-    if name is None:
-        return  # a citation, or something new
-    yield "piece", "blocks", at, name, delta[name]
-    yield ("alive",)
-    if name == "text":
-        yield "text", delta[name]
-    elif name == "thinking":
-        yield "thought", delta[name]
-    elif name == "partial_json":
-        yield "arguments", at, delta[name]
-
-
 def _anthropic_usage(usage: _Object) -> Usage:
     """Input counts leave the cache out."""
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
@@ -4811,43 +4775,34 @@ def _anthropic_usage(usage: _Object) -> Usage:
 
 
 def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> _Object:
-    system, turns = _conversation(call, "Anthropic")
+    system, turns = _conversation(call, "Anthropic", names)
     kind, schema = _format(call)
     if kind == "json_object":
         system.append(_Part("text", "", "Answer with one JSON object and nothing else."))
-    # Anthropic wants a limit: 8192 where the caller names none
-    body: _Object = {"model": call.model, "max_tokens": call.limit() or 8192}
-    if any(part.cache for part in system):
-        body["system"] = _anthropic_blocks(system)
-    elif system:
-        body["system"] = "\n\n".join(part.data for part in system)
-    contents = [(turn.role, _anthropic_content(turn, names)) for turn in turns]
-    body["messages"] = [{"role": role, "content": content} for role, content in contents]
-    body |= call.renamed({"temperature": "temperature", "top_p": "top_p"})
-    if isinstance(body.get("temperature"), (int, float)):
-        body["temperature"] = min(body["temperature"], 1)
-    if stops := [stop for stop in _stops(call) if stop.strip()]:
-        body["stop_sequences"] = stops
-    if "user" in call.options:
-        body["metadata"] = {"user_id": call.options["user"]}
-    body |= _anthropic_tools(call, turns, names)
-    form = {"type": kind, "schema": schema.get("schema", {})}
-    output: _Object = {"format": form} if kind == "json_schema" else {}
-    effort = call.options.get("reasoning_effort")
-    if effort not in (None, "none"):
-        output["effort"] = "low" if effort == "minimal" else effort
-    if output:
-        body["output_config"] = output
-    if effort == "none":
-        body["thinking"] = {"type": "disabled"}
-    elif call.thoughts:
-        body["thinking"] = {"type": "adaptive", "display": "summarized"}
-    if streaming:
-        body["stream"] = True
-    return call.finished(body)
+    cached = any(part.cache for part in system)
+    said: Any = _anthropic_blocks(system) if cached else "\n\n".join(part.data for part in system)
+    effort, temperature = call.options.get("reasoning_effort"), call.options.get("temperature")
+    if isinstance(temperature, (int, float)):
+        temperature = min(temperature, 1)
+    form = {"type": kind, "schema": schema.get("schema", {})} if kind == "json_schema" else None
+    level = {"none": None, "minimal": "low"}.get(str(effort), effort)
+    shown = {"type": "adaptive", "display": "summarized"} if call.thoughts else None
+    return call.finished({
+        "model": call.model,
+        "max_tokens": call.limit() or 8192,  # it is required
+        "system": said or None,
+        "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
+        "temperature": temperature, "top_p": call.options.get("top_p"),
+        "stop_sequences": [stop for stop in _stops(call) if stop.strip()] or None,
+        "metadata": {"user_id": call.options["user"]} if "user" in call.options else None,
+        **_anthropic_tools(call, turns, names),
+        "output_config": _given({"format": form, "effort": level}) or None,
+        "thinking": {"type": "disabled"} if effort == "none" else shown,
+        "stream": streaming or None,
+    })
 
 
-def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[_Object]:
+def _anthropic_content(turn: _Turn) -> list[_Object]:
     """The blocks of one turn: an assistant's own as they were, results before other content."""
     if turn.carry.get("blocks"):
         return _anthropic_kept(turn.carry["blocks"])
@@ -4860,8 +4815,8 @@ def _anthropic_content(turn: _Turn, names: Mapping[str, str]) -> list[_Object]:
         blocks.append(block)
     blocks += _anthropic_blocks(turn.parts)
     for call_id, name, arguments in turn.calls:
-        used = {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": names[name]}
-        blocks.append({**used, "input": arguments})
+        block = {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": name}
+        blocks.append({**block, "input": arguments})
     return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
 
 
@@ -4882,14 +4837,15 @@ def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
     """Without blank texts, which are refused."""
     blocks: list[_Object] = []
     for part in parts:
-        source = {"type": "url", "url": part.data}
-        if part.kind == "data":
-            source = {"type": "base64", "media_type": part.media, "data": part.data}
-        kind = "document" if part.media == "application/pdf" else "image"
-        is_text = part.kind == "text"
-        block = {"type": "text", "text": part.data} if is_text else {"type": kind, "source": source}
-        if part.data.strip() or not is_text:
-            blocks.append({**block, **({"cache_control": part.cache} if part.cache else {})})
+        block: _Object = {"type": "text", "text": part.data}
+        if part.kind != "text":
+            kind = "document" if part.media == "application/pdf" else "image"
+            data = {"type": "base64", "media_type": part.media, "data": part.data}
+            url = {"type": "url", "url": part.data}
+            block = {"type": kind, "source": data if part.kind == "data" else url}
+        elif not part.data.strip():
+            continue
+        blocks.append({**block, "cache_control": part.cache} if part.cache else block)
     return blocks
 
 
@@ -4898,14 +4854,15 @@ def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) 
     anything: _Object = {"type": "object", "properties": {}}
     tools: list[_Object] = []
     for given, function in zip(call.tools or (), _functions(call.tools, "Anthropic"), strict=True):
-        schema = {"type": "object", **(function.get("parameters") or anything)}
-        more = {key: function.get(key) for key in ("description", "strict", "cache_control")}
-        more["cache_control"] = given.get("cache_control") or more["cache_control"]
-        tool = {"name": names[function["name"]], "input_schema": schema, **more}
-        tools.append({key: value for key, value in tool.items() if value is not None})
+        tools.append(_given({
+            "name": names[function["name"]],
+            "input_schema": {"type": "object", **(function.get("parameters") or anything)},
+            "description": function.get("description"), "strict": function.get("strict"),
+            "cache_control": given.get("cache_control") or function.get("cache_control"),
+        }))
     kind, name = _choice(call)
     if not tools:
-        used = {names[name]: None for turn in turns for _, name, _ in turn.calls}
+        used = {name: None for turn in turns for _, name, _ in turn.calls}
         tools, kind = [{"name": name, "input_schema": anything} for name in used], "none"
     if not tools:
         return {}
@@ -4914,7 +4871,7 @@ def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) 
         choice["name"] = names.get(str(name), name)
     if call.options.get("parallel_tool_calls") is False and kind != "none":
         choice["disable_parallel_tool_use"] = True
-    return {"tools": tools, **({} if choice == {"type": "auto"} else {"tool_choice": choice})}
+    return {"tools": tools, "tool_choice": None if choice == {"type": "auto"} else choice}
 
 
 class AnthropicProvider(_HTTPProvider):
@@ -4946,9 +4903,8 @@ class AnthropicProvider(_HTTPProvider):
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         names = _names_sent(call, _NOT_PLAIN, 128)
-        back = {theirs: ours for ours, theirs in names.items()}
-        body = _anthropic_body(call, streaming, names)
-        return "/messages", body, _Collector(call, _anthropic_facts, {"pause_turn": "length"}, back)
+        collector = _Collector(call, _anthropic_facts, {"pause_turn": "length"}, names)
+        return "/messages", _anthropic_body(call, streaming, names), collector
 
 
 # ==== Gemini ======================================================================================
@@ -4983,27 +4939,23 @@ def _gemini_facts(body: _Object) -> _Facts:
         if candidate.get("index") or len(candidates) > 1:
             yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
-            yield from _gemini_part_facts(part)
+            text, called = part.get("text"), part.get("functionCall")
+            if signed := "thoughtSignature" in part:
+                yield ("alive",)
+            if part.get("thought"):
+                yield "thought", text
+                continue
+            if called is not None or text or signed:
+                yield "keep", "parts", None, part
+            if signed:
+                yield ("needed",)
+            if called is not None:  # a whole call: no other one has the key object()
+                yield "call", object(), called.get("id"), called["name"], called.get("args") or {}
+            yield "text", text
         reason = candidate.get("finishReason")
         if reason in _GEMINI_FAILURES:
             raise InvalidResponse("the model's own answer failed", code=reason.lower())
         yield "stop", None if reason == "FINISH_REASON_UNSPECIFIED" else reason
-
-
-def _gemini_part_facts(part: _Object) -> _Facts:
-    text, called, signed = part.get("text"), part.get("functionCall"), "thoughtSignature" in part
-    if signed:
-        yield ("alive",)
-    if part.get("thought"):
-        yield "thought", text
-        return
-    if called is not None or text or signed:
-        yield "keep", "parts", None, part
-    if signed:
-        yield ("needed",)
-    if called is not None:
-        yield "called", called.get("id"), called["name"], called.get("args")
-    yield "text", text
 
 
 def _gemini_usage(usage: _Object) -> Usage:
@@ -5014,61 +4966,61 @@ def _gemini_usage(usage: _Object) -> Usage:
 
 
 def _gemini_body(call: _Call, names: Mapping[str, str]) -> _Object:
-    system, turns = _conversation(call, "Gemini")
-    body: _Object = {"contents": []}
-    if system:
-        body["systemInstruction"] = {"parts": [{"text": "\n\n".join(part.data for part in system)}]}
+    system, turns = _conversation(call, "Gemini", names)
+    text = "\n\n".join(part.data for part in system)
+    contents: list[_Object] = []
     ids: list[str | None] = []
     for turn in turns:
-        parts = _gemini_parts(turn, names, ids)
-        role = "user" if turn.role == "user" else "model"
-        body["contents"].append({"role": role, "parts": parts})
+        parts = _gemini_parts(turn, ids)
+        contents.append({"role": "user" if turn.role == "user" else "model", "parts": parts})
         ids = [part["functionCall"].get("id") for part in parts if "functionCall" in part]
-    if call.tools:
-        functions = _functions(call.tools, "Gemini")
-        body["tools"] = [{"functionDeclarations": [_gemini_function(f, names) for f in functions]}]
-        kind, name = _choice(call)
-        if "tool_choice" in call.options:
-            mode: _Object = {"mode": "ANY" if kind in ("required", "named") else kind.upper()}
-            if kind == "named":
-                mode["allowedFunctionNames"] = [names.get(str(name), name)]
-            body["toolConfig"] = {"functionCallingConfig": mode}
-    if config := _gemini_config(call):
-        body["generationConfig"] = config
-    return call.finished(body)
+    return call.finished({
+        "contents": contents,
+        "systemInstruction": {"parts": [{"text": text}]} if text else None,
+        **(_gemini_tools(call, names) if call.tools else {}),
+        "generationConfig": _gemini_config(call) or None,
+    })
 
 
-def _gemini_function(function: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
-    """A declaration; a schema that allows no arguments is left out, as Gemini refuses it."""
-    schema = _dict(function.get("parameters"))
-    takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)
-    more = {"description": function.get("description"), "parametersJsonSchema": takes and schema}
-    return {"name": names[function["name"]], **{key: value for key, value in more.items() if value}}
+def _gemini_tools(call: _Call, names: Mapping[str, str]) -> _Object:
+    declared = []
+    for function in _functions(call.tools, "Gemini"):
+        schema = _dict(function.get("parameters"))  # refused if it allows no arguments
+        takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)
+        declared.append(_given({
+            "name": names[function["name"]], "description": function.get("description") or None,
+            "parametersJsonSchema": schema if takes else None,
+        }))
+    kind, name = _choice(call)
+    mode = _given({
+        "mode": "ANY" if kind in ("required", "named") else kind.upper(),
+        "allowedFunctionNames": [names.get(str(name), name)] if kind == "named" else None,
+    })
+    config = {"functionCallingConfig": mode} if "tool_choice" in call.options else None
+    return {"tools": [{"functionDeclarations": declared}], "toolConfig": config}
 
 
 def _gemini_config(call: _Call) -> _Object:
-    config = call.renamed({
-        "temperature": "temperature", "top_p": "topP", "seed": "seed",
-        "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty",
-    })
-    if call.limit() is not None:
-        config["maxOutputTokens"] = call.limit()
-    if stops := _stops(call):
-        config["stopSequences"] = stops
     kind, schema = _format(call)
-    if kind != "text":
-        config["responseMimeType"] = "application/json"
-    if kind == "json_schema":
-        config["responseJsonSchema"] = schema.get("schema", {})
     effort = call.options.get("reasoning_effort")
+    thinking = None
     if (effort or call.thoughts) and "thoughts" not in call.learned:
         level = {"none": "LOW", "max": "XHIGH"}.get(str(effort), str(effort).upper())
-        chosen = {"thinkingLevel": level} if effort else {}
-        config["thinkingConfig"] = {"includeThoughts": True, **chosen}
-    return config
+        thinking = {"includeThoughts": True, **({"thinkingLevel": level} if effort else {})}
+    return _given({
+        **call.renamed({
+            "temperature": "temperature", "top_p": "topP", "seed": "seed",
+            "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty",
+            "max_tokens": "maxOutputTokens",
+        }),
+        "stopSequences": _stops(call) or None,
+        "responseMimeType": None if kind == "text" else "application/json",
+        "responseJsonSchema": schema.get("schema", {}) if kind == "json_schema" else None,
+        "thinkingConfig": thinking,
+    })
 
 
-def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) -> list[_Object]:
+def _gemini_parts(turn: _Turn, ids: list[str | None]) -> list[_Object]:
     """The parts of one turn. ``ids``: those of the model's own calls that this turn answers."""
     if turn.carry.get("parts"):
         return list(turn.carry["parts"])
@@ -5077,7 +5029,7 @@ def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) 
         given = {"id": ids[at]} if at < len(ids) and ids[at] else {}
         text = "\n".join(part.data for part in content if part.kind == "text")
         answer = _dict(_parsed(text)) or {"error" if text == _NO_RESULT else "output": text}
-        parts.append({"functionResponse": {**given, "name": names[name], "response": answer}})
+        parts.append({"functionResponse": {**given, "name": name, "response": answer}})
     images = [part for _, _, content in turn.results for part in content if part.kind != "text"]
     for part in (*images, *turn.parts):
         if part.kind == "url":
@@ -5086,7 +5038,7 @@ def _gemini_parts(turn: _Turn, names: Mapping[str, str], ids: list[str | None]) 
         parts.append({"text": part.data} if part.kind == "text" else data)
     for at, (_, name, arguments) in enumerate(turn.calls):
         signed = {"thoughtSignature": _FOREIGN_SIGNATURE} if at == 0 else {}
-        parts.append({"functionCall": {"name": names[name], "args": arguments}, **signed})
+        parts.append({"functionCall": {"name": name, "args": arguments}, **signed})
     return parts
 
 
@@ -5098,8 +5050,7 @@ class GeminiProvider(_HTTPProvider):
     Thought signatures go back to the same provider and model in ``response.message`` only.
     """
 
-    _vendor = "gemini"
-    _default_url = "https://generativelanguage.googleapis.com"
+    _vendor, _default_url = "gemini", "https://generativelanguage.googleapis.com"
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
@@ -5111,10 +5062,9 @@ class GeminiProvider(_HTTPProvider):
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
-        back = {theirs: ours for ours, theirs in names.items()}
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
-        collector = _Collector(call, _gemini_facts, _GEMINI_FINISHES, back)
+        collector = _Collector(call, _gemini_facts, _GEMINI_FINISHES, names)
         return path, _gemini_body(call, names), collector
 
 
@@ -5130,9 +5080,9 @@ def _ollama_facts(body: _Object) -> _Facts:
         yield "thought", thinking
         yield "grow", "thinking", thinking
     yield "text", message.get("content")
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        yield "called", call.get("id"), function["name"], function.get("arguments")
+    for call in message.get("tool_calls") or ():  # whole calls: no other one has the key object()
+        called = call["function"]
+        yield "call", object(), call.get("id"), called["name"], called.get("arguments") or {}
     if not body.get("done"):
         yield "open", "answer"
         return
@@ -5152,54 +5102,51 @@ def _ollama_usage(body: _Object) -> Usage:
 def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> _Object:
     """One message: text and images apart, arguments as objects, results with their tool's name."""
     role, parts = message["role"], _parts(message.get("content"), "Ollama")
-    sent: _Object = {"role": "system" if role == "developer" else role}
-    sent["content"] = "\n".join(part.data for part in parts if part.kind == "text")
     others = [part for part in parts if part.kind != "text"]
     if any(not part.media.startswith("image/") for part in others):
         raise UnsupportedRequest("Ollama takes images only, and as data URLs")
-    if others:
-        sent["images"] = [part.data for part in others]
-    if role == "tool":
-        call_id = message["tool_call_id"]
-        sent |= {"tool_name": names[call_id], "tool_call_id": call_id}
-    if thinking := call.carried(message).get("thinking"):
-        sent["thinking"] = thinking
+    call_id = message["tool_call_id"] if role == "tool" else None
+    calls = []
     for item in message.get("tool_calls") or ():
         name, arguments = item["function"]["name"], item["function"].get("arguments")
         names[item["id"]] = name
         function = {"name": name, "arguments": _argument_object(arguments)}
-        sent.setdefault("tool_calls", []).append({"id": item["id"], "function": function})
-    return sent
+        calls.append({"id": item["id"], "function": function})
+    return _given({
+        "role": "system" if role == "developer" else role,
+        "content": "\n".join(part.data for part in parts if part.kind == "text"),
+        "images": [part.data for part in others] or None,
+        "tool_name": names[call_id] if call_id else None, "tool_call_id": call_id,
+        "thinking": call.carried(message).get("thinking") or None,
+        "tool_calls": calls or None,
+    })
 
 
 def _ollama_body(call: _Call, streaming: bool) -> _Object:
     choice, _ = _choice(call)
     if call.tools and choice in ("required", "named"):
         raise UnsupportedRequest(f"Ollama cannot force a tool call (tool_choice={choice!r})")
-    body: _Object = {"model": call.model, "stream": streaming}
-    body |= {"truncate": False, "shift": False}  # or it drops what does not fit, without a word
     names: dict[str, str] = {}
-    body["messages"] = [_ollama_message(call, message, names) for message in call.messages]
-    if call.tools and choice != "none":
-        functions = _functions(call.tools, "Ollama")
-        body["tools"] = [{"type": "function", "function": function} for function in functions]
+    tools = _functions(call.tools, "Ollama") if choice != "none" else []
     same = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
-    options = call.renamed({name: name for name in same})
-    if call.limit() is not None:
-        options["num_predict"] = call.limit()
+    options = call.renamed({**{name: name for name in same}, "max_tokens": "num_predict"})
     if stops := _stops(call):
         options["stop"] = stops
-    if options:
-        body["options"] = options
     kind, schema = _format(call)
-    if kind != "text":
-        body["format"] = "json" if kind == "json_object" else schema.get("schema", {})
+    forms = {"text": None, "json_object": "json", "json_schema": schema.get("schema", {})}
+    think: Any = call.thoughts or None
     effort = call.options.get("reasoning_effort")
     if effort and "thoughts" not in call.learned:
-        body["think"] = {"none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
-    elif call.thoughts:
-        body["think"] = True
-    return call.finished(body)
+        think = {"none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
+    return call.finished({
+        "model": call.model, "stream": streaming,
+        "truncate": False, "shift": False,  # or it drops what does not fit, without a word
+        "messages": [_ollama_message(call, message, names) for message in call.messages],
+        "tools": [{"type": "function", "function": function} for function in tools] or None,
+        "options": options or None,
+        "format": forms[kind],
+        "think": think,
+    })
 
 
 class OllamaProvider(_HTTPProvider):
