@@ -2589,7 +2589,7 @@ _Object = dict[str, Any]  #: as JSON has them
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
-_LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: two names of one option
+_LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: of one option
 _OPTIONS: frozenset[str] = _HINTS | _LIMIT_NAMES | {"stop", "tool_choice", "response_format",
                                                     "extra_body"}
 _LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
@@ -2599,7 +2599,7 @@ _STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unkno
 
 
 class _Call(NamedTuple):
-    """One request to a provider, checked and unpacked."""
+    """One request to a provider, checked."""
 
     messages: list[Message]
     tools: Tools
@@ -2618,7 +2618,7 @@ class _Call(NamedTuple):
         return kept if kept.get("ids") == ids else {}
 
     def limit(self) -> Any:
-        """The limit on completion tokens, under whichever name; None if there is none."""
+        """The limit on completion tokens, or None."""
         limit = self.options.get("max_completion_tokens")
         return self.options.get("max_tokens") if limit is None else limit
 
@@ -2843,7 +2843,7 @@ def _conversation(
 
 
 def _safe(text: str, bad: str, most: int) -> str:
-    """A name or id without the characters that a vendor refuses, still distinct from all others."""
+    """A name or id without characters that a vendor refuses, distinct from all others."""
     clean = _pattern(bad).sub("_", text)
     if clean == text and 0 < len(text) <= most:
         return text
@@ -2851,7 +2851,7 @@ def _safe(text: str, bad: str, most: int) -> str:
 
 
 def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
-    """Every tool name of a call -> the name that the vendor accepts for it."""
+    """Every tool name of a call -> one that the vendor accepts."""
     functions = _functions(call.tools, "this provider")
     for message in call.messages:
         functions += [item["function"] for item in message.get("tool_calls") or ()]
@@ -2889,7 +2889,7 @@ def _argument_object(arguments: Any) -> _Object:
 
 
 def _count(value: Any) -> int:
-    """A number of tokens. What makes no sense counts as 0: it must not cost an answer."""
+    """A number of tokens; 0 for what is none, since a wrong count must not cost an answer."""
     return int(value) if type(value) in (int, float) and 0 < value < 2**53 else 0
 
 
@@ -2901,7 +2901,7 @@ def _counted(usage: Mapping[str, Any], *names: str) -> int:
 # -- to the answer
 
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
-#: Finish reasons of all vendors, in lower case -> ours. A word that is not here stays as it came.
+#: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is.
 _FINISHES = {word: reason for reason, words in {
     "stop": "stop end_turn stop_sequence tool_calls tool_use function_call eos eos_token completed"
             " complete end",
@@ -2910,7 +2910,7 @@ _FINISHES = {word: reason for reason, words in {
     "content_filter": "content_filter sensitive refusal safety",
 }.items() for word in words.split()}
 _REASONS = frozenset({*_FINISHES.values(), "tool_calls"})
-#: Finish reasons that mean that the answer failed or was cut off.
+#: Finish reasons of an answer that failed or was cut off.
 _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
     "canceled", "timeout", "connection_error", "failed", "server_error", "incomplete",
@@ -2918,12 +2918,12 @@ _FAILED = frozenset({
     "internal_error", "internal_server_error", "deadline_exceeded",
 })
 _PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
-#: Facts that change the answer: those behind its finish reason are passed over.
+#: Facts that are passed over behind the finish reason.
 _ANSWERING = frozenset({"text", "full", "thought", "call", "arguments", "grow", "stop"})
 
 
 def _says_failure(body: _Object) -> bool:
-    """Whether an object without a key "error" reports one: vendors have many forms."""
+    """Whether an object without a key "error" reports one all the same."""
     if "base_resp" in body:  # MiniMax
         return bool(_dict(body["base_resp"]).get("status_code"))
     number = _int(body.get("code")) or _int(body.get("status_code")) or 0
@@ -2985,7 +2985,7 @@ class _ThinkSplitter:
 
 
 class _Collector:
-    """Collects facts into deltas and one LLMResponse. No I/O. The facts:
+    """Collects facts into deltas and one LLMResponse. The facts:
 
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
@@ -3074,41 +3074,22 @@ class _Collector:
         self._event(body, large)
 
     def take_whole(self, text: bytes, what: str) -> None:
-        """Take a body of JSON: one value, or a value in each line. InvalidResponse for another."""
+        """Take a body of JSON: one value, or a value in each line."""
         self._weigh(text)
-        bodies: list[Any] = self._objects(text)
-        if len(bodies) < 2:
-            body = bodies[0] if bodies else _json(text, what)
-            if not isinstance(body, (dict, list)):
-                raise InvalidResponse("the answer is no object")
-            # a list holds the events of a stream, and a piece of a stream is no whole answer either
-            self._whole = not body or (isinstance(body, dict) and not _is_piece(body))
-            if self._whole:
-                self._raw = _cleaned(body) if b"\\ud" in text.lower() else body
-            bodies = [body]
-        for body in bodies:
-            self._event(body, True)
-
-    def _objects(self, text: bytes) -> list[_Object]:
-        """The objects of a text that has one in each line; [] for any other text."""
-        found = []
-        for line in filter(bytes.strip, text.split(b"\n")):
-            if late := self.check():
-                raise late
-            try:
-                body = _json(line, "a line")
-            except InvalidResponse:
-                return []
-            if not isinstance(body, dict):
-                return []
-            found.append(body)
-        return found
+        lines = [line.strip() for line in text.split(b"\n") if line.strip()]
+        if len(lines) > 1 and all(line[:1] + line[-1:] == b"{}" for line in lines):
+            text = b"[" + b",".join(lines) + b"]"
+        body = _json(text, what)
+        if not isinstance(body, (dict, list)):
+            raise InvalidResponse("the answer is no object")
+        # a list holds the events of a stream; one event is no whole answer either
+        self._whole = not body or (isinstance(body, dict) and not _is_piece(body))
+        if self._whole:
+            self._raw = _cleaned(body) if b"\\ud" in text.lower() else body
+        self._event(body, True)
 
     def _weigh(self, data: bytes) -> None:
-        """Look at a large text before it is parsed, which nothing can interrupt.
-
-        Its values must not take many times the memory of the text.
-        """
+        """Refuse a large text if parsing it would take too much memory or time."""
         if len(data) >= 1 << 19:
             weights = {b"{": 184, b"[": 64, b'"': 30, b",": 36}
             memory = sum(data.count(mark) * weight for mark, weight in weights.items())
@@ -3121,7 +3102,9 @@ class _Collector:
         if type(body) is not dict:
             if isinstance(body, str) and body and not self.complete:
                 raise InvalidResponse("an event is a text")
-            for item in body if isinstance(body, list) else ():  # Gemini without alt=sse
+            for item in body if isinstance(body, list) else ():  # as from Gemini without alt=sse
+                if late := self.check():
+                    raise late
                 self._event(item, large)
             return
         empty = not body.get("choices") or "base_resp" in body
@@ -3154,9 +3137,9 @@ class _Collector:
                 raise late
 
     def _take_more(self, kind: str, value: str | None) -> None:
-        """Text behind a finish reason, in an event that has one too: old servers put it into each.
+        """Text of servers that put a finish reason into every event.
 
-        A proxy that answers twice repeats what has come: that does not count.
+        A proxy that answers twice sends all of the text again, which is passed over.
         """
         if kind == "text":
             self._more = value or ""
@@ -3171,7 +3154,7 @@ class _Collector:
         self._repeated[0] = ("model", name)
 
     def _take_id(self, request_id: Any) -> None:
-        self.request_id = self.request_id or (_clean(request_id) or None)
+        self.request_id = self.request_id or _clean(request_id) or None
 
     def _take_text(self, text: str | None) -> None:
         if not text:
@@ -3228,7 +3211,7 @@ class _Collector:
         self.alive = True
 
     def _is_another(self, call: _Object, call_id: str, name: str) -> bool:
-        """Whether a piece with a name begins a new call, though an earlier one has its key."""
+        """Whether a piece with a name begins a new call, although ``call`` has its key."""
         other = bool(call_id and call["id"] and call_id != call["id"])
         if other and call["key"] in self._closed:
             return True
@@ -3307,7 +3290,7 @@ class _Collector:
         self.ended = True
 
     def _take_begin(self) -> None:
-        """A proxy that asks again in the middle of an answer begins the answer once more."""
+        """A proxy may ask its server again in the middle of an answer."""
         if self._text or self._calls or self._reasoning:
             if self.shows is not None and (self._text or self._call.thoughts):
                 raise InvalidResponse("the answer began a second time")
@@ -3317,16 +3300,16 @@ class _Collector:
 
     @property
     def text(self) -> str:
-        """What has come so far."""
+        """The text so far."""
         return "".join(self._text)
 
     def texts(self) -> list[str]:
-        """All that the model has said so far: text, thinking, arguments."""
+        """All that the model has said so far."""
         calls = ("".join(call["pieces"]) for call in self._calls)
         return [self.text, "".join(self._reasoning), *calls]
 
     def response(self) -> LLMResponse:
-        """The answer. Raises InvalidResponse if it is not complete, and as _checked_answer does."""
+        """The answer. Raises InvalidResponse if it is cut, and as _checked_answer does."""
         at_end = self._whole or (self.ended and not self._names_finish)
         if not self.complete and (self._open or not at_end):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
@@ -3350,9 +3333,9 @@ class _Collector:
         ), self._call.messages)
 
     def _without_thoughts(self, text: str) -> str:
-        """The text behind a </think> that no tag opened, unless its beginning was shown already.
+        """The text behind a </think> whose opening tag stood in the prompt.
 
-        Some templates put the opening tag into the prompt.
+        What was shown already stays text.
         """
         thought, tag, rest = text.partition("</think>")
         quoted = thought.endswith(("`", "'", '"')) or "<think>" in thought
@@ -3362,7 +3345,7 @@ class _Collector:
         return rest.lstrip()
 
     def _carry(self, text: str, calls: list[ToolCall]) -> Any:
-        """What only the same provider and model get back, and how to know that it still fits."""
+        """What the same provider and model get back, if text and ids are unchanged by then."""
         for (name, key, field_name), texts in self._pieces.items():
             self._kept[name][key][field_name] = "".join(texts)
         kept: _Object = {name: "".join(texts) for name, texts in self._grown.items()}
@@ -3374,8 +3357,7 @@ class _Collector:
         return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self, cut: bool) -> list[ToolCall]:
-        """``cut``: something ended the answer, perhaps before the last call's arguments."""
-        # a call with neither name nor arguments is none
+        """``cut``: the answer was ended, perhaps before the last call's arguments."""
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -3397,8 +3379,7 @@ class _Collector:
     def _arguments(self, pieces: list[str], name: str) -> tuple[_Object | None, str]:
         """The arguments as an object, None if the model wrote no object; and their text.
 
-        Some servers send them after an empty {}, twice, as growing snapshots or encoded twice: that
-        is read where only one reading gives an object.
+        Some servers send them behind an empty {}, twice, as growing snapshots, or encoded twice.
         """
         text = _clean("".join(pieces))
         if not text.strip():
