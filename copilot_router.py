@@ -2795,9 +2795,9 @@ def _distinct(call_id: str, ids: set[str]) -> str:
 class _Turn:
     """All that one side says in a row, for vendors where user and assistant must alternate."""
 
-    def __init__(self, role: str, *parts: _Part) -> None:
+    def __init__(self, role: str) -> None:
         self.role = role  #: user | assistant
-        self.parts = list(parts)
+        self.parts: list[_Part] = []
         self.calls: list[tuple[str, str, _Object]] = []  #: id, name, arguments
         self.results: list[tuple[str, str, list[_Part]]] = []  #: id, name, parts
         self.carry: _Object = {}
@@ -2808,7 +2808,7 @@ def _conversation(
 ) -> tuple[list[_Part], list[_Turn]]:
     """The system's parts, and turns that begin with the user, alternate, and end with the user."""
     system: list[_Part] = []
-    turns: list[_Turn] = []
+    turns = [_Turn("user")]
     names: dict[str, str] = {}  #: id of a call -> its tool, as it is sent
     for message in call.messages:
         role, content = message["role"], message.get("content")
@@ -2822,7 +2822,7 @@ def _conversation(
         if not (parts or calls or role == "tool"):
             continue
         side = "assistant" if role == "assistant" else "user"
-        fresh = not turns or turns[-1].role != side
+        fresh = turns[-1].role != side
         turns += [_Turn(side)] if fresh else []
         turn = turns[-1]
         turn.carry = call.carried(message) if fresh else {}
@@ -2834,11 +2834,10 @@ def _conversation(
             names[item["id"]] = name = sent[item["function"]["name"]]
             arguments = _argument_object(item["function"].get("arguments"))
             turn.calls.append((item["id"], name, arguments))
-    filler = _Part("text", "", _GO_ON)
-    if not turns or turns[0].role == "assistant":
-        turns.insert(0, _Turn("user", filler))
-    if turns[-1].role == "assistant":
-        turns.append(_Turn("user", filler))
+    turns += [_Turn("user")] if turns[-1].role == "assistant" else []
+    for turn in (turns[0], turns[-1]):
+        if not turn.parts and not turn.results:
+            turn.parts.append(_Part("text", "", _GO_ON))
     return system, turns
 
 
@@ -4789,15 +4788,15 @@ def _anthropic_content(turn: _Turn) -> list[_Object]:
         return _anthropic_kept(turn.carry["blocks"])
     blocks: list[_Object] = []
     for call_id, _, parts in turn.results:
-        block: _Object = {"type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64)}
-        block["content"] = _anthropic_blocks(parts) or "(empty)"
-        if [part.data for part in parts] == [_NO_RESULT]:
-            block["is_error"] = True
-        blocks.append(block)
+        blocks.append(_given({
+            "type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
+            "content": _anthropic_blocks(parts) or "(empty)",
+            "is_error": [part.data for part in parts] == [_NO_RESULT] or None,
+        }))
     blocks += _anthropic_blocks(turn.parts)
     for call_id, name, arguments in turn.calls:
-        block = {"type": "tool_use", "id": _safe(call_id, _NOT_PLAIN, 64), "name": name}
-        blocks.append({**block, "input": arguments})
+        sent = _safe(call_id, _NOT_PLAIN, 64)
+        blocks.append({"type": "tool_use", "id": sent, "name": name, "input": arguments})
     return blocks or [{"type": "text", "text": _GO_ON if turn.role == "user" else "(empty)"}]
 
 
