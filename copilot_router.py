@@ -2754,32 +2754,30 @@ def _repaired(messages: list[Message]) -> list[Message]:
     """
     done: list[Message] = []
     ids: set[str] = set()
-    waiting: list[tuple[str, int]] = []  #: the last calls: id, and the place in done of the result
+    waiting: dict[str, list[int]] = {}  #: ids of the last calls -> places in done of their results
     for message in messages:
-        role, content = message["role"], message.get("content") or ()
-        calls = message.get("tool_calls") or ()
+        role, content = message["role"], message.get("content")
         if role == "tool":
-            old = message.get("tool_call_id") or ""
-            found = next((call for call in waiting if call[0] == old), None)
-            if found is not None:
-                waiting.remove(found)
-                done[found[1]] = {**message, "tool_call_id": done[found[1]]["tool_call_id"]}
-            elif isinstance(message["content"], str):
-                done.append({"role": "user", "content": f"{_STRAY_RESULT} {message['content']}"})
+            if places := waiting.get(message.get("tool_call_id") or ""):
+                at = places.pop(0)
+                done[at] = {**message, "tool_call_id": done[at]["tool_call_id"]}
+            elif isinstance(content, str):
+                done.append({"role": "user", "content": f"{_STRAY_RESULT} {content}"})
             else:
-                told = [{"type": "text", "text": _STRAY_RESULT}, *content]
-                done.append({"role": "user", "content": told})
-        elif calls:
-            fresh = [_distinct(call.get("id") or "", ids) for call in calls]
-            renamed = [{**call, "id": new} for call, new in zip(calls, fresh, strict=True)]
-            done.append({**message, "tool_calls": renamed})
-            waiting = [(call.get("id") or "", at) for at, call in enumerate(calls, len(done))]
-            done += [{"role": "tool", "content": _NO_RESULT, "tool_call_id": new} for new in fresh]
-        elif role != "assistant" or isinstance(content, str) or any(
-            part.get("text", "-") for part in content
-        ):
+                told = {"type": "text", "text": _STRAY_RESULT}
+                done.append({"role": "user", "content": [told, *message["content"]]})
+        elif calls := message.get("tool_calls"):
+            fresh = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
+            done.append({**message, "tool_calls": fresh})
+            waiting = {}
+            for old, new in zip(calls, fresh, strict=True):
+                waiting.setdefault(old.get("id") or "", []).append(len(done))
+                done.append({"role": "tool", "content": _NO_RESULT, "tool_call_id": new["id"]})
+        elif role != "assistant" or (content and (
+            isinstance(content, str) or any(part.get("text", "-") for part in content)
+        )):
             done.append(message)
-            waiting = []
+            waiting = {}
     return done or messages
 
 
@@ -3113,15 +3111,13 @@ class _Collector:
         try:
             for fact in self._watched(body) if large else self._read(body):
                 kind = fact[0]
-                if kind == "text" and not (self.complete or self._passes):
+                if self._passes and kind != "choice":
+                    continue
+                if kind == "text" and not self.complete:
                     self._take_text(fact[1])  # as most of them
-                elif self.stops_at_once and not self._passes and kind in ("text", "stop"):
+                elif self.stops_at_once and kind in ("text", "stop"):
                     self._take_more(kind, fact[1])
-                elif fact in self._repeated:
-                    pass
-                elif kind == "choice" or not (
-                    self._passes or (self.complete and kind in _ANSWERING)
-                ):
+                elif fact not in self._repeated and not (self.complete and kind in _ANSWERING):
                     _TAKERS[kind](self, *fact[1:])
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             if not self.complete:  # what follows a whole answer cannot spoil it
