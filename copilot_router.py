@@ -2608,6 +2608,7 @@ class _Call(NamedTuple):
     learned: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses (_correction)
     identity: str = ""  #: provider and model: whose carried parts may be sent
     thoughts: bool = False  #: the caller wants to read the model's thinking
+    names: Mapping[str, str] = MappingProxyType({})  #: of tools -> as they are sent
 
     def carried(self, message: Message) -> _Object:
         """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
@@ -2722,7 +2723,7 @@ def _choice(call: _Call) -> tuple[str, str | None]:
     given = _dict(choice)
     name = _dict(given.get("function")).get("name") or given.get("name")
     if isinstance(name, str):
-        return "named", name
+        return "named", call.names.get(name, name)
     form = "{'type': 'function', 'function': {'name': …}}"
     raise BadRequest(f"tool_choice: give auto, none, required or {form}")
 
@@ -2801,9 +2802,7 @@ class _Turn:
         self.carry: _Object = {}
 
 
-def _conversation(
-    call: _Call, vendor: str, sent: Mapping[str, str]
-) -> tuple[list[_Part], list[_Turn]]:
+def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
     """The system's parts, and turns that begin with the user, alternate, and end with the user."""
     system: list[_Part] = []
     turns = [_Turn("user")]
@@ -2829,7 +2828,7 @@ def _conversation(
         else:
             turn.parts += parts
         for item in calls:
-            names[item["id"]] = name = sent[item["function"]["name"]]
+            names[item["id"]] = name = call.names[item["function"]["name"]]
             arguments = _argument_object(item["function"].get("arguments"))
             turn.calls.append((item["id"], name, arguments))
     turns += [_Turn("user")] if turns[-1].role == "assistant" else []
@@ -2847,12 +2846,12 @@ def _safe(text: str, bad: str, most: int) -> str:
     return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
 
 
-def _names_sent(call: _Call, bad: str, most: int) -> dict[str, str]:
-    """Every tool name of a call -> one that the vendor accepts."""
+def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
+    """The call with names of its tools that the vendor accepts."""
     functions = _functions(call.tools, "this provider")
     for message in call.messages:
         functions += [item["function"] for item in message.get("tool_calls") or ()]
-    return {one["name"]: _safe(one["name"], bad, most) for one in functions}
+    return call._replace(names={one["name"]: _safe(one["name"], bad, most) for one in functions})
 
 
 def _textual(item: Mapping[str, Any]) -> _Object:
@@ -3006,7 +3005,6 @@ class _Collector:
     def __init__(
         self, call: _Call, read: Callable[[Any], _Facts],
         finishes: Mapping[str, str] = MappingProxyType({}),
-        names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.request_id: str | None = None
         self.usage: Usage | None = None
@@ -3015,7 +3013,7 @@ class _Collector:
         self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
         self._finishes = finishes  #: a vendor's words exactly as they come, before _FINISHES
-        self._names: Mapping[str, str] = {sent: own for own, sent in names.items()}  #: of tools
+        self._names: Mapping[str, str] = {sent: own for own, sent in call.names.items()}
         self._begin()
 
     def _begin(self) -> None:
@@ -3312,7 +3310,7 @@ class _Collector:
         texts = self._reasoning if self._think.state == "thinking" else self._text
         texts.append(self._think.held)
         self._text.append("\ufffd" if self._half else "")
-        calls = self._tool_calls(finish not in ("stop", "tool_calls")) if self._calls else []
+        calls = self._tool_calls() if self._calls else []
         if finish == "stop" and calls:
             finish = "tool_calls"
         text = self._without_thoughts(self.text)
@@ -3351,8 +3349,8 @@ class _Collector:
         ids = [call.id for call in calls]
         return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
-    def _tool_calls(self, cut: bool) -> list[ToolCall]:
-        """``cut``: the answer was ended, perhaps before the last call's arguments."""
+    def _tool_calls(self) -> list[ToolCall]:
+        cut = self._finish not in ("stop", "tool_calls")  # perhaps before the last arguments
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -4750,8 +4748,8 @@ def _anthropic_usage(usage: _Object) -> Usage:
     return Usage(plain + read + written, _count(usage.get("output_tokens")), read, written, thought)
 
 
-def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> _Object:
-    system, turns = _conversation(call, "Anthropic", names)
+def _anthropic_body(call: _Call, streaming: bool) -> _Object:
+    system, turns = _conversation(call, "Anthropic")
     kind, schema = _format(call)
     if kind == "json_object":
         system.append(_Part("text", "", "Answer with one JSON object and nothing else."))
@@ -4771,7 +4769,7 @@ def _anthropic_body(call: _Call, streaming: bool, names: Mapping[str, str]) -> _
         "temperature": temperature, "top_p": call.options.get("top_p"),
         "stop_sequences": [stop for stop in _stops(call) if stop.strip()] or None,
         "metadata": {"user_id": call.options["user"]} if "user" in call.options else None,
-        **_anthropic_tools(call, turns, names),
+        **_anthropic_tools(call, turns),
         "output_config": _given({"format": form, "effort": level}) or None,
         "thinking": {"type": "disabled"} if effort == "none" else shown,
         "stream": streaming or None,
@@ -4825,13 +4823,13 @@ def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
     return blocks
 
 
-def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) -> _Object:
+def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
     anything: _Object = {"type": "object", "properties": {}}
     tools: list[_Object] = []
     for given, function in zip(call.tools or (), _functions(call.tools, "Anthropic"), strict=True):
         tools.append(_given({
-            "name": names[function["name"]],
+            "name": call.names[function["name"]],
             "input_schema": {"type": "object", **(function.get("parameters") or anything)},
             "description": function.get("description"), "strict": function.get("strict"),
             "cache_control": given.get("cache_control") or function.get("cache_control"),
@@ -4844,7 +4842,7 @@ def _anthropic_tools(call: _Call, turns: list[_Turn], names: Mapping[str, str]) 
         return {}
     choice: _Object = {"type": {"required": "any", "named": "tool"}.get(kind, kind)}
     if kind == "named":
-        choice["name"] = names.get(str(name), name)
+        choice["name"] = name
     if call.options.get("parallel_tool_calls") is False and kind != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": None if choice == {"type": "auto"} else choice}
@@ -4878,9 +4876,9 @@ class AnthropicProvider(_HTTPProvider):
         return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        names = _names_sent(call, _NOT_PLAIN, 128)
-        collector = _Collector(call, _anthropic_facts, {"pause_turn": "length"}, names)
-        return "/messages", _anthropic_body(call, streaming, names), collector
+        call = _renamed_tools(call, _NOT_PLAIN, 128)
+        collector = _Collector(call, _anthropic_facts, {"pause_turn": "length"})
+        return "/messages", _anthropic_body(call, streaming), collector
 
 
 # ==== Gemini ======================================================================================
@@ -4941,8 +4939,8 @@ def _gemini_usage(usage: _Object) -> Usage:
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
 
-def _gemini_body(call: _Call, names: Mapping[str, str]) -> _Object:
-    system, turns = _conversation(call, "Gemini", names)
+def _gemini_body(call: _Call) -> _Object:
+    system, turns = _conversation(call, "Gemini")
     text = "\n\n".join(part.data for part in system)
     contents: list[_Object] = []
     ids: list[str | None] = []
@@ -4953,24 +4951,25 @@ def _gemini_body(call: _Call, names: Mapping[str, str]) -> _Object:
     return call.finished({
         "contents": contents,
         "systemInstruction": {"parts": [{"text": text}]} if text else None,
-        **(_gemini_tools(call, names) if call.tools else {}),
+        **(_gemini_tools(call) if call.tools else {}),
         "generationConfig": _gemini_config(call) or None,
     })
 
 
-def _gemini_tools(call: _Call, names: Mapping[str, str]) -> _Object:
+def _gemini_tools(call: _Call) -> _Object:
     declared = []
     for function in _functions(call.tools, "Gemini"):
         schema = _dict(function.get("parameters"))  # refused if it allows no arguments
         takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)
         declared.append(_given({
-            "name": names[function["name"]], "description": function.get("description") or None,
+            "name": call.names[function["name"]],
+            "description": function.get("description") or None,
             "parametersJsonSchema": schema if takes else None,
         }))
     kind, name = _choice(call)
     mode = _given({
         "mode": "ANY" if kind in ("required", "named") else kind.upper(),
-        "allowedFunctionNames": [names.get(str(name), name)] if kind == "named" else None,
+        "allowedFunctionNames": [name] if kind == "named" else None,
     })
     config = {"functionCallingConfig": mode} if "tool_choice" in call.options else None
     return {"tools": [{"functionDeclarations": declared}], "toolConfig": config}
@@ -5037,11 +5036,10 @@ class GeminiProvider(_HTTPProvider):
         return {"x-goog-api-key": key} if key and not is_token else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        names = _names_sent(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
+        call = _renamed_tools(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
-        collector = _Collector(call, _gemini_facts, _GEMINI_FINISHES, names)
-        return path, _gemini_body(call, names), collector
+        return path, _gemini_body(call), _Collector(call, _gemini_facts, _GEMINI_FINISHES)
 
 
 # ==== Ollama ======================================================================================
