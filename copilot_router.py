@@ -2633,7 +2633,7 @@ class _Call(NamedTuple):
         extra = self.options.get("extra_body") or {}
         if not isinstance(extra, Mapping):
             raise BadRequest(f"extra_body is a {_kind(extra)}: give a dict")
-        return _merged(_given(body), extra)
+        return _merged(_given(body), extra) if extra else _given(body)
 
 
 def _given(fields: _Object) -> _Object:
@@ -2656,15 +2656,15 @@ class _Part(NamedTuple):
     """A piece of a message's content."""
 
     kind: str  #: text | data | url
-    media: str  #: of data, such as image/png
     data: str  #: the text, the base64 or the address
+    media: str = ""  #: of data, such as image/png
     cache: Any = None  #: cache_control, as it was given
 
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
     """Content as parts. Raises UnsupportedRequest for parts of an unknown type."""
     if not isinstance(content, (list, tuple)):
-        return [_Part("text", "", content)] if content else []
+        return [_Part("text", content)] if content else []
     found = []
     for part in content:
         kind, cache = part.get("type"), part.get("cache_control")
@@ -2675,19 +2675,19 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
         elif kind == "file":
             url = _dict(part.get("file")).get("file_data")
         elif isinstance(text := part.get("refusal" if kind == "refusal" else "text"), str):
-            found += [_Part("text", "", text, cache)] if text else []
+            found += [_Part("text", text, cache=cache)] if text else []
             continue
         else:
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
         if not isinstance(url, str) or not url:
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
         if url[:5].lower() != "data:":
-            found.append(_Part("url", "", url, cache))
+            found.append(_Part("url", url, cache=cache))
             continue
         head, _, data = url[5:].partition(",")
         media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
         data = "".join(data.split()).replace("-", "+").replace("_", "/")  # the URL-safe alphabet
-        found.append(_Part("data", media or "image/png", data, cache))
+        found.append(_Part("data", data, media or "image/png", cache))
     return found
 
 
@@ -2834,7 +2834,7 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
     turns += [_Turn("user")] if turns[-1].role == "assistant" else []
     for turn in (turns[0], turns[-1]):
         if not turn.parts and not turn.results:
-            turn.parts.append(_Part("text", "", _GO_ON))
+            turn.parts.append(_Part("text", _GO_ON))
     return system, turns
 
 
@@ -2891,7 +2891,10 @@ def _count(value: Any) -> int:
 
 def _counted(usage: Mapping[str, Any], *names: str) -> int:
     """The first of these counts that is there and not 0."""
-    return next(filter(None, (_count(usage.get(name)) for name in names)), 0)
+    for name in names:
+        if count := _count(usage.get(name)):
+            return count
+    return 0
 
 
 # -- to the answer
@@ -2950,10 +2953,9 @@ def _cleaned(value: Any) -> Any:
 class _ThinkSplitter:
     """Takes a leading <think>…</think> block out of text that comes in pieces."""
 
-    def __init__(self) -> None:
-        self.state = "start"  # start | thinking | gap | answer
-        self.held = ""  #: what may be the beginning of a tag
-        self.opened = False
+    state = "start"  #: start | thinking | gap | answer
+    held = ""  #: what may be the beginning of a tag
+    opened = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """(thought, answer) of this piece."""
@@ -3159,7 +3161,8 @@ class _Collector:
             text = _clean(text.removesuffix(self._half))
         if self._think.state != "answer":
             thought, text = self._think.feed(text)
-            self._take_thought(thought)
+            if thought:
+                self._take_thought(thought)
             if not text:
                 return
         self._text.append(text)
@@ -4752,7 +4755,7 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     system, turns = _conversation(call, "Anthropic")
     kind, schema = _format(call)
     if kind == "json_object":
-        system.append(_Part("text", "", "Answer with one JSON object and nothing else."))
+        system.append(_Part("text", "Answer with one JSON object and nothing else."))
     cached = any(part.cache for part in system)
     said: Any = _anthropic_blocks(system) if cached else "\n\n".join(part.data for part in system)
     effort, temperature = call.options.get("reasoning_effort"), call.options.get("temperature")
@@ -4826,17 +4829,16 @@ def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
 def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
     anything: _Object = {"type": "object", "properties": {}}
-    tools: list[_Object] = []
-    for given, function in zip(call.tools or (), _functions(call.tools, "Anthropic"), strict=True):
-        tools.append(_given({
-            "name": call.names[function["name"]],
-            "input_schema": {"type": "object", **(function.get("parameters") or anything)},
-            "description": function.get("description"), "strict": function.get("strict"),
-            "cache_control": given.get("cache_control") or function.get("cache_control"),
-        }))
+    functions = _functions(call.tools, "Anthropic")
+    tools = [_given({
+        "name": call.names[function["name"]],
+        "input_schema": {"type": "object", **(function.get("parameters") or anything)},
+        "description": function.get("description"), "strict": function.get("strict"),
+        "cache_control": given.get("cache_control") or function.get("cache_control"),
+    }) for given, function in zip(call.tools or (), functions, strict=True)]
     kind, name = _choice(call)
     if not tools:
-        used = {name: None for turn in turns for _, name, _ in turn.calls}
+        used = dict.fromkeys(name for turn in turns for _, name, _ in turn.calls)
         tools, kind = [{"name": name, "input_schema": anything} for name in used], "none"
     if not tools:
         return {}
@@ -4957,7 +4959,7 @@ def _gemini_body(call: _Call) -> _Object:
 
 
 def _gemini_tools(call: _Call) -> _Object:
-    declared = []
+    declared: list[_Object] = []
     for function in _functions(call.tools, "Gemini"):
         schema = _dict(function.get("parameters"))  # refused if it allows no arguments
         takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)

@@ -527,6 +527,7 @@ def test_responses_body_in_full() -> None:
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {
         "type": "function", "name": "f"}
+    assert "model" not in sent("responses", model=None)
 
 
 def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:

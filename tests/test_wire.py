@@ -515,7 +515,8 @@ def test_an_emoji_cut_in_half_between_two_deltas_is_one_emoji(dialect: Dialect) 
 def test_half_characters_in_calls_and_errors_can_be_written(dialect: Dialect) -> None:
     half = "x\ud83d"
     answer = Answer(calls=((half, {"city": half, half: [half]}),), finish="tool_calls")
-    for wire in (streamed(dialect, dialect.events(answer)), reply(dialect.body(answer))):
+    for wire in (streamed(dialect, dialect.events(answer)), reply(dialect.body(answer)),
+                 reply(json.dumps(dialect.body(answer)).replace("ud83d", "uD83D").encode())):
         response = said(dialect, wire, tools=TOOLS)
         for value in (response.to_dict(), response.message, response.tool_calls[0].arguments):
             json.dumps(value, ensure_ascii=False).encode()
