@@ -2582,7 +2582,7 @@ def _until(text: str) -> float | None:
 
 # ==== wire formats ================================================================================
 # What all vendors share. An encoder makes a body of a call. A reader is a generator function that
-# finds facts in an event; it raises KeyError, TypeError or the like if the event has not its form.
+# finds facts in an event; it raises KeyError, TypeError or the like if the event is malformed.
 # The collector makes deltas and one LLMResponse of the facts; it knows no vendor. None does I/O.
 
 _Object = dict[str, Any]  #: as JSON has them
@@ -2988,7 +2988,7 @@ class _Collector:
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
     full str                    the whole text, of which deltas may have come
-    call key id name arguments  a tool call or a piece of one; key None: a piece of the last
+    call key id name arguments  a tool call, or more of the one that has this key; None: of the last
     arguments key str           more arguments of call `key`; kept until that has begun
     extra key value             what must go back with that call
     open key · closed key       a part has begun, is complete; an answer with an open one is cut
@@ -3380,11 +3380,13 @@ class _Collector:
         text = _clean("".join(pieces))
         if not text.strip():
             return {}, text
-        half = text[: len(text) // 2]
-        readings = [text, *(["".join(pieces[1:])] if pieces[0].strip() == "{}" else [])]
+        readings, half = [text], text[: len(text) // 2]
+        if pieces[0].strip() == "{}":
+            readings.append("".join(pieces[1:]))
         if all(later.startswith(piece) for piece, later in itertools.pairwise(pieces)):
             readings.append(pieces[-1])
-        readings += [half] if half * 2 == text else []
+        if half * 2 == text:
+            readings.append(half)
         for reading in readings:
             value = _parsed(reading)
             if isinstance(value, str) and value != reading:
