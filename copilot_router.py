@@ -2769,7 +2769,9 @@ def _repaired(messages: list[Message]) -> list[Message]:
                 done.append({"role": "user", "content": [told, *message["content"]]})
         elif calls := message.get("tool_calls"):
             fresh = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
-            done.append({**message, "tool_calls": fresh})
+            names = {old.get("id"): new["id"] for old, new in zip(calls, fresh, strict=True)}
+            carry = _with_ids(message.get(_CARRY), names)  # some servers repeat ids in each turn
+            done.append({**message, "tool_calls": fresh, _CARRY: carry})
             waiting = {}
             for old, new in zip(calls, fresh, strict=True):
                 waiting.setdefault(old.get("id") or "", []).append(len(done))
@@ -2780,6 +2782,15 @@ def _repaired(messages: list[Message]) -> list[Message]:
             done.append(message)
             waiting = {}
     return done or messages
+
+
+def _with_ids(value: Any, names: Mapping[Any, str]) -> Any:
+    """A carried part with new ids of its tool calls."""
+    if isinstance(value, dict):
+        return {names.get(name, name): _with_ids(item, names) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_ids(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 def _distinct(call_id: str, ids: set[str]) -> str:
@@ -2925,6 +2936,8 @@ def _says_failure(body: _Object) -> bool:
     """Whether an object without a key "error" reports one all the same."""
     if "base_resp" in body:  # MiniMax
         return bool(_dict(body["base_resp"]).get("status_code"))
+    if str(body.get("type")).startswith("response."):  # "code" may be a program's there
+        return False
     number = _int(body.get("code")) or _int(body.get("status_code")) or 0
     kinds = (body.get("object"), body.get("type"), body.get("status"))
     return number >= 400 or "error" in kinds or bool(body.get("errors") or body.get("detail"))
@@ -3021,11 +3034,11 @@ class _Collector:
     def _begin(self) -> None:
         self.alive = False  #: a sign of generation has come; the reader takes it back
         self.complete = False  #: the answer has its finish reason
-        self.stops_at_once = False  #: it came with the first piece: more may follow
+        self.stops_at_once = False  #: more has followed, or may: it came with the first piece
         self.ended = False  #: the end marker has come: nothing follows
         self._whole = False  #: the answer came as one value, and not in events
         self._raw: Any = None  #: that value
-        self._more = ""  #: text of this event that came behind the finish reason
+        self._behind: list[tuple[Any, ...]] = []  #: facts behind the finish reason
         self._begun = False  #: events before this one had text or calls
         self._finish = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
@@ -3060,6 +3073,11 @@ class _Collector:
         except InvalidResponse:
             if data.startswith(b"[DONE]"):
                 self.ended = True
+                return
+            lines = data.split(b"\n")
+            if len(lines) > 1 and all(line[:1] + line[-1:] in (b"{}", b"[]") for line in lines):
+                for line in lines:  # GLM and Kimi may send no blank line between events
+                    self.take(name, line)
                 return
             if not is_error:
                 if self.complete or _is_heartbeat(data):
@@ -3107,7 +3125,7 @@ class _Collector:
         empty = not body.get("choices") or "base_resp" in body
         if body.get("error") or (empty and not self.complete and _says_failure(body)):
             raise _InBandError(body)
-        self._passes, self._begun, self._more = False, bool(self._text or self._calls), ""
+        self._passes, self._begun = False, bool(self._text or self._calls)
         try:
             for fact in self._watched(body) if large else self._read(body):
                 kind = fact[0]
@@ -3115,9 +3133,9 @@ class _Collector:
                     continue
                 if kind == "text" and not self.complete:
                     self._take_text(fact[1])  # as most of them
-                elif self.stops_at_once and kind in ("text", "stop"):
-                    self._take_more(kind, fact[1])
-                elif fact not in self._repeated and not (self.complete and kind in _ANSWERING):
+                elif self.complete and kind in _ANSWERING:
+                    self._take_behind(fact)
+                elif fact not in self._repeated:
                     _TAKERS[kind](self, *fact[1:])
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             if not self.complete:  # what follows a whole answer cannot spoil it
@@ -3131,16 +3149,24 @@ class _Collector:
             if not at % 256 and (late := self.check()):
                 raise late
 
-    def _take_more(self, kind: str, value: str | None) -> None:
-        """Text of servers that put a finish reason into every event.
+    def _take_behind(self, fact: tuple[Any, ...]) -> None:
+        """A fact behind the finish reason. It counts if another finish reason follows.
 
-        A proxy that answers twice sends all of the text again, which is passed over.
+        Some servers put one into every event, or an event of its own behind every piece. A proxy
+        that answers twice sends everything again, which is passed over.
         """
-        if kind == "text":
-            self._more = value or ""
-        elif value and self._more and (len(self._more) != self._size or self._more != self.text):
-            self._take_text(self._more)
-            self._take_stop(value)
+        if fact[0] != "stop":
+            self._behind.append(fact)
+        elif fact[1] and self._behind:
+            facts, self._behind = self._behind, []
+            texts = "".join(one[1] or "" for one in facts if one[0] == "text")
+            calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
+            known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
+            again = texts.strip() in ("", self.text.strip()) and "".join(calls) in ("", *known)
+            if not again and not any(one[0] == "full" for one in facts):
+                for one in (*facts, fact):
+                    _TAKERS[one[0]](self, *one[1:])
+                self.stops_at_once = True
 
     # -- facts
 
@@ -3873,9 +3899,9 @@ class _HTTPProvider(LLMProvider):
             body, head = self._form(answer, chunks)
             for chunk in itertools.chain([head], chunks):
                 yield body.feed(chunk)
-                ends = collector.complete and not collector.stops_at_once
-                if ends and limits.silence > _TAIL_TIMEOUT:
-                    limits.since, limits.silence = time.monotonic(), _TAIL_TIMEOUT
+                tail = limits.stall if collector.stops_at_once else min(limits.stall, _TAIL_TIMEOUT)
+                if collector.complete and limits.silence != tail:
+                    limits.since, limits.silence = time.monotonic(), tail
             if isinstance(body, _JSONBody) and not collector.complete:
                 self._take_rest(answer, body, collector)
             yield body.close()
