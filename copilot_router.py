@@ -3432,8 +3432,12 @@ _TAKERS = {name[6:]: taker for name, taker in vars(_Collector).items() if name[:
 # ==== HTTP provider ===============================================================================
 
 _ERROR_SIZE = 256 * 1024  #: bytes of a failed answer that are read for its message
+#: Statuses of a server that has no time: they say nothing about the fields of a request.
+_BUSY = (408, 409, 425, 429, 503, 529)
 #: What is shown of a Content-Type: a server may echo a key in any header.
 _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
+#: What the name of a model may be: with spaces only if it is the name of a file.
+_NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
 
 
 def _credentials(url: str) -> list[str]:
@@ -3444,26 +3448,26 @@ def _credentials(url: str) -> list[str]:
     found = re.match(r"[^/]*//([^/?#]*)@", url.strip())
     if not found:
         return []
-    user = unquote(found.group(1))
+    user = unquote(found[1])
     return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]]
 
 
 def _pieces(secrets: Iterable[str]) -> tuple[str, ...]:
-    """The secrets, and their longer words: of a header a message may repeat only one."""
+    """The secrets and their longer words: a message may repeat only one word of a header."""
     kept = tuple(secrets)
     words = (word for text in kept for word in re.split(r"[\s=;,]+", text) if len(word) > 7)
     return (*kept, *words)
 
 
 class _Fix(NamedTuple):
-    """What is known of a field that a model refuses."""
+    """A change of the requests to a model that refuses a field."""
 
-    value: Any  #: what is sent instead; None: nothing
-    refused: tuple[Any, ...]  #: the values that are refused; (): any value
+    name: str  #: an option, or what ``_prepare`` looks up in ``call.learned``
+    value: Any = None  #: what is sent instead; None: nothing
+    refused: tuple[Any, ...] = ()  #: the values that are refused; (): any value
 
-
-#: What the name of a model may be. One with spaces is the name of a file, or else a text.
-_NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
+    def change(self) -> str:
+        return "drop" if self.value is None else "replace"
 
 
 class _HTTPProvider(LLMProvider):
@@ -3479,11 +3483,11 @@ class _HTTPProvider(LLMProvider):
     _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
-    _key_hosts: ClassVar[tuple[str, ...]] = ()  #: where its key may go; .x.com: to hosts below
-    _needs_model: ClassVar[bool] = True
+    _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: to x.com and below
     _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
     _rows: ClassVar[_Phrases] = ()
     _is_ours = True
+    _wants_model: bool = True
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -3495,6 +3499,10 @@ class _HTTPProvider(LLMProvider):
         for name in unknown:
             near = _near(name, inspect.signature(_HTTPProvider).parameters)
             raise TypeError(f"{type(self).__name__} has no argument {name!r}.{near}")
+        if headers is not None and not isinstance(headers, Mapping):
+            raise ConfigError(f"headers is a {_kind(headers)}: give a dict")
+        if session is not None and not hasattr(session, "prepare_request"):
+            raise ConfigError(f"session is a {_kind(session)}: give a requests.Session")
         first = first_token_timeout
         if first is None:  # a whole answer shows no sign of life before it is there
             first = self._first_token if stream_upstream else math.inf
@@ -3504,7 +3512,6 @@ class _HTTPProvider(LLMProvider):
         self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
         self.max_response_bytes: int = most
         self.stream_upstream = stream_upstream
-        self._wants_model = self._needs_model
         url = base_url
         if url is None:
             url = self._from_environment(os.environ)[1] or self._default_url
@@ -3512,8 +3519,6 @@ class _HTTPProvider(LLMProvider):
         self._query = url.strip().partition("?")[2]
         self._host = _host_of(self.base_url)
         self._key = self._checked_key(api_key)
-        if headers is not None and not isinstance(headers, Mapping):
-            raise ConfigError(f"headers is a {_kind(headers)}: give a dict")
         self._own_headers = {
             _header_name(name): _sendable(text, f"headers[{name!r}]")
             for name, text in (headers or {}).items()
@@ -3524,23 +3529,19 @@ class _HTTPProvider(LLMProvider):
             "Accept-Encoding": "identity",  # compression would only delay the first token
             "User-Agent": f"copilot-router/{__version__}",
         }
-        self._secrets = self._set_secrets(url)
+        if credentials := _credentials(url):
+            self._headers["Authorization"] = f"Basic {credentials[0]}"
+        secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
+        #: what no message may show
+        self._secrets = _pieces((*secrets, *credentials, *self._own_headers.values()))
         self._learned: dict[str | None, Mapping[str, _Fix]] = {}  # by model; replaced, not changed
         self._requests, self._new_session = _http()
-        if session is not None and not hasattr(session, "prepare_request"):
-            raise ConfigError(f"session is a {_kind(session)}: give a requests.Session")
-        self._session, self._own_session = session, session is None
+        self._session: Any = session
+        self._own_session = session is None
+        self._proxies = {"no_proxy": self._host} if _network_of(self._host) == "local" else {}
         self._settings: dict[str, Any] = {}
         self._lock = threading.Lock()
         _renewed_after_fork.add(self)
-
-    def _set_secrets(self, url: str) -> tuple[str, ...]:
-        """What no message may show. A name and password of the URL become a header."""
-        secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
-        if credentials := _credentials(url):
-            self._headers["Authorization"] = f"Basic {credentials[0]}"
-            secrets += credentials
-        return _pieces((*secrets, *self._own_headers.values()))
 
     # -- keys and addresses
 
@@ -3552,54 +3553,45 @@ class _HTTPProvider(LLMProvider):
 
     def _checked_key(self, key: Any) -> str | Callable[[], str]:
         """The key, or its function. A key of the environment goes to its vendor only."""
-        where, variable = type(self).__name__, self._key_variables[0]
-        ends = (*self._key_hosts, _host_of(self._default_url))
-        own = any(f".{self._host}".endswith(e) if e[:1] == "." else self._host == e for e in ends)
+        where, variable, host, warning = type(self).__name__, self._key_variables[0], self._host, ""
+        own = any(f".{host}".endswith(e) if e[0] == "." else host == e for e in self._key_hosts)
         if key is None:
             key, url = self._from_environment(os.environ)
-            if key and not own and self._host != (url and _host_of(self._full_url(url))):
-                told = f"does not send {variable} to {self._host}: pass api_key= ('' sends none)"
-                self._warn(f"{where} {told}")
+            if key and not own and host != (url and _host_of(self._full_url(url))):
+                warning = f"does not send {variable} to {host}: pass api_key= ('' sends none)"
                 key = ""
         if callable(key):
             return key  # type: ignore[no-any-return]
         text = _sendable(key, f"{where}(api_key)")
         if not text and self._default_url.startswith("https") and own:
-            self._warn(f"{where} has no key: set {variable} or pass api_key=")
-        if text and self.base_url.startswith("http:") and not _is_private(self._host):
-            self._warn(f"{where} sends its key unencrypted to {self._host}: use https")
+            warning = f"has no key: set {variable} or pass api_key="
+        if text and self.base_url.startswith("http:") and _network_of(host) == "public":
+            warning = f"sends its key unencrypted to {host}: use https"
+        if warning:
+            _warn(f"{where} {warning}")
         return text
-
-    def _warn(self, text: str) -> None:
-        import warnings
-
-        level, frame = 1, inspect.currentframe()
-        while frame and frame.f_back and frame.f_globals is globals():  # up to who builds it
-            level, frame = level + 1, frame.f_back
-        warnings.warn(text, UserWarning, stacklevel=level)
 
     def _full_url(self, url: str) -> str:
         """The address, with the API's path if it has none, without name, password and query."""
-        if not isinstance(url, str) or not _is_address(url.strip()):
+        from urllib.parse import urlsplit
+
+        if not isinstance(url, str) or not _host_of(url.strip()):
             example = self._default_url + self._api_path
             if isinstance(url, str):  # without what may be a password or a key
                 url = ("***@" if "@" in url else "") + url.rpartition("@")[2].partition("?")[0]
                 example = f"http://{url}" if re.fullmatch(r"[\w.-]+:\d{1,5}\S*", url) else example
             told = f"give a URL with its scheme, such as {example}"
             raise ConfigError(f"{type(self).__name__}(base_url)={url!r}: {told}")
-        scheme, _, rest = url.strip().partition("?")[0].partition("://")
-        place, slash, path = rest.partition("/")
-        address = f"{place.rpartition('@')[2]}{slash}{path}".rstrip("/")
+        scheme, place, path, *_ = urlsplit(url.strip())
+        path = path.rstrip("/")
         for end in self._cut_paths:
-            address = address.removesuffix(end).rstrip("/")
-        return f"{scheme}://{address}{'' if '/' in address else self._api_path}"
+            path = path.removesuffix(end).rstrip("/")
+        return f"{scheme}://{place.rpartition('@')[2]}{path or self._api_path}"
 
-    def _current_key(self) -> str:
-        """The key. What a function that returns it raises counts as an AuthenticationError."""
-        if isinstance(self._key, str):
-            return self._key
+    def _asked_key(self, ask: Callable[[], str]) -> str:
+        """A key that a function returns. What that raises counts as an AuthenticationError."""
         try:
-            return _sendable(self._key(), f"{type(self).__name__}(api_key)")
+            return _sendable(ask(), f"{type(self).__name__}(api_key)")
         except Exception as error:
             if _is_task_limit(error):
                 raise
@@ -3616,10 +3608,6 @@ class _HTTPProvider(LLMProvider):
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
         """The path, the body and the collector for a call. Pure."""
 
-    def _moves(self, call: _Call, words: _Words, status: int) -> tuple[str, Any] | None:
-        """A correction of the vendor's own, if the error asks for it: see _correction."""
-        return None
-
     # -- the interface
 
     def chat(
@@ -3632,7 +3620,7 @@ class _HTTPProvider(LLMProvider):
         """
         kwargs.pop("thoughts", None)
         try:
-            return _drained(self._deltas(messages, tools, model, kwargs, None))
+            return _drained(self._deltas(messages, tools, model, kwargs, shown=False))
         except BaseException as error:
             del messages, tools, kwargs
             raise _bare(error)  # noqa: B904 - it is the same error
@@ -3645,8 +3633,7 @@ class _HTTPProvider(LLMProvider):
         Time that the caller takes between deltas counts towards ``timeout``, never as the server's
         silence. ``thoughts=True`` also yields the model's thinking, as deltas of class Thought.
         """
-        held: list[_Answer] = []
-        return _sealed(self._deltas(messages, tools, model, kwargs, held), held)
+        return _sealed(self._deltas(messages, tools, model, kwargs, shown=True))
 
     def ping(self, timeout: float = 5.0) -> None:
         """Lists the models: cheap, free, and proof of address and key (not of quota)."""
@@ -3679,49 +3666,54 @@ class _HTTPProvider(LLMProvider):
     # -- one request
 
     def _deltas(
-        self, messages: Any, tools: Any, model: Any, kwargs: Any, held: list[_Answer] | None
+        self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], shown: bool
     ) -> Generator[str, None, LLMResponse]:
         """One answer, with one corrected resend for each field that the server refuses.
 
-        ``held``: of a stream, whose deltas are wanted.
+        ``shown``: the caller wants the deltas.
         """
         asked = self._checked_call(messages, tools, model, kwargs)
-        timeout = kwargs.get("timeout")
-        seconds = math.inf if timeout is None else _number(timeout, "timeout")
-        deadline = time.monotonic() + seconds
-        fixed: list[str] = []  #: fields that were corrected for this request
+        own = (self.first_token_timeout, self.stall_timeout)
+        seconds, *silence = (
+            limit if kwargs.get(name) is None else _number(kwargs[name], name)
+            for name, limit in zip(_LIMIT_OPTIONS, (math.inf, *own), strict=False)
+        )
+        deadline, fixed = time.monotonic() + seconds, list[str]()  # fixed: fields of this request
         while True:
             call = self._corrected(asked)
             streaming = self.stream_upstream and "stream" not in call.learned
             path, body, collector = self._written(call, streaming)
-            collector.shows = None if held is None else []
-            answer = None
+            collector.shows = [] if shown else None
+            limits = _Limits(deadline, self.connect_timeout, silence, own)
+            if self.stream_upstream and not streaming:  # this model only gives whole answers
+                first = max(limits.silence, (deadline - limits.since) / 2)
+                limits.silence = limits.blamed_after = first
+            status, key = None, id(collector)
             try:
-                limits = self._limits(kwargs, deadline, streaming)
                 answer = self._send("POST", path, body, limits)
-                if held is not None:
-                    held[:] = [answer]
-                if 200 <= answer.status < 300:
-                    return (yield from self._read(answer, call, collector))
-                error, report, words = self._failure(answer, call)
+                status = answer.status
+                _open_answers[key] = answer
+                try:
+                    if 200 <= status < 300:
+                        return (yield from self._read(answer, call, collector))
+                    error, report, words = self._failure(answer, call)
+                finally:
+                    del _open_answers[key]  # before any call: a signal's handler may raise in one
+                    answer.close()
             except ProviderError as failure:
                 failure.model = failure.model or model or ""
                 failure.provider = failure.provider or self._vendor
-                failure.status = failure.status or (answer.status if answer else None)
+                failure.status = failure.status or status
                 raise
-            finally:
-                getattr(answer, "close", dict)()
-            status = error.status or 0
-            fix = _correction(report, words, status, call, self._moves(call, words, status))
-            as_sent = fix is not None and call.learned.get(fix[0], call) == fix[1]
-            if fix is None or as_sent or fix[0] in fixed:
-                if fixed and status and status not in (408, 409, 425, 429, 503, 529):
-                    self._forget(call.model, fixed)  # nothing shows that they help
+            fix = self._correction(report, words, status, call)
+            if fix is None or fix.name in fixed or call.learned.get(fix.name, call) == fix.value:
+                if fixed and status not in _BUSY:
+                    self._forget(model, fixed)  # nothing shows that they help
                 raise error
-            fixed.append(fix[0])
-            of_value = words.find(_OF_VALUE) or "unsupported_value" in report.codes
-            refused = asked.options.get(fix[0]) if of_value else None
-            self._learn(call.model, fix, refused, kwargs.get("on_resend"))
+            fixed.append(fix.name)
+            self._learn(fix, asked, words.find(_OF_VALUE) or "unsupported_value" in report.codes)
+            if tell := kwargs.get("on_resend"):
+                tell({"field": fix.name, "change": fix.change()})
 
     def _checked_call(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> _Call:
         for name in kwargs:
@@ -3754,44 +3746,33 @@ class _HTTPProvider(LLMProvider):
             what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
         raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
 
-    def _limits(self, kwargs: dict[str, Any], deadline: float, streaming: bool) -> _Limits:
-        own = (self.first_token_timeout, self.stall_timeout)
-        first, stall = (
-            limit if kwargs.get(name) is None else _number(kwargs[name], name)
-            for name, limit in zip(_LIMIT_OPTIONS[1:3], own, strict=True)
-        )
-        if self.stream_upstream and not streaming:  # this model only gives whole answers
-            first = max(first, (deadline - time.monotonic()) / 2)
-            own = (first, stall)
-        return _Limits(deadline, self.connect_timeout, (first, stall), own)
-
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
         """The answer's headers. If a kept connection turns out closed, a new one is tried, once."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
-        key = self._current_key()
+        key = self._key if isinstance(self._key, str) else self._asked_key(self._key)
         headers = {**self._headers, **self._auth_headers(key), **self._own_headers}
         _sending.limits = limits
         while True:
-            failure: ProviderError | None = None
             try:
                 _sending.under_way = True
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
                 answer.secrets = (*self._secrets, key)
-                if not self._own_session:
-                    answer.secrets += self._added(response.request.headers, headers)
+                if not self._own_session:  # what it has put into the headers may be a key
+                    sent, ours = map(str, response.request.headers.values()), headers.values()
+                    answer.secrets += _pieces(text for text in sent if text not in ours)
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
-                answer.close()  # a 408 on a kept connection may be about the time it was idle
+                answer.close()
+                failure: ProviderError = ServerError("the kept connection was idle for too long")
             except Exception as error:
                 if _passes_through(error) and not isinstance(error, RecursionError):
                     raise
                 failure = _transport_error(error, limits, "connecting")
             finally:
                 _sending.under_way = False
-            stale = failure is None or isinstance(failure, ServerError)
-            if failure is not None and not (stale and limits.reused and not limits.fresh):
+            if limits.fresh or not limits.reused or not isinstance(failure, ServerError):
                 failure.provider = self._vendor
                 raise failure  # outside the handler: what requests raised holds headers and body
             limits.fresh = True
@@ -3800,13 +3781,13 @@ class _HTTPProvider(LLMProvider):
         self, method: str, url: str, body: bytes, headers: dict[str, str], limits: _Limits
     ) -> Any:
         session = self._session
-        if not self._own_session and session is not None:
-            request = self._requests.Request(method, url, headers=headers, data=body or None)
-            request.auth = session.auth or (lambda prepared: prepared)  # or .netrc replaces the key
-            prepared = session.prepare_request(request)
-            settings = self._environment(session, url)
-            settings["timeout"] = (limits.connect_left(), limits.left())  # it has no limited socket
-            return session.send(prepared, allow_redirects=False, **settings)
+        if not self._own_session:
+            return session.request(
+                method, url, headers=headers, data=body or None, stream=True,
+                auth=session.auth or (lambda prepared: prepared),  # or .netrc replaces the key
+                timeout=(limits.connect_left(), limits.left()),  # it has no limited socket
+                allow_redirects=False, proxies=self._proxies,
+            )
         if session is None:
             session = self._open_session(url)
         prepared = self._requests.PreparedRequest()
@@ -3816,27 +3797,15 @@ class _HTTPProvider(LLMProvider):
         prepared.headers["Content-Length"] = str(len(body))
         return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
 
-    @staticmethod
-    def _added(sent: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, ...]:
-        """What a session of the user's has put into the headers: it may be a key."""
-        return _pieces(text for text in map(str, sent.values()) if text not in ours.values())
-
-    def _environment(self, session: Any, url: str) -> dict[str, Any]:
-        """Proxies and certificates of the environment. What stays on this machine has no proxy."""
-        settings: dict[str, Any] = session.merge_environment_settings(url, {}, True, None, None)
-        if _is_loopback(self._host):
-            settings["proxies"] = dict(session.proxies)
-        return settings
-
     def _open_session(self, url: str) -> Any:
         """A session, with the environment's settings looked up once instead of at every call."""
         with self._lock:
             if self._session is None:
                 session = self._new_session()
-                self._settings = self._environment(session, url)
-                for proxy in (self._settings.get("proxies") or {}).values():
+                settings = session.merge_environment_settings(url, self._proxies, True, None, None)
+                for proxy in settings["proxies"].values():
                     self._secrets = (*self._secrets, *_credentials(proxy))
-                self._session = session
+                self._session, self._settings = session, settings
             return self._session
 
     # -- reading
@@ -3847,63 +3816,77 @@ class _HTTPProvider(LLMProvider):
         """Read an answer of status 2xx as it comes. Raises what is wrong with it."""
         collector.request_id = self._request_id(answer)
         collector.check, collector.most = answer.limits.expired, answer.most
+        take, shows = collector.take, collector.shows
         try:
-            yield from self._read_events(answer, collector)
+            for events in self._event_batches(answer, collector):
+                for name, data in events:
+                    take(name, data)
+                    if shows:
+                        yield from shows
+                        shows.clear()
+                    if collector.ended:
+                        break
+            yield from shows or ()  # of a body that was one value
             shown = len(collector.text)
             response = collector.response()
             if response.model != call.model:  # words of the server's own may repeat a key
-                response.model = self._token(response.model, answer, _NAME) or call.model or ""
+                response.model = _token(response.model, answer, _NAME) or call.model or ""
             if response.finish_reason not in _REASONS:
-                response.finish_reason = self._token(response.finish_reason, answer) or "unknown"
-            response.request_id = self._token(response.request_id or "", answer)
-            if collector.shows is not None and (rest := response.text[shown:]):
+                response.finish_reason = _token(response.finish_reason, answer) or "unknown"
+            response.request_id = _token(response.request_id, answer)
+            if shows is not None and (rest := response.text[shown:]):
                 yield rest  # what might have become a think block or half a character
             return response
-        except (RecursionError, MemoryError) as error:
-            raise InvalidResponse(f"the answer cannot be read: {type(error).__name__}") from None
-        except _InBandError as in_band:
-            told = self._reported(in_band.args[0], answer, call, collector.texts())[0]
-            told.usage, told._had_begun = collector.usage, any(collector.texts())
-            raise told from None
-        except ProviderError as error:
-            error._had_begun = any(collector.texts())
-            error.usage = error.usage or collector.usage
-            error.model = self._token(error.model, answer, _NAME) or call.model or ""
-            request_id = error.request_id or collector.request_id or ""
-            error.request_id = self._token(request_id, answer)
-            raise
+        except (ProviderError, _InBandError, RecursionError, MemoryError) as error:
+            failure = self._broken(error, answer, call, collector)
+        raise failure  # outside the handler: an in-band error holds what the server said
 
-    def _read_events(self, answer: _Answer, collector: _Collector) -> Iterator[str]:
-        limits, take, shows = answer.limits, collector.take, collector.shows
-        for events in self._event_batches(answer, collector):
-            for name, data in events:
-                take(name, data)
-                if shows:
-                    yield from shows
-                    shows.clear()
-                if collector.ended:
-                    answer.finish()
-                    return
-            if collector.alive:
-                collector.alive = False
-                limits.progress()
-        yield from shows or ()  # of a body that was one value
+    def _broken(
+        self, error: Exception, answer: _Answer, call: _Call, collector: _Collector
+    ) -> ProviderError:
+        """The error for an answer of status 2xx that breaks off or reports a failure."""
+        texts = collector.texts()
+        if isinstance(error, ProviderError):
+            failure = error
+            failure.model = _token(error.model, answer, _NAME) or call.model or ""
+            failure.request_id = _token(error.request_id or collector.request_id, answer)
+        elif isinstance(error, _InBandError):
+            failure = self._failure(answer, call, error.args[0], texts)[0]
+        else:
+            failure = InvalidResponse(f"the answer cannot be read: {type(error).__name__}")
+        failure._had_begun = any(texts)
+        failure.usage = failure.usage or collector.usage
+        return failure
 
     def _event_batches(
         self, answer: _Answer, collector: _Collector
     ) -> Iterator[Iterable[tuple[str, bytes]]]:
-        """The events that each read brings. What breaks after the finish reason is passed over."""
+        """The events that each read brings, until the collector has seen the last one.
+
+        What breaks after the finish reason is passed over.
+        """
         limits = answer.limits
         try:
             chunks = answer.chunks()
             body, head = self._form(answer, chunks)
             for chunk in itertools.chain([head], chunks):
                 yield body.feed(chunk)
+                if collector.ended:
+                    answer.finish()
+                    return
+                if collector.alive:
+                    collector.alive = False
+                    limits.progress()
                 tail = limits.stall if collector.stops_at_once else min(limits.stall, _TAIL_TIMEOUT)
                 if collector.complete and limits.silence != tail:
                     limits.since, limits.silence = time.monotonic(), tail
-            if isinstance(body, _JSONBody) and not collector.complete:
-                self._take_rest(answer, body, collector)
+            text = body.rest() if isinstance(body, _JSONBody) and not collector.complete else None
+            if text is not None:  # no line of it was an event by itself
+                if not text.strip():
+                    raise InvalidResponse("an empty body")
+                kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
+                shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
+                collector.take_whole(text, f"the answer ({shown})")
             yield body.close()
         except (ProviderTimeout, InvalidResponse):
             if not collector.complete:
@@ -3918,111 +3901,105 @@ class _HTTPProvider(LLMProvider):
             if len(begun) > 5 or b"\n" in begun:
                 break
         label = answer.headers.get("Content-Type", "").lower()
-        is_json = begun.startswith((b"{", b"["))
-        if begun.startswith(_SSE_BEGINS) or ("event-stream" in label and not is_json):
+        labelled = "event-stream" in label and not begun.startswith((b"{", b"["))
+        if labelled or begun.startswith(_SSE_BEGINS):
             return _SSE(), begun
         return _JSONBody(in_lines="ndjson" in label), begun
 
-    @staticmethod
-    def _take_rest(answer: _Answer, body: _JSONBody, collector: _Collector) -> None:
-        """The end of a body of JSON: one whole value, if no line of it was an event by itself."""
-        text = body.rest()
-        if text is None:
-            return
-        if not text.strip():
-            raise InvalidResponse("an empty body")
-        kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-        shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
-        what = f"the answer ({shown})"
-        collector.take_whole(text, what)
-
     # -- failures
 
-    def _failure(self, answer: _Answer, call: _Call) -> tuple[ProviderError, _Report, _Words]:
-        """The error for an answer whose status is not 2xx, and what it says for our own eyes."""
-        if 300 <= answer.status < 400:
-            told = "a redirect, which is not followed: correct the base_url"
-            raise InvalidResponse(told, provider=self._vendor, status=answer.status)
-        return self._reported(self._error_body(answer), answer, call)
-
-    @staticmethod
-    def _error_body(answer: _Answer) -> Any:
-        """What an error says; {} if it is cut, garbled or late: status and headers say enough."""
-        answer.limits.end_soon(_TAIL_TIMEOUT)
-        try:
-            body = answer.body()
-        except (InvalidResponse, ProviderTimeout) as error:
-            if error.code == "too_large":
-                raise
-            return {}
-        body = body[:_ERROR_SIZE]
-        if body.lstrip().startswith(_SSE_BEGINS):
-            parser = _SSE()
-            body = next((data for _, data in [*parser.feed(body), *parser.close()]), b"")
-        try:
-            return json.loads(body.decode("utf-8-sig", "replace"))
-        except (ValueError, RecursionError):
-            plain = answer.headers.get("Content-Type", "").startswith("text/plain")
-            return body.decode("utf-8", "replace") if plain else {}
-
-    def _reported(
-        self, body: Any, answer: _Answer, call: _Call, answered: Sequence[str] = ()
+    def _failure(
+        self, answer: _Answer, call: _Call, body: Any = None, said: Sequence[str] = ()
     ) -> tuple[ProviderError, _Report, _Words]:
-        """The error that a body reports, at any status, with a message that is safe to show."""
-        report, headers, status = _report(body), answer.headers, answer.status
-        asked = (call.messages, call.tools, call.options)
+        """The error that an answer reports, safe to show, and what it says for our own eyes.
+
+        ``body``: None is read from the answer. ``said``: what the model has said before.
+        """
+        headers, status = answer.headers, answer.status
+        if 300 <= status < 400:
+            told = "a redirect, which is not followed: correct the base_url"
+            raise InvalidResponse(told, provider=self._vendor, status=status)
+        report = _report(_error_body(answer) if body is None else body)
         told = _hidden(report.message, answer.secrets)  # whole, before it is cut
-        words = _Words(told, (*_texts_of(asked), *answered))
+        words = _Words(told, (*_texts_of((call.messages, call.tools, call.options)), *said))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
         waits = "retry-after" in headers or "retry-after-ms" in headers
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
-        shown = _masked(_clean(words.shown))
         may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
+        shown = _masked(_clean(words.shown)) or f"status {status} without a message to show"
         error = kind(
-            shown or f"status {status} without a message to show", provider=self._vendor,
-            model=call.model or "", status=status, request_id=self._request_id(answer),
-            code=self._token(report.codes[0], answer) if report.codes else None,
-            retry_after=hint if may_wait else None,
+            shown, provider=self._vendor, model=call.model or "", status=status,
+            code=_token(next(iter(report.codes), None), answer),
+            retry_after=hint if may_wait else None, request_id=self._request_id(answer),
         )
         if not certain:
             error.breaker = "neutral"  # it may be about this one request
         return error, report, words
 
-    def _request_id(self, answer: _Answer) -> str | None:
-        found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
-        return self._token(next(found, ""), answer)
-
     @staticmethod
-    def _token(text: str, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") -> str | None:
-        """A server's code or id; None for anything else, or if it repeats a secret."""
-        folded = text.lower()
-        told = any(len(secret) > 3 and secret.lower() in folded for secret in answer.secrets)
-        return text if _pattern(form).fullmatch(text) and not told else None
+    def _request_id(answer: _Answer) -> str | None:
+        found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
+        return _token(next(found, None), answer)
 
     # -- what a model refuses is learned from its error
 
-    def _learn(self, model: str | None, fix: tuple[str, Any], refused: Any, told: Any) -> None:
-        """``refused``: the value that was, None if the field is with any value."""
-        name, value = fix
+    def _correction(
+        self, report: _Report, words: _Words, status: int, call: _Call
+    ) -> _Fix | None:
+        """How to change the one optional field that a 400 names; None if that is not clear."""
+        refuses = words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))
+        if status not in (400, 422) or not refuses:
+            return None
+        limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
+        names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
+        patterns = {name: _COMPLAINTS.get(name, name) for name in names}
+        if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
+            thinking = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive" * call.thoughts
+            patterns["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)" + thinking
+        advice = words.find("(?i) (?:use|when) ")  # behind it stands what to send, or what is set
+        named = [] if report.param not in patterns else [report.param]
+        for name, pattern in ({} if named else patterns).items():
+            found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
+            if found and (not advice or found.start() < advice.start()):
+                named.append(name)
+        if "thoughts" in named:
+            named = ["thoughts"]
+        elif "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic: not with temperature
+            named = ["top_p"]
+        elif named and all(name.endswith("_penalty") for name in named):  # Gemini: one by one
+            named = [min(named)]
+        elif len(named) > 1:
+            named = [name for name in named if name != "stream"]  # refused only while streaming
+        if len(named) != 1:
+            return None
+        name = named[0]
+        if name in limits:
+            other = limits[1 - limits.index(name)]
+            drops = words.say(other) or words.find("(?i)nsupported|nrecognized")
+            return _Fix("token_limit", other) if drops else None
+        none = name == "reasoning_effort" and words.find(r"(?i)set reasoning_effort to ['\"]?none")
+        return _Fix(name, "none" if none else None)
+
+    def _learn(self, fix: _Fix, asked: _Call, of_value: Any) -> None:
+        """Remember a correction; ``of_value``: for the value that was asked for, not for any."""
+        refused = asked.options.get(fix.name) if of_value else None
         with self._lock:
-            known = self._learned.get(model, {})
-            before = known[name].refused[-20:] if name in known else ()
-            values = () if refused is None else (*before, refused)
-            self._learned[model] = {**known, name: _Fix(value, values)}
-        if told is not None:
-            told({"field": name, "change": "drop" if value is None else "replace"})
+            known = self._learned.get(asked.model, {})
+            if refused is not None:
+                before = known[fix.name].refused[-20:] if fix.name in known else ()
+                fix = fix._replace(refused=(*before, refused))
+            self._learned[asked.model] = {**known, fix.name: fix}
 
     def _forget(self, model: str | None = None, names: Sequence[str] = ()) -> None:
         """Forget corrections of a model, or all of all models."""
-        with self._lock:
-            known = self._learned.get(model, {}).items()
-            kept = {name: fix for name, fix in known if name not in names}
-            self._learned = {**self._learned, model: kept} if names else {}
+        known = self._learned.get(model, {}).items()
+        kept = {name: fix for name, fix in known if name not in names}
+        self._learned = {**self._learned, model: kept} if names else {}
 
     def _corrections(self) -> dict[str, dict[str, str]]:
         """Model -> field -> drop or replace, to show."""
         return {
-            model or "": {n: "drop" if fix.value is None else "replace" for n, fix in fixes.items()}
+            model or "": {name: fix.change() for name, fix in fixes.items()}
             for model, fixes in list(self._learned.items()) if fixes
         }
 
@@ -4041,18 +4018,40 @@ class _HTTPProvider(LLMProvider):
         return call._replace(options=options, learned=learned, thoughts=thoughts)
 
 
-#: The answers of the streams that have begun. In a cycle the garbage collector might otherwise find
-#: the socket before the stream that closes it. An interrupt may stop the callback of a weak
-#: dictionary, so this is a plain one.
-_open_answers: dict[int, list[_Answer]] = {}
+def _error_body(answer: _Answer) -> Any:
+    """What an error says; {} if it is cut, garbled or late: status and headers say enough."""
+    answer.limits.end_soon(_TAIL_TIMEOUT)
+    try:
+        body = answer.body()[:_ERROR_SIZE]
+    except (InvalidResponse, ProviderTimeout) as error:
+        if error.code == "too_large":
+            raise
+        return {}
+    if body.lstrip().startswith(_SSE_BEGINS):
+        parser = _SSE()
+        body = next((data for _, data in [*parser.feed(body), *parser.close()]), b"")
+    try:
+        return json.loads(body.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        plain = answer.headers.get("Content-Type", "").startswith("text/plain")
+        return body.decode("utf-8", "replace") if plain else {}
 
 
-def _sealed(
-    stream: Generator[str, None, LLMResponse], held: list[_Answer]
-) -> Generator[str, None, LLMResponse]:
+def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") -> str | None:
+    """A server's code, id or name; None for any other text, or if it repeats a secret."""
+    if not text or not _pattern(form).fullmatch(text):
+        return None
+    told = any(len(secret) > 3 and secret.lower() in text.lower() for secret in answer.secrets)
+    return None if told else text
+
+
+#: The answers that are being read, by the ids of their collectors. The garbage collector might
+#: otherwise find the socket of a forgotten stream before the stream that closes it.
+_open_answers: dict[int, _Answer] = {}
+
+
+def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
     """The same stream; its errors come without the frames in which they arose."""
-    key = id(held)
-    _open_answers[key] = held
     try:
         return (yield from stream)
     except GeneratorExit:
@@ -4060,8 +4059,6 @@ def _sealed(
     except BaseException as error:
         del stream
         raise _bare(error)  # noqa: B904 - it is the same error
-    finally:
-        del _open_answers[key]  # no call here, after which a signal's handler could raise
 
 
 def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
@@ -4074,56 +4071,52 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
             return response
 
 
-def _is_address(url: str) -> bool:
-    """Whether a URL has http or https, a host, and a port that can be."""
-    from urllib.parse import urlsplit
+def _warn(text: str) -> None:
+    """A warning that names the line of the user's that builds the provider."""
+    import warnings
 
-    if not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", url):
-        return False
-    try:
-        found = urlsplit(url)
-        return bool(found.hostname) and found.port != 0
-    except ValueError:
-        return False
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_back and frame.f_globals is globals():
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def _host_of(url: str) -> str:
+    """The host of a URL of http or https; "" for any other text, and for a port that cannot be."""
     from urllib.parse import urlsplit
 
-    return (urlsplit(url).hostname or "").lower()
+    with contextlib.suppress(ValueError):
+        found = urlsplit(url)
+        if re.fullmatch(r"https?://\S+", url) and found.port != 0:
+            return found.hostname or ""
+    return ""
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether a host is this machine, in any form of its address, or by its name."""
+def _network_of(host: str) -> str:
+    """``local`` for this machine, by its name or any form of its address; ``private`` or public."""
+    import ipaddress
     import socket
 
     host = host.rstrip(".")
-    named = host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
+    if host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost"):
+        return "local"
     with contextlib.suppress(OSError, ValueError):  # "127.1" and numbers, as sockets read them
         host = socket.inet_ntoa(socket.inet_aton(host))
-    return named or _address(host, "is_loopback") or _address(host, "is_unspecified")
-
-
-def _is_private(host: str) -> bool:
-    """Whether a host is on this machine or in a private network."""
-    named = "." not in host.strip("[]") or host.endswith((".local", ".internal", ".localhost"))
-    return named or _is_loopback(host) or _address(host, "is_private")
-
-
-def _address(host: str, what: str) -> bool:
-    import ipaddress
-
     try:
-        address = ipaddress.ip_address(host)
-        return bool(getattr(getattr(address, "ipv4_mapped", None) or address, what))
+        address: Any = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        named = "." not in host or host.endswith((".local", ".internal"))
+        return "private" if named else "public"
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback or address.is_unspecified:
+        return "local"
+    return "private" if address.is_private else "public"
 
 
 def _sendable(value: Any, where: str) -> str:
     """A header value, stripped of white space. ConfigError if HTTP cannot carry it."""
     if not isinstance(value, str):
-        raise ConfigError(f"{where} is a {type(value).__name__}: give a str")
+        raise ConfigError(f"{where} is a {_kind(value)}: give a str")
     text: str = value.strip()
     if bad := _pattern(r"[\x00-\x1f\x7f\u0100-\U0010ffff]").search(text):
         what = f"the character U+{ord(bad.group()):04X}, which HTTP cannot carry"
@@ -4137,7 +4130,7 @@ def _header_name(name: Any) -> str:
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
 
 
-#: Our options -> what vendors call them when they complain, if it is another name.
+#: What vendors call our options and fields when they complain, if it is another name.
 _COMPLAINTS = {
     "top_p": "top_?p",
     "presence_penalty": "presence_?penalty|penalty",
@@ -4146,6 +4139,7 @@ _COMPLAINTS = {
     r"thinking[\w.]{0,40}|think",
     "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
+    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
 }
 #: An error about a value: with another one the field may be taken.
 _OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
@@ -4156,56 +4150,6 @@ _REFUSES = (
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
     r"must be (?:1|unset|one of)\b|or unset|input should be"
 )
-
-
-def _narrowed(named: list[str], words: _Words) -> list[str]:
-    """Which of several fields that an error names has to go; more than one if that is not clear."""
-    if "thoughts" in named:
-        return ["thoughts"]
-    if "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic: not with temperature
-        return ["top_p"]
-    if all(name.endswith("_penalty") for name in named):  # Gemini; the other one is next
-        return [min(named)]
-    return [name for name in named if name != "stream"]  # it is refused only while streaming
-
-
-def _correction(
-    report: _Report, words: _Words, status: int, call: _Call, moved: tuple[str, Any] | None
-) -> tuple[str, Any] | None:
-    """How to change the one optional field that a 400 names, None if there is nothing to correct.
-
-    An option and its new value (None: drop it), or ``token_limit``, ``stream``, ``stream_options``
-    or a field of the vendor's own and what to do with it.
-    """
-    if moved is not None:
-        return moved
-    refused = words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))
-    if status not in (400, 422) or not refused:
-        return None
-    limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
-    candidates = {name: _COMPLAINTS.get(name, name) for name in _HINTS if name in call.options}
-    candidates |= {name: name for name in (*limits, "stream_options")}
-    candidates["stream"] = "stream(?:ing)?"  # OpenAI: only for organizations that are verified
-    if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
-        thinking = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive" if call.thoughts else ""
-        candidates["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)" + thinking
-    named = [] if report.param not in candidates else [report.param]
-    advice = words.find("(?i) (?:use|when) ")  # behind it stands what to send, or what is set
-    for name, pattern in ({} if named else candidates).items():
-        found = words.find(rf"(?i)(?<![\w.])(?:{pattern})(?!\w)")
-        if found and (not advice or found.start() < advice.start()):
-            named.append(name)
-    if len(named) > 1:
-        named = _narrowed(named, words)
-    if len(named) != 1:
-        return None
-    name = named[0]
-    if name in limits:
-        other = limits[1 - limits.index(name)]
-        drops = words.say(other) or words.find("(?i)nsupported|nrecognized")
-        return ("token_limit", other) if drops else None
-    none = name == "reasoning_effort" and words.find(r"(?i)set reasoning_effort to ['\"]?none")
-    return name, "none" if none else None
 
 
 # ==== OpenAI ======================================================================================
@@ -4626,12 +4570,6 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     return call.finished(body)
 
 
-#: What means the same as ``{"type": "json_object"}``, for LM Studio, which takes only schemas.
-_ANY_OBJECT = {
-    "type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}},
-}
-
-
 class OpenAIProvider(_HTTPProvider):
     """Chat Completions at OpenAI, Azure, and every compatible server by its ``base_url``.
 
@@ -4679,20 +4617,23 @@ class OpenAIProvider(_HTTPProvider):
         body = _chat_body(call, streaming, self._at_openai)
         return "/chat/completions", body, _Collector(call, _chat_facts)
 
-    def _moves(self, call: _Call, words: _Words, status: int) -> tuple[str, Any] | None:
+    def _correction(
+        self, report: _Report, words: _Words, status: int, call: _Call
+    ) -> _Fix | None:
         if status < 501 and words.find(f"(?i){_STRICT_TEMPLATE}"):
-            return ("system", "user") if "turns" in call.learned else ("turns", "merged")
-        if status not in (400, 404, 422):
-            return None
-        if words.say("reasoning_content") and words.say("passed back"):
-            return "reasoning_content", " "  # DeepSeek wants some on turns of other models, too
-        if words.find(r"(?i)tool call id .{0,80}(a-z|length of 9)|length of 9"):
-            return "tool_ids", "nine"
-        if words.find(r"(?i)response_format.{0,20} must be .json_schema"):
-            return "response_format", _ANY_OBJECT
-        served = words.find(r"(?i)v1/responses|responses api|only supported in v1/responses")
-        moves = self.api == "auto" and status != 422 and served
-        return ("api", "responses") if moves else None
+            return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
+        if status in (400, 404, 422):
+            if words.say("reasoning_content") and words.say("passed back"):
+                return _Fix("reasoning_content", " ")  # DeepSeek: on turns of other models, too
+            if words.find(r"(?i)tool call id .{0,80}a-z|length of 9"):
+                return _Fix("tool_ids", "nine")
+            if words.find(r"(?i)response_format.{0,20} must be .json_schema"):
+                schema = {"name": "answer", "schema": {"type": "object"}}
+                return _Fix("response_format", {"type": "json_schema", "json_schema": schema})
+            served = words.find("(?i)v1/responses|responses api")
+            if self.api == "auto" and status != 422 and served:
+                return _Fix("api", "responses")
+        return super()._correction(report, words, status, call)
 
 
 class LMStudioProvider(OpenAIProvider):
@@ -4705,7 +4646,7 @@ class LMStudioProvider(OpenAIProvider):
     _vendor, _default_url = "lmstudio", "http://localhost:1234"
     _key_variables, _url_variable = ("LM_API_TOKEN",), "LMSTUDIO_BASE_URL"
     _key_hosts = ("localhost", "127.0.0.1")
-    _needs_model, _first_token = False, 60.0
+    _wants_model, _first_token = False, 60.0
 
 
 # ==== Anthropic ===================================================================================
@@ -7016,7 +6957,7 @@ def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str])
     model, on = environ.get(f"{name.upper()}_MODEL"), any(map(environ.get, _variables(kind)))
     variable = next(filter(environ.get, kind._key_variables), kind._key_variables[0])
     wants_key = variable in _variables(kind)
-    gap = "  # FILL IN the name of a model" if kind._needs_model and not model else ""
+    gap = "  # FILL IN the name of a model" if kind._wants_model and not model else ""
     lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
              "# prices = [0.1, 0.5]       # USD per million tokens: prompt, completion",
              "[tier.provider]", f'type = "{name}"']
