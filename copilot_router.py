@@ -3503,20 +3503,18 @@ class _HTTPProvider(LLMProvider):
             raise ConfigError(f"headers is a {_kind(headers)}: give a dict")
         if session is not None and not hasattr(session, "prepare_request"):
             raise ConfigError(f"session is a {_kind(session)}: give a requests.Session")
-        first = first_token_timeout
-        if first is None:  # a whole answer shows no sign of life before it is there
-            first = self._first_token if stream_upstream else math.inf
+        if first_token_timeout is None:  # a whole answer shows no sign of life before its end
+            first_token_timeout = self._first_token if stream_upstream else math.inf
         most = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
         self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
-        self.first_token_timeout: float = _number(first, "first_token_timeout")
+        self.first_token_timeout: float = _number(first_token_timeout, "first_token_timeout")
         self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
         self.max_response_bytes: int = most
         self.stream_upstream = stream_upstream
-        url = base_url
-        if url is None:
-            url = self._from_environment(os.environ)[1] or self._default_url
-        self.base_url = self._full_url(url)
-        self._query = url.strip().partition("?")[2]
+        if base_url is None:
+            base_url = self._from_environment(os.environ)[1] or self._default_url
+        self.base_url = self._full_url(base_url)
+        self._query = base_url.strip().partition("?")[2]
         self._host = _host_of(self.base_url)
         self._key = self._checked_key(api_key)
         self._own_headers = {
@@ -3529,7 +3527,7 @@ class _HTTPProvider(LLMProvider):
             "Accept-Encoding": "identity",  # compression would only delay the first token
             "User-Agent": f"copilot-router/{__version__}",
         }
-        if credentials := _credentials(url):
+        if credentials := _credentials(base_url):
             self._headers["Authorization"] = f"Basic {credentials[0]}"
         secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
         #: what no message may show
@@ -3680,7 +3678,7 @@ class _HTTPProvider(LLMProvider):
         )
         deadline, fixed = time.monotonic() + seconds, list[str]()  # fixed: fields of this request
         while True:
-            call = self._corrected(asked)
+            call = self._corrected(asked) if model in self._learned else asked
             streaming = self.stream_upstream and "stream" not in call.learned
             path, body, collector = self._written(call, streaming)
             collector.shows = [] if shown else None
@@ -3716,8 +3714,11 @@ class _HTTPProvider(LLMProvider):
                 tell({"field": fix.name, "change": fix.change()})
 
     def _checked_call(self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any]) -> _Call:
-        for name in kwargs:
-            if name not in _OPTIONS and name not in _LIMIT_OPTIONS:
+        options: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name in _OPTIONS:
+                options |= {} if value is None else {name: value}
+            elif name not in _LIMIT_OPTIONS:
                 near = _near(name, (*_OPTIONS, *_LIMIT_OPTIONS[:3]))
                 told = f"unknown option {name!r} for {type(self).__name__}.{near}"
                 raise _UnknownOption(f"{told} Fields of one vendor go into extra_body={{}}")
@@ -3725,7 +3726,6 @@ class _HTTPProvider(LLMProvider):
             raise ConfigError(f"model={model!r:.60}: give a name, or None")
         if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
-        options = {n: value for n, value in kwargs.items() if n in _OPTIONS and value is not None}
         return _Call(
             _repaired(_checked_messages(messages)), _checked_tools(tools), model, options,
             identity=f"{self._vendor} {self.base_url} {model or ''}",
@@ -3740,8 +3740,6 @@ class _HTTPProvider(LLMProvider):
             if "\\ud" in data:  # characters beyond the first 65,536: none of them may be a half
                 json.dumps(body, ensure_ascii=False).encode()
             return path, data.encode("ascii"), collector
-        except RouterError:
-            raise
         except (TypeError, ValueError, RecursionError) as error:
             what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
         raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
@@ -3814,7 +3812,7 @@ class _HTTPProvider(LLMProvider):
         self, answer: _Answer, call: _Call, collector: _Collector
     ) -> Generator[str, None, LLMResponse]:
         """Read an answer of status 2xx as it comes. Raises what is wrong with it."""
-        collector.request_id = self._request_id(answer)
+        collector.request_id = _request_id(answer)
         collector.check, collector.most = answer.limits.expired, answer.most
         take, shows = collector.take, collector.shows
         try:
@@ -3884,8 +3882,8 @@ class _HTTPProvider(LLMProvider):
             if text is not None:  # no line of it was an event by itself
                 if not text.strip():
                     raise InvalidResponse("an empty body")
-                kind = answer.headers.get("Content-Type", "no content type").partition(";")[0]
-                shown = kind if _pattern(_MEDIA_TYPE).fullmatch(kind) else "of an odd type"
+                label = answer.headers.get("Content-Type", "").partition(";")[0]
+                shown = _token(label, answer, _MEDIA_TYPE) or "of an odd type"
                 collector.take_whole(text, f"the answer ({shown})")
             yield body.close()
         except (ProviderTimeout, InvalidResponse):
@@ -3930,16 +3928,11 @@ class _HTTPProvider(LLMProvider):
         error = kind(
             shown, provider=self._vendor, model=call.model or "", status=status,
             code=_token(next(iter(report.codes), None), answer),
-            retry_after=hint if may_wait else None, request_id=self._request_id(answer),
+            retry_after=hint if may_wait else None, request_id=_request_id(answer),
         )
         if not certain:
             error.breaker = "neutral"  # it may be about this one request
         return error, report, words
-
-    @staticmethod
-    def _request_id(answer: _Answer) -> str | None:
-        found = (answer.headers[name] for name in _REQUEST_IDS if name in answer.headers)
-        return _token(next(found, None), answer)
 
     # -- what a model refuses is learned from its error
 
@@ -4005,11 +3998,8 @@ class _HTTPProvider(LLMProvider):
 
     def _corrected(self, call: _Call) -> _Call:
         """The call without what this model is known to refuse."""
-        fixes = self._learned.get(call.model)
-        if not fixes:
-            return call
         learned = {
-            name: fix.value for name, fix in fixes.items()
+            name: fix.value for name, fix in self._learned.get(call.model, {}).items()
             if not fix.refused or call.options.get(name) in fix.refused  # else it may do
         }
         options = {name: learned.get(name, value) for name, value in call.options.items()}
@@ -4043,6 +4033,13 @@ def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") 
         return None
     told = any(len(secret) > 3 and secret.lower() in text.lower() for secret in answer.secrets)
     return None if told else text
+
+
+def _request_id(answer: _Answer) -> str | None:
+    for name in _REQUEST_IDS:
+        if name in answer.headers:
+            return _token(answer.headers[name], answer)
+    return None
 
 
 #: The answers that are being read, by the ids of their collectors. The garbage collector might
@@ -4153,15 +4150,9 @@ _REFUSES = (
 
 
 # ==== OpenAI ======================================================================================
-# Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by LM Studio,
-# llama.cpp, vLLM, OpenRouter and many others, and OpenAI's own Responses API.
+# Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by many servers,
+# and OpenAI's own Responses API.
 
-#: What templates of models on servers such as llama.cpp, vLLM and LM Studio say of messages that
-#: are not one of the system and then the user's and the model's in turn.
-_STRICT_TEMPLATE = (
-    "system message must be|roles must alternate|system role not supported|"
-    "only user and assistant roles"
-)
 #: Names under which servers send thinking that they want back as it came.
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
@@ -4212,35 +4203,31 @@ def _thinking(value: Any) -> str:
     """Thinking as a text, in parts (Magistral, Databricks) or in an object (Envoy's gateway)."""
     if isinstance(value, list):
         return "".join(map(_thinking, value))
-    names = ("text", "thinking", "summary") if isinstance(value, dict) else ()
-    inner = next((value[name] for name in names if value.get(name)), value)
-    return inner if isinstance(inner, str) else "" if inner is value else _thinking(inner)
+    inner = next(filter(None, map(_dict(value).get, ("text", "thinking", "summary"))), None)
+    return value if isinstance(value, str) else _thinking(inner) if inner else ""
 
 
 def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
-    name = next((name for name in _THOUGHT_KEYS if message.get(name)), None)
-    if name is not None:
+    name = next((name for name in _THOUGHT_KEYS if message.get(name)), "")
+    if name:
         yield "thought", _thinking(message[name])
-        yield "grow", name, message[name]
-        yield ("alive",)
+    for kept in (name, "reasoning_opaque"):
+        if message.get(kept):
+            yield "grow", kept, message[kept]
+            yield ("alive",)
     for item in filter(None, map(_dict, message.get("reasoning_details") or ())):
-        if name is None:
+        if not name:
             yield "thought", item.get("text") or item.get("summary")
         yield "keep", "reasoning_details", None, item
         yield ("alive",)
         yield ("needed",)
-    if message.get("reasoning_opaque"):
-        yield "grow", "reasoning_opaque", message["reasoning_opaque"]
-        yield ("alive",)
     calls = message.get("tool_calls") or ()
     for at, call in enumerate(calls):
         function = call.get("function") or call.get("custom") or {}
         key = call.get("index")
-        if key is None and whole:
-            key = at  # deltas of it may have come
-        elif key is None and len(calls) > 1:
-            key = "at", at
+        if key is None and (whole or len(calls) > 1):
+            key = at if whole else ("at", at)  # of a whole one deltas may have come
         arguments = function.get("arguments", function.get("input"))
         yield "call", key, call.get("id"), function.get("name"), arguments
         yield "extra", key, call.get("extra_content")
@@ -4258,17 +4245,18 @@ def _openai_usage(usage: _Object) -> Usage:
     outside = _dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
     rest = max(0, _count(usage.get("total_tokens")) - prompt - completion)
     sound = rest if rest == _count(inside.get("audio_tokens")) else 0
-    cached = _counted(inside, "cached_tokens") or _counted(
-        usage, "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens",
-        "cache_read_input_tokens",
-    )
-    writes = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
-    written = _counted(inside, *writes) or _counted(usage, *writes)
+    cached = _counted(inside, *_CACHED) or _counted(usage, *_CACHED)
+    written = _counted(inside, *_WRITTEN) or _counted(usage, *_WRITTEN)
     thought = _count(outside.get("reasoning_tokens"))
     return Usage(prompt + sound, completion + rest - sound, cached, written, thought)
 
 
-#: Keys of a message that are sent; anything else is another vendor's, or only ever an answer's.
+#: What servers call tokens that were read from a cache, and that were written into one.
+_CACHED = (
+    "cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cache_read_input_tokens",
+)
+_WRITTEN = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+#: Keys of a message that are sent. Other keys are another vendor's or an answer's.
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
 
 
@@ -4278,11 +4266,12 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     most = 9 if "tool_ids" in call.learned else 40 if at_openai else sys.maxsize
     if "tool_call_id" in sent:
         sent["tool_call_id"] = _short_id(sent["tool_call_id"], most)
-    extra = {} if at_openai else call.carried(message).get("extra", {})
+    kept = {} if at_openai else call.carried(message)
     calls = []
     for item in sent.pop("tool_calls", ()):
-        signed = {"extra_content": extra[item["id"]]} if item["id"] in extra else {}
-        calls.append({**_textual(item), "id": _short_id(item["id"], most), **signed})
+        calls.append({**_textual(item), "id": _short_id(item["id"], most)})
+        if item["id"] in kept.get("extra", {}):
+            calls[-1]["extra_content"] = kept["extra"][item["id"]]
     if calls:  # an empty list is refused
         sent["tool_calls"] = calls
     parts: Any = sent.setdefault("content", None if calls else "")
@@ -4294,18 +4283,13 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
         sent["role"] = "system"
     if has_parts and all(part.keys() == {"type", "text"} for part in parts):
         sent["content"] = "\n".join(part["text"] for part in parts)
-    return {**sent, **_chat_carried(call, message)} if sent["role"] == "assistant" else sent
-
-
-def _chat_carried(call: _Call, message: Message) -> _Object:
-    """The thinking that the same server and model need back."""
-    names = (*_THOUGHT_KEYS, "reasoning_opaque", "reasoning_details")
-    kept = {name: value for name, value in call.carried(message).items() if name in names}
-    if "reasoning_details" in kept:
-        kept["reasoning_details"] = _details(kept["reasoning_details"])
-    if "reasoning_content" in call.learned:
-        kept.setdefault("reasoning_content", call.learned["reasoning_content"])
-    return kept
+    if sent["role"] == "assistant":  # the thinking that the same server and model need back
+        sent |= {name: value for name, value in kept.items() if name.startswith("reasoning")}
+        if "reasoning_details" in sent:
+            sent["reasoning_details"] = _details(sent["reasoning_details"])
+        if "reasoning_content" in call.learned:
+            sent.setdefault("reasoning_content", call.learned["reasoning_content"])
+    return sent
 
 
 def _details(items: list[_Object]) -> list[_Object]:
@@ -4316,9 +4300,9 @@ def _details(items: list[_Object]) -> list[_Object]:
         same = all(last.get(name) == item.get(name) for name in ("type", "index", "id"))
         grows = [name for name in ("text", "summary") if isinstance(item.get(name), str)]
         if same and item.get("index") is not None and grows:
-            joined = {name: (last.get(name) or "") + item[name] for name in grows}
-            rest = {name: value for name, value in item.items() if value is not None}
-            whole[-1] = {**last, **rest, **joined}
+            more = {name: value for name, value in item.items() if value is not None}
+            more |= {name: (last.get(name) or "") + item[name] for name in grows}
+            whole[-1] = {**last, **more}
         else:
             whole.append(item)
     return whole
@@ -4337,13 +4321,6 @@ def _short_id(tool_id: str, most: int) -> str:
     return tool_id if fits else f"{zlib.crc32(tool_id.encode()):09x}"
 
 
-def _chat_tool(tool: Mapping[str, Any], at_openai: bool) -> _Object:
-    sent = _without_cache(tool) if at_openai else dict(tool)
-    if "function" in sent:
-        sent["function"] = _with_parameters(sent["function"])
-    return sent
-
-
 def _merged_turns(call: _Call) -> list[Message]:
     """One message of the system, at the beginning, or none; and no two of the user in a row."""
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
@@ -4351,31 +4328,29 @@ def _merged_turns(call: _Call) -> list[Message]:
     merged: list[Message] = []
     for message in (*first, *(one for one in call.messages if one["role"] not in of_system)):
         last = merged[-1] if merged else {}
-        if message["role"] == last.get("role") and message["role"] in ("system", "user"):
-            both = [last["content"], message["content"]]
-            if all(isinstance(content, str) for content in both):
-                joined: Any = "\n\n".join(both)
-            else:
-                joined = [part for content in both for part in _text_parts(content)]
-            merged[-1] = {**last, "content": joined}
-        else:
+        if message["role"] != last.get("role") or message["role"] not in ("system", "user"):
             merged.append(message)
+            continue
+        both, joined = [last["content"], message["content"]], list[Any]()
+        for content in both:
+            is_text = isinstance(content, str)
+            joined += [{"type": "text", "text": content}] if is_text else content
+        texts = all(isinstance(content, str) for content in both)
+        merged[-1] = {**last, "content": "\n\n".join(both) if texts else joined}
     return merged
 
 
-def _text_parts(content: Any) -> Sequence[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
-    """The body of a Chat Completions request."""
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
     body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in messages]}
     if call.model is not None:
         body["model"] = call.model
     unsent = {*_LIMIT_NAMES, "extra_body"}
     if call.tools:
-        body["tools"] = [_chat_tool(tool, at_openai) for tool in call.tools]
+        body["tools"] = [_without_cache(tool) if at_openai else {**tool} for tool in call.tools]
+        for tool in body["tools"]:
+            if "function" in tool:
+                tool["function"] = _with_parameters(tool["function"])
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
     body |= {name: value for name, value in call.options.items() if name not in unsent}
@@ -4514,8 +4489,8 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
     """The input items of one message."""
     role, content, vendor = message["role"], message.get("content"), "the Responses API"
     if role == "tool":
-        result = {"type": "function_call_output", "output": _joined(content, vendor)}
-        return [{**result, "call_id": _short_id(message["tool_call_id"], 64)}]
+        call_id, output = _short_id(message["tool_call_id"], 64), _joined(content, vendor)
+        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if kept := call.carried(message).get("items"):
         return list(kept)
     if role == "assistant":  # parts would need the ids that the API gave them
@@ -4525,8 +4500,10 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
     items: list[Any] = [{"role": role, "content": content}] if content else []
     for item in message.get("tool_calls") or ():
         function = _textual(item)["function"]
-        asked = {"name": function["name"], "arguments": function["arguments"] or "{}"}
-        items.append({"type": "function_call", "call_id": _short_id(item["id"], 64), **asked})
+        items.append({
+            "type": "function_call", "call_id": _short_id(item["id"], 64),
+            "name": function["name"], "arguments": function["arguments"] or "{}",
+        })
     return items
 
 
@@ -4540,22 +4517,23 @@ def _responses_part(part: _Part) -> _Object:
 
 
 def _responses_body(call: _Call, streaming: bool) -> _Object:
-    """The body of a Responses request. Nothing is stored; reasoning travels along, encrypted."""
+    """Nothing is stored at OpenAI; reasoning travels along, encrypted."""
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
-    body: _Object = {"model": call.model, "store": False}
-    body["include"] = ["reasoning.encrypted_content"]
-    body["input"] = [item for message in call.messages for item in _responses_items(call, message)]
+    body: _Object = {
+        "model": call.model, "store": False, "include": ["reasoning.encrypted_content"],
+        "input": [item for message in call.messages for item in _responses_items(call, message)],
+    }
     same = ("temperature", "top_p", "user", *(("parallel_tool_calls",) if call.tools else ()))
     body |= call.renamed({name: name for name in same})
     if call.tools:
-        basis = {"type": "function", "parameters": {"type": "object", "properties": {}}}
+        empty = {"type": "object", "properties": {}}
+        basis = {"type": "function", "strict": False, "parameters": empty}
         functions = _functions(call.tools, "the Responses API")
-        body["tools"] = [{**basis, "strict": False, **function} for function in functions]
+        body["tools"] = [{**basis, **function} for function in functions]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
-            named = {"type": "function", "name": name}
-            body["tool_choice"] = named if kind == "named" else kind
+            body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
     if call.limit() is not None:
         body["max_output_tokens"] = call.limit()
     effort = call.renamed({"reasoning_effort": "effort"})
@@ -4568,6 +4546,14 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     if streaming:
         body["stream"] = True
     return call.finished(body)
+
+
+#: What servers with strict chat templates (llama.cpp, vLLM, LM Studio) say of messages that are not
+#: one of the system and then the user's and the model's in turn.
+_STRICT_TEMPLATE = (
+    "(?i)system message must be|roles must alternate|system role not supported|"
+    "only user and assistant roles"
+)
 
 
 class OpenAIProvider(_HTTPProvider):
@@ -4598,8 +4584,8 @@ class OpenAIProvider(_HTTPProvider):
         api: str = "auto", **settings: Any,
     ) -> None:
         if api not in ("auto", "chat", "responses"):
-            cure = "give 'auto', 'chat' or 'responses'"
-            raise ConfigError(f"{type(self).__name__}(api={api!r}): {cure}")
+            told = "give 'auto', 'chat' or 'responses'"
+            raise ConfigError(f"{type(self).__name__}(api={api!r}): {told}")
         super().__init__(api_key, base_url, **settings)
         self.api = api
         self._at_openai = self._host == "api.openai.com" or self._host.endswith(".azure.com")
@@ -4620,14 +4606,14 @@ class OpenAIProvider(_HTTPProvider):
     def _correction(
         self, report: _Report, words: _Words, status: int, call: _Call
     ) -> _Fix | None:
-        if status < 501 and words.find(f"(?i){_STRICT_TEMPLATE}"):
+        if status < 501 and words.find(_STRICT_TEMPLATE):
             return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
         if status in (400, 404, 422):
             if words.say("reasoning_content") and words.say("passed back"):
                 return _Fix("reasoning_content", " ")  # DeepSeek: on turns of other models, too
             if words.find(r"(?i)tool call id .{0,80}a-z|length of 9"):
                 return _Fix("tool_ids", "nine")
-            if words.find(r"(?i)response_format.{0,20} must be .json_schema"):
+            if words.find(r"(?i)response_format.{0,20} must be .json_schema"):  # LM Studio
                 schema = {"name": "answer", "schema": {"type": "object"}}
                 return _Fix("response_format", {"type": "json_schema", "json_schema": schema})
             served = words.find("(?i)v1/responses|responses api")
