@@ -3446,17 +3446,14 @@ def _credentials(url: str) -> list[str]:
     from urllib.parse import unquote
 
     found = re.match(r"[^/]*//([^/?#]*)@", url.strip())
-    if not found:
-        return []
-    user = unquote(found[1])
-    return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]]
+    user = unquote(found[1]) if found else ""
+    return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]] if found else []
 
 
-def _pieces(secrets: Iterable[str]) -> tuple[str, ...]:
+def _pieces(secrets: Sequence[str]) -> tuple[str, ...]:
     """The secrets and their longer words: a message may repeat only one word of a header."""
-    kept = tuple(secrets)
-    words = (word for text in kept for word in re.split(r"[\s=;,]+", text) if len(word) > 7)
-    return (*kept, *words)
+    words = (word for text in secrets for word in re.split(r"[\s=;,]+", text) if len(word) > 7)
+    return (*secrets, *words)
 
 
 class _Fix(NamedTuple):
@@ -3471,10 +3468,7 @@ class _Fix(NamedTuple):
 
 
 class _HTTPProvider(LLMProvider):
-    """What all HTTP providers share: the session, the limits, corrected resends, and failures.
-
-    A vendor's class declares its names, addresses, words for failures and ``_prepare``.
-    """
+    """What all HTTP providers share. A vendor's class adds names, addresses and ``_prepare``."""
 
     _vendor: ClassVar[str]  #: its name in messages and in `identity`
     _default_url: ClassVar[str]
@@ -3484,8 +3478,8 @@ class _HTTPProvider(LLMProvider):
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
     _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: to x.com and below
-    _first_token: ClassVar[float] = 12.0  #: seconds; a cloud model shows signs of thinking sooner
-    _rows: ClassVar[_Phrases] = ()
+    _first_token: ClassVar[float] = 12.0  #: seconds
+    _rows: ClassVar[_Phrases] = ()  #: its words for failures
     _is_ours = True
     _wants_model: bool = True
 
@@ -3646,7 +3640,7 @@ class _HTTPProvider(LLMProvider):
             raise _bare(error)  # noqa: B904 - it is the same error
 
     def close(self) -> None:
-        """Close idle connections; the provider stays usable. A session of the user's stays open."""
+        """Close idle connections; the provider stays usable. A user's session stays open."""
         if self._own_session:
             with self._lock:
                 session, self._session = self._session, None
@@ -3668,7 +3662,7 @@ class _HTTPProvider(LLMProvider):
     ) -> Generator[str, None, LLMResponse]:
         """One answer, with one corrected resend for each field that the server refuses.
 
-        ``shown``: the caller wants the deltas.
+        ``shown``: whether to yield deltas.
         """
         asked = self._checked_call(messages, tools, model, kwargs)
         own = (self.first_token_timeout, self.stall_timeout)
@@ -3676,7 +3670,8 @@ class _HTTPProvider(LLMProvider):
             limit if kwargs.get(name) is None else _number(kwargs[name], name)
             for name, limit in zip(_LIMIT_OPTIONS, (math.inf, *own), strict=False)
         )
-        deadline, fixed = time.monotonic() + seconds, list[str]()  # fixed: fields of this request
+        deadline = time.monotonic() + seconds
+        fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked) if model in self._learned else asked
             streaming = self.stream_upstream and "stream" not in call.learned
@@ -3745,7 +3740,7 @@ class _HTTPProvider(LLMProvider):
         raise BadRequest(f"the request cannot be written as JSON: {what}", provider=self._vendor)
 
     def _send(self, method: str, path: str, body: bytes, limits: _Limits) -> _Answer:
-        """The answer's headers. If a kept connection turns out closed, a new one is tried, once."""
+        """The answer's headers. A kept connection that turns out closed is replaced, once."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
         key = self._key if isinstance(self._key, str) else self._asked_key(self._key)
@@ -3759,7 +3754,7 @@ class _HTTPProvider(LLMProvider):
                 answer.secrets = (*self._secrets, key)
                 if not self._own_session:  # what it has put into the headers may be a key
                     sent, ours = map(str, response.request.headers.values()), headers.values()
-                    answer.secrets += _pieces(text for text in sent if text not in ours)
+                    answer.secrets += _pieces([text for text in sent if text not in ours])
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
                 answer.close()
@@ -3778,7 +3773,7 @@ class _HTTPProvider(LLMProvider):
     def _dispatch(
         self, method: str, url: str, body: bytes, headers: dict[str, str], limits: _Limits
     ) -> Any:
-        session = self._session
+        session = self._open_session(url) if self._session is None else self._session
         if not self._own_session:
             return session.request(
                 method, url, headers=headers, data=body or None, stream=True,
@@ -3786,8 +3781,6 @@ class _HTTPProvider(LLMProvider):
                 timeout=(limits.connect_left(), limits.left()),  # it has no limited socket
                 allow_redirects=False, proxies=self._proxies,
             )
-        if session is None:
-            session = self._open_session(url)
         prepared = self._requests.PreparedRequest()
         prepared.prepare_method(method)
         prepared.url, prepared.body = url, body or None
@@ -3803,7 +3796,7 @@ class _HTTPProvider(LLMProvider):
                 settings = session.merge_environment_settings(url, self._proxies, True, None, None)
                 for proxy in settings["proxies"].values():
                     self._secrets = (*self._secrets, *_credentials(proxy))
-                self._session, self._settings = session, settings
+                self._settings, self._session = settings, session  # in this order: no lock to read
             return self._session
 
     # -- reading
@@ -3859,10 +3852,7 @@ class _HTTPProvider(LLMProvider):
     def _event_batches(
         self, answer: _Answer, collector: _Collector
     ) -> Iterator[Iterable[tuple[str, bytes]]]:
-        """The events that each read brings, until the collector has seen the last one.
-
-        What breaks after the finish reason is passed over.
-        """
+        """The events that each read brings. What breaks after the finish reason is passed over."""
         limits = answer.limits
         try:
             chunks = answer.chunks()
@@ -4094,20 +4084,18 @@ def _network_of(host: str) -> str:
     import ipaddress
     import socket
 
-    host = host.rstrip(".")
-    if host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost"):
+    name = host.rstrip(".")
+    if name in ("localhost", socket.gethostname().lower()) or name.endswith(".localhost"):
         return "local"
     with contextlib.suppress(OSError, ValueError):  # "127.1" and numbers, as sockets read them
-        host = socket.inet_ntoa(socket.inet_aton(host))
-    try:
+        host = socket.inet_ntoa(socket.inet_aton(name))
+    with contextlib.suppress(ValueError):
         address: Any = ipaddress.ip_address(host)
-    except ValueError:
-        named = "." not in host or host.endswith((".local", ".internal"))
-        return "private" if named else "public"
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback or address.is_unspecified:
-        return "local"
-    return "private" if address.is_private else "public"
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_unspecified:
+            return "local"
+        return "private" if address.is_private else "public"
+    return "private" if "." not in host or host.endswith((".local", ".internal")) else "public"
 
 
 def _sendable(value: Any, where: str) -> str:
@@ -4326,17 +4314,17 @@ def _merged_turns(call: _Call) -> list[Message]:
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
     first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
     merged: list[Message] = []
-    for message in (*first, *(one for one in call.messages if one["role"] not in of_system)):
+    rest = [one for one in call.messages if one["role"] not in of_system]
+    for message in (*first, *rest):
         last = merged[-1] if merged else {}
         if message["role"] != last.get("role") or message["role"] not in ("system", "user"):
             merged.append(message)
             continue
-        both, joined = [last["content"], message["content"]], list[Any]()
+        both, parts = [last["content"], message["content"]], list[Any]()
         for content in both:
-            is_text = isinstance(content, str)
-            joined += [{"type": "text", "text": content}] if is_text else content
-        texts = all(isinstance(content, str) for content in both)
-        merged[-1] = {**last, "content": "\n\n".join(both) if texts else joined}
+            parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+        are_texts = all(isinstance(content, str) for content in both)
+        merged[-1] = {**last, "content": "\n\n".join(both) if are_texts else parts}
     return merged
 
 
@@ -4562,15 +4550,14 @@ class OpenAIProvider(_HTTPProvider):
     ``api_key``: a str; a function without arguments that returns one, asked for each request; None
     takes OPENAI_API_KEY, which goes only to OpenAI, Azure and the host of OPENAI_BASE_URL; "" sends
     none. ``base_url``: None takes OPENAI_BASE_URL, else OpenAI's; without a path ``/v1`` is added.
-    ``first_token_timeout``, ``stall_timeout``, ``connect_timeout``: seconds of silence allowed
-    before the first token (None: 12), inside the answer, and for connecting. ``headers``: sent with
-    every request, over our own of the same name. ``max_response_bytes``: of one answer, after
-    decompression; more is InvalidResponse. ``stream_upstream=False`` asks for whole JSON: then
-    the first token has no limit by default.
-    ``session``: your own ``requests.Session``, used as it is, with your time limits. ``api``:
+    ``first_token_timeout`` (None: 12), ``stall_timeout``, ``connect_timeout``: seconds of silence
+    before the first token, inside the answer, and for connecting. ``headers`` go over our own of
+    the same name. ``max_response_bytes``: of one answer, decompressed; more is InvalidResponse.
+    ``stream_upstream=False`` asks for whole JSON: then None is no limit for the first token.
+    ``session``: your own ``requests.Session``, used as it is, with these time limits. ``api``:
     "chat", "responses", or "auto": Chat Completions until an error says that a model is served by
-    the Responses API, which is remembered. Safe to share between threads and across fork. Raises
-    ConfigError for a setting that cannot work.
+    the Responses API, which is remembered. Thread-safe, also across fork. ConfigError for a setting
+    that cannot work.
     """
 
     _vendor, _default_url, _api_path = "openai", "https://api.openai.com", "/v1"
