@@ -3545,7 +3545,8 @@ class _HTTPProvider(LLMProvider):
 
     def _checked_key(self, key: Any) -> str | Callable[[], str]:
         """The key, or its function. A key of the environment goes to its vendor only."""
-        where, variable, host, warning = type(self).__name__, self._key_variables[0], self._host, ""
+        where, variable, host = type(self).__name__, self._key_variables[0], self._host
+        warning = ""
         own = any(f".{host}".endswith(e) if e[0] == "." else host == e for e in self._key_hosts)
         if key is None:
             key, url = self._from_environment(os.environ)
@@ -3691,7 +3692,7 @@ class _HTTPProvider(LLMProvider):
                         return (yield from self._read(answer, call, collector))
                     error, report, words = self._failure(answer, call)
                 finally:
-                    del _open_answers[key]  # before any call: a signal's handler may raise in one
+                    del _open_answers[key]  # first: a signal's handler may raise in any call
                     answer.close()
             except ProviderError as failure:
                 failure.model = failure.model or model or ""
@@ -3776,7 +3777,7 @@ class _HTTPProvider(LLMProvider):
         session = self._open_session(url) if self._session is None else self._session
         if not self._own_session:
             return session.request(
-                method, url, headers=headers, data=body or None, stream=True,
+                method, url, headers={**headers}, data=body or None, stream=True,
                 auth=session.auth or (lambda prepared: prepared),  # or .netrc replaces the key
                 timeout=(limits.connect_left(), limits.left()),  # it has no limited socket
                 allow_redirects=False, proxies=self._proxies,
@@ -3795,7 +3796,7 @@ class _HTTPProvider(LLMProvider):
                 session = self._new_session()
                 settings = session.merge_environment_settings(url, self._proxies, True, None, None)
                 for proxy in settings["proxies"].values():
-                    self._secrets = (*self._secrets, *_credentials(proxy))
+                    self._secrets = tuple(dict.fromkeys([*self._secrets, *_credentials(proxy)]))
                 self._settings, self._session = settings, session  # in this order: no lock to read
             return self._session
 
@@ -3809,7 +3810,7 @@ class _HTTPProvider(LLMProvider):
         collector.check, collector.most = answer.limits.expired, answer.most
         take, shows = collector.take, collector.shows
         try:
-            for events in self._event_batches(answer, collector):
+            for events in self._events(answer, collector):
                 for name, data in events:
                     take(name, data)
                     if shows:
@@ -3849,9 +3850,7 @@ class _HTTPProvider(LLMProvider):
         failure.usage = failure.usage or collector.usage
         return failure
 
-    def _event_batches(
-        self, answer: _Answer, collector: _Collector
-    ) -> Iterator[Iterable[tuple[str, bytes]]]:
+    def _events(self, answer: _Answer, collector: _Collector) -> Iterator[list[tuple[str, bytes]]]:
         """The events that each read brings. What breaks after the finish reason is passed over."""
         limits = answer.limits
         try:
@@ -3926,9 +3925,7 @@ class _HTTPProvider(LLMProvider):
 
     # -- what a model refuses is learned from its error
 
-    def _correction(
-        self, report: _Report, words: _Words, status: int, call: _Call
-    ) -> _Fix | None:
+    def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         """How to change the one optional field that a 400 names; None if that is not clear."""
         refuses = words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))
         if status not in (400, 422) or not refuses:
@@ -3937,8 +3934,9 @@ class _HTTPProvider(LLMProvider):
         names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
         patterns = {name: _COMPLAINTS.get(name, name) for name in names}
         if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
-            thinking = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive" * call.thoughts
-            patterns["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)" + thinking
+            patterns["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)"
+        if call.thoughts:
+            patterns["thoughts"] += r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive"
         advice = words.find("(?i) (?:use|when) ")  # behind it stands what to send, or what is set
         named = [] if report.param not in patterns else [report.param]
         for name, pattern in ({} if named else patterns).items():
@@ -4008,8 +4006,7 @@ def _error_body(answer: _Answer) -> Any:
             raise
         return {}
     if body.lstrip().startswith(_SSE_BEGINS):
-        parser = _SSE()
-        body = next((data for _, data in [*parser.feed(body), *parser.close()]), b"")
+        body = next((data for _, data in _SSE().feed(body + b"\n\n")), b"")
     try:
         return json.loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -4059,7 +4056,7 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
 
 
 def _warn(text: str) -> None:
-    """A warning that names the line of the user's that builds the provider."""
+    """A warning at the user's line that builds the provider."""
     import warnings
 
     level, frame = 1, inspect.currentframe()
@@ -4080,7 +4077,7 @@ def _host_of(url: str) -> str:
 
 
 def _network_of(host: str) -> str:
-    """``local`` for this machine, by its name or any form of its address; ``private`` or public."""
+    """Where a host is: local (this machine, in any form of its address), private or public."""
     import ipaddress
     import socket
 
@@ -4590,9 +4587,7 @@ class OpenAIProvider(_HTTPProvider):
         body = _chat_body(call, streaming, self._at_openai)
         return "/chat/completions", body, _Collector(call, _chat_facts)
 
-    def _correction(
-        self, report: _Report, words: _Words, status: int, call: _Call
-    ) -> _Fix | None:
+    def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         if status < 501 and words.find(_STRICT_TEMPLATE):
             return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
         if status in (400, 404, 422):

@@ -669,6 +669,12 @@ def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> No
     assert "amber" not in f"{error} {error!r} {vars(error)}"
 
 
+def test_an_error_inside_an_answer_does_not_hold_what_the_server_said() -> None:
+    error = refused(200, f"data: {json.dumps(says(f'no: {SECRET}'))}\n\n", api_key=SECRET)
+    assert "no: ***" in str(error)
+    assert (error.__context__, error.__cause__) == (None, None)
+
+
 def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
     answer = reply(says(f"no: {SECRET}"), 400, X_Request_Id=SECRET)
     session = requests.Session()

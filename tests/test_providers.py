@@ -189,7 +189,8 @@ def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url:
 @pytest.mark.parametrize(("url", "warns"), [
     ("http://example.test/v1", True), ("http://8.8.8.8/v1", True), ("https://example.test", False),
     ("http://127.0.0.1:1/v1", False), ("http://localhost:1/v1", False), ("http://[::1]:1", False),
-    ("http://10.1.2.3", False), ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False)])
+    ("http://10.1.2.3", False), ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
+    ("http://[2606:4700::1111]/v1", True), ("http://[fd12::1]:8000", False)])
 def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
     for key, expected in ((KEY, warns), ("", False)):
         with warnings.catch_warnings(record=True) as told:
@@ -301,6 +302,19 @@ def test_netrc_never_replaces_the_key_and_a_users_auth_does(mocked: Any,
         assert mocked.calls[2].request.headers["Authorization"].startswith("Basic ")
         client.close()
         assert client.chat("hi", model="m").text == "fine"
+
+
+def test_a_session_of_the_users_own_may_change_each_request(mocked: Any) -> None:
+    class Signing(requests.Session):
+        def request(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            kwargs["headers"]["X-Signed"] = "by-a-second-key"
+            return super().request(*args, **kwargs)
+    with Signing() as session:
+        client = OpenAIProvider(KEY, BASE, session=session)
+        client.chat("hi", model="m")
+        assert mocked.calls[0].request.headers["X-Signed"] == "by-a-second-key"
+        mocked.replace("POST", URL, status=400, json={"error": "not by-a-second-key"})
+        assert str(error_of(BadRequest, client.chat, "hi", model="m")) == "not ***"
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
