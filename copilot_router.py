@@ -2203,6 +2203,14 @@ _COMPARED = 128 * 1024  #: characters of the longest request that is compared wi
 _Phrases = tuple[tuple[str, type[ProviderError]], ...]
 
 
+class _Rows(NamedTuple):
+    """A vendor's own words for failures. Each is read before the shared ones of its kind."""
+
+    codes: Mapping[str, type[ProviderError]] = MappingProxyType({})  #: in lower case
+    phrases: _Phrases = ()
+    statuses: Mapping[int, type[ProviderError]] = MappingProxyType({})
+
+
 def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderError]]:
     return {code: kind for kind, codes in kinds.items() for code in codes.split()}
 
@@ -2482,16 +2490,16 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 def _class_of(
-    report: _Report, words: _Words, status: int, model: str | None, waits: bool, own: _Phrases
+    report: _Report, words: _Words, status: int, model: str | None, waits: bool, own: _Rows
 ) -> tuple[type[ProviderError], bool]:
-    """The class of a failure, and whether it may park the tier. ``own``: the vendor's phrases."""
+    """The class of a failure, and whether it may park the tier. ``own``: the vendor's rows."""
     if status == 402 and waits:
         return RateLimited, True
-    codes = {**_CODES, **_MINIMAX_CODES} if status == 200 else _CODES
+    codes = {**_CODES, **(_MINIMAX_CODES if status == 200 else {}), **own.codes}
     for code in report.codes:
         if code in codes:
             return codes[code], True
-    for pattern, kind in (*own, *_PHRASES):
+    for pattern, kind in (*own.phrases, *_PHRASES):
         doubtful = kind in _BLAMING and status in (200, 400, 413, 422)
         found = words.find(f"(?i){pattern}", own=doubtful)
         if not found or status not in _MEANT_AT.get(kind, (status,)):
@@ -2500,7 +2508,7 @@ def _class_of(
         if kind is QuotaExceeded and found[0].lower() != "limit: 0" and (report.delay or is_gemini):
             continue  # Gemini calls any rate limit a quota, and then names a delay
         sure = (
-            status in (401, 402, 403, 429) or (pattern, kind) in own
+            status in (401, 402, 403, 429) or (pattern, kind) in own.phrases
             or kind not in (QuotaExceeded, AuthenticationError)
             or (status == 200 and bool(report.number or report.codes))  # not a word in a text
         )
@@ -2512,9 +2520,10 @@ def _class_of(
         weak = 400 <= number < 500 or number in (503, 529)
         if code in _TYPES and not (weak and issubclass(_TYPES[code], ServerError)):
             return _TYPES[code], True
-    if number in _STATUSES:
+    statuses = {**_STATUSES, **own.statuses}
+    if number in statuses:
         sure = number != 403 or bool(words.find(f"(?i){_NAMES_PERMISSION}"))
-        return _STATUSES[number], sure
+        return statuses[number], sure
     if number == 503 and waits:
         return Overloaded, True
     last = (_LAST_TYPES[code] for code in report.codes if code in _LAST_TYPES)
@@ -2612,7 +2621,7 @@ class _Call(NamedTuple):
 
     def carried(self, message: Message) -> _Object:
         """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
-        kept = _dict(message.get(_CARRY))
+        kept = {} if "carry" in self.learned else _dict(message.get(_CARRY))
         if kept.get("for") != self.identity or kept.get("text") != message.get("content"):
             return {}
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
@@ -2866,10 +2875,17 @@ def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
 
 
 def _textual(item: Mapping[str, Any]) -> _Object:
-    """A tool call with its arguments as text; callers may have parsed them."""
+    """A tool call with its arguments as the text of an object; callers may have parsed them.
+
+    What a model wrote wrongly would be refused in every later turn by llama.cpp and vLLM.
+    """
     arguments = item["function"].get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments or {}, allow_nan=False)
+    try:
+        valid = isinstance(json.loads(arguments), dict)
+    except (TypeError, ValueError, RecursionError):
+        valid = False
+    if not valid:
+        arguments = json.dumps(_argument_object(arguments), allow_nan=False)
     return {**item, "function": {**item["function"], "arguments": arguments}}
 
 
@@ -3479,7 +3495,7 @@ class _HTTPProvider(LLMProvider):
     _url_variable: ClassVar[str] = ""
     _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: to x.com and below
     _first_token: ClassVar[float] = 12.0  #: seconds
-    _rows: ClassVar[_Phrases] = ()  #: its words for failures
+    _rows: ClassVar[_Rows] = _Rows()
     _is_ours = True
     _wants_model: bool = True
 
@@ -3927,8 +3943,11 @@ class _HTTPProvider(LLMProvider):
 
     def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         """How to change the one optional field that a 400 names; None if that is not clear."""
-        refuses = words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))
-        if status not in (400, 422) or not refuses:
+        if status not in (400, 422):
+            return None
+        if words.find(_REFUSES_CARRY):
+            return _Fix("carry")
+        if not (words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))):
             return None
         limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
         names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
@@ -4123,6 +4142,11 @@ _COMPLAINTS = {
     "user": r"user|metadata(?:\.user_id)?|safety_identifier",
     "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
 }
+#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
+_REFUSES_CARRY = (
+    r"(?i)messages?\b.{0,200}\breasoning(_\w+)?\b.{0,60}(unsupported|not supported|not permitted)|"
+    r"encrypted content .{0,120}could not be|invalid .?signature"
+)
 #: An error about a value: with another one the field may be taken.
 _OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
 _REFUSES = (
@@ -4201,13 +4225,16 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
         if message.get(kept):
             yield "grow", kept, message[kept]
             yield ("alive",)
-    for item in filter(None, map(_dict, message.get("reasoning_details") or ())):
-        if not name:
-            yield "thought", item.get("text") or item.get("summary")
-        yield "keep", "reasoning_details", None, item
-        yield ("alive",)
-        yield ("needed",)
+    for kept in ("reasoning_details", "thinking_blocks"):  # OpenRouter, LiteLLM
+        for item in filter(None, map(_dict, message.get(kept) or ())):
+            if not name:
+                yield "thought", _thinking(item)
+            yield "keep", kept, None, item
+            yield ("alive",)
+            yield ("needed",)
     calls = message.get("tool_calls") or ()
+    if isinstance(calls, dict):  # TGI before 3.0
+        calls = [calls]
     for at, call in enumerate(calls):
         function = call.get("function") or call.get("custom") or {}
         key = call.get("index")
@@ -4269,24 +4296,28 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     if has_parts and all(part.keys() == {"type", "text"} for part in parts):
         sent["content"] = "\n".join(part["text"] for part in parts)
     if sent["role"] == "assistant":  # the thinking that the same server and model need back
-        sent |= {name: value for name, value in kept.items() if name.startswith("reasoning")}
-        if "reasoning_details" in sent:
-            sent["reasoning_details"] = _details(sent["reasoning_details"])
+        for name, value in kept.items():
+            if name.startswith(("reasoning", "thinking")):
+                sent[name] = _details(value) if isinstance(value, list) else value
         if "reasoning_content" in call.learned:
             sent.setdefault("reasoning_content", call.learned["reasoning_content"])
     return sent
 
 
 def _details(items: list[_Object]) -> list[_Object]:
-    """reasoning_details with the pieces of a stream put together again."""
+    """reasoning_details or thinking_blocks, the pieces of a stream put together again."""
     whole: list[_Object] = []
     for item in items:
         last = whole[-1] if whole else {}
-        same = all(last.get(name) == item.get(name) for name in ("type", "index", "id"))
-        grows = [name for name in ("text", "summary") if isinstance(item.get(name), str)]
-        if same and item.get("index") is not None and grows:
-            more = {name: value for name, value in item.items() if value is not None}
-            more |= {name: (last.get(name) or "") + item[name] for name in grows}
+        more = _given(item)
+        same = all(last.get(name) == more.get(name, last.get(name)) for name in ("type", "id"))
+        if "index" in more:
+            same = same and last.get("index") == more["index"]
+        else:
+            same = same and last.get("type") == "thinking" and not last.get("signature")
+        grows = [name for name in ("text", "summary", "thinking") if name in more]
+        if same and (grows or "signature" in more):
+            more |= {name: (last.get(name) or "") + more[name] for name in grows}
             whole[-1] = {**last, **more}
         else:
             whole.append(item)
@@ -4327,6 +4358,14 @@ def _merged_turns(call: _Call) -> list[Message]:
 
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
+    if "after_tool" in call.learned:
+        pairs = zip([{"role": ""}, *messages], messages, strict=False)
+        told = {"role": "assistant", "content": "Noted."}
+        messages = [
+            one for before, message in pairs
+            for one in ((told, message) if (before["role"], message["role"]) == ("tool", "user")
+                        else (message,))
+        ]
     body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in messages]}
     if call.model is not None:
         body["model"] = call.model
@@ -4506,7 +4545,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
     body: _Object = {
-        "model": call.model, "store": False, "include": ["reasoning.encrypted_content"],
+        "model": call.model, "store": False,
+        "include": None if "include" in call.learned else ["reasoning.encrypted_content"],
         "input": [item for message in call.messages for item in _responses_items(call, message)],
     }
     same = ("temperature", "top_p", "user", *(("parallel_tool_calls",) if call.tools else ()))
@@ -4561,7 +4601,7 @@ class OpenAIProvider(_HTTPProvider):
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
     _key_hosts = (".openai.com", ".azure.com")
-    _rows = ((r"^incorrect api key provided", AuthenticationError),)  # xAI, at 400
+    _rows = _Rows(phrases=((r"^incorrect api key provided", AuthenticationError),))  # xAI, at 400
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -4591,8 +4631,12 @@ class OpenAIProvider(_HTTPProvider):
         if status < 501 and words.find(_STRICT_TEMPLATE):
             return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
         if status in (400, 404, 422):
-            if words.say("reasoning_content") and words.say("passed back"):
-                return _Fix("reasoning_content", " ")  # DeepSeek: on turns of other models, too
+            if words.say("reasoning_content") and words.find("(?i)passed back|missing"):
+                return _Fix("reasoning_content", " ")  # DeepSeek, Kimi: on turns of other models
+            if words.find("(?i)unexpected role .user. after role .tool"):
+                return _Fix("after_tool", "assistant")  # Mistral
+            if report.param == "include" or words.find("(?i)encrypted content is not supported"):
+                return _Fix("include")  # of a model that does not think
             if words.find(r"(?i)tool call id .{0,80}a-z|length of 9"):
                 return _Fix("tool_ids", "nine")
             if words.find(r"(?i)response_format.{0,20} must be .json_schema"):  # LM Studio
@@ -4801,10 +4845,10 @@ class AnthropicProvider(_HTTPProvider):
     _cut_paths, _ping_path = ("/messages",), "/models?limit=1"
     _key_variables, _url_variable = ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     _key_hosts = (".anthropic.com",)
-    _rows = (  # all at 400
+    _rows = _Rows(phrases=(  # all at 400
         (r"specified api usage limits|^your credit balance is too low", QuotaExceeded),
         (r"^this organization has been disabled", AuthenticationError),
-    )
+    ))
 
     def _full_url(self, url: str) -> str:
         """Anthropic's own client adds /v1 to any path, and compatible servers expect that."""
@@ -4968,7 +5012,7 @@ class GeminiProvider(_HTTPProvider):
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
-    _rows = ((r"^user location is not supported", AuthenticationError),)  # at 400
+    _rows = _Rows(phrases=((r"^user location is not supported", AuthenticationError),))  # at 400
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it

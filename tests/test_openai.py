@@ -381,7 +381,83 @@ def test_pieces_of_reasoning_details_go_back_as_whole_items() -> None:
         provider.chat([USER, found.message, RESULT], TOOLS, "m", timeout=5)
     assert found.reasoning == "First this.abxy"
     assert server.bodies[1]["messages"][1]["reasoning_details"] == [
-        item("text", 0, text="First this."), come[2], item("summary", 1, summary="ab"), *come[5:]]
+        item("text", 0, text="First this.", signature="S"), item("summary", 1, summary="ab"),
+        *come[5:]]
+
+
+def test_thinking_blocks_of_litellm_go_back_whole() -> None:
+    def block(**fields: Any) -> Any:
+        return delta(thinking_blocks=[{"type": "thinking", **fields}])
+    events = [block(thinking="First "), block(thinking="this."), block(thinking="", signature="S"),
+              delta(thinking_blocks=[{"type": "redacted_thinking", "data": "D"}]),
+              block(thinking="Then."), block(signature="T"), delta("tool_calls", tool_calls=[CALL])]
+    with talking("chat", stream(*events)) as (provider, server):
+        found = provider.chat([USER], TOOLS, "m", timeout=5)
+        provider.chat([USER, found.message, RESULT], TOOLS, "m", timeout=5)
+    assert found.reasoning == "First this.Then."
+    assert server.bodies[1]["messages"][1]["thinking_blocks"] == [
+        {"type": "thinking", "thinking": "First this.", "signature": "S"},
+        {"type": "redacted_thinking", "data": "D"},
+        {"type": "thinking", "thinking": "Then.", "signature": "T"}]
+
+
+def test_thinking_goes_back_with_ids_that_a_server_repeats_in_each_turn() -> None:
+    turn = {**message(tool_calls=[{**CALL, "id": "f:0", "extra_content": {"sig": "S"}}]),
+            "model": "m"}
+    turn["choices"][0]["message"]["reasoning_content"] = "hm"
+    history: list[Any] = [USER]
+    with talking("chat", reply(turn)) as (provider, server):
+        for _ in range(3):
+            found = provider.chat(history, TOOLS, "m", timeout=5)
+            history += [found.message, {**RESULT, "tool_call_id": found.tool_calls[0].id}]
+    turns = server.bodies[2]["messages"][1::2]
+    assert [one["reasoning_content"] for one in turns] == ["hm", "hm"]
+    assert [one["tool_calls"][0]["extra_content"] for one in turns] == [{"sig": "S"}] * 2
+    assert len({one["tool_calls"][0]["id"] for one in turns}) == 2
+
+
+def test_arguments_that_a_model_wrote_wrongly_go_back_as_an_object() -> None:
+    """Servers such as llama.cpp and vLLM would refuse the conversation from then on."""
+    for wrong, right in (('{"a": "b"c"}', {"_raw": '{"a": "b"c"}'}), ('{"a":', {"_raw": '{"a":'}),
+                         ('{"a": "b\nc"}', {"a": "b\nc"}), ("", {}), ("null", {})):
+        call = {**CALL, "function": {"name": "f", "arguments": wrong}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        for name in ("chat", "responses"):
+            body = sent(name, [USER, turn, RESULT], TOOLS)
+            items = [*body.get("messages", ()), *body.get("input", ())]
+            (text,) = [found.get("arguments") or found["tool_calls"][0]["function"]["arguments"]
+                       for found in items if "arguments" in found or "tool_calls" in found]
+            assert json.loads(text) == right
+
+
+GROQ = "'messages.1' : property 'reasoning' is unsupported"
+SEALED = "The encrypted content gAAA could not be verified."
+NO_INCLUDE = {"message": "Encrypted content is not supported with this model.", "param": "include"}
+UNEXPECTED = "Unexpected role 'user' after role 'tool'"
+MISSING = "thinking is enabled but reasoning_content is missing in assistant tool call message at 1"
+
+
+@pytest.mark.parametrize(("name", "told", "left", "has"), [
+    ("chat", {"message": GROQ}, "reasoning", None), ("chat", {"message": MISSING}, None, '": " "'),
+    ("chat", {"message": UNEXPECTED, "code": "3230"}, None, "Noted."),
+    ("responses", {"message": SEALED}, "SEALED", None), ("responses", NO_INCLUDE, "include", None)])
+def test_what_a_server_refuses_of_a_conversation_is_corrected(
+        name: str, told: Any, left: str | None, has: str | None) -> None:
+    carry = {"for": "", "text": None, "ids": ["c"], "reasoning": "hm", "items": ["SEALED"]}
+    turn = {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": "c"}]}
+    history = [USER, {**turn, "copilot_router": carry}, {**RESULT, "tool_call_id": "c"}, USER]
+    item = {"type": "message", "content": [{"type": "output_text", "text": "ok"}]}
+    good = {**message(content="ok"), "status": "completed", "output": [item]}
+    if name == "responses":
+        del good["choices"]
+    with talking(name, reply({"error": told}, 400), *[reply(good)] * 2) as (provider, server):
+        carry["for"] = f"openai {provider.base_url} m"
+        for _ in range(2):
+            assert provider.chat(history, TOOLS, "m", timeout=5).text == "ok"
+    first, second, third = (json.dumps(body) for body in server.bodies)
+    assert left is None or (f'"{left}"' in first and f'"{left}"' not in second)
+    assert has is None or (has not in first and has in second)
+    assert second == third
 
 
 def test_a_servers_own_kind_of_tool_is_sent_as_it_is() -> None:

@@ -283,6 +283,38 @@ def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
     assert read("chat", stream(*behind)).text == "One."
 
 
+def test_what_follows_a_finish_reason_counts_if_another_one_ends_it() -> None:
+    """A gateway puts an event with one behind every piece. A repetition does not count."""
+    one, two = delta(content="One "), delta(content="two.")
+    stop, calls = delta("stop"), delta("tool_calls")
+    for events in ([one, stop, two, stop], [stop, one, two, stop], [one, two, stop, one, two, stop],
+                   [one, two, stop, delta("stop", content="One two.")],
+                   [one, two, stop, message(content="One two."), stop]):
+        assert read("chat", stream(*events)).text == "One two."
+    first, more, last = (delta(tool_calls=[{"index": at, "function": fields}]) for at, fields in (
+        (0, {"name": "f", "arguments": ""}), (0, {"arguments": '{"a": 1}'}),
+        (1, {"name": "g", "arguments": "{}"})))
+    for pieces, names in (([first, stop, more, stop], ["f"]), ([first, more, calls] * 2, ["f"]),
+                          ([first, more, calls, last, calls], ["f", "g"])):
+        found = read("chat", stream(*pieces)).tool_calls
+        assert [call.name for call in found] == names and found[0].arguments == {"a": 1}
+    parts = [{"text": "Let me"}], [{"functionCall": {"name": "f", "args": {"a": 1}}}]
+    gemini = [{"candidates": [{"content": {"parts": one}, "finishReason": "STOP"}]}
+              for one in parts]
+    assert [call.name for call in read("gemini", stream(*gemini)).tool_calls] == ["f"]
+
+
+def test_events_without_a_blank_line_between_them_are_read() -> None:
+    """Of GLM and Kimi while they call tools. TGI sends a call that is no list."""
+    events = delta(content="a"), delta(tool_calls={"index": 0, "function": {
+        "name": "f", "arguments": "{}"}}), delta("tool_calls")
+    lines = b"".join(b"data: " + json.dumps(one).encode() + b"\n" for one in events)
+    found = read("chat", reply(lines + b"\ndata: [DONE]\n\n", kind="text/event-stream"))
+    assert (found.text, found.tool_calls[0].name) == ("a", "f")
+    assert isinstance(read("chat", reply(lines[:-9] + b"\n\n", kind="text/event-stream")),
+                      InvalidResponse)
+
+
 def test_a_whole_message_behind_its_deltas_is_not_added_to_them() -> None:
     begun = [delta(content="<think>Hm.</think>One "), delta(content="two")]
     for text in ("One two.", "<think>Hm.</think>One two"):
