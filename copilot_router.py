@@ -3466,7 +3466,7 @@ def _credentials(url: str) -> list[str]:
     return [base64.b64encode(user.encode()).decode(), *user.split(":", 1)[1:]] if found else []
 
 
-def _pieces(secrets: Sequence[str]) -> tuple[str, ...]:
+def _with_words(secrets: Sequence[str]) -> tuple[str, ...]:
     """The secrets and their longer words: a message may repeat only one word of a header."""
     words = (word for text in secrets for word in re.split(r"[\s=;,]+", text) if len(word) > 7)
     return (*secrets, *words)
@@ -3493,11 +3493,11 @@ class _HTTPProvider(LLMProvider):
     _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
-    _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: to x.com and below
+    _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: x.com and hosts below
     _first_token: ClassVar[float] = 12.0  #: seconds
     _rows: ClassVar[_Rows] = _Rows()
     _is_ours = True
-    _wants_model: bool = True
+    _wants_model: bool = True  #: a call without a model is a mistake
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -3541,7 +3541,7 @@ class _HTTPProvider(LLMProvider):
             self._headers["Authorization"] = f"Basic {credentials[0]}"
         secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
         #: what no message may show
-        self._secrets = _pieces((*secrets, *credentials, *self._own_headers.values()))
+        self._secrets = _with_words((*secrets, *credentials, *self._own_headers.values()))
         self._learned: dict[str | None, Mapping[str, _Fix]] = {}  # by model; replaced, not changed
         self._requests, self._new_session = _http()
         self._session: Any = session
@@ -3771,7 +3771,7 @@ class _HTTPProvider(LLMProvider):
                 answer.secrets = (*self._secrets, key)
                 if not self._own_session:  # what it has put into the headers may be a key
                     sent, ours = map(str, response.request.headers.values()), headers.values()
-                    answer.secrets += _pieces([text for text in sent if text not in ours])
+                    answer.secrets += _with_words([text for text in sent if text not in ours])
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
                 answer.close()
@@ -4218,7 +4218,7 @@ def _thinking(value: Any) -> str:
 
 def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
-    name = next((name for name in _THOUGHT_KEYS if message.get(name)), "")
+    name = next(filter(message.get, _THOUGHT_KEYS), "")
     if name:
         yield "thought", _thinking(message[name])
     for kept in (name, "reasoning_opaque"):
