@@ -3790,7 +3790,9 @@ class _HTTPProvider(LLMProvider):
     def _dispatch(
         self, method: str, url: str, body: bytes, headers: dict[str, str], limits: _Limits
     ) -> Any:
-        session = self._open_session(url) if self._session is None else self._session
+        session = self._session  # read once: close() may take it away at any moment
+        if session is None:
+            session = self._open_session(url)
         if not self._own_session:
             return session.request(
                 method, url, headers={**headers}, data=body or None, stream=True,
