@@ -5600,18 +5600,13 @@ def _built(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 # ``_judged`` says what follows from a failure. Time is absolute, on the chain's clock.
 
 _Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
-#: Silence limits are this much longer where no other tier could answer sooner.
-_PATIENCE = 5.0
-#: The pause before the same tier is asked again, drawn from this range: clients must not march.
-_RETRY_PAUSE = (0.1, 0.3)
-#: Seconds of a waiting call's first nap at least; doubles with each nap.
-_NAP = 0.25
 #: Characters at the beginning of an answer that can be decoration before the marker.
 _DECORATION = 300
 #: What may stand before the marker: white space, quotes, markdown, the language of a code fence.
 _BEFORE_MARKER = r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|(?<=```)\w{1,20}(?=\s))*"
 #: Control, escape and bidirectional characters, separators of lines, halves of characters.
 _UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+_warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
 def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
@@ -5624,22 +5619,25 @@ def _repeated(texts: Iterable[str]) -> list[str]:
     return [text if number == 1 else f"{text} ({number} times)" for text, number in times]
 
 
+def _after_thoughts(text: str) -> str:
+    """The text without white space and whole think blocks before it."""
+    found: Any = _pattern(r"(?s)\s*(?:<think>.*?</think>\s*)*").match(text)
+    return text[found.end() :]
+
+
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
-    decoration = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
-    return decoration.end() if decoration else 0
+    found: Any = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
+    return int(found.end())
 
 
-def _after_marker(text: str | None, marker: str) -> str | None:
+def _after_marker(text: str, marker: str) -> str | None:
     """What follows the marker if the text begins with it, else None."""
-    text = (text or "").lstrip()
-    for _ in range(8):
-        if text.startswith("<think>"):
-            text = text[7:].partition("</think>")[2].lstrip()
-    at = _undecorated(text)
-    if not text or text[at : at + len(marker)].lower() != marker.lower():
+    text = _after_thoughts(text)
+    end = _undecorated(text) + len(marker)
+    if text[end - len(marker) : end].lower() != marker.lower():
         return None
-    return text[at + len(marker) :].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
+    return text[end:].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
 
 
 class _Opening:
@@ -5648,34 +5646,27 @@ class _Opening:
     def __init__(self, marker: str) -> None:
         self._marker = marker.lower()  #: "" if there is none
         self._held: list[str] = []
-        self._head = ""  #: what is looked at: without white space and a think block before it
-        self._tail: str | None = None  #: in a think block: where its end may have begun
+        self._head = ""  #: what is looked at: without white space and think blocks before it
 
     def feed(self, delta: str) -> str:
         """The text to show, "" while that is not decided."""
         self._held.append(delta)
-        if self._tail is not None:
-            window = self._tail + delta
-            if "</think>" not in window:
-                self._tail = window[-7:]
-                return ""
-            self._tail, delta = None, window.partition("</think>")[2]
-        self._head = (self._head + delta).lstrip()
-        if self._marker and self._head.startswith("<think>"):
-            self._tail, rest, self._head = "", self._head[7:], ""
-            self._held[-1] = delta.removesuffix(rest)
-            return self.feed(rest) if rest else ""
-        return "" if self._undecided() else "".join(self._held)
+        head = self._head + delta
+        head = _after_thoughts(head) if self._marker else head.lstrip()
+        if self._marker and head.startswith("<think>"):
+            head = "<think>" + head[7:][-7:]  # the end of the block may have begun
+        self._head = head
+        return "" if self._undecided(head) else "".join(self._held)
 
-    def _undecided(self) -> bool:
-        if not self._head or not self._marker:
-            return not self._head
-        if "<think>".startswith(self._head[:7]):
+    def _undecided(self, head: str) -> bool:
+        if not head or not self._marker:
+            return not head
+        if "<think>".startswith(head[:7]):
             return True
-        at = _undecorated(self._head)
-        rest = self._head[at:].lower()
+        at = _undecorated(head)
+        rest = head[at:].lower()
         begins = rest.startswith(self._marker) or self._marker.startswith(rest)
-        fence = self._head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest)
+        fence = head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest)
         return at < _DECORATION and bool(begins or fence)
 
 
@@ -5690,28 +5681,12 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-def _without_carry(messages: list[Message]) -> list[Message]:
-    """The messages without what they keep for the provider that they came from."""
-    for message in messages:
-        if _CARRY in message:
-            return _CheckedMessages(
-                {name: item for name, item in each.items() if name != _CARRY} for each in messages
-            )
-    return messages
-
-
 class _Failure(NamedTuple):
-    """Why a tier did not answer: an exception, or the record of the breaker that refused."""
+    """Why a tier did not answer."""
 
     tier: ProviderTier
-    error: BaseException | BreakerRecord
+    error: BaseException | BreakerRecord  #: the record of the breaker that refused: made quickly
     sent: bool
-
-    @property
-    def exception(self) -> BaseException:
-        """A refusal's is made only now, since most are never looked at."""
-        refused = isinstance(self.error, BreakerRecord)
-        return self.tier.breaker._refusal(self.error) if refused else self.error  # type: ignore
 
 
 class _Try:
@@ -5719,110 +5694,126 @@ class _Try:
 
     place: Any = None
     stream: Any = None
+    opening: _Opening | None = None  #: of a stream, until its first text is shown
+    response: LLMResponse | None = None  #: the whole answer; of a stream at its end
     idle = 0.0  #: seconds that the reader of its stream has taken between deltas
 
     def __init__(self, run: _Run, tier: ProviderTier, model: str | None, ticket: Ticket) -> None:
         self.run, self.tier, self.model, self.ticket = run, tier, model, ticket
+        self.taken: list[str] = []  #: text that the reader of its stream has got
         self.start = run.clock()
 
-    def send(self) -> LLMResponse | None:
-        """The whole answer, or None if a stream has begun: then ``delta`` is its first one."""
+    def send(self) -> None:
+        """Get ``response``, or begin a stream: then ``delta`` is its first one."""
         run, tier = self.run, self.tier
         messages, options = run.request(self)
-        if not run.streaming:
+        if run.streaming:
+            self.opening = _Opening(run.chain._marker)
+            self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
+            self.read()
+        else:
             chat = tier.provider.chat
-            return self.checked(chat(messages, tools=run.tools, model=self.model, **options))
-        self.taken: list[str] = []  #: text that the reader has got
-        self.opening: _Opening | None = _Opening(run.chain._core if run.chain._ladder else "")
-        self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
-        return self.read()
+            self.keep(chat(messages, tools=run.tools, model=self.model, **options))
 
-    def read(self) -> LLMResponse | None:
-        """Read the stream on to the next delta for its reader, or to the end, with the answer."""
+    def read(self) -> None:
+        """Read the stream on to the next ``delta`` for its reader, or to the end."""
         while True:
             try:
                 delta = next(self.stream)
             except StopIteration as end:
-                return self.checked(end.value)
+                self.keep(end.value)
+                return
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
                 raise (error.__cause__ or error) from None
+            if delta is None:  # as some clients give it for an event without text
+                continue
             if not isinstance(delta, str):
-                if delta is None:  # as some clients give it for an event without text
-                    continue
-                told = f"tier {self.tier.name!r}: a stream gave a {type(delta).__name__}"
-                raise ConfigError(f"{told}: yield str")
-            if self.opening is not None and not isinstance(delta, Thought):
+                told = f"a stream gave a {_kind(delta)}: yield str"
+                raise ConfigError(f"tier {self.tier.name!r}: {told}")
+            thought = isinstance(delta, Thought)
+            if self.opening is not None and not thought:
                 delta = self.opening.feed(delta)
                 if not delta:
                     continue
                 self.opening = None
-            if self.run.thoughts or not isinstance(delta, Thought):
+            if self.run.thoughts or not thought:
                 self.delta = delta
-                return None
+                return
 
-    def checked(self, response: Any) -> LLMResponse:
+    def keep(self, response: Any) -> None:
+        """Take the whole answer, if it is one."""
+        where = f"tier {self.tier.name!r}"
         if not isinstance(response, LLMResponse):
-            kind, returned = type(self.tier.provider).__name__, type(response).__name__
-            told = f"tier {self.tier.name!r}: {kind} returned {returned}"
-            raise ConfigError(f"{told}: return an LLMResponse, or raise a ProviderError")
+            told = f"{_kind(self.tier.provider)} returned {_kind(response)}"
+            raise ConfigError(f"{where}: {told}: return an LLMResponse, or raise a ProviderError")
         if not isinstance(response.usage, Usage):
-            kind = type(response.usage).__name__
-            raise ConfigError(f"tier {self.tier.name!r}: usage is a {kind}: give a Usage")
-        if response.content and not response.content.isspace():
-            return response
-        return _checked_answer(response, self.run.messages)
+            raise ConfigError(f"{where}: usage is a {_kind(response.usage)}: give a Usage")
+        if not response.content or response.content.isspace():
+            _checked_answer(response, self.run.messages)
+        self.response = response
 
-    def end(self, error: BaseException | None = None, verdict: _Verdict | None = None) -> None:
+    def end(self, settle: Callable[[], None]) -> None:
         """Settle the ticket, and give back the place and the connection. The first call counts."""
-        if error is not None:
-            self.ticket._judge(error, verdict)
-        elif verdict is None:
-            self.ticket.success()
-        else:
-            self.ticket.neutral()
-        if self.place is not None and self.tier._slots is not None:
+        settle()
+        if self.place is not None:
             self.place = None
-            self.tier._slots.ring()
+            self.tier._slots.ring()  # type: ignore[union-attr]
         if self.stream is not None:
             try:
                 getattr(self.stream, "close", dict)()
-            except Exception as failure:
-                if _is_task_limit(failure):
+            except Exception as error:
+                if _is_task_limit(error):
                     raise
-                where = _ascii(f"{self.tier.name}: closing its stream raised {_place(failure)}")
+                where = _ascii(f"{self.tier.name}: closing its stream raised {_place(error)}")
                 _log.warning("%s", where)
 
-    def failed(self, error: BaseException, retries: int = 0, may_wait: bool = False) -> _Verdict:
-        """End a failed request, record it, and say what follows."""
-        if isinstance(error, UnknownModel) and getattr(self.tier.provider, "_is_chain", False):
-            error = ModelNotFound(str(error))  # another tier may serve it
+    def failed(
+        self, error: BaseException, retries: int = 0, may_wait: bool = False
+    ) -> float | None:
+        """End a failed request and record it. Returns the pause before the same tier is asked
+        again, None if another one is to be asked; raises what is not to be failed over."""
         run, tier, now = self.run, self.tier, self.run.clock()
+        if isinstance(error, UnknownModel) and getattr(tier.provider, "_is_chain", False):
+            error = ModelNotFound(str(error))  # another tier may serve it
         left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
         if late and self.idle and tier.timeout is not None and given < tier.timeout:
             given = left = 0.0  # the server was in time; the caller was slow between deltas
+        policy = run.chain._on_error
         verdict = _judged(error, _Circumstances(
-            run.chain._overruled(error), retries, may_wait and not self.ticket.is_trial,
-            run.chain.max_retry_after, left, given, _drawn(*_RETRY_PAUSE) if retries else 0.0,
+            next((policy[kind] for kind in type(error).__mro__ if kind in policy), None), retries,
+            may_wait and not self.ticket.is_trial, run.chain.max_retry_after, left, given,
+            pause=_drawn(0.1, 0.3),  # clients must not march
         ))
-        self.end(error, verdict)
+        self.end(lambda: self.ticket._judge(error, verdict))
         if verdict.then == "pass" or not isinstance(error, Exception):
             raise error
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or self.model or ""
         elif not isinstance(error, RouterError):
-            run.chain._warn_of(tier, error)
-        run.record(self, error, None)
+            self._warn_of(_place(error))
+        run.record(self, error)
         if verdict.then == "raise":
             raise error
         run.failures.append(_Failure(tier, _bare(error), True))
-        return verdict if tier.breaker.is_closed else verdict._replace(then="next")
+        if verdict.then == "again" and tier.breaker.is_closed:
+            return verdict.pause
+        if not self.taken:
+            run.tell_failover(tier, self.model)
+        return None
 
-    def deltas(self) -> Generator[str, None, LLMResponse | None]:
-        """The rest of a stream; returns the answer, or None if another tier is to be asked."""
-        run, response, reading = self.run, None, True
+    def _warn_of(self, place: str) -> None:
+        """A fault in a custom provider, once for each place in its code."""
+        if place not in _warned_of and len(_warned_of) < 1000:
+            _warned_of.add(place)
+            told = f"{self.tier.name}: {place} is no ProviderError: it counts as a failure"
+            _log.warning("%s", _ascii(told))
+
+    def deltas(self) -> Generator[str, None, None]:
+        """The rest of a stream. Without a ``response`` in the end another tier is to be asked."""
+        run, reading = self.run, True
         try:
-            while response is None:
+            while self.response is None:
                 if not isinstance(self.delta, Thought):
                     self.taken.append(self.delta)
                 given, reading = run.clock(), False
@@ -5832,7 +5823,7 @@ class _Try:
                 if now >= run.deadline:
                     told = "the deadline of the call passed"
                     raise ProviderTimeout(told, code="attempt_timeout")
-                response = self.read()
+                self.read()
         except BaseException as error:
             if not reading:  # it closes the stream, or has thrown an exception of its own into it
                 self.left()
@@ -5840,13 +5831,12 @@ class _Try:
             if self.taken:
                 raise self._interrupted(error)  # noqa: B904 - its cause is set
             self.failed(error)
-            return None
-        self.end()
-        return response
+        else:
+            self.end(self.ticket.success)
 
     def left(self) -> None:
         """End a request whose reader wants no more of its stream."""
-        self.end(None, None if self.taken else _Verdict("next", "neutral"))
+        self.end(self.ticket.success if self.taken else self.ticket.neutral)
         self.tier._count(None, self.run.clock() - self.start)
 
     def _interrupted(self, error: BaseException) -> StreamInterrupted:
@@ -5858,8 +5848,7 @@ class _Try:
         if timed_out and run.clock() >= run.deadline - _EARLY:
             cause, why = run.failure(late=True), f"the call's timeout of {run.limit:g} s"
         told = _escaped(f"{self.tier.name} broke off: {why}")
-        broken = StreamInterrupted(told, provider=self.tier.name)
-        broken.model = self.model or ""
+        broken = StreamInterrupted(told, provider=self.tier.name, model=self.model or "")
         if isinstance(error, ProviderError):
             for name in ("model", "status", "code", "retry_after", "request_id"):
                 setattr(broken, name, getattr(error, name))
@@ -5897,7 +5886,7 @@ class _Run:
         self.later = [*self.order]  #: who is still to be asked in it
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         self.instructs = False  #: whether weaker models are told how to give up
-        if chain._ladder and chain._instruction:
+        if chain._marker and chain._instruction:
             tiers = [tier for tier, _ in self.order]
             self.instructs = any(chain._serving(name, tiers) for name in chain._ladder)
         self.attempts: list[Attempt] = []
@@ -5914,99 +5903,102 @@ class _Run:
                 if not self.later and not self._nap():
                     raise self.failure()
                 if self.clock() >= self.deadline:
+                    asked = [failure.tier for failure in self.failures]
                     for tier, model in self.later:
-                        if all(tier is not failure.tier for failure in self.failures):
+                        if tier not in asked:
                             self._skip(tier, model, CircuitOpen("no time left to ask it"))
                     self.plan = self.order
                     raise self.failure(late=True)
-                tier, model = self.later.pop(0)
-                found = self._ask(tier, model)
-                if isinstance(found, _Try):
-                    return found
-                if found is not None and self._accepted(tier, model, found):
-                    return self.finished(tier, found)
+                attempt = self._ask(*self.later.pop(0))
+                if attempt is not None:
+                    if attempt.response is None:
+                        return attempt
+                    if (answer := self._accepted(attempt, attempt.response)) is not None:
+                        return answer
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
                 self.tell_failure(error)
             raise
 
-    def _ask(self, tier: ProviderTier, model: str | None) -> LLMResponse | _Try | None:
+    def _ask(self, tier: ProviderTier, model: str | None) -> _Try | None:
         """Ask one tier, again if its error says so. None if the next one is to be asked."""
         retries, may_wait = tier.retries, True
         while (attempt := self._admitted(tier, model)) is not None:
             try:
-                response = attempt.send()
+                attempt.send()
             except BaseException as error:
-                verdict = attempt.failed(error, retries, may_wait)
-                limited = isinstance(error, RateLimited)
+                pause = attempt.failed(error, retries, may_wait)
+                if isinstance(error, RateLimited):
+                    may_wait = False
+                else:
+                    retries -= 1
             else:
-                if response is None:
+                if attempt.response is None:
                     attempt.ticket._begin_anew()
-                    return attempt
-                attempt.end()
-                self.record(attempt, None, response)
-                return response
-            if verdict.then == "next":
-                self._tell_failover(tier, model)
+                else:
+                    attempt.end(attempt.ticket.success)
+                return attempt
+            if pause is None:
                 break
-            retries, may_wait = (retries, False) if limited else (retries - 1, may_wait)
-            self.tell("retry", tier, model, {"pause": verdict.pause})
-            self.chain._sleep(verdict.pause)
+            self.tell("retry", tier, model, {"pause": pause})
+            self.chain._sleep(pause)
             if not tier.breaker.is_closed:
-                self._refused_by(tier, model)
+                self._skip(tier, model)
                 break
         return None
 
-    def _tell_failover(self, tier: ProviderTier, model: str | None) -> None:
-        if self.later and self.clock() < self.deadline:
-            self.tell("failover", tier, model, {"to": self.later[0][0].name}, logging.INFO)
-
     def _admitted(self, tier: ProviderTier, model: str | None) -> _Try | None:
         """A request with a ticket and a place, or None: then the skip is recorded."""
-        if self.chain._picky and (unable := self._unable(tier)):
-            self._skip(tier, model, UnsupportedRequest(unable))
-            return None
-        breaker, places, why = tier.breaker, tier._slots, ""
-        while not why:
-            forced = tier.role == "emergency"
-            ticket = breaker._try_admit(forced)
+        error = self._unable(tier) if self.chain._picky else None
+        places = tier._slots
+        while error is None:
+            ticket = tier.breaker._try_admit(forced=tier.role == "emergency")
             if ticket is None:
-                self._refused_by(tier, model)
-                return None
+                break
             attempt = _Try(self, tier, model, ticket)
             if places is not None:
                 until = attempt.start if self._later_ready(tier) else self.deadline
                 attempt.place = places.take(until, self.clock)
                 attempt.start = self.clock()
             if places is not None and attempt.place is None:
-                why = f"{tier.name} is busy"
+                error = CircuitOpen(f"{tier.name} is busy")
             elif attempt.start >= self.deadline:  # a store, a full tier or a listener took the time
-                why = "no time left to ask it"
-            elif places is None or ticket._era in (breaker._record.era, _NO_ERA):
+                error = CircuitOpen("no time left to ask it")
+            elif places is None or ticket._era in (tier.breaker._record.era, _NO_ERA):
                 return attempt  # else the breaker changed while it waited for its place
-            attempt.end(None, _Verdict("next", "neutral"))
-        self._skip(tier, model, CircuitOpen(why))
+            attempt.end(ticket.neutral)
+        self._skip(tier, model, error)
         return None
 
     def request(self, attempt: _Try) -> tuple[list[Message], dict[str, Any]]:
-        """Messages and options for one request. Here time becomes seconds."""
+        """Messages and options for one request (see FailoverChain). Here time becomes seconds."""
         tier, model, messages = attempt.tier, attempt.model, self.messages
-        options = {**tier.params, **self.options}
-        if tier.params and (given := self.options.keys() & _LIMIT_NAMES):
-            options = {n: v for n, v in options.items() if n in given or n not in _LIMIT_NAMES}
-        if None in options.values():
-            options = {name: value for name, value in options.items() if value is not None}
-        if tier._takes is not None:
-            options = {name: value for name, value in options.items() if name in tier._takes}
+        params = tier.params
+        if params and self.options.keys() & _LIMIT_NAMES:  # two names of one option
+            params = {name: value for name, value in params.items() if name not in _LIMIT_NAMES}
+        options = {**params, **self.options}
+        for name in [*options] if options else ():
+            if options[name] is None or (tier._takes is not None and name not in tier._takes):
+                del options[name]
         left = self.deadline - attempt.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
         if tier._speaks_http:
-            options.update(self._silence(tier, model, options, left))
+            ready = self._later_ready(tier)
+            named = self.model is not None or "reasoning_effort" in options
+            patient = not ready or self.rung or named or model in tier._thinkers
+            for name in ("first_token_timeout", "stall_timeout"):
+                own = getattr(tier.provider, name)
+                limit = _number(options[name], name) if name in options else own
+                limit *= 5.0 if patient else 1.0
+                options[name] = min(limit, left / 2) if ready else limit
             if self.observed:
                 options["on_resend"] = lambda data: self.tell("resend", tier, model, data)
-        if not tier._is_ours:
-            messages = [*_without_carry(messages)]  # it may change its list
+        if not tier._is_ours:  # it may change its list, and knows nothing of carried parts
+            messages = [
+                {name: item for name, item in each.items() if name != _CARRY}
+                if _CARRY in each else each for each in messages
+            ]
         elif self.thoughts:
             options["thoughts"] = True
         if self.instructs and tier._sent_for(self.chain._ladder[-1]) != model:
@@ -6018,40 +6010,28 @@ class _Run:
             self.tell("attempt", tier, model, {"timeout": options["timeout"]})
         return messages, options
 
-    def _silence(
-        self, tier: ProviderTier, model: str | None, options: Mapping[str, Any], left: float
-    ) -> dict[str, float]:
-        """The limits on silence for one request (see FailoverChain)."""
-        ready, limits = self._later_ready(tier), {}
-        named = self.model is not None or "reasoning_effort" in options
-        relaxed = not ready or self.rung or named or model in tier._thinkers
-        for name in ("first_token_timeout", "stall_timeout"):
-            limit = _number(options.get(name, getattr(tier.provider, name)), name)
-            limit *= _PATIENCE if relaxed else 1.0
-            limits[name] = min(limit, left / 2) if ready else limit
-        return limits
-
     def _later_ready(self, tier: ProviderTier) -> bool:
         """Whether another tier that comes after this one would take the request now."""
-        return any(
-            (other.role == "emergency" or other.breaker._would_admit()) and not self._unable(other)
-            for other, _ in self.later if other is not tier
-        )
+        for other, _ in self.later:
+            ready = other.role == "emergency" or other.breaker._would_admit()
+            if ready and other is not tier and not self._unable(other):
+                return True
+        return False
 
-    def _unable(self, tier: ProviderTier) -> str | None:
+    def _unable(self, tier: ProviderTier) -> RouterError | None:
+        """What of the request the tier cannot take, as an error."""
         if self.tools and not tier.supports_tools:
-            return f"{tier.name} takes no tools"
-        if not tier.supports_images and self.has_images:
-            return f"{tier.name} takes no images"
-        given = {name for name, value in self.options.items() if value is not None}
-        lacking = set() if tier._takes is None else given - tier._takes - _HINTS
-        return f"{tier.name} takes no {', '.join(sorted(lacking))}" if lacking else None
-
-    @functools.cached_property
-    def has_images(self) -> bool:
-        contents = [message.get("content") for message in self.messages]
-        parts = [part for each in contents if isinstance(each, (list, tuple)) for part in each]
-        return any(part.get("type") in ("image_url", "image", "input_image") for part in parts)
+            return UnsupportedRequest(f"{tier.name} takes no tools")
+        for message in () if tier.supports_images else self.messages:
+            content = message.get("content")
+            for part in content if isinstance(content, (list, tuple)) else ():
+                if part.get("type") in ("image_url", "image", "input_image"):
+                    return UnsupportedRequest(f"{tier.name} takes no images")
+        if tier._takes is not None:
+            given = {name for name, value in self.options.items() if value is not None}
+            if lacking := sorted(given - tier._takes - _HINTS):
+                return UnsupportedRequest(f"{tier.name} takes no {', '.join(lacking)}")
+        return None
 
     # -- streams
 
@@ -6064,124 +6044,116 @@ class _Run:
                 found.left()
             raise
         while isinstance(found, _Try):
-            attempt, tier = found, found.tier
-            response = yield from attempt.deltas()
-            if response is None:
-                self._tell_failover(tier, attempt.model)
-            else:
-                self.record(attempt, None, response)
-                if attempt.taken:
-                    return self.finished(tier, response)
-                if self._accepted(tier, attempt.model, response):
-                    found = self.finished(tier, response)
-                    break
-            found = self.answer()
+            yield from found.deltas()
+            answer = None
+            if found.response is not None:
+                answer = self._accepted(found, found.response)
+                if answer is not None and found.taken:
+                    return answer
+            found = answer or self.answer()
         if found.content:
             yield found.content
         return found
 
-    # -- keeping the record
+    # -- the record and the answer
 
-    def _refused_by(self, tier: ProviderTier, model: str | None) -> None:
-        """Note that a tier's breaker refused. An outage does so at every call: it costs little."""
+    def _skip(
+        self, tier: ProviderTier, model: str | None, error: RouterError | None = None
+    ) -> None:
+        """Note that a tier is passed over. No error: its breaker refused, as in an outage for every
+        call; so that is kept."""
         record, noted = tier.breaker._record, tier._noted
-        if noted is None or noted[0] is not record or noted[1] != model:
+        if error is not None:
+            attempt = Attempt(tier.name, model or "", "skipped", _error_text(error))
+            noted = (record, model, attempt, _Failure(tier, error, False))
+        elif noted is None or noted[0] is not record or noted[1] != model:
             why = f"CircuitOpen: {tier.breaker._why(record)}"
             attempt = Attempt(tier.name, model or "", "skipped", why)
             noted = tier._noted = (record, model, attempt, _Failure(tier, record, False))
         self.attempts.append(noted[2])
         self.failures.append(noted[3])
         if self.observed:
-            self.tell("skip", tier, model, {"reason": noted[2].error})
+            self.tell("skip", tier, model, {"reason": str(error or noted[2].error)})
 
-    def _skip(self, tier: ProviderTier, model: str | None, error: RouterError) -> None:
-        self.attempts.append(Attempt(tier.name, model or "", "skipped", _error_text(error)))
-        self.failures.append(_Failure(tier, error, False))
-        self.tell("skip", tier, model, {"reason": str(error)})
-
-    def record(self, attempt: _Try, error: Exception | None, response: LLMResponse | None) -> None:
+    def record(self, attempt: _Try, error: Exception | None = None) -> None:
         """One request, with what it used. A nested chain's own attempts count in this one."""
-        tier, model = attempt.tier, attempt.model or ""
-        latency = self.clock() - attempt.start
-        text = status = None
-        if error is not None:
-            text, status = _error_text(error), getattr(error, "status", None)
-        tier._count(text, latency)
+        tier, model, response = attempt.tier, attempt.model, attempt.response
         found: Any = error if response is None else response
-        inner: Any = getattr(found, "attempts", ())
+        inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
         usage: Any = getattr(found, "usage", None)
-        if response is None and not isinstance(usage, Usage):
-            usage = _NO_USAGE
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
-        outcome, answered = "failed", ""
-        if response is not None:
-            outcome, answered = "ok", response.model
-            model = model or answered
-            if usage.reasoning_tokens or response.reasoning:
-                tier._thinkers.add(attempt.model)
-        used = response is not None or usage.total_tokens or getattr(error, "_had_begun", False)
-        if self.cost is not None and used:
+        elif not isinstance(usage, Usage):
+            usage = _NO_USAGE
+        outcome, answered = ("failed", "") if response is None else ("ok", response.model)
+        if response is not None and (usage.reasoning_tokens or response.reasoning):
+            tier._thinkers.add(model)
+        if response is not None or usage.total_tokens or getattr(error, "_had_begun", False):
             cost: float | None = None
             if inner:
-                cost = response.cost if response is not None else getattr(error, "_cost", None)
+                cost = found.cost if response is not None else found._cost
             elif usage.total_tokens:  # what was used is not known of an answer without usage
-                cost = tier._cost(usage, (answered, attempt.model))
-            self.cost = None if cost is None else self.cost + cost
-        self.attempts.append(Attempt(tier.name, model, outcome, text, status, latency, usage))
+                cost = tier._cost(usage, (answered, model))
+            self.cost = None if cost is None or self.cost is None else self.cost + cost
+        text = None if error is None else _error_text(error)
+        status, latency = getattr(error, "status", None), self.clock() - attempt.start
+        tier._count(text, latency)
+        noted = Attempt(tier.name, model or answered, outcome, text, status, latency, usage)
+        self.attempts.append(noted)
 
-    def finished(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
-        """A copy for the caller, with what the chain knows: a provider may keep its own object."""
-        answer = self._completed(tier, response)
-        if self.observed or len(answer.attempts) > 1:
-            self.chain._tell_answer(answer)
-        return answer
-
-    def _completed(self, tier: ProviderTier, response: LLMResponse) -> LLMResponse:
+    def _accepted(self, attempt: _Try, response: LLMResponse) -> LLMResponse | None:
+        """A copy of the answer with what the chain knows: a provider may keep its own object. None
+        if it gave up or is refused: then ``later`` says who is asked instead."""
+        self.record(attempt)
+        chain, label, reason = self.chain, "", None
+        if chain._marker and not attempt.taken:
+            reason = _after_marker(response.text, chain._marker)
+        if reason is not None:
+            label = "gave up"
+        elif chain._accept is not None and not chain._accept(response):
+            label = "refused by accept"
+        if label:
+            self.attempts[-1] = self.attempts[-1]._replace(outcome="escalated", error=label)
         answer: LLMResponse = object.__new__(type(response))
         answer.__dict__ = response.__dict__.copy()
-        answer.provider, answer.model = tier.name, answer.model or self.attempts[-1].model
+        answer.provider, answer.model = attempt.tier.name, answer.model or attempt.model or ""
         answer.attempts, answer.cost = tuple(self.attempts), self.cost
         answer.latency = self.clock() - self.start
-        if self.escalation is not None:
-            answer.escalation = self.escalation
+        answer.escalation = self.escalation or response.escalation
+        if label:
+            self.last, self.escalation = answer, label
+            if reason is not None:
+                answer.content, self.escalation = reason or None, reason or "no reason given"
+            if chain._ladder:
+                self._climb(attempt)
+            else:
+                self.tell_failover(attempt.tier, attempt.model)
+            return None
+        if len(answer.attempts) > 1 and _log.isEnabledFor(logging.INFO):
+            _log.info("answered: %s", answer.explain())
+        if self.observed:
+            chain._emit("done", answer.provider, answer.model, {
+                "outcome": "ok", "latency": answer.latency, "cost": answer.cost,
+                "attempts": len(answer.attempts), "prompt_tokens": answer.usage.prompt_tokens,
+                "completion_tokens": answer.usage.completion_tokens,
+            })
         return answer
 
-    # -- escalation
-
-    def _accepted(self, tier: ProviderTier, model: str | None, response: LLMResponse) -> bool:
-        """Whether an answer is for the caller. If not, ``later`` says who is asked instead."""
-        chain = self.chain
-        reason = _after_marker(response.content, chain._core) if chain._ladder else None
-        if reason is None and (chain._accept is None or chain._accept(response)):
-            return True
-        label = "refused by accept" if reason is None else "gave up"
-        self.attempts[-1] = self.attempts[-1]._replace(outcome="escalated", error=label)
-        self.last = self._completed(tier, response)
-        self.escalation = label
-        if reason is not None:
-            self.last.content, self.escalation = reason or None, reason or "no reason given"
-        if chain._ladder:
-            self._climb(tier, model)
-        else:
-            self._tell_failover(tier, model)
-        return False
-
-    def _climb(self, tier: ProviderTier, model: str | None) -> None:
+    def _climb(self, attempt: _Try) -> None:
         """Ask the next rung of the ladder, then the tiers that come after the one that gave up."""
-        ladder, tiers = self.chain._ladder, [other for other, _ in self.order]
-        passed = [at + 1 for at, name in enumerate(ladder) if tier._sent_for(name) == model]
-        rung = max(self.rung, *passed, 0)
-        while rung < len(ladder) and not self.chain._serving(ladder[rung], tiers):
-            rung += 1
-        if rung == len(ladder):
+        chain, tier, tiers = self.chain, attempt.tier, [other for other, _ in self.order]
+        ids = [tier._sent_for(name) for name in chain._ladder]
+        passed = [at + 1 for at, name in enumerate(ids) if name == attempt.model]
+        for rung in range(max(self.rung, *passed, 0), len(ids)):
+            if stronger := chain._serving(chain._ladder[rung], tiers):
+                break
+        else:
             raise self.failure()
-        stronger = self.chain._serving(ladder[rung], tiers)
         self.rung = rung + 1
-        self.tell("escalation", tier, model, {"to": ladder[rung]}, logging.INFO)
-        asked = {other.name for other, _ in stronger}
+        self.tell("escalation", tier, attempt.model, {"to": chain._ladder[rung]}, logging.INFO)
+        asked = [other for other, _ in stronger]
         after = self.order[tiers.index(tier) + 1 :]
-        self.plan = [*stronger, *(pair for pair in after if pair[0].name not in asked)]
+        self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
         self.later = [*self.plan]
 
     # -- waiting and failing
@@ -6189,18 +6161,18 @@ class _Run:
     def _ready_in(self) -> float | None:
         """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
         hints: list[float] = []
-        last = {failure.tier.name: failure.error for failure in self.failures}
+        last = {failure.tier: failure.error for failure in self.failures}
         for tier, _ in self.plan:
-            error, record = last.get(tier.name), tier.breaker._look()
-            same = isinstance(error, ProviderError) and error.breaker == "neutral"
-            if same or (record.state == "open" and not record.heals):
-                continue  # it would say the same again; a wrong key or an empty account
+            error, record = last.get(tier), tier.breaker._look()
             left = tier.breaker._remaining(record)
-            if left is None and record.state == "closed":
-                if isinstance(error, AllProvidersFailed) and error.retry_after is None:
-                    continue  # a chain inside this one knows that waiting does not help
+            if record.state == "closed":
                 left = _hint_of(error) or _SOON
-            if left is not None:
+                if isinstance(error, AllProvidersFailed) and error.retry_after is None:
+                    left = None  # a chain inside this one knows that waiting does not help
+            elif record.state == "open" and not record.heals:
+                left = None  # a wrong key or an empty account
+            same = isinstance(error, ProviderError) and error.breaker == "neutral"
+            if left is not None and not same:  # else it would say the same again
                 hints.append(left)
         return min(hints, default=None)
 
@@ -6212,7 +6184,7 @@ class _Run:
             return False
         if any(tier.breaker.is_closed for tier, _ in self.plan):  # it failed just now
             ready *= min(2.0**self.naps, 8.0)
-        ready = max(ready, _NAP * 2.0 ** min(self.naps, 5))
+        ready = max(ready, 0.25 * 2.0 ** min(self.naps, 5))
         if ready > self.wait - self.slept or self.clock() + ready >= self.deadline:
             return False
         self.naps, self.slept = self.naps + 1, self.slept + ready
@@ -6225,16 +6197,20 @@ class _Run:
     def failure(self, late: bool = False) -> RouterError:
         """What the caller gets when nobody answered."""
         late = late or self.clock() >= self.deadline
-        errors = [failure.exception for failure in self.failures]
+        errors: list[BaseException] = [
+            tier.breaker._refusal(error) if isinstance(error, BreakerRecord) else error
+            for tier, error, _ in self.failures
+        ]
         asked = [failure.error for failure in self.failures if failure.sent]
         if self.last is None and not late:
-            only = asked[0] if len({type(error) for error in asked}) == 1 else None
+            only = asked[0] if len(set(map(type, asked))) == 1 else None
             if isinstance(only, ProviderError) and only.breaker == "neutral":
                 return only
             if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
-                return UnsupportedRequest("; ".join(str(error) for error in errors))
+                return UnsupportedRequest("; ".join(map(str, errors)))
         error: AllProvidersFailed
-        reasons = self._reasons() or "nowhere to escalate to"
+        told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
+        reasons = "; ".join(_repeated(map(_escaped, told))) or "nowhere to escalate to"
         if self.last is not None:
             refused = self.escalation == "refused by accept" and not self.chain._ladder
             what = "accept refused every answer" if refused else "no stronger answer"
@@ -6245,14 +6221,9 @@ class _Run:
             error = DeadlineExceeded(f"the deadline passed ({limits}): {reasons}")
         else:
             error = AllProvidersFailed(f"no tier answered: {reasons}")
-        error.errors, error.retry_after = tuple(_bare(each) for each in errors), self._ready_in()
+        error.errors, error.retry_after = tuple(map(_bare, errors)), self._ready_in()
         error.__cause__ = error.errors[0] if errors else None
         return error
-
-    def _reasons(self) -> str:
-        """Every tier and its reason."""
-        told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
-        return "; ".join(_repeated(map(_escaped, told)))
 
     # -- telling
 
@@ -6261,14 +6232,17 @@ class _Run:
         data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
         self.chain._emit("done", "", "", data)
 
+    def tell_failover(self, tier: ProviderTier, model: str | None) -> None:
+        if self.later and self.clock() < self.deadline:
+            self.tell("failover", tier, model, {"to": self.later[0][0].name}, logging.INFO)
+
     def tell(
         self, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any],
         level: int = logging.DEBUG,
     ) -> None:
-        if self.observed or level > logging.DEBUG:
-            if _log.isEnabledFor(level):
-                _log.log(level, "%s", _ascii(f"{tier.name} {kind} {model or ''} {data}"))
-            self.chain._emit(kind, tier.name, model or "", data)
+        if _log.isEnabledFor(level):
+            _log.log(level, "%s", _ascii(f"{tier.name} {kind} {model or ''} {data}"))
+        self.chain._emit(kind, tier.name, model or "", data)
 
 
 # ==== chain =======================================================================================
@@ -6281,7 +6255,6 @@ _INSTRUCTION = (
 )
 #: Jitter of the breakers that a chain makes for itself alone: a fleet must not try in step.
 _FLEET_JITTER = 0.25
-_warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
 class FailoverChain(LLMProvider):
@@ -6349,13 +6322,11 @@ class FailoverChain(LLMProvider):
         )
 
     def _set_escalation(self, model: Any, marker: Any, prompt: Any) -> None:
-        if not isinstance(marker, str) or not marker.strip():
-            raise ConfigError(f"escalation_marker={marker!r}: give a text such as '[ESCALATE]'")
-        core = marker.strip()
-        self._core = core[_undecorated(core) :]  # decoration is left out on both sides
-        if not self._core:
-            told = f"escalation_marker={marker!r}"
-            raise ConfigError(f"{told}: give more than decoration, such as '[ESCALATE]'")
+        core = marker.strip() if isinstance(marker, str) else ""
+        bare = core[_undecorated(core) :]  # decoration is left out on both sides
+        if not bare:
+            cure = "give a text that is more than decoration, such as '[ESCALATE]'"
+            raise ConfigError(f"escalation_marker={marker!r}: {cure}")
         if not isinstance(prompt, (bool, str)):
             raise ConfigError(f"escalation_prompt={prompt!r}: give True, False, or your own text")
         text = _INSTRUCTION if prompt is True else prompt or ""
@@ -6364,6 +6335,7 @@ class FailoverChain(LLMProvider):
         if not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"escalation_model={model!r}: give a name, or a list of names")
         self._ladder: tuple[str, ...] = tuple(names)
+        self._marker = bare if names else ""  #: what escalates
         for name in self._ladder:
             if not self._serving(name, self.tiers):
                 raise ConfigError(f"escalation_model={name!r}: no tier lists it.{self._hint(name)}")
@@ -6546,28 +6518,6 @@ class FailoverChain(LLMProvider):
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         known = f" Known: {', '.join([*names][:10])}{more}" if names else ""
         return _near(model, names) + known
-
-    def _overruled(self, error: BaseException) -> str | None:
-        """What ``on_error`` says of the nearest class that it names; None if it names none."""
-        found = (self._on_error[kind] for kind in type(error).__mro__ if kind in self._on_error)
-        return next(found, None)
-
-    def _warn_of(self, tier: ProviderTier, error: BaseException) -> None:
-        """A fault in a custom provider, once for each place in its code."""
-        place = _place(error)
-        if place not in _warned_of and len(_warned_of) < 1000:
-            _warned_of.add(place)
-            told = "%s: %s is no ProviderError: it counts as a failure"
-            _log.warning(told, _ascii(tier.name), _ascii(place))
-
-    def _tell_answer(self, response: LLMResponse) -> None:
-        if len(response.attempts) > 1 and _log.isEnabledFor(logging.INFO):
-            _log.info("answered: %s", response.explain())
-        self._emit("done", response.provider, response.model, {
-            "outcome": "ok", "latency": response.latency, "cost": response.cost,
-            "attempts": len(response.attempts), "prompt_tokens": response.usage.prompt_tokens,
-            "completion_tokens": response.usage.completion_tokens,
-        })
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
         try:
