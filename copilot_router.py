@@ -6253,8 +6253,6 @@ _INSTRUCTION = (
     " that says why. A stronger model will then answer instead. Otherwise answer normally and never"
     " mention {marker}."
 )
-#: Jitter of the breakers that a chain makes for itself alone: a fleet must not try in step.
-_FLEET_JITTER = 0.25
 
 
 class FailoverChain(LLMProvider):
@@ -6265,21 +6263,20 @@ class FailoverChain(LLMProvider):
     tier that keeps failing is skipped until its breaker lets a trial through. A Retry-After of at
     most ``max_retry_after`` seconds is waited out, once; a longer one parks the tier.
 
-    A tier that has not begun to answer within its provider's ``first_token_timeout``, or is silent
-    for its ``stall_timeout``, is given up. While a later tier is ready, neither takes more than
-    half of the time left. Both are five times as long when no later tier is ready, the caller named
-    the model or set ``reasoning_effort``, on escalation, and for a model that has reported
-    thinking.
+    A tier that exceeds its provider's ``first_token_timeout`` or ``stall_timeout`` is given up.
+    While a later tier is ready, neither takes more than half of the time left. Both are five times
+    as long when none is ready, the caller named the model or set ``reasoning_effort``, on
+    escalation, and for a model that has reported thinking.
 
-    ``escalation_model``: a name, or names, weakest first, who are asked when an answer begins with
+    ``escalation_model``: a name, or names, weakest first, asked when an answer begins with
     ``escalation_marker``. ``escalation_prompt``: whether weaker models are told so; a str replaces
     the text. ``accept(response) -> bool``: your own check; a refused answer escalates, or goes to
     the next tier. ``timeout``: seconds for a call. ``wait``: seconds in all that a call may sleep
-    until a tier is ready again (0: fail at once). ``failure_threshold``, ``recovery_timeout``: for
-    the breakers made here. ``store``: shares the breakers with other processes (SQLiteStore) or
-    machines (RedisStore); None: in this chain alone. ``on_error={Class: "next" | "raise"}``
-    overrides a class's policy. ``on_event(event)`` is told of every step; what it raises is logged.
-    ``clock`` and ``sleep`` drive all but sockets.
+    until a tier is ready (0: fail at once). ``failure_threshold``, ``recovery_timeout``: of the
+    breakers made here. ``store``: shares the breakers with other processes (SQLiteStore) or
+    machines (RedisStore); None: not. ``on_error={Class: "next" | "raise"}`` overrides a class's
+    policy. ``on_event(event)`` is told of every step; what it raises is logged. ``clock`` and
+    ``sleep`` drive all but sockets.
 
     Thread-safe, fork-safe; a chain can be a tier of another. Raises ConfigError.
     """
@@ -6309,7 +6306,7 @@ class FailoverChain(LLMProvider):
             if tier.breaker is None:
                 tier.breaker = CircuitBreaker(
                     failure_threshold, recovery_timeout, name=tier.name, clock=clock,
-                    jitter=_FLEET_JITTER if store is None else 0.0,
+                    jitter=0.25 if store is None else 0.0,  # a fleet must not try in step
                 )
             tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
@@ -6356,17 +6353,16 @@ class FailoverChain(LLMProvider):
         once. ``tiers``: names; no other tier is asked. Other arguments are options for the
         providers; None leaves one out.
 
-        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself where one
-        class of it holds for all tiers or says "raise" (ContentFiltered); for wrong arguments
-        UnknownModel, ConfigError, BadRequest and TypeError.
+        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; an error itself that all
+        tiers gave (if neutral) or whose class says "raise" (ContentFiltered); for wrong arguments
+        UnknownModel, ConfigError, BadRequest, TypeError.
         """
         try:
             kwargs.pop("thoughts", None)
-            checked = _checked_messages(messages, system)
-            run = _Run(self, checked, tools, model, (timeout, wait, tiers), kwargs)
-            return run.answer()  # type: ignore[return-value]  # only stream() gets a _Try
+            checked, limits = _checked_messages(messages, system), (timeout, wait, tiers)
+            return _Run(self, checked, tools, model, limits, kwargs).answer()  # type: ignore
         except BaseException as error:
-            checked = run = None  # type: ignore[assignment]
+            checked = []  # a traceback shows the locals of this frame
             del messages, tools, system, kwargs
             raise _bare(error)  # noqa: B904 - it is the same error
 
@@ -6383,8 +6379,8 @@ class FailoverChain(LLMProvider):
         thinking, as deltas of the class Thought; until the first text another tier may be asked.
         """
         try:
-            checked = _checked_messages(messages, system)
-            run = _Run(self, checked, tools, model, (timeout, wait, tiers), kwargs)
+            checked, limits = _checked_messages(messages, system), (timeout, wait, tiers)
+            run = _Run(self, checked, tools, model, limits, kwargs)
             run.streaming, run.thoughts = self._accept is None, thoughts
             return ChatStream(run.deltas(run.answer()))
         except BaseException as error:
@@ -6400,18 +6396,12 @@ class FailoverChain(LLMProvider):
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
         A failed ping stands in ``last_error`` and counts as a failure (but for a 404: some servers
-        list no models); a good one clears ``last_error`` and makes an open breaker's trial due, but
+        list no models). A good one clears ``last_error`` and makes an open breaker's trial due; it
         closes nothing: a provider may list its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
-            error: Exception | None = None
-            try:
-                getattr(tier.provider, "ping", lambda _: None)(timeout)
-            except Exception as failure:
-                if _is_task_limit(failure):
-                    raise
-                error = _bare(failure)  # type: ignore[assignment]
+            error = _pinged(tier, timeout)
             if getattr(error, "status", None) != 404:
                 tier.breaker._observe(error)
             with tier._lock:
@@ -6420,15 +6410,12 @@ class FailoverChain(LLMProvider):
 
     def ping(self, timeout: float = 5.0) -> None:
         """Returns if any tier's ping does, raises the last one's error. ``timeout``: for all."""
-        until, tiers = time.monotonic() + _number(timeout, "timeout"), [*self.tiers]
-        while True:
-            ping = getattr(tiers.pop(0).provider, "ping", lambda _: None)
-            try:
-                ping(max(0.0, until - time.monotonic()))
+        until = time.monotonic() + _number(timeout, "timeout")
+        for tier in self.tiers:
+            error = _pinged(tier, max(0.0, until - time.monotonic()))
+            if error is None:
                 return
-            except Exception as error:
-                if not tiers or _is_task_limit(error):
-                    raise
+        raise error  # type: ignore[misc]
 
     def reset(self) -> None:
         """Close all breakers, forget what they counted and what providers learned of models."""
@@ -6461,8 +6448,8 @@ class FailoverChain(LLMProvider):
         ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
         ``[tier.breaker]``, and ``[store]`` (``type``: memory, sqlite or redis) take their classes'
         arguments. ``api_key_env``, ``base_url_env``, ``url_env`` and ``headers_env`` name
-        environment variables; a file must not hold a key. A mapping may, and may hold objects where
-        a file has tables. Raises ConfigError that says where, what and what to do.
+        environment variables. Only a mapping may hold a key, or objects in place of tables. Raises
+        ConfigError that says where.
         """
         return _chain_from_config(cls, config)
 
@@ -6471,9 +6458,9 @@ class FailoverChain(LLMProvider):
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
         A tier for each provider whose key or base URL is set (a local one: address), local ones
-        first, then Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models;
-        without one a call has to. ``settings``: the chain's arguments. The log says at INFO what
-        was found. Raises ConfigError if nothing was.
+        first, then Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models; without
+        one a call has to. ``settings``: the chain's arguments. The log says at INFO what was found.
+        Raises ConfigError if nothing was.
         """
         return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)
 
@@ -6482,29 +6469,24 @@ class FailoverChain(LLMProvider):
     def _order(self, model: str | None, names: Sequence[str] | None) -> _Plan:
         """Who is asked, in which order, with which model."""
         known = [tier.name for tier in self.tiers]
-        if names is not None:
-            listed = isinstance(names, Iterable) and not isinstance(names, str) and [*names]
-            if not listed:
-                cure = f"give a list of names, such as tiers=[{known[0]!r}]"
-                raise ConfigError(f"tiers={names!r}: {cure}")
-            names = listed
-        for name in names or ():
+        listed = isinstance(names, Iterable) and not isinstance(names, str)
+        asked = known if names is None else [*names] if listed else []
+        if not asked:
+            cure = f"give a list of names, such as tiers=[{known[0]!r}]"
+            raise ConfigError(f"tiers={names!r}: {cure}")
+        for name in asked:
             if name not in known:
                 told = f"no tier is called {name!r}.{_near(name, known)} Known: {', '.join(known)}"
-                raise ConfigError(f"tiers={list(names or ())!r}: {told}")
-        tiers = [tier for tier in self.tiers if names is None or tier.name in names]
+                raise ConfigError(f"tiers={asked!r}: {told}")
+        tiers = [tier for tier in self.tiers if tier.name in asked]
         if model is None:
             return [(tier, tier._default) for tier in tiers]
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not any(tier._sent_for(model) for tier in tiers):
             raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
-        pairs = [(tier, tier._id_of(model)) for tier in tiers]
-        first = [(tier, own) for tier, own in pairs if own and tier.role != "emergency"]
-        return first + [
-            (tier, own or (tier._default if tier.models else model))
-            for tier, own in pairs if not own or tier.role == "emergency"
-        ]
+        tiers.sort(key=lambda tier: tier.role == "emergency" or not tier._id_of(model))
+        return [(tier, tier._sent_for(model) or tier._default) for tier in tiers]
 
     def _serving(self, model: str, tiers: Iterable[ProviderTier]) -> _Plan:
         """Those of the tiers that list a model; those that take any, if no tier here lists it."""
@@ -6534,33 +6516,42 @@ class FailoverChain(LLMProvider):
                 self._emit("breaker", tier.name, "", data)
 
 
+def _pinged(tier: ProviderTier, timeout: float) -> BaseException | None:
+    """What the tier's ping raises. A custom provider may have none."""
+    try:
+        getattr(tier.provider, "ping", lambda _: None)(timeout)
+    except Exception as error:
+        if _is_task_limit(error):
+            raise
+        return _bare(error)
+    return None
+
+
 def _checked_tiers(tiers: Any) -> tuple[ProviderTier, ...]:
-    if isinstance(tiers, (str, bytes, ProviderTier)) or not isinstance(tiers, Iterable):
-        raise ConfigError(f"tiers is a {type(tiers).__name__}: give a list of ProviderTier")
+    if isinstance(tiers, (str, bytes)) or not isinstance(tiers, Iterable):
+        raise ConfigError(f"tiers is a {_kind(tiers)}: give a list of ProviderTier")
     found = tuple(tiers)
     if not found:
         raise ConfigError("tiers is empty: give at least one ProviderTier")
-    names: set[str] = set()
     for at, tier in enumerate(found):
         if not isinstance(tier, ProviderTier):
-            told = f"tiers[{at}] is a {type(tier).__name__}"
+            told = f"tiers[{at}] is a {_kind(tier)}"
             raise ConfigError(f"{told}: give a ProviderTier(name, provider, models)")
-        if tier.name in names:
+        if any(tier.name == other.name for other in found[:at]):
             raise ConfigError(f"tiers[{at}]: the name {tier.name!r} is taken: give another")
-        names.add(tier.name)
     return tuple(sorted(found, key=lambda tier: _ROLE_ORDER.index(tier.role)))
 
 
-def _checked_policy(on_error: Mapping[type[Exception], str] | None) -> dict[type, str]:
+def _checked_policy(on_error: Any) -> dict[type, str]:
     if on_error is not None and not isinstance(on_error, Mapping):
-        cure = "give a table, such as {ContentFiltered: 'next'}"
-        raise ConfigError(f"on_error={on_error!r}: {cure}")
-    for kind, action in (on_error or {}).items():
+        raise ConfigError(f"on_error={on_error!r}: give a table, such as {{RateLimited: 'raise'}}")
+    policy = dict(on_error or {})
+    for kind, then in policy.items():
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             raise ConfigError(f"on_error: {kind!r} is no exception class")
-        if action not in ("next", "raise"):
-            raise ConfigError(f"on_error[{kind.__name__}]={action!r}: give 'next' or 'raise'")
-    return dict(on_error or {})
+        if then not in ("next", "raise"):
+            raise ConfigError(f"on_error[{kind.__name__}]={then!r}: give 'next' or 'raise'")
+    return policy
 
 
 class ChatStream(Generator[str, None, LLMResponse]):
@@ -6571,7 +6562,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
-        next(deltas)  # its first item is none: from now on it ends properly when it is lost
+        next(deltas)  # its first item is no delta: once begun, it ends properly when it is lost
         self._deltas = deltas
         self._taken: list[str] = []
         self._response: LLMResponse | None = None
