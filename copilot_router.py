@@ -5619,16 +5619,18 @@ def _repeated(texts: Iterable[str]) -> list[str]:
     return [text if number == 1 else f"{text} ({number} times)" for text, number in times]
 
 
-def _after_thoughts(text: str) -> str:
-    """The text without white space and whole think blocks before it."""
-    found: Any = _pattern(r"(?s)\s*(?:<think>.*?</think>\s*)*").match(text)
-    return text[found.end() :]
-
-
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
     found: Any = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
     return int(found.end())
+
+
+def _after_thoughts(text: str) -> str:
+    """The text without white space and think blocks before it. Of a block without an end only the
+    beginning and the last characters stay."""
+    found: Any = _pattern(r"(?s)\s*(?:<think>.*?</think>\s*)*").match(text)
+    text = text[found.end() :]
+    return "<think>" + text[7:][-7:] if text.startswith("<think>") else text
 
 
 def _after_marker(text: str, marker: str) -> str | None:
@@ -5640,34 +5642,13 @@ def _after_marker(text: str, marker: str) -> str | None:
     return text[end:].strip(" \t\r\n*_\"'`>~#:-\u2018\u2019\u201c\u201d")
 
 
-class _Opening:
-    """The beginning of a streamed text, held back while it is blank or may become the marker."""
-
-    def __init__(self, marker: str) -> None:
-        self._marker = marker.lower()  #: "" if there is none
-        self._held: list[str] = []
-        self._head = ""  #: what is looked at: without white space and think blocks before it
-
-    def feed(self, delta: str) -> str:
-        """The text to show, "" while that is not decided."""
-        self._held.append(delta)
-        head = self._head + delta
-        head = _after_thoughts(head) if self._marker else head.lstrip()
-        if self._marker and head.startswith("<think>"):
-            head = "<think>" + head[7:][-7:]  # the end of the block may have begun
-        self._head = head
-        return "" if self._undecided(head) else "".join(self._held)
-
-    def _undecided(self, head: str) -> bool:
-        if not head or not self._marker:
-            return not head
-        if "<think>".startswith(head[:7]):
-            return True
-        at = _undecorated(head)
-        rest = head[at:].lower()
-        begins = rest.startswith(self._marker) or self._marker.startswith(rest)
-        fence = head[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest)
-        return at < _DECORATION and bool(begins or fence)
+def _may_begin(text: str, marker: str) -> bool:
+    """Whether a text that goes on may begin with the marker, thoughts before it left out."""
+    at = _undecorated(text)
+    rest, marker = text[at:].lower(), marker.lower()
+    begins = rest.startswith(marker) or marker.startswith(rest)
+    fence = text[:at].endswith("```") and re.fullmatch(r"\w{1,20}", rest)
+    return "<think>".startswith(text[:7]) or (at < _DECORATION and bool(begins or fence))
 
 
 def _instructed(messages: list[Message], instruction: str) -> list[Message]:
@@ -5694,7 +5675,8 @@ class _Try:
 
     place: Any = None
     stream: Any = None
-    opening: _Opening | None = None  #: of a stream, until its first text is shown
+    held: list[str] | None = None  #: of a stream: text that is blank or may become the marker
+    head = ""  #: what of it is looked at
     response: LLMResponse | None = None  #: the whole answer; of a stream at its end
     idle = 0.0  #: seconds that the reader of its stream has taken between deltas
 
@@ -5708,7 +5690,7 @@ class _Try:
         run, tier = self.run, self.tier
         messages, options = run.request(self)
         if run.streaming:
-            self.opening = _Opening(run.chain._marker)
+            self.held = []
             self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
             self.read()
         else:
@@ -5717,6 +5699,7 @@ class _Try:
 
     def read(self) -> None:
         """Read the stream on to the next ``delta`` for its reader, or to the end."""
+        marker = self.run.chain._marker
         while True:
             try:
                 delta = next(self.stream)
@@ -5731,11 +5714,12 @@ class _Try:
                 told = f"a stream gave a {_kind(delta)}: yield str"
                 raise ConfigError(f"tier {self.tier.name!r}: {told}")
             thought = isinstance(delta, Thought)
-            if self.opening is not None and not thought:
-                delta = self.opening.feed(delta)
-                if not delta:
+            if self.held is not None and not thought:
+                self.held.append(delta)
+                self.head = _after_thoughts(self.head + delta) if marker else delta.strip()
+                if not self.head or (marker and _may_begin(self.head, marker)):
                     continue
-                self.opening = None
+                delta, self.held = "".join(self.held), None
             if self.run.thoughts or not thought:
                 self.delta = delta
                 return
@@ -6150,7 +6134,7 @@ class _Run:
         else:
             raise self.failure()
         self.rung = rung + 1
-        self.tell("escalation", tier, attempt.model, {"to": chain._ladder[rung]}, logging.INFO)
+        self.tell("escalation", tier, attempt.model, {"to": chain._ladder[rung]})
         asked = [other for other, _ in stronger]
         after = self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
@@ -6234,12 +6218,10 @@ class _Run:
 
     def tell_failover(self, tier: ProviderTier, model: str | None) -> None:
         if self.later and self.clock() < self.deadline:
-            self.tell("failover", tier, model, {"to": self.later[0][0].name}, logging.INFO)
+            self.tell("failover", tier, model, {"to": self.later[0][0].name})
 
-    def tell(
-        self, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any],
-        level: int = logging.DEBUG,
-    ) -> None:
+    def tell(self, kind: str, tier: ProviderTier, model: str | None, data: dict[str, Any]) -> None:
+        level = logging.INFO if kind in ("failover", "escalation") else logging.DEBUG
         if _log.isEnabledFor(level):
             _log.log(level, "%s", _ascii(f"{tier.name} {kind} {model or ''} {data}"))
         self.chain._emit(kind, tier.name, model or "", data)
@@ -6715,16 +6697,16 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
     if kind == "ProviderUnavailable" and text:
         return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
     names = getattr(provider, "_key_variables", ())
-    used = [*filter(os.environ.get, names), *names]
-    named = getattr(provider, "_key_from", None) or "".join(used[:1])
+    used = [getattr(provider, "_key_from", None), *filter(os.environ.get, names), *names]
+    named = next(filter(None, used), "")
     cure = f": check {named}" if kind == "AuthenticationError" and named else ""
     return f"{kind}{where}{text and ': ' + text}{cure}"
 
 
-def _steps(attempts: Iterable[Attempt], chain: FailoverChain | None) -> list[str]:
+def _steps(attempts: Iterable[Attempt], chain: Any) -> list[str]:
     """A sentence for each tier that did not answer, with the number of its failures."""
     bad = [attempt for attempt in attempts if attempt.outcome != "ok"]
-    return _repeated(f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad if chain)
+    return _repeated(f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad)
 
 
 def _failed(screen: _Screen, error: BaseException) -> int:
@@ -6745,7 +6727,7 @@ def _failed(screen: _Screen, error: BaseException) -> int:
         told = json.dumps({"error": what, "attempts": records, "retry_after": later})
 
         def filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-            return {name: value for name, value in pairs if value not in (None, "", [], {}, 0)}
+            return {name: value for name, value in pairs if value}
 
         print(json.dumps(json.loads(told, object_pairs_hook=filled)), flush=True)
     if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
