@@ -5751,11 +5751,9 @@ class _Try:
                 where = _ascii(f"{self.tier.name}: closing its stream raised {_place(error)}")
                 _log.warning("%s", where)
 
-    def failed(
-        self, error: BaseException, retries: int = 0, may_wait: bool = False
-    ) -> float | None:
+    def failed(self, error: BaseException, retries: int = 0, waits: bool = False) -> float | None:
         """End a failed request and record it. Returns the pause before the same tier is asked
-        again, None if another one is to be asked; raises what is not to be failed over."""
+        again, None if the next one is to be asked. Raises the error if nobody else is."""
         run, tier, now = self.run, self.tier, self.run.clock()
         if isinstance(error, UnknownModel) and getattr(tier.provider, "_is_chain", False):
             error = ModelNotFound(str(error))  # another tier may serve it
@@ -5766,7 +5764,7 @@ class _Try:
         policy = run.chain._on_error
         verdict = _judged(error, _Circumstances(
             next((policy[kind] for kind in type(error).__mro__ if kind in policy), None), retries,
-            may_wait and not self.ticket.is_trial, run.chain.max_retry_after, left, given,
+            waits and not self.ticket.is_trial, run.chain.max_retry_after, left, given,
             pause=_drawn(0.1, 0.3),  # clients must not march
         ))
         self.end(lambda: self.ticket._judge(error, verdict))
@@ -5805,8 +5803,7 @@ class _Try:
                 now, reading = run.clock(), True
                 self.idle += now - given
                 if now >= run.deadline:
-                    told = "the deadline of the call passed"
-                    raise ProviderTimeout(told, code="attempt_timeout")
+                    raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
                 self.read()
         except BaseException as error:
             if not reading:  # it closes the stream, or has thrown an exception of its own into it
@@ -6029,11 +6026,9 @@ class _Run:
             raise
         while isinstance(found, _Try):
             yield from found.deltas()
-            answer = None
-            if found.response is not None:
-                answer = self._accepted(found, found.response)
-                if answer is not None and found.taken:
-                    return answer
+            answer = None if found.response is None else self._accepted(found, found.response)
+            if answer is not None and found.taken:
+                return answer
             found = answer or self.answer()
         if found.content:
             yield found.content
@@ -6044,16 +6039,15 @@ class _Run:
     def _skip(
         self, tier: ProviderTier, model: str | None, error: RouterError | None = None
     ) -> None:
-        """Note that a tier is passed over. No error: its breaker refused, as in an outage for every
-        call; so that is kept."""
+        """Note that a tier is passed over; without an error because its breaker refused. What is
+        noted of that is kept: in an outage every call needs it."""
         record, noted = tier.breaker._record, tier._noted
-        if error is not None:
-            attempt = Attempt(tier.name, model or "", "skipped", _error_text(error))
-            noted = (record, model, attempt, _Failure(tier, error, False))
-        elif noted is None or noted[0] is not record or noted[1] != model:
-            why = f"CircuitOpen: {tier.breaker._why(record)}"
+        if error is not None or noted is None or noted[0] is not record or noted[1] != model:
+            why = _error_text(error) if error else f"CircuitOpen: {tier.breaker._why(record)}"
             attempt = Attempt(tier.name, model or "", "skipped", why)
-            noted = tier._noted = (record, model, attempt, _Failure(tier, record, False))
+            noted = (record, model, attempt, _Failure(tier, error or record, False))
+        if error is None:
+            tier._noted = noted
         self.attempts.append(noted[2])
         self.failures.append(noted[3])
         if self.observed:
