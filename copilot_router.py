@@ -5600,6 +5600,8 @@ def _built(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 # ``_judged`` says what follows from a failure. Time is absolute, on the chain's clock.
 
 _Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
+#: Why a tier did not answer: an error, or the record of the breaker that refused; was it asked?
+_Failure = tuple[ProviderTier, "BaseException | BreakerRecord", bool]
 #: Characters at the beginning of an answer that can be decoration before the marker.
 _DECORATION = 300
 #: What may stand before the marker: white space, quotes, markdown, the language of a code fence.
@@ -5662,14 +5664,6 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-class _Failure(NamedTuple):
-    """Why a tier did not answer."""
-
-    tier: ProviderTier
-    error: BaseException | BreakerRecord  #: the record of the breaker that refused: made quickly
-    sent: bool
-
-
 class _Try:
     """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
 
@@ -5704,8 +5698,8 @@ class _Try:
             try:
                 delta = next(self.stream)
             except StopIteration as end:
-                self.keep(end.value)
-                return
+                response = end.value
+                break
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
                 raise (error.__cause__ or error) from None
             if delta is None:  # as some clients give it for an event without text
@@ -5723,6 +5717,7 @@ class _Try:
             if self.run.thoughts or not thought:
                 self.delta = delta
                 return
+        self.keep(response)  # here its errors have no StopIteration with the answer as a context
 
     def keep(self, response: Any) -> None:
         """Take the whole answer, if it is one."""
@@ -5742,9 +5737,10 @@ class _Try:
         if self.place is not None:
             self.place = None
             self.tier._slots.ring()  # type: ignore[union-attr]
-        if self.stream is not None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
             try:
-                getattr(self.stream, "close", dict)()
+                getattr(stream, "close", dict)()
             except Exception as error:
                 if _is_task_limit(error):
                     raise
@@ -5777,7 +5773,7 @@ class _Try:
         run.record(self, error)
         if verdict.then == "raise":
             raise error
-        run.failures.append(_Failure(tier, _bare(error), True))
+        run.failures.append((tier, _bare(error), True))
         if verdict.then == "again" and tier.breaker.is_closed:
             return verdict.pause
         if not self.taken:
@@ -5791,36 +5787,13 @@ class _Try:
             told = f"{self.tier.name}: {place} is no ProviderError: it counts as a failure"
             _log.warning("%s", _ascii(told))
 
-    def deltas(self) -> Generator[str, None, None]:
-        """The rest of a stream. Without a ``response`` in the end another tier is to be asked."""
-        run, reading = self.run, True
-        try:
-            while self.response is None:
-                if not isinstance(self.delta, Thought):
-                    self.taken.append(self.delta)
-                given, reading = run.clock(), False
-                yield self.delta
-                now, reading = run.clock(), True
-                self.idle += now - given
-                if now >= run.deadline:
-                    raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
-                self.read()
-        except BaseException as error:
-            if not reading:  # it closes the stream, or has thrown an exception of its own into it
-                self.left()
-                raise
-            if self.taken:
-                raise self._interrupted(error)  # noqa: B904 - its cause is set
-            self.failed(error)
-        else:
-            self.end(self.ticket.success)
-
     def left(self) -> None:
-        """End a request whose reader wants no more of its stream."""
-        self.end(self.ticket.success if self.taken else self.ticket.neutral)
-        self.tier._count(None, self.run.clock() - self.start)
+        """The reader wants no more of its stream, which may have ended."""
+        if self.stream is not None:
+            self.end(self.ticket.success if self.taken else self.ticket.neutral)
+            self.tier._count(None, self.run.clock() - self.start)
 
-    def _interrupted(self, error: BaseException) -> StreamInterrupted:
+    def interrupted(self, error: BaseException) -> StreamInterrupted:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
         with contextlib.suppress(ProviderError):  # "raise" means the same here: to the reader
             self.failed(error)
@@ -5833,9 +5806,7 @@ class _Try:
         if isinstance(error, ProviderError):
             for name in ("model", "status", "code", "retry_after", "request_id"):
                 setattr(broken, name, getattr(error, name))
-        broken.partial, broken.attempts = "".join(self.taken), tuple(run.attempts)
-        broken.__cause__ = _bare(cause)
-        run.tell_failure(broken)
+        broken.partial, broken.__cause__ = "".join(self.taken), _bare(cause)
         return broken
 
 
@@ -5877,29 +5848,34 @@ class _Run:
 
     # -- the loop
 
-    def answer(self) -> LLMResponse | _Try:
-        """The answer, or a stream that has begun; or the error, with the record of the call."""
+    def answer(self, attempt: _Try | None = None) -> LLMResponse | _Try:
+        """The answer, or a stream that has begun (``attempt``: that one is read on); or the error,
+        with the record of the call."""
         try:
+            if attempt is not None:
+                attempt = self._read_on(attempt)
             while True:
+                if attempt is not None:
+                    if attempt.response is None:
+                        return attempt
+                    if (answer := self._accepted(attempt, attempt.response)) is not None:
+                        return answer
                 if not self.later and not self._nap():
                     raise self.failure()
                 if self.clock() >= self.deadline:
-                    asked = [failure.tier for failure in self.failures]
+                    asked = [failure[0] for failure in self.failures]
                     for tier, model in self.later:
                         if tier not in asked:
                             self._skip(tier, model, CircuitOpen("no time left to ask it"))
                     self.plan = self.order
                     raise self.failure(late=True)
                 attempt = self._ask(*self.later.pop(0))
-                if attempt is not None:
-                    if attempt.response is None:
-                        return attempt
-                    if (answer := self._accepted(attempt, attempt.response)) is not None:
-                        return answer
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
-                self.tell_failure(error)
+                _log.warning("call failed: %s", _explain(self.attempts, None))
+                data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
+                self.chain._emit("done", "", "", data)
             raise
 
     def _ask(self, tier: ProviderTier, model: str | None) -> _Try | None:
@@ -6020,19 +5996,37 @@ class _Run:
         """The deltas of the answer. Until the first text another tier may still be asked."""
         try:
             yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
+            while isinstance(found, _Try):
+                attempt, given = found, self.clock()
+                if not isinstance(attempt.delta, Thought):
+                    attempt.taken.append(attempt.delta)
+                yield attempt.delta
+                attempt.idle += self.clock() - given
+                found = self.answer(attempt)
+                if attempt.taken and not isinstance(found, _Try):
+                    return found
         except BaseException:
             if isinstance(found, _Try):
                 found.left()
             raise
-        while isinstance(found, _Try):
-            yield from found.deltas()
-            answer = None if found.response is None else self._accepted(found, found.response)
-            if answer is not None and found.taken:
-                return answer
-            found = answer or self.answer()
         if found.content:
             yield found.content
         return found
+
+    def _read_on(self, attempt: _Try) -> _Try | None:
+        """Read a stream to its next delta or its end. None if it broke before its first text."""
+        try:
+            if self.clock() >= self.deadline:
+                raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
+            attempt.read()
+        except BaseException as error:
+            if attempt.taken:
+                raise attempt.interrupted(error)  # noqa: B904 - its cause is set
+            attempt.failed(error)
+            return None
+        if attempt.response is not None:
+            attempt.end(attempt.ticket.success)
+        return attempt
 
     # -- the record and the answer
 
@@ -6045,7 +6039,7 @@ class _Run:
         if error is not None or noted is None or noted[0] is not record or noted[1] != model:
             why = _error_text(error) if error else f"CircuitOpen: {tier.breaker._why(record)}"
             attempt = Attempt(tier.name, model or "", "skipped", why)
-            noted = (record, model, attempt, _Failure(tier, error or record, False))
+            noted = (record, model, attempt, (tier, error or record, False))
         if error is None:
             tier._noted = noted
         self.attempts.append(noted[2])
@@ -6139,7 +6133,7 @@ class _Run:
     def _ready_in(self) -> float | None:
         """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
         hints: list[float] = []
-        last = {failure.tier: failure.error for failure in self.failures}
+        last = {tier: error for tier, error, _ in self.failures}
         for tier, _ in self.plan:
             error, record = last.get(tier), tier.breaker._look()
             left = tier.breaker._remaining(record)
@@ -6179,7 +6173,7 @@ class _Run:
             tier.breaker._refusal(error) if isinstance(error, BreakerRecord) else error
             for tier, error, _ in self.failures
         ]
-        asked = [failure.error for failure in self.failures if failure.sent]
+        asked = [error for _, error, sent in self.failures if sent]
         if self.last is None and not late:
             only = asked[0] if len(set(map(type, asked))) == 1 else None
             if isinstance(only, ProviderError) and only.breaker == "neutral":
@@ -6204,11 +6198,6 @@ class _Run:
         return error
 
     # -- telling
-
-    def tell_failure(self, error: RouterError) -> None:
-        _log.warning("call failed: %s", _explain(self.attempts, None))
-        data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
-        self.chain._emit("done", "", "", data)
 
     def tell_failover(self, tier: ProviderTier, model: str | None) -> None:
         if self.later and self.clock() < self.deadline:
@@ -6618,7 +6607,7 @@ _SENTENCES = {
 
 
 def _program() -> str:
-    """How this program is started: installed, or as a copied file."""
+    """How this program was started: installed, or as a copied file."""
     return f"python {sys.argv[0]}" if __name__ == "__main__" else "copilot-router"
 
 
@@ -6763,10 +6752,10 @@ def _prompt(given: str, screen: _Screen) -> str:
 
     alone, piped = given == "-", ""
     try:
-        mode = 0 if alone else os.fstat(sys.stdin.fileno()).st_mode
         if alone and _is_open(sys.stdin, terminal=True):
             screen.say("reading the question from standard input; Ctrl-D ends it")
-        if alone or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        files = (stat.S_IFIFO, stat.S_IFREG)
+        if alone or stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in files:
             piped = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not {error.encoding}: convert it") from None
@@ -6784,7 +6773,8 @@ def _chat_command(options: Any) -> int:
     asked = {name: getattr(options, name) for name in ("model", "system", "timeout", "wait")}
     asked["tiers"] = options.tiers and [name.strip() for name in options.tiers.split(",")]
     with _chain_from(options) as chain:
-        tiers = [tier for tier in chain.tiers if tier.name in (asked["tiers"] or (tier.name,))]
+        names = asked["tiers"] or [tier.name for tier in chain.tiers]
+        tiers = [tier for tier in chain.tiers if tier.name in names]
         lost = all(getattr(one.provider, "_wants_model", False) and not one.models for one in tiers)
         if tiers and lost and not options.model:
             name, path = tiers[0].name, options.config
@@ -6803,10 +6793,11 @@ def _chat_command(options: Any) -> int:
     if options.verbose:
         for line in _steps(response.attempts, chain):
             screen.say(line)
-        cost = response.cost or 0.0  # with two significant digits, never as 3e-05
-        price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
-        told = "" if response.cost is None else f" for ${price}"
-        screen.say(f"{response.provider} answered in {response.latency:.2g} s{told}")
+        told, cost = f"{response.provider} answered in {response.latency:.2g} s", response.cost
+        if cost is not None:  # with two significant digits, never as 3e-05
+            digits = max(0, 1 - math.floor(math.log10(cost))) if cost else 0
+            told += f" for ${cost:.{digits}f}"
+        screen.say(told)
     return 0
 
 
@@ -6826,13 +6817,13 @@ def _tiers_command(options: Any) -> int:
         if checked:
             state, reason = ("failed", _why(tier.name, error, chain)) if error else ("ok", "")
         left = "" if seen.retry_after is None else f"{math.ceil(seen.retry_after)} s"
-        cells = [state, tier.name, tier.role, str(seen.failures), left, reason or ""]
-        rows.append([_escaped(cell) or "-" for cell in cells])
+        shown = (state, tier.name, tier.role, str(seen.failures), left, reason)
+        rows.append([_escaped(cell) or "-" for cell in shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     plain = os.environ.get("NO_COLOR") or not _is_open(sys.stdout, terminal=True)
     colours = {} if plain else {"ok": 32, "closed": 32, "failed": 31, "open": 31, "half_open": 33}
     for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        cells = [*map(str.ljust, row, widths)]
         if row[0] in colours:
             cells[0] = f"\033[{colours[row[0]]}m{cells[0]}\033[0m"
         print("  ".join(cells).rstrip())
@@ -6878,15 +6869,15 @@ timeout = 60.0              # seconds for a whole call, failover included
 """
 
 
-def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str]) -> str:
+def _tier_text(name: str, kind: type[_HTTPProvider]) -> str:
     """A tier as TOML. It is switched on if the environment has what it needs but for a model."""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    key, url = kind._from_environment(environ)
-    model, on = environ.get(f"{name.upper()}_MODEL"), any(map(environ.get, _variables(kind)))
-    variable = next(filter(environ.get, kind._key_variables), kind._key_variables[0])
+    key, url = kind._from_environment(os.environ)
+    model, on = os.environ.get(f"{name.upper()}_MODEL"), any(map(os.environ.get, _variables(kind)))
+    variable = next(filter(os.environ.get, kind._key_variables), kind._key_variables[0])
     wants_key = variable in _variables(kind)
     gap = "  # FILL IN the name of a model" if kind._wants_model and not model else ""
     lines = ["[[tier]]", f'name = "{name}"', f"models = [{quoted(model) if model else ''}]{gap}",
@@ -6902,7 +6893,7 @@ def _tier_text(name: str, kind: type[_HTTPProvider], environ: Mapping[str, str])
 
 
 def _init_command(options: Any) -> int:
-    tiers = [_tier_text(name, kind, os.environ) for name, kind in _PROVIDERS.items()]
+    tiers = [_tier_text(name, kind) for name, kind in _PROVIDERS.items()]
     if all(text.startswith("\n#") for text in tiers):  # nothing is set: LM Studio needs nothing
         tiers[0] = tiers[0].replace("\n# ", "\n")
     path, data, made = options.path, (_TEMPLATE + "".join(tiers)).encode(), False

@@ -8,6 +8,7 @@ import itertools
 import pickle
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -379,6 +380,28 @@ def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
     weak = ProviderTier("a", Watched(thought, response=LLMResponse("[ESCALATE] hard")), ["a"])
     chain = chain_of(clock, weak, tier("b", [thought, "no"]), escalation_model="b")
     assert list(chain.stream(PROMPT, thoughts=True)) == [thought, thought, "no"]
+
+
+def test_a_call_that_fails_after_a_thought_has_its_record_and_its_event(clock):
+    events: list[Event] = []
+    for ending, settings, outcome in (
+            ([ContentFiltered("no")], {}, "failed"),
+            ([], {"escalation_model": "m"}, "escalated")):
+        provider = Watched(Thought("hm"), *ending, response=LLMResponse("[ESCALATE] hard"))
+        chain = chain_of(clock, ProviderTier("a", provider, ["m"]), on_event=events.append, **settings)
+        error = error_of(RouterError, list, chain.stream(PROMPT, thoughts=True))
+        assert [at.outcome for at in error.attempts] == [outcome]
+        assert events[-1].kind == "done" and events[-1].data["outcome"] == type(error).__name__
+
+
+def test_what_a_stream_returns_in_place_of_a_response_is_not_in_the_traceback():
+    class Wrong(Custom):
+        def stream(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> Any:
+            yield from ()
+            return "secret answer"
+    chain = FailoverChain([ProviderTier("a", Wrong(LLMResponse))])
+    error = error_of(ConfigError, chain.stream, "hi", match="Wrong returned str")
+    assert "secret" not in "".join(traceback.format_exception(error))
 
 
 # -- chains in chains
