@@ -384,11 +384,11 @@ def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
 
 def test_a_call_that_fails_after_a_thought_has_its_record_and_its_event(clock):
     events: list[Event] = []
-    for ending, settings, outcome in (
+    for ending, more, outcome in (
             ([ContentFiltered("no")], {}, "failed"),
             ([], {"escalation_model": "m"}, "escalated")):
         provider = Watched(Thought("hm"), *ending, response=LLMResponse("[ESCALATE] hard"))
-        chain = chain_of(clock, ProviderTier("a", provider, ["m"]), on_event=events.append, **settings)
+        chain = chain_of(clock, ProviderTier("a", provider, ["m"]), on_event=events.append, **more)
         error = error_of(RouterError, list, chain.stream(PROMPT, thoughts=True))
         assert [at.outcome for at in error.attempts] == [outcome]
         assert events[-1].kind == "done" and events[-1].data["outcome"] == type(error).__name__
