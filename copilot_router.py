@@ -5693,7 +5693,6 @@ class _Try:
 
     def read(self) -> None:
         """Read the stream on to the next ``delta`` for its reader, or to the end."""
-        marker = self.run.chain._marker
         while True:
             try:
                 delta = next(self.stream)
@@ -5709,6 +5708,7 @@ class _Try:
                 raise ConfigError(f"tier {self.tier.name!r}: {told}")
             thought = isinstance(delta, Thought)
             if self.held is not None and not thought:
+                marker = self.run.chain._marker
                 self.held.append(delta)
                 self.head = _after_thoughts(self.head + delta) if marker else delta.strip()
                 if not self.head or (marker and _may_begin(self.head, marker)):
@@ -6793,11 +6793,10 @@ def _chat_command(options: Any) -> int:
     if options.verbose:
         for line in _steps(response.attempts, chain):
             screen.say(line)
-        told, cost = f"{response.provider} answered in {response.latency:.2g} s", response.cost
-        if cost is not None:  # with two significant digits, never as 3e-05
-            digits = max(0, 1 - math.floor(math.log10(cost))) if cost else 0
-            told += f" for ${cost:.{digits}f}"
-        screen.say(told)
+        cost = response.cost or 0.0  # with two significant digits, never as 3e-05
+        price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
+        told = "" if response.cost is None else f" for ${price}"
+        screen.say(f"{response.provider} answered in {response.latency:.2g} s{told}")
     return 0
 
 
@@ -6839,11 +6838,7 @@ def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
 
 def _reset_command(options: Any) -> int:
     with _chain_from(options) as chain:
-        tiers = {tier.name: tier for tier in chain.tiers}
-        if options.tier not in tiers:
-            known = f"{_near(options.tier, tiers)} Known: {', '.join(tiers)}"
-            raise ConfigError(f"no tier is called {options.tier!r}.{known}")
-        tier = tiers[options.tier]
+        [(tier, _)] = chain._order(None, [options.tier])
         old = tier.breaker.state
         tier.breaker.reset()
         _say_whose(options.screen, [tier])
