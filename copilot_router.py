@@ -5744,8 +5744,8 @@ class _Try:
             except Exception as error:
                 if _is_task_limit(error):
                     raise
-                where = _ascii(f"{self.tier.name}: closing its stream raised {_place(error)}")
-                _log.warning("%s", where)
+                told = f"{self.tier.name}: closing its stream raised {_place(error)}"
+                _log.warning("%s", _ascii(told))
 
     def failed(self, error: BaseException, retries: int = 0, waits: bool = False) -> float | None:
         """End a failed request and record it. Returns the pause before the same tier is asked
@@ -5787,8 +5787,18 @@ class _Try:
             told = f"{self.tier.name}: {place} is no ProviderError: it counts as a failure"
             _log.warning("%s", _ascii(told))
 
+    def ended(self, error: BaseException | None) -> _Try | None:
+        """End a request whose stream has ended. None if the next tier is to be asked."""
+        if error is None:
+            self.end(self.ticket.success)
+            return self
+        if self.taken:
+            raise self.interrupted(error)
+        self.failed(error)
+        return None
+
     def left(self) -> None:
-        """The reader wants no more of its stream, which may have ended."""
+        """End a request whose reader wants no more of its stream."""
         if self.stream is not None:
             self.end(self.ticket.success if self.taken else self.ticket.neutral)
             self.tier._count(None, self.run.clock() - self.start)
@@ -5848,12 +5858,14 @@ class _Run:
 
     # -- the loop
 
-    def answer(self, attempt: _Try | None = None) -> LLMResponse | _Try:
-        """The answer, or a stream that has begun (``attempt``: that one is read on); or the error,
-        with the record of the call."""
+    def answer(
+        self, attempt: _Try | None = None, broken: BaseException | None = None
+    ) -> LLMResponse | _Try:
+        """The answer, or a stream that has begun; or the error, with the record of the call.
+        ``attempt``: the request whose stream has ended, ``broken``: by that error."""
         try:
             if attempt is not None:
-                attempt = self._read_on(attempt)
+                attempt = attempt.ended(broken)
             while True:
                 if attempt is not None:
                     if attempt.response is None:
@@ -5941,7 +5953,7 @@ class _Run:
         left = self.deadline - attempt.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
         if tier._speaks_http:
-            ready = self._later_ready(tier)
+            ready = bool(self.later) and self._later_ready(tier)
             named = self.model is not None or "reasoning_effort" in options
             patient = not ready or self.rung or named or model in tier._thinkers
             for name in ("first_token_timeout", "stall_timeout"):
@@ -5997,14 +6009,23 @@ class _Run:
         try:
             yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
             while isinstance(found, _Try):
-                attempt, given = found, self.clock()
+                attempt, given, broken = found, self.clock(), None
                 if not isinstance(attempt.delta, Thought):
                     attempt.taken.append(attempt.delta)
                 yield attempt.delta
-                attempt.idle += self.clock() - given
-                found = self.answer(attempt)
-                if attempt.taken and not isinstance(found, _Try):
-                    return found
+                try:
+                    now = self.clock()
+                    attempt.idle += now - given
+                    if now >= self.deadline:
+                        told = "the deadline of the call passed"
+                        raise ProviderTimeout(told, code="attempt_timeout")
+                    attempt.read()
+                except BaseException as error:
+                    broken = error
+                if broken is not None or attempt.response is not None:
+                    found = self.answer(attempt, broken)
+                    if attempt.taken:
+                        return found  # type: ignore[return-value]  # no other tier is asked
         except BaseException:
             if isinstance(found, _Try):
                 found.left()
@@ -6012,21 +6033,6 @@ class _Run:
         if found.content:
             yield found.content
         return found
-
-    def _read_on(self, attempt: _Try) -> _Try | None:
-        """Read a stream to its next delta or its end. None if it broke before its first text."""
-        try:
-            if self.clock() >= self.deadline:
-                raise ProviderTimeout("the deadline of the call passed", code="attempt_timeout")
-            attempt.read()
-        except BaseException as error:
-            if attempt.taken:
-                raise attempt.interrupted(error)  # noqa: B904 - its cause is set
-            attempt.failed(error)
-            return None
-        if attempt.response is not None:
-            attempt.end(attempt.ticket.success)
-        return attempt
 
     # -- the record and the answer
 
@@ -6063,7 +6069,7 @@ class _Run:
         if response is not None or usage.total_tokens or getattr(error, "_had_begun", False):
             cost: float | None = None
             if inner:
-                cost = found.cost if response is not None else found._cost
+                cost = getattr(found, "_cost" if response is None else "cost")
             elif usage.total_tokens:  # what was used is not known of an answer without usage
                 cost = tier._cost(usage, (answered, model))
             self.cost = None if cost is None or self.cost is None else self.cost + cost
