@@ -5600,7 +5600,7 @@ def _built(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 # ``_judged`` says what follows from a failure. Time is absolute, on the chain's clock.
 
 _Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
-#: Why a tier did not answer: an error, or the record of the breaker that refused; was it asked?
+#: Why a tier did not answer: its error, or the record of the breaker that refused; if it was asked.
 _Failure = tuple[ProviderTier, "BaseException | BreakerRecord", bool]
 #: Characters at the beginning of an answer that can be decoration before the marker.
 _DECORATION = 300
@@ -5628,8 +5628,8 @@ def _undecorated(text: str) -> int:
 
 
 def _after_thoughts(text: str) -> str:
-    """The text without white space and think blocks before it. Of a block without an end only the
-    beginning and the last characters stay."""
+    """The text without white space and think blocks before it. Of a block that has not ended, only
+    the beginning and the last characters stay."""
     found: Any = _pattern(r"(?s)\s*(?:<think>.*?</think>\s*)*").match(text)
     text = text[found.end() :]
     return "<think>" + text[7:][-7:] if text.startswith("<think>") else text
@@ -5645,7 +5645,7 @@ def _after_marker(text: str, marker: str) -> str | None:
 
 
 def _may_begin(text: str, marker: str) -> bool:
-    """Whether a text that goes on may begin with the marker, thoughts before it left out."""
+    """Whether a text that goes on begins with the marker, or may do so in the end."""
     at = _undecorated(text)
     rest, marker = text[at:].lower(), marker.lower()
     begins = rest.startswith(marker) or marker.startswith(rest)
@@ -5717,7 +5717,7 @@ class _Try:
             if self.run.thoughts or not thought:
                 self.delta = delta
                 return
-        self.keep(response)  # here its errors have no StopIteration with the answer as a context
+        self.keep(response)  # not in the except clause: StopIteration holds what was returned
 
     def keep(self, response: Any) -> None:
         """Take the whole answer, if it is one."""
@@ -6039,8 +6039,8 @@ class _Run:
     def _skip(
         self, tier: ProviderTier, model: str | None, error: RouterError | None = None
     ) -> None:
-        """Note that a tier is passed over; without an error because its breaker refused. What is
-        noted of that is kept: in an outage every call needs it."""
+        """Note that a tier is passed over; without an error because its breaker refused. That note
+        is kept, because in an outage every call makes it."""
         record, noted = tier.breaker._record, tier._noted
         if error is not None or noted is None or noted[0] is not record or noted[1] != model:
             why = _error_text(error) if error else f"CircuitOpen: {tier.breaker._why(record)}"
@@ -6303,7 +6303,7 @@ class FailoverChain(LLMProvider):
         if not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"escalation_model={model!r}: give a name, or a list of names")
         self._ladder: tuple[str, ...] = tuple(names)
-        self._marker = bare if names else ""  #: what escalates
+        self._marker = bare if names else ""
         for name in self._ladder:
             if not self._serving(name, self.tiers):
                 raise ConfigError(f"escalation_model={name!r}: no tier lists it.{self._hint(name)}")
@@ -6324,9 +6324,9 @@ class FailoverChain(LLMProvider):
         once. ``tiers``: names; no other tier is asked. Other arguments are options for the
         providers; None leaves one out.
 
-        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; an error itself that all
-        tiers gave (if neutral) or whose class says "raise" (ContentFiltered); for wrong arguments
-        UnknownModel, ConfigError, BadRequest, TypeError.
+        Raises AllProvidersFailed, DeadlineExceeded, EscalationFailed; the error itself if all tiers
+        failed with one neutral class, or if its class says "raise" (ContentFiltered); for wrong
+        arguments UnknownModel, ConfigError, BadRequest, TypeError.
         """
         try:
             kwargs.pop("thoughts", None)
