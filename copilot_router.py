@@ -5672,11 +5672,11 @@ class _Try:
     held: list[str] | None = None  #: of a stream: text that is blank or may become the marker
     head = ""  #: what of it is looked at
     response: LLMResponse | None = None  #: the whole answer; of a stream at its end
+    taken: Any = ()  #: text that the reader of its stream has got
     idle = 0.0  #: seconds that the reader of its stream has taken between deltas
 
     def __init__(self, run: _Run, tier: ProviderTier, model: str | None, ticket: Ticket) -> None:
         self.run, self.tier, self.model, self.ticket = run, tier, model, ticket
-        self.taken: list[str] = []  #: text that the reader of its stream has got
         self.start = run.clock()
 
     def send(self) -> None:
@@ -5684,7 +5684,7 @@ class _Try:
         run, tier = self.run, self.tier
         messages, options = run.request(self)
         if run.streaming:
-            self.held = []
+            self.held, self.taken = [], []
             self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
             self.read()
         else:
@@ -5721,12 +5721,13 @@ class _Try:
 
     def keep(self, response: Any) -> None:
         """Take the whole answer, if it is one."""
-        where = f"tier {self.tier.name!r}"
         if not isinstance(response, LLMResponse):
             told = f"{_kind(self.tier.provider)} returned {_kind(response)}"
-            raise ConfigError(f"{where}: {told}: return an LLMResponse, or raise a ProviderError")
+            cure = "return an LLMResponse, or raise a ProviderError"
+            raise ConfigError(f"tier {self.tier.name!r}: {told}: {cure}")
         if not isinstance(response.usage, Usage):
-            raise ConfigError(f"{where}: usage is a {_kind(response.usage)}: give a Usage")
+            told = f"usage is a {_kind(response.usage)}"
+            raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
         if not response.content or response.content.isspace():
             _checked_answer(response, self.run.messages)
         self.response = response
@@ -5922,7 +5923,7 @@ class _Run:
         error = self._unable(tier) if self.chain._picky else None
         places = tier._slots
         while error is None:
-            ticket = tier.breaker._try_admit(forced=tier.role == "emergency")
+            ticket = tier.breaker._try_admit(tier.role == "emergency")
             if ticket is None:
                 break
             attempt = _Try(self, tier, model, ticket)
@@ -6046,8 +6047,8 @@ class _Run:
             why = _error_text(error) if error else f"CircuitOpen: {tier.breaker._why(record)}"
             attempt = Attempt(tier.name, model or "", "skipped", why)
             noted = (record, model, attempt, (tier, error or record, False))
-        if error is None:
-            tier._noted = noted
+            if error is None:
+                tier._noted = noted
         self.attempts.append(noted[2])
         self.failures.append(noted[3])
         if self.observed:
