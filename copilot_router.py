@@ -334,12 +334,21 @@ def _place(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all that it wraps, also as requests, urllib3 and groups do; at most 50."""
+    """The exception and all that it wraps, also as requests, urllib3 and groups do; at most 50.
+
+    Not what our caller is handling: Python makes it the context of whatever is raised meanwhile.
+    """
+    frame, callers = inspect.currentframe(), []
+    while frame is not None:
+        callers += [frame] if frame.f_globals is not globals() else []
+        frame = frame.f_back
     seen: list[BaseException] = []
     queue: list[Any] = [error]
     while queue and len(seen) < 50:
         item = queue.pop(0)
         if isinstance(item, BaseException) and not any(item is known for known in seen):
+            if item.__traceback__ is not None and item.__traceback__.tb_frame in callers:
+                continue
             seen.append(item)
             queue += [getattr(item, "reason", None), item.__cause__, item.__context__, *item.args]
             group = getattr(item, "exceptions", ())
@@ -1074,9 +1083,16 @@ class CircuitBreaker:
 
 
 _STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
-#: By store and clock: "until" when a store that did not answer is left alone, and the "error".
-#: Breakers share it, or each would wait for a hung store in turn.
-_outages: weakref.WeakKeyDictionary[Any, dict[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+class _Outage:
+    """Until when a store that did not answer is left alone."""
+
+    until, error = -math.inf, ""
+
+
+#: By store and clock. Breakers share it, or each would wait for a hung store in turn.
+_outages: weakref.WeakKeyDictionary[Any, dict[Any, _Outage]] = weakref.WeakKeyDictionary()
 
 
 def _checked_record(record: Any) -> BreakerRecord:
@@ -1113,7 +1129,7 @@ class _SharedView:
         self._in_store = math.inf  #: since when the store is asked
         self._next_read = -math.inf
         self._overtaken = False  #: others have changed the record alone
-        self._outage: dict[str, Any] = {"until": -math.inf}
+        self._outage = _Outage()
         with contextlib.suppress(TypeError):  # a store without weak references, an unhashable clock
             self._outage = _outages.setdefault(store, {}).setdefault(breaker._clock, self._outage)
 
@@ -1149,14 +1165,14 @@ class _SharedView:
             self._standing, self._seen = "ahead", -1
         self._overtaken = False
         mine, stored = breaker._record, None if record is None else record.generation
-        if stored is None and self._seen is not None:  # it is new, or lost
+        if record is None and self._seen is not None:  # it is new, or lost
             above = max(mine.generation, int(store_now * 1000))  # any generation that was lost
             breaker._set(mine, mine._replace(generation=above))
             if mine.state != "closed" and self._standing == "shared":
                 self._standing = "ahead"
             self._seen = None
-        elif stored is not None and stored != self._seen:
-            newer = stored > mine.generation or record.state != mine.state == "closed"
+        elif record is not None and record.generation != self._seen:
+            newer = record.generation > mine.generation or record.state != mine.state == "closed"
             wins = {"shared": True, "ahead": newer, "own": record.state != "closed"}
             if wins[self._standing]:
                 left = min(max(record.deadline - store_now, 0.0), record.span)
@@ -1186,6 +1202,7 @@ class _SharedView:
         if self._down or self._overtaken or self._next_read == -math.inf:
             self._try(self._load)
         local = ticket is not None and ticket._local and not self._shares_local_errors
+        counts = False
         for _ in range(20):
             old = breaker._record
             new = change(old)
@@ -1221,7 +1238,7 @@ class _SharedView:
         clock, outage = self._breaker._clock, self._outage
         if self._down and clock() < self._next_read:
             return None
-        if clock() >= outage["until"]:
+        if clock() >= outage.until:
             try:
                 self._in_store = time.monotonic()
                 return operation(*args)
@@ -1229,18 +1246,18 @@ class _SharedView:
                 if _is_task_limit(error):
                     raise
                 if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                    outage = {"until": -math.inf}  # of this record alone
-                if clock() >= outage["until"]:  # else another breaker has just found out
+                    outage = _Outage()  # of this record alone
+                if clock() >= outage.until:  # else another breaker has just found out
                     self._pause = min(max(1.0, 2 * self._pause), 60.0)
-                    outage["until"] = clock() + _drawn(self._pause / 2, self._pause)
-                    outage["error"] = type(error).__name__
+                    outage.until = clock() + _drawn(self._pause / 2, self._pause)
+                    outage.error = _kind(error)
             finally:
                 self._in_store = math.inf
-        self._next_read = outage["until"]
+        self._next_read = outage.until
         if not self._down:
             self._down = True
             name = f"the store {getattr(self._store, 'path', '')}".rstrip()
-            what = f"{name} is down ({outage['error']}): going on alone"
+            what = f"{name} is down ({outage.error}): going on alone"
             self._breaker._changes.append(("store", "down", what))
         return None
 
@@ -2180,10 +2197,11 @@ def _json(data: bytes | str, what: str) -> Any:
     """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse if it is none."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     text = text.removeprefix("\ufeff").strip(" \t\r\n")
+    value, end = None, -1
     try:
         value, end = _scan(text, 0)
     except (ValueError, RecursionError, StopIteration):
-        end = -1
+        pass
     if end != len(text):
         raise InvalidResponse(f"{what} is not JSON")
     return value

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import closing
 from typing import Any
 
 import pytest
 from support.fakes import error_of
+from support.server import Server
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, Attempt, ConfigError, DeadlineExceeded,
-    EscalationFailed, FailoverChain, ProviderError, ProviderTier, ScriptedProvider,
+    EscalationFailed, FailoverChain, OpenAIProvider, ProviderError, ProviderTier, ScriptedProvider,
     ServerError, StreamInterrupted)
 
 FIELDS = {"provider": "p", "model": "m", "status": 429, "code": "c", "retry_after": 3.5,
@@ -80,6 +82,21 @@ def test_a_failure_with_a_traceback_of_any_length_is_a_failure() -> None:
     script = ScriptedProvider([error, "fine"])
     tiers = [ProviderTier(name, script) for name in "ab"]
     assert FailoverChain(tiers).chat("hi").text == "fine"
+
+
+@pytest.mark.parametrize("handled", [ServerError("x"), ConnectionRefusedError(), TimeoutError()])
+def test_what_the_caller_is_handling_is_no_part_of_an_error(handled: Exception) -> None:
+    def trip(error: Exception) -> None:
+        raise error
+    with Server(lambda *_: False) as server, closing(OpenAIProvider("", server.url)) as provider:
+        try:
+            trip(handled)
+        except Exception as mine:
+            trace = mine.__traceback__
+            error = error_of(ServerError, provider.chat, "hi", model="m")
+            chain = FailoverChain([ProviderTier("a", provider, ["m"])])
+            error_of(AllProvidersFailed, chain.chat, "hi")
+            assert "closed before the answer" in str(error) and mine.__traceback__ is trace
 
 
 def test_the_answer_of_a_failed_escalation_is_no_part_of_what_is_shown() -> None:
