@@ -4689,8 +4689,6 @@ _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }
-#: Blocks of an answer that go back.
-_ANTHROPIC_BLOCKS = ("text", "tool_use", "thinking", "redacted_thinking")
 #: What tool ids and tool names must not hold.
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
 
@@ -4739,7 +4737,7 @@ def _anthropic_begins(at: int, block: _Object) -> _Facts:
         yield "text", block.get("text")
     elif kind == "tool_use":
         yield "call", at, block.get("id"), block.get("name"), block.get("input") or None
-    elif kind in ("thinking", "redacted_thinking"):
+    else:  # thinking, or of a tool that the server itself has called
         yield "thought", block.get("thinking")
         yield ("needed",)
 
@@ -4806,7 +4804,7 @@ def _anthropic_kept(blocks: list[_Object]) -> list[_Object]:
         if block.get("partial_json"):
             sent["input"] = _argument_object(block["partial_json"])
         blank = sent.get("type") == "text" and not str(sent.get("text") or "").strip()
-        if sent.get("type") in _ANTHROPIC_BLOCKS and not blank:
+        if not blank:
             kept.append(sent)
     return kept
 
