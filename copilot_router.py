@@ -5898,7 +5898,8 @@ class _Run:
                             self._skip(tier, model, CircuitOpen("no time left to ask it"))
                     self.plan = self.order
                     raise self.failure(late=True)
-                attempt = self._ask(*self.later.pop(0))
+                tier, model = self.later.pop(0)
+                attempt = self._ask(tier, model)
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
