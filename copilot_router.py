@@ -2222,7 +2222,11 @@ _Phrases = tuple[tuple[str, type[ProviderError]], ...]
 
 
 class _Rows(NamedTuple):
-    """A vendor's own words for failures. Each is read before the shared ones of its kind."""
+    """A vendor's own words for failures: each kind is read before the shared ones of that kind.
+
+    Codes come before phrases, phrases before statuses. What is named here parks its tier, if its
+    class says so; a shared phrase does that only at the statuses in ``_class_of``.
+    """
 
     codes: Mapping[str, type[ProviderError]] = MappingProxyType({})  #: in lower case
     phrases: _Phrases = ()
@@ -2277,7 +2281,8 @@ _PHRASES: _Phrases = (
      r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
      r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
      ContextLengthExceeded),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together; plans whose hours, week or month are used up
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans whose hours, week or
+    # month are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
@@ -2527,7 +2532,7 @@ def _class_of(
             continue  # Gemini calls any rate limit a quota, and then names a delay
         sure = (
             status in (401, 402, 403, 429) or (pattern, kind) in own.phrases
-            or kind not in (QuotaExceeded, AuthenticationError)
+            or own.statuses.get(status) is kind or kind not in (QuotaExceeded, AuthenticationError)
             or (status == 200 and bool(report.number or report.codes))  # not a word in a text
         )
         return kind, sure
@@ -3036,13 +3041,14 @@ class _Collector:
     text str · thought str      a delta of the answer, of the thinking
     full str                    the whole text, of which deltas may have come
     call key id name arguments  a tool call, or more of the one that has this key; None: of the last
-    arguments key str           more arguments of call `key`; kept until that has begun
+    arguments key str           more arguments of call `key` (never None); kept until it has begun
     extra key value             what must go back with that call
-    open key · closed key       a part has begun, is complete; an answer with an open one is cut
+    open key · closed key       a part has begun, is complete. Without a finish reason an answer with
+                                an open part is cut, whatever end marker comes
     grow name str               a text that must go back with the message, in pieces
     keep name key item          an item of a list that may have to go back; key None: a new item
     piece name key field str    one field of such an item grows
-    needed                      the items must go back
+    needed                      the items must go back, as every text of `grow`
     usage dict function         counts, merged into those so far; function(all counts) -> Usage
     refusal · alive             the model refuses, in words · a sign of life
     choice index                the facts that follow are of this one of several: 0 is taken
@@ -3061,7 +3067,7 @@ class _Collector:
         self.check: Callable[..., ProviderError | None] = lambda *_: None  #: is the time over?
         self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
-        self._finishes = finishes  #: a vendor's words exactly as they come, before _FINISHES
+        self._finishes = finishes  #: before _FINISHES; "stop" with calls becomes "tool_calls"
         self._names: Mapping[str, str] = {sent: own for own, sent in call.names.items()}
         self._begin()
 

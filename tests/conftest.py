@@ -21,6 +21,7 @@ _real_getaddrinfo = socket.getaddrinfo
 
 #: What a person may have set for their own use. Upper and lower case mean the same.
 _PREFIXES = ("OPENAI_", "LM_", "LMSTUDIO_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "OLLAMA_", "AZURE_")
+_ENDINGS = ("_PROXY", "_API_KEY", "_API_TOKEN", "_BASE_URL")
 _NAMES = ("NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "NO_COLOR", "FORCE_COLOR")
 #: Seconds that a thread has to end once its test is over.
@@ -69,7 +70,8 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key, address, proxy or colour setting of the person who runs the tests."""
     for name in list(os.environ):
         upper = name.upper()
-        if upper.endswith("_PROXY") or upper in _NAMES or upper.startswith(_PREFIXES):
+        ours = upper.endswith(_ENDINGS) or upper.startswith(_PREFIXES)
+        if ours or upper in _NAMES:
             monkeypatch.delenv(name)
 
 

@@ -29,8 +29,8 @@ MARKS = re.compile(
 PRIVATE = ("partial", "response", "errors")
 #: Parts of the names of files whose frames are looked at.
 FRAMES = (copilot_router.__file__, "/requests/", "/urllib3/", "/http/client")
-PROVIDERS = ("OpenAIProvider", "LMStudioProvider", "OllamaProvider", "AnthropicProvider",
-    "GeminiProvider")
+PROVIDERS = [name for name in copilot_router.__all__ if name.endswith("Provider")
+             and name not in ("LLMProvider", "ScriptedProvider")]
 
 
 class LeakWatch(logging.Handler):
