@@ -3043,8 +3043,8 @@ class _Collector:
     call key id name arguments  a tool call, or more of the one that has this key; None: of the last
     arguments key str           more arguments of call `key` (never None); kept until it has begun
     extra key value             what must go back with that call
-    open key · closed key       a part has begun, is complete. Without a finish reason an answer with
-                                an open part is cut, whatever end marker comes
+    open key · closed key       a part has begun, is complete. Without a finish reason an answer
+                                with an open part is cut, whatever end marker comes
     grow name str               a text that must go back with the message, in pieces
     keep name key item          an item of a list that may have to go back; key None: a new item
     piece name key field str    one field of such an item grows
