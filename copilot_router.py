@@ -986,9 +986,15 @@ class CircuitBreaker:
             return Ticket(self, record.era, False)
         now = self._clock()
         if now >= record.deadline and not (self._shared and self._shared.is_busy()):
-            old, new = self._change(lambda old: _admitted(old, now, self))
+            old, new = self._replace(lambda old: _admitted(old, now, self))
             if new is not old or new.state == "closed":
-                return Ticket(self, new.era, is_trial=new is not old)
+                ticket = Ticket(self, new.era, is_trial=new is not old)
+                try:
+                    self._deliver()
+                except BaseException:
+                    ticket.neutral()
+                    raise
+                return ticket
         with self._brief:
             self._rejected += 1
         if forced and self._record.deadline != math.inf:
@@ -1015,11 +1021,13 @@ class CircuitBreaker:
             now, era = self._clock(), record.era
             self._change(lambda old: _changed(old, deadline=now, span=0) if old.era == era else old)
 
-    def _change(self, change: _Change, ticket: Ticket | None = None) -> _Step:
-        keep = self._change_alone if self._shared is None else self._shared.change
-        step = keep(change, ticket)
+    def _change(self, change: _Change, ticket: Ticket | None = None) -> None:
+        self._replace(change, ticket)
         self._deliver()
-        return step
+
+    def _replace(self, change: _Change, ticket: Ticket | None = None) -> _Step:
+        keep = self._change_alone if self._shared is None else self._shared.change
+        return keep(change, ticket)
 
     def _change_alone(self, change: _Change, ticket: Ticket | None = None) -> _Step:
         while True:
@@ -1071,7 +1079,7 @@ class CircuitBreaker:
         """A child has locks anew, and leaves a trial to its parent."""
         self._set_up()
         if self._shared is not None:
-            self._share(self._shared._store)
+            self._shared.begin()
         elif self._record.state == "half_open":
             self._record = _begun(self._record, "open", self._clock(), 0.0)
 
@@ -1125,13 +1133,17 @@ class _SharedView:
         self._seen: int | None = -1  #: the stored generation; None: no record; -1: unknown
         self._offset = 0.0  #: the store's time less the breaker's
         self._down, self._pause = False, 0.0  #: the store is left alone, for seconds that grow
-        self._lock = threading.Lock()
-        self._in_store = math.inf  #: since when the store is asked
-        self._next_read = -math.inf
         self._overtaken = False  #: others have changed the record alone
+        self.begin()
         self._outage = _Outage()
         with contextlib.suppress(TypeError):  # a store without weak references, an unhashable clock
             self._outage = _outages.setdefault(store, {}).setdefault(breaker._clock, self._outage)
+
+    def begin(self) -> None:
+        """At first, and in a forked child: the store is asked anew."""
+        self._lock = threading.Lock()
+        self._in_store = math.inf  #: since when the store is asked
+        self._next_read = -math.inf
 
     def is_busy(self) -> bool:
         """Whether the store is asked now, and does not hang."""
@@ -1173,7 +1185,8 @@ class _SharedView:
             self._seen = None
         elif record is not None and record.generation != self._seen:
             newer = record.generation > mine.generation or record.state != mine.state == "closed"
-            wins = {"shared": True, "ahead": newer, "own": record.state != "closed"}
+            opens = record.state != "closed" or mine.state == "closed"  # it ends no outage of ours
+            wins = {"shared": True, "ahead": newer and opens, "own": record.state != "closed"}
             if wins[self._standing]:
                 left = min(max(record.deadline - store_now, 0.0), record.span)
                 new = record._replace(deadline=breaker._clock() + left)
@@ -1216,6 +1229,8 @@ class _SharedView:
                 break
             self._try(self._load)  # another process was quicker
         old, new = breaker._change_alone(change, ticket)
+        if new is old:
+            return old, new
         trial = ticket is not None and ticket.is_trial and ticket._era == old.era
         if local and trial and self._standing == "shared":
             given_back = _begun(old, "open", breaker._clock(), 0.0)  # to the others
@@ -1225,7 +1240,7 @@ class _SharedView:
             self._standing = "own"
             if new.state == "closed":
                 self._standing, self._seen, self._next_read = "shared", -1, -math.inf
-        elif new is not old and not counts:
+        elif not counts:
             self._standing = "ahead"
         return old, new
 
@@ -5921,7 +5936,10 @@ class _Run:
             try:
                 attempt.send()
             except BaseException as error:
-                pause = attempt.failed(error, retries, may_wait)
+                try:
+                    pause = attempt.failed(error, retries, may_wait)
+                finally:
+                    attempt.ticket.neutral()  # does nothing unless a signal broke into failed()
                 if isinstance(error, RateLimited):
                     may_wait = False
                 else:
@@ -5949,11 +5967,15 @@ class _Run:
             ticket = tier.breaker._try_admit(tier.role == "emergency")
             if ticket is None:
                 break
-            attempt = _Try(self, tier, model, ticket)
-            if places is not None:
-                until = attempt.start if self._later_ready(tier) else self.deadline
-                attempt.place = places.take(until, self.clock)
-                attempt.start = self.clock()
+            try:
+                attempt = _Try(self, tier, model, ticket)
+                if places is not None:
+                    until = attempt.start if self._later_ready(tier) else self.deadline
+                    attempt.place = places.take(until, self.clock)
+                    attempt.start = self.clock()
+            except BaseException:
+                ticket.neutral()
+                raise
             if places is not None and attempt.place is None:
                 error = CircuitOpen(f"{tier.name} is busy")
             elif attempt.start >= self.deadline:  # a store, a full tier or a listener took the time
@@ -6082,6 +6104,8 @@ class _Run:
         tier, model, response = attempt.tier, attempt.model, attempt.response
         found: Any = error if response is None else response
         inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
+        if not (isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)):
+            inner = ()  # a custom error may call something else so
         usage: Any = getattr(found, "usage", None)
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))

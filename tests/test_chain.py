@@ -881,6 +881,27 @@ def test_no_frame_of_an_error_holds_prompt_answer_or_key(case, way):
     assert shown_by_frames(left) == []
 
 
+def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
+    """In a listener, while it waits for its place, and while its failure is noted."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    events = {"event": "half_open"}
+    def on_event(event):
+        if event.data.get("new") == events["event"]:
+            interrupt()
+    for place in ("listener", "place", "failed"):
+        one = tier("a", ServerError, "fine", max_concurrency=1, retries=0)
+        chain = chain_of(clock, one, on_event=on_event if place == "listener" else None)
+        one.breaker.open(1)
+        clock.advance(2)
+        if place == "place":
+            one._slots.take = interrupt
+        elif place == "failed":
+            one._count = interrupt
+        error_of(KeyboardInterrupt, chain.chat, "q")
+        assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
+
+
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
     error_of(ConfigError, chat, "hi", match="usage is a dict")

@@ -567,6 +567,47 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
     assert one.is_closed and other.is_closed and shared.loads == 4
 
 
+def test_a_store_that_is_back_ends_no_outage_that_was_found_alone(clock, shared):
+    """Not by the record of another process that has opened and recovered alone, too."""
+    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
+    shared.error = DOWN
+    one.admit().failure()
+    clock.advance(16)
+    one.admit().success()
+    other.admit().failure()
+    shared.error = None
+    clock.advance(5)
+    assert one.is_closed and other.is_open
+    clock.advance(1)
+    assert one.is_open and other.retry_after == 9
+
+
+def test_local_trouble_on_top_of_a_shared_outage_changes_nothing(clock, shared):
+    shared.shares_local_errors = False
+    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
+    late = one.admit()
+    other.admit().failure()
+    clock.advance(1)
+    assert one.is_open
+    with suppress(ProviderUnavailable), late:
+        raise ProviderUnavailable("no")
+    clock.advance(14)
+    assert other.admit().is_trial and error_of(CircuitOpen, one.admit)
+
+
+@needs_fork
+def test_a_forked_child_keeps_an_outage_that_the_store_does_not_know(clock, shared):
+    breaker = breaker_on(shared, clock, failure_threshold=1)
+    assert breaker.is_closed
+    shared.error = DOWN
+    breaker.admit().failure()
+    shared.error = None
+    clock.advance(5)
+    if (child := os.fork()) == 0:
+        os._exit(0 if breaker.is_open else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 # -- SQLite
 def open_files(path: Path) -> list[str]:
     found = []
