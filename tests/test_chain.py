@@ -376,13 +376,6 @@ def test_too_little_memory_while_an_answer_is_read_fails_over(error, kind, way):
     assert (chain.health()[0].last_error or "").startswith("InvalidResponse")
 
 
-def test_an_answer_nested_too_deeply_fails_over():
-    deep = b"[" * 100_000
-    with ChatServer(HEAD + b"data: " + deep + b"\n\n", whole("x")) as server:
-        chain = FailoverChain([server.tier("a"), server.tier("b")])
-        assert chain.chat("hi").provider == "b" and failures(chain) == 1
-
-
 # -- emergency and waiting
 def test_emergency_is_asked_even_while_open_unless_forced(clock):
     chain = chain_of(clock, tier("a", ProviderUnavailable), tier("e", "x", role="emergency"))

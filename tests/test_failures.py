@@ -538,14 +538,15 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
       for left, seconds in (("0", 7.0), ("1", None))),
     (429, {"retry-after-ms": "0", "retry-after": "1"}, "", 1.0),
     (429, {"retry-after-ms": "2500", "retry-after": "2"}, "", 2.5),
-    (429, {"retry-after-ms": "250"}, "", 0.25),
+    (429, {"retry-after-ms": "250"}, "", 0.25), (429, {"Retry-After": "30.4"}, "", 30.4),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000, 1000)}, "", 4000.0),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000)}, "", 4000.0),
     (429, {"anthropic-ratelimit-requests-reset": "2000-01-01T00:00:00Z"}, "", 0.0),
     (429, {"x-ratelimit-reset-tokens": " 1h2m3s. "}, "", 3723.0),
     (429, {"x-ratelimit-reset-tokens": "120ms", "x-ratelimit-reset-requests": "1s"}, "", 1.0),
     (429, {"x-ratelimit-reset-tokens": "soon"}, "", None),
-    *((429, {"Retry-After": odd}, "", None) for odd in ("nan", "inf", "-1", "", "1 January")),
+    *((429, {"Retry-After": odd}, "", None) for odd in (
+        "nan", "inf", "-1", "", "1 January", "soon", "Thu, 99 Foo 1970 99:00:00 GMT")),
     *((429, {}, text, seconds) for text, seconds in (
         ("Please wait 42342 seconds before retrying.", 42342.0), ("try again in 6m0s", 360.0),
         ("try again in 120ms", 0.12), ("retry after 20 seconds", 20.0), ("retry after 20", 20.0),
