@@ -192,8 +192,6 @@ def test_wrong_types_are_an_invalid_response(chunk: Any) -> None:
     whole = json.loads(json.dumps(chunk).replace("delta", "message"))
     for wire in (stream(delta(content="x"), chunk, STOP), reply(whole)):
         assert isinstance(read("chat", wire), InvalidResponse)
-    for nothing in ({}, {"id": "x"}, {"choices": []}, [], 5, "x", None):
-        assert isinstance(read("chat", reply(nothing)), InvalidResponse)
 
 
 def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
@@ -488,7 +486,6 @@ def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
         assert isinstance(read("lmstudio", reply(none, status)), ModelNotFound)
     assert isinstance(read("lmstudio", reply(message(content=""))), EmptyResponse)
     assert read("lmstudio", reply({**message(content="x"), "model": "loaded"})).model == "loaded"
-    assert "model" not in sent("lmstudio", model=None)
 
 
 # -- the Responses API
@@ -603,7 +600,6 @@ def test_responses_body_in_full() -> None:
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {
         "type": "function", "name": "f"}
-    assert "model" not in sent("responses", model=None)
 
 
 def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
