@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -239,10 +238,3 @@ def test_conftest_finds_what_it_is_for_and_nothing_else(outcomes: str, name: str
     assert lines
     assert bool(ill) == (told is not None)
     assert all((told or "") in line for line in ill)
-
-
-def test_loopback_behaves_as_ever() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = listener.getsockname()
-        with socket.create_connection(address) as client:
-            assert client.getpeername() == address

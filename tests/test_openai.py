@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from support.fakes import error_of
 from support.server import (STOP, TOOLS, USER, Server, delta,
     message, piece, read, reply, sent, stream, talking)
-from support.vendors import KEY, Chat, Reply, Responses, detour
+from support.vendors import KEY, Chat, Reply, faked
 
 from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, FailoverChain,
     InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, ProviderTier,
@@ -19,13 +17,6 @@ from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, Failover
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "cold"}
-
-
-@contextmanager
-def openai(*script: Any, models: tuple[str, ...] = ("m",), **settings: Any) -> Iterator[Any]:
-    """OpenAI's own address, which leads to a fake that enforces its rules."""
-    with Responses(*script, models=models) as vendor, detour(vendor) as session:
-        yield OpenAIProvider(KEY, session=session, **settings), vendor
 
 
 def both(finish: str, **fields: Any) -> list[bytes]:
@@ -202,16 +193,6 @@ def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
         assert (response.text, response.usage.prompt_tokens) == ("x", 3)
 
 
-def test_errors_inside_a_stream_stand_in_many_places() -> None:
-    begun = delta(content="x")
-    for event in ({"error": "x"}, {"error": {"message": "x"}}, {"error": ["x"]}, delta("error"),
-                  {"object": "error", "message": "x"}, {"choices": [{"error": {"code": 502}}]},
-                  b'event: error\ndata: {"message": "x"}\n\n',
-                  b'error: {"code": 500, "message": "it broke", "type": "server_error"}\n\n'):
-        found = read("chat", stream(begun, event, done=True))
-        assert isinstance(found, (InvalidResponse, ServerError)), event
-
-
 # -- requests of Chat Completions
 def test_a_body_in_full() -> None:
     options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3}}
@@ -232,8 +213,8 @@ def test_openai_gets_developers_parts_and_its_own_token_limit_and_others_do_not(
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = [{"role": "developer", "content": "s"},
              {"role": "user", "content": parts, "name": "ann"}]
-    with openai() as (provider, vendor):
-        provider.chat(asked, model="m", max_tokens=9)
+    with faked("auto") as (vendor, provider):
+        provider.chat(asked, model="m-1", max_tokens=9)
         assert vendor.bodies[0]["messages"] == asked
         assert vendor.bodies[0]["max_completion_tokens"] == 9
     for kind in ("chat", "lmstudio"):
@@ -465,7 +446,7 @@ def test_a_servers_own_kind_of_tool_is_sent_as_it_is() -> None:
 
 def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> None:
     said = Reply(calls=[("f", {})], thinking="a thought")
-    with Chat(said, thinking=True) as vendor, openai() as (official, fake):
+    with Chat(said, thinking=True) as vendor, faked("auto") as (fake, official):
         provider = OpenAIProvider(KEY, vendor.url)
         found = provider.chat([USER], TOOLS, "m-1").message
         history = [USER, found, {**RESULT, "tool_call_id": found["tool_calls"][0]["id"]}]
@@ -474,7 +455,7 @@ def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> Non
         bare = {"role": "assistant", "content": None, "tool_calls": found["tool_calls"]}
         foreign = [USER, bare, history[2]]
         assert provider.chat(foreign, TOOLS, "m-1").text == "ok"
-        assert official.chat(history, TOOLS, "m").text == "ok"
+        assert official.chat(history, TOOLS, "m-1").text == "ok"
         assert fake.bodies[0]["messages"][1] == bare
         provider.close()
 
@@ -585,12 +566,12 @@ def test_responses_status_and_reasons() -> None:
 
 
 def test_responses_body_in_full() -> None:
-    with openai(api="responses") as (provider, vendor):
-        provider.chat("q", TOOLS, "m", temperature=0.1, top_p=0.2, user="u", max_tokens=50,
+    with faked("responses") as (vendor, provider):
+        provider.chat("q", TOOLS, "m-1", temperature=0.1, top_p=0.2, user="u", max_tokens=50,
                       parallel_tool_calls=False, reasoning_effort="low", tool_choice="required",
                       response_format={"type": "json_object"})
     tool = {"type": "function", **TOOLS[0]["function"], "strict": False}
-    assert vendor.bodies == [{"model": "m", "store": False,
+    assert vendor.bodies == [{"model": "m-1", "store": False,
         "include": ["reasoning.encrypted_content"], "stream": True,
         "input": [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}],
         "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "user": "u",
@@ -605,12 +586,12 @@ def test_responses_body_in_full() -> None:
 def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
     """No model is listed: its own error moves it, and another model stays."""
     models = ("gpt-6-sol", "gpt-6-astra", "m")
-    with openai(models=models) as (provider, vendor):
+    with faked("auto", models=models) as (vendor, provider):
         for model in ("gpt-6-sol", "gpt-6-astra", "gpt-6-astra", "m"):
             assert provider.chat("q", TOOLS, model).text == "ok"
         assert [request.path.rsplit("/", 1)[1] for request in vendor.requests] == [
             "completions", "responses", "completions", "responses", "responses", "completions"]
-    with openai(models=models, api="chat") as (provider, vendor):
+    with faked("openai", models=models) as (vendor, provider):
         assert provider.chat("q", TOOLS, "gpt-6-sol", reasoning_effort="low").text == "ok"
         assert [body["reasoning_effort"] for body in vendor.bodies] == ["low", "none"]
         error_of(UnsupportedRequest, provider.chat, "q", TOOLS, "gpt-6-astra")
@@ -624,9 +605,9 @@ def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
     "mean to use v1/responses?"])
 def test_auto_moves_whenever_the_server_says_so(status: int, tools: Any, text: str) -> None:
     refusal = reply({"error": {"message": text, "type": "invalid_request_error"}}, status)
-    with openai(refusal) as (provider, vendor):
+    with faked("auto", refusal) as (vendor, provider):
         for _ in range(2):
-            assert provider.chat("q", tools, "m").text == "ok"
+            assert provider.chat("q", tools, "m-1").text == "ok"
         assert [request.path.rsplit("/", 1)[1] for request in vendor.requests] == [
             "completions", "responses", "responses"]
 
@@ -636,6 +617,6 @@ def test_a_path_that_is_not_there_moves_nothing() -> None:
     with talking("chat", missing, api="auto") as (provider, server):
         error_of(ProviderUnavailable, provider.chat, "q", TOOLS, "m", timeout=5)
         assert len(server.requests) == 1
-    with openai(reply({"error": {"message": "bad"}}, 400)) as (provider, vendor):
-        error_of(BadRequest, provider.chat, "q", TOOLS, "m")
+    with faked("auto", reply({"error": {"message": "bad"}}, 400)) as (vendor, provider):
+        error_of(BadRequest, provider.chat, "q", TOOLS, "m-1")
         assert len(vendor.requests) == 1

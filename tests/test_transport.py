@@ -417,14 +417,10 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
         assert server.connections == 1
 
 
-def test_an_empty_body_is_called_so() -> None:
-    with Peer(says(OK + b"Content-Length: 0\r\n\r\n")) as server, provider(server.url) as client:
-        fails(client, InvalidResponse, match="an empty body")
-
-
-def test_a_whole_answer_needs_its_last_chunk_and_an_end_of_its_trailers() -> None:
+def test_a_whole_answer_needs_a_body_its_last_chunk_and_an_end_of_its_trailers() -> None:
     body = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE).removesuffix(b"0\r\n\r\n")
-    for data, match in ((body, "truncated"), (body + b"0\r\n" + bytes(70_000), "garbled HTTP")):
+    for data, match in ((body, "truncated"), (body + b"0\r\n" + bytes(70_000), "garbled HTTP"),
+                        (OK + b"Content-Length: 0\r\n\r\n", "an empty body")):
         with Peer(says(data, keep=False)) as server, provider(server.url) as client:
             fails(client, InvalidResponse, match=match)
 
@@ -627,7 +623,7 @@ class SecurePeer(Peer):
 
 
 def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any,
-        answers: int = sys.maxsize) -> bool:
+        answers: int = 0) -> bool:
     """The answer to CONNECT, and TLS inside of the tunnel: healthy, or silent without a context."""
     connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
     if context is None:
@@ -656,25 +652,16 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             fails(client, ProviderTimeout, "drip", timeout=0.5, seconds=0.5)
 
 
-def test_a_tunnel_through_a_proxy_is_kept(tls: Any, proxied: Any,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("answers", "connections"), [(sys.maxsize, 1), (1, 3)])
+def test_a_tunnel_through_a_proxy_is_kept_and_made_anew_when_it_has_ended(answers: int,
+        connections: int, tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     context, certificate = tls
-    with Peer(lambda server, connection, request: tunnel(context, server, connection)) as proxy:
+    with Peer(lambda server, connection, _: tunnel(context, server, connection, answers)) as proxy:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
-        assert proxy.connections == 1
+        assert proxy.connections == connections
         assert KEY.encode() not in proxy.requests[0]
-
-
-def test_a_kept_tunnel_that_has_ended_is_made_anew_once(tls: Any, proxied: Any,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    context, certificate = tls
-    with Peer(lambda server, connection, _: tunnel(context, server, connection, 1)) as proxy:
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with proxied(f"http://127.0.0.1:{proxy.port}") as client:
-            assert [ask(client) for _ in range(3)] == ["good"] * 3
-        assert proxy.connections == 3
 
 
 def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,

@@ -675,10 +675,14 @@ def test_null_arguments_are_empty_unless_the_tool_requires_some(tools: Any, argu
 
 @pytest.mark.parametrize("frame", [{"detail": "late"}, {"errors": ["late"]},
     {"type": "error", "message": "late"}, {"code": 500, "message": "late"}, {"status": "error"},
-    {"status_code": 503}, {"choices": None, "base_resp": {"status_code": 1000, "status_msg": "x"}}])
+    {"status_code": 503}, {"choices": None, "base_resp": {"status_code": 1000, "status_msg": "x"}},
+    {"error": {"message": "x"}}, {"error": ["x"]}, {"object": "error", "message": "x"},
+    {"choices": [{"error": {"code": 502}}]}])
 def test_an_error_of_any_form_behind_text_is_an_error(frame: Any) -> None:
-    wire = stream(delta(content="half an "), frame, STOP, done=True)
-    assert isinstance(read("chat", wire), ProviderError)
+    """Also where no end follows it."""
+    for end in ([STOP], []):
+        wire = stream(delta(content="half an "), frame, *end, done=True)
+        assert isinstance(read("chat", wire), (InvalidResponse, ServerError))
 
 
 def test_many_small_calls_and_items_are_read_in_linear_time_and_memory() -> None:

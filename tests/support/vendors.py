@@ -827,9 +827,10 @@ MODELS = ("m-1", "m-2")
 @contextmanager
 def faked(name: str, *script: Any, models: tuple[str, ...] = MODELS,
         **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """A vendor that enforces its rules, and a provider for it; OpenAI under its own address."""
-    if name in ("openai", "responses"):
-        api = "chat" if name == "openai" else "responses"
+    """A vendor that enforces its rules, and a provider for it; OpenAI under its own address: with
+    Chat Completions, "responses" alone, or "auto"."""
+    if name not in KINDS:
+        api = "chat" if name == "openai" else name
         with Responses(*script, models=models) as vendor, detour(vendor) as session:
             yield vendor, OpenAIProvider(KEY, session=session, **{"api": api, **settings})
         return
