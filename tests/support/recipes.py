@@ -1,4 +1,5 @@
-"""What the recipes need: two chat servers, the environment, and a web server for their views."""
+"""What the recipes need: two chat servers that play a script, the environment, and a web server for
+their views."""
 
 from __future__ import annotations
 
@@ -10,13 +11,18 @@ import re
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.chat_server import ChatServer
+from support import dialects
+from support.server import HEAD, Server, delta, parsed, reply, sse
+
+from copilot_router import Usage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -36,6 +42,77 @@ for path in ("/ask", "/ask-async"):
         print(json.dumps([seen.status_code, seen.headers.get("Retry-After"), seen.json()]))
     django_view.chain().reset()
 """
+
+
+@dataclass(frozen=True)
+class Answer(dialects.Answer):
+    """An answer of the model. Each piece of text is an event of a stream."""
+    text: tuple[str, ...] = ("ok",)
+    usage: Usage = field(default_factory=lambda: Usage(20, 15))
+    broken: bool = False  #: the connection is closed instead of the end
+    gate: threading.Semaphore | None = None  #: acquired before each text and before the end
+
+
+@dataclass
+class Refusal:
+    """A status with an error body."""
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    message: str = "no"
+
+
+class Endless:
+    """Text without end. ``gone`` is released when the client hangs up."""
+    def __init__(self) -> None:
+        self.gone = threading.Semaphore(0)
+
+
+BROKEN, BUSY = Refusal(500), Refusal(429, {"Retry-After": "30"})
+
+
+class Luna(dialects.Chat):
+    model = "gpt-6-luna"
+
+
+class ChatServer(Server):
+    """Each request takes the next item of ``script``, or "ok" where it is empty."""
+    def __init__(self) -> None:
+        self.script: deque[Any] = deque()
+        super().__init__(self._told)
+        self.url += "/v1"
+
+    def _told(self, _: Server, connection: Any, request: bytes) -> bool:
+        item = self.script.popleft() if self.script else Answer()
+        if isinstance(item, Refusal):
+            error = {"error": {"message": item.message}}
+            connection.sendall(reply(error, item.status, **item.headers))
+        elif isinstance(item, Endless):
+            self._endless(item, connection)
+        elif parsed(request).body.get("stream"):
+            self._stream(item, connection)
+        else:
+            connection.sendall(reply(Luna().body(item)))
+        return False
+
+    @staticmethod
+    def _stream(item: Answer, connection: Any) -> None:
+        connection.sendall(HEAD)
+        for event in Luna().events(item):
+            ends = b'"finish_reason": "' in event
+            if ends and item.broken:
+                return
+            waits = ends or any(json.dumps(text).encode() in event for text in item.text)
+            assert not (item.gate and waits) or item.gate.acquire(timeout=20)
+            connection.sendall(event)
+
+    def _endless(self, item: Endless, connection: Any) -> None:
+        connection.sendall(HEAD)
+        try:
+            while True:
+                connection.sendall(sse(delta(content="more ")))
+                self.stopping.wait(0.01)
+        finally:
+            item.gone.release()
 
 
 class Machine(NamedTuple):
