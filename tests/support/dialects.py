@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
-from support.server import KEY, MAKERS, parsed, reply
+from support.server import KEY, MAKERS, parsed, reply, sse
 
 from copilot_router import (AuthenticationError, ContextLengthExceeded, InvalidResponse,
     ModelNotFound, Overloaded, RateLimited, ServerError, Usage)
@@ -41,9 +41,8 @@ def cut(text: str, pieces: int) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(places)]
 
 
-def sse(data: Any, name: str = "") -> bytes:
-    text = data if isinstance(data, str) else json.dumps(data)
-    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+def event(kind: str, **fields: Any) -> bytes:
+    return sse({"type": kind, **fields})
 
 
 class Dialect:
@@ -160,7 +159,7 @@ class Chat(Dialect):
         found.append(chunk({}, answer.finish))
         found.append(sse({"id": "c1", "model": self.model, "choices": [],
                           "usage": self.usage(answer.usage)}))
-        return [*found, sse("[DONE]")]
+        return [*found, sse(done=True)]
 
 
 class LMStudio(Chat):
@@ -178,11 +177,9 @@ class LMStudio(Chat):
 class Responses(Dialect):
     name = "responses"
     failures = openai_failures()
-    idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
-               "response.created")
-    broken = (sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
-        "output": [], "error": {"code": "rate_limit_exceeded", "message": "Rate limit reached"}}},
-        "response.failed"), RateLimited)
+    idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}})
+    broken = sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
+        "output": [], "error": {"code": "rate_limit_exceeded", "message": "x"}}}), RateLimited
     needs_model = False
 
     def items(self, answer: Answer) -> list[dict[str, Any]]:
@@ -214,8 +211,6 @@ class Responses(Dialect):
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens}}
 
     def events(self, answer: Answer) -> list[bytes]:
-        def event(kind: str, **fields: Any) -> bytes:
-            return sse({"type": kind, **fields}, kind)
         found = [event("response.created", response={"id": "resp_1", "status": "in_progress"})]
         for at, item in enumerate(self.items(answer)):
             hollow = {**item, "status": "in_progress"}
@@ -243,13 +238,12 @@ class Responses(Dialect):
 
 class Anthropic(Dialect):
     name = "anthropic"
-    broken = (sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
-        "request_id": "r"}, "error"), Overloaded)
+    broken = sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
+                  "request_id": "r"}), Overloaded
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
     ping_path = "/v1/models?limit=1"
-    idle = (sse({"type": "message_start",
-        "message": {"id": "msg_1", "model": "m", "content": [], "usage": {}}}, "message_start")
-        + sse({"type": "ping"}, "ping"))
+    idle = sse({"type": "message_start",
+        "message": {"id": "msg_1", "model": "m", "content": [], "usage": {}}}, {"type": "ping"})
 
     @staticmethod
     def error(status: int, kind: type, type_: str, message: str, wait: float | None = None,
@@ -301,8 +295,6 @@ class Anthropic(Dialect):
                 "usage": {**self.inputs(answer.usage), **self.outputs(answer.usage)}}
 
     def events(self, answer: Answer) -> list[bytes]:
-        def event(kind: str, **fields: Any) -> bytes:
-            return sse({"type": kind, **fields}, kind)
         start = {"id": "msg_1", "type": "message", "role": "assistant", "model": self.model,
                  "content": [], "stop_reason": None,
                  "usage": {**self.inputs(answer.usage), "output_tokens": 1}}
@@ -458,19 +450,17 @@ def dialect(request: pytest.FixtureRequest) -> Dialect:
 
 
 # -- HTTP
-def head(dialect: Dialect, **headers: str) -> bytes:
-    lines = ["HTTP/1.1 200 OK", f"Content-Type: {dialect.stream_kind}",
-             "Transfer-Encoding: chunked"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+def head(dialect: Dialect) -> bytes:
+    kind = f"Content-Type: {dialect.stream_kind}"
+    return f"HTTP/1.1 200 OK\r\n{kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
 
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def streamed(dialect: Dialect, events: list[bytes], **headers: str) -> bytes:
-    return head(dialect, **headers) + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
+def streamed(dialect: Dialect, events: list[bytes]) -> bytes:
+    return head(dialect) + b"".join(map(chunk, events)) + b"0\r\n\r\n"
 
 
 def answers(dialect: Dialect, make: Callable[[dict[str, Any]], Answer]) -> Callable[..., bool]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from support import dialects as forms
 from support.dialects import Answer
-from support.server import Peer
+from support.server import Peer, Request, parsed, sse
 
 from copilot_router import (AuthenticationError, BadRequest, ContentFiltered, ContextLengthExceeded,
     EmptyResponse, InvalidResponse, ModelNotFound, Overloaded, ProviderTimeout, ProviderUnavailable,
@@ -86,7 +86,7 @@ class Dialect:
 
     def frame(self, item: Any) -> bytes:
         """One event as it is sent."""
-        return forms.sse(item)
+        return sse(item)
 
 
 #: A refusal's kind -> its status.
@@ -110,15 +110,11 @@ class Responses(Dialect):
 
 class Anthropic(Dialect):
     form, name, path = forms.Anthropic(), "anthropic", "/messages"
-    keep_alive = forms.sse({"type": "ping"}, "ping")
-    end = forms.sse({"type": "message_stop"}, "message_stop")
+    keep_alive, end = sse({"type": "ping"}), sse({"type": "message_stop"})
     refusals = _refusals("rate_limit_error api_error overloaded_error")
 
     def refusal(self, kind: str) -> dict[str, Any]:
         return {"type": "error", **says(f"this is {kind}", type=self.refusals[kind])}
-
-    def frame(self, item: Any) -> bytes:
-        return forms.sse(item, item["type"])
 
 
 class Gemini(Dialect):
@@ -163,13 +159,12 @@ class Exchange:
 
     The connection is closed at the end of a fault unless ``keep`` is set.
     """
-    def __init__(self, server: FaultServer, connection: socket.socket, asked: Any, head: bytes,
-            path: str) -> None:
+    def __init__(self, server: FaultServer, connection: socket.socket, request: Request) -> None:
         self.server, self.connection, self.dialect = server, connection, server.dialect
-        self.asked = asked  #: the body of the request
-        self.key = self._key_in(head)  #: what the client authenticated itself with
+        self.asked = request.body
+        self.key = request.headers.get("authorization", "").removeprefix("Bearer ")
         dialect = self.dialect
-        self.model, self.prompt, self.stream = dialect.asked(path, asked)
+        self.model, self.prompt, self.stream = dialect.asked(request.path, request.body)
         self.number = 0  #: which request for this fault this is, from 1
         self.keep = False
         self.keep_alive = dialect.keep_alive if self.stream else b"\n"
@@ -189,14 +184,6 @@ class Exchange:
             self.opening = b"{"
             self.complete = self.body = self.whole
             self.part = self.whole[: len(self.whole) * 2 // 3]
-
-    @staticmethod
-    def _key_in(head: bytes) -> str:
-        for line in head.decode("latin-1").split("\r\n"):
-            name, _, value = line.partition(":")
-            if name.lower() in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
-                return value.strip().removeprefix("Bearer ")
-        return ""
 
     def told(self, texts: list[str]) -> bytes:
         """The beginning of a stream, as far as these texts."""
@@ -306,14 +293,13 @@ class FaultServer(Peer):
     def _exchange(self, connection: socket.socket, request: bytes) -> bool:
         now = time.monotonic()
         self.requests.clear()  # the log is enough, and takes less room
-        head, _, body = request.partition(b"\r\n\r\n")
-        method, path, _ = head.decode("latin-1").split(" ", 2)
-        if method != "POST" or self.dialect.path not in path:
+        asked = parsed(request)
+        if not asked.body or self.dialect.path not in asked.path:
             stolen = b'{"choices": [{"message": {"content": "from elsewhere"}}], "data": []}'
             top = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
             connection.sendall(top % len(stolen) + stolen)
             return True
-        x = Exchange(self, connection, json.loads(body), head, path)
+        x = Exchange(self, connection, asked)
         row = BY_NAME[self._pick(x.model) if self._pick else x.model]
         with self._numbering:
             x.number = self._seen[row.name] = self._seen.get(row.name, 0) + 1
