@@ -8,7 +8,7 @@ import pytest
 from support.fakes import Limits, calls, error_of, outcomes, scripted, tier
 
 from copilot_router import (AllProvidersFailed, BadRequest, EscalationFailed, FailoverChain,
-    LLMResponse, ProviderTier, ProviderUnavailable, Usage)
+    ProviderTier, ProviderUnavailable)
 
 MARKED = "[ESCALATE] too hard"
 
@@ -162,10 +162,3 @@ def test_an_escalation_has_five_times_the_silence_limits():
     chain.chat("q")
     chain.chat("q", tiers=["b", "c"])
     assert [first for first, _ in strong.seen] == [5, 1]
-
-
-def test_costs_of_both_sides_add_up():
-    million = Usage(10**6, 0)
-    weak = tier("weak", LLMResponse(MARKED, usage=million), prices=(1, 1))
-    chain = ladder(weak, tier("strong", LLMResponse("x", usage=million), prices=(5, 5)))
-    assert chain.chat("hi").cost == 6.0

@@ -20,7 +20,7 @@ import urllib3
 from support.fakes import error_of
 from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
     WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
-from support.server import Peer, Server, reply
+from support.server import Peer, Server, reply, sse
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
     ContentFiltered, ContextLengthExceeded, DeadlineExceeded, FailoverChain, GeminiProvider,
@@ -153,18 +153,17 @@ def test_the_table_of_faults_is_wide() -> None:
     assert sum(row.after for row in ROWS) >= 30
 
 
-@each_row
-def test_a_healthy_second_tier_answers(row: Row) -> None:
-    check_chat(row, Chat())
+both_ways = pytest.mark.parametrize("check", [check_chat, check_stream], ids=["chat", "stream"])
 
 
 @each_row
-def test_a_stream_fails_over_or_says_that_it_broke(row: Row) -> None:
-    check_stream(row, Chat())
+@both_ways
+def test_a_healthy_second_tier_answers_or_the_reader_is_told(row: Row, check: Any) -> None:
+    check(row, Chat())
 
 
 @pytest.mark.parametrize("dialect", DIALECTS[1:], ids=lambda dialect: dialect.name)
-@pytest.mark.parametrize("check", [check_chat, check_stream], ids=["chat", "stream"])
+@both_ways
 def test_every_wire_format_is_as_safe(dialect: type[Dialect], check: Any) -> None:
     """Each fault that is not of Chat Completions' own content; how much text is in half of the
     compressed bytes differs from format to format."""
@@ -728,26 +727,15 @@ HOSTILE = [piece * (SIZE // len(piece)) for piece in (
 def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
     """64 KiB of digits, blanks or half-matches, wherever a server's text is read."""
     limits = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset")
+    named = {"header": (*limits, "retry-after"), "id": ("x-request-id",)}.get(place, ())
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         text = HOSTILE[int(request.rpartition(b"hostile ")[2].partition(b'"')[0])]
-        status, body, headers = "429 No", says("no"), ""
-        if place == "message":
-            body = says(text)
-        elif place == "code":
-            body = says("no", code=text, type=text, param=text, status=text)
-        elif place in ("header", "id"):
-            names = (*limits, "retry-after") if place == "header" else ("x-request-id",)
-            one = text.encode("ascii", "replace").decode().strip()[: 65_000 // len(names)]
-            headers = "".join(f"{name}: {one}\r\n" for name in names)
-        elif place == "delay":
-            body = says("no", details=[{"retryDelay": text, "reason": text}])
-        elif place == "event":
-            status = "200 OK"
-        data = text.encode() if place == "page" else json.dumps(body).encode()
-        if place == "event":
-            data = b"data: " + json.dumps(says(text)).encode() + b"\n\n"
-        top = f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n{headers}\r\n"
-        connection.sendall(top.encode("latin-1") + data)
+        one = text.encode("ascii", "replace").decode().strip()[: 65_000 // max(1, len(named))]
+        body = {"message": says(text), "page": text.encode(), "event": sse(says(text)),
+            "code": says("no", code=text, type=text, param=text, status=text),
+            "delay": says("no", details=[{"retryDelay": text, "reason": text}])}
+        status, headers = 200 if place == "event" else 429, dict.fromkeys(named, one)
+        connection.sendall(reply(body.get(place, says("no")), status, **headers))
         return True
     with Peer(serve) as server:
         client = OpenAIProvider(KEY, server.url)

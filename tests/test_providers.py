@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 import responses
-from support.fakes import error_of
+from support.fakes import error_of, in_threads
 from support.server import Canned, Server, reply
 
 import copilot_router
@@ -153,8 +153,9 @@ def test_keys_and_addresses_of_the_environment(kind: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kind", CLOUDS)
 def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
-    with pytest.warns(UserWarning, match=VENDORS[kind][2][0]):
-        kind()
+    for key in (None, ""):
+        with pytest.warns(UserWarning, match=VENDORS[kind][2][0]):
+            kind(key)
 
 
 @pytest.mark.parametrize(("kind", "url", "goes"), [
@@ -359,39 +360,20 @@ def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.M
 
 
 def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's settings are looked up once, while the other thread waits at the lock."""
-    real, made_lock = requests.Session.merge_environment_settings, threading.Lock
-    looked, waits = threading.Semaphore(0), threading.Event()
+    """The environment's settings are looked up once, while the other threads wait at the lock."""
+    real, together = requests.Session.merge_environment_settings, threading.Barrier(8)
     made: list[Any] = []
-    class Lock:
-        def __init__(self) -> None:
-            self.lock = made_lock()
-
-        def __enter__(self) -> None:
-            if not self.lock.acquire(blocking=False):
-                waits.set()
-                self.lock.acquire()
-
-        def __exit__(self, *_: Any) -> None:
-            self.lock.release()
     def slowly(self: Any, *args: Any) -> Any:
         made.append(self)
-        looked.release()
-        assert waits.wait(5)
+        threading.Event().wait(0.1)  # by then the others stand at the lock
         return real(self, *args)
     monkeypatch.setattr(requests.Session, "merge_environment_settings", slowly)
     with Server(reply(WHOLE)) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading, "Lock", Lock)
-            client = OpenAIProvider(KEY, server.url)
-        threads = [threading.Thread(target=client.chat, args=("q", None, "m")) for _ in range(2)]
-        threads[0].start()
-        assert looked.acquire(timeout=5)
-        threads[1].start()
-        for thread in threads:
+        client = OpenAIProvider(KEY, server.url)
+        for thread in in_threads(8, lambda: (together.wait(5), client.chat("q", None, "m"))):
             thread.join()
         client.close()
-        assert (len(made), len(server.requests)) == (1, 2)
+        assert (len(made), len(server.requests)) == (1, 8)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

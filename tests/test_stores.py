@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import socketserver
 import sqlite3
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import pytest
 from support import stores
 from support.fakes import in_threads
+from support.server import Dripping
 from support.stores import (KINDS, SHARED_KINDS, FakeClock, Interrupted, PlainStore, Stage,
     StoreContract, Wrapped, at_each_line, done, end, error_of, fail, in_a_thread, needs_fork,
     needs_redis, python, seconds_of, spare_port)
@@ -848,30 +848,6 @@ def test_a_hung_server_costs_the_budget_once(redis_server):
     store.close()
 
 
-class Drip(socketserver.BaseRequestHandler):
-    def handle(self) -> None:
-        with suppress(OSError):
-            for piece in self.server.pieces:
-                self.request.sendall(piece)
-                if self.server.ended.wait(0.03):
-                    return
-            self.server.ended.wait(30)
-
-
-@contextmanager
-def dripping(pieces: list[bytes]) -> Iterator[str]:
-    """The URL of what may stand before a Redis: it sends its answer in pieces, with pauses."""
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
-        server.pieces, server.ended = pieces, threading.Event()
-        (thread,) = in_threads(1, lambda: server.serve_forever(0.01))
-        try:
-            yield f"redis://127.0.0.1:{server.server_address[1]}/0"
-        finally:
-            server.ended.set()
-            server.shutdown()
-            thread.join(10)
-
-
 def one_by_one(data: bytes) -> list[bytes]:
     return [bytes([one]) for one in data]
 
@@ -889,7 +865,8 @@ DRIPS: dict[str, list[bytes]] = {
 def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     """Also where the server keeps every single read shorter than the timeout."""
     pytest.importorskip("redis")
-    with dripping(DRIPS[what]) as url, closing(RedisStore(url, timeout=0.1)) as store:
+    with Dripping(*DRIPS[what]) as server, closing(
+            RedisStore(f"redis://127.0.0.1:{server.port}/0", timeout=0.1)) as store:
         start = time.monotonic()
         with suppress(Exception):
             operation(store)

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from requests.adapters import BaseAdapter, HTTPAdapter
@@ -113,6 +113,21 @@ class Peer:
             connection.sendall(data[at : at + 1])
             if self.stopping.wait(gap):
                 return
+
+
+class Dripping(Peer):
+    """Sends these pieces to whoever connects, with pauses between them, and then says nothing."""
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+        super().__init__(lambda *_: False)
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            for piece in self.pieces:
+                connection.sendall(piece)
+                self.stopping.wait(0.03)
+            self.stopping.wait(30)
+        self._threads.discard(threading.current_thread())
 
 
 def received(connection: socket.socket) -> bytes:
