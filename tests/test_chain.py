@@ -582,6 +582,7 @@ def test_a_custom_provider_sees_plain_messages():
     ({"stall_timeouts": 1}, TypeError, r"stall_timeouts.*\bstall_timeout\b"),
     ({"timout": 1}, TypeError, r"timout.*\btimeout\b"),
     ({"first_token_timeout": "5"}, ConfigError, "first_token_timeout"),
+    ({"timeout": -1}, ConfigError, "timeout=-1"),
     ({"stall_timeout": "5"}, ConfigError, "stall_timeout")])
 def test_a_bad_option_is_refused_before_anybody_is_asked(options, kind, match):
     provider = OpenAIProvider(KEY, "http://127.0.0.1:9/v1")
@@ -1055,7 +1056,6 @@ def test_a_nested_chain_that_does_not_serve_a_model_is_passed_over(clock):
     response = chain_of(clock, *tiers).chat("hi", model="big")
     assert outcomes(response.attempts) == ["a:failed", "nested:failed", "c:ok"]
     assert "ModelNotFound" in str(response.attempts[1].error)
-
 
 
 @pytest.mark.parametrize("refuse", [lambda: tier("i", ContextLengthExceeded, UnsupportedRequest),

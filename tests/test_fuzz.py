@@ -228,10 +228,7 @@ def test_a_damaged_body_raises_provider_errors_only(dialect: Dialect) -> None:
 
 def the_end(dialect: Dialect, events: list[bytes]) -> int:
     """How many bytes of a stream it takes until its finish reason has come in full."""
-    signs = {"anthropic": b'"type": "message_delta"', "gemini": b'"finishReason"',
-             "ollama": b'"done": true', "responses": b'"incomplete_details"'}
-    sign = signs.get(dialect.name, b'"finish_reason": "')
-    at = next(at for at, event in enumerate(events) if sign in event)
+    at = next(at for at, event in enumerate(events) if dialect.ends in event)
     return sum(map(len, events[:at])) + events[at].rindex(b"}") + 1
 
 

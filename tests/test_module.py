@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from support.server import Server, message, reply
 from support.stores import FakeClock, PlainStore, error_of, fail
 
 import copilot_router
@@ -19,25 +20,29 @@ KEY = "sk-test-module-key-1234567890"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """``load()``: the module once more, under another name; nothing of it acts at a real fork."""
-    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None, raising=False)
+    """``load()``: the module once more, under another name; nothing of it acts at a real fork.
+
+    ``load.fork(side)`` calls what it has registered, as a fork does.
+    """
+    hooks: list[dict[str, Any]] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
     def fresh() -> Any:
         spec: Any = importlib.util.spec_from_file_location("loaded_anew", copilot_router.__file__)
         made = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, made)
         spec.loader.exec_module(made)
         return made
+    def fork(side: str) -> None:
+        for when in ("before", side):
+            for hook in hooks:
+                hook.get(when, int)()
+    fresh.fork = fork  # type: ignore[attr-defined]
     return fresh
 
 
-def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any,
-        monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    hooks: list[dict[str, Any]] = []
-    monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
+def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_path: Any) -> None:
     module, clock = load(), FakeClock()
     sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
-    session = requests.Session()
-    providers = [module.LMStudioProvider(session=given) for given in (None, session)]
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
     shared = [
         module.CircuitBreaker(name=str(at), clock=clock, store=store)
@@ -47,13 +52,9 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any,
         fail(breaker)
         clock.advance(15)
         assert breaker.admit().is_trial
-    def fork(side: str) -> None:
-        for when in ("before", side):
-            for hook in hooks:
-                hook.get(when, int)()
-    fork("after_in_parent")
+    load.fork("after_in_parent")
     assert all(breaker.is_half_open for breaker in breakers)
-    fork("after_in_child")
+    load.fork("after_in_child")
     assert alone.admit().is_trial  # the other one is the parent's
     assert untouched.is_closed
     for breaker in shared:
@@ -63,11 +64,22 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any,
     shared[2].open()
     module.CircuitBreaker(name="2", clock=clock, store=plain).reset()  # of another process
     assert shared[2].is_open
-    fork("after_in_child")
+    load.fork("after_in_child")
     assert shared[2].is_closed  # the child does not go by what its parent has read
-    for provider in providers:
-        provider.close()
-    session.close()
+
+
+def test_a_forked_child_opens_a_session_of_its_own(load: Any) -> None:
+    """A user's session stays."""
+    module = load()
+    with Server(reply(message(content="fine"))) as server, requests.Session() as session:
+        providers = [module.OpenAIProvider(KEY, server.url, session=one) for one in (None, session)]
+        for side, connections in (("after_in_parent", 2), ("after_in_child", 3)):
+            load.fork(side)
+            for provider in providers * 2:
+                assert provider.chat("q", model="m", timeout=5).text == "fine"
+            assert server.connections == connections
+        for provider in providers:
+            provider.close()
 
 
 def test_a_system_without_fork(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
 import re
 import sys
 import threading
@@ -40,6 +38,7 @@ VENDORS: dict[Any, tuple[str, str, tuple[str, ...], str]] = {
         "ANTHROPIC_BASE_URL"),
     GeminiProvider: ("gemini", "https://generativelanguage.googleapis.com",
         ("GOOGLE_API_KEY", "GEMINI_API_KEY"), "")}
+KEY_HEADERS = ("Authorization", "x-api-key", "x-goog-api-key", "api-key")
 CLOUDS = [OpenAIProvider, AnthropicProvider, GeminiProvider]
 without_key = pytest.mark.filterwarnings("ignore:.* has no key")
 each_vendor = pytest.mark.parametrize("kind", VENDORS, ids=lambda kind: kind.__name__)
@@ -52,13 +51,17 @@ def mocked() -> Any:
         yield mock
 
 
-def key_sent(client: Any) -> str | None:
-    """The key that goes out with a request, under any of the vendors' headers."""
+def request_of(client: Any, **options: Any) -> Any:
+    """The request that a call sends."""
     with responses.RequestsMock() as mock:
         mock.post(re.compile(".*"), status=400, json={})
-        error_of(BadRequest, client.chat, "hi", model="m")
-        names = ("Authorization", "x-api-key", "x-goog-api-key", "api-key")
-        headers = mock.calls[0].request.headers
+        error_of(BadRequest, client.chat, "hi", model="m", **options)
+        return mock.calls[0].request
+
+
+def key_sent(client: Any) -> str | None:
+    """The key that goes out with a request, under any of the vendors' headers."""
+    names, headers = KEY_HEADERS, request_of(client).headers
     found = [headers[name].removeprefix("Bearer ") for name in names if name in headers]
     assert len(found) <= 1
     return found[0] if found else None
@@ -109,10 +112,7 @@ def test_an_address_without_scheme_is_refused_without_its_password(url: Any) -> 
         "https://h/v1beta/models/m:streamGenerateContent?alt=sse&k=1"),
     (OpenAIProvider, "https://h/a@b/v1", "https://h/a@b/v1/chat/completions")])
 def test_a_query_of_the_address_stands_behind_the_path(kind: Any, base: str, asked: str) -> None:
-    with responses.RequestsMock() as mock:
-        mock.post(re.compile(".*"), status=400, json={})
-        error_of(BadRequest, kind(KEY, base).chat, "hi", model="m")
-        assert mock.calls[0].request.url == asked
+    assert request_of(kind(KEY, base)).url == asked
 
 
 def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None:
@@ -270,21 +270,16 @@ def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
     """They go where OAuth wants them; a function usually returns them, since they expire."""
     for kind, base, token in ((OpenAIProvider, AZURE, "eyJh.eyJz.c2ln"),
             (GeminiProvider, "https://aiplatform.googleapis.com/v1/publishers/google", "ya29.c")):
-        with responses.RequestsMock() as mock:
-            mock.post(re.compile(".*"), status=400, json={})
-            error_of(BadRequest, kind(lambda token=token: token, base).chat, "hi", model="m")
-            sent = mock.calls[0].request.headers
+        sent = request_of(kind(lambda token=token: token, base)).headers
         assert sent["Authorization"] == f"Bearer {token}"
         assert "api-key" not in sent and "x-goog-api-key" not in sent
 
 
 def test_azure_has_its_own_header_and_limit() -> None:
-    azure = "https://r.openai.azure.com/openai/deployments/d"
-    with responses.RequestsMock() as mock:
-        mock.post(azure + "/chat/completions", json=WHOLE)
-        OpenAIProvider(KEY, azure + "?api-version=1").chat("hi", model="d", max_tokens=5)
-        assert mock.calls[0].request.headers["api-key"] == KEY
-        assert json.loads(mock.calls[0].request.body)["max_completion_tokens"] == 5
+    request = request_of(OpenAIProvider(KEY, AZURE + "?api-version=1"), max_tokens=5)
+    assert request.url == AZURE + "/chat/completions?api-version=1"
+    assert request.headers["api-key"] == KEY
+    assert json.loads(request.body)["max_completion_tokens"] == 5
 
 
 def test_netrc_never_replaces_the_key_and_a_users_auth_does(mocked: Any,
@@ -318,25 +313,11 @@ def test_a_session_of_the_users_own_may_change_each_request(mocked: Any) -> None
         assert str(error_of(BadRequest, client.chat, "hi", model="m")) == "not ***"
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"temprature": 1}, TypeError, "'temprature'.*'temperature'"),
-    ({"stall_timout": 1}, TypeError, "stall_timeout"),
-    ({"temperature": math.nan}, (BadRequest, ConfigError), None),
-    ({"extra_body": {"x": {1, 2}}}, (BadRequest, ConfigError), None),
-    ({"timeout": -1}, ConfigError, "timeout"),
-    ({"first_token_timeout": "1"}, ConfigError, "first_token_timeout")])
-def test_options_that_cannot_be_taken(options: Any, error: Any, message: Any, mocked: Any) -> None:
-    """Refused before anything is sent; an unknown one names the nearest, also through a chain."""
-    client = OpenAIProvider(KEY, BASE)
-    for ask in (client.chat, FailoverChain([ProviderTier("a", client, ["m"])]).chat):
-        error_of(error, ask, "hi", match=message, model="m", **options)
-    assert not mocked.calls
-
-
 @pytest.mark.parametrize("kind", CLOUDS)
-def test_a_cloud_needs_a_model(kind: Any) -> None:
-    for model in (None, 5, ["m"]):
-        error_of(ConfigError, kind(KEY).chat, "hi", match="model", model=model)
+def test_a_cloud_needs_a_model_and_seconds_that_are_some(kind: Any) -> None:
+    for name, value in (("model", None), ("model", 5), ("model", ["m"]), ("timeout", -1),
+                        ("first_token_timeout", "1")):
+        error_of(ConfigError, kind(KEY).chat, "hi", match=name, **{"model": "m", name: value})
 
 
 @each_vendor
@@ -374,26 +355,6 @@ def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.Monke
             thread.join()
         client.close()
         assert (len(made), len(server.requests)) == (1, 8)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_opens_a_session_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a fresh module registers is called as a fork calls it. A user's session stays."""
-    hooks: list[dict[str, Any]] = []
-    monkeypatch.setattr(os, "register_at_fork", lambda **found: hooks.append(found))
-    monkeypatch.delitem(sys.modules, "copilot_router")
-    fresh = importlib.import_module("copilot_router")
-    with Server(reply(WHOLE)) as server, requests.Session() as session:
-        clients = [fresh.OpenAIProvider(KEY, server.url, session=one) for one in (None, session)]
-        for client in clients * 2:
-            assert client.chat("q", model="m", timeout=5).text == "fine"
-        for hook in [one[when] for when in ("before", "after_in_child") for one in hooks
-                     if when in one]:
-            hook()
-        for client in clients:
-            assert client.chat("q", model="m", timeout=5).text == "fine"
-        assert server.connections == 3
-        clients[0].close()
 
 
 # -- ping

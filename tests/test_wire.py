@@ -231,14 +231,9 @@ def test_text_behind_the_end_of_the_answer_does_not_count(dialect: Dialect) -> N
     events = dialect.events(Answer())
     again = dialect.events(Answer(text=("again",), calls=CALLS[:1], finish="tool_calls"))
     marked = [event for event in again if b"again" in event or b"weather" in event]
-    at = next(at for at, event in enumerate(events) if _ends(dialect, event)) + 1
+    at = next(at for at, event in enumerate(events) if dialect.ends in event) + 1
     response = said(dialect, streamed(dialect, [*events[:at], *marked, *events[at:]]))
     assert (response.content, response.tool_calls) == ("Hello, world", [])
-
-
-def _ends(dialect: Dialect, event: bytes) -> bool:
-    return any(sign in event for sign in (b'"finish_reason": "stop"', b'"stop_reason": "end_turn"',
-        b'"finishReason": "STOP"', b'"done": true', b'"type": "response.completed"'))
 
 
 @pytest.mark.parametrize(("events", "text"),
@@ -780,7 +775,8 @@ def test_both_names_of_the_token_limit_mean_the_same(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "nearest"), [("temprature", "temperature"), ("tool_choise", "tool_choice")])
+    ("option", "nearest"), [("temprature", "temperature"), ("tool_choise", "tool_choice"),
+                            ("stall_timout", "stall_timeout")])
 def test_an_unknown_option_is_a_type_error_that_names_the_nearest(dialect: Dialect, option: str,
         nearest: str) -> None:
     with served(dialect, Answer()) as (server, provider):
@@ -834,6 +830,7 @@ UNWRITABLE: list[dict[str, Any]] = [
     {"messages": with_call(function={"name": "f", "arguments": {"a": float("nan")}})},
     {"messages": with_call(id="c\ud83d")},
     {"messages": with_call(function={"name": "f\ud83d", "arguments": "{}"})},
+    {"messages": "q", "temperature": float("nan")},
     {"messages": "half \ud83d"}, {"messages": [{"role": "user", "content": b"bytes"}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]},
     {"messages": "q", "tools": [{"type": "function", "function": {

@@ -77,6 +77,7 @@ class Dialect:
 
     #: Events before the first token, which are no sign of it.
     idle: ClassVar[bytes]
+    ends: ClassVar[bytes] = b'"finish_reason": "'  #: in the event that has the finish reason
     #: An error in a stream that has begun, and the class that it amounts to.
     broken: ClassVar[tuple[bytes, type]]
     models: ClassVar[Any] = {"object": "list", "data": [{"id": "m", "object": "model"}]}
@@ -176,6 +177,7 @@ class LMStudio(Chat):
 
 class Responses(Dialect):
     name = "responses"
+    ends = b'"incomplete_details"'
     failures = openai_failures()
     idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}})
     broken = sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed",
@@ -238,6 +240,7 @@ class Responses(Dialect):
 
 class Anthropic(Dialect):
     name = "anthropic"
+    ends = b'"type": "message_delta"'
     broken = sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
                   "request_id": "r"}), Overloaded
     models: ClassVar[Any] = {"data": [{"type": "model", "id": "m"}], "has_more": False}
@@ -324,6 +327,7 @@ class Anthropic(Dialect):
 
 class Gemini(Dialect):
     name = "gemini"
+    ends = b'"finishReason"'
     counts_written = False
     remote_images = False
     idle = sse({"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}}],
@@ -395,6 +399,7 @@ class Gemini(Dialect):
 
 class Ollama(Dialect):
     name = "ollama"
+    ends = b'"done": true'
     stream_kind = "application/x-ndjson"
     counts_cached = counts_written = counts_reasoning = False
     remote_images = False

@@ -98,7 +98,7 @@ class ChatServer(Server):
     def _stream(item: Answer, connection: Any) -> None:
         connection.sendall(HEAD)
         for event in Luna().events(item):
-            ends = b'"finish_reason": "' in event
+            ends = Luna.ends in event
             if ends and item.broken:
                 return
             waits = ends or any(json.dumps(text).encode() in event for text in item.text)
