@@ -848,15 +848,11 @@ def test_a_hung_server_costs_the_budget_once(redis_server):
     store.close()
 
 
-def one_by_one(data: bytes) -> list[bytes]:
-    return [bytes([one]) for one in data]
-
-
-DRIPS: dict[str, list[bytes]] = {
-    "bytes of a bulk": one_by_one(b"$60\r\n" + b"x" * 60),
-    "bytes of a length": one_by_one(b"$" + b"0" * 60), "whole replies": [b"+OK\r\n"] * 60,
-    "bytes of an error": one_by_one(b"-ERR " + b"x" * 60), "errors": [b"-ERR no\r\n"] * 60,
-    "no Redis at all": one_by_one(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")}
+DRIPS: dict[str, bytes | list[bytes]] = {
+    "bytes of a bulk": b"$60\r\n" + b"x" * 60, "bytes of a length": b"$" + b"0" * 60,
+    "whole replies": [b"+OK\r\n"] * 60, "errors": [b"-ERR no\r\n"] * 60,
+    "bytes of an error": b"-ERR " + b"x" * 60,
+    "no Redis at all": b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"}
 
 
 @pytest.mark.parametrize("what", DRIPS)
@@ -865,7 +861,7 @@ DRIPS: dict[str, list[bytes]] = {
 def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     """Also where the server keeps every single read shorter than the timeout."""
     pytest.importorskip("redis")
-    with Dripping(*DRIPS[what]) as server, closing(
+    with Dripping(DRIPS[what]) as server, closing(
             RedisStore(f"redis://127.0.0.1:{server.port}/0", timeout=0.1)) as store:
         start = time.monotonic()
         with suppress(Exception):

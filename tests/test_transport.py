@@ -556,7 +556,7 @@ def test_a_socks_proxy_of_the_environment_is_used(proxied: Any) -> None:
         url = f"socks5h://127.0.0.1:{server.port}"
         with proxied(url, PLAIN, connect_timeout=0.3) as client:
             fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
-    slow = Dripping(*(bytes([one]) for one in b"\5\0\5\0\0\3\xff" + b"x" * 250))
+    slow = Dripping(b"\5\0\5\0\0\3\xff" + b"x" * 250)
     with slow as server, proxied(f"socks5h://127.0.0.1:{server.port}", PLAIN) as client:
         fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.5, seconds=0.5)
 

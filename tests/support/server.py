@@ -116,9 +116,9 @@ class Peer:
 
 
 class Dripping(Peer):
-    """Sends these pieces to whoever connects, with pauses between them, and then says nothing."""
-    def __init__(self, *pieces: bytes) -> None:
-        self.pieces = pieces
+    """Sends these bytes or pieces one by one to whoever connects, with pauses, and stays silent."""
+    def __init__(self, pieces: bytes | list[bytes]) -> None:
+        self.pieces = [bytes([one]) if isinstance(one, int) else one for one in pieces]
         super().__init__(lambda *_: False)
 
     def _talk(self, connection: socket.socket) -> None:
