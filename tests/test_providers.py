@@ -341,20 +341,32 @@ def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.M
 
 
 def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's settings are looked up once, while the other threads wait at the lock."""
-    real, together = requests.Session.merge_environment_settings, threading.Barrier(8)
-    made: list[Any] = []
+    """The environment's settings are looked up once, while the other thread waits at the lock."""
+    real, made_lock = requests.Session.merge_environment_settings, threading.Lock
+    at_the_lock, made = threading.Semaphore(0), []
+    class Lock:
+        def __init__(self) -> None:
+            self.lock = made_lock()
+
+        def __enter__(self) -> None:
+            at_the_lock.release()
+            self.lock.acquire()
+
+        def __exit__(self, *_: Any) -> None:
+            self.lock.release()
     def slowly(self: Any, *args: Any) -> Any:
         made.append(self)
-        threading.Event().wait(0.1)  # by then the others stand at the lock
+        assert at_the_lock.acquire(timeout=5) and at_the_lock.acquire(timeout=5)
         return real(self, *args)
     monkeypatch.setattr(requests.Session, "merge_environment_settings", slowly)
     with Server(reply(WHOLE)) as server:
-        client = OpenAIProvider(KEY, server.url)
-        for thread in in_threads(8, lambda: (together.wait(5), client.chat("q", None, "m"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Lock", Lock)
+            client = OpenAIProvider(KEY, server.url)
+        for thread in in_threads(2, lambda: client.chat("q", None, "m")):
             thread.join()
         client.close()
-        assert (len(made), len(server.requests)) == (1, 8)
+        assert (len(made), len(server.requests)) == (1, 2)
 
 
 # -- ping

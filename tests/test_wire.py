@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 from support.dialects import (DIALECTS, Answer, Dialect, answers, chunk, head, streamed, texts_in)
-from support.fakes import error_of
+from support.fakes import TOOL, error_of
 from support.server import (KEY, STOP, USER, Canned, Server, delta, drained, message, piece, read,
     reply, sent, sse, stream, talking, waits)
 from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
@@ -324,11 +324,9 @@ def test_frames_that_hold_nothing_are_no_answer(dialect: Dialect) -> None:
         error_of(InvalidResponse, said, dialect, streamed(dialect, [frame] * 3))
 
 
-BROKEN_FRAMES = ['{"choices": [{"index": 0, "delta": {"content": "lo', "some words of text",
-                 '{"a": 1', '{"type": "content_block_delta", "index": 0, "delta": {"text": "lo']
-
-
-@pytest.mark.parametrize("frame", BROKEN_FRAMES)
+@pytest.mark.parametrize("frame", ["some words of text", '{"a": 1',
+    '{"choices": [{"index": 0, "delta": {"content": "lo',
+    '{"type": "content_block_delta", "index": 0, "delta": {"text": "lo'])
 def test_a_frame_that_may_have_held_text_makes_the_answer_invalid(dialect: Dialect,
         frame: str) -> None:
     before, after = until(dialect, Answer(), b"world")
@@ -336,11 +334,8 @@ def test_a_frame_that_may_have_held_text_makes_the_answer_invalid(dialect: Diale
     error_of(InvalidResponse, said, dialect, streamed(dialect, [*before, wire, *after]))
 
 
-LABELS = ["text/event-stream", "application/x-ndjson", "application/json", "text/plain",
-          "application/json; charset=utf-8", "text/html", "application/octet-stream"]
-
-
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", ["text/event-stream", "application/x-ndjson", "application/json",
+    "text/plain", "application/json; charset=utf-8", "text/html", "application/octet-stream"])
 def test_a_body_is_read_by_its_first_bytes_and_not_by_its_label(dialect: Dialect,
         label: str) -> None:
     answer = Answer(calls=CALLS[:1], finish="tool_calls")
@@ -598,7 +593,6 @@ def test_a_closing_think_tag_ends_the_thinking_that_no_tag_opened(pieces: list[s
 
 
 # -- tool calls
-F = {"type": "function", "function": {"name": "f"}}
 NEEDY = {"type": "function", "function": {"name": "f", "parameters": CITY}}
 LONG = {"type": "function", "function": {"name": "look_up", "parameters": CITY}}
 END = delta("tool_calls")
@@ -629,7 +623,7 @@ END = delta("tool_calls")
     ([piece("{}", "f", index=0, id="a"), piece("{}", "g", index=1, id="a")],
         [("a", "f", {}), (None, "g", {})])])
 def test_tool_calls_are_put_together_from_their_pieces(pieces: list[Any], calls: Any) -> None:
-    response = read("chat", stream(*pieces, END, done=True), tools=[F, LONG])
+    response = read("chat", stream(*pieces, END, done=True), tools=[TOOL, LONG])
     found = [(call.id, call.name, call.arguments) for call in response.tool_calls]
     assert [one[1:] for one in found] == [one[1:] for one in calls]
     assert all(mine in (wanted, wanted or mine) for (mine, *_), (wanted, *_)
@@ -652,13 +646,13 @@ def test_arguments_are_read_where_they_are_unambiguous(pieces: Any, arguments: A
     """Sent twice, encoded twice, behind an empty object; otherwise None, and the text is kept."""
     first, *more = pieces
     wire = stream(piece(first, "f", index=0, id="a"), *(piece(one, index=0) for one in more), END)
-    (call,) = read("chat", wire, tools=[F]).tool_calls
+    (call,) = read("chat", wire, tools=[TOOL]).tool_calls
     assert call.arguments == arguments
     assert arguments is not None or call.raw_arguments == "".join(pieces)
 
 
 @pytest.mark.parametrize(
-    ("tools", "arguments"), [([F], {}), ([NEEDY], None), (None, {}), ([LONG], {})])
+    ("tools", "arguments"), [([TOOL], {}), ([NEEDY], None), (None, {}), ([LONG], {})])
 def test_null_arguments_are_empty_unless_the_tool_requires_some(tools: Any, arguments: Any) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "null"}}
     item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "null"}
@@ -856,8 +850,8 @@ def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, 
 MALFORMED: list[tuple[dict[str, Any], str]] = [({"messages": []}, "empty"),
     ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "tool_calls is a str"),
     ({"messages": [{"role": "nobody", "content": "x"}]}, "nobody"), ({"tools": "weather"}, "tools"),
-    ({"tools": F}, "tools"), ({"tools": [5]}, r"tools\[0\]"),
-    ({"tools": [F, {"type": "function"}]}, r"tools\[1\]"),
+    ({"tools": TOOL}, "tools"), ({"tools": [5]}, r"tools\[0\]"),
+    ({"tools": [TOOL, {"type": "function"}]}, r"tools\[1\]"),
     ({"tool_choice": "always"}, "tool_choice"), ({"tool_choice": {}}, "tool_choice"),
     ({"response_format": "json"}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format"), ({"stop": 5}, "stop"),
@@ -877,7 +871,7 @@ FREE = {"tool_choice", "response_format", "stop"}
         if kind != "chat" or not row[0].keys() & FREE])
 def test_a_malformed_request_is_refused_before_it_is_sent(kind: str, asked: Any,
         named: str) -> None:
-    asked = {"messages": "q", **({} if "tools" in asked else {"tools": [F]}), **asked}
+    asked = {"messages": "q", **({} if "tools" in asked else {"tools": [TOOL]}), **asked}
     with talking(kind, reply({})) as (provider, server):
         for ask in (chain_of(provider).chat, provider.chat):
             error_of(BadRequest, ask, match=named, model="m", timeout=5, **asked)
@@ -1072,11 +1066,9 @@ def test_other_errors_are_not_answered_by_a_second_request(text: str, status: in
         assert len(server.requests) == 1 and not any(chain.health()[0].learned.values())
 
 
-ECHOES = ["unsupported temperature", "/v1/responses", "temperature: Extra inputs are not permitted",
-          "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."]
-
-
-@pytest.mark.parametrize("text", ECHOES)
+@pytest.mark.parametrize("text", ["unsupported temperature", "/v1/responses",
+    "temperature: Extra inputs are not permitted",
+    "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."])
 @pytest.mark.parametrize("place", ["text", "address", "tool", "user", "history"])
 def test_what_a_server_repeats_of_the_request_teaches_nothing(place: str, text: str) -> None:
     """One user's prompt must not change what is sent for the others. A real refusal teaches."""
