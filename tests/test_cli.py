@@ -594,9 +594,11 @@ def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> A
 
 
 def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:
+    """The other commands find the file that init writes, without --config."""
     done = run("init", LMSTUDIO_BASE_URL=cli.server.url)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, "--config" in done.stdout) == (0, "", False)
     assert run("check").returncode == 0
+    assert "lmstudio" in run("status").stdout
     done = run("chat", "Hello")
     assert (done.returncode, done.stdout) == (0, "you said Hello\n")
     assert sorted(os.listdir()) == ["copilot-router.toml", "copilot_router.py"]

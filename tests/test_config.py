@@ -544,15 +544,3 @@ def test_init_overwrites_nothing_and_leaves_no_broken_file(tmp_path: Path,
     assert str(mine) in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]
     assert mine.read_text(encoding="utf-8") == "mine"
-
-
-def test_init_writes_the_file_that_the_other_commands_use(tmp_path: Path,
-        monkeypatch: Patch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["init"]) == 0
-    assert "--config" not in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["copilot-router.toml"]
-    assert main(["status"]) == 0
-    out, err = capsys.readouterr()
-    assert "lmstudio" in out
-    assert "copilot-router.toml" in err
