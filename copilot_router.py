@@ -708,7 +708,7 @@ def _admitted(old: BreakerRecord, now: float, rules: CircuitBreaker) -> BreakerR
         return old
     takeovers = old.takeovers + (old.state == "half_open")
     # The lease grows, so that a slow provider can close in the end.
-    lease = rules.trial_timeout * min(2 ** max(0, takeovers - 1), 8)
+    lease = rules.trial_timeout * 2 ** min(max(0, takeovers - 1), 3)
     return _begun(old, "half_open", now, lease, takeovers=takeovers)
 
 
