@@ -896,6 +896,13 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
 
+def test_a_custom_error_may_have_a_number_of_attempts(clock):
+    for attempts in (3, ["x"], ("x",)):
+        error = type("Odd", (ServerError,), {"attempts": attempts})("no")
+        chain = chain_of(clock, tier("a", error, retries=0), tier("b", "fine"))
+        assert chain.chat("q").text == "fine"
+
+
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
     error_of(ConfigError, chat, "hi", match="usage is a dict")
