@@ -1186,10 +1186,11 @@ class _SharedView:
         elif record is not None and record.generation != self._seen:
             newer = record.generation > mine.generation or record.state != mine.state == "closed"
             opens = record.state != "closed" or mine.state == "closed"  # it ends no outage of ours
-            wins = {"shared": True, "ahead": newer and opens, "own": record.state != "closed"}
+            left = min(max(record.deadline - store_now, 0.0), record.span)
+            new = record._replace(deadline=breaker._clock() + left)
+            longer = record.state != "closed" and new.deadline > mine.deadline
+            wins = {"shared": True, "ahead": newer and opens, "own": longer}
             if wins[self._standing]:
-                left = min(max(record.deadline - store_now, 0.0), record.span)
-                new = record._replace(deadline=breaker._clock() + left)
                 if record.state == "closed" and not self._shared_counts:
                     same = mine.state == "closed" and record.era == mine.era
                     new = new._replace(failures=mine.failures if same else 0)
@@ -6604,11 +6605,17 @@ class ChatStream(Generator[str, None, LLMResponse]):
 
     def throw(self, *error: Any) -> str:
         """Ends the stream, as an exception of its reader; raises it."""
-        return self._deltas.throw(*error)
+        try:
+            return self._deltas.throw(*error)
+        except BaseException as raised:
+            raise _bare(raised)  # noqa: B904 - it is the same error
 
     def close(self) -> None:
         """Give up the rest, and free the connection. Call it in the thread that reads."""
-        self._deltas.close()
+        try:
+            self._deltas.close()
+        except BaseException as raised:
+            raise _bare(raised)  # noqa: B904 - it is the same error
 
     @property
     def text(self) -> str:
@@ -6892,7 +6899,11 @@ def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
 
 def _reset_command(options: Any) -> int:
     with _chain_from(options) as chain:
-        [(tier, _)] = chain._order(None, [options.tier])
+        known = [tier.name for tier in chain.tiers]
+        if options.tier not in known:
+            told = f"no tier is called {options.tier!r}.{_near(options.tier, known)}"
+            raise ConfigError(f"{told} Known: {', '.join(known)}")
+        tier = chain.tiers[known.index(options.tier)]
         old = tier.breaker.state
         tier.breaker.reset()
         _say_whose(options.screen, [tier])

@@ -595,6 +595,21 @@ def test_local_trouble_on_top_of_a_shared_outage_changes_nothing(clock, shared):
     assert other.admit().is_trial and error_of(CircuitOpen, one.admit)
 
 
+def test_trouble_of_this_machine_outlasts_a_shorter_outage_of_all(clock, shared):
+    shared.shares_local_errors = False
+    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
+    with suppress(ProviderUnavailable), one.admit():
+        raise ProviderUnavailable("no")
+    other.admit().park(5)
+    clock.advance(1)
+    assert one.retry_after == 14
+    clock.advance(4)
+    other.admit().success()
+    other.admit().park(60)
+    clock.advance(1)
+    assert one.retry_after == 59
+
+
 @needs_fork
 def test_a_forked_child_keeps_an_outage_that_the_store_does_not_know(clock, shared):
     breaker = breaker_on(shared, clock, failure_threshold=1)
