@@ -5702,6 +5702,11 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
+def _are_attempts(value: Any) -> bool:
+    """Whether these are a nested chain's: a custom error may call something else so."""
+    return isinstance(value, tuple) and all(isinstance(each, Attempt) for each in value)
+
+
 class _Try:
     """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
 
@@ -5776,8 +5781,8 @@ class _Try:
         if self.place is not None:
             self.place = None
             self.tier._slots.ring()  # type: ignore[union-attr]
-        stream, self.stream = self.stream, None
-        if stream is not None:
+        if self.stream is not None:
+            stream, self.stream = self.stream, None
             try:
                 getattr(stream, "close", dict)()
             except Exception as error:
@@ -6105,9 +6110,9 @@ class _Run:
         tier, model, response = attempt.tier, attempt.model, attempt.response
         found: Any = error if response is None else response
         inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
-        if not (isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)):
-            inner = ()  # a custom error may call something else so
         usage: Any = getattr(found, "usage", None)
+        if inner and not _are_attempts(inner):
+            inner = ()
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
         elif not isinstance(usage, Usage):
@@ -6122,8 +6127,9 @@ class _Run:
             elif usage.total_tokens:  # what was used is not known of an answer without usage
                 cost = tier._cost(usage, (answered, model))
             self.cost = None if cost is None or self.cost is None else self.cost + cost
-        text = None if error is None else _error_text(error)
-        status, latency = getattr(error, "status", None), self.clock() - attempt.start
+        text, status, latency = None, None, self.clock() - attempt.start
+        if error is not None:
+            text, status = _error_text(error), getattr(error, "status", None)
         tier._count(text, latency)
         noted = Attempt(tier.name, model or answered, outcome, text, status, latency, usage)
         self.attempts.append(noted)
