@@ -675,6 +675,13 @@ def test_an_option_that_a_chat_has_no_argument_for_does_not_count_against_its_ti
     assert failures(chain) == 0
     match = "unexpected keyword argument 'seed'"
     error_of(ConfigError, ProviderTier, "a", Plain(), match=match, params={"seed": 1})
+    class Uneven(Plain):
+        def stream(self, messages, tools=None, model=None, timeout=1.0, user=None):
+            yield f"user={user}"
+            return LLMResponse("x")
+    chain = FailoverChain([ProviderTier("a", Uneven())])
+    assert chain.chat("hi", user="u").text == "stop=None"  # only what both have a name for
+    assert "".join(chain.stream("hi", user="u")) == "user=None"
 
 
 # -- max_concurrency

@@ -167,8 +167,9 @@ def test_an_empty_call_is_no_call(name: dict[str, Any]) -> None:
 
 
 def test_calls_of_whole_json_without_ids_are_told_apart() -> None:
-    calls = [{"id": "", "function": {"name": name, "arguments": json.dumps({"at": at}),
-        "custom": {"name": "", "input": ""}}} for at, name in enumerate("fgg")]
+    calls = [{"id": "", "function": {"name": name, "arguments": json.dumps({"at": at})},
+        "custom": {"name": "", "input": ""}} for at, name in enumerate("fg")]
+    calls += [{"id": "", "custom": {"name": "g", "input": '{"at": 2}'}}]
     response = read("chat", reply(message("tool_calls", content=None, tool_calls=calls)))
     assert [(one.name, one.arguments) for one in response.tool_calls] == [
         ("f", {"at": 0}), ("g", {"at": 1}), ("g", {"at": 2})]

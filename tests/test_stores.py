@@ -582,6 +582,12 @@ def test_a_store_that_is_back_ends_no_outage_that_was_found_alone(clock, shared)
     assert one.is_open and other.retry_after == 9
 
 
+def test_a_guarded_call_knows_what_others_have_found_out(clock, shared):
+    one, other = breaker_on(shared, clock), breaker_on(shared, clock)
+    other.open(9)
+    error_of(CircuitOpen, one.call, lambda: "called")
+
+
 def test_local_trouble_on_top_of_a_shared_outage_changes_nothing(clock, shared):
     shared.shares_local_errors = False
     one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))

@@ -284,7 +284,8 @@ def test_an_address_that_swallows_packets_costs_its_share_once(resolved: Any) ->
                 assert ask(client) == "good"
         with provider("http://one.invalid", connect_timeout=0.1) as client:
             resolved(full.getsockname()[1])
-            fails(client, ProviderUnavailable, match="connect timeout", seconds=0.3)
+            error = fails(client, ProviderUnavailable, match="connect timeout", seconds=0.3)
+            assert error.code == "connect_timeout"
 
 
 def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
