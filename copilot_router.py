@@ -5805,7 +5805,7 @@ class _Try:
         verdict = _judged(error, _Circumstances(
             next((policy[kind] for kind in type(error).__mro__ if kind in policy), None), retries,
             waits and not self.ticket.is_trial, run.chain.max_retry_after, left, given,
-            pause=_drawn(0.1, 0.3),  # clients must not march
+            pause=_drawn(0.1, 0.3),  # drawn, so that clients do not come back all at once
         ))
         self.end(lambda: self.ticket._judge(error, verdict))
         if verdict.then == "pass" or not isinstance(error, Exception):
@@ -6332,7 +6332,7 @@ class FailoverChain(LLMProvider):
             if tier.breaker is None:
                 tier.breaker = CircuitBreaker(
                     failure_threshold, recovery_timeout, name=tier.name, clock=clock,
-                    jitter=0.25 if store is None else 0.0,  # a fleet must not try in step
+                    jitter=0.25 if store is None else 0.0,  # processes do not try all at once
                 )
             tier.breaker.name = tier.breaker.name or tier.name
             if store is not None and tier.breaker._shared is None:
