@@ -3094,7 +3094,8 @@ class _Collector:
         self.ended = False  #: the end marker has come: nothing follows
         self._whole = False  #: the answer came as one value, and not in events
         self._raw: Any = None  #: that value
-        self._behind: list[tuple[Any, ...]] = []  #: facts behind the finish reason
+        self._stops_early = False  #: the finish reason came with or behind the first piece
+        self._behind: list[tuple[Any, ...]] = []  #: facts behind it
         self._begun = False  #: events before this one had text or calls
         self._finish = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
@@ -3206,23 +3207,26 @@ class _Collector:
                 raise late
 
     def _take_behind(self, fact: tuple[Any, ...]) -> None:
-        """A fact behind the finish reason. It counts if another finish reason follows.
+        """A fact behind the finish reason. It counts if that came with or behind the first piece,
+        and another one follows.
 
         Some servers put one into every event, or an event of its own behind every piece. A proxy
         that answers twice sends everything again, which is passed over.
         """
+        if not self._stops_early:
+            return
         if fact[0] != "stop":
             self._behind.append(fact)
         elif fact[1] and self._behind:
             facts, self._behind = self._behind, []
-            texts = "".join(one[1] or "" for one in facts if one[0] == "text")
+            texts = "".join(one[1] or "" for one in facts if one[0] == "text").strip()
             calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
             known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
-            again = texts.strip() in ("", self.text.strip()) and "".join(calls) in ("", *known)
+            again = texts in ("", self.text.strip()) and "".join(calls) in ("", *known)
             if not again and not any(one[0] == "full" for one in facts):
+                self.stops_at_once = True
                 for one in (*facts, fact):
                     _TAKERS[one[0]](self, *one[1:])
-                self.stops_at_once = True
 
     # -- facts
 
@@ -3361,6 +3365,8 @@ class _Collector:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
             self.stops_at_once = self.stops_at_once or not self._begun
+            pieces = len(self._text) + sum(len(call["pieces"]) or 1 for call in self._calls)
+            self._stops_early = pieces < 2 or self.stops_at_once
             self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
             self.complete = True
 

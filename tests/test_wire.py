@@ -249,14 +249,17 @@ def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
     assert read("chat", stream(*behind)).text == "One."
 
 
-def test_what_follows_a_finish_reason_counts_if_another_one_ends_it() -> None:
+def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> None:
     """A gateway puts an event with one behind every piece. A repetition does not count."""
     one, two = delta(content="One "), delta(content="two.")
     stop, calls = delta("stop"), delta("tool_calls")
-    for events in ([one, stop, two, stop], [stop, one, two, stop], [one, two, stop, one, two, stop],
-                   [one, two, stop, delta("stop", content="One two.")],
+    half = delta(content="tw"), stop, delta(content="o."), stop
+    for events in ([one, stop, two, stop], [one, stop, *half], [stop, one, two, stop],
+                   [one, two, stop, one, two, stop], [one, two, stop, delta("stop", content="One two.")],
                    [one, two, stop, message(content="One two."), stop]):
         assert read("chat", stream(*events)).text == "One two."
+    for other in ([two], [delta(content="Other "), delta(content="words.")]):  # asked once more
+        assert read("chat", stream(one, two, stop, *other, stop)).text == "One two."
     first, more, last = (delta(tool_calls=[{"index": at, "function": fields}]) for at, fields in (
         (0, {"name": "f", "arguments": ""}), (0, {"arguments": '{"a": 1}'}),
         (1, {"name": "g", "arguments": "{}"})))
