@@ -255,7 +255,8 @@ def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> 
     stop, calls = delta("stop"), delta("tool_calls")
     half = delta(content="tw"), stop, delta(content="o."), stop
     for events in ([one, stop, two, stop], [one, stop, *half], [stop, one, two, stop],
-                   [one, two, stop, one, two, stop], [one, two, stop, delta("stop", content="One two.")],
+                   [one, two, stop, one, two, stop],
+                   [one, two, stop, delta("stop", content="One two.")],
                    [one, two, stop, message(content="One two."), stop]):
         assert read("chat", stream(*events)).text == "One two."
     for other in ([two], [delta(content="Other "), delta(content="words.")]):  # asked once more
