@@ -5285,11 +5285,15 @@ class _Places:
         self._lock, self._bell = threading.Lock(), threading.Lock()
         self._unused = sys.getrefcount(self._mark)
 
+    def qsize(self) -> int:
+        """The number of free places."""
+        return self._most - (sys.getrefcount(self._mark) - self._unused)
+
     def take(self, until: float, clock: Callable[[], float]) -> list[object] | None:
         """A place, to be dropped after use; None if there is none before ``until``."""
         while True:
             with self._lock:
-                if sys.getrefcount(self._mark) - self._unused < self._most:
+                if self.qsize() > 0:
                     return [self._mark]
             left = until - clock()
             if left <= 0:
