@@ -2817,9 +2817,11 @@ def _repaired(messages: list[Message]) -> list[Message]:
                 done.append({"role": "user", "content": [told, *message["content"]]})
         elif calls := message.get("tool_calls"):
             fresh = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
-            names = {old.get("id"): new["id"] for old, new in zip(calls, fresh, strict=True)}
-            carry = _with_ids(message.get(_CARRY), names)  # some servers repeat ids in each turn
-            done.append({**message, "tool_calls": fresh, _CARRY: carry})
+            done.append({**message, "tool_calls": fresh})
+            pairs = [(old.get("id"), new["id"]) for old, new in zip(calls, fresh, strict=True)]
+            renamed = {old: new for old, new in pairs if old and old != new}
+            if renamed and _CARRY in message:  # some servers repeat ids in each turn
+                done[-1] = {**done[-1], _CARRY: _with_ids(message[_CARRY], renamed)}
             waiting = {}
             for old, new in zip(calls, fresh, strict=True):
                 waiting.setdefault(old.get("id") or "", []).append(len(done))
@@ -2920,7 +2922,7 @@ def _textual(item: Mapping[str, Any]) -> _Object:
     """
     arguments = item["function"].get("arguments")
     try:
-        valid = isinstance(json.loads(arguments), dict)
+        valid = isinstance(json.loads(arguments, parse_constant=int), dict)  # no NaN
     except (TypeError, ValueError, RecursionError):
         valid = False
     if not valid:
@@ -3858,7 +3860,8 @@ class _HTTPProvider(LLMProvider):
         with self._lock:
             if self._session is None:
                 session = self._new_session()
-                settings = session.merge_environment_settings(url, self._proxies, True, None, None)
+                proxies = {**self._proxies}  # requests adds the environment's to it
+                settings = session.merge_environment_settings(url, proxies, True, None, None)
                 for proxy in settings["proxies"].values():
                     self._secrets = tuple(dict.fromkeys([*self._secrets, *_credentials(proxy)]))
                 self._settings, self._session = settings, session  # in this order: no lock to read
@@ -3993,7 +3996,7 @@ class _HTTPProvider(LLMProvider):
         """How to change the one optional field that a 400 names; None if that is not clear."""
         if status not in (400, 422):
             return None
-        if words.find(_REFUSES_CARRY):
+        if words.find(_REFUSES_CARRY) and any(map(call.carried, call.messages)):
             return _Fix("carry")
         if not (words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))):
             return None
@@ -4192,7 +4195,8 @@ _COMPLAINTS = {
 }
 #: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
 _REFUSES_CARRY = (
-    r"(?i)messages?\b.{0,200}\breasoning(_\w+)?\b.{0,60}(unsupported|not supported|not permitted)|"
+    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
+    r"(unsupported|not supported|not permitted)|"
     r"encrypted content .{0,120}could not be|invalid .?signature"
 )
 #: An error about a value: with another one the field may be taken.

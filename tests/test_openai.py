@@ -398,8 +398,10 @@ def test_thinking_goes_back_with_ids_that_a_server_repeats_in_each_turn() -> Non
 
 def test_arguments_that_a_model_wrote_wrongly_go_back_as_an_object() -> None:
     """Servers such as llama.cpp and vLLM would refuse the conversation from then on."""
-    for wrong, right in (('{"a": "b"c"}', {"_raw": '{"a": "b"c"}'}), ('{"a":', {"_raw": '{"a":'}),
-                         ('{"a": "b\nc"}', {"a": "b\nc"}), ("", {}), ("null", {})):
+    nan = '{"a": NaN}'
+    for wrong, right in ((nan, {"_raw": nan}), ('{"a": "b"c"}', {"_raw": '{"a": "b"c"}'}),
+                         ('{"a":', {"_raw": '{"a":'}), ('{"a": "b\nc"}', {"a": "b\nc"}),
+                         ("", {}), ("null", {})):
         call = {**CALL, "function": {"name": "f", "arguments": wrong}}
         turn = {"role": "assistant", "content": None, "tool_calls": [call]}
         for name in ("chat", "responses"):
@@ -420,6 +422,7 @@ MISSING = "thinking is enabled but reasoning_content is missing in assistant too
 @pytest.mark.parametrize(("name", "told", "left", "has"), [
     ("chat", {"message": GROQ}, "reasoning", None), ("chat", {"message": MISSING}, None, '": " "'),
     ("chat", {"message": UNEXPECTED, "code": "3230"}, None, "Noted."),
+    ("chat", {"message": "messages: reasoning_effort not supported"}, "reasoning_effort", None),
     ("responses", {"message": SEALED}, "SEALED", None), ("responses", NO_INCLUDE, "include", None)])
 def test_what_a_server_refuses_of_a_conversation_is_corrected(
         name: str, told: Any, left: str | None, has: str | None) -> None:
@@ -433,7 +436,8 @@ def test_what_a_server_refuses_of_a_conversation_is_corrected(
     with talking(name, reply({"error": told}, 400), *[reply(good)] * 2) as (provider, server):
         carry["for"] = f"openai {provider.base_url} m"
         for _ in range(2):
-            assert provider.chat(history, TOOLS, "m", timeout=5).text == "ok"
+            found = provider.chat(history, TOOLS, "m", timeout=5, reasoning_effort="low")
+            assert found.text == "ok"
     first, second, third = (json.dumps(body) for body in server.bodies)
     assert left is None or (f'"{left}"' in first and f'"{left}"' not in second)
     assert has is None or (has not in first and has in second)

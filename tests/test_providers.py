@@ -333,11 +333,15 @@ def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
 # -- sessions
 def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "bob:s3cr3tPw99 and Basic Ym9iOnMzY3IzdFB3OTk= denied"
-    with Server(reply({"error": {"message": told}}, 407)) as server:
+    with Server(reply({"error": {"message": told}}, 407)) as server, Server(reply(WHOLE)) as new:
         monkeypatch.setenv("http_proxy", server.url.replace("//", "//bob:s3cr3tPw99@"))
+        client = LMStudioProvider("", "http://server.test")
         with pytest.raises(ProviderError, match=r"\*\*\* denied") as caught:
-            LMStudioProvider("", "http://server.test").chat("q", model="m", timeout=5)
+            client.chat("q", model="m", timeout=5)
         assert not re.search("s3cr3t|Ym9i", f"{caught.value} {caught.value!r}")
+        monkeypatch.setenv("http_proxy", new.url)
+        client.close()  # the next session looks at the environment anew
+        assert client.chat("q", model="m", timeout=5).text and len(new.requests) == 1
 
 
 def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
