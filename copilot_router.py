@@ -3367,9 +3367,10 @@ class _Collector:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
             self.stops_at_once = self.stops_at_once or not self._begun
-            pieces = len(self._text) + sum(len(call["pieces"]) or 1 for call in self._calls)
-            self._stops_early = pieces < 2 or self.stops_at_once
             self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
+            pieces = len(self._text) + sum(len(call["pieces"]) or 1 for call in self._calls)
+            early = pieces < 2 or self.stops_at_once
+            self._stops_early = early and self._finish in ("stop", "tool_calls")
             self.complete = True
 
     def _take_end(self) -> None:
@@ -4367,7 +4368,8 @@ def _details(items: list[_Object]) -> list[_Object]:
             same = same and last.get("index") == more["index"]
         else:
             same = same and last.get("type") == "thinking" and not last.get("signature")
-        grows = [name for name in ("text", "summary", "thinking") if name in more]
+        grows = [name for name in ("text", "summary", "thinking")
+                 if isinstance(more.get(name), str) and isinstance(last.get(name) or "", str)]
         if same and (grows or "signature" in more):
             more |= {name: (last.get(name) or "") + more[name] for name in grows}
             whole[-1] = {**last, **more}

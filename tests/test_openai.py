@@ -353,13 +353,13 @@ def test_pieces_of_reasoning_details_go_back_as_whole_items() -> None:
     come = [item("text", 0, text="First "), item("text", 0, text="this.", signature=None),
             item("text", 0, text=None, signature="S"), item("summary", 1, summary="a"),
             item("summary", 1, summary="b"), item("text", None, text="x"),
-            item("text", None, text="y")]
+            item("text", None, text="y"), item("text", 2, text="z"), item("text", 2, text=5)]
     events = [delta(content="", reasoning_details=[one]) for one in come]
     wire = stream(*events, delta(tool_calls=[{"index": 0, **CALL}]), delta("tool_calls"))
     with talking("chat", wire) as (provider, server):
         found = provider.chat([USER], TOOLS, "m", timeout=5)
         provider.chat([USER, found.message, RESULT], TOOLS, "m", timeout=5)
-    assert found.reasoning == "First this.abxy"
+    assert found.reasoning == "First this.abxyz"
     assert server.bodies[1]["messages"][1]["reasoning_details"] == [
         item("text", 0, text="First this.", signature="S"), item("summary", 1, summary="ab"),
         *come[5:]]

@@ -259,6 +259,7 @@ def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> 
                    [one, two, stop, delta("stop", content="One two.")],
                    [one, two, stop, message(content="One two."), stop]):
         assert read("chat", stream(*events)).text == "One two."
+    assert read("chat", stream(one, delta("length"), two, stop)).finish_reason == "length"
     for other in ([two], [delta(content="Other "), delta(content="words.")]):  # asked once more
         assert read("chat", stream(one, two, stop, *other, stop)).text == "One two."
     first, more, last = (delta(tool_calls=[{"index": at, "function": fields}]) for at, fields in (
