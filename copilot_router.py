@@ -273,6 +273,13 @@ def _number(
     return value
 
 
+def _seconds(given: Mapping[str, Any], name: str, default: float) -> float:
+    """A checked time limit of this name; None inherits the default."""
+    value = given.get(name)
+    limit: float = _number(default if value is None else value, name)
+    return limit
+
+
 def _function(value: Any, where: str, optional: bool = False) -> Any:
     """A checked setting that is to be called; ``optional``: or None."""
     if not callable(value) and not (optional and value is None):
@@ -1545,99 +1552,6 @@ class LLMProvider(ABC):
         """Free idle connections; the provider stays usable. By default there are none."""
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class _CheckedMessages(list[Message]):
-    """Messages that need no second check."""
-
-
-def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
-    """The messages, checked as far as every provider needs it. BadRequest shows no text of them."""
-    if isinstance(messages, _CheckedMessages) and system is None:
-        return messages
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    elif not isinstance(messages, (list, tuple)):
-        raise BadRequest(f"messages is a {_kind(messages)}: give a str, or dicts with 'role'")
-    if not messages:
-        raise BadRequest("messages is empty: give at least one message")
-    for at, message in enumerate(messages):
-        _check_message(message, f"messages[{at}]")
-    if system is not None:
-        _check_message(first := {"role": "system", "content": system}, "the argument system")
-        messages = [first, *messages]
-    return _CheckedMessages(messages)
-
-
-def _check_message(message: Any, where: str) -> None:
-    if type(message) is not dict and not isinstance(message, Mapping):
-        raise BadRequest(f"{where} is a {_kind(message)}: give a dict with 'role' and 'content'")
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in _ROLES:
-        shown = role if isinstance(role, str) and len(role) < 20 else _kind(role)
-        raise BadRequest(f"{where} has the role {shown!r}: give one of {', '.join(_ROLES)}")
-    if calls is not None:
-        if role != "assistant" and calls:
-            raise BadRequest(f"{where} ({role}) has tool_calls: only the assistant calls tools")
-        _check_tool_calls(calls, f"{where}.tool_calls")
-    if isinstance(content, str) or (content is None and role == "assistant"):
-        return
-    wrong = "a part that is no dict: give {'type': 'text', 'text': ...}"
-    if content is None:
-        wrong = "no content: give a str or a list of parts"
-    elif not isinstance(content, (list, tuple)):
-        wrong = f"content of type {_kind(content)}: give str or list"
-    elif all(isinstance(part, Mapping) for part in content):
-        return
-    raise BadRequest(f"{where} ({role}) has {wrong}")
-
-
-def _check_tool_calls(calls: Any, where: str) -> None:
-    if not isinstance(calls, (list, tuple)):
-        raise BadRequest(f"{where} is a {_kind(calls)}: give a list")
-    for at, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not (
-            isinstance(function, Mapping)
-            and isinstance(function.get("name"), str)
-            and isinstance(call.get("id") or "", str)
-            and isinstance(function.get("arguments") or "", (str, dict))
-        ):
-            form = "{'id': …, 'type': 'function', 'function': {'name': …, 'arguments': …}}"
-            raise BadRequest(f"{where}[{at}]: give {form}")
-
-
-def _checked_tools(tools: Any) -> Tools:
-    """The tools, None for an empty list. BadRequest says which one is malformed."""
-    form = "{'type': 'function', 'function': {'name': …, 'parameters': …}}"
-    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
-        raise BadRequest(f"tools is a {_kind(tools)}: give a list of {form}")
-    for at, tool in enumerate(tools or ()):
-        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
-        if kind not in ("function", None):
-            continue  # a vendor's own kind of tool
-        function = tool.get("function") if kind else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRequest(f"tools[{at}]: give {form}")
-    return tools or None
-
-
-def _checked_answer(response: LLMResponse, messages: Sequence[Message] = ()) -> LLMResponse:
-    """The answer, or ContentFiltered or EmptyResponse if there is nothing in it."""
-    if response.tool_calls or (response.content and not response.content.isspace()):
-        return response
-    error: ProviderError = EmptyResponse("neither text nor tool call")
-    if response.finish_reason == "content_filter":
-        error = ContentFiltered("refused by a safety system")
-    elif response.finish_reason == "length":
-        error = EmptyResponse("cut by the token limit before any text", code="length")
-    elif messages and messages[-1]["role"] == "tool":
-        error.breaker = "neutral"  # some models have nothing to add to the results
-    error.model, error.request_id, error.usage = response.model, response.request_id, response.usage
-    raise error
-
-
 # ==== transport ===================================================================================
 # All that goes wrong becomes a ProviderError. Before each read and write the socket's timeout is
 # set to what the request's limits still allow: so a server that drips its answer is bounded.
@@ -1659,18 +1573,14 @@ class _Limits:
         self.silence, self.stall = silence  #: before generation has begun, and after
         self.blamed_after, self.own_stall = own  #: such a silence is the server's fault
         self.started = False
+        self.connecting = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
 
     def left(self) -> float:
-        """Seconds that a read or write may take; TimeoutError if there are none."""
-        return self._until(self.since + self.silence)
-
-    def connect_left(self) -> float:
-        return self._until(self.connect_by)
-
-    def _until(self, moment: float) -> float:
-        left = min(moment, self.deadline) - time.monotonic()
+        """Seconds that an operation may take now; TimeoutError if there are none."""
+        until = self.connect_by if self.connecting else self.since + self.silence
+        left = min(until, self.deadline) - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return min(left, 1e6)  # poll() counts milliseconds in 32 bits
@@ -1696,18 +1606,15 @@ class _Limits:
             self.started = True
             self.silence, self.blamed_after = self.stall, self.own_stall
 
-    def end_soon(self, seconds: float) -> None:
-        self.deadline = min(self.deadline, time.monotonic() + seconds)
-
 
 class _CurrentLimits:
     """The limits of the request that a connection serves now."""
 
     def __init__(self, limits: _Limits) -> None:
-        self.limits, self.connecting = limits, True
+        self.limits = limits
 
     def left(self) -> float:
-        return self.limits.connect_left() if self.connecting else self.limits.left()
+        return self.limits.left()
 
 
 _sending = threading.local()  #: .limits of the request that this thread sends
@@ -1748,16 +1655,17 @@ class _Limited:
     sock: Any
 
     def connect(self) -> None:
-        self.now = _CurrentLimits(_sending.limits)
+        self.now = _CurrentLimits(limits := _sending.limits)
+        limits.connecting = True
         super().connect()  # type: ignore[misc]
-        self.now.connecting = False
+        limits.connecting = False
         self.sock = _LimitedSocket(self.sock, self.now.left)
 
     def _new_conn(self) -> Any:
         limits = self.now.limits
         connect = _connect_by_socks if hasattr(self, "_socks_options") else _connect
         sock = connect(self, limits)
-        sock.settimeout(limits.connect_left())  # for all of TLS
+        sock.settimeout(limits.left())  # for all of TLS
         return sock
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
@@ -1768,7 +1676,7 @@ class _Limited:
     def _tunnel(self) -> None:
         plain, self.sock = self.sock, _LimitedSocket(self.sock, self.now.left)
         super()._tunnel()  # type: ignore[misc]
-        plain.settimeout(self.now.limits.connect_left())  # for all of TLS
+        plain.settimeout(self.now.left())  # for all of TLS
         self.sock = plain  # TLS wraps the socket itself
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
@@ -1809,7 +1717,7 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     sock.set_proxy(*(given[name] for name in names))
     address = (connection.host, connection.port)
     try:
-        return _connected(sock, connection, address, limits.connect_left())
+        return _connected(sock, connection, address, limits.left())
     except OSError:
         told = "the SOCKS proxy does not connect"
         raise limits.expired() or ProviderUnavailable(told) from None
@@ -1833,7 +1741,7 @@ def _connect(connection: Any, limits: _Limits) -> Any:
     failure: OSError | None = None
     for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
         try:
-            left = limits.connect_left() / (2 if at < len(addresses) else 1)
+            left = limits.left() / (2 if at < len(addresses) else 1)
             sock = _connected(socket.socket(family, kind, proto), connection, address, left)
         except OSError as error:
             failure = error
@@ -1984,8 +1892,8 @@ class _Answer:
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come. ProviderError for whatever breaks."""
-        total, codings = 0, self.headers.get("Content-Encoding", "").lower().split(",")
-        plain = all(coding.strip() in _NO_CODINGS for coding in codings)
+        total, given = 0, self.headers.get("Content-Encoding", "").lower()
+        plain = not given or all(name.strip() in _NO_CODINGS for name in given.split(","))
         for piece in self._received() if plain else self._inflated():
             total += len(piece)
             if total > self.most:
@@ -2038,7 +1946,8 @@ class _Answer:
 
     def finish(self) -> None:
         """Reads what little is left, so that the connection can be kept."""
-        self.limits.end_soon(_TAIL_TIMEOUT / 10)
+        limits = self.limits
+        limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT / 10)
         with contextlib.suppress(ProviderError):  # the answer is complete all the same
             self._ended = self._ended or next(self._content, None) is None
 
@@ -2100,127 +2009,6 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
             return ProviderUnavailable(_ascii(found.expand(told)))
     _log.warning("%s failed: %s", what, _ascii(_place(error)))
     return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
-
-
-#: First bytes of a body that is server-sent events.
-_SSE_BEGINS = (b"data:", b"event:", b":", b"id:", b"retry:", b"error:")
-
-
-class _Lines:
-    """Splits a body into lines, without their ends."""
-
-    def __init__(self) -> None:
-        self._open: list[bytes] = []  # of a line whose end has not come
-
-    def lines(self, chunk: bytes) -> list[bytes]:
-        self._open.append(chunk)
-        if b"\n" not in chunk:
-            return []
-        *whole, rest = b"".join(self._open).replace(b"\r\n", b"\n").split(b"\n")
-        self._open = [rest]
-        return whole
-
-
-class _SSE(_Lines):
-    """Server-sent events (WHATWG HTML, 9.2.6), as ``(name, data)``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._event = ""
-        self._data: list[bytes] = []
-        self._bare: list[bytes] = []  # lines of JSON without "data:": Gemini's errors
-
-    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
-        events: list[tuple[str, bytes]] = []
-        for line in self.lines(chunk):
-            if line.startswith(b"data:"):
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-            elif not line:
-                if self._data:
-                    events.append((self._event, b"\n".join(self._data)))
-                    self._data.clear()
-                self._event = ""
-            elif self._bare or line.startswith(b"{"):
-                self._bare.append(line)
-                if line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}"):
-                    events.append(("", b"\n".join(self._bare)))
-                    self._bare.clear()
-            elif line.startswith(b"event:"):
-                self._event = line[6:].strip().decode("utf-8", "replace")
-            elif line.startswith(b"error:"):  # llama.cpp before 2025
-                events.append(("error", line[6:]))
-        return events
-
-    def close(self) -> list[tuple[str, bytes]]:
-        """The body is over: the last event may have no blank line."""
-        return self.feed(b"\n\n")
-
-
-class _JSONBody(_Lines):
-    """A body of JSON: one value, or a piece of an answer in each line."""
-
-    def __init__(self, in_lines: bool) -> None:
-        super().__init__()
-        self._in_lines = in_lines  # by its label: any line is a piece
-        self._in_pieces: bool | None = None  # None: not known yet
-        self._kept: list[bytes] = []
-
-    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
-        lines = [line for line in self.lines(chunk) if line.strip()]
-        if self._in_pieces is None:
-            lines = list(itertools.dropwhile(_is_heartbeat, lines))
-            self._in_pieces = _holds_piece(lines[0], self._in_lines) if lines else None
-        if self._in_pieces:
-            return [("", line) for line in lines]
-        self._kept += lines
-        return []
-
-    def rest(self) -> bytes | None:
-        """All of it, if it is one value."""
-        return None if self._in_pieces else b"\n".join([*self._kept, b"".join(self._open)])
-
-    def close(self) -> list[tuple[str, bytes]]:
-        return self.feed(b"\n") if self._in_pieces else []
-
-
-#: (text, start) -> (value, end): half the steps of json.loads. Control characters are read.
-_scan: Callable[[str, int], tuple[Any, int]]
-_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
-
-
-def _is_heartbeat(data: bytes) -> bool:
-    """Whether an event can have held nothing: it is empty or one bare word."""
-    return _pattern(r"[\w.-]{0,40}").fullmatch(data.strip().decode("latin-1")) is not None
-
-
-def _holds_piece(line: bytes, labelled: bool) -> bool:
-    try:
-        value = _json(line, "a line") if len(line) < _READ_SIZE else None
-        return labelled or _is_piece(value)
-    except InvalidResponse:
-        return False
-
-
-def _is_piece(value: Any) -> bool:
-    """Whether a value is a piece of an answer, in Ollama's form or OpenAI's."""
-    try:
-        return value.get("done") is False or "delta" in value["choices"][0]
-    except (AttributeError, LookupError, TypeError):
-        return False
-
-
-def _json(data: bytes | str, what: str) -> Any:
-    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse if it is none."""
-    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
-    text = text.removeprefix("\ufeff").strip(" \t\r\n")
-    value, end = None, -1
-    try:
-        value, end = _scan(text, 0)
-    except (ValueError, RecursionError, StopIteration):
-        pass
-    if end != len(text):
-        raise InvalidResponse(f"{what} is not JSON")
-    return value
 
 
 # ==== reading failures ============================================================================
@@ -2655,25 +2443,23 @@ class _Call(NamedTuple):
     options: _Object
     learned: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses (_correction)
     identity: str = ""  #: provider and model: whose carried parts may be sent
+    limit: Any = None  #: on completion tokens
     thoughts: bool = False  #: the caller wants to read the model's thinking
     names: Mapping[str, str] = MappingProxyType({})  #: of tools -> as they are sent
 
     def carried(self, message: Message) -> _Object:
         """What ``LLMResponse.message`` kept for this provider and model; {} if it was edited."""
-        kept = {} if "carry" in self.learned else _dict(message.get(_CARRY))
+        if _CARRY not in message or "carry" in self.learned:
+            return {}
+        kept = _dict(message[_CARRY])
         if kept.get("for") != self.identity or kept.get("text") != message.get("content"):
             return {}
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
         return kept if kept.get("ids") == ids else {}
 
-    def limit(self) -> Any:
-        """The limit on completion tokens, or None."""
-        limit = self.options.get("max_completion_tokens")
-        return self.options.get("max_tokens") if limit is None else limit
-
     def renamed(self, names: Mapping[str, str]) -> _Object:
         """The options of these names that were given, under a vendor's names."""
-        given = {**self.options, "max_tokens": self.limit()}
+        given = {**self.options, "max_tokens": self.limit}
         return _given({theirs: given.get(own) for own, theirs in names.items()})
 
     def finished(self, body: _Object) -> _Object:
@@ -2695,6 +2481,91 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> _Object:
         if isinstance(base[name], Mapping) and isinstance(top[name], Mapping):
             done[name] = _merged(base[name], top[name])
     return done
+
+
+# -- checking what the caller gives
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class _CheckedMessages(list[Message]):
+    """Messages that need no second check."""
+
+
+def _checked_messages(messages: Any, system: str | None = None) -> list[Message]:
+    """The messages, checked as far as every provider needs it. BadRequest shows no text of them."""
+    if isinstance(messages, _CheckedMessages) and system is None:
+        return messages
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    elif not isinstance(messages, (list, tuple)):
+        raise BadRequest(f"messages is a {_kind(messages)}: give a str, or dicts with 'role'")
+    if not messages:
+        raise BadRequest("messages is empty: give at least one message")
+    for at, message in enumerate(messages):
+        if fault := _fault_of(message):
+            raise BadRequest(f"messages[{at}]{fault}")
+    if system is not None:
+        first = {"role": "system", "content": system}
+        if fault := _fault_of(first):
+            raise BadRequest(f"the argument system{fault}")
+        messages = [first, *messages]
+    return _CheckedMessages(messages)
+
+
+def _fault_of(message: Any) -> str:
+    """What is wrong with a message, "" if nothing is."""
+    if type(message) is not dict and not isinstance(message, Mapping):
+        return f" is a {_kind(message)}: give a dict with 'role' and 'content'"
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in _ROLES:
+        shown = role if isinstance(role, str) and len(role) < 20 else _kind(role)
+        return f" has the role {shown!r}: give one of {', '.join(_ROLES)}"
+    if calls and role != "assistant":
+        return f" ({role}) has tool_calls: only the assistant calls tools"
+    if calls is not None and (fault := _fault_of_calls(calls)):
+        return f".tool_calls{fault}"
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        return ""
+    if content is None:
+        return f" ({role}) has no content: give a str or a list of parts"
+    if not isinstance(content, (list, tuple)):
+        return f" ({role}) has content of type {_kind(content)}: give str or list"
+    if all(isinstance(part, Mapping) for part in content):
+        return ""
+    return f" ({role}) has a part that is no dict: give {{'type': 'text', 'text': ...}}"
+
+
+def _fault_of_calls(calls: Any) -> str:
+    if not isinstance(calls, (list, tuple)):
+        return f" is a {_kind(calls)}: give a list"
+    for at, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not (
+            isinstance(function, Mapping)
+            and isinstance(function.get("name"), str)
+            and isinstance(call.get("id") or "", str)
+            and isinstance(function.get("arguments") or "", (str, dict))
+        ):
+            form = "{'id': …, 'type': 'function', 'function': {'name': …, 'arguments': …}}"
+            return f"[{at}]: give {form}"
+    return ""
+
+
+def _checked_tools(tools: Any) -> Tools:
+    """The tools. BadRequest says which one is malformed."""
+    form = "{'type': 'function', 'function': {'name': …, 'parameters': …}}"
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise BadRequest(f"tools is a {_kind(tools)}: give a list of {form}")
+    for at, tool in enumerate(tools):
+        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+        if kind not in ("function", None):
+            continue  # a vendor's own kind of tool
+        function = tool.get("function") if kind else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRequest(f"tools[{at}]: give {form}")
+    return tools
 
 
 # -- from the OpenAI form
@@ -2952,17 +2823,146 @@ def _argument_object(arguments: Any) -> _Object:
     return {} if parsed is None or parsed == "" else {"_raw": arguments}
 
 
-def _count(value: Any) -> int:
-    """A number of tokens; 0 for what is none, since a wrong count must not cost an answer."""
-    return int(value) if type(value) in (int, float) and 0 < value < 2**53 else 0
-
-
-def _counted(usage: Mapping[str, Any], *names: str) -> int:
-    """The first of these counts that is there and not 0."""
-    for name in names:
-        if count := _count(usage.get(name)):
-            return count
+def _count(usage: Any, *names: str) -> int:
+    """The first number of tokens under these names; a wrong one must not cost an answer."""
+    for name in names if isinstance(usage, dict) else ():
+        count = usage.get(name)
+        if type(count) in (int, float) and 0 < count < 2**53:
+            return int(count)
     return 0
+
+
+# -- frames
+
+
+#: First bytes of a body that is server-sent events.
+_SSE_BEGINS = (b"data:", b"event:", b":", b"id:", b"retry:", b"error:")
+
+
+class _Lines:
+    """Splits a body into lines, without their ends."""
+
+    def __init__(self) -> None:
+        self._open: list[bytes] = []  # of a line whose end has not come
+
+    def lines(self, chunk: bytes) -> list[bytes]:
+        self._open.append(chunk)
+        if b"\n" not in chunk:
+            return []
+        *whole, rest = b"".join(self._open).replace(b"\r\n", b"\n").split(b"\n")
+        self._open = [rest]
+        return whole
+
+
+class _SSE(_Lines):
+    """Server-sent events (WHATWG HTML, 9.2.6), as ``(name, data)``."""
+
+    _event = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._data: list[bytes] = []
+        self._bare: list[bytes] = []  # lines of JSON without "data:": Gemini's errors
+
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        events: list[tuple[str, bytes]] = []
+        for line in self.lines(chunk):
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif not line:
+                if self._data:
+                    events.append((self._event, b"\n".join(self._data)))
+                    self._data.clear()
+                self._event = ""
+            elif self._bare or line.startswith(b"{"):
+                self._bare.append(line)
+                if line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}"):
+                    events.append(("", b"\n".join(self._bare)))
+                    self._bare.clear()
+            elif line.startswith(b"event:"):
+                self._event = line[6:].strip().decode("utf-8", "replace")
+            elif line.startswith(b"error:"):  # llama.cpp before 2025
+                events.append(("error", line[6:]))
+        return events
+
+    def close(self) -> list[tuple[str, bytes]]:
+        """The body is over: the last event may have no blank line."""
+        return self.feed(b"\n\n")
+
+
+class _JSONBody(_Lines):
+    """A body of JSON: one value, or a piece of an answer in each line."""
+
+    def __init__(self, in_lines: bool) -> None:
+        super().__init__()
+        self._in_lines = in_lines  # by its label: any line is a piece
+        self._in_pieces: bool | None = None  # None: not known yet
+        self._kept: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        lines = [line for line in self.lines(chunk) if line.strip()]
+        if self._in_pieces is None:
+            lines = list(itertools.dropwhile(_is_heartbeat, lines))
+            self._in_pieces = _holds_piece(lines[0], self._in_lines) if lines else None
+        if self._in_pieces:
+            return [("", line) for line in lines]
+        self._kept += lines
+        return []
+
+    def rest(self) -> bytes | None:
+        """All of it, if it is one value."""
+        return None if self._in_pieces else b"\n".join([*self._kept, b"".join(self._open)])
+
+    def close(self) -> list[tuple[str, bytes]]:
+        return self.feed(b"\n") if self._in_pieces else []
+
+
+def _form_of(begun: bytes, label: str) -> _SSE | _JSONBody:
+    """What a body is, by its first bytes rather than by its Content-Type."""
+    labelled = "event-stream" in label and not begun.startswith((b"{", b"["))
+    if labelled or begun.startswith(_SSE_BEGINS):
+        return _SSE()
+    return _JSONBody(in_lines="ndjson" in label)
+
+
+#: (text, start) -> (value, end): half the steps of json.loads. Control characters are read.
+_scan: Callable[[str, int], tuple[Any, int]]
+_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
+
+
+def _is_heartbeat(data: bytes) -> bool:
+    """Whether an event can have held nothing: it is empty or one bare word."""
+    return _pattern(r"[\w.-]{0,40}").fullmatch(data.strip().decode("latin-1")) is not None
+
+
+def _holds_piece(line: bytes, labelled: bool) -> bool:
+    try:
+        value = _json(line, "a line") if len(line) < _READ_SIZE else None
+        return labelled or _is_piece(value)
+    except InvalidResponse:
+        return False
+
+
+def _is_piece(value: Any) -> bool:
+    """Whether a value is a piece of an answer, in Ollama's form or OpenAI's."""
+    try:
+        return value.get("done") is False or "delta" in value["choices"][0]
+    except (AttributeError, LookupError, TypeError):
+        return False
+
+
+def _json(data: bytes | str, what: str) -> Any:
+    """Parsed JSON; invalid UTF-8 becomes U+FFFD. InvalidResponse if it is none."""
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    text = text.removeprefix("\ufeff").strip(" \t\r\n")
+    value, end = None, -1
+    try:
+        value, end = _scan(text, 0)
+    except (ValueError, RecursionError, StopIteration):
+        pass
+    if end != len(text):
+        raise InvalidResponse(f"{what} is not JSON")
+    return value
 
 
 # -- to the answer
@@ -3018,6 +3018,19 @@ def _cleaned(value: Any) -> Any:
     text = json.dumps(value, ensure_ascii=False)
     whole = _clean(text)
     return value if whole is text else json.loads(whole)
+
+
+def _error_of_empty(response: LLMResponse, messages: Sequence[Message]) -> ProviderError:
+    """What an answer with neither text nor tool call means."""
+    error: ProviderError = EmptyResponse("neither text nor tool call")
+    if response.finish_reason == "content_filter":
+        error = ContentFiltered("refused by a safety system")
+    elif response.finish_reason == "length":
+        error = EmptyResponse("cut by the token limit before any text", code="length")
+    elif messages and messages[-1]["role"] == "tool":
+        error.breaker = "neutral"  # some models have nothing to add to the results
+    error.model, error.request_id, error.usage = response.model, response.request_id, response.usage
+    return error
 
 
 class _ThinkSplitter:
@@ -3086,7 +3099,6 @@ class _Collector:
         self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
         self._finishes = finishes  #: before _FINISHES; "stop" with calls becomes "tool_calls"
-        self._names: Mapping[str, str] = {sent: own for own, sent in call.names.items()}
         self._begin()
 
     def _begin(self) -> None:
@@ -3107,7 +3119,6 @@ class _Collector:
         self._model = ""
         self._half = ""  #: of a surrogate pair, whose other half may come
         self._text: list[str] = []
-        self._size = 0  #: characters of the text
         self._reasoning: list[str] = []
         self._think = _ThinkSplitter()
         self._calls: list[_Object] = []
@@ -3126,13 +3137,13 @@ class _Collector:
         """Take one event. Raises InvalidResponse or _InBandError."""
         if large := len(data) > _READ_SIZE:
             self._weigh(data)
+        if data.startswith(b"[DONE]"):
+            self.ended = True
+            return
         is_error = name in ("error", "exception")
         try:
             body = _json(data, "an event")
         except InvalidResponse:
-            if data.startswith(b"[DONE]"):
-                self.ended = True
-                return
             lines = data.split(b"\n")
             if len(lines) > 1 and all(line[:1] + line[-1:] in (b"{}", b"[]") for line in lines):
                 for line in lines:  # GLM and Kimi may send no blank line between events
@@ -3233,11 +3244,13 @@ class _Collector:
     # -- facts
 
     def _take_model(self, name: Any) -> None:
-        self._model = _clean(name) or self._model
+        if name and isinstance(name, str):
+            self._model = name
         self._repeated[0] = ("model", name)
 
     def _take_id(self, request_id: Any) -> None:
-        self.request_id = self.request_id or _clean(request_id) or None
+        if not self.request_id and isinstance(request_id, str):
+            self.request_id = request_id
 
     def _take_text(self, text: str | None) -> None:
         if not text:
@@ -3254,7 +3267,6 @@ class _Collector:
             if not text:
                 return
         self._text.append(text)
-        self._size += len(text)
         if self.shows is not None:
             self.shows.append(text)
 
@@ -3345,7 +3357,8 @@ class _Collector:
 
     def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
-            self._counts.update({name: value for name, value in counts.items() if value})
+            for name, value in counts.items():
+                self._counts[name] = value or self._counts.get(name)
             self.usage = read(self._counts)
 
     def _take_refusal(self) -> None:
@@ -3367,9 +3380,11 @@ class _Collector:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
             self.stops_at_once = self.stops_at_once or not self._begun
-            self._finish = self._finishes.get(reason) or _FINISHES.get(word, _clean(reason)[:40])
-            pieces = len(self._text) + sum(len(call["pieces"]) or 1 for call in self._calls)
-            early = pieces < 2 or self.stops_at_once
+            self._finish = self._finishes.get(reason) or _FINISHES.get(word, reason[:40])
+            come = len(self._text)  # pieces
+            if self._calls:
+                come += sum(len(call["pieces"]) or 1 for call in self._calls)
+            early = come < 2 or self.stops_at_once
             self._stops_early = early and self._finish in ("stop", "tool_calls")
             self.complete = True
 
@@ -3396,7 +3411,7 @@ class _Collector:
         return [self.text, "".join(self._reasoning), *calls]
 
     def response(self) -> LLMResponse:
-        """The answer. Raises InvalidResponse if it is cut, and as _checked_answer does."""
+        """The answer. Raises InvalidResponse if it is cut, ContentFiltered, EmptyResponse."""
         at_end = self._whole or (self.ended and not self._names_finish)
         if not self.complete and (self._open or not at_end):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
@@ -3407,27 +3422,29 @@ class _Collector:
         calls = self._tool_calls() if self._calls else []
         if finish == "stop" and calls:
             finish = "tool_calls"
-        text = self._without_thoughts(self.text)
+        text = "".join(self._text)
+        if "</think>" in text and self.shows is None and not self._think.opened:
+            text = self._without_thoughts(text)
+        reasoning = _clean("".join(self._reasoning)).strip() if self._reasoning else ""
         if self._refused and not text and not calls:
             finish = "content_filter"
-        return _checked_answer(LLMResponse(
+        response = LLMResponse(
             text or None, calls, finish, self.usage or _NO_USAGE,
             self._model or self._call.model or "",
-            reasoning=_clean("".join(self._reasoning)).strip() or None,
+            reasoning=reasoning or None,
             request_id=self.request_id,
             carry=self._carry(text, calls) if self._needed else None,
             raw=self._raw,
-        ), self._call.messages)
+        )
+        if not calls and not text.strip():
+            raise _error_of_empty(response, self._call.messages)
+        return response
 
     def _without_thoughts(self, text: str) -> str:
-        """The text behind a </think> whose opening tag stood in the prompt.
-
-        What was shown already stays text.
-        """
-        thought, tag, rest = text.partition("</think>")
-        quoted = thought.endswith(("`", "'", '"')) or "<think>" in thought
-        if not tag or quoted or self.shows is not None or self._think.opened:
-            return text
+        """The text behind a </think> whose opening tag stood in the prompt."""
+        thought, _, rest = text.partition("</think>")
+        if thought.endswith(("`", "'", '"')) or "<think>" in thought:
+            return text  # it is spoken of
         self._reasoning.append(thought)
         return rest.lstrip()
 
@@ -3448,12 +3465,13 @@ class _Collector:
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
+        own_names = {sent: own for own, sent in self._call.names.items()}
         found: list[ToolCall] = []
         ids: set[str] = set()
         for at, call in enumerate(given):
             if not call["name"]:
                 raise InvalidResponse("a tool call has no name")
-            name = self._names.get(call["name"], call["name"])
+            name = own_names.get(call["name"]) or call["name"]
             arguments, raw = self._arguments(call["pieces"], name)
             if not raw.strip() and (call["key"] in self._open or (cut and call is given[-1])):
                 arguments = None
@@ -3502,7 +3520,10 @@ _BUSY = (408, 409, 425, 429, 503, 529)
 #: What is shown of a Content-Type: a server may echo a key in any header.
 _MEDIA_TYPE = r"(text|application|image)/[a-z-]{1,15}"
 #: What the name of a model may be: with spaces only if it is the name of a file.
-_NAME = r"[^\s\x00-\x1f\x7f]{0,200}|[^\x00-\x1f\x7f]{0,200}\.[a-z]{2,5}"
+_NAME = (
+    r"[^\s\x00-\x1f\x7f\ud800-\udfff]{0,200}|"
+    r"[^\x00-\x1f\x7f\ud800-\udfff]{0,200}\.[a-z]{2,5}"
+)
 
 
 def _credentials(url: str) -> list[str]:
@@ -3591,6 +3612,8 @@ class _HTTPProvider(LLMProvider):
         secrets = re.findall(r"(?i)(?:^|&)(?![^=&]*version)[^=&]*=([^&]+)", self._query)
         #: what no message may show
         self._secrets = _with_words((*secrets, *credentials, *self._own_headers.values()))
+        if isinstance(self._key, str):
+            self._headers = self._with_key(self._key)
         self._learned: dict[str | None, Mapping[str, _Fix]] = {}  # by model; replaced, not changed
         self._requests, self._new_session = _http()
         self._session: Any = session
@@ -3656,6 +3679,10 @@ class _HTTPProvider(LLMProvider):
             _log.warning("the api_key function failed: %s", _ascii(_place(error)))
             told = f"the api_key function raised {type(error).__name__}"
         raise AuthenticationError(told, provider=self._vendor)
+
+    def _with_key(self, key: str) -> dict[str, str]:
+        """All headers of a request."""
+        return {**self._headers, **self._auth_headers(key), **self._own_headers}
 
     # -- a vendor's own part
 
@@ -3732,11 +3759,8 @@ class _HTTPProvider(LLMProvider):
         """
         asked = self._checked_call(messages, tools, model, kwargs)
         own = (self.first_token_timeout, self.stall_timeout)
-        seconds, *silence = (
-            limit if kwargs.get(name) is None else _number(kwargs[name], name)
-            for name, limit in zip(_LIMIT_OPTIONS, (math.inf, *own), strict=False)
-        )
-        deadline = time.monotonic() + seconds
+        silence = tuple(map(_seconds, [kwargs] * 2, _LIMIT_OPTIONS[1:3], own))
+        deadline = time.monotonic() + _seconds(kwargs, "timeout", math.inf)
         fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked) if model in self._learned else asked
@@ -3788,8 +3812,10 @@ class _HTTPProvider(LLMProvider):
         if model is None and self._wants_model:
             raise ConfigError(f"{self!r} needs a model: give the tier models=[...] or pass model=")
         return _Call(
-            _repaired(_checked_messages(messages)), _checked_tools(tools), model, options,
+            _repaired(_checked_messages(messages)), _checked_tools(tools) if tools else None,
+            model, options,
             identity=f"{self._vendor} {self.base_url} {model or ''}",
+            limit=options.get("max_completion_tokens", options.get("max_tokens")),
             thoughts=bool(kwargs.get("thoughts")),
         )
 
@@ -3809,8 +3835,10 @@ class _HTTPProvider(LLMProvider):
         """The answer's headers. A kept connection that turns out closed is replaced, once."""
         mark = "" if not self._query else "&" if "?" in path else "?"
         url = f"{self.base_url}{path}{mark}{self._query}"
-        key = self._key if isinstance(self._key, str) else self._asked_key(self._key)
-        headers = {**self._headers, **self._auth_headers(key), **self._own_headers}
+        key, headers = self._key, self._headers
+        if not isinstance(key, str):
+            key = self._asked_key(key)
+            headers = self._with_key(key)
         _sending.limits = limits
         while True:
             try:
@@ -3842,11 +3870,13 @@ class _HTTPProvider(LLMProvider):
         session = self._session  # read once: close() may take it away at any moment
         if session is None:
             session = self._open_session(url)
-        if not self._own_session:
+        if not self._own_session:  # its sockets are not limited
+            limits.connecting = True
+            connect, limits.connecting = limits.left(), False
             return session.request(
                 method, url, headers={**headers}, data=body or None, stream=True,
                 auth=session.auth or (lambda prepared: prepared),  # or .netrc replaces the key
-                timeout=(limits.connect_left(), limits.left()),  # it has no limited socket
+                timeout=(connect, limits.left()),
                 allow_redirects=False, proxies=self._proxies,
             )
         prepared = self._requests.PreparedRequest()
@@ -3887,15 +3917,17 @@ class _HTTPProvider(LLMProvider):
                     if collector.ended:
                         break
             yield from shows or ()  # of a body that was one value
-            shown = len(collector.text)
+            shown = "" if shows is None else collector.text
             response = collector.response()
             if response.model != call.model:  # words of the server's own may repeat a key
                 response.model = _token(response.model, answer, _NAME) or call.model or ""
             if response.finish_reason not in _REASONS:
                 response.finish_reason = _token(response.finish_reason, answer) or "unknown"
             response.request_id = _token(response.request_id, answer)
-            if shows is not None and (rest := response.text[shown:]):
+            if shows is not None and (rest := response.text[len(shown) :]):
                 yield rest  # what might have become a think block or half a character
+            if collector.ended:
+                answer.finish()
             return response
         except (ProviderError, _InBandError, RecursionError, MemoryError) as error:
             failure = self._broken(error, answer, call, collector)
@@ -3922,12 +3954,15 @@ class _HTTPProvider(LLMProvider):
         """The events that each read brings. What breaks after the finish reason is passed over."""
         limits = answer.limits
         try:
-            chunks = answer.chunks()
-            body, head = self._form(answer, chunks)
-            for chunk in itertools.chain([head], chunks):
+            begun, chunks = b"", answer.chunks()
+            for chunk in chunks:
+                begun = (begun + chunk).lstrip(b"\xef\xbb\xbf \t\r\n")
+                if len(begun) > 5 or b"\n" in begun:
+                    break
+            body = _form_of(begun, answer.headers.get("Content-Type", "").lower())
+            for chunk in itertools.chain([begun], chunks):
                 yield body.feed(chunk)
                 if collector.ended:
-                    answer.finish()
                     return
                 if collector.alive:
                     collector.alive = False
@@ -3946,20 +3981,6 @@ class _HTTPProvider(LLMProvider):
         except (ProviderTimeout, InvalidResponse):
             if not collector.complete:
                 raise
-
-    @staticmethod
-    def _form(answer: _Answer, chunks: Iterator[bytes]) -> tuple[_SSE | _JSONBody, bytes]:
-        """What the body is, by its first bytes rather than by its label; and those bytes."""
-        begun = b""
-        for chunk in chunks:
-            begun = (begun + chunk).lstrip(b"\xef\xbb\xbf \t\r\n")
-            if len(begun) > 5 or b"\n" in begun:
-                break
-        label = answer.headers.get("Content-Type", "").lower()
-        labelled = "event-stream" in label and not begun.startswith((b"{", b"["))
-        if labelled or begun.startswith(_SSE_BEGINS):
-            return _SSE(), begun
-        return _JSONBody(in_lines="ndjson" in label), begun
 
     # -- failures
 
@@ -4001,7 +4022,7 @@ class _HTTPProvider(LLMProvider):
             return _Fix("carry")
         if not (words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))):
             return None
-        limits = ("max_tokens", "max_completion_tokens") if call.limit() is not None else ()
+        limits = ("max_tokens", "max_completion_tokens") if call.limit is not None else ()
         names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
         patterns = {name: _COMPLAINTS.get(name, name) for name in names}
         if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
@@ -4069,7 +4090,8 @@ class _HTTPProvider(LLMProvider):
 
 def _error_body(answer: _Answer) -> Any:
     """What an error says; {} if it is cut, garbled or late: status and headers say enough."""
-    answer.limits.end_soon(_TAIL_TIMEOUT)
+    limits = answer.limits
+    limits.deadline = min(limits.deadline, time.monotonic() + _TAIL_TIMEOUT)
     try:
         body = answer.body()[:_ERROR_SIZE]
     except (InvalidResponse, ProviderTimeout) as error:
@@ -4304,15 +4326,15 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
 
 def _openai_usage(usage: _Object) -> Usage:
     """What total_tokens leaves unexplained is thinking (xAI, Gemini), or sound of the prompt."""
-    prompt = _counted(usage, "prompt_tokens", "input_tokens")
-    completion = _counted(usage, "completion_tokens", "output_tokens")
-    inside = _dict(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    outside = _dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
-    rest = max(0, _count(usage.get("total_tokens")) - prompt - completion)
-    sound = rest if rest == _count(inside.get("audio_tokens")) else 0
-    cached = _counted(inside, *_CACHED) or _counted(usage, *_CACHED)
-    written = _counted(inside, *_WRITTEN) or _counted(usage, *_WRITTEN)
-    thought = _count(outside.get("reasoning_tokens"))
+    prompt = _count(usage, "prompt_tokens", "input_tokens")
+    completion = _count(usage, "completion_tokens", "output_tokens")
+    inside = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    outside = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
+    rest = max(0, _count(usage, "total_tokens") - prompt - completion)
+    sound = rest if rest == _count(inside, "audio_tokens") else 0
+    cached = _count(inside, *_CACHED) or _count(usage, *_CACHED)
+    written = _count(inside, *_WRITTEN) or _count(usage, *_WRITTEN)
+    thought = _count(outside, "reasoning_tokens")
     return Usage(prompt + sound, completion + rest - sound, cached, written, thought)
 
 
@@ -4431,10 +4453,12 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
                 tool["function"] = _with_parameters(tool["function"])
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
-    body |= {name: value for name, value in call.options.items() if name not in unsent}
-    if call.limit() is not None:
+    body |= call.options
+    for name in unsent:
+        body.pop(name, None)
+    if call.limit is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
-        body[call.learned.get("token_limit", guess)] = call.limit()
+        body[call.learned.get("token_limit", guess)] = call.limit
     if streaming:
         body["stream"] = True
         if "stream_options" not in call.learned:
@@ -4613,8 +4637,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
         kind, name = _choice(call)
         if "tool_choice" in call.options:
             body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
-    if call.limit() is not None:
-        body["max_output_tokens"] = call.limit()
+    if call.limit is not None:
+        body["max_output_tokens"] = call.limit
     effort = call.renamed({"reasoning_effort": "effort"})
     if effort or call.thoughts:
         shown = {} if "thoughts" in call.learned else {"summary": "auto"}
@@ -4779,9 +4803,9 @@ def _anthropic_begins(at: int, block: _Object) -> _Facts:
 def _anthropic_usage(usage: _Object) -> Usage:
     """Input counts leave the cache out."""
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    plain, read, written = (_count(usage.get(name)) for name in names)
-    thought = _count(_dict(usage.get("output_tokens_details")).get("thinking_tokens"))
-    return Usage(plain + read + written, _count(usage.get("output_tokens")), read, written, thought)
+    plain, read, written = (_count(usage, name) for name in names)
+    thought = _count(usage.get("output_tokens_details"), "thinking_tokens")
+    return Usage(plain + read + written, _count(usage, "output_tokens"), read, written, thought)
 
 
 def _anthropic_body(call: _Call, streaming: bool) -> _Object:
@@ -4799,7 +4823,7 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     shown = {"type": "adaptive", "display": "summarized"} if call.thoughts else None
     return call.finished({
         "model": call.model,
-        "max_tokens": call.limit() or 8192,  # it is required
+        "max_tokens": call.limit or 8192,  # it is required
         "system": said or None,
         "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
         "temperature": temperature, "top_p": call.options.get("top_p"),
@@ -4969,7 +4993,7 @@ def _gemini_facts(body: _Object) -> _Facts:
 
 def _gemini_usage(usage: _Object) -> Usage:
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
-    counts = (_count(usage.get(f"{name}TokenCount")) for name in names)
+    counts = (_count(usage, f"{name}TokenCount") for name in names)
     prompt, used, written, thought, cached = counts
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
@@ -5105,7 +5129,7 @@ def _ollama_facts(body: _Object) -> _Facts:
 
 
 def _ollama_usage(body: _Object) -> Usage:
-    return Usage(_count(body.get("prompt_eval_count")), _count(body.get("eval_count")))
+    return Usage(_count(body, "prompt_eval_count"), _count(body, "eval_count"))
 
 
 def _ollama_message(call: _Call, message: Message, names: dict[str, str]) -> _Object:
@@ -5787,8 +5811,8 @@ class _Try:
         if not isinstance(response.usage, Usage):
             told = f"usage is a {_kind(response.usage)}"
             raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
-        if not response.content or response.content.isspace():
-            _checked_answer(response, self.run.messages)
+        if not response.tool_calls and not (response.content or "").strip():
+            raise _error_of_empty(response, self.run.messages)
         self.response = response
 
     def end(self, settle: Callable[[], None]) -> None:
@@ -6025,8 +6049,7 @@ class _Run:
             named = self.model is not None or "reasoning_effort" in options
             patient = not ready or self.rung or named or model in tier._thinkers
             for name in ("first_token_timeout", "stall_timeout"):
-                own = getattr(tier.provider, name)
-                limit = _number(options[name], name) if name in options else own
+                limit = _seconds(options, name, getattr(tier.provider, name))
                 limit *= 5.0 if patient else 1.0
                 options[name] = min(limit, left / 2) if ready else limit
             if self.observed:
@@ -6136,11 +6159,12 @@ class _Run:
         outcome, answered = ("failed", "") if response is None else ("ok", response.model)
         if response is not None and (usage.reasoning_tokens or response.reasoning):
             tier._thinkers.add(model)
-        if response is not None or usage.total_tokens or getattr(error, "_had_begun", False):
+        used = usage.prompt_tokens or usage.completion_tokens
+        if response is not None or used or getattr(error, "_had_begun", False):
             cost: float | None = None
             if inner:
                 cost = getattr(found, "_cost" if response is None else "cost")
-            elif usage.total_tokens:  # what was used is not known of an answer without usage
+            elif used and tier.prices is not None:  # without usage nobody knows what was used
                 cost = tier._cost(usage, (answered, model))
             self.cost = None if cost is None or self.cost is None else self.cost + cost
         text, status, latency = None, None, self.clock() - attempt.start
