@@ -18,14 +18,14 @@ reading failures · wire formats · HTTP provider · OpenAI · Anthropic · Gemi
 scripted provider · tier · configuration · one call · chain · command line. Search for "# ====".
 A section uses only what stands above it: a call enters at the chain and goes up the file.
 
-Times are seconds (float). A limit of None inherits the next outer one, ``math.inf`` means none.
+Times are seconds (float). A limit of None takes the next outer one, ``math.inf`` sets no limit.
 A deadline covers everything; only a DNS look-up cannot be interrupted: the call ends after it.
 Threads may share all objects, which work across a fork. No background thread is started. An import
 connects to nothing; ``requests`` is imported with the first HTTP provider.
 
 Everything raised is a RouterError, except a TypeError for an unknown option and what your own
-``accept`` raises. Errors and responses pickle. No key, prompt or answer is ever in a log, an event,
-a traceback, or the str, repr or args of anything.
+``accept`` raises. Errors and responses can be pickled. No key, prompt or answer is ever in a log,
+an event, a traceback, or the str, repr or args of anything.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class RouterError(Exception):
     """The root of all errors here. ``.attempts``: the Attempts of the call until then."""
     attempts: tuple[Attempt, ...] = ()
     _cost: float | None = None  #: USD of those attempts
-    _had_begun = False  #: an answer had, so that tokens were used
+    _had_begun = False  #: an answer had begun: tokens were used, even if no count has come
 
 class ProviderError(RouterError):
     """One provider could not answer. A custom provider raises it or a subclass.
@@ -196,7 +196,7 @@ class StreamInterrupted(ProviderError):
     """A stream broke after text had been handed out. ``.partial``: that text.
 
     ``__cause__`` is what broke it, a DeadlineExceeded if the call's time was over. The breaker
-    judges by it; status, code, retry_after and request_id are its.
+    judges by that cause; status, code, retry_after and request_id are the cause's.
     """
     then = "raise"
     partial: str = ""
@@ -304,12 +304,17 @@ def _error_text(error: BaseException) -> str:
     return f"{_kind(error)}: {text}" if text else _kind(error)
 
 
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
+    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def _ascii(text: str) -> str:
     """One printable line: no control character of a server reaches a log or a terminal."""
-    line = " ".join(text.split())
-    if line.isascii() and line.isprintable():
-        return line
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in line)
+    return _escaped(" ".join(text.split()), "[^ -~]")
 
 
 def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
@@ -332,7 +337,7 @@ def _traces(error: BaseException) -> Iterator[TracebackType]:
         trace = trace.tb_next
 
 
-def _place(error: BaseException) -> str:
+def _raised_at(error: BaseException) -> str:
     """``KeyError in provider.py, line 12``."""
     at = ""
     for step in _traces(error):
@@ -442,8 +447,9 @@ def _judged(error: BaseException, facts: _Circumstances = _ALONE) -> _Verdict:
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
     limited = isinstance(error, RateLimited)
-    again = then == "again" and facts.retries > 0
-    if limited:
+    if not limited:
+        again = then == "again" and facts.retries > 0
+    else:
         again = hint is not None and facts.may_wait and outcome == "park" and not facts.overruled
     if again and soon:
         return _Verdict("again", "neutral" if limited else outcome, pause=pause)
@@ -646,11 +652,12 @@ class Event(NamedTuple):
 
 
 # ==== circuit breaker =============================================================================
-# One immutable record holds the state. A change is a function from the old record to the new one,
-# applied anew until no other change comes between. Reads take no lock; only the thread that asks a
-# store waits for it. No code of the user's runs under a lock that others wait for.
+# One immutable record holds the state. A change is a function from the old record to the new one;
+# if another thread has changed the record meanwhile, it is applied again. Reads take no lock; only
+# the thread that asks a store waits for it. No code of the user's runs under a lock that others
+# wait for.
 
-_SOON = 1.0  #: seconds that retry_after says at most during a trial
+_SHORT_WAIT = 1.0  #: seconds: what retry_after says during a trial, or where nobody named a time
 
 
 class BreakerSnapshot(NamedTuple):
@@ -680,7 +687,7 @@ class BreakerRecord(NamedTuple):
     deadline: float = 0.0  #: of the open time (inf: until reset) or lease, in the time of its owner
     span: float = 0.0  #: until the deadline when it was set: a clock that jumps adds nothing
     trips: int = 0  #: openings by failures since a success: they double the open time
-    takeovers: int = 0  #: trials since a verdict whose lease ran out
+    takeovers: int = 0  #: trials in a row whose lease ran out without a verdict
     opened: int = 0
     reason: str = ""
     parks: int = 0  #: long parks since a success: each is four times as long
@@ -709,7 +716,7 @@ def _closed(old: BreakerRecord, reason: str) -> BreakerRecord:
     return _begun(new, "closed", 0.0, 0.0)
 
 
-def _admitted(old: BreakerRecord, now: float, rules: CircuitBreaker) -> BreakerRecord:
+def _trial_if_due(old: BreakerRecord, now: float, rules: CircuitBreaker) -> BreakerRecord:
     """With a new trial, if one is due."""
     if old.state == "closed" or now < old.deadline:
         return old
@@ -722,7 +729,10 @@ def _admitted(old: BreakerRecord, now: float, rules: CircuitBreaker) -> BreakerR
 def _after(
     old: BreakerRecord, ticket: Ticket, kind: str, seconds: float | None, reason: str, now: float
 ) -> BreakerRecord:
-    """``kind``: success, failure, neutral, park, park long or park longer."""
+    """The record after a ticket's verdict; the same object if that changes nothing.
+
+    ``kind``: success, failure, neutral, park, park long or park longer.
+    """
     rules = ticket._breaker
     stretch = _drawn(1.0, 1.0 + rules.jitter) if rules.jitter else 1.0
     if kind.startswith("park"):
@@ -744,7 +754,7 @@ def _after(
             return _closed(old, "recovered")
         return _changed(old, failures=0, trips=0) if old.failures else old
     if kind == "neutral":
-        return _begun(old, "open", now, 0.0)  # a trial: the next caller may try
+        return _begun(old, "open", now, 0.0)  # of a trial: the next caller may have it
     failures = old.failures + 1
     if not ticket.is_trial and failures < rules.failure_threshold:
         return _changed(old, failures=failures)
@@ -756,7 +766,7 @@ def _after(
 
 _Change = Callable[[BreakerRecord], BreakerRecord]
 _Step = tuple[BreakerRecord, BreakerRecord]  #: before and after a change
-_NO_ERA = -1  #: of tickets of which only parks count
+_NO_ERA = -1  #: of tickets given while the breaker is open (emergency, ping): only parks count
 
 
 class Ticket:
@@ -879,7 +889,8 @@ class CircuitBreaker:
     def _set_up(self) -> None:
         self._brief = threading.RLock()  # a finalizer may enter
         self._delivering = threading.Lock()
-        self._changes: deque[tuple[str, str, str]] = deque()  #: old, new, reason; or of the store
+        #: (old state, new state, reason), or ("store", "down" or "back", what to say)
+        self._changes: deque[tuple[str, str, str]] = deque()
 
     def _share(self, store: Any) -> None:
         if not self.name:
@@ -932,7 +943,7 @@ class CircuitBreaker:
         if record.state == "closed" or record.deadline == math.inf:
             return None
         left = max(0.0, record.deadline - self._clock())
-        return min(left, _SOON) if record.state == "half_open" else left
+        return min(left, _SHORT_WAIT) if record.state == "half_open" else left
 
     def _would_admit(self) -> bool:
         record = self._look()
@@ -993,7 +1004,7 @@ class CircuitBreaker:
             return Ticket(self, record.era, False)
         now = self._clock()
         if now >= record.deadline and not (self._shared and self._shared.is_busy()):
-            old, new = self._replace(lambda old: _admitted(old, now, self))
+            old, new = self._replace(lambda old: _trial_if_due(old, now, self))
             if new is not old or new.state == "closed":
                 ticket = Ticket(self, new.era, is_trial=new is not old)
                 try:
@@ -1114,11 +1125,11 @@ def _checked_record(record: Any) -> BreakerRecord:
     """A record that a store of any author returned. Raises TypeError or ValueError."""
     if not isinstance(record, BreakerRecord):
         raise TypeError(f"a store returned a {type(record).__name__}, not a BreakerRecord")
+    right = record.state in ("closed", "open", "half_open")
     for value, default in zip(record, BreakerRecord(), strict=True):
         kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or value != value:
-            raise ValueError("not a breaker's record")
-    if record.state not in ("closed", "open", "half_open"):
+        right = right and isinstance(value, kinds) and value == value
+    if not right:
         raise ValueError("not a breaker's record")
     return record
 
@@ -1126,9 +1137,10 @@ def _checked_record(record: Any) -> BreakerRecord:
 class _SharedView:
     """One breaker's record in a store, which only the holder of the lock asks.
 
-    ``_standing`` of the breaker's record: shared (the stored one, perhaps with own failures), ahead
-    (changed without the store: written when that answers) or own (open for a reason of this machine
-    alone: not written).
+    ``_standing`` says how the breaker's record relates to the stored one. shared: it is the stored
+    one, perhaps with failures of this process added. ahead: it has changed while the store was
+    away, and is written when the store answers. own: it is open for a reason of this machine alone,
+    and is never written.
     """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
@@ -1149,8 +1161,8 @@ class _SharedView:
     def begin(self) -> None:
         """At first, and in a forked child: the store is asked anew."""
         self._lock = threading.Lock()
-        self._in_store = math.inf  #: since when the store is asked
-        self._next_read = -math.inf
+        self._in_store = math.inf  #: since when the store is asked; inf: nobody asks it
+        self._next_read = -math.inf  #: at once
 
     def is_busy(self) -> bool:
         """Whether the store is asked now, and does not hang."""
@@ -1191,7 +1203,8 @@ class _SharedView:
                 self._standing = "ahead"
             self._seen = None
         elif record is not None and record.generation != self._seen:
-            newer = record.generation > mine.generation or record.state != mine.state == "closed"
+            newer = record.generation > mine.generation
+            newer = newer or (mine.state == "closed" and record.state != "closed")
             opens = record.state != "closed" or mine.state == "closed"  # it ends no outage of ours
             left = min(max(record.deadline - store_now, 0.0), record.span)
             new = record._replace(deadline=breaker._clock() + left)
@@ -1224,7 +1237,7 @@ class _SharedView:
             self._try(self._load)
         local = ticket is not None and ticket._local and not self._shares_local_errors
         counts = False
-        for _ in range(20):
+        for _ in range(20):  # saved: False if another process was quicker, None if it is down
             old = breaker._record
             new = change(old)
             counts = new.era == old.era and new.state == "closed" and not self._shared_counts
@@ -1235,7 +1248,7 @@ class _SharedView:
                 return (old, new) if taken else breaker._change_alone(change, ticket)
             if saved is None or time.monotonic() > until:
                 break
-            self._try(self._load)  # another process was quicker
+            self._try(self._load)
         old, new = breaker._change_alone(change, ticket)
         if new is old:
             return old, new
@@ -1287,10 +1300,10 @@ class _SharedView:
 
 # ==== stores ======================================================================================
 # A store keeps breakers' records for several processes or machines, and knows no rules.
-# ``load(name) -> (record or None, the store's time)``; ``swap(name, expected_generation, record) ->
-# bool`` writes the record if the stored one has that generation (None: if there is none), and says
-# whether it did. Both may raise: then a breaker goes on alone. Attributes that it may have, with
-# their defaults: ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (of
+# ``load(name) -> (record or None, the store's time)``. ``swap(name, expected_generation, record) ->
+# bool`` writes the record if the stored one has that generation (None: if none is stored). It
+# returns whether it wrote. Both may raise: then a breaker goes on alone. A store may have these
+# attributes: ``refresh = 1.0`` (seconds that a read serves), ``shared_counts = False`` (of
 # failures), ``shares_local_errors = False`` (one machine's trouble to connect, or with its key).
 
 
@@ -1562,7 +1575,11 @@ _TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for the end of its 
 
 
 class _Limits:
-    """The time limits of one request. The one that runs out first names the error."""
+    """The time limits of one request. The one that runs out first names the error.
+
+    ``silence``: for this request, before generation has begun and after; ``own``: the same of the
+    provider. A longer silence than those is the server's fault, also at the deadline.
+    """
 
     def __init__(
         self, deadline: float, connect: float, silence: Sequence[float], own: Sequence[float]
@@ -1570,8 +1587,8 @@ class _Limits:
         self.deadline = deadline
         self.since = time.monotonic()  #: the server has been silent since then
         self.connect_by = self.since + connect
-        self.silence, self.stall = silence  #: before generation has begun, and after
-        self.blamed_after, self.own_stall = own  #: such a silence is the server's fault
+        self.silence, self.stall = silence
+        self.blamed_after, self.own_stall = own
         self.started = False
         self.connecting = False
         self.fresh = False  #: insist on a new connection
@@ -1617,7 +1634,7 @@ class _CurrentLimits:
         return self.limits.left()
 
 
-_sending = threading.local()  #: .limits of the request that this thread sends
+_sending = threading.local()  #: .limits of this thread's request, .under_way: it is being sent
 
 
 class _LimitedSocket(_BoundedSocket):
@@ -1692,14 +1709,15 @@ class _Limited:
 
 def _connected(sock: Any, connection: Any, address: Any, seconds: float) -> Any:
     """The socket, connected; closed if that fails."""
-    with contextlib.ExitStack() as unless_done:
-        unless_done.enter_context(sock)
+    try:
         for option in connection.socket_options or ():
             sock.setsockopt(*option)
         sock.settimeout(seconds)
         sock.connect(address)
-        unless_done.pop_all()
-    return sock
+        return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
@@ -1917,10 +1935,11 @@ class _Answer:
             raise InvalidResponse(f"truncated: {received} of {length} bytes")
 
     def _inflated(self) -> Iterator[bytes]:
-        machine, window_bits = zlib.decompressobj(47), 0  # gzip, or deflate with its header
+        machine, window_bits = zlib.decompressobj(47), 0  # 0: nothing has come
         try:
             for data in self._received():
                 if not window_bits:
+                    # gzip or deflate with its header, or deflate without one
                     window_bits = 47 if data[:1] in (b"\x1f", b"\x78") else -15
                     machine = zlib.decompressobj(window_bits)
                 while data:
@@ -1979,6 +1998,8 @@ _TROUBLE = {
 
 def _transport_error(error: BaseException, limits: _Limits, what: str) -> ProviderError:
     """What an exception from below means, without its text, which may hold a password."""
+    if isinstance(error, ProviderError):
+        return error
     from http import client as http
 
     from requests import exceptions as theirs
@@ -1988,8 +2009,6 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
     def among(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if isinstance(error, ProviderError):
-        return error
     if among(TimeoutError, theirs.Timeout):
         late = what == "connecting" and time.monotonic() + _EARLY >= limits.connect_by
         if late or among(theirs.ConnectTimeout):
@@ -2007,7 +2026,7 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
     for pattern, told in _TROUBLE.items():
         if found := re.search(pattern, text):
             return ProviderUnavailable(_ascii(found.expand(told)))
-    _log.warning("%s failed: %s", what, _ascii(_place(error)))
+    _log.warning("%s failed: %s", what, _ascii(_raised_at(error)))
     return ProviderUnavailable(f"{what} failed: {type(causes[-1]).__name__}")
 
 
@@ -2394,7 +2413,7 @@ def _delay(text: str) -> float | None:
     text = text[:64].strip().rstrip(".")
     span, folded = _pattern(_SPAN), text.lower()
     if not text or span.sub("", folded).strip():
-        return _until(text)
+        return _seconds_until(text)
     total = 0.0
     for number, unit in span.findall(folded):
         total += float(number) * next(size for start, size in _UNITS if unit.startswith(start))
@@ -2403,7 +2422,7 @@ def _delay(text: str) -> float | None:
     return total
 
 
-def _until(text: str) -> float | None:
+def _seconds_until(text: str) -> float | None:
     """Seconds until an HTTP or RFC 3339 date; 0 if it is past."""
     import datetime
     from email.utils import parsedate_to_datetime
@@ -2425,10 +2444,10 @@ _Object = dict[str, Any]  #: as JSON has them
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
-_LIMIT_NAMES = frozenset({"max_tokens", "max_completion_tokens"})  #: of one option
-_OPTIONS: frozenset[str] = _HINTS | _LIMIT_NAMES | {"stop", "tool_choice", "response_format",
+_TOKEN_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  #: of one option
+_OPTIONS: frozenset[str] = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "response_format",
                                                     "extra_body"}
-_LIMIT_OPTIONS = ("timeout", "first_token_timeout", "stall_timeout", "on_resend", "thoughts")
+_TIME_LIMITS = ("timeout", "first_token_timeout", "stall_timeout")  #: of one request
 _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
 _STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unknown
@@ -2443,7 +2462,7 @@ class _Call(NamedTuple):
     options: _Object
     learned: Mapping[str, Any] = MappingProxyType({})  #: what this model refuses (_correction)
     identity: str = ""  #: provider and model: whose carried parts may be sent
-    limit: Any = None  #: on completion tokens
+    token_limit: Any = None  #: of the completion
     thoughts: bool = False  #: the caller wants to read the model's thinking
     names: Mapping[str, str] = MappingProxyType({})  #: of tools -> as they are sent
 
@@ -2459,7 +2478,7 @@ class _Call(NamedTuple):
 
     def renamed(self, names: Mapping[str, str]) -> _Object:
         """The options of these names that were given, under a vendor's names."""
-        given = {**self.options, "max_tokens": self.limit}
+        given = {**self.options, "max_tokens": self.token_limit}
         return _given({theirs: given.get(own) for own, theirs in names.items()})
 
     def finished(self, body: _Object) -> _Object:
@@ -2862,7 +2881,7 @@ class _SSE(_Lines):
     def __init__(self) -> None:
         super().__init__()
         self._data: list[bytes] = []
-        self._bare: list[bytes] = []  # lines of JSON without "data:": Gemini's errors
+        self._plain_json: list[bytes] = []  # lines of JSON without "data:": Gemini's errors
 
     def feed(self, chunk: bytes) -> list[tuple[str, bytes]]:
         events: list[tuple[str, bytes]] = []
@@ -2874,11 +2893,11 @@ class _SSE(_Lines):
                     events.append((self._event, b"\n".join(self._data)))
                     self._data.clear()
                 self._event = ""
-            elif self._bare or line.startswith(b"{"):
-                self._bare.append(line)
+            elif self._plain_json or line.startswith(b"{"):
+                self._plain_json.append(line)
                 if line.startswith((b"{", b"}")) and line.rstrip().endswith(b"}"):
-                    events.append(("", b"\n".join(self._bare)))
-                    self._bare.clear()
+                    events.append(("", b"\n".join(self._plain_json)))
+                    self._plain_json.clear()
             elif line.startswith(b"event:"):
                 self._event = line[6:].strip().decode("utf-8", "replace")
             elif line.startswith(b"error:"):  # llama.cpp before 2025
@@ -2984,7 +3003,7 @@ _FAILED = frozenset({
     "interrupted", "user_cancel", "error_limit", "error_toxic", "upstream_error", "disconnected",
     "internal_error", "internal_server_error", "deadline_exceeded",
 })
-_PARSED = 50e6  #: bytes of JSON that are parsed in a second, at least
+_PARSE_RATE = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that are passed over behind the finish reason.
 _ANSWERING = frozenset({"text", "full", "thought", "call", "arguments", "grow", "stop"})
 
@@ -3102,13 +3121,13 @@ class _Collector:
         self._begin()
 
     def _begin(self) -> None:
-        self.alive = False  #: a sign of generation has come; the reader takes it back
+        self.alive = False  #: a sign of generation has come; ``_events`` sets it back
         self.complete = False  #: the answer has its finish reason
-        self.stops_at_once = False  #: more has followed, or may: it came with the first piece
+        self.may_go_on = False  #: but that proves nothing: it came with the first piece, for one
         self.ended = False  #: the end marker has come: nothing follows
         self._whole = False  #: the answer came as one value, and not in events
         self._raw: Any = None  #: that value
-        self._stops_early = False  #: the finish reason came with or behind the first piece
+        self._keeps_rest = False  #: what comes behind the finish reason may be more of the answer
         self._behind: list[tuple[Any, ...]] = []  #: facts behind it
         self._begun = False  #: events before this one had text or calls
         self._finish = "stop"
@@ -3180,7 +3199,7 @@ class _Collector:
             memory = sum(data.count(mark) * weight for mark, weight in weights.items())
             if memory > min(16 * len(data), 7 * max(self.most, 1 << 20)):
                 raise InvalidResponse("the answer has too many values to read", code="too_large")
-        if late := self.check(len(data) / _PARSED):
+        if late := self.check(len(data) / _PARSE_RATE):
             raise late
 
     def _event(self, body: Any, large: bool) -> None:
@@ -3226,7 +3245,7 @@ class _Collector:
         Some servers put one into every event, or an event of its own behind every piece. A proxy
         that answers twice sends everything again, which is passed over.
         """
-        if not self._stops_early:
+        if not self._keeps_rest:
             return
         if fact[0] != "stop":
             self._behind.append(fact)
@@ -3237,7 +3256,7 @@ class _Collector:
             known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
             again = texts in ("", self.text.strip()) and "".join(calls) in ("", *known)
             if not again and not any(one[0] == "full" for one in facts):
-                self.stops_at_once = True
+                self.may_go_on = True
                 for one in (*facts, fact):
                     _TAKERS[one[0]](self, *one[1:])
 
@@ -3379,13 +3398,13 @@ class _Collector:
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
-            self.stops_at_once = self.stops_at_once or not self._begun
+            self.may_go_on = self.may_go_on or not self._begun
             self._finish = self._finishes.get(reason) or _FINISHES.get(word, reason[:40])
             come = len(self._text)  # pieces
             if self._calls:
                 come += sum(len(call["pieces"]) or 1 for call in self._calls)
-            early = come < 2 or self.stops_at_once
-            self._stops_early = early and self._finish in ("stop", "tool_calls")
+            early = come < 2 or self.may_go_on
+            self._keeps_rest = early and self._finish in ("stop", "tool_calls")
             self.complete = True
 
     def _take_end(self) -> None:
@@ -3412,8 +3431,8 @@ class _Collector:
 
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is cut, ContentFiltered, EmptyResponse."""
-        at_end = self._whole or (self.ended and not self._names_finish)
-        if not self.complete and (self._open or not at_end):
+        by_marker = self.ended and not self._names_finish  # a server without finish reasons
+        if not self.complete and (self._open or not (self._whole or by_marker)):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         finish = self._finish
         texts = self._reasoning if self._think.state == "thinking" else self._text
@@ -3676,7 +3695,7 @@ class _HTTPProvider(LLMProvider):
         except Exception as error:
             if _is_task_limit(error):
                 raise
-            _log.warning("the api_key function failed: %s", _ascii(_place(error)))
+            _log.warning("the api_key function failed: %s", _ascii(_raised_at(error)))
             told = f"the api_key function raised {type(error).__name__}"
         raise AuthenticationError(told, provider=self._vendor)
 
@@ -3759,7 +3778,7 @@ class _HTTPProvider(LLMProvider):
         """
         asked = self._checked_call(messages, tools, model, kwargs)
         own = (self.first_token_timeout, self.stall_timeout)
-        silence = tuple(map(_seconds, [kwargs] * 2, _LIMIT_OPTIONS[1:3], own))
+        silence = tuple(map(_seconds, [kwargs] * 2, _TIME_LIMITS[1:], own))
         deadline = time.monotonic() + _seconds(kwargs, "timeout", math.inf)
         fixed: list[str] = []  #: fields that were corrected for this request
         while True:
@@ -3789,7 +3808,7 @@ class _HTTPProvider(LLMProvider):
                 failure.status = failure.status or status
                 raise
             fix = self._correction(report, words, status, call)
-            if fix is None or fix.name in fixed or call.learned.get(fix.name, call) == fix.value:
+            if not fix or fix.name in fixed or (fix.name, fix.value) in call.learned.items():
                 if fixed and status not in _BUSY:
                     self._forget(model, fixed)  # nothing shows that they help
                 raise error
@@ -3803,8 +3822,8 @@ class _HTTPProvider(LLMProvider):
         for name, value in kwargs.items():
             if name in _OPTIONS:
                 options |= {} if value is None else {name: value}
-            elif name not in _LIMIT_OPTIONS:
-                near = _near(name, (*_OPTIONS, *_LIMIT_OPTIONS[:3]))
+            elif name not in (*_TIME_LIMITS, "on_resend", "thoughts"):
+                near = _near(name, (*_OPTIONS, *_TIME_LIMITS))
                 told = f"unknown option {name!r} for {type(self).__name__}.{near}"
                 raise _UnknownOption(f"{told} Fields of one vendor go into extra_body={{}}")
         if model is not None and not isinstance(model, str):
@@ -3815,7 +3834,7 @@ class _HTTPProvider(LLMProvider):
             _repaired(_checked_messages(messages)), _checked_tools(tools) if tools else None,
             model, options,
             identity=f"{self._vendor} {self.base_url} {model or ''}",
-            limit=options.get("max_completion_tokens", options.get("max_tokens")),
+            token_limit=options.get("max_completion_tokens", options.get("max_tokens")),
             thoughts=bool(kwargs.get("thoughts")),
         )
 
@@ -3967,7 +3986,7 @@ class _HTTPProvider(LLMProvider):
                 if collector.alive:
                     collector.alive = False
                     limits.progress()
-                tail = limits.stall if collector.stops_at_once else min(limits.stall, _TAIL_TIMEOUT)
+                tail = limits.stall if collector.may_go_on else min(limits.stall, _TAIL_TIMEOUT)
                 if collector.complete and limits.silence != tail:
                     limits.since, limits.silence = time.monotonic(), tail
             text = body.rest() if isinstance(body, _JSONBody) and not collector.complete else None
@@ -4022,7 +4041,7 @@ class _HTTPProvider(LLMProvider):
             return _Fix("carry")
         if not (words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))):
             return None
-        limits = ("max_tokens", "max_completion_tokens") if call.limit is not None else ()
+        limits = ("max_tokens", "max_completion_tokens") if call.token_limit is not None else ()
         names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
         patterns = {name: _COMPLAINTS.get(name, name) for name in names}
         if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
@@ -4116,10 +4135,8 @@ def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") 
 
 
 def _request_id(answer: _Answer) -> str | None:
-    for name in _REQUEST_IDS:
-        if name in answer.headers:
-            return _token(answer.headers[name], answer)
-    return None
+    ids = filter(None, map(answer.headers.get, _REQUEST_IDS))
+    return _token(next(ids, None), answer)
 
 
 #: The answers that are being read, by the ids of their collectors. The garbage collector might
@@ -4144,8 +4161,7 @@ def _drained(stream: Generator[str, None, LLMResponse]) -> LLMResponse:
         try:
             next(stream)
         except StopIteration as end:
-            response: LLMResponse = end.value
-            return response
+            return end.value  # type: ignore[no-any-return]
 
 
 def _warn(text: str) -> None:
@@ -4350,6 +4366,7 @@ _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache
 def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     """As it is sent. Local templates know neither the developer role nor lists of texts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
+    # characters of a tool id: Mistral's, OpenAI's, those of all others
     most = 9 if "tool_ids" in call.learned else 40 if at_openai else sys.maxsize
     if "tool_call_id" in sent:
         sent["tool_call_id"] = _short_id(sent["tool_call_id"], most)
@@ -4408,7 +4425,7 @@ def _without_cache(item: Mapping[str, Any]) -> _Object:
 def _short_id(tool_id: str, most: int) -> str:
     """A tool id of at most so many characters. Nine are Mistral's form: letters and digits only."""
     if most > 9:
-        return _safe(tool_id, "$^", most)
+        return _safe(tool_id, "$^", most)  # this pattern finds nothing: any character may stay
     fits = re.fullmatch("[a-zA-Z0-9]{9}", tool_id)
     return tool_id if fits else f"{zlib.crc32(tool_id.encode()):09x}"
 
@@ -4435,17 +4452,15 @@ def _merged_turns(call: _Call) -> list[Message]:
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
     if "after_tool" in call.learned:
-        pairs = zip([{"role": ""}, *messages], messages, strict=False)
-        told = {"role": "assistant", "content": "Noted."}
-        messages = [
-            one for before, message in pairs
-            for one in ((told, message) if (before["role"], message["role"]) == ("tool", "user")
-                        else (message,))
-        ]
+        given, messages = messages, []
+        for message in given:
+            if messages and (messages[-1]["role"], message["role"]) == ("tool", "user"):
+                messages.append({"role": "assistant", "content": "Noted."})
+            messages.append(message)
     body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in messages]}
     if call.model is not None:
         body["model"] = call.model
-    unsent = {*_LIMIT_NAMES, "extra_body"}
+    unsent = {*_TOKEN_LIMITS, "extra_body"}
     if call.tools:
         body["tools"] = [_without_cache(tool) if at_openai else {**tool} for tool in call.tools]
         for tool in body["tools"]:
@@ -4456,9 +4471,9 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     body |= call.options
     for name in unsent:
         body.pop(name, None)
-    if call.limit is not None:
+    if call.token_limit is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
-        body[call.learned.get("token_limit", guess)] = call.limit
+        body[call.learned.get("token_limit", guess)] = call.token_limit
     if streaming:
         body["stream"] = True
         if "stream_options" not in call.learned:
@@ -4637,8 +4652,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
         kind, name = _choice(call)
         if "tool_choice" in call.options:
             body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
-    if call.limit is not None:
-        body["max_output_tokens"] = call.limit
+    if call.token_limit is not None:
+        body["max_output_tokens"] = call.token_limit
     effort = call.renamed({"reasoning_effort": "effort"})
     if effort or call.thoughts:
         shown = {} if "thoughts" in call.learned else {"summary": "auto"}
@@ -4823,7 +4838,7 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     shown = {"type": "adaptive", "display": "summarized"} if call.thoughts else None
     return call.finished({
         "model": call.model,
-        "max_tokens": call.limit or 8192,  # it is required
+        "max_tokens": call.token_limit or 8192,  # it is required
         "system": said or None,
         "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
         "temperature": temperature, "top_p": call.options.get("top_p"),
@@ -5262,9 +5277,7 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            if isinstance(delta, type) and issubclass(delta, BaseException):
-                raise delta
-            if isinstance(delta, BaseException):
+            if issubclass(delta if isinstance(delta, type) else type(delta), BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
@@ -5405,7 +5418,7 @@ class ProviderTier:
         """The same, but a tier that lists no models sends any name as it is."""
         return self._id_of(model) if self.models else model
 
-    def _count(self, error: str | None, latency: float) -> None:
+    def _note(self, error: str | None, latency: float) -> None:
         with self._lock:
             self._calls += 1
             self._last_latency = latency
@@ -5674,26 +5687,26 @@ def _built(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
 
 # ==== one call ====================================================================================
 # _Run is one call of a chain: the list ``later`` says who comes next, the loop in ``answer`` asks
-# them. _Try is one request: it alone holds a ticket and a place, and gives both back in ``end``.
+# them. _Request is one request: it alone holds a ticket and a place, and ends both in ``end``.
 # ``_judged`` says what follows from a failure. Time is absolute, on the chain's clock.
 
 _Plan = Sequence[tuple[ProviderTier, "str | None"]]  #: who is asked, in which order, for what model
-#: Why a tier did not answer: its error, or the record of the breaker that refused; if it was asked.
-_Failure = tuple[ProviderTier, "BaseException | BreakerRecord", bool]
 #: Characters at the beginning of an answer that can be decoration before the marker.
 _DECORATION = 300
 #: What may stand before the marker: white space, quotes, markdown, the language of a code fence.
 _BEFORE_MARKER = r"(?:\s|[*_\"'`>~#\u2018-\u201f\u00ab\u00bb\u2039\u203a]|(?<=```)\w{1,20}(?=\s))*"
-#: Control, escape and bidirectional characters, separators of lines, halves of characters.
-_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _warned_of: set[str] = set()  #: places of faults in custom providers, said once in a process
 
 
-def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
-    return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
+class _Failure(NamedTuple):
+    """Why a tier did not answer."""
+
+    tier: ProviderTier
+    error: BaseException | BreakerRecord  #: a record: of the breaker that refused
+    asked: bool  #: a request was sent
 
 
-def _repeated(texts: Iterable[str]) -> list[str]:
+def _each_once(texts: Iterable[str]) -> list[str]:
     """Each text once, with the number of times that it was said."""
     times = Counter(texts).items()
     return [text if number == 1 else f"{text} ({number} times)" for text, number in times]
@@ -5701,8 +5714,7 @@ def _repeated(texts: Iterable[str]) -> list[str]:
 
 def _undecorated(text: str) -> int:
     """Where a text begins, white space and decoration left out."""
-    found: Any = _pattern(_BEFORE_MARKER).match(text[:_DECORATION])
-    return int(found.end())
+    return _pattern(_BEFORE_MARKER).match(text[:_DECORATION]).end()  # type: ignore[union-attr]
 
 
 def _after_thoughts(text: str) -> str:
@@ -5742,12 +5754,7 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-def _are_attempts(value: Any) -> bool:
-    """Whether these are a nested chain's: a custom error may call something else so."""
-    return isinstance(value, tuple) and all(isinstance(each, Attempt) for each in value)
-
-
-class _Try:
+class _Request:
     """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
 
     place: Any = None
@@ -5765,14 +5772,14 @@ class _Try:
     def send(self) -> None:
         """Get ``response``, or begin a stream: then ``delta`` is its first one."""
         run, tier = self.run, self.tier
-        messages, options = run.request(self)
+        messages, options = run.prepared(self)
         if run.streaming:
             self.held, self.taken = [], []
             self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
             self.read()
         else:
-            chat = tier.provider.chat
-            self.keep(chat(messages, tools=run.tools, model=self.model, **options))
+            answer = tier.provider.chat(messages, tools=run.tools, model=self.model, **options)
+            self.keep(answer)
 
     def read(self) -> None:
         """Read the stream on to the next ``delta`` for its reader, or to the end."""
@@ -5828,7 +5835,7 @@ class _Try:
             except Exception as error:
                 if _is_task_limit(error):
                     raise
-                told = f"{self.tier.name}: closing its stream raised {_place(error)}"
+                told = f"{self.tier.name}: closing its stream raised {_raised_at(error)}"
                 _log.warning("%s", _ascii(told))
 
     def failed(self, error: BaseException, retries: int = 0, waits: bool = False) -> float | None:
@@ -5853,11 +5860,11 @@ class _Try:
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or self.model or ""
         elif not isinstance(error, RouterError):
-            self._warn_of(_place(error))
+            self._warn_of(_raised_at(error))
         run.record(self, error)
         if verdict.then == "raise":
             raise error
-        run.failures.append((tier, _bare(error), True))
+        run.failures.append(_Failure(tier, _bare(error), True))
         if verdict.then == "again" and tier.breaker.is_closed:
             return verdict.pause
         if not self.taken:
@@ -5871,7 +5878,7 @@ class _Try:
             told = f"{self.tier.name}: {place} is no ProviderError: it counts as a failure"
             _log.warning("%s", _ascii(told))
 
-    def ended(self, error: BaseException | None) -> _Try | None:
+    def ended(self, error: BaseException | None) -> _Request | None:
         """End a request whose stream has ended. None if the next tier is to be asked."""
         if error is None:
             self.end(self.ticket.success)
@@ -5885,7 +5892,7 @@ class _Try:
         """End a request whose reader wants no more of its stream."""
         if self.stream is not None:
             self.end(self.ticket.success if self.taken else self.ticket.neutral)
-            self.tier._count(None, self.run.clock() - self.start)
+            self.tier._note(None, self.run.clock() - self.start)
 
     def interrupted(self, error: BaseException) -> StreamInterrupted:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
@@ -5943,30 +5950,30 @@ class _Run:
     # -- the loop
 
     def answer(
-        self, attempt: _Try | None = None, broken: BaseException | None = None
-    ) -> LLMResponse | _Try:
+        self, request: _Request | None = None, broken: BaseException | None = None
+    ) -> LLMResponse | _Request:
         """The answer, or a stream that has begun; or the error, with the record of the call.
-        ``attempt``: the request whose stream has ended, ``broken``: by that error."""
+        ``request``: the request whose stream has ended, ``broken``: by that error."""
         try:
-            if attempt is not None:
-                attempt = attempt.ended(broken)
+            if request is not None:
+                request = request.ended(broken)
             while True:
-                if attempt is not None:
-                    if attempt.response is None:
-                        return attempt
-                    if (answer := self._accepted(attempt, attempt.response)) is not None:
+                if request is not None:
+                    if request.response is None:
+                        return request
+                    if (answer := self._accepted(request, request.response)) is not None:
                         return answer
                 if not self.later and not self._nap():
                     raise self.failure()
                 if self.clock() >= self.deadline:
-                    asked = [failure[0] for failure in self.failures]
+                    asked = [failure.tier for failure in self.failures]
                     for tier, model in self.later:
                         if tier not in asked:
                             self._skip(tier, model, CircuitOpen("no time left to ask it"))
                     self.plan = self.order
                     raise self.failure(late=True)
                 tier, model = self.later.pop(0)
-                attempt = self._ask(tier, model)
+                request = self._ask(tier, model)
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
@@ -5975,27 +5982,27 @@ class _Run:
                 self.chain._emit("done", "", "", data)
             raise
 
-    def _ask(self, tier: ProviderTier, model: str | None) -> _Try | None:
+    def _ask(self, tier: ProviderTier, model: str | None) -> _Request | None:
         """Ask one tier, again if its error says so. None if the next one is to be asked."""
         retries, may_wait = tier.retries, True
-        while (attempt := self._admitted(tier, model)) is not None:
+        while (request := self._admitted(tier, model)) is not None:
             try:
-                attempt.send()
+                request.send()
             except BaseException as error:
                 try:
-                    pause = attempt.failed(error, retries, may_wait)
+                    pause = request.failed(error, retries, may_wait)
                 finally:
-                    attempt.ticket.neutral()  # does nothing unless a signal broke into failed()
+                    request.ticket.neutral()  # does nothing unless a signal broke into failed()
                 if isinstance(error, RateLimited):
                     may_wait = False
                 else:
                     retries -= 1
             else:
-                if attempt.response is None:
-                    attempt.ticket._begin_anew()
+                if request.response is None:
+                    request.ticket._begin_anew()
                 else:
-                    attempt.end(attempt.ticket.success)
-                return attempt
+                    request.end(request.ticket.success)
+                return request
             if pause is None:
                 break
             self.tell("retry", tier, model, {"pause": pause})
@@ -6005,7 +6012,7 @@ class _Run:
                 break
         return None
 
-    def _admitted(self, tier: ProviderTier, model: str | None) -> _Try | None:
+    def _admitted(self, tier: ProviderTier, model: str | None) -> _Request | None:
         """A request with a ticket and a place, or None: then the skip is recorded."""
         error = self._unable(tier) if self.chain._picky else None
         places = tier._slots
@@ -6014,35 +6021,35 @@ class _Run:
             if ticket is None:
                 break
             try:
-                attempt = _Try(self, tier, model, ticket)
+                request = _Request(self, tier, model, ticket)
                 if places is not None:
-                    until = attempt.start if self._later_ready(tier) else self.deadline
-                    attempt.place = places.take(until, self.clock)
-                    attempt.start = self.clock()
+                    until = request.start if self._later_ready(tier) else self.deadline
+                    request.place = places.take(until, self.clock)
+                    request.start = self.clock()
             except BaseException:
                 ticket.neutral()
                 raise
-            if places is not None and attempt.place is None:
+            if places is not None and request.place is None:
                 error = CircuitOpen(f"{tier.name} is busy")
-            elif attempt.start >= self.deadline:  # a store, a full tier or a listener took the time
+            elif request.start >= self.deadline:  # a store, a full tier or a listener took the time
                 error = CircuitOpen("no time left to ask it")
             elif places is None or ticket._era in (tier.breaker._record.era, _NO_ERA):
-                return attempt  # else the breaker changed while it waited for its place
-            attempt.end(ticket.neutral)
+                return request  # else the breaker changed while it waited for its place
+            request.end(ticket.neutral)
         self._skip(tier, model, error)
         return None
 
-    def request(self, attempt: _Try) -> tuple[list[Message], dict[str, Any]]:
+    def prepared(self, request: _Request) -> tuple[list[Message], dict[str, Any]]:
         """Messages and options for one request (see FailoverChain). Here time becomes seconds."""
-        tier, model, messages = attempt.tier, attempt.model, self.messages
+        tier, model, messages = request.tier, request.model, self.messages
         params = tier.params
-        if params and self.options.keys() & _LIMIT_NAMES:  # two names of one option
-            params = {name: value for name, value in params.items() if name not in _LIMIT_NAMES}
+        if params and self.options.keys() & _TOKEN_LIMITS:  # two names of one option
+            params = {name: value for name, value in params.items() if name not in _TOKEN_LIMITS}
         options = {**params, **self.options}
         for name in [*options] if options else ():
             if options[name] is None or (tier._takes is not None and name not in tier._takes):
                 del options[name]
-        left = self.deadline - attempt.start
+        left = self.deadline - request.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
         if tier._speaks_http:
             ready = bool(self.later) and self._later_ready(tier)
@@ -6087,38 +6094,37 @@ class _Run:
             for part in content if isinstance(content, (list, tuple)) else ():
                 if part.get("type") in ("image_url", "image", "input_image"):
                     return UnsupportedRequest(f"{tier.name} takes no images")
-        if tier._takes is not None:
-            given = {name for name, value in self.options.items() if value is not None}
-            if lacking := sorted(given - tier._takes - _HINTS):
-                return UnsupportedRequest(f"{tier.name} takes no {', '.join(lacking)}")
+        given = _given(self.options).keys()
+        if tier._takes is not None and (lacking := sorted(given - tier._takes - _HINTS)):
+            return UnsupportedRequest(f"{tier.name} takes no {', '.join(lacking)}")
         return None
 
     # -- streams
 
-    def deltas(self, found: LLMResponse | _Try) -> Generator[str, None, LLMResponse]:
+    def deltas(self, found: LLMResponse | _Request) -> Generator[str, None, LLMResponse]:
         """The deltas of the answer. Until the first text another tier may still be asked."""
         try:
             yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
-            while isinstance(found, _Try):
-                attempt, given, broken = found, self.clock(), None
-                if not isinstance(attempt.delta, Thought):
-                    attempt.taken.append(attempt.delta)
-                yield attempt.delta
+            while isinstance(found, _Request):
+                request, given, broken = found, self.clock(), None
+                if not isinstance(request.delta, Thought):
+                    request.taken.append(request.delta)
+                yield request.delta
                 try:
                     now = self.clock()
-                    attempt.idle += now - given
+                    request.idle += now - given
                     if now >= self.deadline:
                         told = "the deadline of the call passed"
                         raise ProviderTimeout(told, code="attempt_timeout")
-                    attempt.read()
+                    request.read()
                 except BaseException as error:
                     broken = error
-                if broken is not None or attempt.response is not None:
-                    found = self.answer(attempt, broken)
-                    if attempt.taken:
+                if broken is not None or request.response is not None:
+                    found = self.answer(request, broken)
+                    if request.taken:
                         return found  # type: ignore[return-value]  # no other tier is asked
         except BaseException:
-            if isinstance(found, _Try):
+            if isinstance(found, _Request):
                 found.left()
             raise
         if found.content:
@@ -6136,7 +6142,7 @@ class _Run:
         if error is not None or noted is None or noted[0] is not record or noted[1] != model:
             why = _error_text(error) if error else f"CircuitOpen: {tier.breaker._why(record)}"
             attempt = Attempt(tier.name, model or "", "skipped", why)
-            noted = (record, model, attempt, (tier, error or record, False))
+            noted = (record, model, attempt, _Failure(tier, error or record, False))
             if error is None:
                 tier._noted = noted
         self.attempts.append(noted[2])
@@ -6144,14 +6150,14 @@ class _Run:
         if self.observed:
             self.tell("skip", tier, model, {"reason": str(error or noted[2].error)})
 
-    def record(self, attempt: _Try, error: Exception | None = None) -> None:
+    def record(self, request: _Request, error: Exception | None = None) -> None:
         """One request, with what it used. A nested chain's own attempts count in this one."""
-        tier, model, response = attempt.tier, attempt.model, attempt.response
+        tier, model, response = request.tier, request.model, request.response
         found: Any = error if response is None else response
         inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
         usage: Any = getattr(found, "usage", None)
-        if inner and not _are_attempts(inner):
-            inner = ()
+        if not (isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)):
+            inner = ()  # a custom error may call something else so
         if inner:
             usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
         elif not isinstance(usage, Usage):
@@ -6167,19 +6173,19 @@ class _Run:
             elif used and tier.prices is not None:  # without usage nobody knows what was used
                 cost = tier._cost(usage, (answered, model))
             self.cost = None if cost is None or self.cost is None else self.cost + cost
-        text, status, latency = None, None, self.clock() - attempt.start
+        text, status, latency = None, None, self.clock() - request.start
         if error is not None:
             text, status = _error_text(error), getattr(error, "status", None)
-        tier._count(text, latency)
+        tier._note(text, latency)
         noted = Attempt(tier.name, model or answered, outcome, text, status, latency, usage)
         self.attempts.append(noted)
 
-    def _accepted(self, attempt: _Try, response: LLMResponse) -> LLMResponse | None:
+    def _accepted(self, request: _Request, response: LLMResponse) -> LLMResponse | None:
         """A copy of the answer with what the chain knows: a provider may keep its own object. None
         if it gave up or is refused: then ``later`` says who is asked instead."""
-        self.record(attempt)
+        self.record(request)
         chain, label, reason = self.chain, "", None
-        if chain._marker and not attempt.taken:
+        if chain._marker and not request.taken:
             reason = _after_marker(response.text, chain._marker)
         if reason is not None:
             label = "gave up"
@@ -6189,7 +6195,7 @@ class _Run:
             self.attempts[-1] = self.attempts[-1]._replace(outcome="escalated", error=label)
         answer: LLMResponse = object.__new__(type(response))
         answer.__dict__ = response.__dict__.copy()
-        answer.provider, answer.model = attempt.tier.name, answer.model or attempt.model or ""
+        answer.provider, answer.model = request.tier.name, answer.model or request.model or ""
         answer.attempts, answer.cost = tuple(self.attempts), self.cost
         answer.latency = self.clock() - self.start
         answer.escalation = self.escalation or response.escalation
@@ -6198,9 +6204,9 @@ class _Run:
             if reason is not None:
                 answer.content, self.escalation = reason or None, reason or "no reason given"
             if chain._ladder:
-                self._climb(attempt)
+                self._climb(request)
             else:
-                self.tell_failover(attempt.tier, attempt.model)
+                self.tell_failover(request.tier, request.model)
             return None
         if len(answer.attempts) > 1 and _log.isEnabledFor(logging.INFO):
             _log.info("answered: %s", answer.explain())
@@ -6212,18 +6218,18 @@ class _Run:
             })
         return answer
 
-    def _climb(self, attempt: _Try) -> None:
+    def _climb(self, request: _Request) -> None:
         """Ask the next rung of the ladder, then the tiers that come after the one that gave up."""
-        chain, tier, tiers = self.chain, attempt.tier, [other for other, _ in self.order]
+        chain, tier, tiers = self.chain, request.tier, [other for other, _ in self.order]
         ids = [tier._sent_for(name) for name in chain._ladder]
-        passed = [at + 1 for at, name in enumerate(ids) if name == attempt.model]
+        passed = [at + 1 for at, name in enumerate(ids) if name == request.model]
         for rung in range(max(self.rung, *passed, 0), len(ids)):
             if stronger := chain._serving(chain._ladder[rung], tiers):
                 break
         else:
             raise self.failure()
         self.rung = rung + 1
-        self.tell("escalation", tier, attempt.model, {"to": chain._ladder[rung]})
+        self.tell("escalation", tier, request.model, {"to": chain._ladder[rung]})
         asked = [other for other, _ in stronger]
         after = self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
@@ -6239,13 +6245,13 @@ class _Run:
             error, record = last.get(tier), tier.breaker._look()
             left = tier.breaker._remaining(record)
             if record.state == "closed":
-                left = _hint_of(error) or _SOON
+                left = _hint_of(error) or _SHORT_WAIT
                 if isinstance(error, AllProvidersFailed) and error.retry_after is None:
                     left = None  # a chain inside this one knows that waiting does not help
             elif record.state == "open" and not record.heals:
                 left = None  # a wrong key or an empty account
-            same = isinstance(error, ProviderError) and error.breaker == "neutral"
-            if left is not None and not same:  # else it would say the same again
+            stays = isinstance(error, ProviderError) and error.breaker == "neutral"
+            if left is not None and not stays:  # such an error is about the request
                 hints.append(left)
         return min(hints, default=None)
 
@@ -6283,7 +6289,7 @@ class _Run:
                 return UnsupportedRequest("; ".join(map(str, errors)))
         error: AllProvidersFailed
         told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
-        reasons = "; ".join(_repeated(map(_escaped, told))) or "nowhere to escalate to"
+        reasons = "; ".join(_each_once(map(_escaped, told))) or "nowhere to escalate to"
         if self.last is not None:
             refused = self.escalation == "refused by accept" and not self.chain._ladder
             what = "accept refused every answer" if refused else "no stronger answer"
@@ -6796,7 +6802,7 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
 def _steps(attempts: Iterable[Attempt], chain: Any) -> list[str]:
     """A sentence for each tier that did not answer, with the number of its failures."""
     bad = [attempt for attempt in attempts if attempt.outcome != "ok"]
-    return _repeated(f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad)
+    return _each_once(f"{at.tier}: {_why(at.tier, at.error or '', chain)}" for at in bad)
 
 
 def _failed(screen: _Screen, error: BaseException) -> int:
@@ -6834,7 +6840,8 @@ def _chain_from(options: Any) -> FailoverChain:
     if options.config is None and not direct and os.path.exists(_CONFIG_FILE):
         options.config = _CONFIG_FILE
         screen.say(f"using {_CONFIG_FILE}")
-    if direct if options.config else (variable and not direct):
+    alone = variable and not direct and not options.config
+    if alone or (options.config and direct):
         raise ConfigError("give --config, or --provider or --base-url with --api-key-env")
     if direct:
         key = _variable(variable, "--api-key-env") if variable else None
@@ -6882,8 +6889,8 @@ def _chat_command(options: Any) -> int:
     with _chain_from(options) as chain:
         names = asked["tiers"] or [tier.name for tier in chain.tiers]
         tiers = [tier for tier in chain.tiers if tier.name in names]
-        lost = all(getattr(one.provider, "_wants_model", False) and not one.models for one in tiers)
-        if tiers and lost and not options.model:
+        lost = (getattr(one.provider, "_wants_model", False) and not one.models for one in tiers)
+        if tiers and all(lost) and not options.model:
             name, path = tiers[0].name, options.config
             cure = f"list one in {path}" if path else f"set {name.upper()}_MODEL"
             raise ConfigError(f"{name} has no model: pass --model, or {cure}")
@@ -7013,6 +7020,7 @@ def _init_command(options: Any) -> int:
         why = getattr(error, "strerror", None) or error
         cure = f"name another file: {_program()} init OTHER.toml"
         raise ConfigError(f"{path}: cannot be written ({why}): {cure}") from None
+    # of the tiers that are switched on: the name, and what is to be filled in
     on = _pattern(r'(?m)^name = "(.*)"\n(.*FILL IN)?').findall("".join(tiers))
     gaps = ", ".join(name for name, gap in on if gap)
     told = f"Fill in the models of {gaps}, then try:" if gaps else "Try:"

@@ -898,7 +898,7 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
         if place == "place":
             one._slots.take = interrupt
         elif place == "failed":
-            one._count = interrupt
+            one._note = interrupt
         error_of(KeyboardInterrupt, chain.chat, "q")
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
