@@ -475,9 +475,12 @@ def _declared(error: BaseException) -> tuple[str, str]:
         return then, error.breaker if known else "failure"
     if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
         return "next", "failure"
-    inner = [_judged(each).breaker for each in error.errors or ()]
-    other = "neutral" in inner or isinstance(error, EscalationFailed)
-    return "next", "neutral" if other else "failure"  # a nested chain may answer other requests
+    # A nested chain may answer other requests. While its breakers are open it says when to come.
+    refused, errors = "park", error.errors or ()
+    inner = {refused if isinstance(one, CircuitOpen) else _judged(one).breaker for one in errors}
+    fails = not inner or ("failure" in inner and "neutral" not in inner)
+    other = isinstance(error, EscalationFailed) or not fails
+    return "next", "neutral" if other else "failure"
 
 
 def _hint_of(error: Any) -> float | None:
@@ -1554,7 +1557,7 @@ class LLMProvider(ABC):
     ) -> Generator[str, None, LLMResponse]:
         """Yields deltas of text, returns the whole answer. By default one delta of ``chat()``."""
         response = self.chat(messages, tools, model, **kwargs)
-        if response.content:
+        if isinstance(response, LLMResponse) and response.content:
             yield response.content
         return response
 
@@ -3639,7 +3642,7 @@ class _HTTPProvider(LLMProvider):
         self._own_session = session is None
         self._proxies = {"no_proxy": self._host} if _network_of(self._host) == "local" else {}
         self._settings: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may call close()
         _renewed_after_fork.add(self)
 
     # -- keys and addresses
@@ -3760,7 +3763,7 @@ class _HTTPProvider(LLMProvider):
                 session.close()
 
     def _renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if self._own_session:
             self._session = None  # its sockets are the parent's
 
@@ -5325,23 +5328,21 @@ class _Places:
 
     def __init__(self, most: int) -> None:
         self._most, self._mark = most, object()
-        self._lock, self._bell = threading.Lock(), threading.Lock()
+        self._lock, self._bell = threading.RLock(), threading.Lock()
         self._unused = sys.getrefcount(self._mark)
 
     def qsize(self) -> int:
         """The number of free places."""
         return self._most - (sys.getrefcount(self._mark) - self._unused)
 
-    def take(self, until: float, clock: Callable[[], float]) -> list[object] | None:
-        """A place, to be dropped after use; None if there is none before ``until``."""
-        while True:
-            with self._lock:
-                if self.qsize() > 0:
-                    return [self._mark]
-            left = until - clock()
-            if left <= 0:
-                return None
-            self._bell.acquire(timeout=min(left, 0.05))  # a place that was lost rings no bell
+    def take(self) -> list[object] | None:
+        """A place, to be dropped after use; None if there is none."""
+        with self._lock:
+            return [self._mark] if self.qsize() > 0 else None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a place may be free; a place that was lost rings no bell."""
+        self._bell.acquire(timeout=seconds)
 
     def ring(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -5395,6 +5396,7 @@ class ProviderTier:
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_ours = getattr(provider, "_is_ours", False)
+        self._is_chain = getattr(provider, "_is_chain", False)
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
@@ -5407,8 +5409,8 @@ class ProviderTier:
         _renewed_after_fork.add(self)
 
     def _renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
-        self._slots = _Places(self.max_concurrency) if self.max_concurrency else None
+        self._lock = threading.RLock()  # a signal's handler may ask for the health
+        self._slots: Any = _Places(self.max_concurrency) if self.max_concurrency else None
 
     def _id_of(self, model: str) -> str | None:
         """The id to send for a name, None if this tier does not list it."""
@@ -5790,7 +5792,10 @@ class _Request:
                 response = end.value
                 break
             except StreamInterrupted as error:  # of a nested chain: this one may have shown nothing
-                raise (error.__cause__ or error) from None
+                cause: Any = error.__cause__ or error
+                if isinstance(cause, RouterError):
+                    cause.attempts, cause._cost = error.attempts, error._cost
+                raise cause from None
             if delta is None:  # as some clients give it for an event without text
                 continue
             if not isinstance(delta, str):
@@ -5827,7 +5832,7 @@ class _Request:
         settle()
         if self.place is not None:
             self.place = None
-            self.tier._slots.ring()  # type: ignore[union-attr]
+            self.tier._slots.ring()
         if self.stream is not None:
             stream, self.stream = self.stream, None
             try:
@@ -5842,7 +5847,7 @@ class _Request:
         """End a failed request and record it. Returns the pause before the same tier is asked
         again, None if the next one is to be asked. Raises the error if nobody else is."""
         run, tier, now = self.run, self.tier, self.run.clock()
-        if isinstance(error, UnknownModel) and getattr(tier.provider, "_is_chain", False):
+        if isinstance(error, UnknownModel) and tier._is_chain:
             error = ModelNotFound(str(error))  # another tier may serve it
         left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
@@ -5927,6 +5932,7 @@ class _Run:
     ) -> None:
         self.chain, self.clock = chain, chain._clock
         self.messages, self.tools = messages, tools or None
+        self.backed = options.pop("_backed", False)  #: the chain around this one has a later tier
         self.model, self.options = model, options
         timeout, wait, names = limits
         self.wait: float = chain.wait if wait is None else _number(wait, "wait")
@@ -5937,6 +5943,7 @@ class _Run:
         self.order: _Plan = chain._plan if plain else chain._order(model, names)
         self.plan = self.order  #: who is asked in this round
         self.later = [*self.order]  #: who is still to be asked in it
+        self.busy: list[tuple[ProviderTier, str | None]] = []  #: who had no free place in it
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         self.instructs = False  #: whether weaker models are told how to give up
         if chain._marker and chain._instruction:
@@ -5963,6 +5970,8 @@ class _Run:
                         return request
                     if (answer := self._accepted(request, request.response)) is not None:
                         return answer
+                if not self.later:
+                    self._await_place()
                 if not self.later and not self._nap():
                     raise self.failure()
                 if self.clock() >= self.deadline:
@@ -5988,6 +5997,11 @@ class _Run:
         while (request := self._admitted(tier, model)) is not None:
             try:
                 request.send()
+                if request.response is None:
+                    request.ticket._begin_anew()
+                else:
+                    request.end(request.ticket.success)
+                return request
             except BaseException as error:
                 try:
                     pause = request.failed(error, retries, may_wait)
@@ -5997,12 +6011,6 @@ class _Run:
                     may_wait = False
                 else:
                     retries -= 1
-            else:
-                if request.response is None:
-                    request.ticket._begin_anew()
-                else:
-                    request.end(request.ticket.success)
-                return request
             if pause is None:
                 break
             self.tell("retry", tier, model, {"pause": pause})
@@ -6013,31 +6021,44 @@ class _Run:
         return None
 
     def _admitted(self, tier: ProviderTier, model: str | None) -> _Request | None:
-        """A request with a ticket and a place, or None: then the skip is recorded."""
+        """A request with a ticket and a place; None if the tier is passed over or full."""
         error = self._unable(tier) if self.chain._picky else None
-        places = tier._slots
-        while error is None:
-            ticket = tier.breaker._try_admit(tier.role == "emergency")
-            if ticket is None:
-                break
+        ticket = None if error else tier.breaker._try_admit(tier.role == "emergency")
+        if ticket is not None:
             try:
                 request = _Request(self, tier, model, ticket)
-                if places is not None:
-                    until = request.start if self._later_ready(tier) else self.deadline
-                    request.place = places.take(until, self.clock)
-                    request.start = self.clock()
+                if tier._slots is not None:
+                    request.place = tier._slots.take()
             except BaseException:
                 ticket.neutral()
                 raise
-            if places is not None and request.place is None:
-                error = CircuitOpen(f"{tier.name} is busy")
-            elif request.start >= self.deadline:  # a store, a full tier or a listener took the time
-                error = CircuitOpen("no time left to ask it")
-            elif places is None or ticket._era in (tier.breaker._record.era, _NO_ERA):
-                return request  # else the breaker changed while it waited for its place
+            full = tier._slots is not None and request.place is None
+            if not full and request.start < self.deadline:
+                return request
             request.end(ticket.neutral)
+            error = CircuitOpen("no time left to ask it")  # a store or a listener took the time
+            if full:
+                self.busy.append((tier, model))
+                if not self._later_ready(tier):  # then it is waited for
+                    return None
+                error = CircuitOpen(f"{tier.name} is busy")
         self._skip(tier, model, error)
         return None
+
+    def _await_place(self) -> None:
+        """When all others have failed: wait until a full tier has a place, and ask it next."""
+        while self.busy and not self.later:
+            free = [pair for pair in self.busy if pair[0]._slots.qsize() > 0]
+            left = self.deadline - self.clock()
+            if left <= 0:
+                self.later, self.busy = self.busy, []  # there is no time left to ask them
+            elif free:
+                self.later = free[:1]
+                self.busy.remove(free[0])
+            elif self.backed:
+                return
+            else:
+                self.busy[0][0]._slots.wait(min(left, 0.05))
 
     def prepared(self, request: _Request) -> tuple[list[Message], dict[str, Any]]:
         """Messages and options for one request (see FailoverChain). Here time becomes seconds."""
@@ -6051,8 +6072,12 @@ class _Run:
                 del options[name]
         left = self.deadline - request.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
-        if tier._speaks_http:
-            ready = bool(self.later) and self._later_ready(tier)
+        ready = (tier._speaks_http or tier._is_chain) and self._later_ready(tier)
+        if tier._is_chain:
+            inner = tier.provider.timeout + tier.provider.wait  # type: ignore[attr-defined]
+            options["timeout"] = min(options["timeout"], inner)
+            options |= {"_backed": True} if ready else {}
+        elif tier._speaks_http:
             named = self.model is not None or "reasoning_effort" in options
             patient = not ready or self.rung or named or model in tier._thinkers
             for name in ("first_token_timeout", "stall_timeout"):
@@ -6080,10 +6105,11 @@ class _Run:
     def _later_ready(self, tier: ProviderTier) -> bool:
         """Whether another tier that comes after this one would take the request now."""
         for other, _ in self.later:
-            ready = other.role == "emergency" or other.breaker._would_admit()
+            forced = other.role == "emergency" and other.breaker._record.deadline != math.inf
+            ready = forced or other.breaker._would_admit()
             if ready and other is not tier and not self._unable(other):
                 return True
-        return False
+        return bool(self.backed)
 
     def _unable(self, tier: ProviderTier) -> RouterError | None:
         """What of the request the tier cannot take, as an error."""
@@ -6233,7 +6259,7 @@ class _Run:
         asked = [other for other, _ in stronger]
         after = self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
-        self.later = [*self.plan]
+        self.later, self.busy = [*self.plan], []
 
     # -- waiting and failing
 
@@ -6244,7 +6270,7 @@ class _Run:
         for tier, _ in self.plan:
             error, record = last.get(tier), tier.breaker._look()
             left = tier.breaker._remaining(record)
-            if record.state == "closed":
+            if record.state == "closed" and error is not None:
                 left = _hint_of(error) or _SHORT_WAIT
                 if isinstance(error, AllProvidersFailed) and error.retry_after is None:
                     left = None  # a chain inside this one knows that waiting does not help
@@ -6283,7 +6309,8 @@ class _Run:
         asked = [error for _, error, sent in self.failures if sent]
         if self.last is None and not late:
             only = asked[0] if len(set(map(type, asked))) == 1 else None
-            if isinstance(only, ProviderError) and only.breaker == "neutral":
+            doubtful = isinstance(only, (AuthenticationError, QuotaExceeded))
+            if isinstance(only, ProviderError) and only.breaker == "neutral" and not doubtful:
                 return only
             if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
                 return UnsupportedRequest("; ".join(map(str, errors)))
@@ -6794,9 +6821,11 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
         return f"{text}{where}{': is it running?' if text.startswith('refused') else ''}"
     names = getattr(provider, "_key_variables", ())
     used = [getattr(provider, "_key_from", None), *filter(os.environ.get, names), *names]
-    named = next(filter(None, used), "")
-    cure = f": check {named}" if kind == "AuthenticationError" and named else ""
-    return f"{kind}{where}{text and ': ' + text}{cure}"
+    named, cure = next(filter(None, used), ""), ""
+    if kind == "AuthenticationError" and named:
+        none = "no key was sent: name its variable with --api-key-env, or api_key_env in a file"
+        cure = f": check {named}" if getattr(provider, "_key", "") else f": {none}"
+    return f"{kind}{where}{text and ': ' + text.rstrip(':')}{cure}"
 
 
 def _steps(attempts: Iterable[Attempt], chain: Any) -> list[str]:

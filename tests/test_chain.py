@@ -335,7 +335,8 @@ def test_a_foreign_exception_fails_over_and_is_logged_with_its_place_once(caplog
 @pytest.mark.parametrize("answer", [None, "text", {"content": "x"}])
 def test_a_provider_that_returns_something_else_is_a_config_error(clock, answer):
     chain = chain_of(clock, ProviderTier("w", Custom(lambda **_: answer)))
-    error_of(ConfigError, chain.chat, "hi", match=r"tier 'w': Custom returned .*LLMResponse")
+    for call in both_ways(chain, "hi"):
+        error_of(ConfigError, call, match=r"tier 'w': Custom returned .*LLMResponse")
     given = types.SimpleNamespace(chat=chain.chat, stream=lambda *_, **__: iter([5]))
     chain = chain_of(clock, ProviderTier("w", given))
     error_of(ConfigError, chain.stream, "hi", match=r"tier 'w': a stream gave a int: yield str")
@@ -523,7 +524,9 @@ def test_silence_limits_are_five_times_as_long_where_patience_is_due(clock):
             ((5, 20), {"first_token_timeout": 5}), ((12, 3), {"stall_timeout": 3})):
         assert patience(**options) == patient
     emergency.tiers[1].breaker.open(100)
-    assert patience(emergency) == (12, 20)  # an emergency tier is always ready
+    assert patience(emergency) == (12, 20)  # an emergency tier is ready, unless forced
+    emergency.tiers[1].breaker.open()
+    assert patience(emergency) == (60, 100)
     chain.tiers[1].breaker.open(100)
     assert patience() == (60, 100)
     clock.advance(100)
@@ -747,6 +750,24 @@ def test_a_full_tier_is_waited_for_if_no_later_one_can_serve(why):
     assert [answer.provider for answer in answers] == ["b" if why == "is full" else "a"]
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_the_first_free_place_of_full_tiers_is_taken_when_all_others_have_failed(first):
+    last = ProviderTier("b", Held("x"), max_concurrency=1)
+    chain, provider, threads = full(last, tier("c", BadRequest))
+    more = in_threads(1, lambda: chain.chat("hi", tiers=["b"]))
+    assert last.provider.begun.acquire(timeout=10)
+    answers: list[LLMResponse] = []
+    asking = in_threads(1, lambda: answers.append(chain.chat("hi", timeout=60)))
+    held = {"a": provider, "b": last.provider}
+    assert not held[first].begun.acquire(timeout=0.05)
+    released(held[first], asking)
+    assert answers[0].provider == first
+    assert outcomes(answers[0].attempts) == ["a:skipped", "b:skipped", "c:failed", f"{first}:ok"]
+    for one in held.values():
+        one.go_on.set()
+    released(provider, [*threads, *more])
+
+
 def test_a_wait_for_a_full_tier_ends_at_the_deadline():
     chain, provider, threads = full()
     moments = itertools.chain([0.0] * 9, itertools.repeat(301.0))
@@ -890,15 +911,22 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
     def on_event(event):
         if event.data.get("new") == events["event"]:
             interrupt()
-    for place in ("listener", "place", "failed"):
-        one = tier("a", ServerError, "fine", max_concurrency=1, retries=0)
-        chain = chain_of(clock, one, on_event=on_event if place == "listener" else None)
+    for place in ("listener", "place", "failed", "good verdict"):
+        store = MemoryStore(clock)
+        script = ["fine"] if place == "good verdict" else [ServerError, "fine"]
+        one = tier("a", *script, max_concurrency=1, retries=0)
+        chain = chain_of(clock, one, on_event=on_event if place == "listener" else None,
+            store=store)
         one.breaker.open(1)
         clock.advance(2)
         if place == "place":
             one._slots.take = interrupt
         elif place == "failed":
             one._note = interrupt
+        elif place == "good verdict":
+            def swap(name, expected, record, real=store.swap):
+                return interrupt() if record.state == "closed" else real(name, expected, record)
+            store.swap = swap
         error_of(KeyboardInterrupt, chain.chat, "q")
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
@@ -1083,9 +1111,28 @@ def test_what_a_nested_chain_cannot_do_for_one_request_takes_it_from_no_other(cl
 
 
 def test_nobody_waits_for_a_nested_chain_that_waiting_does_not_help(clock):
-    inner = chain_of(clock, tier("i", AuthenticationError))
-    outer = chain_of(clock, ProviderTier("in", inner), wait=600)
-    assert error_of(AllProvidersFailed, outer.chat, "hi").retry_after is None and not clock.slept
+    for error, seconds in ((AuthenticationError, None), (RateLimited(retry_after=60), 60)):
+        outer = chain_of(clock, ProviderTier("in", chain_of(clock, tier("i", error))), wait=9)
+        for _ in range(4):  # it says so itself: the outer breaker stays closed
+            assert error_of(AllProvidersFailed, outer.chat, "hi").retry_after == seconds
+            assert not clock.slept and outer.tiers[0].breaker.is_closed
+
+
+def test_a_silent_tier_of_a_nested_chain_leaves_time_for_a_later_tier_of_the_outer_one(clock):
+    for later, limits in ((True, (1.0, 1.0)), (False, (60.0, 100.0))):
+        provider = Limits()
+        inner = chain_of(clock, ProviderTier("i", provider, ["m"]), timeout=3, wait=1)
+        tiers = [ProviderTier("in", inner), tier("b", "x")][: 1 + later]
+        for call in both_ways(chain_of(clock, *tiers), "hi", timeout=2):
+            call()
+            assert provider.seen.pop() == limits
+        held = chain_of(clock, ProviderTier("i", Held("x"), max_concurrency=1))
+        held.tiers[0]._slots = types.SimpleNamespace(take=lambda: None, qsize=lambda: 0)
+        both = chain_of(clock, ProviderTier("in", held), tier("b", "x"))
+        assert both.chat("hi").provider == "b"  # nor does it wait for a place
+    watched = Custom(lambda **options: LLMResponse(str(options["timeout"])))
+    inner = chain_of(clock, ProviderTier("i", watched), timeout=3, wait=1)
+    assert chain_of(clock, ProviderTier("in", inner)).chat("hi", timeout=9).text == "4.0"
 
 
 def odd(**fields):

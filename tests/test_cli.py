@@ -318,6 +318,9 @@ def test_a_wrong_key_names_the_variable_to_check_and_no_time_to_wait(how: str, c
     assert all(part in err for part in (f"check {variable}", cli.server.url))
     status, out, _ = cli("check", *flags)
     assert (status, f"check {variable}" in out) == (1, True)
+    cli.server.healthy = False
+    cli.environ(**{variable: ""})
+    assert "--api-key-env" in cli("check", "--base-url", cli.server.url)[1]
 
 
 def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> None:

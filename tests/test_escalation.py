@@ -117,6 +117,7 @@ def test_when_the_stronger_side_fails_the_last_answer_is_attached(strong, option
     chain = ladder(tier("weak", MARKED), tier("strong", strong))
     failed = error_of(EscalationFailed, chain.chat, "hi", **options)
     assert isinstance(failed, AllProvidersFailed) and failed.response.text == text
+    assert failed.retry_after == (1.0 if strong is ProviderUnavailable else None)
     assert "ESCALATE" not in str(failed) and failed.attempts
     assert not options.get("tiers") or not told(chain, "weak")
 

@@ -466,7 +466,10 @@ def asked(status: int, body: Any, messages: Any) -> int:
         chain = FailoverChain([tier, spare], failure_threshold=100)
         for _ in range(3):
             chain.chat(messages, timeout=5)
-        return len(mock.calls)
+        sent = len(mock.calls)
+        error = error_of(RouterError, FailoverChain([tier]).chat, messages)
+        assert not isinstance(error, (AuthenticationError, QuotaExceeded))
+        return sent
 
 
 @pytest.mark.parametrize(("status", "body", "prompt"), [

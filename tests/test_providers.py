@@ -345,8 +345,11 @@ def test_a_password_of_the_environments_proxy_is_not_shown(monkeypatch: pytest.M
 
 
 def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's settings are looked up once, while the other thread waits at the lock."""
-    real, made_lock = requests.Session.merge_environment_settings, threading.Lock
+    """The environment's settings are looked up once, while the other thread waits at the lock.
+
+    A signal's handler may call close() meanwhile.
+    """
+    real, made_lock = requests.Session.merge_environment_settings, threading.RLock
     at_the_lock, made = threading.Semaphore(0), []
     class Lock:
         def __init__(self) -> None:
@@ -361,11 +364,12 @@ def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.Monke
     def slowly(self: Any, *args: Any) -> Any:
         made.append(self)
         assert at_the_lock.acquire(timeout=5) and at_the_lock.acquire(timeout=5)
+        client.close()
         return real(self, *args)
     monkeypatch.setattr(requests.Session, "merge_environment_settings", slowly)
     with Server(reply(WHOLE)) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(threading, "Lock", Lock)
+            patch.setattr(threading, "RLock", Lock)
             client = OpenAIProvider(KEY, server.url)
         for thread in in_threads(2, lambda: client.chat("q", None, "m")):
             thread.join()

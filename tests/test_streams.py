@@ -428,6 +428,17 @@ def test_a_nested_chain_that_fails_before_the_reader_saw_anything(clock, error, 
     assert [failures(chain, at) for at in (0, 1)] == [1, 0]
 
 
+def test_all_that_a_nested_chain_used_before_it_broke_is_counted(clock):
+    first, last = ServerError("no"), InvalidResponse("cut")
+    first.usage, last.usage = Usage(5, 1), Usage(1, 1)
+    tiers = [tier("m", first, retries=0), tier("n", ["[ESC", last], models=["m"])]
+    chain = chain_of(clock, ProviderTier("in", chain_of(clock, *tiers), ["m"]), tier("b", "b"),
+        escalation_model="b")
+    assert chain.chat("q").attempts[0].usage == Usage(6, 2)
+    stream = chain.stream("q")
+    assert list(stream) == ["b"] and stream.response.attempts[0].usage == Usage(6, 2)
+
+
 @pytest.mark.parametrize(("error", "counted"), [(InvalidResponse("cut"), 1), (BadRequest("x"), 0)])
 def test_a_break_in_a_nested_chain_reaches_the_reader(clock, error, counted):
     chain = nested(clock, "x", "y", error)
