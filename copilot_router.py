@@ -5921,6 +5921,9 @@ class _Run:
 
     naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
+    instructs = False  #: whether weaker models are told how to give up
+    backed = False  #: whether the chain around this one has a later tier that is ready
+    busy: Sequence[tuple[ProviderTier, str | None]] = ()  #: who had no free place in this round
     escalation: str | None = None  #: why a weaker model gave up
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
     cost: float | None = 0.0
@@ -5932,7 +5935,8 @@ class _Run:
     ) -> None:
         self.chain, self.clock = chain, chain._clock
         self.messages, self.tools = messages, tools or None
-        self.backed = options.pop("_backed", False)  #: the chain around this one has a later tier
+        if options:
+            self.backed = options.pop("_backed", False)
         self.model, self.options = model, options
         timeout, wait, names = limits
         self.wait: float = chain.wait if wait is None else _number(wait, "wait")
@@ -5943,9 +5947,7 @@ class _Run:
         self.order: _Plan = chain._plan if plain else chain._order(model, names)
         self.plan = self.order  #: who is asked in this round
         self.later = [*self.order]  #: who is still to be asked in it
-        self.busy: list[tuple[ProviderTier, str | None]] = []  #: who had no free place in it
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
-        self.instructs = False  #: whether weaker models are told how to give up
         if chain._marker and chain._instruction:
             tiers = [tier for tier, _ in self.order]
             self.instructs = any(chain._serving(name, tiers) for name in chain._ladder)
@@ -6038,7 +6040,7 @@ class _Run:
             request.end(ticket.neutral)
             error = CircuitOpen("no time left to ask it")  # a store or a listener took the time
             if full:
-                self.busy.append((tier, model))
+                self.busy = [*self.busy, (tier, model)]
                 if not self._later_ready(tier):  # then it is waited for
                     return None
                 error = CircuitOpen(f"{tier.name} is busy")
@@ -6051,10 +6053,10 @@ class _Run:
             free = [pair for pair in self.busy if pair[0]._slots.qsize() > 0]
             left = self.deadline - self.clock()
             if left <= 0:
-                self.later, self.busy = self.busy, []  # there is no time left to ask them
+                self.later, self.busy = [*self.busy], ()  # there is no time left to ask them
             elif free:
                 self.later = free[:1]
-                self.busy.remove(free[0])
+                self.busy = [pair for pair in self.busy if pair is not free[0]]
             elif self.backed:
                 return
             else:
@@ -6072,7 +6074,8 @@ class _Run:
                 del options[name]
         left = self.deadline - request.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
-        ready = (tier._speaks_http or tier._is_chain) and self._later_ready(tier)
+        alone = not tier._is_ours or not (self.later or self.backed)
+        ready = not alone and self._later_ready(tier)
         if tier._is_chain:
             inner = tier.provider.timeout + tier.provider.wait  # type: ignore[attr-defined]
             options["timeout"] = min(options["timeout"], inner)
@@ -6182,12 +6185,12 @@ class _Run:
         found: Any = error if response is None else response
         inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
         usage: Any = getattr(found, "usage", None)
-        if not (isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)):
-            inner = ()  # a custom error may call something else so
-        if inner:
-            usage = functools.reduce(Usage.__add__, (each.usage for each in inner))
-        elif not isinstance(usage, Usage):
+        if not isinstance(usage, Usage):
             usage = _NO_USAGE
+        if inner:  # a custom error may call something else so
+            are = isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)
+            inner = inner if are else ()
+            usage = functools.reduce(Usage.__add__, [each.usage for each in inner] or [usage])
         outcome, answered = ("failed", "") if response is None else ("ok", response.model)
         if response is not None and (usage.reasoning_tokens or response.reasoning):
             tier._thinkers.add(model)
@@ -6259,7 +6262,7 @@ class _Run:
         asked = [other for other, _ in stronger]
         after = self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
-        self.later, self.busy = [*self.plan], []
+        self.later, self.busy = [*self.plan], ()
 
     # -- waiting and failing
 
