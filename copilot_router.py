@@ -2995,8 +2995,12 @@ _FINISHES = {word: reason for reason, words in {
     "stop": "stop end_turn stop_sequence tool_calls tool_use function_call eos eos_token completed"
             " complete end",
     "length": "length max_tokens model_length model_context_window_exceeded max_output_tokens"
-              " max_length",
-    "content_filter": "content_filter sensitive refusal safety",
+              " max_length continuation pause_turn",
+    "content_filter": "content_filter content_filtered sensitive refusal guardrail_intervened"
+                      # Google, in Chat Completions, too
+                      " safety recitation language blocklist prohibited_content spii escalation"
+                      " image_safety image_prohibited_content image_recitation model_armor"
+                      " pup_limited_disabled",
 }.items() for word in words.split()}
 _REASONS = frozenset({*_FINISHES.values(), "tool_calls"})
 #: Finish reasons of an answer that failed or was cut off.
@@ -3005,6 +3009,9 @@ _FAILED = frozenset({
     "canceled", "timeout", "connection_error", "failed", "server_error", "incomplete",
     "interrupted", "user_cancel", "error_limit", "error_toxic", "upstream_error", "disconnected",
     "internal_error", "internal_server_error", "deadline_exceeded",
+    # Google: the model's own failures, whatever text came with them
+    "malformed_function_call", "unexpected_tool_call", "malformed_response", "no_image",
+    "too_many_tool_calls", "image_other", "missing_thought_signature", "function_call_filter",
 })
 _PARSE_RATE = 50e6  #: bytes of JSON that are parsed in a second, at least
 #: Facts that are passed over behind the finish reason.
@@ -3110,17 +3117,13 @@ class _Collector:
     begin                       the answer begins, perhaps once more
     """
 
-    def __init__(
-        self, call: _Call, read: Callable[[Any], _Facts],
-        finishes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, call: _Call, read: Callable[[Any], _Facts]) -> None:
         self.request_id: str | None = None
         self.usage: Usage | None = None
         self.shows: list[str] | None = None  #: deltas for the reader; None: nobody reads along
         self.check: Callable[..., ProviderError | None] = lambda *_: None  #: is the time over?
         self.most = sys.maxsize  #: bytes of the answer
         self._call, self._read = call, read
-        self._finishes = finishes  #: before _FINISHES; "stop" with calls becomes "tool_calls"
         self._begin()
 
     def _begin(self) -> None:
@@ -3397,12 +3400,12 @@ class _Collector:
         if not reason:  # as in most events
             self._repeated[1] = ("stop", reason)
             return
-        word = reason.lower()
+        word = reason.lower().partition(":")[0]  # Google: "content_filter: RECITATION"
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
             self.may_go_on = self.may_go_on or not self._begun
-            self._finish = self._finishes.get(reason) or _FINISHES.get(word, reason[:40])
+            self._finish = _FINISHES.get(word, reason[:40])
             come = len(self._text)  # pieces
             if self._calls:
                 come += sum(len(call["pieces"]) or 1 for call in self._calls)
@@ -4954,8 +4957,7 @@ class AnthropicProvider(_HTTPProvider):
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         call = _renamed_tools(call, _NOT_PLAIN, 128)
-        collector = _Collector(call, _anthropic_facts, {"pause_turn": "length"})
-        return "/messages", _anthropic_body(call, streaming), collector
+        return "/messages", _anthropic_body(call, streaming), _Collector(call, _anthropic_facts)
 
 
 # ==== Gemini ======================================================================================
@@ -4963,16 +4965,6 @@ class AnthropicProvider(_HTTPProvider):
 
 #: What Google's documentation says to send as the signature of a call that another model has made.
 _FOREIGN_SIGNATURE = "skip_thought_signature_validator"
-_GEMINI_FINISHES = {"CONTINUATION": "length", **dict.fromkeys((
-    "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION",
-    "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR",
-    "PUP_LIMITED_DISABLED",
-), "content_filter")}
-#: The model's own failures: whatever text came with them is no answer.
-_GEMINI_FAILURES = frozenset({
-    "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS",
-    "OTHER", "NO_IMAGE", "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE",
-})
 #: Keys of a schema that leave an object as empty as it is without them.
 _NO_ARGUMENTS = (
     "type", "title", "description", "required", "$schema", "$id", "$defs", "definitions",
@@ -5004,8 +4996,8 @@ def _gemini_facts(body: _Object) -> _Facts:
                 yield "call", object(), called.get("id"), called["name"], called.get("args") or {}
             yield "text", text
         reason = candidate.get("finishReason")
-        if reason in _GEMINI_FAILURES:
-            raise InvalidResponse("the model's own answer failed", code=reason.lower())
+        if reason == "OTHER":  # other vendors say it of whole answers
+            raise InvalidResponse("the model's own answer failed", code="other")
         yield "stop", None if reason == "FINISH_REASON_UNSPECIFIED" else reason
 
 
@@ -5116,7 +5108,7 @@ class GeminiProvider(_HTTPProvider):
         call = _renamed_tools(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
-        return path, _gemini_body(call), _Collector(call, _gemini_facts, _GEMINI_FINISHES)
+        return path, _gemini_body(call), _Collector(call, _gemini_facts)
 
 
 # ==== Ollama ======================================================================================

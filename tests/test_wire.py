@@ -174,9 +174,11 @@ BROKEN = "error abort cancelled timeout network_error deadline_exceeded failed i
 #: What a vendor's word for the end of an answer becomes; None: the answer failed.
 FINISH: list[tuple[int, str | None, str]] = [
     (0, "stop", "stop tool_calls"), (0, "length", LENGTHS + " model_context_window_exceeded"),
-    (0, "content_filter", "content_filter"), (0, None, BROKEN + " canceled connection_error"),
+    (0, "content_filter", FILTERED + " content_filter content_filter:RECITATION content_filtered"
+        " guardrail_intervened"), (0, "OTHER", "OTHER"), (0, None, BROKEN + " MALFORMED_RESPONSE"
+        " canceled connection_error function_call_filter:MALFORMED_FUNCTION_CALL"),
     (3, "stop", "end_turn stop_sequence"), (3, "content_filter", "refusal"), (3, None, BROKEN),
-    (3, "length", "max_tokens model_context_window_exceeded"), (4, "stop", "STOP"),
+    (3, "length", "max_tokens model_context_window_exceeded pause_turn"), (4, "stop", "STOP"),
     (4, "length", "MAX_TOKENS CONTINUATION"), (4, "content_filter", FILTERED), (5, "stop", "stop"),
     (5, "length", "length"), (5, None, BROKEN),
     *((at, word, word) for at in (0, 3, 4, 5) for word in ("eos_of_2031", "NEWS"))]
@@ -190,7 +192,8 @@ def test_finish_reasons(at: int, ours: str | None, words: str) -> None:
     for word in words.split():
         whole = json.dumps(dialect.body(Answer())).encode()
         for wire in (b"".join(dialect.events(Answer())), whole):
-            found = read(dialect.name, reply(key.sub(rb'\1: "%s"' % word.encode(), wire)))
+            field = rb'\1: "%s"' % word.replace(":", ": ").encode()
+            found = read(dialect.name, reply(key.sub(field, wire)))
             if ours is None:
                 assert isinstance(found, (InvalidResponse, ServerError))
             else:
