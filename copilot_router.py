@@ -2073,15 +2073,17 @@ _CODES = _coded({
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
+    " insufficient_user_quota budget_exceeded"  # new-api, LiteLLM
     " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
     " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
-    " model_not_supported",
-    ContentFiltered: "content_filter content_policy_violation invalid_prompt cyber_policy"
-    " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027",
+    " model_not_supported 1311",
+    ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
+    " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027"
+    " sensitive_words_detected inputtextsensitivecontentdetected",
     Overloaded: "slow_down server_is_overloaded overloaded_error capacity_exceeded"
     " engine_overloaded_error engine_overloaded",
     InvalidResponse: "tool_use_failed json_validate_failed output_parse_failed",
@@ -2121,20 +2123,27 @@ _PHRASES: _Phrases = (
     # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
     (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
      r"error while processing the model", ServerError),
-    (r"jinja exception", BadRequest),  # llama.cpp, at 500
+    # llama.cpp, at 500; OpenRouter, with invalid_prompt
+    (r"jinja exception|invalid responses api request|backend request failed with status 400",
+     BadRequest),
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
      r"is not a valid model|not found for account|"
      r"model .{0,120}(not found|not exist|no longer available|"
      r"has been (retired|deprecated))", ModelNotFound),
+    # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
-     r"moderation|data may contain inappropriate content|content exists risk", ContentFiltered),
+     r"moderation(?! service is)|data may contain inappropriate content|content exists risk|"
+     r"content violates usage guidelines|violated (guardrail|content safety) policy|"
+     r"(prompt|response|content) blocked due to (security|guardrail|dlp)|"
+     r"guardrail checks .{0,40}failed|sensitive words detected|text may contain sensitive info",
+     ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
     (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
      r"image (input|modality)|unsupported param: tools|"
      r"requires (--enable-auto-tool-choice|--jinja)|--jinja|unknown variant .image_url|"
-     r"no endpoints found that support|"
+     r"no endpoints (found|available) (that|matching)|"
      r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
 )
@@ -2144,7 +2153,7 @@ _BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded,
 #: Statuses at which phrases of these classes mean it: at others a service of that name has trouble,
 #: or the address of a picture is wrong.
 _MEANT_AT: dict[type[ProviderError], Sequence[int]] = {
-    AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422),
+    AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422, 424, 446),
     ProviderUnavailable: (200, 404, 405),
 }
 #: Generic types. They say less than a 4xx status; those of _LAST_TYPES say less than any status.
@@ -2154,6 +2163,7 @@ _TYPES = _coded({
     ProviderTimeout: "timeout_error timeout request_timeout",
     ServerError: "server_error api_error internal_error internal_server_error internal",
     Overloaded: "unavailable_error service_unavailable_error unavailable",
+    ContentFiltered: "invalid_prompt",
 })
 _LAST_TYPES = _coded({
     BadRequest: "invalid_request_error badrequesterror invalid_argument",
@@ -2202,7 +2212,9 @@ _PARTS = (
     "error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
     "headers",
 )
-_TEXTS = ("message", "detail", "error_description", "status_msg", "msg")
+_TEXTS = (
+    "message", "Message", "detail", "error_description", "error_message", "status_msg", "msg",
+)
 _CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
 #: Names of a time to wait: of Google, Codex, z.ai, Hugging Face, and in the headers that OpenRouter
 #: repeats.
@@ -2221,6 +2233,7 @@ def _pieces_of(body: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
     elif isinstance(body, dict) and depth:
         for name in _PARTS:
             yield from _pieces_of(body.get(name), depth - 1)
+        yield from _pieces_of(_dict(body.get("value")), depth - 1)  # Vercel; others repeat a text
         yield body
         raw = body.get("raw")  # OpenRouter: of the provider behind it
         if isinstance(raw, str):
@@ -2238,7 +2251,8 @@ def _report(body: Any) -> _Report:
         fields += place[:1]
         said = [part[name] for name in _TEXTS if isinstance(part.get(name), str)]
         texts += [": ".join([" ".join(place), text] if place else [text]) for text in said]
-    values = [part[name] for name in _CODE_NAMES for part in parts if name in part]
+    coded = [part for part in parts if "cloudflare_error" not in part]  # whose codes are its own
+    values = [part[name] for name in _CODE_NAMES for part in coded if name in part]
     if any("PerDay" in str(part.get("violations")) for part in parts):  # Gemini's quota of a day
         values.insert(0, "insufficient_quota")
     if any(part.get("reasons") or "flagged_input" in part for part in parts):  # OpenRouter
@@ -2357,7 +2371,7 @@ def _class_of(
         if kind is QuotaExceeded and found[0].lower() != "limit: 0" and (report.delay or is_gemini):
             continue  # Gemini calls any rate limit a quota, and then names a delay
         sure = (
-            status in (401, 402, 403, 429) or (pattern, kind) in own.phrases
+            status in (401, 402, 403, 412, 429) or (pattern, kind) in own.phrases
             or own.statuses.get(status) is kind or kind not in (QuotaExceeded, AuthenticationError)
             or (status == 200 and bool(report.number or report.codes))  # not a word in a text
         )

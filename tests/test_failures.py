@@ -262,6 +262,10 @@ SUSPENDED = (
     "Your account <ak> is suspended due to insufficient balance, please recharge your account")
 RAW_JSON = json.dumps(says(SUSPENDED, type="exceeded_current_quota_error"))
 THROUGH = {"message": "Provider returned error", "code": 400}
+ARREARS = "Account me-1 is suspended, possibly due to reaching the monthly spending limit."
+#: A failed request to Cloudflare's edge itself, and one that Vercel's gateway passes on.
+EDGE = {"status": 429, "error_code": 1027, "cloudflare_error": True, "retry_after": 30}
+WRAPPED = {"error_message": json.dumps(says("This model's maximum context length is 4096 tokens"))}
 #: Vendors' bodies as public reports and error pages show them: class -> status and body.
 MEANINGS: dict[type, list[tuple[int, Any]]] = {
     QuotaExceeded: [
@@ -293,7 +297,10 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                "error": "Your newly created team doesn't have any credits yet."}),  # xAI
         (403, {"statusCode": 403, "message": "Out of call volume quota. Quota will be replenished "
                "in 01:05:23."}),  # Azure's gateway
-        (200, {"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}})],
+        (200, {"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}),
+        (412, says(ARREARS, code="PRECONDITION_FAILED")),  # Fireworks
+        (403, says("user quota is not enough", code="insufficient_user_quota")),  # new-api
+        (400, says("Current cost: 0.05, max: 0.01", type="budget_exceeded", code="400"))],
     ContextLengthExceeded: [
         (400, says("<400> InternalError.Algo.InvalidParameter: Range of input length should be "
                    "[1, 983616]", code="invalid_parameter_error")),  # DashScope
@@ -316,7 +323,10 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (429, says("Request too large for gpt-4o in organization org-z on tokens per min (TPM): "
                    "Limit 30000, Requested 132819.", type="tokens", code="rate_limit_exceeded")),
         (400, {"error": {**THROUGH, "metadata": {"raw": json.dumps(says(
-            "This model's maximum context length is 8192 tokens"))}}})],
+            "This model's maximum context length is 8192 tokens"))}}}),
+        (200, says("Stream error occurred", code="error", value=WRAPPED)),
+        (400, says("1 error [input_value='x', input_type=str]; prompt is too long")),
+        (400, says("prompt is too long (2013)", code="invalid_prompt"))],  # MiniMax
     ModelNotFound: [
         (400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
         (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
@@ -326,6 +336,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (404, {"detail": "Function '1': Not found for account '2'"}),  # NVIDIA
         (410, says("The model m has been retired.")), (400, {"error": "Model unloaded."}),
+        (429, says("Your plan does not yet include access to GLM-5", code="1311")),  # z.ai
         (422, {"detail": ["Invalid model: m", 5]})],
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
@@ -336,14 +347,17 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, {"message": "no", "details": {"error_code": "unsupported_parameter"}}),
         (500, says("tools param requires --jinja flag", type="server_error")),  # llama.cpp
         (404, says("No endpoints found that support image input", code=404)),  # OpenRouter
+        (404, says("No endpoints found that can handle the requested parameters.", code=404)),
+        (404, says("No endpoints available matching your guardrail restrictions", code=404)),
         (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}})],
     AuthenticationError: [
         (401, says("x", type="api_error")), (401, says("x", type="server_error")), (401, {}),
-        (403, says("no permission", type="permission_error")),
+        (403, says("no permission", type="permission_error")), (403, {**EDGE, "error_code": 1008}),
         (400, says("x", status="UNAUTHENTICATED")),
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
     RateLimited: [
+        (429, EDGE),
         (429, says("You exceeded your current quota. limit: 10\nPlease retry in 1.2s.")),  # Gemini
         (429, says("x", type="api_error")), (429, says("x", type="server_error")),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
@@ -356,7 +370,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
         (415, says("Unsupported media type", type="internal_error")),
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
-        (400, says("Invalid URL (image_url)"))],
+        (400, says("Invalid Responses API request", code="invalid_prompt")),  # OpenRouter
+        (400, says("names are case-sensitive; blocked due to size, contains guardrails, security")),
+        (424, says("the moderation service is down")), (400, says("Invalid URL (image_url)"))],
     ProviderTimeout: [(408, says("x", type="api_error"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
     ServerError: [
@@ -371,7 +387,18 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (503, says("server busy, maximum pending requests exceeded")),
         (503, {"error": "Model a/b is currently loading", "estimated_time": 20.0}),  # Hugging Face
         (200, says("x", type="overloaded_error"))],
-    ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]}))],
+    ContentFiltered: [
+        (403, says("flagged", metadata={"reasons": ["violence"]})),
+        (400, says("Invalid prompt: not for safety reasons.", code="invalid_prompt")),  # OpenAI
+        (403, {"code": "permission-denied", "error": "Content violates usage guidelines. Team: t, "
+               "API key ID: k, Model: m, Failed check: SAFETY_CHECK_TYPE_BIO"}),  # xAI
+        (400, says("x", type="new_api_error", code="sensitive_words_detected")),
+        (500, {"error": "user sensitive words detected", "code": "sensitive_words_detected"}),
+        (400, says("Request failed because the input text may contain sensitive information.")),
+        (400, {"error": {"message": {"error": "Violated guardrail policy"}}}),  # LiteLLM
+        *((424, {"success": False, "error": [{"code": 2016, "message": f"{what} blocked due to "
+            "security configurations"}]}) for what in ("Prompt", "Response")),  # Cloudflare
+        (446, says("The guardrail checks defined in the config failed."))],  # Portkey
     ProviderUnavailable: [(404, says("Not Found")), (410, says("gone")), (404, {}), (407, {})]}
 CASES = [(kind, status, body) for kind, bodies in MEANINGS.items() for status, body in bodies]
 
@@ -493,7 +520,8 @@ def test_one_request_that_is_disliked_parks_nobody(status: int, body: Any, promp
 @pytest.mark.parametrize(("status", "body"), [
     (401, "no"), (402, ""), (403, says("Your API key has no permission for this model")),
     (403, says("x", type="permission_error")), (429, says("Insufficient balance")),
-    (429, says("slow", type="requests")), (400, says(OVERDUE, code="Arrearage"))])
+    (429, says("slow", type="requests")), (400, says(OVERDUE, code="Arrearage")),
+    (412, says(ARREARS)), (403, {"Message": "Bearer Token has expired"})])  # Fireworks, Bedrock
 def test_a_key_without_money_or_permission_parks(status: int, body: Any) -> None:
     assert asked(status, body, "hi") == 1
 
@@ -528,8 +556,8 @@ def in_epoch(seconds: float, scale: float = 1.0) -> str:
 
 
 LIMIT = {"x-ratelimit-reset-requests": "7s"}
-FIELDS: list[Any] = [{"resets_in_seconds": 30}, {"retry_after": "30"}, {"metadata": {"headers": {
-    "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 30}}}]
+FIELDS: list[Any] = [{"resets_in_seconds": 30}, {"retry_after": "30"}, EDGE, {"metadata": {
+    "headers": {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 30}}}]
 HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     *((429, {}, says("no", **fields), 30.0) for fields in FIELDS),
     *((status, {"Retry-After": "7"}, "", 7.0) for status in (429, 500, 503, 529, 408)),
