@@ -2223,6 +2223,15 @@ _DELAY_NAMES = (
 )
 
 
+#: What a message quotes of the model's words: all behind these marks of llama.cpp, Ollama,
+#: LM Studio, vLLM (Harmony) and Groq behind LiteLLM, and one value of Pydantic's (vLLM, SGLang).
+_MODELS_WORDS = (
+    r"(?is)(failed to parse input at pos \d{1,9}:|last read:|parsing tool call: raw=|model output:|"
+    r"tokens remaining in message header:|failed_generation\\{0,3}['\"]:).+|"
+    r"(?<=input_value=).{1,200}?(?=, input_type=)"
+)
+
+
 def _pieces_of(body: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
     """The objects in a failure's body, inner ones first. A text becomes one."""
     if isinstance(body, str):
@@ -2250,6 +2259,7 @@ def _report(body: Any) -> _Report:
         place = [str(name) for name in loc if name != "body"] if isinstance(loc, list) else []
         fields += place[:1]
         said = [part[name] for name in _TEXTS if isinstance(part.get(name), str)]
+        said = [_pattern(_MODELS_WORDS).sub(r"\1***", text) for text in said]
         texts += [": ".join([" ".join(place), text] if place else [text]) for text in said]
     coded = [part for part in parts if "cloudflare_error" not in part]  # whose codes are its own
     values = [part[name] for name in _CODE_NAMES for part in coded if name in part]

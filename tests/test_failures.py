@@ -534,6 +534,22 @@ def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None
     assert str(refused(400, says("no: row,7"), messages=rows)) == "no: ***"
 
 
+@pytest.mark.parametrize("told", [
+    "Failed to parse input at pos 12: <tool_call>%s", "syntax error; last read: '\"%s'",
+    "error parsing tool call: raw='%s', err=unexpected end of JSON input",
+    "Failed to parse tool call.\nModel Output:  <|start|>%s", "x input_value='%s', input_type=str",
+    'unexpected tokens remaining in message header: Some("%s")',
+    'GroqException - {"error":{"code":"tool_use_failed","failed_generation":"%s"}}'])
+@pytest.mark.parametrize("words", ["moderation of posts", "an incorrect api key", "out of credits",
+    "maximum context length", "server busy, try again in 9s"])
+def test_what_a_message_quotes_of_the_models_words_decides_nothing_and_is_not_shown(
+        told: str, words: str) -> None:
+    for status, kind in ((200, InvalidResponse), (400, BadRequest), (500, ServerError)):
+        error = refused(status, says(told % words))
+        assert (type(error), error.retry_after) == (kind, None)
+        assert words not in str(error) and str(error)[:8] == told[:8]
+
+
 def test_a_failure_may_be_plain_text() -> None:
     for kind, words in ((Overloaded, "Server busy"), (ContextLengthExceeded, "prompt is too long")):
         told = {"Content-Type": "text/plain; charset=utf-8"}
