@@ -3323,7 +3323,7 @@ class _Collector:
         come = self.text
         if text.startswith(come):
             self._take_text(text[len(come) :])
-        elif not text.endswith(come):  # a think block stood before it
+        elif text and not text.endswith(come):  # a think block stood before it
             raise InvalidResponse("the answer contradicts its own deltas")
 
     def _take_thought(self, text: Any) -> None:
@@ -4299,14 +4299,18 @@ def _chat_facts(body: _Object) -> _Facts:
             yield "choice", at if number is None else number
         if choice.get("error"):
             raise _InBandError(choice)
-        delta = choice.get("delta")
-        message = choice.get("message") if delta is None else delta
+        if usage := choice.get("usage"):  # Kimi
+            yield "usage", usage, _openai_usage
+        delta, message = choice.get("delta"), choice.get("message")
+        whole = message is not None and (  # Perplexity sends both: an empty delta hides nothing
+            delta is None or not any(delta[name] for name in delta if name != "role"))
+        message = message if whole else delta
         if message:
             content = message.get("content")
             if len(message) > 1 or content is None:  # most events hold nothing but text
-                yield from _chat_extras(message, whole=delta is None)
+                yield from _chat_extras(message, whole)
             if isinstance(content, str):
-                yield "full" if delta is None else "text", content
+                yield "full" if whole else "text", content
             elif content is not None:
                 yield from _chat_content(content)
         else:
@@ -4380,8 +4384,11 @@ def _openai_usage(usage: _Object) -> Usage:
     sound = rest if rest == _count(inside, "audio_tokens") else 0
     cached = _count(inside, *_CACHED) or _count(usage, *_CACHED)
     written = _count(inside, *_WRITTEN) or _count(usage, *_WRITTEN)
-    thought = _count(outside, "reasoning_tokens")
-    return Usage(prompt + sound, completion + rest - sound, cached, written, thought)
+    # Perplexity and SGLang say it at the top, and Perplexity does not count it in
+    thought = _count(outside, "reasoning_tokens") or _count(usage, "reasoning_tokens")
+    completion += rest - sound
+    completion += thought if thought > completion else 0
+    return Usage(prompt + sound, completion, cached, written, thought)
 
 
 #: What servers call tokens that were read from a cache, and that were written into one.

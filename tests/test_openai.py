@@ -76,8 +76,10 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
                       *later, done=True)
         response = read("chat", wire)
         assert (response.usage, response.model) == (Usage(9, 5, 4), "m-1")
-    groq = {**STOP, "x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}}
-    assert read("chat", stream(delta(content="x"), groq)).usage == Usage(3, 2)
+    counts = {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+    kimi = {"choices": [{**STOP["choices"][0], **counts}]}
+    for last in ({**STOP, "x_groq": counts}, kimi):
+        assert read("chat", stream(delta(content="x"), last)).usage == Usage(3, 2)
 
 
 @pytest.mark.parametrize(("usage", "expected"), [({"prompt_tokens": 468, "completion_tokens": 77,
@@ -86,6 +88,8 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
     ({"prompt_tokens": 35, "completion_tokens": 12, "total_tokens": 109}, Usage(35, 74)),
     ({"prompt_tokens": 9, "completion_tokens": 70, "total_tokens": 79,
         "completion_tokens_details": {"reasoning_tokens": 64}}, Usage(9, 70, 0, 0, 64)),
+    *(({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16, "reasoning_tokens": more},
+        Usage(9, 7 + 70 * (more > 7), 0, 0, more)) for more in (6, 70)),  # SGLang, Perplexity
     ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 3}, Usage(9, 7)),
     ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": None}, Usage(9, 7)),
     ({"prompt_tokens": 9, "cached_tokens": 4}, Usage(9, 0, 4)),
@@ -130,6 +134,17 @@ def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
     assert read("chat", reply(old)).text == "old"
     made = read("chat", reply(message(content={"city": "Oslo"})))
     assert json.loads(made.text) == {"city": "Oslo"}
+
+
+@pytest.mark.parametrize("events", [[("Hello", "")], [("Hel", "Hel"), ("Hello", "lo")],
+    [("Hel", "Hel"), ("Hello", "lo"), ("Hello", "")], [("Hel", ""), ("Hello", "lo"), ("", "")]])
+def test_a_message_beside_an_empty_delta_counts_and_beside_a_full_one_does_not(events: Any) -> None:
+    """Perplexity sends both. Whatever comes in which of them, the answer is never doubled."""
+    chunks = [{"choices": [{**delta(content=new, role="assistant")["choices"][0],
+        "message": {"role": "assistant", "content": text}}]} for text, new in events]
+    chunks[-1]["choices"][0]["finish_reason"] = "stop"
+    for wire in (stream(*chunks), *[reply(chunks[0])] * (len(chunks) == 1)):
+        assert read("chat", wire).text == "Hello"
 
 
 def test_refusals_and_filtered_choices_without_a_message_are_filtered() -> None:
