@@ -4531,7 +4531,7 @@ class _ResponsesFacts:
     def __init__(self) -> None:
         self._come: dict[Any, list[str]] = {}  #: texts and arguments by their place, in pieces
         self._at: dict[Any, Any] = {}  #: ids of calls and items -> their places
-        self._calls: dict[Any, Any] = {}  #: places -> ids of the calls there
+        self._calls: dict[Any, _Object] = {}  #: places -> the calls there, as they began
         self._thought: set[Any] = set()  #: places of reasoning items that have come
 
     def __call__(self, body: _Object) -> _Facts:
@@ -4570,9 +4570,13 @@ class _ResponsesFacts:
             elsewhere = self._text_at(place[:1])
             named = place[1] is not None and all(key[1] is not None for key in self._come)
             come = elsewhere if elsewhere == text or not named else ""
-        if not text.startswith(come) and text:
-            raise InvalidResponse("the answer contradicts its own deltas")
-        self._come.setdefault((*place, "rest"), []).append(text[len(come) :])
+        if text and not text.startswith(come):
+            known = _dict(_parsed(come)) if place[0] == "call" else {}
+            if not known or _parsed(text) not in ({}, known):
+                raise InvalidResponse("the answer contradicts its own deltas")
+            text = come  # written otherwise, or by LM Studio as {}
+        key = place if len(place) > 1 else (*place, "rest")
+        self._come.setdefault(key, []).append(text[len(come) :])
         return text[len(come) :]
 
     def _text_at(self, place: Any) -> str:
@@ -4588,6 +4592,7 @@ class _ResponsesFacts:
         yield "model", body.get("model")
         yield "usage", body.get("usage"), _openai_usage
         items = body.get("output") or ()
+        self._recognize([item for item in items if item.get("type") == "function_call"])
         for at, item in enumerate(items):
             yield from self._item(at, item, final=True)
         yield "text", self._rest("".join(map(self._text_of, items)), ("text",))
@@ -4600,6 +4605,21 @@ class _ResponsesFacts:
         parts = item["content"] if item.get("type") == "message" else ()
         return "".join(part.get("text") or "" for part in parts)
 
+    def _recognize(self, calls: list[_Object]) -> None:
+        """Find the streamed calls that have other ids in the final object (of vLLM)."""
+        known = {None, *(call["call_id"] for call in self._calls.values())}
+        ids = {call.get("call_id") for call in calls}
+        new = [call for call in calls if call.get("call_id") not in known]
+        for place, begun in self._calls.items() if new else ():
+            come = self._text_at(("call", place))
+            for call in new if begun["call_id"] not in ids else ():
+                text = call.get("arguments") or ""
+                same = text.startswith(come) or _parsed(text) == _parsed(come)
+                if same and call.get("name") == begun.get("name"):
+                    self._at[call["call_id"], call.get("id")] = place
+                    new.remove(call)
+                    break
+
     def _where(self, at: Any, item: _Object) -> Any:
         """The place of an item: that of its id, else its index if no other call is there."""
         call_id, item_id = item.get("call_id"), item.get("id")
@@ -4607,11 +4627,11 @@ class _ResponsesFacts:
         known = self._at.get(name, self._at.get(call_id) if at is None else None)
         if known is not None:
             return known
-        taken = call_id and self._calls.get(at, call_id) != call_id
+        taken = call_id and self._calls.get(at, item)["call_id"] != call_id
         place = name if taken or (at is None and any(name)) else at
         self._at |= {one: place for one in (name, *name) if one and one != (None, None)}
         if call_id:
-            self._calls[place] = call_id
+            self._calls[place] = item
         return place
 
     def _item(self, index: Any, item: _Object, whole: bool = True, final: bool = False) -> _Facts:
@@ -4619,7 +4639,9 @@ class _ResponsesFacts:
         yield ("alive",)
         if kind == "function_call":
             new = self._new(("call", at), item, "arguments")
-            yield "call", ("item", at), item.get("call_id"), item["name"], new
+            call_id = self._calls.get(at, item).get("call_id")
+            yield "call", ("item", at), call_id, item["name"], new
+            item = {**item, "call_id": call_id, "arguments": self._text_at(("call", at))}
         if not whole:
             yield "open", ("item", at)
             return

@@ -534,26 +534,56 @@ def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
         error_of(InvalidResponse, next, deltas)
 
 
-@pytest.mark.parametrize("events", [[PART, finished(text_item("Good bye"))],
-    [PART, {**WHOLE_TEXT, "text": "Good bye"}, finished()], [PART], [PART, WHOLE_TEXT, ITEM],
-    [PART, event("output_text.done", text="Hel"), finished()]])
-def test_responses_that_contradict_themselves_or_end_early_are_invalid(events: Any) -> None:
-    assert isinstance(read("responses", stream(*events)), InvalidResponse)
-
-
 ADDED = event("output_item.added", output_index=0, item=call_item("", status="in_progress"))
 GROWS = event("function_call_arguments.delta", item_id="fc_c1", output_index=0, delta='{"a": ')
 DONE = event("function_call_arguments.done", item_id="fc_c1", output_index=0, arguments='{"a": 1}')
+FIRST = event("output_item.done", output_index=0, item=call_item('{"a": 1}'))
+SECOND = event("output_item.done", output_index=1, item=call_item('{"a": 2}', "c2"))
+
+
+@pytest.mark.parametrize("events", [[PART, finished(text_item("Good bye"))],
+    [PART, {**WHOLE_TEXT, "text": "Good bye"}, finished()], [PART], [PART, WHOLE_TEXT, ITEM],
+    [PART, event("output_text.done", text="Hel"), finished()],
+    [ADDED, DONE, finished(call_item('{"a": 2}'))], [ADDED, GROWS, finished(call_item("{}"))]])
+def test_responses_that_contradict_themselves_or_end_early_are_invalid(events: Any) -> None:
+    assert isinstance(read("responses", stream(*events)), InvalidResponse)
 
 
 @pytest.mark.parametrize("events", [[finished(call_item('{"a": 1}'))],
     [ADDED, GROWS, {**GROWS, "delta": "1}"}, DONE, finished()], [ADDED, DONE, finished()],
     [ADDED, GROWS, DONE, finished()],
-    [ADDED, event("output_item.done", output_index=0, item=call_item('{"a": 1}')), finished()],
+    [ADDED, FIRST, finished()], [ADDED, GROWS, DONE, FIRST, finished(call_item('{"a": 1}'))],
     [ADDED, GROWS, finished(call_item('{"a": 1}'))]])
 def test_responses_arguments_may_come_in_any_of_their_events(events: Any) -> None:
     (call,) = read("responses", stream(*events), tools=TOOLS).tool_calls
     assert (call.id, call.name, call.arguments) == ("c1", "f", {"a": 1})
+
+
+ONE, TWO, THREE = ("c1", 1), ("c2", 2), ("c3", 1)
+
+
+@pytest.mark.parametrize(("streamed", "output", "calls"), [
+    ([ADDED, GROWS], [call_item('{"a": 1}', "c3")], [ONE]),  # vLLM
+    ([ADDED, FIRST], [call_item('{"a":1}', "c3", id="fc_c1")], [ONE]),
+    ([FIRST, SECOND], [call_item('{"a": 2}', "c4"), call_item('{"a": 1}', "c3")], [ONE, TWO]),
+    ([ADDED, DONE], [call_item("{}")], [ONE]),  # LM Studio
+    ([FIRST], [call_item('{"a": 1}'), call_item('{"a": 1}', "c3")], [ONE, THREE]),
+    ([FIRST], [call_item('{"a": 1}', "c4"), call_item('{"a": 1}', "c3")], [ONE, THREE]),
+    ([FIRST], [call_item('{"a": 2}', "c2")], [ONE, TWO]),
+    ([FIRST], [call_item('{"a": 1}', "c3", name="g")], [ONE, THREE])])
+def test_streamed_calls_keep_their_ids_and_arguments_whatever_the_final_object_says(
+        streamed: Any, output: Any, calls: Any) -> None:
+    """Also in what is carried back. A call that is really another one is added."""
+    thought = {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "E"}
+    wire = stream(*streamed, finished(*output, thought))
+    with talking("responses", wire) as (provider, server):
+        found = provider.chat([USER], TOOLS, "m", timeout=5)
+        assert [(call.id, call.arguments) for call in found.tool_calls] == [
+            (name, {"a": at}) for name, at in calls]
+        provider.chat([USER, found.message], TOOLS, "m", timeout=5)
+    sent_back = [(item["call_id"], json.loads(item["arguments"]))
+        for item in server.bodies[1]["input"] if item.get("type") == "function_call"]
+    assert sent_back == [(name, {"a": at}) for name, at in calls]
 
 
 def test_responses_calls_under_one_id_get_ids_of_their_own() -> None:
