@@ -4607,12 +4607,13 @@ class _ResponsesFacts:
 
     def _recognize(self, calls: list[_Object]) -> None:
         """Find the streamed calls that have other ids in the final object (of vLLM)."""
-        known = {None, *(call["call_id"] for call in self._calls.values())}
-        ids = {call.get("call_id") for call in calls}
+        known = {None, *(begun["call_id"] for begun in self._calls.values())}
         new = [call for call in calls if call.get("call_id") not in known]
-        for place, begun in self._calls.items() if new else ():
+        ids = {call.get("call_id") for call in calls}
+        lost = [(at, begun) for at, begun in self._calls.items() if begun["call_id"] not in ids]
+        for place, begun in lost:
             come = self._text_at(("call", place))
-            for call in new if begun["call_id"] not in ids else ():
+            for call in new:
                 text = call.get("arguments") or ""
                 same = text.startswith(come) or _parsed(text) == _parsed(come)
                 if same and call.get("name") == begun.get("name"):

@@ -192,8 +192,7 @@ def test_finish_reasons(at: int, ours: str | None, words: str) -> None:
     for word in words.split():
         whole = json.dumps(dialect.body(Answer())).encode()
         for wire in (b"".join(dialect.events(Answer())), whole):
-            field = rb'\1: "%s"' % word.replace(":", ": ").encode()
-            found = read(dialect.name, reply(key.sub(field, wire)))
+            found = read(dialect.name, reply(key.sub(rb'\1: "%s"' % word.encode(), wire)))
             if ours is None:
                 assert isinstance(found, (InvalidResponse, ServerError))
             else:
