@@ -191,8 +191,7 @@ def test_thinking_goes_back_to_its_model_byte_for_byte_without_blank_texts(upstr
 @pytest.mark.parametrize("first", [{"type": "redacted_thinking", "data": "x"},
     {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "Oslo"}}])
 def test_redacted_thinking_and_the_servers_own_tools_go_back_too(first: Any) -> None:
-    blocks = [first,
-              {"type": "tool_use", "id": "t", "name": "f", "input": {"city": "Oslo"}}]
+    blocks = [first, {"type": "tool_use", "id": "t", "name": "f", "input": {"city": "Oslo"}}]
     with talking("anthropic", whole("tool_use", *blocks), whole("end_turn")) as (provider, server):
         message = provider.chat([USER], TOOLS, "m", timeout=5).message
         outcome(provider, [USER, message, {"role": "tool", "tool_call_id": "t", "content": "c"}],

@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-from copilot_router import Event, FailoverChain, ProviderTier
+from copilot_router import FailoverChain, ProviderTier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,44 +47,3 @@ def test_each_step_fails_when_something_else_happens(
     monkeypatch.setattr(demo, "STEPS", [one for one in demo.STEPS if one[0] == step])
     assert demo.main([]) == 1
     assert "unexpected" not in capsys.readouterr().out
-
-
-def test_help_says_what_the_demo_does(demo: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        demo.main(["--help"])
-    assert {"--svg", "matplotlib", "network"} <= set(
-        capsys.readouterr().out.replace(".", " ").split())
-
-
-def test_svg_without_matplotlib_says_how_to_get_it(demo: Any, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "timeline", raising=False)
-    assert demo.main(["--svg", "unused.svg"]) == 1
-    assert "pip install matplotlib" in capsys.readouterr().err
-
-
-def test_pictures_have_their_text_as_text_and_a_background(demo: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    drawn = tmp_path / "timeline.svg"
-    assert demo.main(["--svg", str(drawn)]) == 0
-    timeline = {"local", "cheap", "strong", "chain.chat()", "breaker opens: ServerError",
-        "closed again"}
-    expected = {drawn: timeline, ROOT / "docs" / "timeline.svg": timeline}
-    expected[ROOT / "docs" / "benchmarks.svg"] = {"copilot_router", "bare requests", "10 ms"}
-    for picture, words in expected.items():
-        root = ElementTree.parse(picture).getroot()
-        assert words <= {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
-        first = next(root.iter("{http://www.w3.org/2000/svg}path"))
-        assert "fill: #ffffff" in first.get("style", "")
-        assert "dc:date" not in picture.read_text(encoding="utf-8")
-
-
-def test_bars_of_the_picture_are_the_requests(demo: Any) -> None:
-    pytest.importorskip("matplotlib")
-    timeline = importlib.import_module("timeline")
-    steps = [("attempt", "a", 0), ("failover", "a", 1), ("attempt", "b", 1), ("escalation", "b", 3)]
-    steps += [("attempt", "c", 3), ("done", "c", 7)]
-    events = [Event(kind, tier, "", {"outcome": "ok"}, time) for kind, tier, time in steps]
-    requests = [("a", 0, 1, "failed"), ("b", 1, 3, "gave up"), ("c", 3, 7, "ok")]
-    assert list(map(tuple, timeline.bars(events))) == [*requests, (timeline.CALLER, 0, 7, "ok")]

@@ -265,8 +265,7 @@ def test_sdk_answers_as_a_tier_with_tools(machine: Machine) -> None:
     assert chain.chat([question, first.message, result], tools).text == "ok"
 
 
-@pytest.mark.parametrize(("answer", "kind", "wait"),
-    [(BUSY, cr.RateLimited, 30.0),
+@pytest.mark.parametrize(("answer", "kind", "wait"), [(BUSY, cr.RateLimited, 30.0),
         (Refusal(401, message="my prompt"), cr.AuthenticationError, None),
         (Refusal(404, message="my prompt"), cr.ModelNotFound, None), (BROKEN, cr.ServerError, None),
         (Refusal(422, message="my prompt"), cr.BadRequest, None)])

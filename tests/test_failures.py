@@ -265,8 +265,7 @@ THROUGH = {"message": "Provider returned error", "code": 400}
 ARREARS = "Account me-1 is suspended, possibly due to reaching the monthly spending limit."
 EDGE = {"error_code": 1027, "cloudflare_error": True, "retry_after": 30}  # Cloudflare's own
 #: Vendors' bodies as public reports and error pages show them: class -> status and body.
-MEANINGS: dict[type, list[tuple[int, Any]]] = {
-    QuotaExceeded: [
+MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("You have reached your specified API usage limits. You will regain access on "
                    "2026-12-01 at 00:00 UTC.", type="invalid_request_error")),  # Anthropic
         (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
@@ -323,8 +322,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
             "This model's maximum context length is 8192 tokens"))}}}),
         (200, says("x", value={"error_message": "maximum context length is 4096"})),  # Vercel
         (400, says("[input_value='x', input_type=str] prompt is too long", code="invalid_prompt"))],
-    ModelNotFound: [
-        (400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
+    ModelNotFound: [(400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
         (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
         (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model",
                "code": "1500"}),  # Mistral
@@ -357,8 +355,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
                "rate-limited upstream"}}}),
         *((200, {"base_resp": {"status_code": at, "status_msg": "no"}}) for at in (1002, 1039)),
         (429, says("Rate limit reached for gpt in organization o on tokens per min (TPM)",
-                   type="tokens", code="rate_limit_exceeded"))],
-    BadRequest: [
+                   type="tokens", code="rate_limit_exceeded"))], BadRequest: [
         (500, says("Jinja Exception: no tools", type="server_error")),  # llama.cpp
         (400, says("x", type="api_error")), (422, says("x", type="server_error")), (413, {}),
         (415, says("Unsupported media type", type="internal_error")),
@@ -367,16 +364,14 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {
         (400, says("names are case-sensitive; blocked due to size, contains guardrails, security")),
         (424, says("the moderation service is down")), (400, says("Invalid URL (image_url)"))],
     ProviderTimeout: [(408, says("x", type="api_error"))],
-    InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')],
-    ServerError: [
+    InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')], ServerError: [
         (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
         (400, {"error": "The model has crashed without additional information. (Exit code: 1)"}),
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
         (500, says("the moderation service is down")), (200, says("x", status_code=500)),
         (424, {"error": "Request failed during generation: Server error"}),  # TGI
         (400, {"detail": "Function id '1': DEGRADED function cannot be invoked"})],  # NVIDIA
-    Overloaded: [
-        (529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
+    Overloaded: [(529, says("x", type="overloaded_error")), (503, says("Loading model", code=503)),
         (503, says("server busy, maximum pending requests exceeded")),
         (503, {"error": "Model a/b is currently loading", "estimated_time": 20.0}),  # Hugging Face
         (200, says("x", type="overloaded_error"))],
@@ -410,8 +405,7 @@ def test_what_bodies_mean(kind: type, status: int, body: Any) -> None:
     assert (error.status, error.provider, error.model) == (status, "openai", "m")
 
 
-@pytest.mark.parametrize(("kind", "body"), [
-    (kind, body) for kind, _, body in CASES
+@pytest.mark.parametrize(("kind", "body"), [(kind, body) for kind, _, body in CASES
         if kind in (QuotaExceeded, ContextLengthExceeded, Overloaded)
         and isinstance(body.get("error"), dict) and "metadata" not in body["error"]
         and "Loading" not in str(body)])
@@ -692,8 +686,7 @@ def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], st
     assert str(error) == "\u0130: ***"
 
 
-@pytest.mark.parametrize("fields", [
-    {"content": "%s"}, {"reasoning": "%s"},
+@pytest.mark.parametrize("fields", [{"content": "%s"}, {"reasoning": "%s"},
     {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "%s"}}]}])
 def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> None:
     text = "the amber answer of this model"

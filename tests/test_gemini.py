@@ -133,8 +133,7 @@ def test_function_responses_have_name_object_and_the_order_of_their_calls() -> N
                {"role": "tool", "tool_call_id": "a", "content": "cold"}]
     assert sent("gemini", history, TOOLS)["contents"][1:] == [{"role": "model",
         "parts": [{"functionCall": {"name": "f", "args": {}}, "thoughtSignature": SKIP},
-            {"functionCall": {"name": "f", "args": {}}}]},
-        {"role": "user", "parts": [
+            {"functionCall": {"name": "f", "args": {}}}]}, {"role": "user", "parts": [
             {"functionResponse": {"name": "f", "response": {"output": "cold"}}},
             {"functionResponse": {"name": "f", "response": {"temp": 3}}}]}]
     lost = sent("gemini", history[:2], TOOLS)["contents"][2]["parts"]

@@ -36,8 +36,7 @@ def uses_of_later_sections(source: str) -> list[str]:
     heads = [source.count("\n", 0, found.start()) + 1 for found in BANNER.finditer(source)]
     found = list(names_in(compile(source, "module", "exec", dont_inherit=True)))
     defined = {name: line for step, name, line in reversed(found) if step == "STORE_NAME"}
-    return [
-        f"line {line} uses {name} of line {defined[name]}" for step, name, line in found
+    return [f"line {line} uses {name} of line {defined[name]}" for step, name, line in found
             if step != "STORE_NAME" and bisect(heads, defined.get(name, 0)) > bisect(heads, line)]
 
 

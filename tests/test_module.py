@@ -44,8 +44,7 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     module, clock = load(), FakeClock()
     sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
-    shared = [
-        module.CircuitBreaker(name=str(at), clock=clock, store=store)
+    shared = [module.CircuitBreaker(name=str(at), clock=clock, store=store)
             for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
     breakers = [alone, *shared]
     for breaker in breakers:

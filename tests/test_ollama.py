@@ -68,8 +68,7 @@ def test_a_body_in_full() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     call = {"id": "x", "type": "function",
             "function": {"name": "f", "arguments": '{"city": "Oslo"}'}}
-    history = [{"role": "developer", "content": "s"},
-        {"role": "user",
+    history = [{"role": "developer", "content": "s"}, {"role": "user",
             "content": [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "x", "content": "cold"}]

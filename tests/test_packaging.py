@@ -136,8 +136,7 @@ def test_oldest_python_is_the_same_for_installer_linter_and_type_checker() -> No
 
 
 def test_all_names_every_public_class_and_function_once() -> None:
-    public = {
-        name for name, value in vars(copilot_router).items() if not name.startswith("_")
+    public = {name for name, value in vars(copilot_router).items() if not name.startswith("_")
             and (inspect.isclass(value) or inspect.isfunction(value))
             and value.__module__ == "copilot_router"}
     assert len(set(copilot_router.__all__)) == len(copilot_router.__all__)

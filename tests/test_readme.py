@@ -47,8 +47,7 @@ def page_with_chain(page: str, *script: Any) -> tuple[dict[str, Any], ScriptedPr
 NOT_NOW = {"error": "no answer now", "retry_after": pytest.approx(30, abs=1)}
 
 
-@pytest.mark.parametrize(("answer", "status", "body"), [
-    ("fine", 200, {"answer": "fine"}),
+@pytest.mark.parametrize(("answer", "status", "body"), [("fine", 200, {"answer": "fine"}),
     (cr.RateLimited("no", retry_after=30), 503, NOT_NOW),
     (cr.ContentFiltered("no"), 422, {"error": "ContentFiltered"}),
     (cr.BadRequest("no"), 422, {"error": "BadRequest"})])
@@ -222,8 +221,7 @@ def test_events_hold_what_the_guide_and_the_docstring_say() -> None:
     guide = {kind: set(names_in(data)) for kind, _, data in table}
     seen: list[cr.Event] = []
     limited, gives_up = cr.RateLimited("x", retry_after=1), "[ESCALATE] no"
-    tiers = [
-        ProviderTier("a", ScriptedProvider([cr.ServerError("x")] * 3), ["a"]),
+    tiers = [ProviderTier("a", ScriptedProvider([cr.ServerError("x")] * 3), ["a"]),
         ProviderTier("b", ScriptedProvider([limited, gives_up]), ["b"], prices=(1, 2)),
         ProviderTier("c", ScriptedProvider([cr.BadRequest("x"), "ok"]), ["c"]),
         ProviderTier("d", ScriptedProvider(["never"]), ["d"], supports_tools=False)]

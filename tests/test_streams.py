@@ -43,8 +43,7 @@ def read(stream: ChatStream) -> tuple[list[str], StreamInterrupted]:
 
 
 # -- until the first delta
-ERRORS = [
-    ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderTimeout("x"),
+ERRORS = [ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderTimeout("x"),
     InvalidResponse("x"), RateLimited("x", retry_after=30), QuotaExceeded("x", retry_after=90),
     ModelNotFound("x"), BadRequest("x"), KeyError("x")]
 
@@ -384,8 +383,7 @@ def test_thoughts_of_a_custom_provider_do_not_count_as_the_answer(clock):
 
 def test_a_call_that_fails_after_a_thought_has_its_record_and_its_event(clock):
     events: list[Event] = []
-    for ending, more, outcome in (
-            ([ContentFiltered("no")], {}, "failed"),
+    for ending, more, outcome in (([ContentFiltered("no")], {}, "failed"),
             ([], {"escalation_model": "m"}, "escalated")):
         provider = Watched(Thought("hm"), *ending, response=LLMResponse("[ESCALATE] hard"))
         chain = chain_of(clock, ProviderTier("a", provider, ["m"]), on_event=events.append, **more)
@@ -463,8 +461,7 @@ DRESSED = ["[ESCALATE] because", " \n[escalate] because", "**[ESCALATE]** becaus
     "<think>hm</think>\n[ESCALATE]", "~~[ESCALATE]~~ because", "__[ESCALATE]__", "'[ESCALATE]'",
     "<think>\n</think><think></think>[ESCALATE]", "<think></think>[ESCALATE]"]
 #: What only looks like the marker, and the part of it after which that is certain.
-LOOK_ALIKES = [
-    ("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"),
+LOOK_ALIKES = [("I would [ESCALATE]", "I"), ("[ESCALATION] is near", "[ESCALATI"),
     ("[ESCALATE this", "[ESCALATE "), ("(ESCALATE)", "("), ("[ESCALATED] it was", "[ESCALATED"),
     ("[ ESCALATE ] no", "[ "), ("1. [ESCALATE]", "1"), ("[[ESCALATE]]", "[["),
     ("**bold** [ESCALATE]", "**b"), ("```python\nprint()\n```", "```python\np"),

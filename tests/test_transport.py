@@ -307,8 +307,7 @@ def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
             fails(client, ProviderTimeout, "x" * 20_000_000, timeout=0.6, seconds=1.2)
 
 
-@pytest.mark.parametrize(("own", "options", "code"), [
-    (0.1, {"timeout": 5}, "first_token_timeout"),
+@pytest.mark.parametrize(("own", "options", "code"), [(0.1, {"timeout": 5}, "first_token_timeout"),
     (0.1, {"timeout": 0.3, "first_token_timeout": 60}, "first_token_timeout"),
     (5, {"timeout": 0.2}, "attempt_timeout"),
     (5, {"first_token_timeout": 0.1}, "first_token_timeout")])
@@ -348,8 +347,7 @@ def in_chunks(form: str) -> bytes:
     """The answer in two chunks; ``form`` has a place for each size, and for the last one."""
     half = len(ANSWER) // 2
     parts = [ANSWER[:half], ANSWER[half:], b""]
-    data = b"".join(
-        (line % len(part)).encode() + part + (b"\r\n" if part else b"")
+    data = b"".join((line % len(part)).encode() + part + (b"\r\n" if part else b"")
             for line, part in zip(form.split("|"), parts, strict=True))
     return CHUNKS + data
 
@@ -604,8 +602,7 @@ class SecurePeer(Peer):
             self._threads.discard(threading.current_thread())
 
 
-def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any,
-        answers: int = 0) -> bool:
+def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any, answers: int = 0) -> bool:
     """The answer to CONNECT, and TLS inside of the tunnel: healthy, or silent without a context."""
     connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
     if context is None:

@@ -525,8 +525,7 @@ broken("huge_header", HONEST, lambda x: x.head("X-Huge: " + "x" * 100_000).send(
 broken("too_many_headers", HONEST, lambda x: x.head(*["X-A: y"] * 500, CLOSE).send(x.body))
 broken("bad_chunk_size", HONEST, lambda x: x.chunks().send(b"not a number\r\n" + x.part))
 broken("switching_protocols", RAW, lambda x: x.send(
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").hang(),
-    seen=TWO, calls=2)
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").hang(), seen=TWO, calls=2)
 broken("no_content", RAW, lambda x: x.send(b"HTTP/1.1 204 No Content\r\n\r\n"))
 broken("empty_body", RAW, lambda x: x.reply("200 OK", b""))
 answers("strange_content_length", RIGHT,
@@ -591,8 +590,7 @@ row("hint_date", RateLimited, RAW, "1 open 30", lambda x: x.refuse(
     "rate_limited", f"Retry-After: {formatdate(time.time() + 30.5, usegmt=True)}"))
 
 #: Pages of gateways, without any JSON: class, status and reason -> requests and breaker.
-PAGES: dict[type, dict[str, str]] = {
-    ProviderUnavailable: {"404 Not Found": ONE, "410 Gone": ONE},
+PAGES: dict[type, dict[str, str]] = {ProviderUnavailable: {"404 Not Found": ONE, "410 Gone": ONE},
     ProviderTimeout: {"408 Request Timeout": ONE},
     ServerError: dict.fromkeys(("409 Conflict", "425 Too Early", "500 Internal Server Error",
         "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout", "520 Unknown"), TWO),
@@ -611,15 +609,13 @@ row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.
 
 # -- Chat Completions only
 #: Refusals as they are found in the wild: class -> name -> status and body.
-REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
-    BadRequest: {
+REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {BadRequest: {
         "bad_request": (400, says("Invalid 'messages'", type="invalid_request_error", code=None)),
         "error_is_text": (400, {"error": "n_predict is wrong"}),
         "error_is_a_list": (400, [says("wrong", code=400, status="INVALID_ARGUMENT")]),
         "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required"}]}),
         "top_level_error": (400, {"object": "error", "message": "bad", "code": 40001}),
-        "message_to_search_for_ever": (400, says("n_keep " * 30_000)),
-        "message_is_an_object": (400,
+        "message_to_search_for_ever": (400, says("n_keep " * 30_000)), "message_is_an_object": (400,
             {"error": {"message": {"a": ["b"]}, "code": {"c": 1}, "type": [], "param": 4}})},
     ServerError: {
         "error_is_a_number": (500, {"error": 7}), "error_is_null": (500, {"error": None}),
@@ -630,8 +626,7 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
             {"choices": [{"error": {"code": 503, "message": "gone"}, "finish_reason": "error"}]})},
     AuthenticationError: {
         "invalid_key": (401, says("Incorrect API key: sk-te***7890.", code="invalid_api_key")),
-        "country": (403, says("no", code="unsupported_country_region_territory"))},
-    ModelNotFound: {
+        "country": (403, says("no", code="unsupported_country_region_territory"))}, ModelNotFound: {
         "no_model": (404, says("The model `no_model` does not exist.", code="model_not_found")),
         "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.",
             "type": "NotFoundError"}),
@@ -644,23 +639,19 @@ REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {
         "context_length_500": (500, says("exceeds the context size", type="server_error")),
         "context_length_200": (200, {"error": "Trying to keep 9 when context the overflows."}),
         "too_large_for_the_limit": (429, says("Request too large for gpt on tokens per min: Limit "
-            "3, Requested 9", code="rate_limit_exceeded"))},
-    QuotaExceeded: {
+            "3, Requested 9", code="rate_limit_exceeded"))}, QuotaExceeded: {
         "no_quota": (429, says("You exceeded your current quota", type="insufficient_quota")),
         "spend_limit": (429, says("x", type="tokens", code="project_spend_limit_exceeded")),
-        "no_balance": (402, says("Insufficient Balance"))},
-    ContentFiltered: {
+        "no_balance": (402, says("Insufficient Balance"))}, ContentFiltered: {
         "policy": (400, says("no", code="content_policy_violation")),
         "policy_azure": (400, says("filtered", code="content_filter", innererror={"code": "x"})),
         "moderation": (403, says("flagged", code=403, metadata={"reasons": ["violence"]}))},
     UnsupportedRequest: {"no_tools": (400, says("this model does not support tools"))},
     InvalidResponse: {
         "failed_tool_call": (400, says("Failed to call a function.", code="tool_use_failed")),
-        "error_200_text": (200, {"error": "something broke"}),
-        "error_200_reason": (200,
+        "error_200_text": (200, {"error": "something broke"}), "error_200_reason": (200,
             {"choices": [{"message": {"content": "hal"}, "finish_reason": "error"}]})},
-    Overloaded: {
-        "loading": (503, says("Loading model", type="unavailable_error", code=503)),
+    Overloaded: {"loading": (503, says("Loading model", type="unavailable_error", code=503)),
         "overloaded_503": (503, says("The engine is currently overloaded", type="server_error")),
         "capacity": (498, says("x", code="capacity_exceeded"))}}
 _SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
@@ -685,14 +676,11 @@ def _calls(*calls: Any) -> dict[str, Any]:
 
 
 #: Whole answers that are none: class -> what a client of one line makes of it -> name -> body.
-NONE: dict[type, dict[str, dict[str, Any]]] = {
-    EmptyResponse: {
+NONE: dict[type, dict[str, dict[str, Any]]] = {EmptyResponse: {
         WRONG: {"empty_text": _choice({"content": ""}), "no_text": _choice({"content": None}),
             "blank_text": _choice({"content": " \n\t "}),
-            "content_is_an_empty_list": _choice({"content": []})},
-        RAW: {"body_is_a_list": []}},
-    InvalidResponse: {
-        WRONG: {"content_is_a_number": _choice({"content": 42}),
+            "content_is_an_empty_list": _choice({"content": []})}, RAW: {"body_is_a_list": []}},
+    InvalidResponse: {WRONG: {"content_is_a_number": _choice({"content": 42}),
             "content_is_true": _choice({"content": True}),
             "finish_is_a_number": _choice({"content": "hello"}, 7),
             "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),

@@ -285,8 +285,7 @@ ODD_NAMES = ["a", "a ", "A", "a:b", "a/b", "a%3Ab", "{a}", "*", "'; DROP TABLE b
     "\r\nFLUSHALL\r\n", "naïve", "nai\u0308ve", "中文🙂", "x" * 10_000, "x" * 10_001, "\x00",
     "breakers", "0", "None"]
 REASON = "ServerError: “quoted” 'and' \\ \n 🙂"
-RECORDS = [
-    BreakerRecord(), BreakerRecord(generation=7, era=3, failures=2),
+RECORDS = [BreakerRecord(), BreakerRecord(generation=7, era=3, failures=2),
     BreakerRecord("open", 2**53, 2**53, 3, 1795580430.392527, 15.25, 4, 0, 9, REASON),
     BreakerRecord("open", 5, 5, 0, math.inf, math.inf, 0, 0, 1, "opened by hand"),
     BreakerRecord("half_open", 6, 6, 3, 12.5, 120.0, 1, 2, 1, "x" * 300)]

@@ -301,11 +301,9 @@ class Chat(Vendor):
 
     def chat_shape(self) -> dict[str, Any]:
         content = either(str, [tagged("type", {"text": {"text!": str}})])
-        parts = tagged("type", {"text": {"text!": str},
-            "image_url": {
+        parts = tagged("type", {"text": {"text!": str}, "image_url": {
                 "image_url!": {"url!": address, "detail": frozenset({"auto", "low", "high"})}},
-            "file": {"file!": {"filename!": str, "file_data!": str}},
-            "input_audio": {
+            "file": {"file!": {"filename!": str, "file_data!": str}}, "input_audio": {
                 "input_audio!": {"data!": encoded, "format!": frozenset({"wav", "mp3"})}}})
         said = {"name": str, "content!": content}
         roles: dict[str, Any] = {"system": said, "developer": said,
@@ -637,8 +635,7 @@ class Gemini(Vendor):
         return {"contents!": [{"role!": frozenset({"user", "model"}), "parts!": [part]}],
             "systemInstruction": {"parts!": [{"text!": written}], "role": str},
             "tools": [{"functionDeclarations!": [{"name!": name, "description": written,
-                "parameters": dict, "parametersJsonSchema": dict}]}],
-            "toolConfig": {
+                "parameters": dict, "parametersJsonSchema": dict}]}], "toolConfig": {
                 "functionCallingConfig": {"mode!": modes, "allowedFunctionNames": [name]}},
             "generationConfig": {"temperature": between(0, 2), "topP": between(0, 1), "topK": int,
                 "candidateCount": int, "maxOutputTokens": between(1, 10**6, int),
