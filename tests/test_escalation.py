@@ -98,6 +98,8 @@ def test_after_the_stronger_one_come_the_others_in_order():
     response = chain.chat("q")
     assert outcomes(response.attempts) == ["a:escalated", "strong:failed", "b:ok"]
     assert response.escalation == "too hard"
+    rungs = tier("mid", BadRequest), tier("b", MARKED, models=["other"]), tier("top", "x")
+    assert asked(ladder(tier("a", MARKED), *rungs, top=["mid", "top"])) == ["a", "mid", "b", "top"]
 
 
 def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it():

@@ -89,8 +89,8 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
         "completion_tokens_details": {"reasoning_tokens": 64}}, Usage(9, 70, 0, 0, 64)),
     *(({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16, "reasoning_tokens": more},
         Usage(9, 7 + 70 * (more > 7), 0, 0, more)) for more in (6, 70)),  # SGLang, Perplexity
-    ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 3}, Usage(9, 7)),
-    ({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": None}, Usage(9, 7)),
+    *(({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": total, "prompt_tokens_details":
+        {"audio_tokens": 4}}, Usage(9 + 4 * (total == 20), 7)) for total in (3, 20, None)),
     ({"prompt_tokens": 9, "cached_tokens": 4}, Usage(9, 0, 4)),
     *(({"prompt_tokens": 9, name: 5}, Usage(9, 0, 5)) for name in ("prompt_cache_hit_tokens",
         "num_cached_tokens", "cache_read_input_tokens")),
@@ -427,7 +427,7 @@ def test_arguments_that_a_model_wrote_wrongly_go_back_as_an_object() -> None:
 
 GROQ = "'messages.1' : property 'reasoning' is unsupported"
 SEALED = "The encrypted content gAAA could not be verified."
-NO_INCLUDE = {"message": "Encrypted content is not supported with this model.", "param": "include"}
+NO_INCLUDE = "Encrypted content is not supported with this model."
 UNEXPECTED = "Unexpected role 'user' after role 'tool'"
 MISSING = "thinking is enabled but reasoning_content is missing in assistant tool call message at 1"
 
@@ -436,7 +436,8 @@ MISSING = "thinking is enabled but reasoning_content is missing in assistant too
     ("chat", {"message": GROQ}, "reasoning", None), ("chat", {"message": MISSING}, None, '": " "'),
     ("chat", {"message": UNEXPECTED, "code": "3230"}, None, "Noted."),
     ("chat", {"message": "messages: reasoning_effort not supported"}, "reasoning_effort", None),
-    ("responses", {"message": SEALED}, "SEALED", None), ("responses", NO_INCLUDE, "include", None)])
+    ("responses", {"message": SEALED}, "SEALED", None), *(("responses", one, "include", None)
+        for one in ({"message": NO_INCLUDE}, {"message": "no", "param": "include"}))])
 def test_what_a_server_refuses_of_a_conversation_is_corrected(
         name: str, told: Any, left: str | None, has: str | None) -> None:
     carry = {"for": "", "text": None, "ids": ["c"], "reasoning": "hm", "items": ["SEALED"]}

@@ -82,7 +82,7 @@ def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path):
         ("path", lambda: SQLiteStore("")), ("path", lambda: SQLiteStore(None)),
         ("path", lambda: SQLiteStore(3)), ("timeout", lambda: SQLiteStore("x", timeout=-1)),
         ("timeout", lambda: SQLiteStore("x", timeout=math.inf)),
-        ("refresh", lambda: SQLiteStore("x", refresh=math.nan))]:
+        (r"^SQLiteStore\(refresh", lambda: SQLiteStore("x", refresh=math.nan))]:
         error_of(ConfigError, make, match=match)
     assert str(tmp_path) in repr(SQLiteStore(tmp_path / "file"))
 

@@ -176,7 +176,8 @@ FINISH: list[tuple[int, str | None, str]] = [
     (0, "stop", "stop tool_calls"), (0, "length", LENGTHS + " model_context_window_exceeded"),
     (0, "content_filter", FILTERED + " content_filter content_filter:RECITATION content_filtered"
         " guardrail_intervened"), (0, "OTHER", "OTHER"), (0, None, BROKEN + " MALFORMED_RESPONSE"
-        " canceled connection_error function_call_filter:MALFORMED_FUNCTION_CALL"),
+        " canceled connection_error function_call_filter:MALFORMED_FUNCTION_CALL NO_IMAGE"
+        " UNEXPECTED_TOOL_CALL TOO_MANY_TOOL_CALLS IMAGE_OTHER MISSING_THOUGHT_SIGNATURE"),
     (3, "stop", "end_turn stop_sequence"), (3, "content_filter", "refusal"), (3, None, BROKEN),
     (3, "length", "max_tokens model_context_window_exceeded pause_turn"), (4, "stop", "STOP"),
     (4, "length", "MAX_TOKENS CONTINUATION"), (4, "content_filter", FILTERED), (5, "stop", "stop"),
