@@ -476,8 +476,10 @@ def _declared(error: BaseException) -> tuple[str, str]:
     if not isinstance(error, AllProvidersFailed) or isinstance(error, DeadlineExceeded):
         return "next", "failure"
     # A nested chain may answer other requests. While its breakers are open it says when to come.
-    refused, errors = "park", error.errors or ()
-    inner = {refused if isinstance(one, CircuitOpen) else _judged(one).breaker for one in errors}
+    inner = {
+        "park" if isinstance(one, CircuitOpen) else _judged(one).breaker
+        for one in error.errors or ()
+    }
     fails = not inner or ("failure" in inner and "neutral" not in inner)
     other = isinstance(error, EscalationFailed) or not fails
     return "next", "neutral" if other else "failure"
