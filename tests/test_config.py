@@ -433,7 +433,6 @@ ENVIRONMENTS: list[tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = [
       "OLLAMA_HOST": "127.0.0.1", "LMSTUDIO_BASE_URL": LOCAL},
      [("lmstudio", f"{LOCAL}/v1", []), ("ollama", f"{LOCAL[:-1]}11434", []), ("gemini", GOOGLE, []),
       ("openai", OPENAI, []), ("anthropic", ANTHROPIC, [])])]
-ENVIRONMENT_IDS = [" ".join(environ) for environ, _ in ENVIRONMENTS]
 #: The tiers that from_env may make, and the variables that make them.
 VARIABLES = {"lmstudio": ["LMSTUDIO_BASE_URL"], "ollama": ["OLLAMA_HOST"],
     "gemini": ["GOOGLE_API_KEY", "GEMINI_API_KEY"], "openai": ["OPENAI_API_KEY", "OPENAI_BASE_URL"],
@@ -446,7 +445,7 @@ def tiers_of(chain: FailoverChain) -> list[tuple[str, str, list[str]]]:
             for tier, provider in zip(chain.tiers, providers, strict=True)]
 
 
-@pytest.mark.parametrize(("environ", "expected"), ENVIRONMENTS, ids=ENVIRONMENT_IDS)
+@pytest.mark.parametrize(("environ", "expected"), ENVIRONMENTS)
 def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ: dict[str, str],
         expected: list[Any], no_network: list[Any], caplog: Any, monkeypatch: Patch) -> None:
     """Neither does it look at the environment of the process when another one is given."""

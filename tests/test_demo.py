@@ -22,6 +22,13 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("demo")
 
 
+def test_the_timeline_is_drawn(demo: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert demo.main(["--svg", str(tmp_path / "timeline.svg")]) == 0
+    drawn = (tmp_path / "timeline.svg").read_text(encoding="utf-8")
+    assert all(text in drawn for text in ("chain.chat()", "breaker opens: ServerError", "strong"))
+
+
 def test_demo_succeeds_as_a_program_without_colour_in_a_pipe() -> None:
     command = [sys.executable, str(ROOT / "examples" / "demo.py")]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

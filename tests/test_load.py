@@ -188,13 +188,8 @@ PLANTED = {"log_record": ("logging.getLogger('copilot_router').debug('sent %s', 
               "on_event=lambda event: None).chat('x', model=key)", "eaked: "),
     "repr": ("chain(LLMResponse('fine', model=prompt)).chat('x')", "eaked: "),
     "stdout": ("print('the key is', key)", "eaked: "),
-    "an_answer": ("assert chain('the secret ' + 'answer').chat(prompt).content", None),
-    "a_failure": ("with pytest.raises(ProviderError): "
-                  "OpenAIProvider(key, 'http://127.0.0.1:9').chat(prompt, model='m')", None),
     "connecting": ("swallowed(socket.create_connection, ('192.0.2.1', 80), 0.01)", "only loopback"),
     "a_look_up": ("swallowed(socket.getaddrinfo, 'example.org', 80)", "only loopback"),
-    "no_look_up": ("with pytest.raises(socket.gaierror): "
-                   "socket.getaddrinfo('nobody.invalid', 80)", None),
     "a_thread": ("threading.Thread(target=event.wait, name='left', daemon=True).start()",
                  "the thread left is still running"), "environment": ("event.set()\n"
                     "    assert not [x for x in os.environ if '192.0.2.1' in os.environ[x]]", None)}
