@@ -2465,9 +2465,10 @@ def _seconds_until(text: str) -> float | None:
 
 
 # ==== wire formats ================================================================================
-# What all vendors share. An encoder makes a body of a call. A reader is a generator function that
-# finds facts in an event; it raises KeyError, TypeError or the like if the event is malformed.
-# The collector makes deltas and one LLMResponse of the facts; it knows no vendor. None does I/O.
+# What all vendors share. What the caller gives is checked, and an encoder makes a body of it. The
+# bytes of an answer are cut into events. A reader is a generator function that finds facts in an
+# event; it raises KeyError, TypeError or the like if the event is malformed. The collector makes
+# deltas and one LLMResponse of the facts; it knows no vendor. None does I/O.
 
 _Object = dict[str, Any]  #: as JSON has them
 #: Portable options. A vendor that lacks a hint ignores it; any other one it lacks is refused.
@@ -2874,13 +2875,13 @@ def _argument_object(arguments: Any) -> _Object:
 def _count(usage: Any, *names: str) -> int:
     """The first number of tokens under these names; a wrong one must not cost an answer."""
     for name in names if isinstance(usage, dict) else ():
-        count = usage.get(name)
+        count: Any = usage.get(name)
         if type(count) in (int, float) and 0 < count < 2**53:
             return int(count)
     return 0
 
 
-# -- frames
+# -- an answer's bytes, cut into events
 
 
 #: First bytes of a body that is server-sent events.
@@ -3013,7 +3014,7 @@ def _json(data: bytes | str, what: str) -> Any:
     return value
 
 
-# -- to the answer
+# -- from events to the answer
 
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
 #: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is.
@@ -3162,7 +3163,7 @@ class _Collector:
         self._keeps_rest = False  #: what comes behind the finish reason may be more of the answer
         self._behind: list[tuple[Any, ...]] = []  #: facts behind it
         self._begun = False  #: events before this one had text or calls
-        self._finish = "stop"
+        self._finish: str = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
         self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
         self._refused = self._needed = False
@@ -3431,7 +3432,7 @@ class _Collector:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
         if word not in ("null", "none"):
             self.may_go_on = self.may_go_on or not self._begun
-            self._finish = _FINISHES.get(word, reason[:40])
+            self._finish = _FINISHES[word] if word in _FINISHES else reason[:40]
             come = len(self._text)  # pieces
             if self._calls:
                 come += sum(len(call["pieces"]) or 1 for call in self._calls)
@@ -4291,7 +4292,7 @@ _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
-    choices = body.get("choices") or ()
+    choices: Any = body.get("choices") or ()
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for at, choice in enumerate(choices):
@@ -5328,7 +5329,9 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            if issubclass(delta if isinstance(delta, type) else type(delta), BaseException):
+            if isinstance(delta, type) and issubclass(delta, BaseException):
+                raise delta
+            if isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
@@ -5828,8 +5831,7 @@ class _Request:
             self.stream = tier._open(messages, tools=run.tools, model=self.model, **options)
             self.read()
         else:
-            answer = tier.provider.chat(messages, tools=run.tools, model=self.model, **options)
-            self.keep(answer)
+            self.keep(tier.provider.chat(messages, tools=run.tools, model=self.model, **options))
 
     def read(self) -> None:
         """Read the stream on to the next ``delta`` for its reader, or to the end."""
