@@ -6076,15 +6076,16 @@ class _Run:
         """A request with a ticket and a place; None if the tier is passed over or full."""
         error = self._unable(tier) if self.chain._picky else None
         ticket = None if error else tier.breaker._try_admit(tier.role == "emergency")
+        places = tier._slots
         if ticket is not None:
             try:
                 request = _Request(self, tier, model, ticket)
-                if tier._slots is not None:
-                    request.place = tier._slots.take()
+                if places is not None:
+                    request.place = places.take()
             except BaseException:
                 ticket.neutral()
                 raise
-            full = tier._slots is not None and request.place is None
+            full = places is not None and request.place is None
             if not full and request.start < self.deadline:
                 return request
             request.end(ticket.neutral)
@@ -6233,7 +6234,7 @@ class _Run:
         """One request, with what it used. A nested chain's own attempts count in this one."""
         tier, model, response = request.tier, request.model, request.response
         found: Any = error if response is None else response
-        inner = found.attempts if isinstance(found, (LLMResponse, RouterError)) else ()
+        inner: Any = getattr(found, "attempts", ())
         usage: Any = getattr(found, "usage", None)
         if not isinstance(usage, Usage):
             usage = _NO_USAGE
