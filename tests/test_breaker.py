@@ -25,7 +25,7 @@ from hypothesis.stateful import (Bundle, RuleBasedStateMachine, consumes, invari
     run_state_machine_as_test)
 from support.fakes import Watched, in_threads
 from support.stores import (KINDS, FakeClock, Interrupted, PlainStore, Stage, Wrapped, at_each_line,
-    end, error_of, fail, in_a_thread, needs_fork, seconds_of)
+    done, end, error_of, fail, in_a_thread, needs_fork, python, seconds_of)
 
 from copilot_router import (AuthenticationError, BadRequest, CircuitBreaker, CircuitOpen,
     ConfigError, ContextLengthExceeded, EmptyResponse, FailoverChain, MemoryStore, ModelNotFound,
@@ -613,6 +613,12 @@ def test_one_trial_among_32_threads(clock):
     assert (breaker.state, breaker.snapshot().rejected) == ("closed", 31)
 
 
+def test_guarded_calls_run_side_by_side():
+    breaker, barrier = CircuitBreaker(), threading.Barrier(16)
+    together(16, lambda at: breaker.call(barrier.wait, 10))
+    assert breaker.snapshot().failures == 0
+
+
 # -- in the middle of a change
 def all_steps(breaker: CircuitBreaker) -> None:
     """Every kind of change, of a breaker whose trial is due at once."""
@@ -717,6 +723,29 @@ def test_a_child_may_have_a_trial_of_its_own(kind, clock):
     assert os.waitpid(child, 0)[1] == 0 and breaker.is_half_open
     trial.success()
     assert breaker.is_closed
+
+
+GEVENT = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, gevent.event
+from copilot_router import CircuitBreaker, CircuitOpen
+breaker = CircuitBreaker(1, 0.0)
+breaker.admit().failure()
+entered, refused, leave = [], [], gevent.event.Event()
+def work(at):
+    try:
+        breaker.call(lambda: (entered.append(at), leave.wait(10)))
+    except CircuitOpen:
+        refused.append(at)
+        if len(refused) == 199:
+            leave.set()
+gevent.joinall([gevent.spawn(work, at) for at in range(200)])
+assert (len(entered), len(refused)) == (1, 199), (len(entered), len(refused))
+"""
+
+def test_of_200_greenlets_one_has_the_trial():
+    pytest.importorskip("gevent")
+    assert done(python(GEVENT)) == ""
 
 
 # -- any sequence of steps, against a naive model

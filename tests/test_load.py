@@ -205,9 +205,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> str:
     tests = [f"def test_{name}():\n    {body}\n" for name, (body, _) in PLANTED.items()]
     (folder / "test_planted.py").write_text(HEAD + "".join(tests), encoding="utf-8")
     names = ("OPENAI_API_KEY", "https_proxy", "HTTP_PROXY", "LMSTUDIO_BASE_URL", "NO_PROXY")
-    environment = {**os.environ, **dict.fromkeys(names, "http://192.0.2.1:1")}
-    environment["COLUMNS"] = "250"  # lines of the summary are cut at its width
-    environment["PYTHONPATH"] = os.pathsep.join((str(HERE), str(HERE.parent)))
+    environment = {**os.environ, **dict.fromkeys(names, "http://192.0.2.1:1"),
+        "COLUMNS": "250",  # lines of the summary are cut at its width
+        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))}
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, "-rA", "--tb=short", str(folder)], env=environment, cwd=folder,
         capture_output=True, text=True, timeout=60)

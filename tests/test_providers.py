@@ -116,12 +116,11 @@ def test_a_query_of_the_address_stands_behind_the_path(kind: Any, base: str, ask
     assert request_of(kind(KEY, base)).url == asked
 
 
-def test_a_name_and_password_in_the_address_become_a_header(mocked: Any) -> None:
+def test_a_name_and_password_in_the_address_become_a_header() -> None:
     """A key goes before them."""
-    OpenAIProvider("", "https://me:p%40ss@server.test/v1").chat("hi", model="m")
-    assert mocked.calls[0].request.headers["Authorization"] == "Basic bWU6cEBzcw=="
-    OpenAIProvider(KEY, "https://me:p%40ss@server.test/v1").chat("hi", model="m")
-    assert mocked.calls[1].request.headers["Authorization"] == f"Bearer {KEY}"
+    for key, sent in (("", "Basic bWU6cEBzcw=="), (KEY, f"Bearer {KEY}")):
+        client = OpenAIProvider(key, "https://me:p%40ss@server.test/v1")
+        assert request_of(client).headers["Authorization"] == sent
 
 
 # -- keys and the environment

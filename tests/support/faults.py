@@ -711,9 +711,8 @@ def _between(odd: bytes) -> Callable[[Exchange], Any]:
 
 
 #: Events in the middle of a stream that make it none: name -> event.
-WRONG_EVENTS: dict[str, bytes] = {
-    "event_is_text": b'data: "hello"\n\n', "event_is_a_list": b'data: ["hello"]\n\n',
-    "event_choices_text": b'data: {"choices": "x"}\n\n',
+WRONG_EVENTS: dict[str, bytes] = {"event_is_text": b'data: "hello"\n\n',
+    "event_is_a_list": b'data: ["hello"]\n\n', "event_choices_text": b'data: {"choices": "x"}\n\n',
     "event_choice_null": b'data: {"choices": [null]}\n\n',
     "event_delta_text": b'data: {"choices": [{"delta": "x"}]}\n\n',
     "event_content_number": b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',

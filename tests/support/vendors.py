@@ -73,7 +73,6 @@ class Own:
 
 # -- shapes of a body: a dict for an object ("name!" is required), a list for a list, a frozenset
 # of values, a pattern, types, or a function
-
 Check = Callable[["Vendor", Any, str], None]
 NUMBER = (int, float)
 
@@ -161,7 +160,6 @@ class Vendor(Server):
         return f"{self.prefix}{self.port}_{self._count}"
 
     # -- the rules' vocabulary
-
     def error(self, message: str, status: int, **more: Any) -> Any:
         raise NotImplementedError
 
@@ -215,7 +213,6 @@ class Vendor(Server):
         self.forbid(len(set(names)) != len(names), f"{where}: names and ids must be unique")
 
     # -- a vendor's own part
-
     def check(self, request: Request) -> None:
         raise NotImplementedError
 
@@ -226,7 +223,6 @@ class Vendor(Server):
         return self.answers_of(self, request)
 
     # -- serving
-
     def answer(self, request: Request) -> bytes:
         try:
             self.check(request)
@@ -270,7 +266,6 @@ def detour(vendor: Vendor) -> Iterator[requests.Session]:
 
 
 # ==== OpenAI Chat Completions
-
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 UNANSWERED = "An assistant message with 'tool_calls' must be followed by tool messages."
 CHAT_CALL = {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"function"}),
@@ -334,8 +329,8 @@ class Chat(Vendor):
         self.check_messages(body["messages"])
         self.check_tools(body, [tool["function"]["name"] for tool in body.get("tools", ())])
         self.check_tools_of_reasoners(body)
-        options = body.get("stream_options") and not body.get("stream")
-        self.forbid(options, "The 'stream_options' is for streams only")
+        if body.get("stream_options") and not body.get("stream"):
+            self.fail("The 'stream_options' is for streams only")
         if isinstance(body.get("stop"), list) and not 0 < len(body["stop"]) <= 4:
             self.wrong("stop", "one to four texts")
         format_ = body.get("response_format", {}).get("type")
@@ -387,8 +382,6 @@ class ChatAnswers(Own, dialects.Chat):
 
 
 # ==== OpenAI Responses
-
-
 class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
     def shape(self) -> dict[str, Any]:
@@ -406,7 +399,6 @@ class Responses(Chat):
             "arguments!": str, "id": str, "status": str},
             "function_call_output": {"call_id!": call_id, "output!": str},
             "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str}})
-
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
             vendor.match(value, item if own else message, where)
@@ -472,7 +464,6 @@ class ResponsesAnswers(Own, dialects.Responses):
 
 
 # ==== Anthropic Messages
-
 PLAIN_ID = re.compile(r"[a-zA-Z0-9_-]+")
 #: Models of the vendor's table that take no sampling parameters; no forced tools.
 NO_SAMPLING = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
@@ -608,7 +599,6 @@ class AnthropicAnswers(Own, dialects.Anthropic):
 
 
 # ==== Gemini generateContent
-
 SKIP_SIGNATURE = "skip_thought_signature_validator"
 
 
@@ -725,8 +715,6 @@ class GeminiAnswers(Own, dialects.Gemini):
 
 
 # ==== Ollama
-
-
 class Ollama(Vendor):
     """The native /api/chat. What the real server ignores in silence is refused here."""
     prefix = "call_o"
@@ -786,7 +774,6 @@ Ollama.answers_of = OllamaAnswers
 
 
 # ==== all of them
-
 KINDS: dict[str, tuple[type[Vendor], Any]] = {"anthropic": (Anthropic, AnthropicProvider),
     "gemini": (Gemini, GeminiProvider), "ollama": (Ollama, OllamaProvider)}
 MODELS = ("m-1", "m-2")
