@@ -45,14 +45,13 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
     shared = [module.CircuitBreaker(name=str(at), clock=clock, store=store)
-            for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
-    breakers = [alone, *shared]
-    for breaker in breakers:
+              for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
+    for breaker in (alone, *shared):
         fail(breaker)
         clock.advance(15)
         assert breaker.admit().is_trial
     load.fork("after_in_parent")
-    assert all(breaker.is_half_open for breaker in breakers)
+    assert all(breaker.is_half_open for breaker in (alone, *shared))
     load.fork("after_in_child")
     assert alone.admit().is_trial  # the other one is the parent's
     assert untouched.is_closed
@@ -86,16 +85,12 @@ def test_a_system_without_fork(load: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert load().ScriptedProvider(["fine"]).chat("hi").text == "fine"
 
 
-def test_without_requests_only_http_providers_are_missing(load: Any,
+def test_without_requests_or_with_an_old_one_only_http_providers_are_missing(load: Any,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load()
-    monkeypatch.setitem(sys.modules, "requests", None)
-    error_of(ImportError, module.OpenAIProvider, KEY, match="pip install requests")
-    assert module.ScriptedProvider(["fine"]).chat("hi").text == "fine"
-
-
-def test_a_version_that_lacks_what_the_limits_build_on_is_named(load: Any,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that lacks what the limits build on is named."""
     module = load()
     monkeypatch.delattr("urllib3.connectionpool.ConnectionPool.QueueCls")
     error_of(module.ConfigError, module.OpenAIProvider, KEY, match="QueueCls: install requests")
+    monkeypatch.setitem(sys.modules, "requests", None)
+    error_of(ImportError, module.OpenAIProvider, KEY, match="pip install requests")
+    assert module.ScriptedProvider(["fine"]).chat("hi").text == "fine"

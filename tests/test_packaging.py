@@ -101,8 +101,7 @@ def test_import_costs_the_standard_library_only_and_does_nothing(each_python: st
     printed = python("-W", "error", "-I", "-S", "-B", "-c", WATCHED_IMPORT, cwd=tmp_path,
         executable=each_python)
     costly = "requests urllib3 ssl socket http.client asyncio argparse sqlite3"
-    assert "copilot_router" in printed.split()
-    assert not set(printed.split()) & set(costly.split())
+    assert "copilot_router" in printed.split() and not set(printed.split()) & set(costly.split())
 
 
 def test_one_copied_file_works_alone_and_says_what_to_install(each_python: str,
@@ -111,8 +110,7 @@ def test_one_copied_file_works_alone_and_says_what_to_install(each_python: str,
     shutil.copy(MODULE, tmp_path)
     printed = python("-I", "-S", "-c", VENDORED, cwd=tmp_path, executable=each_python)
     answer, complaint = printed.splitlines()
-    assert answer == "vendored"
-    assert "pip install requests" in complaint
+    assert answer == "vendored" and "pip install requests" in complaint
     command = ("-I", "-S", "copilot_router.py", "--version")
     version = python(*command, cwd=tmp_path, executable=each_python)
     assert version.strip() == f"copilot-router {copilot_router.__version__}"
@@ -131,14 +129,13 @@ def test_version_is_a_literal_that_header_and_package_repeat() -> None:
 def test_oldest_python_is_the_same_for_installer_linter_and_type_checker() -> None:
     tools = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert packaging()["options"]["python_requires"] == ">=3.10"
-    assert 'target-version = "py310"' in tools
-    assert 'pythonVersion = "3.10"' in tools
+    assert 'target-version = "py310"' in tools and 'pythonVersion = "3.10"' in tools
 
 
 def test_all_names_every_public_class_and_function_once() -> None:
     public = {name for name, value in vars(copilot_router).items() if not name.startswith("_")
-            and (inspect.isclass(value) or inspect.isfunction(value))
-            and value.__module__ == "copilot_router"}
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == "copilot_router"}
     assert len(set(copilot_router.__all__)) == len(copilot_router.__all__)
     assert set(copilot_router.__all__) == public - {"main"}  # main is the command
 
@@ -158,8 +155,7 @@ def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.Monke
     """``help()`` and documentation pages print defaults: none is an environment with keys."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-signature-key")
     shown = pydoc.plain(pydoc.render_doc(copilot_router))
-    assert "from_env" in shown
-    assert "sk-test-signature-key" not in shown
+    assert "from_env" in shown and "sk-test-signature-key" not in shown
 
 
 def test_requests_alone_is_installed_along() -> None:
@@ -182,8 +178,7 @@ def test_first_line_names_licence_and_holder() -> None:
     holder = re.search(r"Copyright \(c\) (.+)", licence)
     first = SOURCE.splitlines()[0]
     assert licence.startswith("MIT License") and packaging()["metadata"]["license"] == "MIT"
-    assert "SPDX-License-Identifier: MIT" in first
-    assert holder and first.endswith(holder.group(0))
+    assert "SPDX-License-Identifier: MIT" in first and holder and first.endswith(holder.group(0))
 
 
 def test_nothing_is_left_out_of_coverage() -> None:

@@ -118,6 +118,15 @@ def test_a_client_of_the_user_is_not_changed(redis_url):
         store.close()
 
 
+def test_what_each_store_shares(tmp_path):
+    """SQLite and memory: everything. Redis: no counts unless asked, and no local trouble."""
+    pytest.importorskip("redis")
+    redis, asked = (RedisStore("redis://localhost", shared_counts=yes) for yes in (False, True))
+    stores = MemoryStore(), SQLiteStore(tmp_path / "x"), redis, asked
+    shared = [(store.shared_counts, store.shares_local_errors) for store in stores]
+    assert shared == [(True, True), (True, True), (False, False), (True, False)]
+
+
 def test_a_failure_costs_one_write_and_no_read(clock, shared):
     breaker = breaker_on(shared, clock)
     fail(breaker, 1)
