@@ -19,7 +19,7 @@ def ladder(*tiers: ProviderTier, top: object = "strong", **settings: object) -> 
 
 def told(chain: FailoverChain, name: str) -> bool:
     """Whether the last request to this tier spoke of the marker."""
-    return "[ESCALATE]" in str(calls(chain, name)[-1]["messages"])
+    return "[ESCALATE]" in str([one["content"] for one in calls(chain, name)[-1]["messages"]])
 
 
 def asked(chain: FailoverChain, **options: object) -> list[str]:
