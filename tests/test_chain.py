@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -328,6 +329,8 @@ def test_a_foreign_exception_fails_over_and_is_logged_with_its_place_once(caplog
     places = [text for text in told if re.search(r"test_chain\.py\D+\d+", text)]
     assert re.findall("ValueError|KeyError", " ".join(places)) == ["ValueError", "KeyError"]
     assert "private" not in caplog.text
+    errors = error_of(AllProvidersFailed, chain.chat, "hi", tiers=["mine"]).errors
+    assert traceback.extract_tb(errors[0].__traceback__)[-1].name == "faulty"  # it may be debugged
 
 
 @pytest.mark.parametrize("answer", [None, "text", {"content": "x"}])
@@ -1312,7 +1315,7 @@ def test_a_response_as_data():
 
 def test_a_repr_shows_no_text(clock):
     answer = LLMResponse("T1", [ToolCall("1", "f", {"T2": 1}, "T3")], reasoning="T4", model="m")
-    answer.escalation, answer.raw = "T5", {"a": "T6"}
+    answer.escalation, answer.raw, answer.carry = "T5", {"a": "T6"}, {"a": "T6"}
     chain = chain_of(clock, tier("a", answer))
     assert not re.search("T[1-6]", f"{answer!r} {chain.chat('T7')!r} {chain!r} {chain.tiers!r}")
     assert "model='m'" in repr(answer) and "a" in repr(chain)

@@ -59,6 +59,7 @@ def test_only_models_below_the_top_are_told_on_a_copy():
         before = repr(first)
         chain.chat([*first, user])
         assert told(chain, "weak") and not told(chain, "strong") and repr(first) == before
+    assert calls(chain, "weak")[-1]["messages"][0]["content"][-1]["type"] == "text"
     chain.chat("hi", response_format={"type": "json_object"})
     assert not told(chain, "weak")
 

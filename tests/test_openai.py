@@ -535,7 +535,7 @@ def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
 
 ADDED = event("output_item.added", output_index=0, item=call_item("", status="in_progress"))
 GROWS = event("function_call_arguments.delta", item_id="fc_c1", output_index=0, delta='{"a": ')
-DONE = event("function_call_arguments.done", item_id="fc_c1", output_index=0, arguments='{"a": 1}')
+DONE = event("function_call_arguments.done", output_index=0, arguments='{"a": 1}')
 FIRST = event("output_item.done", output_index=0, item=call_item('{"a": 1}'))
 SECOND = event("output_item.done", output_index=1, item=call_item('{"a": 2}', "c2"))
 
