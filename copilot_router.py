@@ -4213,7 +4213,7 @@ def _host_of(url: str) -> str:
 
     with contextlib.suppress(ValueError):
         found = urlsplit(url)
-        if re.fullmatch(r"https?://\S+", url) and found.port != 0:
+        if re.fullmatch(r"(?i)https?://\S+", url) and found.port != 0:
             return found.hostname or ""
     return ""
 
@@ -4951,14 +4951,27 @@ def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
     for part in parts:
         block: _Object = {"type": "text", "text": part.data}
         if part.kind != "text":
-            kind = "document" if part.media == "application/pdf" else "image"
-            data = {"type": "base64", "media_type": part.media, "data": part.data}
-            url = {"type": "url", "url": part.data}
-            block = {"type": kind, "source": data if part.kind == "data" else url}
+            block = _anthropic_file(part)
         elif not part.data.strip():
             continue
         blocks.append({**block, "cache_control": part.cache} if part.cache else block)
     return blocks
+
+
+def _anthropic_file(part: _Part) -> _Object:
+    """The block of a picture, a PDF or a text file."""
+    if part.kind == "url":
+        return {"type": "image", "source": {"type": "url", "url": part.data}}
+    kind = "image" if part.media.startswith("image/") else "document"
+    source = {"type": "base64", "media_type": part.media, "data": part.data}
+    if part.media.startswith("text/"):
+        import base64
+
+        text = base64.b64decode(part.data + "==").decode("utf-8", "replace")
+        source = {"type": "text", "media_type": "text/plain", "data": text}
+    elif kind == "document" and part.media != "application/pdf":
+        raise UnsupportedRequest(f"Anthropic cannot be sent a file of the type {part.media!r:.40}")
+    return {"type": kind, "source": source}
 
 
 def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:

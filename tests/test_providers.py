@@ -84,7 +84,7 @@ CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/
         ("https://h/anthropic/v1/", "https://h/anthropic/v1"), ("http://h:40", "http://h:40/v1"),
         ("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic/v1"))),
     (GeminiProvider, GOOGLE, f"{GOOGLE}/v1beta"), (GeminiProvider, f"{GOOGLE}/v1", f"{GOOGLE}/v1"),
-    (GeminiProvider, "http://h/x/", "http://h/x"), *((OllamaProvider, *row) for row in (
+    (GeminiProvider, "HTTP://h/x/", "http://h/x"), *((OllamaProvider, *row) for row in (
         ("http://h", "http://h"), ("http://h:11434/api/chat", "http://h:11434"),
         ("h:1/api", "http://h:1"), ("https://ollama.com/", "https://ollama.com"),
         ("http://h:11434/v1", "http://h:11434")))])

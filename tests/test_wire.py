@@ -1299,13 +1299,16 @@ def test_every_option_is_accepted_by_the_vendor_or_refused_here(name: str) -> No
     assert unable == {"ollama": ["tool_choice"] * 2, "responses": ["stop"] * 2}.get(name, [])
 
 
-PDF = {"type": "file", "file": {"filename": "f", "file_data": "data:application/pdf;base64,QQ=="}}
+PDF, PLAIN, ZIP = (
+    {"type": "file", "file": {"filename": "f", "file_data": f"data:{media};base64,QQ=="}}
+    for media in ("application/pdf", "text/plain", "application/zip"))
 SOUND = {"type": "input_audio", "input_audio": {"data": "QQ==", "format": "wav"}}
 CUSTOM = {"type": "custom", "custom": {"name": "x"}}
 
 
 @pytest.mark.parametrize(("name", "part", "able"),
-    [*((name, CUSTOM, False) for name in VENDORS[1:]), *((name, PDF, True) for name in VENDORS[:4]),
+    [*((name, CUSTOM, False) for name in VENDORS[1:]), ("anthropic", ZIP, False),
+        *((name, part, True) for name in VENDORS[:4] for part in (PDF, PLAIN)),
         *((name, SOUND, name == "openai") for name in VENDORS), ("ollama", PDF, False)])
 def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, part: Any,
         able: bool) -> None:

@@ -119,7 +119,7 @@ def address(vendor: Vendor, value: Any, where: str) -> None:
     vendor.match(value, str, where)
     if value.startswith("data:"):
         head, _, data = value.partition(";base64,")
-        if not re.fullmatch(r"data:(image/(png|jpeg|gif|webp)|application/pdf)", head):
+        if not re.fullmatch(r"data:(image/(png|jpeg|gif|webp)|application/pdf|text/plain)", head):
             vendor.wrong(where, "a data URL of png, jpeg, gif or webp")
         encoded(vendor, data, where)
     elif not re.fullmatch(r"https?://\S+", value):
@@ -490,7 +490,7 @@ class Anthropic(Vendor):
         image = {"source!": tagged("type", {"base64": base64_source, "url": web})}
         pdf = {"source!": tagged("type", {
             "base64": {"media_type!": frozenset({"application/pdf"}), "data!": encoded},
-            "url": web})}
+            "text": {"media_type!": frozenset({"text/plain"}), "data!": written}, "url": web})}
         shown = [tagged("type", {"text": text, "image": image})]
         result = {"tool_use_id!": PLAIN_ID, "content": either(str, shown), "is_error": bool}
         name = re.compile(r"[a-zA-Z0-9_-]{1,128}")
@@ -616,7 +616,7 @@ class Gemini(Vendor):
 
     def shape(self) -> dict[str, Any]:
         name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
-        media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|audio/\w+)")
+        media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/\w+)")
         blob = {"mimeType!": media, "data!": encoded}
         part = {"text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
             "functionCall": {"id": str, "name!": name, "args": dict},
