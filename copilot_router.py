@@ -2052,13 +2052,15 @@ _Phrases = tuple[tuple[str, type[ProviderError]], ...]
 class _Rows(NamedTuple):
     """A vendor's own words for failures: each kind is read before the shared ones of that kind.
 
-    Codes come before phrases, phrases before statuses. What is named here parks its tier, if its
-    class says so; a shared phrase does that only at the statuses in ``_class_of``.
+    Codes come before phrases, phrases before statuses: a shared phrase before a vendor's status.
+    What is named here parks its tier, if its class says so; a shared phrase does that only at the
+    statuses in ``_class_of``.
     """
 
     codes: Mapping[str, type[ProviderError]] = MappingProxyType({})  #: in lower case
     phrases: _Phrases = ()
     statuses: Mapping[int, type[ProviderError]] = MappingProxyType({})
+    options: Mapping[str, str] = MappingProxyType({})  #: ours -> a pattern of its name in errors
 
 
 def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderError]]:
@@ -2174,7 +2176,8 @@ _LAST_TYPES = _coded({
 _STATUSES: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceeded, 403: AuthenticationError,
     404: ProviderUnavailable, 407: ProviderUnavailable, 408: ProviderTimeout, 409: ServerError,
-    410: ProviderUnavailable, 425: ServerError, 429: RateLimited, 498: Overloaded, 529: Overloaded,
+    410: ProviderUnavailable, 425: ServerError, 429: RateLimited,
+    498: Overloaded, 529: Overloaded,  # Groq, Anthropic
 }
 #: What a 403 speaks of if a key has no permission; others dislike a prompt.
 _NAMES_PERMISSION = (
@@ -2784,7 +2787,8 @@ class _Turn:
 
 
 def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
-    """The system's parts, and turns that begin with the user, alternate, and end with the user."""
+    """The system's parts, and turns that begin with the user, alternate, and end with the user.
+    Names of tools are those of ``call.names``, if ``_renamed_tools`` has filled it."""
     system: list[_Part] = []
     turns = [_Turn("user")]
     names: dict[str, str] = {}  #: id of a call -> its tool, as it is sent
@@ -2809,7 +2813,8 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
         else:
             turn.parts += parts
         for item in calls:
-            names[item["id"]] = name = call.names[item["function"]["name"]]
+            own = item["function"]["name"]
+            names[item["id"]] = name = call.names.get(own, own)
             arguments = _argument_object(item["function"].get("arguments"))
             turn.calls.append((item["id"], name, arguments))
     turns += [_Turn("user")] if turns[-1].role == "assistant" else []
@@ -2827,9 +2832,9 @@ def _safe(text: str, bad: str, most: int) -> str:
     return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
 
 
-def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
-    """The call with names of its tools that the vendor accepts."""
-    functions = _functions(call.tools, "this provider")
+def _renamed_tools(call: _Call, vendor: str, bad: str, most: int) -> _Call:
+    """The call with names of its tools that the vendor accepts: see ``_safe``."""
+    functions = _functions(call.tools, vendor)
     for message in call.messages:
         functions += [item["function"] for item in message.get("tool_calls") or ()]
     return call._replace(names={one["name"]: _safe(one["name"], bad, most) for one in functions})
@@ -3017,10 +3022,11 @@ def _json(data: bytes | str, what: str) -> Any:
 # -- from events to the answer
 
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
-#: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is.
+#: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is. "stop" with
+#: tool calls becomes "tool_calls" in the end.
 _FINISHES = {word: reason for reason, words in {
-    "stop": "stop end_turn stop_sequence tool_calls tool_use function_call eos eos_token completed"
-            " complete end",
+    "stop": "stop end_turn stop_sequence tool_call tool_calls tool_use function_call eos eos_token"
+            " completed complete end",
     "length": "length max_tokens model_length model_context_window_exceeded max_output_tokens"
               " max_length continuation pause_turn",
     "content_filter": "content_filter content_filtered sensitive refusal guardrail_intervened"
@@ -3034,8 +3040,8 @@ _REASONS = frozenset({*_FINISHES.values(), "tool_calls"})
 _FAILED = frozenset({
     "error", "abort", "aborted", "network_error", "insufficient_system_resource", "cancelled",
     "canceled", "timeout", "connection_error", "failed", "server_error", "incomplete",
-    "interrupted", "user_cancel", "error_limit", "error_toxic", "upstream_error", "disconnected",
-    "internal_error", "internal_server_error", "deadline_exceeded",
+    "interrupted", "upstream_error", "disconnected", "internal_error", "internal_server_error",
+    "deadline_exceeded", "user_cancel", "error_limit", "error_toxic",  # the last three: Cohere
     # Google: the model's own failures, whatever text came with them
     "malformed_function_call", "unexpected_tool_call", "malformed_response", "no_image",
     "too_many_tool_calls", "image_other", "missing_thought_signature", "function_call_filter",
@@ -3127,20 +3133,25 @@ class _Collector:
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
     full str                    the whole text, of which deltas may have come
-    call key id name arguments  a tool call, or more of the one that has this key; None: of the last
+    call key id name arguments  a tool call, or more of the one that has this key. Key None: more of
+                                the last call. Arguments: a str, a dict, or None for none
     arguments key str           more arguments of call `key` (never None); kept until it has begun
     extra key value             what must go back with that call
     open key · closed key       a part has begun, is complete. Without a finish reason an answer
-                                with an open part is cut, whatever end marker comes
+                                with an open part is cut, whatever end marker comes. Calls have the
+                                same keys here
     grow name str               a text that must go back with the message, in pieces
     keep name key item          an item of a list that may have to go back; key None: a new item
     piece name key field str    one field of such an item grows
     needed                      the items must go back, as every text of `grow`
     usage dict function         counts, merged into those so far; function(all counts) -> Usage
-    refusal · alive             the model refuses, in words · a sign of life
+    refusal                     the model refuses, in words
+    alive                       the model generates, without one of the facts above
     choice index                the facts that follow are of this one of several: 0 is taken
-    stop reason · end           the finish reason, "" if the server has none, None if the field is
-                                empty: then the end marker completes nothing · the end marker
+    stop reason                 the finish reason as the server says it
+    stop None                   the field is there and empty: an end marker completes no answer
+    stop ""                     the server has no such field: an end marker completes the answer
+    end                         the end marker
     begin                       the answer begins, perhaps once more
     """
 
@@ -3611,7 +3622,7 @@ class _HTTPProvider(LLMProvider):
     _vendor: ClassVar[str]  #: its name in messages and in `identity`
     _default_url: ClassVar[str]
     _api_path: ClassVar[str] = ""  #: added to a base URL without a path: the version
-    _cut_paths: ClassVar[tuple[str, ...]] = ()  #: ends of a base URL that people copy along
+    _cut_paths: ClassVar[tuple[str, ...]] = ()  #: ends that people copy along; cut in this order
     _ping_path: ClassVar[str] = "/models"
     _key_variables: ClassVar[tuple[str, ...]]
     _url_variable: ClassVar[str] = ""
@@ -3739,11 +3750,13 @@ class _HTTPProvider(LLMProvider):
     # -- a vendor's own part
 
     def _auth_headers(self, key: str) -> dict[str, str]:
+        """The headers that carry the key; "": there is none."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     @abstractmethod
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, dict[str, Any], _Collector]:
-        """The path, the body and the collector for a call. Pure."""
+        """The path behind ``base_url``, such as /chat, the body and the collector. Pure. It raises
+        UnsupportedRequest and BadRequest; TypeError and ValueError become BadRequest."""
 
     # -- the interface
 
@@ -4074,9 +4087,10 @@ class _HTTPProvider(LLMProvider):
             return _Fix("carry")
         if not (words.find(_REFUSES) or re.search(_REFUSES, " ".join(report.codes))):
             return None
-        limits = ("max_tokens", "max_completion_tokens") if call.token_limit is not None else ()
+        limits = _TOKEN_LIMITS if call.token_limit is not None else ()
         names = (*(_HINTS & call.options.keys()), *limits, "stream_options", "stream")
-        patterns = {name: _COMPLAINTS.get(name, name) for name in names}
+        theirs = {**_COMPLAINTS, **self._rows.options}
+        patterns = {name: theirs.get(name, name) for name in names}
         if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
             patterns["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)"
         if call.thoughts:
@@ -4099,7 +4113,7 @@ class _HTTPProvider(LLMProvider):
             return None
         name = named[0]
         if name in limits:
-            other = limits[1 - limits.index(name)]
+            (other,) = _TOKEN_LIMITS - {name}
             drops = words.say(other) or words.find("(?i)nsupported|nrecognized")
             return _Fix("token_limit", other) if drops else None
         none = name == "reasoning_effort" and words.find(r"(?i)set reasoning_effort to ['\"]?none")
@@ -4254,7 +4268,7 @@ def _header_name(name: Any) -> str:
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
 
 
-#: What vendors call our options and fields when they complain, if it is another name.
+#: What servers call our options and fields when they complain, if it is another name.
 _COMPLAINTS = {
     "top_p": "top_?p",
     "presence_penalty": "presence_?penalty|penalty",
@@ -5026,7 +5040,7 @@ class AnthropicProvider(_HTTPProvider):
         return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        call = _renamed_tools(call, _NOT_PLAIN, 128)
+        call = _renamed_tools(call, "Anthropic", _NOT_PLAIN, 128)
         return "/messages", _anthropic_body(call, streaming), _Collector(call, _anthropic_facts)
 
 
@@ -5175,7 +5189,7 @@ class GeminiProvider(_HTTPProvider):
         return {"x-goog-api-key": key} if key and not is_token else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        call = _renamed_tools(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
+        call = _renamed_tools(call, "Gemini", r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
         return path, _gemini_body(call), _Collector(call, _gemini_facts)
@@ -5262,6 +5276,17 @@ def _ollama_body(call: _Call, streaming: bool) -> _Object:
     })
 
 
+def _ollama_host(text: str) -> str:
+    """OLLAMA_HOST as a URL: without a scheme the port is 11434; 0.0.0.0 is this machine."""
+    scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
+    host, slash, path = rest.partition("/")
+    found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
+    name, port = found.groups() if found else (f"[{host}]", "")  # IPv6 without its brackets
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
+    port = port or ("" if mark else "11434")
+    return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
+
+
 class OllamaProvider(_HTTPProvider):
     """Ollama's own API: ``http://localhost:11434``.
 
@@ -5283,17 +5308,6 @@ class OllamaProvider(_HTTPProvider):
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         return "/api/chat", _ollama_body(call, streaming), _Collector(call, _ollama_facts)
-
-
-def _ollama_host(text: str) -> str:
-    """OLLAMA_HOST as a URL: without a scheme the port is 11434; 0.0.0.0 is this machine."""
-    scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
-    host, slash, path = rest.partition("/")
-    found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
-    name, port = found.groups() if found else (f"[{host}]", "")  # IPv6 without its brackets
-    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
-    port = port or ("" if mark else "11434")
-    return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
 
 
 # ==== scripted provider ===========================================================================
@@ -5578,7 +5592,7 @@ def _checked_params(params: Any) -> dict[str, Any]:
 
 # ==== configuration ===============================================================================
 # A chain from a mapping, a TOML file or the environment. Names, variables and addresses come from
-# the classes: a new provider needs one row in this table.
+# the classes: a new provider needs here one row in this table.
 
 #: ``from_env`` makes tiers in this order; a name in capitals begins NAME_MODEL.
 _PROVIDERS: dict[str, type[_HTTPProvider]] = {
@@ -6623,9 +6637,9 @@ class FailoverChain(LLMProvider):
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
-        A tier for each provider whose key or base URL is set (a local one: address), local ones
-        first, then Gemini, OpenAI, Anthropic. LMSTUDIO_MODEL and so on name the models; without
-        one a call has to. ``settings``: the chain's arguments. The log says at INFO what was found.
+        A tier for each provider whose key or base URL is set (a local one: address), in the order
+        that ``copilot-router --help`` shows. LMSTUDIO_MODEL and so on name the models; without one
+        a call has to. ``settings``: the chain's arguments. The log says at INFO what was found.
         Raises ConfigError if nothing was.
         """
         return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)

@@ -616,7 +616,7 @@ class Gemini(Vendor):
 
     def shape(self) -> dict[str, Any]:
         name = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}")
-        media = re.compile(r"(image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/\w+)")
+        media = re.compile(r"(image/(png|jpe?g|webp|hei[cf])|audio/\w+|application/pdf|text/plain)")
         blob = {"mimeType!": media, "data!": encoded}
         part = {"text": str, "thought": bool, "thoughtSignature": str, "inlineData": blob,
             "functionCall": {"id": str, "name!": name, "args": dict},
