@@ -325,7 +325,9 @@ def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
             what = f"{attempt.outcome} ({what})"
         took = "" if attempt.outcome == "skipped" else f" {attempt.latency * 1000:.0f} ms"
         steps.append(f"{attempt.tier}: {what}{took}")
-    price = "" if cost is None else f" ${cost:.2f}" if cost >= 1 or cost == 0 else f" ${cost:.2g}"
+    price = "" if cost is None else f" ${cost:.2f}"
+    if cost is not None and 0 < cost < 1:  # two significant digits, never as 3e-05
+        price = f" ${float(f'{cost:.2g}'):.15f}".rstrip("0")
     return _ascii(" -> ".join(steps) + price)
 
 
@@ -6930,12 +6932,8 @@ def _failed(screen: _Screen, error: BaseException) -> int:
     if screen.json:
         what = {"type": type(error).__name__, "message": str(error)}
         records = [{**at._asdict(), "usage": vars(at.usage)} for at in attempts]
-        told = json.dumps({"error": what, "attempts": records, "retry_after": later})
-
-        def filled(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-            return {name: value for name, value in pairs if value}
-
-        print(json.dumps(json.loads(told, object_pairs_hook=filled)), flush=True)
+        told = {"error": what, "attempts": records, "retry_after": later or None}
+        print(json.dumps(told), flush=True)
     if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
         return 124
     return 1 if isinstance(error, (AllProvidersFailed, ProviderError)) else 2
@@ -7015,17 +7013,12 @@ def _chat_command(options: Any) -> int:
             response = stream.response
         screen.end_line()
     if options.verbose:
-        for line in _steps(response.attempts, chain):
-            screen.say(line)
-        cost = response.cost or 0.0  # with two significant digits, never as 3e-05
-        price = f"{cost:.{max(0, 1 - math.floor(math.log10(cost)))}f}" if cost else "0"
-        told = "" if response.cost is None else f" for ${price}"
-        screen.say(f"{response.provider} answered in {response.latency:.2g} s{told}")
+        screen.say(response.explain())
     return 0
 
 
 def _tiers_command(options: Any) -> int:
-    """status and check: a table with the state in front, in colour on a terminal."""
+    """status and check: a table with the state in front."""
     checked = options.command == "check"
     with _chain_from(options) as chain:
         found = chain.check(options.timeout) if checked else chain.health()
@@ -7043,13 +7036,8 @@ def _tiers_command(options: Any) -> int:
         shown = (state, tier.name, tier.role, str(seen.failures), left, reason)
         rows.append([_escaped(cell) or "-" for cell in shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    plain = os.environ.get("NO_COLOR") or not _is_open(sys.stdout, terminal=True)
-    colours = {} if plain else {"ok": 32, "closed": 32, "failed": 31, "open": 31, "half_open": 33}
     for row in rows:
-        cells = [*map(str.ljust, row, widths)]
-        if row[0] in colours:
-            cells[0] = f"\033[{colours[row[0]]}m{cells[0]}\033[0m"
-        print("  ".join(cells).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
     if not checked:
         _say_whose(options.screen, chain.tiers)
     return int(bad)
@@ -7119,14 +7107,12 @@ def _init_command(options: Any) -> int:
     tiers = [_tier_text(name, kind) for name, kind in _PROVIDERS.items()]
     if all(text.startswith("\n#") for text in tiers):  # nothing is set: LM Studio needs nothing
         tiers[0] = tiers[0].replace("\n# ", "\n")
-    path, data, made = options.path, (_TEMPLATE + "".join(tiers)).encode(), False
+    path = options.path
     try:
+        data = (_TEMPLATE + "".join(tiers)).encode()
         with open(path, "xb") as file:
-            made = True
             file.write(data)
     except (OSError, ValueError) as error:
-        if made:
-            os.unlink(path)
         why = getattr(error, "strerror", None) or error
         cure = f"name another file: {_program()} init OTHER.toml"
         raise ConfigError(f"{path}: cannot be written ({why}): {cure}") from None
@@ -7137,10 +7123,6 @@ def _init_command(options: Any) -> int:
     flag = "" if path == _CONFIG_FILE else f" --config {path}"
     text = f"{path} is written, with {', '.join(name for name, _ in on)}. {told}"
     print(_escaped(f"{text} {_program()} check{flag}"))
-    with contextlib.suppress(ConfigError):
-        _read_toml(path)
-        return 0
-    options.screen.say("to read it on Python 3.10: pip install tomli")
     return 0
 
 
