@@ -2084,7 +2084,7 @@ _CODES = _coded({
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
-    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error",
+    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
     " model_not_supported 1311",
     ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
@@ -2129,10 +2129,11 @@ _PHRASES: _Phrases = (
     # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
     (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
      r"error while processing the model", ServerError),
-    # llama.cpp, at 500; OpenRouter, with invalid_prompt
-    (r"jinja exception|invalid responses api request|backend request failed with status 400",
-     BadRequest),
+    # llama.cpp and llama-cpp-python, at 500; OpenRouter, with invalid_prompt
+    (r"jinja exception|invalid responses api request|backend request failed with status 400|"
+     r"^\d{1,3} validation errors?:", BadRequest),
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
+     r"invalid model name|"
      r"is not a valid model|not found for account|"
      r"model .{0,120}(not found|not exist|no longer available|"
      r"has been (retired|deprecated))", ModelNotFound),
@@ -2147,8 +2148,9 @@ _PHRASES: _Phrases = (
     (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
-     r"image (input|modality)|unsupported param: tools|"
-     r"requires (--enable-auto-tool-choice|--jinja)|--jinja|unknown variant .image_url|"
+     r"image (input|modality)|not a multimodal model|unsupported param: tools|"
+     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|--jinja|"
+     r"unknown variant .image_url|"
      r"no endpoints (found|available) (that|matching)|"
      r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
@@ -2277,6 +2279,7 @@ def _report(body: Any) -> _Report:
     codes = [str(value).lower() for value in values if isinstance(value, (str, int))]
     numbers = (number for value in values if (number := _int(value)) and number < 1000)
     params = [part["param"] for part in parts if isinstance(part.get("param"), str)]
+    params = [param.removeprefix("body.") for param in params]  # vLLM
     delays = [str(part[name]) for name in _DELAY_NAMES for part in parts if part.get(name)]
     return _Report(
         "; ".join(dict.fromkeys(filter(None, texts))),
@@ -2293,6 +2296,7 @@ class _Words:
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
         known = "\n".join(texts)
+        message = _pattern(_ESCAPE).sub(_unescaped, message[: 2 * _SEARCHED])
         self._message, self.shown = " ".join(message[:_SEARCHED].split()), ""
         self._known, self._large = _folded(known), len(known) > _COMPARED
         if not self._large:
@@ -2309,6 +2313,14 @@ class _Words:
 
     def say(self, text: str) -> bool:
         return text.lower() in self._message.lower()
+
+
+#: How JSON and Python write a character in quotes: an echo may come so.
+_ESCAPE = r"\\+(?:u([0-9a-fA-F]{4})|([nrt])|(?=[\"'/]))"
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return chr(int(found[1], 16)) if found[1] else " " if found[2] else ""
 
 
 def _folded(text: str) -> str:
@@ -4083,7 +4095,7 @@ class _HTTPProvider(LLMProvider):
 
     def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         """How to change the one optional field that a 400 names; None if that is not clear."""
-        if status not in (400, 422):
+        if status not in (400, 422) and not words.find(r"^\d+ validation error"):
             return None
         if words.find(_REFUSES_CARRY) and any(map(call.carried, call.messages)):
             return _Fix("carry")
@@ -4107,8 +4119,8 @@ class _HTTPProvider(LLMProvider):
             named = ["thoughts"]
         elif "top_p" in named and words.find(r"(?i)\bboth\b"):  # Anthropic: not with temperature
             named = ["top_p"]
-        elif named and all(name.endswith("_penalty") for name in named):  # Gemini: one by one
-            named = [min(named)]
+        elif named and (words.find(_LISTS) or all("_penalty" in name for name in named)):
+            named = [min(named)]  # one by one; Gemini speaks of penalties
         elif len(named) > 1:
             named = [name for name in named if name != "stream"]  # refused only while streaming
         if len(named) != 1:
@@ -4170,9 +4182,9 @@ def _error_body(answer: _Answer) -> Any:
         body = next((data for _, data in _SSE().feed(body + b"\n\n")), b"")
     try:
         return json.loads(body.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError):
-        plain = answer.headers.get("Content-Type", "").startswith("text/plain")
-        return body.decode("utf-8", "replace") if plain else {}
+    except (ValueError, RecursionError):  # a text, unless it is HTML or JSON that was cut
+        is_text = not body.lstrip().startswith((b"<", b"{", b"["))
+        return body.decode("utf-8", "replace") if is_text else {}
 
 
 def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") -> str | None:
@@ -4294,8 +4306,10 @@ _REFUSES = (
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
 )
+#: An error that lists fields, each of which is refused.
+_LISTS = r"(?i)(?:unused|unknown|unrecognized|unsupported|extra) (?:fields|parameters|arguments)"
 
 
 # ==== OpenAI ======================================================================================
@@ -4434,7 +4448,7 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
             calls[-1]["extra_content"] = kept["extra"][item["id"]]
     if calls:  # an empty list is refused
         sent["tool_calls"] = calls
-    parts: Any = sent.setdefault("content", None if calls else "")
+    parts: Any = sent.setdefault("content", call.learned.get("content") if calls else "")
     has_parts = isinstance(parts, (list, tuple))
     if at_openai:
         sent["content"] = [_without_cache(part) for part in parts] if has_parts else parts
@@ -4505,15 +4519,21 @@ def _merged_turns(call: _Call) -> list[Message]:
     return merged
 
 
-def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
+def _arranged(call: _Call) -> list[Message]:
+    """The messages in the order that this model's template is known to insist on."""
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
-    if "after_tool" in call.learned:
-        given, messages = messages, []
-        for message in given:
-            if messages and (messages[-1]["role"], message["role"]) == ("tool", "user"):
-                messages.append({"role": "assistant", "content": "Noted."})
-            messages.append(message)
-    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in messages]}
+    if "after_tool" not in call.learned:
+        return messages
+    done: list[Message] = []
+    for message in messages:
+        if done and (done[-1]["role"], message["role"]) == ("tool", "user"):
+            done.append({"role": "assistant", "content": "Noted."})
+        done.append(message)
+    return done
+
+
+def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
+    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
     if call.model is not None:
         body["model"] = call.model
     unsent = {*_TOKEN_LIMITS, "extra_body"}
@@ -4547,7 +4567,8 @@ class _ResponsesFacts:
     or only in the final object. Some servers leave indexes out, repeat or shift them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: Any) -> None:
+        self._limit = limit  #: of tokens, as it was asked for
         self._come: dict[Any, list[str]] = {}  #: texts and arguments by their place, in pieces
         self._at: dict[Any, Any] = {}  #: ids of calls and items -> their places
         self._calls: dict[Any, _Object] = {}  #: places -> the calls there, as they began
@@ -4616,7 +4637,9 @@ class _ResponsesFacts:
             yield from self._item(at, item, final=True)
         yield "text", self._rest("".join(map(self._text_of, items)), ("text",))
         reason = _dict(body.get("incomplete_details")).get("reason") or "max_output_tokens"
-        yield "stop", reason if status == "incomplete" else "completed"
+        full = self._limit and _count(body.get("usage"), "output_tokens") == self._limit
+        # llama.cpp and transformers call an answer completed that the limit has cut
+        yield "stop", reason if status == "incomplete" or full else "completed"
         yield ("end",)
 
     @staticmethod
@@ -4689,11 +4712,12 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
         return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if kept := call.carried(message).get("items"):
         return list(kept)
-    if role == "assistant":  # parts would need the ids that the API gave them
-        content = _joined(content, vendor)
-    else:
-        content = [_responses_part(part) for part in _parts(content, vendor)]
-    items: list[Any] = [{"role": role, "content": content}] if content else []
+    if role != "assistant":
+        found = [_responses_part(part) for part in _parts(content, vendor)]
+        return [{"role": role, "content": found or ""}]
+    items: list[Any] = []
+    if text := _joined(content, vendor):  # parts would need the ids that the API gave them
+        items.append({"type": "message", "role": role, "content": text})
     for item in message.get("tool_calls") or ():
         function = _textual(item)["function"]
         items.append({
@@ -4751,6 +4775,10 @@ _STRICT_TEMPLATE = (
     "(?i)system message must be|roles must alternate|system role not supported|"
     "only user and assistant roles"
 )
+#: What servers say that want a text beside tool calls, too (llama-cpp-python).
+_WANTS_CONTENT = (
+    r"(?i)\bcontent\b.{0,60}(valid string|none is not|not be (null|none)|be a string|required)"
+)
 
 
 class OpenAIProvider(_HTTPProvider):
@@ -4793,15 +4821,20 @@ class OpenAIProvider(_HTTPProvider):
         return {"api-key": key} if azure else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
+        if call.learned:
+            call = call._replace(messages=_arranged(call))
         if self.api == "responses" or (self.api == "auto" and "api" in call.learned):
             body = _responses_body(call, streaming)
-            return "/responses", body, _Collector(call, _ResponsesFacts())
+            return "/responses", body, _Collector(call, _ResponsesFacts(call.token_limit))
         body = _chat_body(call, streaming, self._at_openai)
         return "/chat/completions", body, _Collector(call, _chat_facts)
 
     def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         if status < 501 and words.find(_STRICT_TEMPLATE):
             return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
+        silent = any(one.get("tool_calls") and not one.get("content") for one in call.messages)
+        if status < 501 and silent and words.find(_WANTS_CONTENT):
+            return _Fix("content", "")
         if status in (400, 404, 422):
             if words.say("reasoning_content") and words.find("(?i)passed back|missing"):
                 return _Fix("reasoning_content", " ")  # DeepSeek, Kimi: on turns of other models
@@ -4841,6 +4874,7 @@ _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }
+_MAX_TOKENS = 8192  #: where a call names no limit
 #: What tool ids and tool names must not hold.
 _NOT_PLAIN = r"[^a-zA-Z0-9_-]"
 
@@ -4914,10 +4948,12 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
         temperature = min(temperature, 1)
     form = {"type": kind, "schema": schema.get("schema", {})} if kind == "json_schema" else None
     level = {"none": None, "minimal": "low"}.get(str(effort), effort)
+    limit = call.token_limit
+    limit = call.learned.get("default_tokens", _MAX_TOKENS) if limit is None else limit
     shown = {"type": "adaptive", "display": "summarized"} if call.thoughts else None
     return call.finished({
         "model": call.model,
-        "max_tokens": call.token_limit or 8192,  # it is required
+        "max_tokens": limit,  # it is required
         "system": said or None,
         "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
         "temperature": temperature, "top_p": call.options.get("top_p"),
@@ -5040,6 +5076,14 @@ class AnthropicProvider(_HTTPProvider):
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
+
+    def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
+        """A model may allow less than our own limit, or have no room for it (vLLM)."""
+        found = words.find(rf"{_MAX_TOKENS}\D{{1,60}}?(\d{{2,7}})")
+        if status == 400 and found and call.token_limit is None:
+            most = int(found[1]) // (2 if words.find("(?i)model_len|context") else 1)
+            return _Fix("default_tokens", most)
+        return super()._correction(report, words, status, call)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
         call = _renamed_tools(call, "Anthropic", _NOT_PLAIN, 128)

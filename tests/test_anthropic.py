@@ -128,6 +128,16 @@ def test_sampling_parameters_that_a_model_refuses_are_dropped() -> None:
         assert vendor.requests[0].headers["anthropic-version"] == "2023-06-01"
 
 
+@pytest.mark.parametrize(("told", "most"), [("max_tokens: 8192 > 4096, which is the most", 4096),
+    ("max_completion_tokens=8192 cannot be greater than max_model_len=512", 256)])  # vLLM
+def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) -> None:
+    refusal = reply({"error": {"message": told}}, 400)
+    with talking("anthropic", refusal, whole("end_turn", {"type": "text", "text": "x"})) as found:
+        for limit in (None, None, 0):
+            assert found[0].chat("q", model="m", max_tokens=limit).text == "x"
+        assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
+
+
 def test_a_forced_tool_choice_is_never_weakened() -> None:
     with met(Reply(calls=[("f", {})])) as (vendor, provider):
         with pytest.raises(UnsupportedRequest):

@@ -324,8 +324,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("[input_value='x', input_type=str] prompt is too long", code="invalid_prompt"))],
     ModelNotFound: [(400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
         (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
-        (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model",
-               "code": "1500"}),  # Mistral
+        (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model"}),
+        (400, says("/chat/completions: Invalid model name passed in model=m")),  # LiteLLM
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (404, {"detail": "Function '1': Not found for account '2'"}),  # NVIDIA
@@ -335,6 +335,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
                    "variant `image_url`, expected `text` at line 1", code="invalid_request_error")),
         (400, {"message": "The model m does not support image modality"}),  # Bedrock
+        (400, says("m is not a multimodal model")),  # vLLM, as the next one
+        (400, says('tool_choice="required" requires --tool-call-parser to be set')),
         (400, {"message": "This model doesn't support the image field for user messages."}),
         (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
         (400, {"message": "no", "details": {"error_code": "unsupported_parameter"}}),
@@ -345,7 +347,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
     AuthenticationError: [
         (401, says("x", type="api_error")), (401, says("x", type="server_error")), (401, {}),
         (403, says("no permission", type="permission_error")), (403, {**EDGE, "error_code": 1008}),
-        (400, says("x", status="UNAUTHENTICATED")),
+        (400, says("x", status="UNAUTHENTICATED")), (400, says("x", type="no_db_connection")),
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
     RateLimited: [
@@ -533,10 +535,11 @@ def test_what_a_message_quotes_of_the_model_decides_nothing_and_is_not_shown(tol
 
 def test_a_failure_may_be_plain_text() -> None:
     for kind, words in ((Overloaded, "Server busy"), (ContextLengthExceeded, "prompt is too long")):
-        told = {"Content-Type": "text/plain; charset=utf-8"}
-        error = refused(503 if kind is Overloaded else 400, words, told)
-        assert (type(error), str(error)) == (kind, words)
-    assert "busy" not in str(refused(503, "Server busy", {"Content-Type": "text/html"}))
+        for label in ("text/plain; charset=utf-8", "application/json"):
+            error = refused(503 if kind is Overloaded else 400, words, {"Content-Type": label})
+            assert (type(error), str(error)) == (kind, words)
+    for body in ("<p>Server busy</p>", '{"message": "Server busy'):
+        assert "busy" not in str(refused(503, body, {"Content-Type": "text/plain"}))
 
 
 def test_a_server_may_say_itself_what_a_very_large_request_says_too() -> None:
@@ -682,6 +685,9 @@ def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], st
     error = refused(status, says(f"no: {change(prompt)}!"), messages=messages)
     assert "garden behind" not in str(error).lower()
     assert "***" in str(error)
+    secret = 'key\nhunter2\n"seven7" \u00e9l\u00e9phant'  # quoted once more, as JSON or Python does
+    error = refused(status, says(f"{json.dumps(secret)} {secret!r}"), messages=secret)
+    assert not re.search("hunter2|seven7|phant", str(error))
     error = refused(status, says(f"\u0130: {prompt}"), messages=messages)  # lower() makes it longer
     assert str(error) == "\u0130: ***"
 

@@ -267,23 +267,27 @@ def test_wrong_names_of_the_token_limit_and_unknown_stream_options_are_corrected
     assert [field in body for body in server.bodies] == found
 
 
-@pytest.mark.parametrize(("roles", "status"), [(["system", "user"], 400), (["user"], 500)])
-def test_messages_are_merged_where_the_template_of_a_model_is_strict(roles: Any, status: int
-        ) -> None:
+@pytest.mark.parametrize(("name", "roles", "status"), [("chat", ["system", "user"], 400),
+    ("chat", ["user"], 500), ("responses", ["system", "user"], 400), ("responses", ["user"], 500)])
+def test_messages_are_merged_where_the_template_of_a_model_is_strict(name: str, roles: Any,
+        status: int) -> None:
     """As those of Qwen, Mistral and Gemma on llama.cpp, vLLM and LM Studio."""
+    turns, answer = "messages", message(content="x")
+    if name == "responses":
+        turns, answer = "input", finished(text_item("x"))["response"]
     def serve(server: Server, connection: Any, request: bytes) -> bool:
-        fine = [*roles, "assistant", "user"] == [x["role"] for x in server.bodies[-1]["messages"]]
+        fine = [*roles, "assistant", "user"] == [x["role"] for x in server.bodies[-1][turns]]
         told = reply({"error": "Jinja Exception: conversation roles must alternate"}, status)
-        connection.sendall(reply(message(content="x")) if fine else told)
+        connection.sendall(reply(answer) if fine else told)
         return True
     said: list[Any] = [{"role": role, "content": role} for role in
         ("system", "user", "user", "assistant", "developer", "user")]
     said[2]["content"] = [{"type": "text", "text": "more"}]
-    with talking("chat", serve) as (provider, server):
+    with talking(name, serve) as (provider, server):
         assert [provider.chat(said, model="m").text for _ in range(2)] == ["x"] * 2
         assert len(server.requests) == 5 - len(roles)
-        first = server.bodies[-1]["messages"][0]["content"]
-    assert first.startswith("system\n\ndeveloper") and first.endswith("more") == (len(roles) == 1)
+        first = json.dumps(server.bodies[-1][turns][0]["content"])
+    assert "system" in first and "developer" in first and ("more" in first) == (roles == ["user"])
 
 
 def test_json_mode_becomes_a_schema_where_a_server_takes_only_schemas() -> None:
@@ -429,6 +433,9 @@ GROQ = "'messages.1' : property 'reasoning' is unsupported"
 SEALED = "The encrypted content gAAA could not be verified."
 NO_INCLUDE = "Encrypted content is not supported with this model."
 UNEXPECTED = "Unexpected role 'user' after role 'tool'"
+NULL = ("7 validation errors:\n  {'type': 'string_type', 'loc': ('body', 'messages', 'content'), "
+        "'msg': 'Input should be a valid string', 'input': None}")  # llama-cpp-python
+LOCATED = "1 validation error:\n  {{'loc': {}, 'msg': \"Input should be 'none' or 'low'\"}}"  # vLLM
 MISSING = "thinking is enabled but reasoning_content is missing in assistant tool call message at 1"
 
 
@@ -436,6 +443,10 @@ MISSING = "thinking is enabled but reasoning_content is missing in assistant too
     ("chat", {"message": GROQ}, "reasoning", None), ("chat", {"message": MISSING}, None, '": " "'),
     ("chat", {"message": UNEXPECTED, "code": "3230"}, None, "Noted."),
     ("chat", {"message": "messages: reasoning_effort not supported"}, "reasoning_effort", None),
+    ("chat", {"message": NULL, "type": "internal_server_error"}, None, '"content": ""'),
+    *(("chat", {"message": LOCATED.format(place), **more}, "reasoning_effort", None)
+        for place, more in (("('body', 'reasoning_effort')", {"type": "internal_server_error"}),
+                            ("'body.reasoning_effort'", {"param": "body.reasoning_effort"}))),
     ("responses", {"message": SEALED}, "SEALED", None), *(("responses", one, "include", None)
         for one in ({"message": NO_INCLUDE}, {"message": "no", "param": "include"}))])
 def test_what_a_server_refuses_of_a_conversation_is_corrected(
@@ -447,7 +458,8 @@ def test_what_a_server_refuses_of_a_conversation_is_corrected(
     good = {**message(content="ok"), "status": "completed", "output": [item]}
     if name == "responses":
         del good["choices"]
-    with talking(name, reply({"error": told}, 400), *[reply(good)] * 2) as (provider, server):
+    status = 500 if "type" in told else 400
+    with talking(name, reply({"error": told}, status), *[reply(good)] * 2) as (provider, server):
         carry["for"] = f"openai {provider.base_url} m"
         for _ in range(2):
             found = provider.chat(history, TOOLS, "m", timeout=5, reasoning_effort="low")
@@ -592,9 +604,12 @@ def test_responses_status_and_reasons() -> None:
     text = text_item("x")
     for status, reason, ours in (("completed", None, "stop"), ("incomplete", "max_output_tokens",
                                  "length"), ("incomplete", "content_filter", "content_filter")):
-        done = finished(text, status=status, incomplete_details={"reason": reason})
+        done = finished(text, status=status, incomplete_details={"reason": reason},
+                        usage={"output_tokens": 9})
         for wire in (stream(done), reply(done["response"])):
             assert read("responses", wire).finish_reason == ours
+            cut = read("responses", wire, max_tokens=9).finish_reason  # llama.cpp does not say so
+            assert cut == ("length" if ours == "stop" else ours)
     failed = {"error": {"code": "server_error", "message": "x"}}
     for wire in (stream(finished(status="failed", **failed)), stream({"type": "error", **failed}),
             stream(b'data: {"type": "error", "code": "server_error"}\n\n'),
@@ -621,6 +636,8 @@ def test_responses_body_in_full() -> None:
         "temperature": 0.1, "top_p": 0.2, "max_output_tokens": 50,
         "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "json_object"}}}]
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
+    assert sent("responses", turns)["input"] == [turns[0], {"type": "message", **turns[1]}]
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {
         "type": "function", "name": "f"}

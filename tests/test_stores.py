@@ -76,8 +76,7 @@ def chain_on(store: Any, events: list[Any], *tiers: Any, **settings: Any) -> Fai
 
 # -- settings
 def test_a_store_needs_its_methods_and_its_breaker_a_name(tmp_path):
-    for match, make in [
-        ("name", lambda: CircuitBreaker(store=MemoryStore())),
+    for match, make in [("name", lambda: CircuitBreaker(store=MemoryStore())),
         (r"dict.*load", lambda: CircuitBreaker(name="x", store={})),
         ("path", lambda: SQLiteStore("")), ("path", lambda: SQLiteStore(None)),
         ("path", lambda: SQLiteStore(3)), ("timeout", lambda: SQLiteStore("x", timeout=-1)),
@@ -158,14 +157,11 @@ STORIES: dict[str, tuple[bool, str]] = {
         back 3 a:open b:open a:left=10 b:left=10 a:opened=2 b:opened=2"""),
     "an open state wins over one failure": (True, """
         b:F 2 a:closed a:down 2 a:F b:F b:F b:open a:back 2 a:open 2 a:open b:open
-        a:left=11 b:left=11"""),
-    "an open state wins over one failure of the others": (True, """
+        a:left=11 b:left=11"""), "an open state wins over one failure of the others": (True, """
         b:F 2 a:closed a:down 2 a:F a:F a:open b:F a:back 2 a:open 2 a:open b:open
-        a:left=11 b:left=11"""),
-    "an open state wins over a newer closed one": (True, """
+        a:left=11 b:left=11"""), "an open state wins over a newer closed one": (True, """
         b:F b:S 2 a:closed a:down 2 a:open! a:reset a:reset a:reset a:reset a:reset a:reset a:reset
-        b:F b:F b:F b:open a:back 2 a:open 2 a:open b:open"""),
-    "both sides may open it": (True, """
+        b:F b:F b:F b:open a:back 2 a:open 2 a:open b:open"""), "both sides may open it": (True, """
         b:F 2 a:closed a:down 2 a:F a:F a:open b:F b:F b:open a:back 2 a:open 2 a:open b:open
         a:left=11 b:left=11"""),
     "a provider that is unavailable here opens only the local one": (False, """
@@ -814,8 +810,7 @@ def test_a_store_that_can_be_read_and_not_written(clock, make_store):
 
 
 PLAIN = BreakerRecord(deadline=3.0)._asdict()
-GARBAGE = [
-    "", "null", "[]", "{}", "not json", '{"state": "closed"}',
+GARBAGE = ["", "null", "[]", "{}", "not json", '{"state": "closed"}',
     json.dumps({**PLAIN, "generation": "1"}), json.dumps({**PLAIN, "generation": 1.5}),
     json.dumps({**PLAIN, "deadline": math.nan}), json.dumps({**PLAIN, "state": "ajar"})]
 

@@ -1026,8 +1026,7 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
         "user": "user metadata.user_id safety_identifier"}.items() for theirs in names.split()),
     (400, "temperature: Extra inputs are not permitted", "temperature"),
     (400, "`temperature` is deprecated for this model.", "temperature"),
-    (400, "invalid temperature: only 1 is allowed for this model", "temperature"),
-    (400, "invalid temperature: only 0.6 is allowed for this model", "temperature"),
+    *((400, f"invalid temperature: only {n} is allowed for m", "temperature") for n in (1, 0.6)),
     (400, 'Unknown name "topP" at generation_config', "top_p"),
     (400, "Unrecognized request argument supplied: seed", "seed"),
     *((422, [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs"}], name)
@@ -1035,8 +1034,8 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
     (422, [{"loc": ["body", name], "msg": "Extra inputs"} for name in ("seed", "user")], "seed"),
     (400, "`temperature` and `top_p` cannot both be specified for this model. Use one.", "top_p"),
     (400, "`temperature` may only be set to 1 when thinking is enabled.", "temperature"),
-    (400, "seed is not supported when stream is true", "seed"),
-    (400, "seed is not supported for streaming", "seed"),
+    *((400, f"seed is not supported {at}", "seed") for at in ("in a stream", "if stream is true")),
+    (422, "Unused fields in the request: {'user', 'seed'}", "seed"),  # transformers
     (400, "Penalty is not enabled for models/m", "frequency_penalty"),  # Gemini
     *((400, text, "reasoning_effort") for text in ("m does not support parameter reasoningEffort.",
         "`reasoning_effort` must be one of `none` or `default`",
