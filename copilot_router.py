@@ -4038,6 +4038,8 @@ class _HTTPProvider(LLMProvider):
                 begun = (begun + chunk).lstrip(b"\xef\xbb\xbf \t\r\n")
                 if len(begun) > 5 or b"\n" in begun:
                     break
+            if not begun:
+                raise InvalidResponse("an empty body")
             body = _form_of(begun, answer.headers.get("Content-Type", "").lower())
             for chunk in itertools.chain([begun], chunks):
                 yield body.feed(chunk)
@@ -4051,8 +4053,6 @@ class _HTTPProvider(LLMProvider):
                     limits.since, limits.silence = time.monotonic(), tail
             text = body.rest() if isinstance(body, _JSONBody) and not collector.complete else None
             if text is not None:  # no line of it was an event by itself
-                if not text.strip():
-                    raise InvalidResponse("an empty body")
                 label = answer.headers.get("Content-Type", "").partition(";")[0]
                 shown = _token(label, answer, _MEDIA_TYPE) or "of an odd type"
                 collector.take_whole(text, f"the answer ({shown})")
