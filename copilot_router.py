@@ -5704,8 +5704,8 @@ def _read_toml(path: Any) -> Any:
         raise ConfigError(f"a {_kind(path)}: give a mapping, or the path of a TOML file")
     try:
         toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli")
-        with open(path, "rb") as file:
-            return toml.load(file)
+        with open(path, encoding="utf-8-sig") as file:  # Windows puts a mark in front
+            return toml.loads(file.read())
     except ImportError:
         raise ConfigError("TOML on Python 3.10: pip install tomli, or give a mapping") from None
     except OSError as error:

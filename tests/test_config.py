@@ -41,7 +41,7 @@ GOOD = TIER + PROVIDER
 def write(tmp_path: Path) -> Callable[[str], Path]:
     def to_file(text: str) -> Path:
         path = tmp_path / "router.toml"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8-sig")  # with a mark in front, as Windows writes it
         return path
     return to_file
 
