@@ -4707,14 +4707,16 @@ class _ResponsesFacts:
 def _responses_items(call: _Call, message: Message) -> list[Any]:
     """The input items of one message."""
     role, content, vendor = message["role"], message.get("content"), "the Responses API"
-    if role == "tool":
-        call_id, output = _short_id(message["tool_call_id"], 64), _joined(content, vendor)
-        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if kept := call.carried(message).get("items"):
         return list(kept)
     if role != "assistant":
-        found = [_responses_part(part) for part in _parts(content, vendor)]
-        return [{"role": role, "content": found or ""}]
+        parts = [_responses_part(part) for part in _parts(content, vendor)]
+        if role != "tool":
+            return [{"role": role, "content": parts or ""}]
+        plain = all(part["type"] == "input_text" for part in parts)
+        output = _joined(content, vendor) if plain else parts
+        call_id = _short_id(message["tool_call_id"], 64)
+        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     items: list[Any] = []
     if text := _joined(content, vendor):  # parts would need the ids that the API gave them
         items.append({"type": "message", "role": role, "content": text})

@@ -163,8 +163,7 @@ def test_tool_results_stand_together_and_first() -> None:
     assert [(one["type"], one.get("tool_use_id"), one.get("is_error")) for one in last] == [
         ("tool_result", "a", None), ("tool_result", "b", None), ("tool_result", "c", True),
         ("text", None, None), ("text", None, None)]
-    assert "lost" in last[3]["text"]
-    assert last[4]["text"] == "and now?"
+    assert "lost" in last[3]["text"] and last[4]["text"] == "and now?"
 
 
 def test_tool_ids_are_made_valid_alike_on_both_sides_and_stay_distinct() -> None:

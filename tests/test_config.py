@@ -311,8 +311,7 @@ def test_from_config_of_a_subclass_makes_it_and_tells_the_place_of_its_type_erro
     tier = {"name": "a", "provider": ScriptedProvider([])}
     config: Any = {"store": None, "chain": {"colour": "blue", "wait": 2.0}, "tier": [tier]}
     chain = Mine.from_config(config)  # None is no store
-    assert isinstance(chain, Mine)
-    assert (chain.colour, chain.wait) == ("blue", 2.0)
+    assert isinstance(chain, Mine) and (chain.colour, chain.wait) == ("blue", 2.0)
     config["chain"]["colour"] = "none"
     error_of(ConfigError, Mine.from_config, config, match=r"^\[chain\].*no colour today")
 

@@ -398,8 +398,7 @@ def test_the_end_of_a_whole_answer_may_come_in_pieces() -> None:
         server.drip(connection, b"X: y\r\n\r\n", 0.01)
         return True
     with Peer(serve) as server, provider(server.url) as client:
-        assert [ask(client) for _ in range(2)] == ["good"] * 2
-        assert server.connections == 1
+        assert [ask(client) for _ in range(2)] == ["good"] * 2 and server.connections == 1
 
 
 def test_a_whole_answer_needs_a_body_its_last_chunk_and_an_end_of_its_trailers() -> None:

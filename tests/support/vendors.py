@@ -397,7 +397,7 @@ class Responses(Chat):
                                   "assistant": own})
         item = tagged("type", {"function_call": {"call_id!": call_id, "name!": TOOL_NAME,
             "arguments!": str, "id": str, "status": str},
-            "function_call_output": {"call_id!": call_id, "output!": str},
+            "function_call_output": {"call_id!": call_id, "output!": either(str, said)},
             "reasoning": {"id!": str, "summary!": list, "encrypted_content!": str}})
         def items(vendor: Vendor, value: Any, where: str) -> None:
             own = isinstance(value, dict) and value.get("type", "message") != "message"
