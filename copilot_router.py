@@ -4803,7 +4803,10 @@ class OpenAIProvider(_HTTPProvider):
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
     _key_hosts = (".openai.com", ".azure.com")
-    _rows = _Rows(phrases=((r"^incorrect api key provided", AuthenticationError),))  # xAI, at 400
+    _rows = _Rows(phrases=(  # both at 400: xAI; Anthropic behind a gateway such as LiteLLM
+        (r"^incorrect api key provided", AuthenticationError),
+        (r"your credit balance is too low to access", QuotaExceeded),
+    ))
 
     def __init__(
         self, api_key: str | Callable[[], str] | None = None, base_url: str | None = None, *,
@@ -5067,7 +5070,7 @@ class AnthropicProvider(_HTTPProvider):
     _key_variables, _url_variable = ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     _key_hosts = (".anthropic.com",)
     _rows = _Rows(phrases=(  # all at 400
-        (r"specified api usage limits|^your credit balance is too low", QuotaExceeded),
+        (r"specified api usage limits|your credit balance is too low to access", QuotaExceeded),
         (r"^this organization has been disabled", AuthenticationError),
     ))
 

@@ -428,6 +428,7 @@ def test_the_shared_words_hold_for_each_vendor(vendor: Any, kind: type) -> None:
 
 @pytest.mark.parametrize(("vendor", "message"), [
     (AnthropicProvider, "Your credit balance is too low to access the Anthropic API."),
+    (OpenAIProvider, "AnthropicException - Your credit balance is too low to access the API"),
     (AnthropicProvider, "This organization has been disabled."),
     (OpenAIProvider, "Incorrect API key provided: xa***12."),  # xAI
     (GeminiProvider, "User location is not supported for the API use.")])
