@@ -3155,9 +3155,9 @@ class _Collector:
                                 with an open part is cut, whatever end marker comes. Calls have the
                                 same keys here
     grow name str               a text that must go back with the message, in pieces
-    keep name key item          an item of a list that may have to go back; key None: a new item
+    keep name key item needed   an item of a list. All items go back if one is needed. Key None: a
+                                new item
     piece name key field str    one field of such an item grows
-    needed                      the items must go back, as every text of `grow`
     usage dict function         counts, merged into those so far; function(all counts) -> Usage
     refusal                     the model refuses, in words
     alive                       the model generates, without one of the facts above
@@ -3417,7 +3417,8 @@ class _Collector:
             self._grown.setdefault(name, []).append(text)
             self._needed = True
 
-    def _take_keep(self, name: str, key: Any, item: Any) -> None:
+    def _take_keep(self, name: str, key: Any, item: Any, needed: bool) -> None:
+        self._needed = self._needed or needed
         items = self._kept.setdefault(name, {})
         items[len(items) if key is None else key] = item
         if 700 * len(items) > 7 * max(self.most, 1 << 20):  # bytes of a small object and its copy
@@ -3428,9 +3429,6 @@ class _Collector:
         begun = begun if isinstance(begun, str) else ""
         pieces = self._pieces.setdefault((name, key, field_name), [begun])
         pieces.append("" + text)  # TypeError if it is no text
-
-    def _take_needed(self) -> None:
-        self._needed = True
 
     def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
@@ -4387,9 +4385,8 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
         for item in filter(None, map(_dict, message.get(kept) or ())):
             if not name:
                 yield "thought", _thinking(item)
-            yield "keep", kept, None, item
+            yield "keep", kept, None, item, True
             yield ("alive",)
-            yield ("needed",)
     calls = message.get("tool_calls") or ()
     if isinstance(calls, dict):  # TGI before 3.0
         calls = [calls]
@@ -4688,11 +4685,10 @@ class _ResponsesFacts:
         if not whole:
             yield "open", ("item", at)
             return
-        yield "keep", "items", at, item
+        yield "keep", "items", at, item, kind == "reasoning"
         if item.get("status") != "incomplete":
             yield "closed", ("item", at)
         if kind == "reasoning":
-            yield ("needed",)
             for part in (*(item.get("summary") or ()), *(item.get("content") or ())):
                 if at not in self._thought:
                     yield "thought", part.get("text")
@@ -4923,14 +4919,13 @@ def _anthropic_begins(at: int, block: _Object) -> _Facts:
     kind = block.get("type")
     yield ("alive",)
     yield "open", at + 0  # TypeError if it is no number
-    yield "keep", "blocks", at, block
+    yield "keep", "blocks", at, block, kind not in ("text", "tool_use")
     if kind == "text":
         yield "text", block.get("text")
     elif kind == "tool_use":
         yield "call", at, block.get("id"), block.get("name"), block.get("input") or None
     else:  # thinking, or of a tool that the server itself has called
         yield "thought", block.get("thinking")
-        yield ("needed",)
 
 
 def _anthropic_usage(usage: _Object) -> Usage:
@@ -5124,9 +5119,7 @@ def _gemini_facts(body: _Object) -> _Facts:
                 yield "thought", text
                 continue
             if called is not None or text or signed:
-                yield "keep", "parts", None, part
-            if signed:
-                yield ("needed",)
+                yield "keep", "parts", None, part, signed
             if called is not None:  # a whole call: no other one has the key object()
                 yield "call", object(), called.get("id"), called["name"], called.get("args") or {}
             yield "text", text
