@@ -2086,7 +2086,7 @@ _CODES = _coded({
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
     " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
-    " model_not_supported 1311",
+    " model_not_supported 1311 key_model_access_denied team_model_access_denied",
     ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
     " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027"
     " sensitive_words_detected inputtextsensitivecontentdetected",
@@ -2115,6 +2115,9 @@ _PHRASES: _Phrases = (
      r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
      r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
      ContextLengthExceeded),
+    # Gemini's quota of a day, as LiteLLM quotes it; budgets of LiteLLM
+    (r"requestsperday|(crossed|exceeded) budget", QuotaExceeded),
+    (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
     # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans whose hours, week or
     # month are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
@@ -2139,9 +2142,10 @@ _PHRASES: _Phrases = (
      r"has been (retired|deprecated))", ModelNotFound),
     # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
-     r"moderation(?! service is)|data may contain inappropriate content|content exists risk|"
+     r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
      r"content violates usage guidelines|violated (guardrail|content safety) policy|"
-     r"(prompt|response|content) blocked due to (security|guardrail|dlp)|"
+     r"(prompt|response|content) blocked due to (security|guardrail|dlp)|^content blocked: |"
+     r"contentpolicyviolationerror|result of our safety system|"
      r"guardrail checks .{0,40}failed|sensitive words detected|text may contain sensitive info",
      ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
@@ -2192,7 +2196,7 @@ _NAMES_PERMISSION = (
 _REQUEST_IDS = (
     "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
     "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
-    "x-amzn-requestid", "x-debug-trace-id",
+    "x-amzn-requestid", "x-debug-trace-id", "x-litellm-call-id",
 )
 
 
@@ -2432,9 +2436,10 @@ def _retry_hint(
         if "ratelimit" in name.lower() and "reset" in name.lower()
         and headers.get(name.lower().replace("reset", "remaining"), "0").strip() in ("0", "")
     ]
-    asks = words.find(_ASKS)
+    asks = words.find(_ASKS) or words.find(r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8})")
     for texts in (
-        [headers.get("retry-after-ms", "") + "ms", headers.get("retry-after", "")],
+        [headers.get("retry-after-ms", "") + "ms", headers.get("retry-after", ""),
+         headers.get("llm_provider-retry-after", "")],  # LiteLLM
         [report.delay or (asks[1] if asks else "")],
         resets if limited else [],
     ):
@@ -4106,7 +4111,8 @@ class _HTTPProvider(LLMProvider):
         if call.thoughts or "reasoning_effort" in call.options:  # Responses ask for both
             patterns["thoughts"] = r"(?:reasoning\.)?summar(?:y|ies)"
         if call.thoughts:
-            patterns["thoughts"] += r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive"
+            more = r"|thinking[\w.]{0,40}|think|includeThoughts|adaptive|reasoning[._]effort"
+            patterns["thoughts"] += more
         advice = words.find("(?i) (?:use|when) ")  # behind it stands what to send, or what is set
         named = [] if report.param not in patterns else [report.param]
         for name, pattern in ({} if named else patterns).items():
@@ -4300,14 +4306,16 @@ _REFUSES_CARRY = (
 #: An error about a value: with another one the field may be taken.
 _OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
 _REFUSES = (
-    r"(?i)unsupported|not supported|does not support|unrecognized|not permitted|deprecated|"
+    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
     r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
 )
 #: An error that lists fields, each of which is refused.
-_LISTS = r"(?i)(?:unused|unknown|unrecognized|unsupported|extra) (?:fields|parameters|arguments)"
+_LISTS = (
+    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
+)
 
 
 # ==== OpenAI ======================================================================================

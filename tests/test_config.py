@@ -518,7 +518,6 @@ def test_init_overwrites_nothing(tmp_path: Path, monkeypatch: Patch, capsys: Any
     monkeypatch.setenv("OLLAMA_HOST", "h\udcffst")  # what Python makes of a byte that is not UTF-8
     assert main(["init", str(tmp_path / "new.toml")]) == 2
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 3)
-    assert str(mine) in err
+    assert (out, len(err.splitlines())) == ("", 3) and str(mine) in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]
     assert mine.read_text(encoding="utf-8") == "mine"

@@ -266,6 +266,8 @@ ARREARS = "Account me-1 is suspended, possibly due to reaching the monthly spend
 EDGE = {"error_code": 1027, "cloudflare_error": True, "retry_after": 30}  # Cloudflare's own
 #: Vendors' bodies as public reports and error pages show them: class -> status and body.
 MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
+        (429, says("No deployments available - crossed budget: Exceeded budget for deployment")),
+        (429, says('{"quotaId": "GenerateRequestsPerDayPerModel"}. Please retry in 37.2s.')),
         (400, says("You have reached your specified API usage limits. You will regain access on "
                    "2026-12-01 at 00:00 UTC.", type="invalid_request_error")),  # Anthropic
         (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
@@ -325,7 +327,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
     ModelNotFound: [(400, says("deepseek-chat is not a valid model ID", code=400)),  # OpenRouter
         (400, says("Model Not Exist", type="invalid_request_error")),  # DeepSeek
         (400, {"object": "error", "message": "Invalid model: m", "type": "invalid_model"}),
-        (400, says("/chat/completions: Invalid model name passed in model=m")),  # LiteLLM
+        (400, says("/chat/completions: Invalid model name passed in model=m")),  # LiteLLM, twice
+        (403, says("key not allowed to access model", type="key_model_access_denied")),
         (404, says("The model 'm' does not exist or you do not have access to it.")),
         (404, says("model: m", type="not_found_error")),  # Anthropic
         (404, {"detail": "Function '1': Not found for account '2'"}),  # NVIDIA
@@ -365,9 +368,10 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("Invalid Responses API request", code="invalid_prompt")),  # OpenRouter
         (400, says("names are case-sensitive; blocked due to size, contains guardrails, security")),
         (424, says("the moderation service is down")), (400, says("Invalid URL (image_url)"))],
-    ProviderTimeout: [(408, says("x", type="api_error"))],
+    ProviderTimeout: [(408, says("x", type="api_error")), (500, says("litellm.Timeout: no"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}')], ServerError: [
         (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
+        (500, says("finish_reason: error. Chunk(moderation=None)")),  # LiteLLM
         (400, {"error": "The model has crashed without additional information. (Exit code: 1)"}),
         (409, says("x", type="api_error")), (500, says("invalid api key")), (500, {}), (599, {}),
         (500, says("the moderation service is down")), (200, says("x", status_code=500)),
@@ -381,6 +385,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("Invalid prompt: not for safety reasons.", code="invalid_prompt")),  # OpenAI
         (403, {"error": "Content violates usage guidelines. API key ID: k", "code": "no"}),  # xAI
         (400, says("x", code="sensitive_words_detected")),  # new-api, then LiteLLM and Ark
+        (400, says("Content blocked: us_ssn pattern detected")),
+        (400, says("litellm.ContentPolicyViolationError: rejected")),
         (400, {"error": {"message": {"error": "Violated guardrail policy"}}}),
         (400, says("Request failed because the input text may contain sensitive information.")),
         (424, {"error": [{"code": 2016, "message": "Prompt blocked due to security rules"}]}),
@@ -569,6 +575,8 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
       for left, seconds in (("0", 7.0), ("1", None))),
     (429, {"retry-after-ms": "0", "retry-after": "1"}, "", 1.0),
     (429, {"retry-after-ms": "2500", "retry-after": "2"}, "", 2.5),
+    (429, {"llm_provider-retry-after": "37"}, "", 37.0), (429, {}, time.strftime(
+        "Limit resets at: %Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + 4000)), 4000.0),
     (429, {"retry-after-ms": "250"}, "", 0.25), (429, {"Retry-After": "30.4"}, "", 30.4),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000, 1000)}, "", 4000.0),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000)}, "", 4000.0),

@@ -1035,7 +1035,8 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
     (400, "`temperature` and `top_p` cannot both be specified for this model. Use one.", "top_p"),
     (400, "`temperature` may only be set to 1 when thinking is enabled.", "temperature"),
     *((400, f"seed is not supported {at}", "seed") for at in ("in a stream", "if stream is true")),
-    (422, "Unused fields in the request: {'user', 'seed'}", "seed"),  # transformers
+    *((400, f"{told}: ['user', 'seed']", "seed")  # transformers, LiteLLM
+        for told in ("Unused fields in the request", "m doesn't support parameters")),
     (400, "Penalty is not enabled for models/m", "frequency_penalty"),  # Gemini
     *((400, text, "reasoning_effort") for text in ("m does not support parameter reasoningEffort.",
         "`reasoning_effort` must be one of `none` or `default`",
