@@ -2086,7 +2086,8 @@ _CODES = _coded({
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
     " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection",
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
-    " model_not_supported 1311 key_model_access_denied team_model_access_denied",
+    " model_not_supported 1311 key_model_access_denied team_model_access_denied"
+    " user_model_access_denied org_model_access_denied project_model_access_denied",
     ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
     " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027"
     " sensitive_words_detected inputtextsensitivecontentdetected",
@@ -2143,12 +2144,16 @@ _PHRASES: _Phrases = (
     # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
-     r"content violates usage guidelines|violated (guardrail|content safety) policy|"
+     r"content violates usage guidelines|prompt injection attack|"
+     r"violated .{0,40}(guardrail|content safety|jailbreak|injection)|"
+     r"blocked by .{0,40}(guardrail|model armor)|"
      r"(prompt|response|content) blocked due to (security|guardrail|dlp)|^content blocked: |"
-     r"contentpolicyviolationerror|result of our safety system|"
+     r"content_?policy_?violation|result of our safety system|"
      r"guardrail checks .{0,40}failed|sensitive words detected|text may contain sensitive info",
      ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
+    (r"^litellm\.ratelimiterror", RateLimited),
+    (r"^litellm\.contextwindowexceedederror", ContextLengthExceeded),
     (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
@@ -2438,8 +2443,7 @@ def _retry_hint(
     ]
     asks = words.find(_ASKS) or words.find(r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8})")
     for texts in (
-        [headers.get("retry-after-ms", "") + "ms", headers.get("retry-after", ""),
-         headers.get("llm_provider-retry-after", "")],  # LiteLLM
+        [headers.get("retry-after-ms", "") + "ms", *(headers.get(name, "") for name in _WAITS)],
         [report.delay or (asks[1] if asks else "")],
         resets if limited else [],
     ):
@@ -2449,6 +2453,8 @@ def _retry_hint(
     return None
 
 
+#: Headers with a time to wait; the second one is LiteLLM's.
+_WAITS = ("retry-after", "llm_provider-retry-after")
 #: How units begin, and their seconds.
 _UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
 #: A number and its unit, perhaps.
@@ -3458,6 +3464,8 @@ class _Collector:
         word = reason.lower().partition(":")[0]  # Google: "content_filter: RECITATION"
         if word in _FAILED:
             raise InvalidResponse(f"the answer failed or was cut off: {word}", code=word)
+        if word.endswith("_error"):  # Portkey: the type of an error that broke the stream
+            raise _InBandError({"error": {"type": word, "message": f"the answer ended: {word}"}})
         if word not in ("null", "none"):
             self.may_go_on = self.may_go_on or not self._begun
             self._finish = _FINISHES[word] if word in _FINISHES else reason[:40]
@@ -4081,7 +4089,7 @@ class _HTTPProvider(LLMProvider):
         told = _hidden(report.message, answer.secrets)  # whole, before it is cut
         words = _Words(told, (*_texts_of((call.messages, call.tools, call.options)), *said))
         hint = _retry_hint(headers, report, words, status in (429, 503, 529))
-        waits = "retry-after" in headers or "retry-after-ms" in headers
+        waits = any(name in headers for name in (*_WAITS, "retry-after-ms"))
         kind, certain = _class_of(report, words, status, call.model, waits, self._rows)
         may_wait = issubclass(kind, (RateLimited, ServerError, ProviderTimeout))
         shown = _masked(_clean(words.shown)) or f"status {status} without a message to show"
@@ -4324,6 +4332,8 @@ _LISTS = (
 
 #: Names under which servers send thinking that they want back as it came.
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
+#: Fields of a tool call that go back with it: signatures of Google, and of LiteLLM's Gemini.
+_CALL_EXTRAS = ("extra_content", "provider_specific_fields")
 
 
 def _chat_facts(body: _Object) -> _Facts:
@@ -4405,7 +4415,7 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
             key = at if whole else ("at", at)  # of a whole one deltas may have come
         arguments = function.get("arguments", function.get("input"))
         yield "call", key, call.get("id"), function.get("name"), arguments
-        yield "extra", key, call.get("extra_content")
+        yield "extra", key, {name: call[name] for name in _CALL_EXTRAS if call.get(name)}
     if not calls and (old := message.get("function_call")):
         yield "call", 0, None, old.get("name"), old.get("arguments")
     if message.get("refusal"):
@@ -4413,20 +4423,21 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
 
 
 def _openai_usage(usage: _Object) -> Usage:
-    """What total_tokens leaves unexplained is thinking (xAI, Gemini), or sound of the prompt."""
+    """What total_tokens leaves unexplained is thinking (xAI, Gemini), or of the prompt: sound, or
+    all that the cache had (Portkey)."""
     prompt = _count(usage, "prompt_tokens", "input_tokens")
     completion = _count(usage, "completion_tokens", "output_tokens")
     inside = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
     outside = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
     rest = max(0, _count(usage, "total_tokens") - prompt - completion)
-    sound = rest if rest == _count(inside, "audio_tokens") else 0
     cached = _count(inside, *_CACHED) or _count(usage, *_CACHED)
     written = _count(inside, *_WRITTEN) or _count(usage, *_WRITTEN)
+    asked = rest if rest in (_count(inside, "audio_tokens"), cached + written) else 0
     # Perplexity and SGLang say it at the top, and Perplexity does not count it in
     thought = _count(outside, "reasoning_tokens") or _count(usage, "reasoning_tokens")
-    completion += rest - sound
+    completion += rest - asked
     completion += thought if thought > completion else 0
-    return Usage(prompt + sound, completion, cached, written, thought)
+    return Usage(prompt + asked, completion, cached, written, thought)
 
 
 #: What servers call tokens that were read from a cache, and that were written into one.
@@ -4450,7 +4461,7 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     for item in sent.pop("tool_calls", ()):
         calls.append({**_textual(item), "id": _short_id(item["id"], most)})
         if item["id"] in kept.get("extra", {}):
-            calls[-1]["extra_content"] = kept["extra"][item["id"]]
+            calls[-1] |= kept["extra"][item["id"]]
     if calls:  # an empty list is refused
         sent["tool_calls"] = calls
     parts: Any = sent.setdefault("content", call.learned.get("content") if calls else "")

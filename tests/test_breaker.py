@@ -454,8 +454,7 @@ def test_the_trial_of_a_guarded_generator_lasts_until_its_end(new, clock, finish
     clock.advance(15)
     running = breaker(stream)(3)
     next(running)
-    assert breaker.is_half_open
-    assert "trying again with one call" in str(refused(breaker))
+    assert breaker.is_half_open and "trying again with one call" in str(refused(breaker))
     with contextlib.suppress(ProviderError):
         finish(running)
     assert breaker.state == state

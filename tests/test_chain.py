@@ -1307,8 +1307,7 @@ def test_a_response_as_data():
     assert tuple(attempts[0]) == ("t", "m", "ok", None, None, 0.0, Usage())
     empty = LLMResponse()
     assert (empty.text, empty.latency, empty.cost, empty.request_id) == ("", 0.0, None, None)
-    assert empty.finish_reason == "stop"
-    assert LLMResponse(usage=Usage(3)).total_usage == Usage(3)
+    assert empty.finish_reason == "stop" and LLMResponse(usage=Usage(3)).total_usage == Usage(3)
     assert Usage(1, 2, 3, 4, 5) + Usage(1, 1, 1, 1, 1) == Usage(2, 3, 4, 5, 6)
     error_of(TypeError, lambda: Usage(1) + 1)
 

@@ -168,8 +168,7 @@ def test_provider_base_url_and_api_key_env_say_who_is_asked_with_which_key(name:
     aim = ["--provider", name, "--base-url", cli.server.url, "--api-key-env", "MY_KEY"]
     assert cli("check", *aim)[0] == 0
     (asked,) = cli.server.requests
-    assert asked.path.startswith(path)
-    assert KEY in str(asked.headers)
+    assert asked.path.startswith(path) and KEY in str(asked.headers)
 
 
 def test_chat_streams_and_no_stream_prints_in_one_piece(cli: Cli) -> None:
@@ -204,8 +203,7 @@ def test_chat_takes_its_tiers_from_the_environment(cli: Cli) -> None:
 
 def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -> None:
     asked = ["chat", "--base-url", cli.server.url, "--model", "weak", "--escalation-model", "top"]
-    assert cli(*asked, "hi")[:2] == (0, "you said hi\n")
-    assert cli(*asked, "give up")[:2] == (1, "")
+    assert cli(*asked, "hi")[:2] == (0, "you said hi\n") and cli(*asked, "give up")[:2] == (1, "")
 
 
 def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
@@ -276,8 +274,7 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(argum
     assert all(line.startswith("copilot-router: ") for line in err.splitlines())
     ended, out, err = cli.ask("--json", *arguments)
     told = json.loads(out)
-    assert (ended, bool(err)) == (status, True)
-    assert told["error"]["message"]
+    assert (ended, bool(err)) == (status, True) and told["error"]["message"]
     assert issubclass(getattr(copilot_router, told["error"]["type"]), copilot_router.RouterError)
     assert bool(told.get("attempts")) == (status != 2)
     assert arguments != ["limit"] or 20 < told["retry_after"] <= 30
@@ -286,8 +283,7 @@ def test_a_failure_has_its_exit_status_and_its_reason_in_words_and_as_json(argum
 def test_a_tier_that_is_not_running_is_named_with_its_address(cli: Cli) -> None:
     cli.environ(LMSTUDIO_BASE_URL="http://127.0.0.1:9")
     status, out, err = cli("chat", "hi")
-    assert (status, out) == (1, "")
-    assert f"lmstudio: refused at {REFUSED}: is it running?" in err
+    assert (status, out) == (1, "") and f"lmstudio: refused at {REFUSED}: is it running?" in err
     status, out, _ = cli("check")
     assert (status, f"refused at {REFUSED}: is it running?" in out) == (1, True)
 
@@ -370,8 +366,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(arguments: list[str], 
 def test_a_standard_error_that_cannot_be_written_changes_nothing(kind: str, cli: Cli) -> None:
     cli.streams(stderr=lost(kind))
     stream: Any = sys.stderr
-    assert cli.ask("-v", "hi")[:2] == (0, "you said hi\n")
-    assert cli.ask("-v", "down")[:2] == (1, "")
+    assert cli.ask("-v", "hi")[:2] == (0, "you said hi\n") and cli.ask("-v", "down")[:2] == (1, "")
     with contextlib.suppress(AttributeError, OSError):
         stream.close()
 
@@ -379,8 +374,7 @@ def test_a_standard_error_that_cannot_be_written_changes_nothing(kind: str, cli:
 def test_a_letter_that_the_terminal_lacks_does_not_stop_the_answer(cli: Cli) -> None:
     shown = io.BytesIO()
     cli.streams(stdout=io.TextIOWrapper(shown, encoding="ascii"))
-    assert cli.ask("Grüße")[0] == 0
-    assert shown.getvalue().startswith(b"you said Gr")
+    assert cli.ask("Grüße")[0] == 0 and shown.getvalue().startswith(b"you said Gr")
 
 
 def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) -> None:
@@ -388,10 +382,8 @@ def test_an_answer_cannot_steer_a_terminal_and_is_untouched_in_a_pipe(cli: Cli) 
     for more in ([], ["--no-stream"]):
         cli.streams(stdout=Terminal())
         terminal: Any = sys.stdout
-        assert cli.ask(*more, "hostile")[0] == 0
-        assert STEERS.search(terminal.getvalue()) is None
-        assert terminal.getvalue().endswith("b\n\ttabtwo\n")
-        assert "\\x1b" in terminal.getvalue()
+        assert cli.ask(*more, "hostile")[0] == 0 and STEERS.search(terminal.getvalue()) is None
+        assert terminal.getvalue().endswith("b\n\ttabtwo\n") and "\\x1b" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("arguments", [["chat", "down"], ["chat", "-v", "down"], ["check"],
@@ -415,8 +407,7 @@ def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli)
     lines = err.splitlines()
     assert len(lines) == len(set(lines)) > 3
     assert all(line.startswith("copilot-router: ") for line in lines)
-    assert "local: ProviderUnavailable: refused" in lines[-1]
-    assert "$0.000031" in lines[-1]
+    assert "local: ProviderUnavailable: refused" in lines[-1] and "$0.000031" in lines[-1]
     assert KEY not in err and "question" not in err
 
 
@@ -426,8 +417,7 @@ def test_verbose_is_not_glued_to_an_unfinished_answer(cli: Cli) -> None:
     cli.streams(stdout=terminal, stderr=terminal)
     assert cli.ask("-v", "break")[0] == 1
     lines = terminal.getvalue().splitlines()
-    assert "one " in lines
-    assert all(line.startswith(("copilot-router: ", "one ")) for line in lines)
+    assert "one " in lines and all(line.startswith(("copilot-router: ", "one ")) for line in lines)
 
 
 def test_a_person_who_waits_is_told_for_whom(cli: Cli) -> None:
@@ -498,8 +488,7 @@ def test_a_configuration_in_this_directory_is_used_and_said(cli: Cli) -> None:
     cli.config(TWO_TIERS.replace("first", "other"), "o.toml")
     for arguments in (["chat", "hi"], ["status"], ["check"], ["reset", "first"]):
         _, out, err = cli(*arguments)
-        assert "copilot-router.toml" in err
-        assert "ollama" not in out + err
+        assert "copilot-router.toml" in err and "ollama" not in out + err
     status, out, err = cli("status", "--config", "o.toml")
     assert (status, "other" in out, "copilot-router.toml" in err) == (0, True, False)
     assert cli.ask("hi") == (0, "you said hi\n", "")

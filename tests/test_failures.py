@@ -353,7 +353,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("x", status="UNAUTHENTICATED")), (400, says("x", type="no_db_connection")),
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
-    RateLimited: [
+    RateLimited: [(200, says("litellm.RateLimitError: no", type="api_error")),  # LiteLLM
         (429, says("You exceeded your current quota. limit: 10\nPlease retry in 1.2s.")),  # Gemini
         (429, says("x", type="api_error")), (429, says("x", type="server_error")), (429, EDGE),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": "glm is temporarily "
@@ -385,8 +385,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says("Invalid prompt: not for safety reasons.", code="invalid_prompt")),  # OpenAI
         (403, {"error": "Content violates usage guidelines. API key ID: k", "code": "no"}),  # xAI
         (400, says("x", code="sensitive_words_detected")),  # new-api, then LiteLLM and Ark
-        (400, says("Content blocked: us_ssn pattern detected")),
-        (400, says("litellm.ContentPolicyViolationError: rejected")),
+        *((400, says(text)) for text in ("Content blocked: us_ssn pattern detected",
+            "litellm.ContentPolicyViolationError: no", "Violated jailbreak threshold",
+            "Blocked by Pillar Security Guardrail")),
         (400, {"error": {"message": {"error": "Violated guardrail policy"}}}),
         (400, says("Request failed because the input text may contain sensitive information.")),
         (424, {"error": [{"code": 2016, "message": "Prompt blocked due to security rules"}]}),

@@ -12,8 +12,8 @@ from support.server import (STOP, TOOLS, USER, Server, delta,
 from support.vendors import KEY, Chat, Reply, faked
 
 from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, FailoverChain,
-    InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, ProviderTier,
-    ProviderUnavailable, ServerError, Thought, UnsupportedRequest, Usage)
+    InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, Overloaded, ProviderTier,
+    ProviderUnavailable, RateLimited, ServerError, Thought, UnsupportedRequest, Usage)
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "cold"}
@@ -30,6 +30,12 @@ def test_finish_reasons_of_tool_calls(theirs: str) -> None:
     for wire in (stream(piece("{}", "f", index=0, id="a"), delta(theirs)),
                  reply(message(theirs, content=None, tool_calls=[CALL]))):
         assert read("chat", wire).finish_reason == expected
+
+
+def test_a_finish_reason_that_is_the_type_of_an_error_is_that_error() -> None:
+    """Portkey ends so what an error has broken."""
+    for word, kind in (("overloaded_error", Overloaded), ("rate_limit_error", RateLimited)):
+        assert isinstance(read("chat", stream(delta(content="x"), delta(word), done=True)), kind)
 
 
 @pytest.mark.parametrize("word", ["end_turn", "error", "network_error", "abort"])
@@ -85,6 +91,8 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
     "total_tokens": 1127, "prompt_tokens_details": {"cached_tokens": 467},
     "completion_tokens_details": {"reasoning_tokens": 582}}, Usage(468, 659, 467, 0, 582)),
     ({"prompt_tokens": 35, "completion_tokens": 12, "total_tokens": 109}, Usage(35, 74)),
+    ({"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 120, "cached_tokens": 64,
+        "cache_creation_input_tokens": 6}, Usage(100, 20, 64, 6)),  # Portkey, of Anthropic
     ({"prompt_tokens": 9, "completion_tokens": 70, "total_tokens": 79,
         "completion_tokens_details": {"reasoning_tokens": 64}}, Usage(9, 70, 0, 0, 64)),
     *(({"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16, "reasoning_tokens": more},
@@ -337,6 +345,7 @@ def test_tool_ids_of_nine_characters_are_made_where_a_server_asks_for_them(ids: 
 CARRIED: list[dict[str, Any]] = [
     {"tool_calls": [{"index": 0, **CALL, "extra_content": {"google": {"thought_signature": "S"}}}]},
     {"tool_calls": [{**CALL, "extra_content": {"google": {"thought_signature": "S"}}}]},
+    {"tool_calls": [{**CALL, "provider_specific_fields": {"thought_signature": "S"}}]},  # LiteLLM
     *({**fields, "tool_calls": [{"index": 0, **CALL}]} for fields in (
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "S", "id": "c1"}]},
         {"reasoning_opaque": "S"}, {"reasoning_content": "First S"}, {"reasoning": "First S"},
