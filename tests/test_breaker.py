@@ -164,8 +164,7 @@ def test_the_trial_is_due_exactly_at_the_deadline(timeout):
 
 
 def test_refusals_are_new_objects_of_constant_size():
-    breaker = tripped(CircuitBreaker())
-    seen = set()
+    breaker, seen = tripped(CircuitBreaker()), set()
     for _ in range(1000):
         trace, depth = refused(breaker).__traceback__, 0
         while trace is not None:
@@ -709,8 +708,7 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
 def test_a_child_may_have_a_trial_of_its_own(kind, clock):
     settings = {"store": MemoryStore(clock), "name": "x"} if kind == "memory" else {}
     breaker = CircuitBreaker(clock=clock, **settings)
-    trial = on_trial(breaker, clock)
-    child = os.fork()
+    trial, child = on_trial(breaker, clock), os.fork()
     if child == 0:
         opened = breaker.snapshot().opened
         clock.advance(breaker.trial_timeout if kind == "memory" else 0)

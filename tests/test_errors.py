@@ -28,8 +28,7 @@ def test_a_provider_fills_in_what_it_knows(kind: Any) -> None:
     bare, full = kind(), kind("the message", **FIELDS)
     assert (bare.provider, bare.model, bare.attempts) == ("", "", ())
     assert (bare.status, bare.code, bare.retry_after, bare.request_id) == (None,) * 4
-    assert {name: getattr(full, name) for name in FIELDS} == FIELDS
-    assert "the message" in str(full)
+    assert {name: getattr(full, name) for name in FIELDS} == FIELDS and "the message" in str(full)
     assert StreamInterrupted().partial == ""
 
 

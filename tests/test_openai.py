@@ -121,8 +121,7 @@ def test_usage_of_compatible_servers(usage: Any, expected: Usage) -> None:
     {"content": [{"type": "reasoning", "text": "hm"}]}, {"reasoning_content": {"text": "hm"}}])
 def test_reasoning_is_read_and_shown_under_all_its_names(fields: dict[str, Any]) -> None:
     wire = stream(delta(**fields), delta(content="fine"), STOP)
-    parts = fields.get("content", "")
-    text = {"type": "text", "text": "fine"}
+    parts, text = fields.get("content", ""), {"type": "text", "text": "fine"}
     parts = [*parts, text] if isinstance(parts, list) else parts + "fine"
     for one in (wire, reply(message(**{**fields, "content": parts}))):
         response = read("chat", one)
@@ -223,8 +222,7 @@ def test_a_body_in_full() -> None:
         "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
     bare = sent("chat", settings={"stream_upstream": False}, tool_choice="auto", seed=1,
                 parallel_tool_calls=True)
-    assert not bare.pop("stream", False)
-    assert bare == {"model": "m", "messages": [USER], "seed": 1}
+    assert not bare.pop("stream", False) and bare == {"model": "m", "messages": [USER], "seed": 1}
     extra = {"stream_options": {"b": {"c": 1}, "include_usage": False}, "temperature": 2}
     nested = sent("chat", extra_body=extra, temperature=1)
     assert (nested["stream_options"], nested["temperature"]) == (extra["stream_options"], 2)
@@ -334,8 +332,7 @@ def test_tool_ids_of_nine_characters_are_made_where_a_server_asks_for_them(ids: 
         chain = FailoverChain([ProviderTier("a", provider, ["m"])])
         for _ in range(2):
             assert chain.chat(history, TOOLS, timeout=5).text == "x"
-        assert len(server.requests) == 3
-        assert "replace" in chain.health()[0].learned["m"].values()
+        assert len(server.requests) == 3 and "replace" in chain.health()[0].learned["m"].values()
         _, asked, *results = server.bodies[2]["messages"]
     made = [call["id"] for call in asked["tool_calls"]]
     assert all(one in made for one in ids if len(one) == 9)

@@ -225,8 +225,7 @@ def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     """The others closed it meanwhile. Said once at each edge, as a warning and as information."""
     caplog.set_level("INFO", "copilot_router")
     events: list[Any] = []
-    other = breaker_on(shared.store, clock)
-    chain = chain_on(shared, events, clock=clock)
+    other, chain = breaker_on(shared.store, clock), chain_on(shared, events, clock=clock)
     breaker = chain.tiers[0].breaker
     fail(breaker)
     shared.error = DOWN
@@ -735,8 +734,7 @@ def test_a_fork_waits_for_a_thread_inside_sqlite(tmp_path, monkeypatch):
         assert inside.wait(10)
         if (child := os.fork()) == 0:
             os._exit(0)
-        assert ended.wait(0.4)
-        assert os.waitpid(child, 0)[1] == 0
+        assert ended.wait(0.4) and os.waitpid(child, 0)[1] == 0
     thread.join(10)
 
 
@@ -774,15 +772,13 @@ def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how, tmp_path):
     folder.mkdir()
     SPOIL[how](folder / "file")
     events: list[Any] = []
-    store = SQLiteStore(folder / "file")
-    other = scripted("y", breaker=CircuitBreaker())
+    store, other = SQLiteStore(folder / "file"), scripted("y", breaker=CircuitBreaker())
     chain = chain_on(store, events, scripted("x", ServerError), other)
     try:
         assert max(seconds_of(lambda: chain.chat("hi")) for _ in range(5)) < ADDED
         assert chain.tiers[0].breaker.is_open
         root = how == "read-only" and os.geteuid() == 0  # nothing is read-only for root
-        assert set(events) == ({"open"} if root else {"down", "open"})
-        assert len(events) <= 3
+        assert set(events) == ({"open"} if root else {"down", "open"}) and len(events) <= 3
     finally:
         if folder.exists():
             folder.chmod(stat.S_IRWXU)
@@ -995,8 +991,7 @@ WORKERS, THREADS, RECOVERY = 2, 8, 0.4
 @contextmanager
 def gunicorn(**variables: str) -> Iterator[Callable[[str], list[Any]]]:
     """A function that asks a running gunicorn: for text, provider and process."""
-    config = pytest.importorskip("gunicorn.config")
-    port = spare_port()
+    config, port = pytest.importorskip("gunicorn.config"), spare_port()
     words = f"-m gunicorn --preload --workers {WORKERS} --threads {THREADS} --log-level error "
     words += f"--bind 127.0.0.1:{port} support.stores:wsgi_app() "
     words += "--no-control-socket" if hasattr(config, "ControlSocketDisable") else ""

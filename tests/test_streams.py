@@ -187,8 +187,7 @@ def test_the_response_is_complete_in_the_end(clock):
         texts.append(stream.text)
         clock.advance(1)
     assert texts == list(itertools.accumulate(PARTS))
-    end = error_of(StopIteration, next, stream)
-    response = stream.response
+    end, response = error_of(StopIteration, next, stream), stream.response
     assert end.value is response and response is not answer and next(stream, None) is None
     for name in ("content", "tool_calls", "finish_reason", "usage", "model", "reasoning"):
         assert getattr(response, name) == getattr(answer, name)
