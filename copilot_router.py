@@ -284,6 +284,8 @@ def _function(value: Any, where: str, optional: bool = False) -> Any:
     """A checked setting that is to be called; ``optional``: or None."""
     if not callable(value) and not (optional and value is None):
         raise ConfigError(f"{where}={value!r:.60}: give a function{', or None' * optional}")
+    if inspect.iscoroutinefunction(value):
+        raise ConfigError(f"{where} is an async function, which nobody awaits: give a plain one")
     return value
 
 
@@ -632,7 +634,7 @@ class Event(NamedTuple):
     of a prompt or answer:
 
     ==========  ====================================================================================
-    attempt     a request is about to be sent; ``timeout``: seconds left for it
+    attempt     a request is about to be sent; ``timeout``: seconds left for it, None: no limit
     retry       the same tier again, after ``pause`` seconds
     resend      the same request once more, corrected; ``field``, ``change`` (drop or replace)
     skip        a tier is passed over; ``reason``
@@ -1370,7 +1372,8 @@ class SQLiteStore:
         self.path = os.fspath(path)
         self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
         self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
-        self._file = os.path.abspath(self.path)  # absolute: SQLite reads "file:x" as a URI
+        # absolute: SQLite reads "file:x" as a URI
+        self._file = os.path.abspath(os.path.expanduser(self.path))
 
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record or None, and the time. Raises sqlite3.Error, ValueError."""
@@ -1593,10 +1596,11 @@ class _Limits:
     ) -> None:
         self.deadline = deadline
         self.since = time.monotonic()  #: the server has been silent since then
-        self.connect_by = self.since + connect
         self.silence, self.stall = silence
+        self.connect_by = self.since + min(connect, self.silence)
         self.blamed_after, self.own_stall = own
         self.started = False
+        self.shared_until = math.inf  #: of the call, if a later tier is ready: half of it is theirs
         self.connecting = False
         self.fresh = False  #: insist on a new connection
         self.reused = False  #: whether a kept connection was used
@@ -1623,12 +1627,19 @@ class _Limits:
             return ProviderTimeout("no whole answer in the attempt's time", code="attempt_timeout")
         return None
 
+    def begin(self) -> None:
+        """A function that gives a key has taken its time: the server's begins now."""
+        self.connect_by += time.monotonic() - self.since
+        self.since = time.monotonic()
+
     def progress(self) -> None:
         """The server generates, the caller wants more: silence counts from now."""
         self.since = time.monotonic()
         if not self.started:
             self.started = True
             self.silence, self.blamed_after = self.stall, self.own_stall
+        if self.shared_until != math.inf:
+            self.silence = min(self.stall, (self.shared_until - self.since) / 2)
 
 
 class _CurrentLimits:
@@ -1897,6 +1908,8 @@ class _Answer:
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
         import http.client
 
+        from requests.structures import CaseInsensitiveDict
+
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.secrets: tuple[str, ...] = ()  #: that were sent
@@ -1906,7 +1919,16 @@ class _Answer:
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
         self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
         self._read1: Callable[[], bytes]
-        if self._original is None:  # a session of the user's
+        read = getattr(response, "_content", False) is not False
+        if read or not hasattr(self._raw, "release_conn"):
+            # a session of the user's: a hook has read the body, or an adapter gives a file
+            self._raw = io.BytesIO() if response.raw is None else response
+            self._content = iter([response.content]) if read else response.iter_content(_READ_SIZE)
+            headers = CaseInsensitiveDict(response.headers)
+            for name in ("Content-Encoding", "Content-Length"):  # they are not of this content
+                headers.pop(name, None)
+            self.headers = headers
+        elif self._original is None:  # a session of the user's
             read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
             self._read1 = functools.partial(read1, _READ_SIZE, decode_content=False)
         elif self._original.chunked:
@@ -1985,7 +2007,7 @@ class _Answer:
             return
         if self._original is not None:
             self._original.close()  # else http.client refuses the next request on it
-        self._raw.release_conn()
+        getattr(self._raw, "release_conn", self._raw.close)()
 
 
 #: Names and words of exceptions, in this order, and what is said of them.
@@ -2017,11 +2039,11 @@ def _transport_error(error: BaseException, limits: _Limits, what: str) -> Provid
         return any(isinstance(cause, kinds) for cause in causes)
 
     if among(TimeoutError, theirs.Timeout):
-        late = what == "connecting" and time.monotonic() + _EARLY >= limits.connect_by
-        if late or among(theirs.ConnectTimeout):
-            slow: ProviderError = ProviderUnavailable("connect timeout", code="connect_timeout")
-        else:
-            slow = ProviderTimeout("timed out", code="attempt_timeout")
+        slow: ProviderError = ProviderTimeout("timed out", code="attempt_timeout")
+        if limits.connecting or among(theirs.ConnectTimeout):
+            slow = ProviderUnavailable("connect timeout", code="connect_timeout")
+            if time.monotonic() + _EARLY < limits.deadline:
+                return slow
         return limits.expired() or slow
     if among(ConnectionError, http.IncompleteRead) and not among(ConnectionRefusedError):
         if what == "the answer":
@@ -2206,7 +2228,9 @@ _REQUEST_IDS = (
 
 
 def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _int(value: Any) -> int | None:
@@ -2378,15 +2402,22 @@ def _masked(message: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
+#: Words of every request, and pictures: base64, or a data URL of it.
+_NO_TEXT = (
+    r"system|developer|user|assistant|tool|text|image_url|function|file|object|string|number|"
+    r"integer|boolean|array|auto|none|required|json_object|json_schema|"
+    r"(?:data:[^\s,]{0,99},)?[A-Za-z0-9_+/=-]{99,}"
+)
+
+
 def _texts_of(value: Any) -> Iterator[str]:
     """Every text in a request; no role, type or picture."""
     if isinstance(value, Mapping):
-        left_out = ("role", "type", "data", "file_data", _CARRY)
-        value = [item for name, item in value.items() if name not in left_out]
+        value = [item for name, item in value.items() if name != _CARRY]
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts_of(item)
-    elif isinstance(value, str) and value[:5].lower() != "data:":
+    elif isinstance(value, str) and not _pattern(_NO_TEXT).fullmatch(value):
         yield value
 
 
@@ -2659,6 +2690,9 @@ class _Part(NamedTuple):
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
     """Content as parts. Raises UnsupportedRequest for parts of an unknown type."""
+    import base64
+    from urllib.parse import unquote_to_bytes
+
     if not isinstance(content, (list, tuple)):
         return [_Part("text", content)] if content else []
     found = []
@@ -2681,6 +2715,8 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
             found.append(_Part("url", url, cache=cache))
             continue
         head, _, data = url[5:].partition(",")
+        if not head.lower().rstrip().endswith("base64"):
+            data = base64.b64encode(unquote_to_bytes(data)).decode()
         media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
         data = "".join(data.split()).replace("-", "+").replace("_", "/")  # the URL-safe alphabet
         found.append(_Part("data", data, media or "image/png", cache))
@@ -2727,11 +2763,16 @@ def _choice(call: _Call) -> tuple[str, str | None]:
 def _format(call: _Call) -> tuple[str, _Object]:
     """response_format as ``(text | json_object | json_schema, the schema's object)``."""
     wanted = _dict(call.options.get("response_format") or {"type": "text"})
-    kind, schema = wanted.get("type"), _dict(wanted.get("json_schema"))
+    kind, schema = _plain(wanted.get("type")), _dict(wanted.get("json_schema"))
     if kind in ("text", "json_object") or (kind == "json_schema" and schema):
-        return str(kind), schema
+        return kind, schema
     form = "{'type': 'text' | 'json_object' | 'json_schema', 'json_schema': {…}}"
     raise BadRequest(f"response_format: give {form}")
+
+
+def _plain(value: Any) -> Any:
+    """The value; of a str that is a member of an Enum the text itself."""
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def _stops(call: _Call) -> list[str]:
@@ -2754,6 +2795,9 @@ def _repaired(messages: list[Message]) -> list[Message]:
     waiting: dict[str, list[int]] = {}  #: ids of the last calls -> places in done of their results
     for message in messages:
         role, content = message["role"], message.get("content")
+        if role == "assistant" and not content and isinstance(message.get("refusal"), str):
+            content = message["refusal"]
+            message = {**message, "content": content}
         if role == "tool":
             if places := waiting.get(message.get("tool_call_id") or ""):
                 at = places.pop(0)
@@ -2880,8 +2924,11 @@ def _textual(item: Mapping[str, Any]) -> _Object:
     return {**item, "function": {**item["function"], "arguments": arguments}}
 
 
-#: Reads JSON without NaN and Infinity, which int() refuses; strings may hold control characters.
-_strictly = json.JSONDecoder(strict=False, parse_constant=int)
+#: Reads JSON. int() refuses NaN, Infinity and 1e999; strings may hold control characters.
+_strictly = json.JSONDecoder(
+    strict=False, parse_constant=int,
+    parse_float=lambda text: int(text) if math.isinf(float(text)) else float(text),
+)
 
 
 def _parsed(text: str) -> Any:
@@ -3630,6 +3677,17 @@ def _with_words(secrets: Sequence[str]) -> tuple[str, ...]:
     return (*secrets, *words)
 
 
+def _added_secrets(asked: Any, session: Any, headers: Mapping[str, str]) -> tuple[str, ...]:
+    """What a user's session has put into a request, which may be a key."""
+    from urllib.parse import parse_qsl, urlsplit
+
+    sent = [text for text in map(str, asked.headers.values()) if text not in headers.values()]
+    sent += [value for _, value in parse_qsl(urlsplit(asked.url).query)]
+    auth = getattr(session, "auth", None)
+    found = auth if isinstance(auth, tuple) else [getattr(auth, "password", "")]
+    return _with_words([*sent, *map(str, found)])
+
+
 class _Fix(NamedTuple):
     """A change of the requests to a model that refuses a field."""
 
@@ -3716,7 +3774,7 @@ class _HTTPProvider(LLMProvider):
     @classmethod
     def _from_environment(cls, environ: Mapping[str, str]) -> tuple[str, str]:
         """The key and the base URL that an environment names, "" for neither."""
-        keys = (environ[name] for name in cls._key_variables if environ.get(name))
+        keys = (environ[name] for name in cls._key_variables if environ.get(name, "").strip())
         return next(keys, ""), environ.get(cls._url_variable, "")
 
     def _checked_key(self, key: Any) -> str | Callable[[], str]:
@@ -3851,6 +3909,8 @@ class _HTTPProvider(LLMProvider):
         own = (self.first_token_timeout, self.stall_timeout)
         silence = tuple(map(_seconds, [kwargs] * 2, _TIME_LIMITS[1:], own))
         deadline = time.monotonic() + _seconds(kwargs, "timeout", math.inf)
+        # a stream that has shown text goes to nobody else
+        shared_until = math.inf if shown else time.monotonic() + kwargs.get("_shared", math.inf)
         fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked) if model in self._learned else asked
@@ -3858,6 +3918,7 @@ class _HTTPProvider(LLMProvider):
             path, body, collector = self._written(call, streaming)
             collector.shows = [] if shown else None
             limits = _Limits(deadline, self.connect_timeout, silence, own)
+            limits.shared_until = shared_until
             if self.stream_upstream and not streaming:  # this model only gives whole answers
                 first = max(limits.silence, (deadline - limits.since) / 2)
                 limits.silence = limits.blamed_after = first
@@ -3892,8 +3953,9 @@ class _HTTPProvider(LLMProvider):
         options: dict[str, Any] = {}
         for name, value in kwargs.items():
             if name in _OPTIONS:
-                options |= {} if value is None else {name: value}
-            elif name not in (*_TIME_LIMITS, "on_resend", "thoughts"):
+                given = value is not None and (name != "stop" or value not in ("", [], ()))
+                options |= {name: _plain(value)} if given else {}
+            elif name not in (*_TIME_LIMITS, "on_resend", "thoughts", "_shared"):
                 near = _near(name, (*_OPTIONS, *_TIME_LIMITS))
                 told = f"unknown option {name!r} for {type(self).__name__}.{near}"
                 raise _UnknownOption(f"{told} Fields of one vendor go into extra_body={{}}")
@@ -3913,9 +3975,9 @@ class _HTTPProvider(LLMProvider):
         """Path, body and collector. BadRequest if the request cannot be written as JSON."""
         try:
             path, body, collector = self._prepare(call, streaming)
-            data = json.dumps(body, allow_nan=False, separators=(",", ":"))
+            data = json.dumps(body, allow_nan=False, separators=(",", ":"), default=_as_dict)
             if "\\ud" in data:  # characters beyond the first 65,536: none of them may be a half
-                json.dumps(body, ensure_ascii=False).encode()
+                json.dumps(body, ensure_ascii=False, default=_as_dict).encode()
             return path, data.encode("ascii"), collector
         except (TypeError, ValueError, RecursionError) as error:
             what = str(error) if type(error) is TypeError else "half a character, NaN or a cycle"
@@ -3929,6 +3991,7 @@ class _HTTPProvider(LLMProvider):
         if not isinstance(key, str):
             key = self._asked_key(key)
             headers = self._with_key(key)
+            limits.begin()
         _sending.limits = limits
         while True:
             try:
@@ -3936,9 +3999,8 @@ class _HTTPProvider(LLMProvider):
                 response = self._dispatch(method, url, body, headers, limits)
                 answer = _Answer(response, limits, self.max_response_bytes)
                 answer.secrets = (*self._secrets, key)
-                if not self._own_session:  # what it has put into the headers may be a key
-                    sent, ours = map(str, response.request.headers.values()), headers.values()
-                    answer.secrets += _with_words([text for text in sent if text not in ours])
+                if not self._own_session:
+                    answer.secrets += _added_secrets(response.request, self._session, headers)
                 if answer.status != 408 or limits.fresh or not limits.reused:
                     return answer
                 answer.close()
@@ -3963,12 +4025,17 @@ class _HTTPProvider(LLMProvider):
         if not self._own_session:  # its sockets are not limited
             limits.connecting = True
             connect, limits.connecting = limits.left(), False
-            return session.request(
-                method, url, headers={**headers}, data=body or None, stream=True,
-                auth=session.auth or (lambda prepared: prepared),  # or .netrc replaces the key
-                timeout=(connect, limits.left()),
-                allow_redirects=False, proxies=self._proxies,
-            )
+            try:
+                return session.request(
+                    method, url, headers={**headers}, data=body or None, stream=True,
+                    auth=session.auth or (lambda prepared: prepared),  # or .netrc replaces the key
+                    timeout=(connect, limits.left()),
+                    allow_redirects=False, proxies=self._proxies,
+                )
+            except self._requests.HTTPError as error:  # a hook may call raise_for_status()
+                if error.response is None:
+                    raise
+                return error.response
         prepared = self._requests.PreparedRequest()
         prepared.prepare_method(method)
         prepared.url, prepared.body = url, body or None
@@ -4197,6 +4264,13 @@ def _error_body(answer: _Answer) -> Any:
     except (ValueError, RecursionError):  # a text, unless it is HTML or JSON that was cut
         is_text = not body.lstrip().startswith((b"<", b"{", b"["))
         return body.decode("utf-8", "replace") if is_text else {}
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    """What JSON is to write for an object that it does not know: any mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"Object of type {_kind(value)} is not JSON serializable")
 
 
 def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") -> str | None:
@@ -4976,13 +5050,22 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
         "system": said or None,
         "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
         "temperature": temperature, "top_p": call.options.get("top_p"),
-        "stop_sequences": [stop for stop in _stops(call) if stop.strip()] or None,
+        "stop_sequences": _anthropic_stops(call),
         "metadata": {"user_id": call.options["user"]} if "user" in call.options else None,
         **_anthropic_tools(call, turns),
         "output_config": _given({"format": form, "effort": level}) or None,
         "thinking": {"type": "disabled"} if effort == "none" else shown,
         "stream": streaming or None,
     })
+
+
+def _anthropic_stops(call: _Call) -> list[str] | None:
+    """White space alone is refused there."""
+    stops = _stops(call)
+    kept = [stop for stop in stops if stop.strip()]
+    if stops and not kept:
+        raise UnsupportedRequest("Anthropic takes no stop that is white space alone")
+    return kept or None
 
 
 def _anthropic_content(turn: _Turn) -> list[_Object]:
@@ -5341,13 +5424,15 @@ def _ollama_body(call: _Call, streaming: bool) -> _Object:
 
 def _ollama_host(text: str) -> str:
     """OLLAMA_HOST as a URL: without a scheme the port is 11434; 0.0.0.0 is this machine."""
-    scheme, mark, rest = text.strip().strip("\"'").rpartition("://")
-    host, slash, path = rest.partition("/")
+    text = text.strip().strip("\"'")
+    scheme, mark, rest = ("https://" * (text == "ollama.com") + text).rpartition("://")
+    place, slash, path = rest.partition("/")
+    user, at, host = place.rpartition("@")
     found = re.fullmatch(r"(\[.*\]|[^:]*):?(\d*)", host)
     name, port = found.groups() if found else (f"[{host}]", "")  # IPv6 without its brackets
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
     port = port or ("" if mark else "11434")
-    return f"{scheme or 'http'}://{name}{port and ':' + port}{slash}{path}"
+    return f"{scheme or 'http'}://{user}{at}{name}{port and ':' + port}{slash}{path}"
 
 
 class OllamaProvider(_HTTPProvider):
@@ -5798,7 +5883,7 @@ def _typed(table: Any, kinds: Mapping[str, type], where: str, in_file: bool) -> 
     if not isinstance(name, str) or name not in kinds:
         cure = f"give one of {', '.join(kinds)}.{_near(name, kinds)}"
         raise ConfigError(f"{where}: {'no type' if name is None else f'type={name!r}'}: {cure}")
-    if "url" in settings:  # RedisStore has one argument for a client and for a URL
+    if "url" in settings and kinds is _STORES:  # RedisStore: one argument for a client and a URL
         settings["client_or_url"] = settings.pop("url")
     return _built(kinds[name], settings, where)
 
@@ -5853,6 +5938,10 @@ def _each_once(texts: Iterable[str]) -> list[str]:
     """Each text once, with the number of times that it was said."""
     times = Counter(texts).items()
     return [text if number == 1 else f"{text} ({number} times)" for text, number in times]
+
+
+def _are_counts(usage: Usage) -> bool:
+    return usage is _NO_USAGE or all(isinstance(count, int) for count in vars(usage).values())
 
 
 def _undecorated(text: str) -> int:
@@ -5963,6 +6052,9 @@ class _Request:
         if not isinstance(response.usage, Usage):
             told = f"usage is a {_kind(response.usage)}"
             raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
+        if not _are_counts(response.usage):  # some clients give None
+            counts = vars(response.usage).values()
+            response.usage = Usage(*(one if isinstance(one, int) else 0 for one in counts))
         if not response.tool_calls and not (response.content or "").strip():
             raise _error_of_empty(response, self.run.messages)
         self.response = response
@@ -6228,6 +6320,7 @@ class _Run:
                 limit = _seconds(options, name, getattr(tier.provider, name))
                 limit *= 5.0 if patient else 1.0
                 options[name] = min(limit, left / 2) if ready else limit
+            options |= {"_shared": left} if ready else {}
             if self.observed:
                 options["on_resend"] = lambda data: self.tell("resend", tier, model, data)
         if not tier._is_ours:  # it may change its list, and knows nothing of carried parts
@@ -6243,7 +6336,8 @@ class _Run:
             if kind not in ("json_object", "json_schema"):
                 messages = _instructed(messages, self.chain._instruction)
         if self.observed:
-            self.tell("attempt", tier, model, {"timeout": options["timeout"]})
+            left = None if options["timeout"] == math.inf else options["timeout"]
+            self.tell("attempt", tier, model, {"timeout": left})
         return messages, options
 
     def _later_ready(self, tier: ProviderTier) -> bool:
@@ -6326,7 +6420,7 @@ class _Run:
         found: Any = error if response is None else response
         inner: Any = getattr(found, "attempts", ())
         usage: Any = getattr(found, "usage", None)
-        if not isinstance(usage, Usage):
+        if not isinstance(usage, Usage) or not _are_counts(usage):
             usage = _NO_USAGE
         if inner:  # a custom error may call something else so
             are = isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)
@@ -6638,14 +6732,15 @@ class FailoverChain(LLMProvider):
     def check(self, timeout: float = 5.0) -> list[TierHealth]:
         """Ping every tier, at most ``timeout`` seconds each, and return the health.
 
-        A failed ping stands in ``last_error`` and counts as a failure (but for a 404: some servers
-        list no models). A good one clears ``last_error`` and makes an open breaker's trial due; it
-        closes nothing: a provider may list its models and answer nothing.
+        A failed ping stands in ``last_error`` and counts as a failure (but for 403, 404, 405 and
+        501: some servers list no models, or not for this key). A good one clears ``last_error`` and
+        makes an open breaker's trial due; it closes nothing: a provider may list its models and
+        answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
             error = _pinged(tier, timeout)
-            if getattr(error, "status", None) != 404:
+            if getattr(error, "status", None) not in (403, 404, 405, 501):
                 tier.breaker._observe(error)
             with tier._lock:
                 tier._last_error = None if error is None else _error_text(error)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from support.fakes import error_of
 from support.server import CITY, TOOLS, USER, outcome, read, reply, sent, stream, talking
 from support.vendors import Reply, faked
 
@@ -136,6 +137,14 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
         for limit in (None, None, 0):
             assert found[0].chat("q", model="m", max_tokens=limit).text == "x"
         assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
+
+
+def test_what_cannot_be_sent_is_refused_and_numbers_beyond_json_are_a_text() -> None:
+    error_of(UnsupportedRequest, sent, "anthropic", stop="\n")
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1e999}'}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    used = sent("anthropic", [USER, turn], TOOLS)["messages"][1]["content"][0]
+    assert used["input"] == {"_raw": '{"a": 1e999}'}
 
 
 def test_a_forced_tool_choice_is_never_weakened() -> None:

@@ -612,12 +612,17 @@ def test_bad_messages_are_refused_before_anybody_is_asked(clock, messages, messa
     assert not calls(chain, "a")
 
 
+async def unawaited(_: Any) -> bool:
+    return False
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"timeout": -1}, "timeout=-1"), ({"wait": math.nan}, "wait=nan"),
     ({"timeout": "5"}, "timeout='5'"), ({"escalation_model": "aple"}, "Did you mean 'apple'"),
     ({"escalation_model": 5}, "escalation_model=5"), ({"escalation_marker": " "}, "_marker"),
     ({"escalation_marker": "**"}, "_marker"), ({"escalation_prompt": 5}, "escalation_prompt=5"),
     ({"accept": "x"}, "accept='x'"), ({"on_event": 5}, "on_event=5"), ({"clock": 5}, "clock=5"),
+    ({"accept": unawaited}, "async"),
     ({"sleep": None}, "sleep=None"), ({"escalation_model": [5]}, "escalation_model=.5.: give"),
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
     ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
@@ -940,6 +945,11 @@ def test_a_custom_error_may_have_a_number_of_attempts(clock):
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
     error_of(ConfigError, chat, "hi", match="usage is a dict")
+    odd: Any = Usage(3, None)  # type: ignore[arg-type]  # as some clients give it
+    broken = ServerError("x")
+    broken.usage = odd
+    tiers = [tier("a", broken, retries=0), tier("b", LLMResponse("x", usage=odd), prices=(1, 1))]
+    assert FailoverChain(tiers).chat("hi").total_usage == Usage(3)
 
 
 # -- health
@@ -1280,8 +1290,7 @@ def test_explain_and_the_log_are_printable_ascii(clock, caplog):
     with ChatServer(reply({"error": {"message": HOSTILE}}, 400)) as server:
         tiers = [server.tier("a"), tier(f"b{HOSTILE}", ServerError(HOSTILE)), tier("c", "x")]
         chain = FailoverChain(tiers, sleep=lambda _: None)
-        response = chain.chat("hi")
-        names = [one.name for one in tiers[:2]]
+        response, names = chain.chat("hi"), [one.name for one in tiers[:2]]
         failed = error_of(AllProvidersFailed, chain.chat, "hi", tiers=names, wait=0)
         tiers[1].breaker.open(5, HOSTILE)
         list(chain.stream("hi"))

@@ -107,6 +107,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
     (of_provider('api_key_env = ""'), (*IN_PROVIDER, "api_key_env: give the name")),
     (of_type('type = "openai"\nbase_url = ""'), (*IN_PROVIDER, "give a URL")),
     (of_provider('base_url_env = "HOME"'), (*IN_PROVIDER, "base_url", "base_url_env")),
+    (of_provider('url = "http://h"'), (*IN_PROVIDER, "'url'", "'base_url'")),
     (of_breaker("failures = 3"), (*IN_BREAKER, "CircuitBreaker", "'failure_threshold'")),
     (of_breaker('on_change = "print"'), (*IN_BREAKER, "on_change", "mapping")),
     (of_tier('breaker = {store = {type = "sqlight"}}'), (*IN_BREAKER, "'sqlight'", "'sqlite'")),
@@ -128,8 +129,7 @@ MISTAKES: list[tuple[str, tuple[str, ...]]] = [("[chain\n", ("line 1",)),
 def test_a_mistake_in_a_file_is_told_with_its_place(text: str, parts: Any, write: Write) -> None:
     path = write(text)
     told = str(error_of(ConfigError, FailoverChain.from_config, path))
-    assert told.startswith(f"{path}: ")
-    assert [part for part in parts if part not in told] == []
+    assert told.startswith(f"{path}: ") and [part for part in parts if part not in told] == []
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -277,8 +277,7 @@ def test_a_store_of_a_breaker_wins_over_that_of_all_tiers(write: Write, tmp_path
         f'store = {stores[0]}\n{GOOD}[[tier]]\nname = "b"\nbreaker = {{store = {stores[1]}}}\n'
         'provider = {type = "lmstudio"}'))
     chain.tiers[0].breaker.open(60, "by hand")
-    assert (tmp_path / "all.db").exists()
-    assert not (tmp_path / "own.db").exists()
+    assert (tmp_path / "all.db").exists() and not (tmp_path / "own.db").exists()
     chain.tiers[1].breaker.open(60, "by hand")
     assert (tmp_path / "own.db").exists()
     assert [tier.breaker.name for tier in chain.tiers] == ["a", "b"]
@@ -289,13 +288,11 @@ def test_a_store_of_a_breaker_wins_over_that_of_all_tiers(write: Write, tmp_path
 def test_a_mapping_may_hold_objects(tmp_path: Path) -> None:
     """A provider, a chain, a breaker, a store and a class stand where a file has tables."""
     inner = FailoverChain([ProviderTier("inner", ScriptedProvider(["from within"]))])
-    breaker = CircuitBreaker(1, name="mine")
-    store = SQLiteStore(tmp_path / "x.db")
+    breaker, store = CircuitBreaker(1, name="mine"), SQLiteStore(tmp_path / "x.db")
     chain = FailoverChain.from_config({"chain": {"on_error": {ServerError: "raise"}},
         "store": store, "tier": ({"name": "a", "provider": inner, "breaker": breaker},
             {"name": "b", "provider": ScriptedProvider([ServerError])})})
-    assert chain.chat("hi").text == "from within"
-    assert chain.tiers[0].breaker is breaker
+    assert chain.chat("hi").text == "from within" and chain.tiers[0].breaker is breaker
     error_of(ServerError, chain.chat, "hi", tiers=["b"])
     breaker.open(60, "by hand")
     assert store.load("mine")[0] is not None
@@ -444,8 +441,7 @@ def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ
     for tier, variables in VARIABLES.items():
         assert tier in names or all(variable in caplog.text for variable in variables)
     for tier, _, models in expected:
-        assert tier in caplog.text
-        assert (f"{tier.upper()}_MODEL" in caplog.text) == (not models)
+        assert tier in caplog.text and (f"{tier.upper()}_MODEL" in caplog.text) == (not models)
     assert KEY not in caplog.text
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
@@ -490,8 +486,7 @@ def test_init_writes_the_tiers_of_the_environment_without_keys_and_shows_gaps(
     gaps = [tier for tier, _, models in expected if not models and tier != "lmstudio"]
     switched_on = re.findall(r"(?m)^\[\[tier\]\]\nname = \"(.*)\"\nmodels = .*FILL IN", text)
     assert (switched_on, "Fill in" in said) == (gaps, bool(gaps))
-    assert all(tier in said for tier, _, _ in expected)
-    assert no_network == []
+    assert all(tier in said for tier, _, _ in expected) and no_network == []
 
 
 def test_what_init_comments_out_works_when_switched_on(tmp_path: Path, monkeypatch: Patch) -> None:

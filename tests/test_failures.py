@@ -10,16 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import requests
 import responses
-import urllib3
 from support.fakes import error_of
-from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, HELD, HONEST, RAW, RIGHT, ROWS,
-    WRONG, Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
+from support.faults import (ANSWER, BY_NAME, DIALECTS, FOOLED, ROWS,
+    Chat, Dialect, FaultServer, Row, answer_to, descriptors, says)
 from support.server import Peer, Server, reply, sse
 
 from copilot_router import (AllProvidersFailed, AnthropicProvider, AuthenticationError, BadRequest,
@@ -91,8 +90,7 @@ def check_chat(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
     """All calls of a row: what comes out, how soon, after how many requests, and the breaker."""
     with FaultServer(dialect) as ill, FaultServer(dialect) as well, pair(ill, well, row) as chain:
         for call in range(row.calls):
-            prompt = f"{PROMPT}{row.name} {call}"
-            start = time.monotonic()
+            prompt, start = f"{PROMPT}{row.name} {call}", time.monotonic()
             if row.expect is ContentFiltered:
                 refused = error_of(ContentFiltered, chain.chat, prompt, timeout=5, **row.options)
                 attempts = refused.attempts
@@ -148,8 +146,7 @@ def check_stream(row: Row, dialect: Dialect, slack: float = 0.0) -> None:
 
 
 def test_the_table_of_faults_is_wide() -> None:
-    assert len(BY_NAME) == len(ROWS) >= 190
-    assert sum(row.naive in FOOLED for row in ROWS) >= 120
+    assert len(BY_NAME) == len(ROWS) >= 190 and sum(row.naive in FOOLED for row in ROWS) >= 120
     assert sum(row.after for row in ROWS) >= 30
 
 
@@ -189,48 +186,16 @@ def test_alone_a_tier_fails_in_time(row: Row) -> None:
             failure = error
         taken = time.monotonic() - start
         chain.close()
-    assert taken < DEADLINE * 1.05 + 0.1
-    assert (failure is None) == (expected is ANSWER)
+    assert taken < DEADLINE * 1.05 + 0.1 and (failure is None) == (expected is ANSWER)
     if isinstance(failure, AllProvidersFailed):
         assert all(isinstance(error, expected) for error in failure.errors)
         assert failure.__cause__ is failure.errors[0]
         assert isinstance(failure, DeadlineExceeded) == (taken >= DEADLINE)
     elif failure is not None:
-        assert type(failure) is expected
-        assert row.breaker in ("closed 0", "closed")
+        assert type(failure) is expected and row.breaker in ("closed 0", "closed")
     if failure is not None:
-        assert issubclass(expected, ProviderError)
-        assert failure.attempts[0].tier == "ill"
+        assert issubclass(expected, ProviderError) and failure.attempts[0].tier == "ill"
         assert hidden(failure)
-
-
-def test_what_the_faults_do_to_a_client_of_one_line() -> None:
-    """The column says it, and here it is tried: all faults at once, one thread each."""
-    def naive(server: FaultServer, model: str) -> str:
-        question = {"model": model, "messages": [{"role": "user", "content": PROMPT}]}
-        url = server.url + "/chat/completions"
-        try:
-            answer = requests.post(url, json=question, timeout=1).json()
-            content = answer["choices"][0]["message"]["content"]
-        except requests.exceptions.JSONDecodeError:
-            return RAW
-        except requests.exceptions.RequestException:
-            return HONEST
-        except Exception:
-            return RAW
-        return RIGHT if content == answer_to(PROMPT) else WRONG
-    server = FaultServer()
-    with ThreadPoolExecutor(len(ROWS)) as pool:
-        try:
-            futures = {row.name: pool.submit(naive, server, row.name) for row in ROWS}
-            wait(futures.values(), timeout=4)
-            seen = {name: one.result() if one.done() else HELD for name, one in futures.items()}
-        finally:
-            server.stop()
-    wanted = {row.name: row.naive for row in ROWS}
-    if urllib3.__version__ < "2":  # it does not compare what came with the Content-Length
-        wanted["short_content_length"] = RAW
-    assert seen == wanted
 
 
 def test_nothing_is_left_of_broken_connections() -> None:
@@ -446,8 +411,7 @@ def test_an_account_that_is_refused_with_400_parks_its_tier(vendor: Any, message
 def test_the_reason_of_the_provider_behind_a_gateway_is_shown() -> None:
     for raw in ("the tulip is rate-limited", json.dumps(says("the tulip is limited")), {"a": 1}, 5):
         error = refused(429, {"error": {**THROUGH, "metadata": {"raw": raw}}})
-        assert isinstance(error, RateLimited)
-        assert ("tulip" in str(error)) == ("tulip" in str(raw))
+        assert isinstance(error, RateLimited) and ("tulip" in str(error)) == ("tulip" in str(raw))
 
 
 @pytest.mark.parametrize(("status", "body", "waits", "kind"), [
@@ -690,11 +654,10 @@ def test_a_key_is_hidden_before_anything_else_is_taken_out_or_cut() -> None:
 @pytest.mark.parametrize("change", [str, str.upper, str.title, lambda text: text[5:-3]])
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_no_text_of_the_request_is_shown(status: int, change: Callable[[str], str]) -> None:
-    prompt = "the violet garden behind the old house"
+    prompt = "data: the violet garden behind the old house"  # which is no data URL
     messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
     error = refused(status, says(f"no: {change(prompt)}!"), messages=messages)
-    assert "garden behind" not in str(error).lower()
-    assert "***" in str(error)
+    assert "garden behind" not in str(error).lower() and "***" in str(error)
     secret = 'key\nhunter2\n"seven7" \u00e9l\u00e9phant'  # quoted once more, as JSON or Python does
     error = refused(status, says(f"{json.dumps(secret)} {secret!r}"), messages=secret)
     assert not re.search("hunter2|seven7|phant", str(error))
@@ -714,19 +677,20 @@ def test_no_text_of_the_answer_is_shown_by_an_error_inside_it(fields: Any) -> No
 
 def test_an_error_inside_an_answer_does_not_hold_what_the_server_said() -> None:
     error = refused(200, f"data: {json.dumps(says(f'no: {SECRET}'))}\n\n", api_key=SECRET)
-    assert "no: ***" in str(error)
-    assert (error.__context__, error.__cause__) == (None, None)
+    assert "no: ***" in str(error) and (error.__context__, error.__cause__) == (None, None)
 
 
 def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
-    answer = reply(says(f"no: {SECRET}"), 400, X_Request_Id=SECRET)
+    answer = reply(says(f"no: {SECRET}, of the address"), 400, X_Request_Id=SECRET)
     session = requests.Session()
-    for auth in (("me", SECRET), lambda request: request.headers.update(A=SECRET) or request):
+    session.params = {"key": "of the address"}
+    for auth in (("me", SECRET), lambda request: request.headers.update(A=SECRET) or request,
+                 requests.auth.HTTPDigestAuth("me", SECRET)):
         session.auth, session.headers["X-Mine"] = auth, f"Bearer {SECRET}"
         with Server(answer) as server, pytest.raises(ProviderError) as caught:
             OpenAIProvider(KEY, server.url, session=session).chat("hi", model="m")
         assert SECRET not in f"{caught.value} {vars(caught.value)}"
-        assert "no: ***" in str(caught.value)
+        assert str(caught.value) == "no: ***, ***"
 
 
 def test_a_server_that_calls_its_model_by_a_key_names_it_nowhere() -> None:

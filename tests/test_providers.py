@@ -86,14 +86,14 @@ CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/
     (GeminiProvider, GOOGLE, f"{GOOGLE}/v1beta"), (GeminiProvider, f"{GOOGLE}/v1", f"{GOOGLE}/v1"),
     (GeminiProvider, "HTTP://h/x/", "http://h/x"), *((OllamaProvider, *row) for row in (
         ("http://h", "http://h"), ("http://h:11434/api/chat", "http://h:11434"),
-        ("h:1/api", "http://h:1"), ("https://ollama.com/", "https://ollama.com"),
+        ("h:1/api", "http://h:1"), *((one, "https://ollama.com") for one in (
+            "https://ollama.com/", "ollama.com", "https://me:pw@ollama.com")),
         ("http://h:11434/v1", "http://h:11434")))])
 @without_key
 def test_base_urls_lose_what_was_copied_along(kind: Any, given: str, full: str) -> None:
     """The API's own path where there is none, else as it is; no name, password or query."""
     client = kind("", given)
-    assert client.base_url == full
-    assert full in repr(client)
+    assert client.base_url == full and full in repr(client)
     for bad in (5, "ftp://h"):
         with pytest.raises(ConfigError, match="base_url"):
             kind(KEY, bad)
@@ -393,7 +393,8 @@ def test_a_ping_asks_for_the_models(kind: Any, status: int, error: Any) -> None:
         error_of(ConfigError, client.ping, -1, match="timeout")
 
 
-@pytest.mark.parametrize(("status", "state"), [(404, "closed"), (405, "closed"), (500, "open")])
+@pytest.mark.parametrize(("status", "state"), [(500, "open"),
+    *((status, "closed") for status in (403, 404, 405, 501))])
 def test_a_server_without_a_list_of_models_is_not_ill(status: int, state: str) -> None:
     with responses.RequestsMock() as mock:
         mock.get(re.compile(".*"), status=status, json={"error": {"message": "no"}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import gzip
+import io
 import json
 import shutil
 import socket
@@ -25,8 +26,8 @@ from support.faults import chunked, descriptors
 from support.server import Canned, Dripping, Peer, received, reply
 from support.stores import done, needs_fork, python, spare_port
 
-from copilot_router import (InvalidResponse, OpenAIProvider, ProviderError, ProviderTimeout,
-    ProviderUnavailable, ServerError)
+from copilot_router import (FailoverChain, InvalidResponse, OpenAIProvider, ProviderError,
+    ProviderTier, ProviderTimeout, ProviderUnavailable, RateLimited, ScriptedProvider, ServerError)
 
 KEY = "sk-test-transport-key-1234567890"
 PLAIN = "http://provider.invalid/v1"
@@ -117,11 +118,9 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 @pytest.mark.parametrize("answer", [STREAM, reply(WHOLE)], ids=["stream", "whole"])
 def test_calls_use_one_connection_until_the_provider_is_closed(answer: bytes) -> None:
     with Peer(says(answer)) as server, provider(server.url) as client:
-        assert [ask(client) for _ in range(5)] == ["good"] * 5
-        assert server.connections == 1
+        assert [ask(client) for _ in range(5)] == ["good"] * 5 and server.connections == 1
         client.close()
-        assert ask(client) == "good"
-        assert server.connections == 2
+        assert ask(client) == "good" and server.connections == 2
 
 
 def test_a_ping_gives_its_connection_back_and_ends_in_its_time() -> None:
@@ -156,16 +155,14 @@ def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
     with Peer(one_answer_each) as server, provider(server.url) as client:
         for thread in in_threads(2, lambda: ask(client, "first")):
             thread.join(5)
-        assert ask(client, "second") == "good"
-        assert server.connections == 3
+        assert ask(client, "second") == "good" and server.connections == 3
 
 
 def test_more_connections_at_once_than_are_kept() -> None:
     with Peer(healthy) as server, provider(server.url) as client:
         streams = [client.stream("hi", model="m", timeout=20) for _ in range(101)]
         assert [next(stream) for stream in streams] == ["good"] * 101
-        assert not any(list(stream) for stream in streams)
-        assert ask(client) == "good"
+        assert not any(list(stream) for stream in streams) and ask(client) == "good"
         assert server.connections == 101
 
 
@@ -259,11 +256,9 @@ def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: 
     with Peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
         closed = spare_port()
         tried = resolved(closed, server.port)
-        assert ask(client) == "good"
-        assert tried == [closed, server.port]
+        assert ask(client) == "good" and tried == [closed, server.port]
         client.close()
-        assert ask(client) == "good"
-        assert tried == [closed, server.port, server.port]
+        assert ask(client) == "good" and tried == [closed, server.port, server.port]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's queue of connections")
@@ -444,6 +439,32 @@ def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
         fails(client, InvalidResponse, seconds=1)
 
 
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_no_silence_takes_more_than_half_of_what_is_left_for_a_later_tier(scheme: str) -> None:
+    """While connecting, and behind a first token that came late."""
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        time.sleep(0.35)
+        connection.sendall(HEAD + b"\r\n" + event("late"))
+        return silent(server, connection, request)
+    with Peer(silent if scheme == "https" else serve) as server:
+        client = OpenAIProvider(KEY, f"{scheme}://127.0.0.1:{server.port}/v1")
+        chain = FailoverChain([ProviderTier("a", client, ["m"]),
+                               ProviderTier("b", ScriptedProvider(["fine"]))])
+        start, found = time.monotonic(), chain.chat("q", timeout=0.8)
+        assert found.text == "fine" and time.monotonic() - start < 0.7
+        told = "connect timeout" if scheme == "https" else "no further data"
+        assert told in str(found.attempts[0].error)
+
+
+def test_the_time_of_a_function_for_a_key_is_not_the_servers() -> None:
+    def slow() -> str:
+        time.sleep(0.2)
+        return KEY
+    with Peer(healthy) as server:
+        client = OpenAIProvider(slow, server.url, connect_timeout=0.1, first_token_timeout=0.15)
+        assert ask(client) == "good"
+
+
 # -- the session of a user
 def test_a_session_of_the_users_keeps_its_settings_and_the_limits() -> None:
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
@@ -481,6 +502,33 @@ def test_a_session_of_the_users_that_is_at_fault_is_unavailable(kind: Any, said:
         canned.send = faulty  # type: ignore[method-assign]
         client = OpenAIProvider(KEY, "http://127.0.0.1:9", session=session)
         fails(client, ProviderUnavailable, match=said)
+
+
+def test_a_hook_of_the_users_session_may_read_the_body_or_raise_for_the_status() -> None:
+    def hooked(hook: Any, data: bytes) -> OpenAIProvider:
+        session = requests.Session()
+        session.hooks["response"].append(lambda found, **_: hook(found) and None)
+        session.mount("http://", canned := Canned())
+        canned.pieces, canned.status = [data], 429 if data == b"{}" else 200
+        return OpenAIProvider(KEY, "http://h", session=session)
+    assert ask(hooked(lambda found: found.text, ANSWER)) == "good"
+    fails(hooked(lambda found: found.raise_for_status(), b"{}"), RateLimited)
+    def faulty(_: Any) -> None:
+        raise requests.HTTPError
+    fails(hooked(faulty, ANSWER), ProviderUnavailable)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_of_the_users_may_give_a_file_or_the_content(whole: bool) -> None:
+    def send(request: Any, **_: Any) -> Any:
+        found = requests.Response()
+        found.status_code, found.request, found.url = 200, request, request.url
+        found._content, found.raw = (WHOLE, None) if whole else (False, io.BytesIO(WHOLE))
+        return found
+    with requests.Session() as session:
+        session.mount("http://", canned := Canned())
+        canned.send = send  # type: ignore[method-assign]
+        assert ask(OpenAIProvider(KEY, "http://h", session=session)) == "good"
 
 
 # -- proxies
@@ -638,8 +686,7 @@ def test_a_tunnel_through_a_proxy_is_kept_and_made_anew_when_it_has_ended(answer
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
         with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
-        assert proxy.connections == connections
-        assert KEY.encode() not in proxy.requests[0]
+        assert proxy.connections == connections and KEY.encode() not in proxy.requests[0]
 
 
 def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,

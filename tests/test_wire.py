@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
+from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -313,8 +315,7 @@ def frames_of(dialect: Dialect) -> list[bytes]:
 
 def test_frames_that_hold_nothing_are_passed_over_anywhere(dialect: Dialect) -> None:
     """Heartbeats, gateway metadata and billing, before, in and behind the answer."""
-    events = dialect.events(Answer())
-    wrong = {}
+    events, wrong = dialect.events(Answer()), {}
     for frame in frames_of(dialect):
         for at in range(len(events) + 1):
             wire = streamed(dialect, [*events[:at], frame, *events[at:]])
@@ -373,8 +374,7 @@ def test_an_answer_of_too_many_values_is_not_read() -> None:
     for many, kind in ((180_000, LLMResponse), (200_000, InvalidResponse)):
         values = "{}," * many if kind is InvalidResponse else " " * 3 * many
         found = read("chat", reply(f'{text}, "more": [{values}{{}}]}}'.encode()))
-        assert type(found) is kind
-        assert getattr(found, "code", "too_large") == "too_large"
+        assert type(found) is kind and getattr(found, "code", "too_large") == "too_large"
     event = json.dumps({**delta("stop", content="x"), "more": [{}] * 200_000})
     assert getattr(read("chat", stream(json.loads(event))), "code", None) == "too_large"
 
@@ -411,8 +411,7 @@ def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPat
                     found = error
             if not isinstance(found, ProviderTimeout):
                 break
-    assert jump > looks
-    assert isinstance(found, LLMResponse if looks == 35 else InvalidResponse)
+    assert jump > looks and isinstance(found, LLMResponse if looks == 35 else InvalidResponse)
     assert isinstance(read("chat", reply(b"{}\n1\n1\n")), InvalidResponse)
 
 
@@ -772,8 +771,7 @@ def test_extra_body_is_merged_over_the_body(dialect: Dialect) -> None:
 
 def test_both_names_of_the_token_limit_mean_the_same(dialect: Dialect) -> None:
     body = sent(dialect.name, max_tokens=77)
-    assert body == sent(dialect.name, max_completion_tokens=77)
-    assert "77" in json.dumps(body)
+    assert body == sent(dialect.name, max_completion_tokens=77) and "77" in json.dumps(body)
 
 
 @pytest.mark.parametrize(
@@ -851,8 +849,7 @@ def test_what_cannot_be_written_is_a_bad_request_and_not_sent(dialect: Dialect, 
     with served(dialect, Answer()) as (server, provider):
         chain = chain_of(provider, failure_threshold=1)
         error_of(BadRequest, chain.chat, timeout=5, **asked)
-        assert not server.requests
-        assert chain.tiers[0].breaker.is_closed
+        assert not server.requests and chain.tiers[0].breaker.is_closed
 
 
 MALFORMED: list[tuple[dict[str, Any], str]] = [({"messages": []}, "empty"),
@@ -901,8 +898,7 @@ def test_an_image_as_data_url_arrives_with_its_bytes(dialect: Dialect, media: st
     url = f"data:{media};base64,{PNG}"
     content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
     texts = list(texts_in(sent(dialect.name, [{"role": "user", "content": content}])))
-    assert "What?" in texts
-    assert [text.rpartition(",")[2] for text in texts if PNG in text] == [PNG]
+    assert "What?" in texts and [text.rpartition(",")[2] for text in texts if PNG in text] == [PNG]
     assert dialect.name == "ollama" or any(media in text for text in texts)
 
 
@@ -1264,8 +1260,7 @@ def test_every_vendor_takes_a_conversation_with_everything_in_it(name: str) -> N
     before = copy.deepcopy((history, TOOLS))
     with faked(name) as (vendor, provider):
         assert provider.chat(history, TOOLS, "m-1").text == "ok"
-        assert provider.chat(history, None, "m-1").text == "ok"
-        assert not vendor.refusals
+        assert provider.chat(history, None, "m-1").text == "ok" and not vendor.refusals
     assert (history, TOOLS) == before
     text = json.dumps(vendor.bodies[0])
     for one in ("hello", "be brief", "look", "iVBORw0KGgo=", "first", "no result", "lost", "astray",
@@ -1292,10 +1287,29 @@ def test_every_option_is_accepted_by_the_vendor_or_refused_here(name: str) -> No
                 assert provider.chat("in json", TOOLS, "m-1", **options).text == "ok"
             except UnsupportedRequest:
                 unable += list(options)
-        assert len(vendor.requests) == len(varied) - len(unable)
-        assert not vendor.refusals
+        assert len(vendor.requests) == len(varied) - len(unable) and not vendor.refusals
     assert varied == before
     assert unable == {"ollama": ["tool_choice"] * 2, "responses": ["stop"] * 2}.get(name, [])
+
+
+class Word(str, Enum):
+    JSON, LOW = "json_object", "low"
+
+
+@pytest.mark.parametrize("name", ["chat", *VENDORS[1:]])
+def test_what_stands_for_a_plain_value_is_sent_as_it(name: str) -> None:
+    """Members of an Enum, mappings, a stop of nothing, a refusal, data that is not base64."""
+    function = {"name": "f", "parameters": MappingProxyType(CITY)}
+    odd = [MappingProxyType({"type": "function", "function": MappingProxyType(function)})]
+    plain = [{"type": "function", "function": {"name": "f", "parameters": CITY}}]
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png,%89PNG"}}
+    refused = {"role": "assistant", "content": None, "refusal": "never"}
+    said, form = [USER, refused, {"role": "user", "content": [picture]}], {"type": "json_object"}
+    settings = {"response_format": {"type": Word.JSON}, "reasoning_effort": Word.LOW, "stop": []}
+    body = sent(name, said, odd, **settings)
+    assert body == sent(name, said, plain, response_format=form, reasoning_effort="low")
+    text = json.dumps(body)
+    assert "never" in text and ("iVBORw==" in text or "%89PNG" in text)
 
 
 PDF, PLAIN, ZIP = (
