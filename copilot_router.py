@@ -6052,7 +6052,7 @@ class _Request:
         if not isinstance(response.usage, Usage):
             told = f"usage is a {_kind(response.usage)}"
             raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
-        if not _are_counts(response.usage):  # some clients give None
+        if not self.tier._is_ours and not _are_counts(response.usage):  # some clients give None
             counts = vars(response.usage).values()
             response.usage = Usage(*(one if isinstance(one, int) else 0 for one in counts))
         if not response.tool_calls and not (response.content or "").strip():
@@ -6420,7 +6420,7 @@ class _Run:
         found: Any = error if response is None else response
         inner: Any = getattr(found, "attempts", ())
         usage: Any = getattr(found, "usage", None)
-        if not isinstance(usage, Usage) or not _are_counts(usage):
+        if not isinstance(usage, Usage) or (error is not None and not _are_counts(usage)):
             usage = _NO_USAGE
         if inner:  # a custom error may call something else so
             are = isinstance(inner, tuple) and all(isinstance(each, Attempt) for each in inner)
