@@ -1552,11 +1552,11 @@ class LLMProvider(ABC):
         """One whole answer, or a ProviderError. Another Exception counts as a failure, except
         ConfigError, which passes through.
 
-        ``messages``, ``tools``: lists of dicts in OpenAI's form. ``model``: None where the tier
-        lists none. ``kwargs``: ``timeout`` (seconds for this request; obey it, or the deadline is
-        not kept), and the options of the call and of the tier's ``params``. Without ``**kwargs`` a
-        tier is passed over for an option that has no argument here; hints such as ``temperature``
-        are left out.
+        ``messages``, ``tools``: lists of dicts in OpenAI's form: the caller's own, so change none
+        in place. ``model``: None where the tier lists none. ``kwargs``: ``timeout`` (seconds for
+        this request; obey it, or the deadline is not kept), and the options of the call and of the
+        tier's ``params``. Without ``**kwargs`` a tier is passed over for an option that has no
+        argument here; hints such as ``temperature`` are left out.
         """
 
     def stream(
@@ -2686,6 +2686,7 @@ class _Part(NamedTuple):
     data: str  #: the text, the base64 or the address
     media: str = ""  #: of data, such as image/png
     cache: Any = None  #: cache_control, as it was given
+    detail: Any = None  #: of a picture, as it was given
 
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
@@ -2698,10 +2699,11 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
     found = []
     for part in content:
         kind, cache = part.get("type"), part.get("cache_control")
-        what = f"a message part of the type {kind!r:.40}"
+        what, detail = f"a message part of the type {kind!r:.40}", part.get("detail")
         if kind in ("image_url", "input_image"):
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, Mapping) else url
+            url: Any = part.get("image_url")
+            if isinstance(url, Mapping):
+                url, detail = url.get("url"), url.get("detail")
         elif kind == "file":
             url = _dict(part.get("file")).get("file_data")
         elif isinstance(text := part.get("refusal" if kind == "refusal" else "text"), str):
@@ -2712,14 +2714,14 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
         if not isinstance(url, str) or not url:
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
         if url[:5].lower() != "data:":
-            found.append(_Part("url", url, cache=cache))
+            found.append(_Part("url", url, cache=cache, detail=detail))
             continue
         head, _, data = url[5:].partition(",")
         if not head.lower().rstrip().endswith("base64"):
             data = base64.b64encode(unquote_to_bytes(data)).decode()
         media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
         data = "".join(data.split()).replace("-", "+").replace("_", "/")  # the URL-safe alphabet
-        found.append(_Part("data", data, media or "image/png", cache))
+        found.append(_Part("data", data, media or "image/png", cache, detail))
     return found
 
 
@@ -4823,7 +4825,7 @@ def _responses_part(part: _Part) -> _Object:
     if part.kind == "text":
         return {"type": "input_text", "text": part.data}
     if part.kind == "url" or part.media.startswith("image/"):
-        return {"type": "input_image", "image_url": url, "detail": "auto"}
+        return {"type": "input_image", "image_url": url, "detail": part.detail or "auto"}
     return {"type": "input_file", "filename": "file", "file_data": url}
 
 
@@ -4872,6 +4874,9 @@ _WANTS_CONTENT = (
 )
 
 
+_AZURE = (".azure.com", ".azure.us", ".azure.cn")
+
+
 class OpenAIProvider(_HTTPProvider):
     """Chat Completions at OpenAI, Azure, and every compatible server by its ``base_url``.
 
@@ -4891,7 +4896,7 @@ class OpenAIProvider(_HTTPProvider):
     _vendor, _default_url, _api_path = "openai", "https://api.openai.com", "/v1"
     _cut_paths = ("/chat/completions", "/responses")
     _key_variables, _url_variable = ("OPENAI_API_KEY",), "OPENAI_BASE_URL"
-    _key_hosts = (".openai.com", ".azure.com")
+    _key_hosts: ClassVar[tuple[str, ...]] = (".openai.com", *_AZURE)
     _rows = _Rows(phrases=(  # both at 400: xAI; Anthropic behind a gateway such as LiteLLM
         (r"^incorrect api key provided", AuthenticationError),
         (r"your credit balance is too low to access", QuotaExceeded),
@@ -4906,12 +4911,12 @@ class OpenAIProvider(_HTTPProvider):
             raise ConfigError(f"{type(self).__name__}(api={api!r}): {told}")
         super().__init__(api_key, base_url, **settings)
         self.api = api
-        self._at_openai = self._host == "api.openai.com" or self._host.endswith(".azure.com")
+        self._at_openai = self._host == "api.openai.com" or self._host.endswith(_AZURE)
         self._wants_model = self._at_openai  # other servers have a model of their own
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("eyJ")  # a JWT of Entra ID
-        azure = key and self._host.endswith(".azure.com") and not is_token
+        azure = key and self._host.endswith(_AZURE) and not is_token
         return {"api-key": key} if azure else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
@@ -4927,7 +4932,7 @@ class OpenAIProvider(_HTTPProvider):
         if status < 501 and words.find(_STRICT_TEMPLATE):
             return _Fix("system", "user") if "turns" in call.learned else _Fix("turns", "merged")
         silent = any(one.get("tool_calls") and not one.get("content") for one in call.messages)
-        if status < 501 and silent and words.find(_WANTS_CONTENT):
+        if status in (400, 422, 500) and silent and words.find(_WANTS_CONTENT):
             return _Fix("content", "")
         if status in (400, 404, 422):
             if words.say("reasoning_content") and words.find("(?i)passed back|missing"):

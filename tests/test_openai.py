@@ -642,12 +642,13 @@ def test_responses_body_in_full() -> None:
         "temperature": 0.1, "top_p": 0.2, "max_output_tokens": 50,
         "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "json_object"}}}]
-    seen, said = {"type": "input_image", "image_url": "u"}, {"role": "assistant", "content": "a"}
+    seen = {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}
+    said = {"role": "assistant", "content": "a"}
     asked, result = {"role": "user", "content": ""}, {**RESULT, "content": [seen]}
     turns = [asked, {**said, "tool_calls": [CALL]}, result]
     first, second, _, last = sent("responses", turns)["input"]
     assert (first, second) == (asked, {"type": "message", **said})
-    assert last["output"] == [{**seen, "detail": "auto"}]
+    assert last["output"] == [{"type": "input_image", "image_url": "u", "detail": "low"}]
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {
         "type": "function", "name": "f"}

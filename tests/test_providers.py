@@ -159,7 +159,7 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "url", "goes"), [
     *((OpenAIProvider, f"https://{place}", True) for place in ("api.openai.com/v1",
-        "eu.api.openai.com/v1", "r.openai.azure.com/openai/deployments/d",
+        "eu.api.openai.com/v1", "r.openai.azure.com/openai/deployments/d", "r.openai.azure.us/v1",
         "env.test/other")),  # the host of the variable
     *((OpenAIProvider, f"https://{place}", False) for place in ("api.groq.com/openai/v1",
         "api.openai.com.evil.test/v1", "evil.test/api.openai.com", "evilapi.openai.com.test",
