@@ -5946,7 +5946,7 @@ def _each_once(texts: Iterable[str]) -> list[str]:
 
 
 def _are_counts(usage: Usage) -> bool:
-    return usage is _NO_USAGE or all(isinstance(count, int) for count in vars(usage).values())
+    return all(isinstance(count, int) for count in vars(usage).values())
 
 
 def _undecorated(text: str) -> int:
@@ -6057,7 +6057,8 @@ class _Request:
         if not isinstance(response.usage, Usage):
             told = f"usage is a {_kind(response.usage)}"
             raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
-        if not self.tier._is_ours and not _are_counts(response.usage):  # some clients give None
+        custom = response.usage is not _NO_USAGE and not self.tier._is_ours
+        if custom and not _are_counts(response.usage):  # some clients give None
             counts = vars(response.usage).values()
             response.usage = Usage(*(one if isinstance(one, int) else 0 for one in counts))
         if not response.tool_calls and not (response.content or "").strip():
