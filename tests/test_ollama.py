@@ -99,6 +99,8 @@ def test_tools_cannot_be_forced_and_are_left_out_for_none() -> None:
     ("effort", "think"), [("none", False), ("minimal", "low"), ("high", "high"), ("xhigh", "max")])
 def test_reasoning_effort_is_the_field_think(effort: str, think: Any) -> None:
     assert sent("ollama", reasoning_effort=effort)["think"] == think
+    more = sent("ollama", seed=1, extra_body={"options": {"num_ctx": 9}})["options"]
+    assert more == {"seed": 1, "num_ctx": 9}  # extra_body is merged into what is sent
 
 
 @pytest.mark.parametrize(("host", "url"), [("", "http://localhost:11434"),
