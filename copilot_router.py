@@ -1908,8 +1908,6 @@ class _Answer:
     def __init__(self, response: Any, limits: _Limits, most: int) -> None:
         import http.client
 
-        from requests.structures import CaseInsensitiveDict
-
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
         self.secrets: tuple[str, ...] = ()  #: that were sent
@@ -1922,6 +1920,8 @@ class _Answer:
         read = getattr(response, "_content", False) is not False
         if read or not hasattr(self._raw, "release_conn"):
             # a session of the user's: a hook has read the body, or an adapter gives a file
+            from requests.structures import CaseInsensitiveDict
+
             self._raw = io.BytesIO() if response.raw is None else response
             self._content = iter([response.content]) if read else response.iter_content(_READ_SIZE)
             headers = CaseInsensitiveDict(response.headers)
@@ -5186,10 +5186,10 @@ class AnthropicProvider(_HTTPProvider):
 
     def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
         """A model may allow less than our own limit, or have no room for it (vLLM)."""
-        found = words.find(rf"{_MAX_TOKENS}\D{{1,60}}?(\d{{2,7}})")
-        if status == 400 and found and call.token_limit is None:
-            most = int(found[1]) // (2 if words.find("(?i)model_len|context") else 1)
-            return _Fix("default_tokens", most)
+        found = words.find(rf"{_MAX_TOKENS}\D{{1,60}}?(\d{{2,7}})", own=True)
+        most = int(found[1]) if found and call.token_limit is None else 0
+        if status == 400 and 0 < most < _MAX_TOKENS:
+            return _Fix("default_tokens", most // (2 if words.find("(?i)model_len|context") else 1))
         return super()._correction(report, words, status, call)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:

@@ -443,8 +443,8 @@ def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
 def test_no_silence_takes_more_than_half_of_what_is_left_for_a_later_tier(scheme: str) -> None:
     """While connecting, and behind a first token that came late."""
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        time.sleep(0.35)
-        connection.sendall(HEAD + b"\r\n" + event("late"))
+        head = HEAD + b"\r\n" + event("late")
+        server.drip(connection, head, 0.35 / len(head))
         return silent(server, connection, request)
     with Peer(silent if scheme == "https" else serve) as server:
         client = OpenAIProvider(KEY, f"{scheme}://127.0.0.1:{server.port}/v1")
@@ -456,12 +456,12 @@ def test_no_silence_takes_more_than_half_of_what_is_left_for_a_later_tier(scheme
         assert told in str(found.attempts[0].error)
 
 
-def test_the_time_of_a_function_for_a_key_is_not_the_servers() -> None:
-    def slow() -> str:
-        time.sleep(0.2)
-        return KEY
+def test_the_time_of_a_function_for_a_key_is_not_the_servers(monkeypatch: Any) -> None:
+    real, taken = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + sum(taken))
     with Peer(healthy) as server:
-        client = OpenAIProvider(slow, server.url, connect_timeout=0.1, first_token_timeout=0.15)
+        client = OpenAIProvider(lambda: taken.append(3) or KEY,  # type: ignore[func-returns-value]
+                                server.url, connect_timeout=1, first_token_timeout=2)
         assert ask(client) == "good"
 
 
