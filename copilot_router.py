@@ -3493,7 +3493,10 @@ class _Collector:
     def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
             for name, value in counts.items():
-                self._counts[name] = value or self._counts.get(name)
+                known = self._counts.get(name)
+                if isinstance(value, dict):  # its details: a null takes nothing back
+                    value = {**_dict(known), **{kind: n for kind, n in value.items() if n}}
+                self._counts[name] = value or known
             self.usage = read(self._counts)
 
     def _take_refusal(self) -> None:

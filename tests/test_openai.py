@@ -76,8 +76,9 @@ def test_usage_comes_behind_the_finish_reason_and_nulls_take_nothing_back() -> N
     usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
              "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": None}
     nulls = dict.fromkeys(usage)
+    inside = {**nulls, "prompt_tokens_details": {"cached_tokens": None, "audio_tokens": 0}}
     for later in ([], [{"choices": [], "usage": None}], [{"choices": [], "usage": nulls}],
-                  [{"choices": [], "usage": {}}], [{"usage": usage}]):
+                  [{"choices": [], "usage": {}}], [{"usage": usage}], [{"usage": inside}]):
         wire = stream({**delta(content="x"), "model": "m-1"}, STOP, {"choices": [], "usage": usage},
                       *later, done=True)
         response = read("chat", wire)
