@@ -3250,6 +3250,7 @@ class _Collector:
         self._begun = False  #: events before this one had text or calls
         self._finish: str = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
+    item name key field value   a field of such an item that is a list gets one more
         self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
         self._refused = self._needed = False
         self._passes = False  #: the facts are of another choice
@@ -3279,6 +3280,7 @@ class _Collector:
             return
         is_error = name in ("error", "exception")
         try:
+        self._has_many_ends = False  #: several pieces had a finish reason: the last one counts
             body = _json(data, "an event")
         except InvalidResponse:
             lines = data.split(b"\n")
@@ -3287,7 +3289,7 @@ class _Collector:
                     self.take(name, line)
                 return
             if not is_error:
-                if self.complete or _is_heartbeat(data):
+                if self.is_over() or _is_heartbeat(data):
                     return
                 raise
             body = data[:_READ_SIZE].decode("utf-8", "replace")
@@ -3322,7 +3324,7 @@ class _Collector:
 
     def _event(self, body: Any, large: bool) -> None:
         if type(body) is not dict:
-            if isinstance(body, str) and body and not self.complete:
+            if isinstance(body, str) and body and not self.is_over():
                 raise InvalidResponse("an event is a text")
             for item in body if isinstance(body, list) else ():  # as from Gemini without alt=sse
                 if late := self.check():
@@ -3345,7 +3347,7 @@ class _Collector:
                 elif fact not in self._repeated:
                     _TAKERS[kind](self, *fact[1:])
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            if not self.complete:  # what follows a whole answer cannot spoil it
+            if not self.is_over():  # what follows a whole answer cannot spoil it
                 what = f"the answer has not the form that it should have ({type(error).__name__})"
                 raise InvalidResponse(what) from None
 
@@ -3361,20 +3363,22 @@ class _Collector:
         and another one follows.
 
         Some servers put one into every event, or an event of its own behind every piece. A proxy
-        that answers twice sends everything again, which is passed over.
+        that answers twice sends everything again, which is passed over unless more follows.
         """
         if not self._keeps_rest:
             return
         if fact[0] != "stop":
             self._behind.append(fact)
         elif fact[1] and self._behind:
-            facts, self._behind = self._behind, []
-            texts = "".join(one[1] or "" for one in facts if one[0] == "text").strip()
+            facts, text = self._behind, self.text.strip()
+            more = "".join(one[1] or "" for one in facts if one[0] == "text").strip()
             calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
             known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
-            again = texts in ("", self.text.strip()) and "".join(calls) in ("", *known)
+            said = not more or bool(text and not more.replace(text, "").strip())
+            again = bool(more or calls) and said and "".join(calls) in ("", *known)
             if not again and not any(one[0] == "full" for one in facts):
-                self.may_go_on = True
+                self._behind = []
+                self.may_go_on = self._has_many_ends = True
                 for one in (*facts, fact):
                     _TAKERS[one[0]](self, *one[1:])
 
@@ -3523,6 +3527,10 @@ class _Collector:
             self._finish = _FINISHES[word] if word in _FINISHES else reason[:40]
             come = len(self._text)  # pieces
             if self._calls:
+    def _take_item(self, name: str, key: Any, field_name: str, value: Any) -> None:
+        kept = self._kept[name][key]
+        kept[field_name] = [*(kept.get(field_name) or ()), value]
+
                 come += sum(len(call["pieces"]) or 1 for call in self._calls)
             early = come < 2 or self.may_go_on
             self._keeps_rest = early and self._finish in ("stop", "tool_calls")
@@ -3573,6 +3581,10 @@ class _Collector:
             self._model or self._call.model or "",
             reasoning=reasoning or None,
             request_id=self.request_id,
+    def is_over(self) -> bool:
+        """Whether the answer has its finish reason. One of many proves nothing."""
+        return self.complete and not self._has_many_ends
+
             carry=self._carry(text, calls) if self._needed else None,
             raw=self._raw,
         )
@@ -3601,7 +3613,8 @@ class _Collector:
         return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self) -> list[ToolCall]:
-        cut = self._finish not in ("stop", "tool_calls")  # perhaps before the last arguments
+        # perhaps before the last arguments
+        cut = self._finish not in ("stop", "tool_calls") or bool(self._behind)
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -4141,7 +4154,7 @@ class _HTTPProvider(LLMProvider):
                 collector.take_whole(text, f"the answer ({shown})")
             yield body.close()
         except (ProviderTimeout, InvalidResponse):
-            if not collector.complete:
+            if not collector.is_over():
                 raise
 
     # -- failures
@@ -4447,10 +4460,10 @@ def _chat_facts(body: _Object) -> _Facts:
             finish, native = choice["finish_reason"], choice.get("native_finish_reason")
             failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
-    yield "model", body.get("model")
 
 
 def _chat_content(content: Any) -> _Facts:
+    yield "model", body.get("model")
     """Content as parts, thinking among them, or as an object (JSON modes)."""
     for part in [json.dumps(content)] if isinstance(content, dict) else content:
         fields = {"text": part} if isinstance(part, str) else _dict(part)
@@ -4693,7 +4706,7 @@ class _ResponsesFacts:
 
     def _new(self, place: Any, found: _Object, name: str) -> str:
         """What has not come yet of a text, in a delta or as a whole."""
-        if "delta" not in found:
+        if found.get("delta") is None:
             return self._rest(found.get(name) or "", place)
         self._come.setdefault(place, []).append("" + found["delta"])  # TypeError: it is no text
         return str(found["delta"])
@@ -4974,7 +4987,7 @@ class LMStudioProvider(OpenAIProvider):
 #: Kind of a delta -> the field of its block that grows.
 _ANTHROPIC_GROWS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
-    "input_json_delta": "partial_json",
+    "input_json_delta": "partial_json", "compaction_delta": "content",
 }
 _MAX_TOKENS = 8192  #: where a call names no limit
 #: What tool ids and tool names must not hold.
@@ -4992,7 +5005,7 @@ def _anthropic_facts(body: _Object) -> _Facts:
         at, delta = body["index"], body["delta"]
         name = _ANTHROPIC_GROWS.get(delta["type"])
         if name is not None:  # else it is a citation, or something new
-            yield "piece", "blocks", at, name, delta[name]
+            yield "piece", "blocks", at, name, delta[name] or ""
             yield ("alive",)
         if name == "text":
             yield "text", delta["text"]
@@ -5013,7 +5026,7 @@ def _anthropic_facts(body: _Object) -> _Facts:
         for at, block in enumerate(body.get("content") or ()):
             yield from _anthropic_begins(at, block)
             yield "closed", at
-        yield "stop", body.get("stop_reason") or ""
+        yield "stop", body.get("stop_reason", "")
 
 
 def _anthropic_begins(at: int, block: _Object) -> _Facts:
@@ -5085,6 +5098,8 @@ def _anthropic_content(turn: _Turn) -> list[_Object]:
         blocks.append(_given({
             "type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
             "content": _anthropic_blocks(parts) or "(empty)",
+        elif "citation" in delta:
+            yield "item", "blocks", at, "citations", delta["citation"]
             "is_error": [part.data for part in parts] == [_NO_RESULT] or None,
         }))
     blocks += _anthropic_blocks(turn.parts)
@@ -5223,7 +5238,7 @@ def _gemini_facts(body: _Object) -> _Facts:
             yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             text, called = part.get("text"), part.get("functionCall")
-            if signed := "thoughtSignature" in part:
+            if signed := bool(part.get("thoughtSignature")):
                 yield ("alive",)
             if part.get("thought"):
                 yield "thought", text

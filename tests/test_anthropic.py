@@ -114,7 +114,8 @@ def test_usage_counts_the_cache_apart_and_later_counts_replace() -> None:
     [{"type": "content_block_start", "index": 0}, stops("end_turn")],
     [block(0, type="text"), {"type": "content_block_delta", "index": 0, "delta": 5}],
     [*TEXT, {"type": "message_delta", "delta": {"stop_reason": 5}}],
-    [started(), grows(0, "input_json_delta", partial_json="{}"), stops("tool_use"), END]])
+    [started(), grows(0, "input_json_delta", partial_json="{}"), stops("tool_use"), END],
+    [started(), *TEXT, {"type": "content_block_stop", "index": 0}, END]])
 def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
     wire = stream(*body) if isinstance(body, list) else reply(body)
     assert isinstance(read("anthropic", wire), InvalidResponse)

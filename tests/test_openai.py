@@ -535,7 +535,8 @@ FINAL = finished(text_item("Hello, world"))
 
 @pytest.mark.parametrize("events", [[FINAL], [PART, FINAL], [WHOLE_TEXT, FINAL],
     [PART, WHOLE_TEXT, finished()], [ITEM, finished()], [PART, ITEM, finished()],
-    [PART, WHOLE_TEXT, ITEM, FINAL], [PART, {**PART, "delta": "world"}, finished(output=None)]])
+    [PART, WHOLE_TEXT, ITEM, FINAL], [PART, {**PART, "delta": "world"}, finished(output=None)],
+    [PART, {**WHOLE_TEXT, "delta": None}, finished()]])
 def test_responses_text_may_come_in_any_of_its_events(events: Any) -> None:
     """As deltas, their rest, when it is done, or in the final object: never twice."""
     response = read("responses", stream(*events))

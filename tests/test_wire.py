@@ -254,6 +254,29 @@ def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
     assert read("chat", stream(*behind)).text == "One."
 
 
+@pytest.mark.parametrize("kind", ["chat", "gemini"])
+def test_an_answer_that_ends_in_every_event_is_not_whole_if_it_breaks(kind: str) -> None:
+    """And it loses nothing: blanks, repetitions, thoughts."""
+    def says(text: str) -> Any:
+        part = {"candidates": [{"content": {"parts": [{"text": text}]}, "finishReason": "STOP"}]}
+        return delta("stop", content=text) if kind == "chat" else part
+    begun, half = [says("The dose is 5"), says("00 mg")], sse(says(", twice a day"))[:40]
+    garbled = [*begun, b'data: {"choices":[{"index":0,"del\n\n', says(" a day")]
+    for broken in (stream(*begun, says("!"))[:-1], stream(*garbled),
+                   stream(*begun, half), stream(*begun, b'data: "text"\n\n'),
+                   stream(*begun, {"candidates": 5, "choices": [5]}), waits(sse(*begun))):
+        found = read(kind, broken, stall_timeout=0.2)
+        assert isinstance(found, (InvalidResponse, ProviderTimeout))
+    for pieces in (["Dear Bob,", "\n\n", "hello", " ", "there"], ["ha", "ha", "!"]):
+        assert read(kind, stream(*map(says, pieces))).text == "".join(pieces)
+    thoughts = (delta("stop", reasoning_content=one) for one in ("Let me ", "think."))
+    assert read("chat", stream(*thoughts, delta("stop", content="x"))).reasoning == "Let me think."
+    call = piece("", "f", index=0, id="a")
+    call["choices"][0]["finish_reason"] = "tool_calls"
+    cut = read("chat", stream(call, piece('{"a": 1}', index=0), done=True)).tool_calls
+    assert cut[0].arguments is None
+
+
 def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> None:
     """A gateway puts an event with one behind every piece. A repetition does not count."""
     one, two = delta(content="One "), delta(content="two.")
