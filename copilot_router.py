@@ -2540,6 +2540,7 @@ _TIME_LIMITS = ("timeout", "first_token_timeout", "stall_timeout")  #: of one re
 _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
 _STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unknown
+_ASKS_JSON = "Answer with one JSON object and nothing else."
 
 
 class _Call(NamedTuple):
@@ -2679,6 +2680,20 @@ def _checked_tools(tools: Any) -> Tools:
 # -- from the OpenAI form
 
 
+def _instructed(messages: list[Message], instruction: str) -> list[Message]:
+    """A copy whose first system message (made if there is none) ends with the instruction."""
+    for at, message in enumerate(messages):
+        if message["role"] in ("system", "developer"):
+            content = message["content"]
+            text, part = f"{content}\n\n{instruction}", {"type": "text", "text": instruction}
+            changed = {**message, "content": text if isinstance(content, str) else [*content, part]}
+            return _CheckedMessages([*messages[:at], changed, *messages[at + 1 :]])
+    return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
+
+
+_PICTURES = ("image_url", "image", "input_image")  #: types of parts
+
+
 class _Part(NamedTuple):
     """A piece of a message's content."""
 
@@ -2687,6 +2702,7 @@ class _Part(NamedTuple):
     media: str = ""  #: of data, such as image/png
     cache: Any = None  #: cache_control, as it was given
     detail: Any = None  #: of a picture, as it was given
+    name: str = ""  #: of a file; "": it is a picture
 
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
@@ -2698,30 +2714,35 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
         return [_Part("text", content)] if content else []
     found = []
     for part in content:
-        kind, cache = part.get("type"), part.get("cache_control")
+        kind, cache, name = part.get("type"), part.get("cache_control"), ""
         what, detail = f"a message part of the type {kind!r:.40}", part.get("detail")
         if kind in ("image_url", "input_image"):
             url: Any = part.get("image_url")
             if isinstance(url, Mapping):
                 url, detail = url.get("url"), url.get("detail")
         elif kind == "file":
-            url = _dict(part.get("file")).get("file_data")
+            file = _dict(part.get("file"))
+            url, name = file.get("file_data"), str(file.get("filename") or "file")
+            if not url and "file_id" in file:
+                raise UnsupportedRequest(f"{vendor} cannot be sent a file by its id")
         elif isinstance(text := part.get("refusal" if kind == "refusal" else "text"), str):
             found += [_Part("text", text, cache=cache)] if text else []
             continue
         else:
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
-        if not isinstance(url, str) or not url:
+        is_data = isinstance(url, str) and url[:5].lower() == "data:"
+        bare = name and not is_data and "://" not in str(url)[:20]  # base64 alone has no type
+        if not isinstance(url, str) or not url or bare:
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
-        if url[:5].lower() != "data:":
-            found.append(_Part("url", url, cache=cache, detail=detail))
+        if not is_data:
+            found.append(_Part("url", url, cache=cache, detail=detail, name=name))
             continue
         head, _, data = url[5:].partition(",")
         if not head.lower().rstrip().endswith("base64"):
             data = base64.b64encode(unquote_to_bytes(data)).decode()
         media = head.partition(";")[0].strip().lower().replace("image/jpg", "image/jpeg")
         data = "".join(data.split()).replace("-", "+").replace("_", "/")  # the URL-safe alphabet
-        found.append(_Part("data", data, media or "image/png", cache, detail))
+        found.append(_Part("data", data, media or "image/png", cache, detail, name))
     return found
 
 
@@ -2733,20 +2754,24 @@ def _joined(content: Any, vendor: str) -> str:
     return "\n".join(part.data for part in parts)
 
 
-def _functions(tools: Tools, vendor: str) -> list[_Object]:
-    """The ``function`` objects of tools in OpenAI form, each with a schema of its parameters."""
-    for at, tool in enumerate(tools or ()):
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+def _functions(call: _Call, vendor: str) -> list[_Object]:
+    """The ``function`` objects of its tools, as ``_function_sent`` makes them."""
+    for at, tool in enumerate(call.tools or ()):
         if (kind := tool.get("type", "function")) != "function":
             what = f"tools[{at}] of the type {kind!r:.40}"
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
-    return [_with_parameters(tool["function"]) for tool in tools or ()]
+    return [_function_sent(tool["function"], call.names) for tool in call.tools or ()]
 
 
-def _with_parameters(function: Mapping[str, Any]) -> _Object:
-    """All servers refuse null; it means a tool without parameters."""
-    if function.get("parameters", "") is None:
-        return {**function, "parameters": {"type": "object", "properties": {}}}
-    return dict(function)
+def _function_sent(function: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
+    """With its name as it is sent. All servers refuse null, which means: no parameters."""
+    sent = {**function, "name": names.get(function["name"], function["name"])}
+    if sent.get("parameters", "") is None:
+        sent["parameters"] = _NO_PARAMETERS
+    return sent
 
 
 def _choice(call: _Call) -> tuple[str, str | None]:
@@ -2824,17 +2849,17 @@ def _repaired(messages: list[Message]) -> list[Message]:
             isinstance(content, str) or any(part.get("text", "-") for part in content)
         )):
             done.append(message)
-            waiting = {}
     return done or messages
 
 
-def _with_ids(value: Any, names: Mapping[Any, str]) -> Any:
-    """A carried part with new ids of its tool calls."""
+def _with_ids(value: Any, names: Mapping[Any, str], place: str = "") -> Any:
+    """A carried part with new ids of its tool calls. ``place``: the key under which it stands."""
     if isinstance(value, dict):
-        return {names.get(name, name): _with_ids(item, names) for name, item in value.items()}
+        ids = names if place == "extra" else {}
+        return {ids.get(key, key): _with_ids(item, names, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_ids(item, names) for item in value]
-    return names.get(value, value) if isinstance(value, str) else value
+        return [_with_ids(item, names, place) for item in value]
+    return names.get(value, value) if place in ("id", "ids", "call_id") else value
 
 
 def _distinct(call_id: str, ids: set[str]) -> str:
@@ -2895,6 +2920,10 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
     return system, turns
 
 
+#: What tool ids and tool names must not hold, at OpenAI and Anthropic.
+_NOT_PLAIN = r"[^a-zA-Z0-9_-]"
+
+
 def _safe(text: str, bad: str, most: int) -> str:
     """A name or id without characters that a vendor refuses, distinct from all others."""
     clean = _pattern(bad).sub("_", text)
@@ -2903,27 +2932,30 @@ def _safe(text: str, bad: str, most: int) -> str:
     return f"{clean[: most - 9]}_{zlib.crc32(text.encode()):08x}"
 
 
-def _renamed_tools(call: _Call, vendor: str, bad: str, most: int) -> _Call:
+def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
     """The call with names of its tools that the vendor accepts: see ``_safe``."""
-    functions = _functions(call.tools, vendor)
+    items = [*(call.tools or ())]
     for message in call.messages:
-        functions += [item["function"] for item in message.get("tool_calls") or ()]
-    return call._replace(names={one["name"]: _safe(one["name"], bad, most) for one in functions})
+        items += message.get("tool_calls") or ()
+    names = [item["function"]["name"] for item in items if "function" in item]
+    return call._replace(names={name: _safe(name, bad, most) for name in names})
 
 
-def _textual(item: Mapping[str, Any]) -> _Object:
-    """A tool call with its arguments as the text of an object; callers may have parsed them.
+def _textual(item: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
+    """A tool call with its name as it is sent, and its arguments as the text of an object: callers
+    may have parsed them.
 
     What a model wrote wrongly would be refused in every later turn by llama.cpp and vLLM.
     """
-    arguments = item["function"].get("arguments")
+    name, arguments = item["function"]["name"], item["function"].get("arguments")
     try:
         valid = isinstance(json.loads(arguments, parse_constant=int), dict)  # no NaN
     except (TypeError, ValueError, RecursionError):
         valid = False
     if not valid:
         arguments = json.dumps(_argument_object(arguments), allow_nan=False)
-    return {**item, "function": {**item["function"], "arguments": arguments}}
+    function = {**item["function"], "name": names.get(name, name), "arguments": arguments}
+    return {"type": "function", **item, "function": function}
 
 
 #: Reads JSON. int() refuses NaN, Infinity and 1e999; strings may hold control characters.
@@ -3218,6 +3250,7 @@ class _Collector:
     keep name key item needed   an item of a list. All items go back if one is needed. Key None: a
                                 new item
     piece name key field str    one field of such an item grows
+    item name key field value   a field of such an item that is a list gets one more
     usage dict function         counts, merged into those so far; function(all counts) -> Usage
     refusal                     the model refuses, in words
     alive                       the model generates, without one of the facts above
@@ -3247,10 +3280,10 @@ class _Collector:
         self._raw: Any = None  #: that value
         self._keeps_rest = False  #: what comes behind the finish reason may be more of the answer
         self._behind: list[tuple[Any, ...]] = []  #: facts behind it
+        self._has_many_ends = False  #: several pieces had a finish reason: the last one counts
         self._begun = False  #: events before this one had text or calls
         self._finish: str = "stop"
         self._names_finish = False  #: the server speaks of finish reasons
-    item name key field value   a field of such an item that is a list gets one more
         self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
         self._refused = self._needed = False
         self._passes = False  #: the facts are of another choice
@@ -3280,7 +3313,6 @@ class _Collector:
             return
         is_error = name in ("error", "exception")
         try:
-        self._has_many_ends = False  #: several pieces had a finish reason: the last one counts
             body = _json(data, "an event")
         except InvalidResponse:
             lines = data.split(b"\n")
@@ -3455,7 +3487,8 @@ class _Collector:
         if name == call["name"]:
             whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
             return whole and isinstance(_parsed("".join(call["pieces"])), dict)
-        known = {_dict(tool.get("function")).get("name") for tool in self._call.tools or ()}
+        names = (_dict(tool.get("function")).get("name") for tool in self._call.tools or ())
+        known = {self._call.names.get(name, name) for name in names if isinstance(name, str)}
         return name in known or call["name"] + name not in known
 
     def _take_arguments(self, key: Any, text: str) -> None:
@@ -3494,6 +3527,10 @@ class _Collector:
         pieces = self._pieces.setdefault((name, key, field_name), [begun])
         pieces.append("" + text)  # TypeError if it is no text
 
+    def _take_item(self, name: str, key: Any, field_name: str, value: Any) -> None:
+        kept = self._kept[name][key]
+        kept[field_name] = [*(kept.get(field_name) or ()), value]
+
     def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
             for name, value in counts.items():
@@ -3527,10 +3564,6 @@ class _Collector:
             self._finish = _FINISHES[word] if word in _FINISHES else reason[:40]
             come = len(self._text)  # pieces
             if self._calls:
-    def _take_item(self, name: str, key: Any, field_name: str, value: Any) -> None:
-        kept = self._kept[name][key]
-        kept[field_name] = [*(kept.get(field_name) or ()), value]
-
                 come += sum(len(call["pieces"]) or 1 for call in self._calls)
             early = come < 2 or self.may_go_on
             self._keeps_rest = early and self._finish in ("stop", "tool_calls")
@@ -3547,6 +3580,10 @@ class _Collector:
             self._begin()
 
     # -- the answer
+
+    def is_over(self) -> bool:
+        """Whether the answer has its finish reason. One of many proves nothing."""
+        return self.complete and not self._has_many_ends
 
     @property
     def text(self) -> str:
@@ -3581,10 +3618,6 @@ class _Collector:
             self._model or self._call.model or "",
             reasoning=reasoning or None,
             request_id=self.request_id,
-    def is_over(self) -> bool:
-        """Whether the answer has its finish reason. One of many proves nothing."""
-        return self.complete and not self._has_many_ends
-
             carry=self._carry(text, calls) if self._needed else None,
             raw=self._raw,
         )
@@ -4431,6 +4464,7 @@ _CALL_EXTRAS = ("extra_content", "provider_specific_fields")
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices: Any = body.get("choices") or ()
+    yield "model", body.get("model")
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for at, choice in enumerate(choices):
@@ -4463,7 +4497,6 @@ def _chat_facts(body: _Object) -> _Facts:
 
 
 def _chat_content(content: Any) -> _Facts:
-    yield "model", body.get("model")
     """Content as parts, thinking among them, or as an object (JSON modes)."""
     for part in [json.dumps(content)] if isinstance(content, dict) else content:
         fields = {"text": part} if isinstance(part, str) else _dict(part)
@@ -4551,7 +4584,7 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     kept = {} if at_openai else call.carried(message)
     calls = []
     for item in sent.pop("tool_calls", ()):
-        calls.append({**_textual(item), "id": _short_id(item["id"], most)})
+        calls.append({**_textual(item, call.names), "id": _short_id(item["id"], most)})
         if item["id"] in kept.get("extra", {}):
             calls[-1] |= kept["extra"][item["id"]]
     if calls:  # an empty list is refused
@@ -4609,14 +4642,18 @@ def _short_id(tool_id: str, most: int) -> str:
 
 
 def _merged_turns(call: _Call) -> list[Message]:
-    """One message of the system, at the beginning, or none; and no two of the user in a row."""
+    """One message of the system, at the beginning, or none; then the user's; and no two of one side
+    in a row."""
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
     first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
     merged: list[Message] = []
     rest = [one for one in call.messages if one["role"] not in of_system]
     for message in (*first, *rest):
         last = merged[-1] if merged else {}
-        if message["role"] != last.get("role") or message["role"] not in ("system", "user"):
+        calls = message.get("tool_calls") or last.get("tool_calls") or message["role"] == "tool"
+        if message["role"] != last.get("role") or calls:
+            if message["role"] == "assistant" and last.get("role", "system") == "system":
+                merged.append({"role": "user", "content": _GO_ON})
             merged.append(message)
             continue
         both, parts = [last["content"], message["content"]], list[Any]()
@@ -4627,8 +4664,29 @@ def _merged_turns(call: _Call) -> list[Message]:
     return merged
 
 
+def _pictures_apart(messages: list[Message]) -> list[Message]:
+    """The messages with pictures of tools' results behind them, as the user's: OpenAI takes only
+    text in a result."""
+    done: list[Message] = []
+    pictures: list[Any] = []
+    for message in messages:
+        if pictures and message["role"] != "tool":
+            done.append({"role": "user", "content": pictures})
+            pictures = []
+        if message["role"] == "tool" and not isinstance(message["content"], str):
+            apart = [part for part in message["content"] if part.get("type") in _PICTURES]
+            pictures += apart and [{"type": "text", "text": _STRAY_RESULT}, *apart]
+            texts = [part for part in message["content"] if part not in apart]
+            message = {**message, "content": texts or "The picture follows."}
+        done.append(message)
+    return [*done, {"role": "user", "content": pictures}] if pictures else done
+
+
 def _arranged(call: _Call) -> list[Message]:
-    """The messages in the order that this model's template is known to insist on."""
+    """The messages as this model is known to insist on them."""
+    wants_word = "json_word" in call.learned and "response_format" in call.options
+    if wants_word and not any("json" in text.lower() for text in _texts_of(call.messages)):
+        call = call._replace(messages=_instructed(call.messages, _ASKS_JSON))
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
     if "after_tool" not in call.learned:
         return messages
@@ -4640,21 +4698,39 @@ def _arranged(call: _Call) -> list[Message]:
     return done
 
 
+def _typed_schema(function: _Object) -> _Object:
+    """With the type and the properties in its schema that OpenAI insists on."""
+    given = function.get("parameters")
+    filled = {**_NO_PARAMETERS, **given} if isinstance(given, Mapping) else None
+    return {**function, "parameters": filled} if filled else function
+
+
+def _chat_tool(call: _Call, tool: Mapping[str, Any], at_openai: bool) -> _Object:
+    if "function" not in tool:
+        return dict(tool)
+    sent = {"type": "function", **tool}
+    function = _function_sent(tool["function"], call.names)
+    if "schemas" in call.learned:
+        function = _typed_schema(function)
+    if at_openai:
+        sent, function = _without_cache(sent), _without_cache(function)
+    return {**sent, "function": function}
+
+
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
     body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
     if call.model is not None:
         body["model"] = call.model
     unsent = {*_TOKEN_LIMITS, "extra_body"}
     if call.tools:
-        body["tools"] = [_without_cache(tool) if at_openai else {**tool} for tool in call.tools]
-        for tool in body["tools"]:
-            if "function" in tool:
-                tool["function"] = _with_parameters(tool["function"])
+        body["tools"] = [_chat_tool(call, tool, at_openai) for tool in call.tools]
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
     body |= call.options
     for name in unsent:
         body.pop(name, None)
+    if call.names and _dict(body.get("tool_choice")).get("type") == "function":
+        body["tool_choice"] = {"type": "function", "function": {"name": _choice(call)[1]}}
     if call.token_limit is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
         body[call.learned.get("token_limit", guess)] = call.token_limit
@@ -4828,7 +4904,7 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
     if text := _joined(content, vendor):  # parts would need the ids that the API gave them
         items.append({"type": "message", "role": role, "content": text})
     for item in message.get("tool_calls") or ():
-        function = _textual(item)["function"]
+        function = _textual(item, call.names)["function"]
         items.append({
             "type": "function_call", "call_id": _short_id(item["id"], 64),
             "name": function["name"], "arguments": function["arguments"] or "{}",
@@ -4837,12 +4913,17 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
 
 
 def _responses_part(part: _Part) -> _Object:
+    import mimetypes
+
     url = part.data if part.kind == "url" else f"data:{part.media};base64,{part.data}"
     if part.kind == "text":
         return {"type": "input_text", "text": part.data}
-    if part.kind == "url" or part.media.startswith("image/"):
+    if part.media.startswith("image/") or (part.kind == "url" and not part.name):
         return {"type": "input_image", "image_url": url, "detail": part.detail or "auto"}
-    return {"type": "input_file", "filename": "file", "file_data": url}
+    if part.kind == "url":
+        return {"type": "input_file", "file_url": url}
+    end = "" if "." in part.name else mimetypes.guess_extension(part.media) or ""
+    return {"type": "input_file", "filename": f"{part.name or 'file'}{end}", "file_data": url}
 
 
 def _responses_body(call: _Call, streaming: bool) -> _Object:
@@ -4857,10 +4938,11 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     same = ("temperature", "top_p", "user", *(("parallel_tool_calls",) if call.tools else ()))
     body |= call.renamed({name: name for name in same})
     if call.tools:
-        empty = {"type": "object", "properties": {}}
-        basis = {"type": "function", "strict": False, "parameters": empty}
-        functions = _functions(call.tools, "the Responses API")
-        body["tools"] = [{**basis, **function} for function in functions]
+        basis = {"type": "function", "strict": False, "parameters": _NO_PARAMETERS}
+        functions = _functions(call, "the Responses API")
+        if "schemas" in call.learned:
+            functions = [_typed_schema(function) for function in functions]
+        body["tools"] = [_without_cache({**basis, **function}) for function in functions]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
             body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
@@ -4936,9 +5018,15 @@ class OpenAIProvider(_HTTPProvider):
         return {"api-key": key} if azure else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
+        responses = self.api == "responses" or (self.api == "auto" and "api" in call.learned)
+        if self._at_openai:
+            call = _renamed_tools(call, _NOT_PLAIN, 64)
+        results = (one["content"] for one in call.messages if one["role"] == "tool")
+        if not responses and not all(isinstance(content, str) for content in results):
+            call = call._replace(messages=_pictures_apart(call.messages))
         if call.learned:
             call = call._replace(messages=_arranged(call))
-        if self.api == "responses" or (self.api == "auto" and "api" in call.learned):
+        if responses:
             body = _responses_body(call, streaming)
             return "/responses", body, _Collector(call, _ResponsesFacts(call.token_limit))
         body = _chat_body(call, streaming, self._at_openai)
@@ -4957,6 +5045,10 @@ class OpenAIProvider(_HTTPProvider):
                 return _Fix("after_tool", "assistant")  # Mistral
             if report.param == "include" or words.find("(?i)encrypted content is not supported"):
                 return _Fix("include")  # of a model that does not think
+            if words.find("(?i)contain the word .{0,3}json"):  # also DeepSeek, Groq and Qwen
+                return _Fix("json_word", "said")
+            if words.find("(?i)invalid schema for function .{1,200}(properties|type: .{0,2}obj)"):
+                return _Fix("schemas", "typed")
             if words.find(r"(?i)tool call id .{0,80}a-z|length of 9"):
                 return _Fix("tool_ids", "nine")
             if words.find(r"(?i)response_format.{0,20} must be .json_schema"):  # LM Studio
@@ -4990,8 +5082,7 @@ _ANTHROPIC_GROWS = {
     "input_json_delta": "partial_json", "compaction_delta": "content",
 }
 _MAX_TOKENS = 8192  #: where a call names no limit
-#: What tool ids and tool names must not hold.
-_NOT_PLAIN = r"[^a-zA-Z0-9_-]"
+_ANTHROPIC_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp", "application/pdf")
 
 
 def _anthropic_facts(body: _Object) -> _Facts:
@@ -5007,6 +5098,8 @@ def _anthropic_facts(body: _Object) -> _Facts:
         if name is not None:  # else it is a citation, or something new
             yield "piece", "blocks", at, name, delta[name] or ""
             yield ("alive",)
+        elif "citation" in delta:
+            yield "item", "blocks", at, "citations", delta["citation"]
         if name == "text":
             yield "text", delta["text"]
         elif name == "thinking":
@@ -5054,27 +5147,36 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     system, turns = _conversation(call, "Anthropic")
     kind, schema = _format(call)
     if kind == "json_object":
-        system.append(_Part("text", "Answer with one JSON object and nothing else."))
+        system.append(_Part("text", _ASKS_JSON))
     cached = any(part.cache for part in system)
     said: Any = _anthropic_blocks(system) if cached else "\n\n".join(part.data for part in system)
     effort, temperature = call.options.get("reasoning_effort"), call.options.get("temperature")
     if isinstance(temperature, (int, float)):
         temperature = min(temperature, 1)
-    form = {"type": kind, "schema": schema.get("schema", {})} if kind == "json_schema" else None
+    form = {"type": kind, "schema": schema.get("schema", {})}
+    if "closed" in call.learned:
+        form["schema"] = _anthropic_schema(form["schema"])
     level = {"none": None, "minimal": "low"}.get(str(effort), effort)
     limit = call.token_limit
     limit = call.learned.get("default_tokens", _MAX_TOKENS) if limit is None else limit
-    shown = {"type": "adaptive", "display": "summarized"} if call.thoughts else None
+    forced = call.tools and _choice(call)[0] in ("required", "named")  # not while it thinks
+    adaptive = {"type": "adaptive", "display": "summarized"}
+    shown = adaptive if call.thoughts and not forced else None
+    kept = [block.get("id") for turn in turns for block in turn.carry.get("blocks", ())]
     return call.finished({
         "model": call.model,
         "max_tokens": limit,  # it is required
         "system": said or None,
-        "messages": [{"role": turn.role, "content": _anthropic_content(turn)} for turn in turns],
+        "messages": [
+            {"role": turn.role, "content": _anthropic_content(turn, kept)} for turn in turns
+        ],
         "temperature": temperature, "top_p": call.options.get("top_p"),
         "stop_sequences": _anthropic_stops(call),
         "metadata": {"user_id": call.options["user"]} if "user" in call.options else None,
         **_anthropic_tools(call, turns),
-        "output_config": _given({"format": form, "effort": level}) or None,
+        "output_config": _given({
+            "format": form if kind == "json_schema" else None, "effort": level,
+        }) or None,
         "thinking": {"type": "disabled"} if effort == "none" else shown,
         "stream": streaming or None,
     })
@@ -5089,18 +5191,49 @@ def _anthropic_stops(call: _Call) -> list[str] | None:
     return kept or None
 
 
-def _anthropic_content(turn: _Turn) -> list[_Object]:
-    """The blocks of one turn: an assistant's own as they were, results before other content."""
+#: Bounds in a schema that structured outputs refuse.
+_BOUNDS = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems",
+})
+
+
+def _anthropic_schema(schema: Any) -> Any:
+    """The schema of an answer as structured outputs take it
+    (https://platform.claude.com/docs/en/build-with-claude/structured-outputs): every object is
+    closed, bounds become words for the model."""
+    if isinstance(schema, (list, tuple)):
+        return [_anthropic_schema(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    sent = {name: value for name, value in schema.items() if name not in _BOUNDS}
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(name), Mapping):
+            sent[name] = {key: _anthropic_schema(item) for key, item in schema[name].items()}
+    for name in ("items", "anyOf", "oneOf", "allOf"):
+        if name in sent:
+            sent["anyOf" if name == "oneOf" else name] = _anthropic_schema(sent.pop(name))
+    if "properties" in sent or sent.get("type") == "object":
+        sent["additionalProperties"] = False
+    if bounds := ", ".join(f"{name}: {schema[name]}" for name in schema if name in _BOUNDS):
+        sent["description"] = f"{schema.get('description', '')} ({bounds})".strip()
+    return sent
+
+
+def _anthropic_content(turn: _Turn, kept: Sequence[Any]) -> list[_Object]:
+    """The blocks of one turn: an assistant's own as they were, results before other content.
+    ``kept``: ids of calls that go back as they came."""
     if turn.carry.get("blocks"):
         return _anthropic_kept(turn.carry["blocks"])
     blocks: list[_Object] = []
     for call_id, _, parts in turn.results:
+        caches = [part.cache for part in parts if part.cache]  # refused inside of its content
         blocks.append(_given({
-            "type": "tool_result", "tool_use_id": _safe(call_id, _NOT_PLAIN, 64),
-            "content": _anthropic_blocks(parts) or "(empty)",
-        elif "citation" in delta:
-            yield "item", "blocks", at, "citations", delta["citation"]
+            "type": "tool_result",
+            "tool_use_id": call_id if call_id in kept else _safe(call_id, _NOT_PLAIN, 64),
+            "content": _anthropic_blocks(part._replace(cache=None) for part in parts) or "(empty)",
             "is_error": [part.data for part in parts] == [_NO_RESULT] or None,
+            "cache_control": caches[-1] if caches else None,
         }))
     blocks += _anthropic_blocks(turn.parts)
     for call_id, name, arguments in turn.calls:
@@ -5138,33 +5271,32 @@ def _anthropic_blocks(parts: Iterable[_Part]) -> list[_Object]:
 def _anthropic_file(part: _Part) -> _Object:
     """The block of a picture, a PDF or a text file."""
     if part.kind == "url":
-        return {"type": "image", "source": {"type": "url", "url": part.data}}
-    kind = "image" if part.media.startswith("image/") else "document"
+        kind = "document" if part.name else "image"
+        return {"type": kind, "source": {"type": "url", "url": part.data}}
     source = {"type": "base64", "media_type": part.media, "data": part.data}
     if part.media.startswith("text/"):
         import base64
 
         text = base64.b64decode(part.data + "==").decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
-    elif kind == "document" and part.media != "application/pdf":
+    elif part.media not in _ANTHROPIC_MEDIA:
         raise UnsupportedRequest(f"Anthropic cannot be sent a file of the type {part.media!r:.40}")
-    return {"type": kind, "source": source}
+    return {"type": "image" if part.media.startswith("image/") else "document", "source": source}
 
 
 def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
-    anything: _Object = {"type": "object", "properties": {}}
-    functions = _functions(call.tools, "Anthropic")
+    functions = _functions(call, "Anthropic")
     tools = [_given({
-        "name": call.names[function["name"]],
-        "input_schema": {"type": "object", **(function.get("parameters") or anything)},
+        "name": function["name"],
+        "input_schema": {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)},
         "description": function.get("description"), "strict": function.get("strict"),
         "cache_control": given.get("cache_control") or function.get("cache_control"),
     }) for given, function in zip(call.tools or (), functions, strict=True)]
     kind, name = _choice(call)
     if not tools:
         used = dict.fromkeys(name for turn in turns for _, name, _ in turn.calls)
-        tools, kind = [{"name": name, "input_schema": anything} for name in used], "none"
+        tools, kind = [{"name": name, "input_schema": _NO_PARAMETERS} for name in used], "none"
     if not tools:
         return {}
     choice: _Object = {"type": {"required": "any", "named": "tool"}.get(kind, kind)}
@@ -5203,15 +5335,19 @@ class AnthropicProvider(_HTTPProvider):
         return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
 
     def _correction(self, report: _Report, words: _Words, status: int, call: _Call) -> _Fix | None:
-        """A model may allow less than our own limit, or have no room for it (vLLM)."""
+        """A model may allow less than our own limit, or have no room for it (vLLM); structured
+        outputs refuse open objects and bounds in a schema."""
         found = words.find(rf"{_MAX_TOKENS}\D{{1,60}}?(\d{{2,7}})", own=True)
         most = int(found[1]) if found and call.token_limit is None else 0
+        form = "response_format" in call.options and words.find(r"(?i)output_[\w.]{1,40}\.schema")
+        if status == 400 and form:
+            return _Fix("closed", "schema")
         if status == 400 and 0 < most < _MAX_TOKENS:
             return _Fix("default_tokens", most // (2 if words.find("(?i)model_len|context") else 1))
         return super()._correction(report, words, status, call)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        call = _renamed_tools(call, "Anthropic", _NOT_PLAIN, 128)
+        call = _renamed_tools(call, _NOT_PLAIN, 128)
         return "/messages", _anthropic_body(call, streaming), _Collector(call, _anthropic_facts)
 
 
@@ -5280,11 +5416,11 @@ def _gemini_body(call: _Call) -> _Object:
 
 def _gemini_tools(call: _Call) -> _Object:
     declared: list[_Object] = []
-    for function in _functions(call.tools, "Gemini"):
+    for function in _functions(call, "Gemini"):
         schema = _dict(function.get("parameters"))  # refused if it allows no arguments
         takes = any(value for key, value in schema.items() if key not in _NO_ARGUMENTS)
         declared.append(_given({
-            "name": call.names[function["name"]],
+            "name": function["name"],
             "description": function.get("description") or None,
             "parametersJsonSchema": schema if takes else None,
         }))
@@ -5358,7 +5494,7 @@ class GeminiProvider(_HTTPProvider):
         return {"x-goog-api-key": key} if key and not is_token else super()._auth_headers(key)
 
     def _prepare(self, call: _Call, streaming: bool) -> tuple[str, _Object, _Collector]:
-        call = _renamed_tools(call, "Gemini", r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
+        call = _renamed_tools(call, r"^[^a-zA-Z_]|[^a-zA-Z0-9_.:-]", 64)
         method = "streamGenerateContent?alt=sse" if streaming else "generateContent"
         path = f"/models/{str(call.model).removeprefix('models/')}:{method}"
         return path, _gemini_body(call), _Collector(call, _gemini_facts)
@@ -5423,7 +5559,7 @@ def _ollama_body(call: _Call, streaming: bool) -> _Object:
     if call.tools and choice in ("required", "named"):
         raise UnsupportedRequest(f"Ollama cannot force a tool call (tool_choice={choice!r})")
     names: dict[str, str] = {}
-    tools = _functions(call.tools, "Ollama") if choice != "none" else []
+    tools = _functions(call, "Ollama") if choice != "none" else []
     same = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
     options = call.renamed({**{name: name for name in same}, "max_tokens": "num_predict"})
     if stops := _stops(call):
@@ -5998,17 +6134,6 @@ def _may_begin(text: str, marker: str) -> bool:
     return "<think>".startswith(text[:7]) or (at < _DECORATION and bool(begins or fence))
 
 
-def _instructed(messages: list[Message], instruction: str) -> list[Message]:
-    """A copy whose first system message (made if there is none) ends with the instruction."""
-    for at, message in enumerate(messages):
-        if message["role"] in ("system", "developer"):
-            content = message["content"]
-            text, part = f"{content}\n\n{instruction}", {"type": "text", "text": instruction}
-            changed = {**message, "content": text if isinstance(content, str) else [*content, part]}
-            return _CheckedMessages([*messages[:at], changed, *messages[at + 1 :]])
-    return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
-
-
 class _Request:
     """One request to one tier. It owns a ticket and perhaps one of the tier's places."""
 
@@ -6380,7 +6505,7 @@ class _Run:
         for message in () if tier.supports_images else self.messages:
             content = message.get("content")
             for part in content if isinstance(content, (list, tuple)) else ():
-                if part.get("type") in ("image_url", "image", "input_image"):
+                if part.get("type") in _PICTURES:
                     return UnsupportedRequest(f"{tier.name} takes no images")
         given = _given(self.options).keys()
         if tier._takes is not None and (lacking := sorted(given - tier._takes - _HINTS)):

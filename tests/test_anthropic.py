@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from support.fakes import error_of
-from support.server import CITY, TOOLS, USER, outcome, read, reply, sent, stream, talking
+from support.server import (CITY, TOOLS, USER, drained, outcome, read, reply, sent, stream,
+    talking)
 from support.vendors import Reply, faked
 
 from copilot_router import (ContentFiltered, EmptyResponse, FailoverChain, InvalidResponse,
@@ -138,6 +139,89 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
         for limit in (None, None, 0):
             assert found[0].chat("q", model="m", max_tokens=limit).text == "x"
         assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
+
+
+BOUNDS = {"type": "integer", "minimum": 1, "maximum": 9, "description": "a number"}
+OPEN = {"$defs": {"X": {"properties": {}}}, "type": "object", "properties": {
+    "minimum": BOUNDS, "many": {"type": "array", "items": BOUNDS, "minItems": 2},
+    "either": {"oneOf": [{"type": "object"}, {"$ref": "#/$defs/X"}, True]}}}
+TOLD = {"type": "integer", "description": "a number (minimum: 1, maximum: 9)"}
+CLOSED = {"$defs": {"X": {"properties": {}, "additionalProperties": False}}, "type": "object",
+    "additionalProperties": False, "properties": {"minimum": TOLD,
+        "many": {"type": "array", "items": TOLD, "description": "(minItems: 2)"},
+        "either": {"anyOf": [{"type": "object", "additionalProperties": False},
+                             {"$ref": "#/$defs/X"}, True]}}}
+
+
+@pytest.mark.parametrize("told", [
+    "output_config.format.schema: For 'object' type, 'additionalProperties' must be set to false",
+    "output_format.schema: For 'integer' type, properties maximum, minimum are not supported"])
+def test_a_schema_that_structured_outputs_refuse_is_closed_and_bounds_become_words(
+        told: str) -> None:
+    """Once the server has said so; the caller's own stays as it was."""
+    refusal = reply({"error": {"type": "invalid_request_error", "message": told}}, 400)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": OPEN}}
+    before = json.dumps(form)
+    with talking("anthropic", refusal, whole("end_turn", {"type": "text", "text": "{}"})) as found:
+        for _ in range(2):
+            assert found[0].chat("q", model="m", response_format=form).text == "{}"
+        asked = [body["output_config"]["format"]["schema"] for body in found[1].bodies]
+    assert asked == [OPEN, CLOSED, CLOSED] and json.dumps(form) == before
+
+
+def test_a_model_does_not_think_where_a_tool_is_forced() -> None:
+    """Anthropic refuses both together; the thoughts are only a wish."""
+    for choice, thinks in (("auto", True), ("required", False), ("none", True)):
+        with talking("anthropic", whole("end_turn", {"type": "text", "text": "x"})) as found:
+            drained(found[0].stream("q", TOOLS, "m", thoughts=True, tool_choice=choice))
+            assert ("thinking" in found[1].bodies[0]) == thinks
+
+
+def test_citations_and_summaries_of_a_stream_go_back() -> None:
+    """Of a search of the server's own, and of a conversation that it has made shorter."""
+    cited = [{"url": "a"}, {"url": "b"}]
+    wire = stream(started(), block(0, type="compaction", content=None),
+        grows(0, "compaction_delta", content="so "), grows(0, "compaction_delta", content="far"),
+        block(1, type="text", text="", citations=[]), grows(1, "text_delta", text="x"),
+        *(grows(1, "citations_delta", citation=one) for one in cited),
+        block(2, type="text", text=""), grows(2, "citations_delta", citation=cited[0]),
+        grows(2, "text_delta", text="y"), stops("end_turn"), END)
+    with talking("anthropic", wire) as (provider, server):
+        for upon in ([USER], [USER, provider.chat("q", model="m").message, USER]):
+            assert provider.chat(upon, model="m").text == "xy"
+    assert server.bodies[-1]["messages"][1]["content"] == [
+        {"type": "compaction", "content": "so far"},
+        {"type": "text", "text": "x", "citations": cited},
+        {"type": "text", "text": "y", "citations": cited[:1]}]
+
+
+def test_a_mark_for_the_cache_stands_on_a_result_and_not_inside_of_it() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    text = {"type": "text", "text": "42"}
+    for marked in ({"content": "42", **mark}, {"content": [{**text, **mark}]}):
+        said = [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c", **marked}]
+        assert sent("anthropic", said, TOOLS)["messages"][2]["content"] == [
+            {"type": "tool_result", "tool_use_id": "c", "content": [text], **mark}]
+
+
+THINKS = {"type": "thinking", "thinking": "t", "signature": "s"}
+
+
+def test_an_id_that_a_server_gave_out_stays_on_both_sides_and_only_ids_are_renamed() -> None:
+    """Compatible servers give ids that Anthropic would refuse, or the same one in each turn."""
+    for given in ("functions.f:0", "f"):
+        used = {"type": "tool_use", "id": given, "name": "f", "input": {"tool": "f"}}
+        with talking("anthropic", whole("tool_use", THINKS, used)) as (provider, server):
+            turn = [provider.chat("q", TOOLS, "m").message,
+                    {"role": "tool", "tool_call_id": given, "content": "42"}]
+            provider.chat([USER, *turn, *turn], TOOLS, "m")
+        turns = server.bodies[-1]["messages"]
+        ids = [turns[at]["content"][-1].get("id", turns[at]["content"][0].get("tool_use_id"))
+               for at in (1, 2, 3, 4)]
+        assert (ids[0], ids[2]) == (given, f"{given}_1") and ids[1::2] == ids[::2]
+        assert turns[3]["content"][-1] == {**used, "id": ids[2]}
 
 
 def test_what_cannot_be_sent_is_refused_and_numbers_beyond_json_are_a_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -288,13 +289,88 @@ def test_messages_are_merged_where_the_template_of_a_model_is_strict(name: str, 
         connection.sendall(reply(answer) if fine else told)
         return True
     said: list[Any] = [{"role": role, "content": role} for role in
-        ("system", "user", "user", "assistant", "developer", "user")]
+        ("system", "user", "user", "assistant", "developer", "assistant", "user")]
     said[2]["content"] = [{"type": "text", "text": "more"}]
     with talking(name, serve) as (provider, server):
         assert [provider.chat(said, model="m").text for _ in range(2)] == ["x"] * 2
         assert len(server.requests) == 5 - len(roles)
         first = json.dumps(server.bodies[-1][turns][0]["content"])
     assert "system" in first and "developer" in first and ("more" in first) == (roles == ["user"])
+
+
+def test_a_strict_template_that_is_greeted_first_gets_a_turn_of_the_user_in_front() -> None:
+    """Calls of tools and their results stay as they are."""
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    said = [{"role": "assistant", "content": "Hi."}, USER, calls, RESULT, calls, RESULT]
+    refusal = reply({"error": "roles must alternate user/assistant"}, 400)
+    with talking("chat", refusal, reply(message(content="x"))) as (provider, server):
+        provider.chat(said, TOOLS, "m")
+    assert [one["role"] for one in server.bodies[1]["messages"]] == [
+        "user", "assistant", "user", "assistant", "tool", "assistant", "tool"]
+
+
+@pytest.mark.parametrize("kind", ["openai", "responses"])
+@pytest.mark.parametrize("name", ["files.read", "a/b", "x" * 70])
+def test_names_of_tools_that_openai_refuses_are_sent_otherwise(kind: str, name: str) -> None:
+    """In the whole history; the answer has the caller's name. Other servers get it unchanged."""
+    own = {"name": name, "cache_control": {"type": "ephemeral"}}
+    calls = [{"id": "c1", "function": {"name": name, "arguments": {"a": 1}}}]
+    history = [USER, {"role": "assistant", "tool_calls": calls}, RESULT]
+    def answer(body: Any) -> Reply:
+        return Reply(calls=[(body["tools"][0].get("function", body["tools"][0])["name"], {})])
+    choice = {"type": "function", "function": {"name": name}}
+    with faked(kind, answer) as (vendor, provider):
+        found = provider.chat(history, [{"function": own}], "m-1", tool_choice=choice)
+    assert [call.name for call in found.tool_calls] == [name]
+    tool, asked, called = re.findall(r'"name": "([^"]*)"', json.dumps(vendor.bodies[0]))
+    assert tool == asked == called != name and len(tool) <= 64
+    body = sent("chat", history, [{"function": own}], tool_choice=choice)
+    assert body["tools"][0] == {"type": "function", "function": own}
+    assert body["tool_choice"] == choice
+
+
+def test_pictures_of_tools_follow_their_results_in_chat_completions() -> None:
+    """OpenAI refuses them inside of a result; the Responses API takes them there."""
+    picture = {"type": "image_url", "image_url": {"url": "https://h/p.png"}}
+    text, told = ({"type": "text", "text": one} for one in ("shot", "Result of a tool call:"))
+    two = {"role": "assistant", "content": None, "tool_calls": [CALL, {**CALL, "id": "c2"}]}
+    first = {**RESULT, "content": [text, picture]}
+    second = {"role": "tool", "tool_call_id": "c2", "content": [picture]}
+    turns = sent("chat", [USER, two, first, second, USER], TOOLS)["messages"]
+    assert [one["content"] for one in turns[2:]] == [
+        "shot", "The picture follows.", [told, picture, told, picture], "q"]
+    assert [one["role"] for one in turns[2:]] == ["tool", "tool", "user", "user"]
+    assert sent("chat", [USER, two, first, second], TOOLS)["messages"][-1]["role"] == "user"
+    output = sent("responses", [USER, two, first], TOOLS)["input"][3]["output"]
+    assert [part["type"] for part in output] == ["input_text", "input_image"]
+
+
+@pytest.mark.parametrize(("told", "options"), [
+    ("'messages' must contain the word 'json' in some form, to use 'response_format'",
+     {"response_format": {"type": "json_object"}}),
+    ("Invalid schema for function 'f': In context=(), object schema missing properties", {}),
+    ("Invalid schema for function 'f': schema must be a JSON Schema of 'type: \"object\"', got "
+     "'type: \"None\"'", {})])
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+def test_what_openai_insists_on_is_sent_once_it_has_said_so(told: str, options: Any,
+        kind: str) -> None:
+    """Remembered: the next request is right at once."""
+    def serve(server: Server, connection: Any, request: bytes) -> bool:
+        body = server.bodies[-1]
+        (tool,) = body["tools"]
+        schema = tool.get("function", tool)["parameters"]
+        turns = json.dumps(body.get("input") or body["messages"])
+        right = "JSON" in turns if options else schema == {"type": "object", "properties": {}}
+        answer = finished(text_item("x"))["response"] if kind == "responses" else message(
+            content="x")
+        connection.sendall(reply(answer) if right else reply({"error": {"message": told}}, 400))
+        return True
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    with talking(kind, serve) as (provider, server):
+        for prompt in ("q", "q", "as JSON"):
+            assert provider.chat(prompt, tools, "m", **options).text == "x"
+        assert len(server.requests) == 4
+    assert json.dumps(server.bodies[-1]).count("Answer with one JSON object") == 0
 
 
 def test_json_mode_becomes_a_schema_where_a_server_takes_only_schemas() -> None:

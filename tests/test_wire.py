@@ -1335,15 +1335,46 @@ def test_what_stands_for_a_plain_value_is_sent_as_it(name: str) -> None:
     assert "never" in text and ("iVBORw==" in text or "%89PNG" in text)
 
 
+def test_files_keep_their_names_and_may_be_given_by_an_address() -> None:
+    """OpenAI tells the kind of a file by the end of its name."""
+    def content(kind: str, **file: Any) -> Any:
+        said = [{"role": "user", "content": [{"type": "file", "file": file}]}]
+        body = sent(kind, said)
+        return (body.get("messages") or body["input"])[0]["content"][0]
+    for file, name in (({"filename": "a.csv"}, "a.csv"), ({"filename": "a"}, "a.pdf"),
+                       ({}, "file.pdf")):
+        found = content("responses", file_data="data:application/pdf;base64,QQ==", **file)
+        assert (found["type"], found["filename"]) == ("input_file", name)
+    address = "https://h/a.pdf"
+    found = content("responses", file_data=address)
+    assert found == {"type": "input_file", "file_url": address}
+    source = {"type": "url", "url": address}
+    assert content("anthropic", file_data=address) == {"type": "document", "source": source}
+
+
+@pytest.mark.parametrize("between", [USER, {"role": "system", "content": "Be quick."},
+                                     {"role": "assistant", "content": "One moment."}])
+def test_a_result_that_comes_late_belongs_to_its_call(between: Any) -> None:
+    """A person may write while the tool runs."""
+    call = {"id": "c", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    said = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, between,
+            {"role": "tool", "tool_call_id": "c", "content": "42"}]
+    turns = sent("chat", said, TOOLS)["messages"]
+    assert [one["role"] for one in turns] == ["user", "assistant", "tool", between["role"]]
+    assert turns[2]["content"] == "42"
+
+
 PDF, PLAIN, ZIP = (
     {"type": "file", "file": {"filename": "f", "file_data": f"data:{media};base64,QQ=="}}
     for media in ("application/pdf", "text/plain", "application/zip"))
+PHOTO = {"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,QQ=="}}
 SOUND = {"type": "input_audio", "input_audio": {"data": "QQ==", "format": "wav"}}
 CUSTOM = {"type": "custom", "custom": {"name": "x"}}
 
 
 @pytest.mark.parametrize(("name", "part", "able"),
-    [*((name, CUSTOM, False) for name in VENDORS[1:]), ("anthropic", ZIP, False),
+    [*((name, CUSTOM, False) for name in VENDORS[1:]),
+        ("anthropic", ZIP, False), ("anthropic", PHOTO, False),
         *((name, part, True) for name in VENDORS[:4] for part in (PDF, PLAIN)),
         *((name, SOUND, name == "openai") for name in VENDORS), ("ollama", PDF, False)])
 def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, part: Any,
@@ -1361,7 +1392,8 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
 @pytest.mark.parametrize(("role", "part", "error", "told"), [
     ("user", {"type": "image_url", "image_url": {"url": ""}}, BadRequest, "no URL"),
     ("user", {"type": "image_url"}, BadRequest, "no URL"),
-    ("user", {"type": "file", "file": {"file_id": "f"}}, BadRequest, "no URL"),
+    ("user", {"type": "file", "file": {"file_id": "f"}}, UnsupportedRequest, "by its id"),
+    ("user", {"type": "file", "file": {"file_data": "JVBERi0="}}, BadRequest, "no URL"),
     ("system", {"type": "image_url", "image_url": "data:image/png;base64,QQ=="},
         UnsupportedRequest, "only text")])
 @pytest.mark.parametrize("name", ["anthropic", "gemini"])
