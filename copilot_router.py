@@ -1393,20 +1393,29 @@ class SQLiteStore:
         """Does nothing: no file is open."""
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
-        """The count of changed rows, and those found."""
-        try:
-            with self._lock:
-                import sqlite3  # not while a child is forked: it would wait for the import
+        """The count of changed rows, and those found. Other threads need not wait with this one for
+        another process."""
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                with self._lock:
+                    return self._try(statement, values)
+            except ImportError:
+                raise OSError("this Python was built without sqlite3") from None
+            except Exception as error:
+                if "locked" not in str(error) or time.monotonic() >= until:
+                    raise
+            time.sleep(0.005)
 
-                connection = sqlite3.connect(self._file, timeout=self.timeout, isolation_level=None)
-                with contextlib.closing(connection):
-                    connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
-                    columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-                    connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
-                    cursor = connection.execute(statement, values)
-                    return cursor.rowcount, cursor.fetchall()
-        except ImportError:
-            raise OSError("this Python was built without sqlite3") from None
+    def _try(self, statement: str, values: tuple[Any, ...]) -> tuple[int, list[Any]]:
+        import sqlite3  # not while a child is forked: it would wait for the import
+
+        with contextlib.closing(sqlite3.connect(self._file, 0.0, isolation_level=None)) as base:
+            base.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
+            columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
+            base.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
+            cursor = base.execute(statement, values)
+            return cursor.rowcount, cursor.fetchall()
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
@@ -1507,6 +1516,14 @@ class RedisStore:
         left: float = self._operation.until - time.monotonic()
         return max(1e-4, left)
 
+    def _answer(self, ask: Callable[..., Any], *values: Any) -> Any:
+        self._begin()
+        try:
+            return ask(*values)
+        except BaseException:  # an interrupt leaves an answer in a connection: the next one got it
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            raise
+
     def _key(self, name: str) -> str:
         from urllib.parse import quote
 
@@ -1515,8 +1532,7 @@ class RedisStore:
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record or None, and the server's time."""
         asked = self._client.pipeline(transaction=False).hget(self._key(name), "record").time()
-        self._begin()
-        text, (seconds, micros) = asked.execute()
+        text, (seconds, micros) = self._answer(asked.execute)
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
@@ -1524,9 +1540,8 @@ class RedisStore:
         expected = "" if expected_generation is None else expected_generation
         text = json.dumps(record._asdict())
         kept = int(1000 * (86_400 + min(record.span, 3e7)))  # a day longer than open
-        self._begin()
         values = (self._key(name), expected, record.generation, text, kept)
-        return bool(self._client.eval(self._script, 1, *values))
+        return bool(self._answer(self._client.eval, self._script, 1, *values))
 
     def close(self) -> None:
         """Close idle connections; the store stays usable."""
@@ -3943,6 +3958,10 @@ class _HTTPProvider(LLMProvider):
         self._lock = threading.RLock()
         if self._own_session:
             self._session = None  # its sockets are the parent's
+            return
+        for adapter in getattr(self._session, "adapters", {}).values():
+            if hasattr(adapter, "init_poolmanager"):  # of requests: a copy has no connections
+                adapter.__setstate__(adapter.__getstate__())
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.base_url}>"
@@ -3960,8 +3979,7 @@ class _HTTPProvider(LLMProvider):
         own = (self.first_token_timeout, self.stall_timeout)
         silence = tuple(map(_seconds, [kwargs] * 2, _TIME_LIMITS[1:], own))
         deadline = time.monotonic() + _seconds(kwargs, "timeout", math.inf)
-        # a stream that has shown text goes to nobody else
-        shared_until = math.inf if shown else time.monotonic() + kwargs.get("_shared", math.inf)
+        shared_until = time.monotonic() + kwargs.get("_shared", math.inf)
         fixed: list[str] = []  #: fields that were corrected for this request
         while True:
             call = self._corrected(asked) if model in self._learned else asked
@@ -4113,13 +4131,17 @@ class _HTTPProvider(LLMProvider):
     ) -> Generator[str, None, LLMResponse]:
         """Read an answer of status 2xx as it comes. Raises what is wrong with it."""
         collector.request_id = _request_id(answer)
-        collector.check, collector.most = answer.limits.expired, answer.most
+        limits = answer.limits
+        collector.check, collector.most = limits.expired, answer.most
         take, shows = collector.take, collector.shows
         try:
             for events in self._events(answer, collector):
                 for name, data in events:
                     take(name, data)
                     if shows:
+                        if limits.shared_until < math.inf and not isinstance(shows[-1], Thought):
+                            # a stream that has shown text goes to nobody else
+                            limits.shared_until, limits.silence = math.inf, limits.stall
                         yield from shows
                         shows.clear()
                     if collector.ended:
@@ -6211,18 +6233,18 @@ class _Request:
     def end(self, settle: Callable[[], None]) -> None:
         """Settle the ticket, and give back the place and the connection. The first call counts."""
         settle()
-        if self.place is not None:
-            self.place = None
-            self.tier._slots.ring()
-        if self.stream is not None:
+        try:
             stream, self.stream = self.stream, None
-            try:
-                getattr(stream, "close", dict)()
-            except Exception as error:
-                if _is_task_limit(error):
-                    raise
-                told = f"{self.tier.name}: closing its stream raised {_raised_at(error)}"
-                _log.warning("%s", _ascii(told))
+            getattr(stream, "close", dict)()
+        except Exception as error:
+            if _is_task_limit(error):
+                raise
+            told = f"{self.tier.name}: closing its stream raised {_raised_at(error)}"
+            _log.warning("%s", _ascii(told))
+        finally:
+            if self.place is not None:
+                self.place = None
+                self.tier._slots.ring()
 
     def failed(self, error: BaseException, retries: int = 0, waits: bool = False) -> float | None:
         """End a failed request and record it. Returns the pause before the same tier is asked
@@ -6655,7 +6677,7 @@ class _Run:
         hints: list[float] = []
         last = {tier: error for tier, error, _ in self.failures}
         for tier, _ in self.plan:
-            error, record = last.get(tier), tier.breaker._look()
+            error, record = last.get(tier), tier.breaker._record  # a store would take time
             left = tier.breaker._remaining(record)
             if record.state == "closed" and error is not None:
                 left = _hint_of(error) or _SHORT_WAIT

@@ -709,8 +709,12 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
     with closing(sqlite3.connect(tmp_path / "file", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         took = [seconds_of(breaker.admit().failure) for _ in range(2)]
+        others = [breaker_on(SQLiteStore(tmp_path / "file"), clock, name=one) for one in "abcdef"]
+        for thread in in_threads(6, lambda: took.append(seconds_of(others.pop().admit))):
+            thread.join(10)
         holder.execute("COMMIT")
     assert 0.09 < took[0] < ADDED and took[1] < 0.09 and breaker.is_open
+    assert len(took) == 8 and max(took) < ADDED + 0.1  # no thread waits for the patience of another
     clock.advance(5)
     assert breaker.is_open and store.load("x")[0].state == "open"
     assert events == ["down", "open", "back"]
@@ -721,20 +725,19 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_waits_for_a_thread_inside_sqlite(tmp_path, monkeypatch):
     """Else the child would inherit a lock of SQLite that nobody gives back."""
-    store, connect = SQLiteStore(tmp_path / "file", timeout=0.9), sqlite3.connect
-    store.load("x")
-    inside, ended = threading.Event(), threading.Event()
-    def work():
-        error_of(sqlite3.OperationalError, store.swap, "x", None, BreakerRecord())
-        ended.set()
-    with closing(connect(store.path, isolation_level=None)) as holder:
-        holder.execute("BEGIN EXCLUSIVE")
-        monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: inside.set() or connect(*a, **k))
-        (thread,) = in_threads(1, work)
-        assert inside.wait(10)
-        if (child := os.fork()) == 0:
-            os._exit(0)
-        assert ended.wait(0.4) and os.waitpid(child, 0)[1] == 0
+    store, connect = SQLiteStore(tmp_path / "file"), sqlite3.connect
+    inside, leaves = threading.Event(), threading.Event()
+    def slowly(*a, **k):
+        inside.set()
+        leaves.wait(0.3)
+        leaves.set()
+        return connect(*a, **k)
+    monkeypatch.setattr(sqlite3, "connect", slowly)
+    (thread,) = in_threads(1, lambda: store.load("x"))
+    assert inside.wait(10)
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    assert leaves.is_set() and os.waitpid(child, 0)[1] == 0
     thread.join(10)
 
 
@@ -849,6 +852,22 @@ def test_a_hung_server_costs_the_budget_once(redis_server):
     fresh = chain_on(RedisStore(redis_server.url), [])
     assert seconds_of(lambda: fresh.chat("hi")) < ADDED  # it connects, and nobody answers
     redis_server.resume()
+    store.close()
+
+
+@needs_redis
+def test_an_interrupt_leaves_no_answer_to_the_next_question(redis_url, monkeypatch):
+    """It would be taken for the record of another tier."""
+    import redis
+    store = RedisStore(redis_url, "interrupted")
+    store.swap("a", None, RECORD)
+    def interrupted(*_, **__):
+        raise Interrupted
+    for ask in (lambda: store.load("a"), lambda: store.swap("a", 0, RECORD)):
+        with monkeypatch.context() as patch:
+            patch.setattr(redis.connection.Connection, "read_response", interrupted)
+            error_of(Interrupted, ask)
+        assert store.load("b")[0] is None
     store.close()
 
 

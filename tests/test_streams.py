@@ -283,6 +283,23 @@ def test_a_stream_holds_its_place_until_it_ends(clock, end):
         end(held.pop())
 
 
+def test_a_place_is_free_only_when_the_stream_is_closed(clock):
+    """A provider may need some time for that."""
+    class Slow(Custom):
+        def stream(self, messages, *_, **__):
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                error_of(AllProvidersFailed, chain.chat, PROMPT, timeout=0.01, match="busy|time")
+                closed.append(True)
+    closed: list[bool] = []
+    chain = FailoverChain([ProviderTier("a", Slow(str), max_concurrency=1)])
+    with chain.stream(PROMPT) as stream:
+        assert next(stream) == "a"
+    assert closed and next(chain.stream(PROMPT, timeout=1)) == "a"
+
+
 @pytest.mark.parametrize("end", ENDINGS, ids=lambda end: end.__name__)
 def test_ending_early_closes_the_connection(end):
     gone = threading.Event()

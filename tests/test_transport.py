@@ -251,6 +251,29 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
         assert server.connections in (2, 3)  # the parent's one or two, and the child's own
 
 
+INHERITED = """
+import os, sys, requests
+from copilot_router import OpenAIProvider
+session = requests.Session()
+session.mount("own://", object())
+client = OpenAIProvider("k" * 20, sys.argv[1], session=session)
+assert client.chat("before", model="m").text == "good"
+if (child := os.fork()) == 0:
+    text = client.chat("in the child", model="m", timeout=10).text
+    sys.exit(text != "good")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert client.chat("after", model="m").text == "good"
+"""
+
+
+@needs_fork
+def test_a_forked_child_shares_no_connection_of_a_users_session() -> None:
+    """Else it could read an answer that is its parent's."""
+    with Peer(healthy) as server:
+        done(python(INHERITED, server.url))
+        assert server.connections == 2
+
+
 # -- connecting
 def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: Any) -> None:
     with Peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
@@ -463,6 +486,34 @@ def test_the_time_of_a_function_for_a_key_is_not_the_servers(monkeypatch: Any) -
         client = OpenAIProvider(lambda: taken.append(3) or KEY,  # type: ignore[func-returns-value]
                                 server.url, connect_timeout=1, first_token_timeout=2)
         assert ask(client) == "good"
+
+
+@pytest.mark.parametrize("way", ["chat", "stream"])
+def test_a_model_that_thinks_without_an_end_leaves_time_for_the_next_tier(way: str) -> None:
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"\r\n")
+        while not server.stopping.wait(0.05):
+            connection.sendall(event(reasoning_content="hm"))
+        return False
+    with Peer(serve) as server:
+        chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, server.url), ["m"]),
+                               ProviderTier("b", ScriptedProvider(["from b"]))])
+        found = getattr(chain, way)("q", timeout=1)
+        assert (found.text if way == "chat" else "".join(found)) == "from b"
+
+
+def test_a_stream_that_has_shown_text_has_the_time_of_the_later_tiers_too() -> None:
+    """Nobody else is asked then: a pause of more than half of what is left is no stall."""
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(HEAD + b"\r\n")
+        for data in (event(reasoning_content="hm"), event("one "), event("two", "stop")):
+            connection.sendall(data)
+            server.stopping.wait(1)
+        return False
+    with Peer(serve) as server:
+        chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, server.url), ["m"]),
+                               ProviderTier("b", ScriptedProvider(["from b"]))])
+        assert "".join(chain.stream("q", timeout=2.5)) == "one two"
 
 
 # -- the session of a user
