@@ -23,9 +23,10 @@ A deadline covers everything; only a DNS look-up cannot be interrupted: the call
 Threads may share all objects, which work across a fork. No background thread is started. An import
 connects to nothing; ``requests`` is imported with the first HTTP provider.
 
-Everything raised is a RouterError, except a TypeError for an unknown option and what your own
-``accept`` raises. Errors and responses can be pickled. No key, prompt or answer is ever in a log,
-an event, a traceback, or the str, repr or args of anything.
+Everything raised is a RouterError, except a TypeError for an unknown option, what your own
+``accept`` raises, and what passes straight through (``_PASS_THROUGH``, interrupts). Errors and
+responses can be pickled. No key, prompt or answer is ever in a log, an event, a traceback, or the
+str, repr or args of anything.
 """
 
 from __future__ import annotations
@@ -163,8 +164,8 @@ class RateLimited(ProviderError):
     breaker = "park"
 
 class QuotaExceeded(RateLimited):
-    """No money left, or a spend limit or a plan's hours, week or month used up. Never waited out.
-    Its first park is four times as long."""
+    """The account is empty, or a limit of spending, hours, a week or a month is used up. Never
+    waited out. Its first park is four times as long."""
     breaker = "park long"
 
 class AuthenticationError(ProviderError):
@@ -176,7 +177,7 @@ class ModelNotFound(ProviderError):
     breaker = "neutral"
 
 class ContextLengthExceeded(ProviderError):
-    """The prompt does not fit, or can never pass the rate limit."""
+    """The prompt is too long for the model, or larger than its rate limit ever allows."""
     breaker = "neutral"
 
 class UnsupportedRequest(ProviderError):
@@ -234,7 +235,8 @@ class DeadlineExceeded(AllProvidersFailed, TimeoutError):
     """The call's time was over. Also a TimeoutError."""
 
 class EscalationFailed(AllProvidersFailed):
-    """The stronger side failed too. ``.response``: the last answer, without the marker."""
+    """The stronger side failed too, or ``accept`` refused every answer. ``.response``: the last
+    answer, without the marker."""
     response: LLMResponse | None = None
 
 class UnknownModel(RouterError):
@@ -628,7 +630,8 @@ class LLMResponse:
 
 
 class Event(NamedTuple):
-    """A step of a call, for ``on_event``. ``time``: the chain's clock. No ``tier``, ``model``: "".
+    """A step of a call, for ``on_event``. ``time``: the chain's clock. ``tier`` and ``model`` are
+    "" if there is none.
 
     It comes in the thread of the call, or of a stream's reader. ``data`` holds no key and no text
     of a prompt or answer:
@@ -850,9 +853,10 @@ class CircuitBreaker:
     """Stops calling what keeps failing, and finds out with one call when it works again.
 
     Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it
-    refuses for ``recovery_timeout`` seconds (0: not at all). Then one caller gets a trial: success
-    closes, failure opens for the same time or, up to ``max_recovery_timeout`` (None: never longer),
-    for twice as long. After ``trial_timeout`` seconds the next caller takes a trial over.
+    refuses for ``recovery_timeout`` seconds (0: not at all). Then one caller gets a trial. Success
+    closes it. Failure opens it again: for the same time, or each time for twice as long, up to
+    ``max_recovery_timeout`` (None: always the same). After ``trial_timeout`` seconds the next
+    caller takes a trial over.
 
     Use ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or a Ticket's methods. A
     ProviderError's class says failure, neutral or park; another Exception is a failure; what is no
@@ -1454,8 +1458,8 @@ class RedisStore:
 
     ``client_or_url``: a URL or a ``redis.Redis``, whose time limits and retries are not used.
     ``namespace``: a prefix of the keys. ``shared_counts``: whether failures are counted together;
-    else each process needs its own ``failure_threshold`` of them. One machine's trouble to connect,
-    or with its key, opens only its own breaker. ``timeout``: seconds for one operation. A read
+    else each process needs its own ``failure_threshold`` of them. If one machine cannot connect, or
+    has a wrong key, only its own breaker opens. ``timeout``: seconds for one operation. A read
     serves for ``refresh`` seconds. Thread-safe and fork-safe.
     """
 
@@ -6905,8 +6909,8 @@ class FailoverChain(LLMProvider):
 
         A failed ping stands in ``last_error`` and counts as a failure (but for 403, 404, 405 and
         501: some servers list no models, or not for this key). A good one clears ``last_error`` and
-        makes an open breaker's trial due; it closes nothing: a provider may list its models and
-        answer nothing.
+        lets the next call be an open breaker's trial. It does not close the breaker: a provider may
+        list its models and answer nothing.
         """
         _number(timeout, "timeout")
         for tier in self.tiers:
@@ -6966,10 +6970,10 @@ class FailoverChain(LLMProvider):
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
-        A tier for each provider whose key or base URL is set (a local one: address), in the order
-        that ``copilot-router --help`` shows. LMSTUDIO_MODEL and so on name the models; without one
-        a call has to. ``settings``: the chain's arguments. The log says at INFO what was found.
-        Raises ConfigError if nothing was.
+        A tier for each provider whose key or base URL is set (a local one needs its address), in
+        the order that ``copilot-router --help`` shows. LMSTUDIO_MODEL and so on name the models;
+        without one a call has to. ``settings``: the chain's arguments. The log says at INFO what
+        was found. Raises ConfigError if nothing was.
         """
         return cls(_tiers_from_env(os.environ if environ is None else environ), **settings)
 
@@ -7115,7 +7119,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
     def response(self) -> LLMResponse:
         """The whole answer. RouterError before the end of the stream."""
         if self._response is None:
-            raise RouterError("the stream is not exhausted: read it to its end before .response")
+            raise RouterError("the stream is not exhausted: it was not read to its end, or broke")
         return self._response
 
     def __enter__(self) -> ChatStream:
@@ -7233,8 +7237,10 @@ def _why(name: str, error: str, chain: FailoverChain) -> str:
     used = [getattr(provider, "_key_from", None), *filter(os.environ.get, names), *names]
     named, cure = next(filter(None, used), ""), ""
     if kind == "AuthenticationError" and named:
-        none = "no key was sent: name its variable with --api-key-env, or api_key_env in a file"
-        cure = f": check {named}" if getattr(provider, "_key", "") else f": {none}"
+        none = "name its variable with --api-key-env, or api_key_env in a file"
+        none = none if hasattr(provider, "_key_from") else f"set {named}"
+        sent = getattr(provider, "_key", "")
+        cure = f": check {named}" if sent else f": no key was sent: {none}"
     return f"{kind}{where}{text and ': ' + text.rstrip(':')}{cure}"
 
 
@@ -7490,8 +7496,9 @@ def _parser() -> Any:
     chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
     chat.add_argument("-v", "--verbose", action="store_true", help="say what happens")
     command("status", "show the state of every tier, as its store has it", _tiers_command, which)
-    check = command("check", "ping every tier; exits 1 if one fails", _tiers_command, aim)
-    check.add_argument("--timeout", type=float, default=5.0, help="for each (default 5)")
+    says = "ping every tier: address and key, not the model; exits 1 if one fails"
+    check, each = command("check", says, _tiers_command, aim), "for each (default 5)"
+    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help=each)
     reset = command("reset", "close the breaker of a tier", _reset_command, which)
     reset.add_argument("tier", metavar="TIER", help="its name")
     init = command("init", "write a commented configuration", _init_command)

@@ -2,9 +2,10 @@
 
     17 * * * *  python cron_job.py /var/log/shop.log | mail -s "The last hour" you@example.com
 
-The breakers live in a SQLite file, so each run knows what the runs before it found out: after
-three failed runs in a row, a provider is not asked until its breaker's time is over. Exit
-status: 0 if a summary was printed, 75 (EX_TEMPFAIL) if nobody answered.
+The breakers live in a SQLite file, so each run knows what the runs before it found out: a
+provider that has asked for an hour of rest is not asked until then. The `recovery_timeout` (15 s
+here) must be shorter than `wait`, or no wait would be long enough for a provider that is down.
+Exit status: 0 if a summary was printed, 75 (EX_TEMPFAIL) if nobody answered.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ def make_chain(**settings: Any) -> FailoverChain:
             ProviderTier("cloud", OpenAIProvider(), ["gpt-6-luna"]),
         ],
         store=SQLiteStore(STATE),
-        recovery_timeout=2 * 3600,  # of a job that runs every hour
         wait=600,  # sleep at most so long, in all, until a tier is ready again
         **settings,
     )
