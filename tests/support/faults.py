@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from support import dialects as forms
-from support.dialects import Answer
+from support.dialects import (Answer, Anthropic, Chat, Dialect, Gemini, Ollama, Responses, chunk)
 from support.server import Peer, Request, parsed, sse
 
 from copilot_router import (AuthenticationError, BadRequest, ContentFiltered, ContextLengthExceeded,
@@ -32,7 +31,7 @@ PATIENCE = 30.0
 
 def chunked(*pieces: bytes) -> bytes:
     """A whole body in the chunked transfer coding."""
-    return b"".join(map(forms.chunk, pieces)) + b"0\r\n\r\n"
+    return b"".join(map(chunk, pieces)) + b"0\r\n\r\n"
 
 
 def descriptors() -> int:
@@ -40,103 +39,35 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-# -- wire formats
+# -- refusals
 def says(message: str, **fields: Any) -> dict[str, Any]:
     """The body of a refusal in OpenAI's form."""
     return {"error": {"message": message, **fields}}
 
 
-class Dialect:
-    """How a vendor says a healthy answer, in the form of ``support.dialects``, and refuses."""
-    form: ClassVar[forms.Dialect]
-    name: ClassVar[str]
-    path: ClassVar[str]  #: in the path of the requests that faults are for; others get no fault
-    turns = "messages"  #: where the conversation stands in a body
-    keep_alive = b": keep-alive\n\n"  #: what a stream may say without saying anything
-    end = b""  #: the end marker
-    refusals: ClassVar[dict[str, str]]  #: a refusal's kind -> the vendor's name for it
-
-    def client(self, key: str, url: str, **settings: Any) -> Any:
-        """The provider that speaks it."""
-        return self.form.make(url, key, **settings)
-
-    def asked(self, path: str, body: dict[str, Any]) -> tuple[str, str, bool]:
-        """Model, text of the last message, and whether a stream is wanted."""
-        last = body[self.turns][-1]
-        content = last.get("content", last.get("parts"))
-        text = content if isinstance(content, str) else content[-1]["text"]
-        model = body.get("model") or path.rpartition("/")[2].partition(":")[0]
-        return model, text, self.form.streams(path, body)
-
-    def stream(self, texts: list[str]) -> list[bytes]:
-        """What comes before these texts, the texts, and what follows without the end marker."""
-        events = self.form.events(Answer(tuple(texts)))
-        first = next(at for at, event in enumerate(events) if texts[0].encode() in event)
-        last = first + len(texts)
-        parts = [b"".join(part) for part in (events[:first], events[first:last], events[last:])]
-        return [*parts[:2], parts[2].removesuffix(self.end)]
-
-    def document(self, text: str) -> bytes:
-        """The same answer in one JSON document."""
-        return json.dumps(self.form.body(Answer((text,)))).encode()
-
-    def refusal(self, kind: str) -> dict[str, Any]:
-        """The body of a refusal of this kind."""
-        return says(f"this is {kind}", type=self.refusals[kind], code=None)
-
-    def frame(self, item: Any) -> bytes:
-        """One event as it is sent."""
-        return sse(item)
-
-
-#: A refusal's kind -> its status.
+#: A refusal's kind -> its status, and what each format calls it.
 STATUSES = {"rate_limited": 429, "server_error": 500, "overloaded": 503}
+WORDS = {"chat": "requests server_error unavailable_error",
+    "responses": "requests server_error unavailable_error",
+    "anthropic": "rate_limit_error api_error overloaded_error",
+    "gemini": "RESOURCE_EXHAUSTED INTERNAL UNAVAILABLE"}
+BUSY = "server busy, please try again. maximum pending requests exceeded"
 
 
-def _refusals(names: str) -> dict[str, str]:
-    return dict(zip(STATUSES, names.split(), strict=True))
+def refusal(dialect: Dialect, kind: str) -> dict[str, Any]:
+    """The body of a refusal of this kind."""
+    told = f"this is {kind}"
+    if dialect.name == "ollama":
+        return {"error": BUSY if kind == "overloaded" else told}
+    word = dict(zip(STATUSES, WORDS[dialect.name].split(), strict=True))[kind]
+    if dialect.name == "gemini":
+        return says(told, code=STATUSES[kind], status=word)
+    if dialect.name == "anthropic":
+        return {"type": "error", **says(told, type=word)}
+    return says(told, type=word, code=None)
 
 
-class Chat(Dialect):
-    form, name, path = forms.Chat(), "chat", "/chat/completions"
-    end = b"data: [DONE]\n\n"
-    refusals = _refusals("requests server_error unavailable_error")
-
-
-class Responses(Dialect):
-    form, name, path, turns = forms.Responses(), "responses", "/responses", "input"
-    refusals = Chat.refusals
-
-
-class Anthropic(Dialect):
-    form, name, path = forms.Anthropic(), "anthropic", "/messages"
-    keep_alive, end = sse({"type": "ping"}), sse({"type": "message_stop"})
-    refusals = _refusals("rate_limit_error api_error overloaded_error")
-
-    def refusal(self, kind: str) -> dict[str, Any]:
-        return {"type": "error", **says(f"this is {kind}", type=self.refusals[kind])}
-
-
-class Gemini(Dialect):
-    form, name, path, turns = forms.Gemini(), "gemini", "enerateContent", "contents"
-    refusals = _refusals("RESOURCE_EXHAUSTED INTERNAL UNAVAILABLE")
-
-    def refusal(self, kind: str) -> dict[str, Any]:
-        return says(f"this is {kind}", code=STATUSES[kind], status=self.refusals[kind])
-
-
-class Ollama(Dialect):
-    form, name, path = forms.Ollama(), "ollama", "/api/chat"
-    keep_alive = b"\n"
-    busy = "server busy, please try again. maximum pending requests exceeded"
-
-    def refusal(self, kind: str) -> dict[str, Any]:
-        return {"error": self.busy if kind == "overloaded" else f"this is {kind}"}
-
-    def frame(self, item: Any) -> bytes:
-        return json.dumps(item).encode() + b"\n"
-
-
+#: The formats that faults come in.
 DIALECTS: tuple[type[Dialect], ...] = (Chat, Responses, Anthropic, Gemini, Ollama)
 
 
@@ -163,31 +94,47 @@ class Exchange:
         self.server, self.connection, self.dialect = server, connection, server.dialect
         self.asked = request.body
         self.key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        dialect = self.dialect
-        self.model, self.prompt, self.stream = dialect.asked(request.path, request.body)
+        last = request.body[self.dialect.turns][-1]
+        content = last.get("content", last.get("parts"))
+        self.prompt = content if isinstance(content, str) else content[-1]["text"]
+        in_path = request.path.rpartition("/")[2].partition(":")[0]
+        self.model = request.body.get("model") or in_path
+        self.stream = self.dialect.streams(request.path, request.body)
         self.number = 0  #: which request for this fault this is, from 1
         self.keep = False
-        self.keep_alive = dialect.keep_alive if self.stream else b"\n"
+        self.keep_alive = self.dialect.keep_alive if self.stream else b"\n"
         self.until = time.monotonic() + PATIENCE
         text = answer_to(self.prompt)
         self.texts = [text[at : at + 9] for at in range(0, len(text), 9)]
-        self.whole = dialect.document(text)
-        self.stream_kind = dialect.form.stream_kind
+        self.whole = self.document(text)
+        self.stream_kind = self.dialect.stream_kind
         if self.stream:
             self.kind = self.stream_kind
-            self.opening = dialect.form.idle  #: no text yet
+            self.opening = self.dialect.idle  #: no text yet
             self.part = self.told(self.texts[:4])  #: some text, and no end
-            self.complete = b"".join(dialect.stream(self.texts))  #: all but the end marker
-            self.body = self.complete + dialect.end
+            self.complete = b"".join(self.events(self.texts))  #: all but the end marker
+            self.body = self.complete + self.dialect.marker
         else:
             self.kind = "application/json"
             self.opening = b"{"
             self.complete = self.body = self.whole
             self.part = self.whole[: len(self.whole) * 2 // 3]
 
+    def events(self, texts: list[str]) -> list[bytes]:
+        """What comes before these texts, the texts, and what follows without the end marker."""
+        found = self.dialect.events(Answer(tuple(texts)))
+        first = next(at for at, event in enumerate(found) if texts[0].encode() in event)
+        last = first + len(texts)
+        rest = b"".join(found[last:]).removesuffix(self.dialect.marker)
+        return [b"".join(found[:first]), b"".join(found[first:last]), rest]
+
+    def document(self, text: str) -> bytes:
+        """The same answer in one JSON document."""
+        return json.dumps(self.dialect.body(Answer((text,)))).encode()
+
     def told(self, texts: list[str]) -> bytes:
         """The beginning of a stream, as far as these texts."""
-        return b"".join(self.dialect.stream(texts)[:2])
+        return b"".join(self.events(texts)[:2])
 
     def counted(self, last: int) -> bytes:
         """A beginning of so many tokens."""
@@ -195,12 +142,13 @@ class Exchange:
 
     def more(self, text: str) -> bytes:
         """One more event with text, after ``part``."""
-        return self.dialect.stream([text])[1] if self.stream else b" " * len(text)
+        return self.events([text])[1] if self.stream else b" " * len(text)
 
     def error(self, kind: str) -> bytes:
         """An error where an answer should be: an event, or a document."""
-        body = self.dialect.refusal(kind)
-        return self.dialect.frame(body) if self.stream else json.dumps(body).encode()
+        body = refusal(self.dialect, kind)
+        framed = self.stream and self.dialect.name != "ollama"
+        return sse(body) if framed else json.dumps(body).encode() + b"\n"
 
     def send(self, data: bytes) -> Exchange:
         self.connection.sendall(data)
@@ -218,7 +166,7 @@ class Exchange:
     def chunks(self, *pieces: bytes) -> Exchange:
         """The head and the beginning of a chunked body."""
         self.head("Transfer-Encoding: chunked")
-        return self.send(b"".join(map(forms.chunk, pieces)))
+        return self.send(b"".join(map(chunk, pieces)))
 
     def reply(self, status: str, body: bytes, *headers: str,
             kind: str = "application/json") -> Exchange:
@@ -243,7 +191,7 @@ class Exchange:
 
     def refuse(self, kind: str, *headers: str) -> Exchange:
         """A refusal in the dialect's own words."""
-        return self.say(STATUSES[kind], self.dialect.refusal(kind), *headers)
+        return self.say(STATUSES[kind], refusal(self.dialect, kind), *headers)
 
     def pause(self, seconds: float) -> Exchange:
         self.server.stopping.wait(seconds)
@@ -381,7 +329,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 def a_second_answer(x: Exchange) -> None:
     """A good answer, and in the same breath another one that nobody asked for."""
-    other = x.dialect.document("the answer to something else")
+    other = x.document("the answer to something else")
     head = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
     x.send(b"".join(head.format(x.kind, len(body)).encode() + body for body in (x.body, other)))
     x.keep = True
@@ -435,7 +383,7 @@ def strange_but_complete(x: Exchange) -> None:
 
 def without_reason(x: Exchange, told: bool) -> None:
     """A stream that ends with its end marker alone; ``told``: the reason stands there as null."""
-    body = x.told(x.texts) + x.dialect.end
+    body = x.told(x.texts) + x.dialect.marker
     x.ok(body if told else body.replace(b', "finish_reason": null', b"") if x.stream else x.body)
 
 
