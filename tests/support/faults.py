@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from support.dialects import (Answer, Anthropic, Chat, Dialect, Gemini, Ollama, Responses, chunk)
 from support.server import Peer, Request, parsed, sse
 
-from copilot_router import (AuthenticationError, BadRequest, ContentFiltered, ContextLengthExceeded,
-    EmptyResponse, InvalidResponse, ModelNotFound, Overloaded, ProviderTimeout, ProviderUnavailable,
-    QuotaExceeded, RateLimited, ServerError, UnsupportedRequest)
+from copilot_router import (AuthenticationError, BadRequest, ContentFiltered, EmptyResponse,
+    InvalidResponse, Overloaded, ProviderTimeout, ProviderUnavailable, QuotaExceeded, RateLimited,
+    ServerError)
 
 #: Seconds that a fault may hang, drip or gush at the most: longer than any client here waits.
 PATIENCE = 30.0
@@ -556,63 +556,9 @@ row("page_403_of_a_firewall", AuthenticationError, RAW, "1 closed", lambda x: x.
 
 
 # -- Chat Completions only
-#: Refusals as they are found in the wild: class -> name -> status and body.
-REFUSALS: dict[type, dict[str, tuple[int, Any]]] = {BadRequest: {
-        "bad_request": (400, says("Invalid 'messages'", type="invalid_request_error", code=None)),
-        "error_is_text": (400, {"error": "n_predict is wrong"}),
-        "error_is_a_list": (400, [says("wrong", code=400, status="INVALID_ARGUMENT")]),
-        "detail_list": (422, {"detail": [{"loc": ["body", "x"], "msg": "field required"}]}),
-        "top_level_error": (400, {"object": "error", "message": "bad", "code": 40001}),
-        "message_to_search_for_ever": (400, says("n_keep " * 30_000)), "message_is_an_object": (400,
-            {"error": {"message": {"a": ["b"]}, "code": {"c": 1}, "type": [], "param": 4}})},
-    ServerError: {
-        "error_is_a_number": (500, {"error": 7}), "error_is_null": (500, {"error": None}),
-        "server_error": (500, says("The server had an error", type="server_error", code=None)),
-        "code_superscript": (500, says("x", code="\xb2", status_code="\xb2")),
-        "nothing_said": (500, {}), "error_200": (200, says("upstream broke", code=502)),
-        "error_200_choice": (200,
-            {"choices": [{"error": {"code": 503, "message": "gone"}, "finish_reason": "error"}]})},
-    AuthenticationError: {
-        "invalid_key": (401, says("Incorrect API key: sk-te***7890.", code="invalid_api_key")),
-        "country": (403, says("no", code="unsupported_country_region_territory"))}, ModelNotFound: {
-        "no_model": (404, says("The model `no_model` does not exist.", code="model_not_found")),
-        "no_model_vllm": (404, {"object": "error", "message": "The model `x` does not exist.",
-            "type": "NotFoundError"}),
-        "no_model_loaded": (404, says("No models loaded. Please load a model.", code=None))},
-    ProviderUnavailable: {"wrong_path": (200,
-        {"error": "Unexpected endpoint or method. (POST /chat/completions)"})},
-    ContextLengthExceeded: {
-        "context_length": (400, says("too long", code="context_length_exceeded")),
-        "context_length_vllm": (400, {"message": "maximum context length is 5 tokens."}),
-        "context_length_500": (500, says("exceeds the context size", type="server_error")),
-        "context_length_200": (200, {"error": "Trying to keep 9 when context the overflows."}),
-        "too_large_for_the_limit": (429, says("Request too large for gpt on tokens per min: Limit "
-            "3, Requested 9", code="rate_limit_exceeded"))}, QuotaExceeded: {
-        "no_quota": (429, says("You exceeded your current quota", type="insufficient_quota")),
-        "spend_limit": (429, says("x", type="tokens", code="project_spend_limit_exceeded")),
-        "no_balance": (402, says("Insufficient Balance"))}, ContentFiltered: {
-        "policy": (400, says("no", code="content_policy_violation")),
-        "policy_azure": (400, says("filtered", code="content_filter", innererror={"code": "x"})),
-        "moderation": (403, says("flagged", code=403, metadata={"reasons": ["violence"]}))},
-    UnsupportedRequest: {"no_tools": (400, says("this model does not support tools"))},
-    InvalidResponse: {
-        "failed_tool_call": (400, says("Failed to call a function.", code="tool_use_failed")),
-        "error_200_text": (200, {"error": "something broke"}), "error_200_reason": (200,
-            {"choices": [{"message": {"content": "hal"}, "finish_reason": "error"}]})},
-    Overloaded: {"loading": (503, says("Loading model", type="unavailable_error", code=503)),
-        "overloaded_503": (503, says("The engine is currently overloaded", type="server_error")),
-        "capacity": (498, says("x", code="capacity_exceeded"))}}
-_SEEN = {ServerError: TWO, Overloaded: TWO, AuthenticationError: "1 open long",
-         QuotaExceeded: "1 open long", ProviderUnavailable: ONE, InvalidResponse: ONE}
-for _class, _bodies in REFUSALS.items():
-    for _name, (_number, _body) in _bodies.items():
-        row(_name, _class, WRONG if _name == "error_200_reason" else RAW,
-            _SEEN.get(_class, NEUTRAL), lambda x, status=_number, body=_body: x.say(status, body),
-            only=Chat)
-row("hint_in_the_body", RateLimited, RAW, "1 open 20", lambda x: x.say(
-    429, says("Please try again in 20s.", code="rate_limit_exceeded")), only=Chat)
-row("error_200_list", RateLimited, RAW, "1 open 15", lambda x: x.say(
-    200, [says("slower, please", code=429)]), only=Chat)
+#: One refusal of the request itself. Bodies as vendors write them stand in test_failures.
+row("bad_request", BadRequest, RAW, NEUTRAL, lambda x: x.say(400, says(
+    "Invalid 'messages'", type="invalid_request_error", code=None)), only=Chat)
 
 
 def _choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
