@@ -152,16 +152,6 @@ def test_an_open_breaker_does_not_call_and_says_why(new):
     assert not called
 
 
-@pytest.mark.parametrize("timeout", [15.0, 0.25, 1e9])
-def test_the_trial_is_due_exactly_at_the_deadline(timeout):
-    clock = FakeClock(0.0)
-    breaker = tripped(CircuitBreaker(3, timeout, clock=clock))
-    clock.now = math.nextafter(timeout, 0)
-    refused(breaker)
-    clock.now = timeout
-    breaker.admit().success()
-    assert breaker.is_closed
-
 
 def test_refusals_are_new_objects_of_constant_size():
     breaker, seen = tripped(CircuitBreaker()), set()

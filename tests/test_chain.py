@@ -935,12 +935,6 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
 
-def test_a_custom_error_may_have_a_number_of_attempts(clock):
-    for attempts in (3, ["x"], ("x",)):
-        error = type("Odd", (ServerError,), {"attempts": attempts})("no")
-        chain = chain_of(clock, tier("a", error, retries=0), tier("b", "fine"))
-        assert chain.chat("q").text == "fine"
-
 
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
@@ -1149,7 +1143,8 @@ def odd(**fields):
 
 
 @pytest.mark.parametrize("error", [odd(), odd(usage={"prompt_tokens": 4}), odd(then="retry"),
-    odd(breaker=None), *(odd(retry_after=value) for value in ("5", -4, math.nan, 1e9)),
+    odd(breaker=None), *(odd(attempts=value) for value in (3, ["x"], ("x",))),
+    *(odd(retry_after=value) for value in ("5", -4, math.nan, 1e9)),
     odd(__str__=lambda self: self.why), type("X", (AllProvidersFailed,), {"errors": None})()])
 def test_an_odd_error_of_a_custom_provider_fails_over(clock, error):
     chain = chain_of(clock, tier("a", error, retries=1), tier("b", "fine"), failure_threshold=1)

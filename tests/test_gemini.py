@@ -37,12 +37,6 @@ def test_failures_of_the_model_are_invalid_responses_with_their_code(theirs: str
         assert (len(server.requests), chain.tiers[0].breaker.snapshot().failures) == (1, 1)
 
 
-@pytest.mark.parametrize("finish", [None, "", "FINISH_REASON_UNSPECIFIED"])
-def test_a_stream_without_a_finish_reason_is_cut(finish: Any) -> None:
-    wire = stream(candidate(TEXT, finish=None), candidate(TEXT, finish=finish))
-    assert isinstance(read("gemini", wire), InvalidResponse)
-
-
 def test_blocked_prompts_and_answers_are_filtered_unless_there_is_text() -> None:
     for body in (
             {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 3}},
@@ -105,9 +99,11 @@ def test_an_array_instead_of_a_stream_is_read() -> None:
 
 @pytest.mark.parametrize("body", [{"candidates": "x"}, {"candidates": ["x"]},
     {"candidates": [{"content": {"parts": "x"}}]}, candidate({"functionCall": "x"}),
-    candidate({"text": 5}), candidate("x"), candidate(finish=5)])
-def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
-    for wire in (reply(body), stream(body)):
+    candidate({"text": 5}), candidate("x"), candidate(finish=5),
+    *([candidate(TEXT, finish=None), candidate(TEXT, finish=none)]
+        for none in (None, "", "FINISH_REASON_UNSPECIFIED"))])
+def test_answers_of_the_wrong_shape_or_without_an_end_are_invalid(body: Any) -> None:
+    for wire in (reply(body), stream(*body) if isinstance(body, list) else stream(body)):
         assert isinstance(read("gemini", wire), InvalidResponse)
 
 

@@ -175,6 +175,13 @@ STORIES: dict[str, tuple[bool, str]] = {
     "a trial that another holds is not handed back": (False, """
         a:hold b:F b:F b:F 15 a:trial 120 b:trial a:k 1 b:half_open c:refused
         a:u 1 b:half_open d:refused b:S 1 e:closed"""),
+    "local trouble on top of a shared outage changes nothing": (False, """
+        a:hold b:F b:F b:F 1 a:open a:k 14 b:trial a:refused"""),
+    "trouble of this machine outlasts a shorter outage of all": (False, """
+        a:K b:P=5 1 a:left=14 4 b:S b:P=60 1 a:left=59"""),
+    "a store that is back ends no outage that was found alone": (True, """
+        a:closed b:closed down a:F a:F a:F 16 a:S b:F b:F b:F back 3 a:closed b:open
+        1 a:open b:left=11"""),
     "separate counts are neither published nor lost": (False, """
         b:closed a:F a:F a:F 15 a:S a:F a:F down 2 b:F b:F b:S b:F back 60
         a:closed b:closed a:failures=2 b:failures=0""")}
@@ -554,53 +561,12 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
     assert one.is_closed and other.is_closed and shared.loads == 4
 
 
-def test_a_store_that_is_back_ends_no_outage_that_was_found_alone(clock, shared):
-    """Not by the record of another process that has opened and recovered alone, too."""
-    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
-    shared.error = DOWN
-    one.admit().failure()
-    clock.advance(16)
-    one.admit().success()
-    other.admit().failure()
-    shared.error = None
-    clock.advance(5)
-    assert one.is_closed and other.is_open
-    clock.advance(1)
-    assert one.is_open and other.retry_after == 9
-
 
 def test_a_guarded_call_knows_what_others_have_found_out(clock, shared):
     one, other = breaker_on(shared, clock), breaker_on(shared, clock)
     other.open(9)
     error_of(CircuitOpen, one.call, lambda: "called")
 
-
-def test_local_trouble_on_top_of_a_shared_outage_changes_nothing(clock, shared):
-    shared.shares_local_errors = False
-    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
-    late = one.admit()
-    other.admit().failure()
-    clock.advance(1)
-    assert one.is_open
-    with suppress(ProviderUnavailable), late:
-        raise ProviderUnavailable("no")
-    clock.advance(14)
-    assert other.admit().is_trial and error_of(CircuitOpen, one.admit)
-
-
-def test_trouble_of_this_machine_outlasts_a_shorter_outage_of_all(clock, shared):
-    shared.shares_local_errors = False
-    one, other = (breaker_on(shared, clock, failure_threshold=1) for _ in range(2))
-    with suppress(ProviderUnavailable), one.admit():
-        raise ProviderUnavailable("no")
-    other.admit().park(5)
-    clock.advance(1)
-    assert one.retry_after == 14
-    clock.advance(4)
-    other.admit().success()
-    other.admit().park(60)
-    clock.advance(1)
-    assert one.retry_after == 59
 
 
 @needs_fork
