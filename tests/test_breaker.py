@@ -87,7 +87,7 @@ def test_defaults_are_those_of_the_manual():
     ("name", [5, None]), ("clock", [None, 5.0]), ("on_change", ["print"])])
 def test_a_setting_out_of_range_is_refused_by_its_name(name, values):
     for value in values:
-        caught = error_of(ConfigError, CircuitBreaker, **{name: value}, match=name)
+        caught = error_of(ConfigError, CircuitBreaker, **{name: value}, match=f"^{name}=")
         assert isinstance(caught, ValueError)
 
 
@@ -118,6 +118,8 @@ STORIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hold hold hold F 3 open s f open left=12 stale=2", {"threshold": 1}),
     "a success of an older era does not close": (
         "hold hold hold F F 15 trial s half_open stale=1 S closed", {"threshold": 2}),
+    "an era never comes back": (
+        "hold hold hold F 15 trial s half_open f half_open stale=2 S closed", {"threshold": 1}),
     "a failure of an older era does not count": (
         "hold hold hold F F 15 trial f half_open S closed failures=0", {"threshold": 2}),
     "a reset outruns the trial": ("F F F 15 trial reset F closed failures=0", {}),

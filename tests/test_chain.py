@@ -627,20 +627,23 @@ async def unawaited(_: Any) -> bool:
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
     ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
 def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
-    error_of(ConfigError, FailoverChain, [tier("apple", "x")], match=message, **settings)
+    told = error_of(ConfigError, FailoverChain, [tier("apple", "x")], match=message, **settings)
+    assert str(told).startswith(next(iter(settings)))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"role": "primry"}, "Did you mean 'primary'"), ({"models": "gpt"}, "models='gpt': give a"),
     ({"role": None}, "role=None"),
     ({"models": ["x", ""]}, "every model is a non-empty str"), ({"retries": 1.5}, "retries=1.5"),
-    ({"timeout": -1}, "timeout=-1"), ({"max_concurrency": 0}, "max_concurrency=0"),
+    ({"timeout": -1}, "timeout=-1"), ({"retries": -1}, "retries=-1"),
+    *(({"max_concurrency": value}, "max_concurrency=") for value in (0, 1.5, True)),
     ({"prices": (1,)}, "prices"), ({"prices": (1, 2, 3, 4, 5)}, "prices"),
     ({"prices": {"m": (1, -2)}}, "-2"), ({"prices": {"m": "12"}}, r"prices\['m'\]"),
     ({"params": [1]}, "params is a list"), ({"breaker": "on"}, "breaker is a str"),
     *(({"params": {own: 1}}, own) for own in ("messages", "tools", "model", "timeout"))])
 def test_bad_settings_of_a_tier_are_refused_at_once(settings, message):
-    error_of(ConfigError, tier, "a", "x", match=message, **settings)
+    told = error_of(ConfigError, tier, "a", "x", match=message, **settings)
+    assert str(told).startswith(f"tier 'a': {next(iter(settings))}")
 
 
 @pytest.mark.parametrize(("build", "message"), [(lambda: FailoverChain([]), "tiers is empty"),
@@ -1268,7 +1271,8 @@ def test_each_step_of_explain():
         Attempt("b", "m", "escalated", "gave up", latency=0.5, usage=Usage(1, 1)),
         Attempt("c", "m", "failed", "ServerError: no", latency=0.25),
         Attempt("d", "m", "ok", latency=1.0, usage=Usage(1, 1)))
-    assert LLMResponse("x", attempts=steps, cost=0.0).explain().endswith(" $0.00")
+    for cost, shown in ((0.0, "$0.00"), (1.0, "$1.00"), (12.346, "$12.35"), (0.00003, "$0.00003")):
+        assert LLMResponse("x", attempts=steps, cost=cost).explain().endswith(f" {shown}")
     told = LLMResponse("x", attempts=steps, cost=0.5).explain().split(" -> ")
     shown = ["a skipped off", "b gave up 500 ms", "c no 250 ms", "d ok $0.5"]
     for step, words in zip(told, shown, strict=True):

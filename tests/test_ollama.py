@@ -100,8 +100,8 @@ def test_reasoning_effort_is_the_field_think(effort: str, think: Any) -> None:
     ("host:99", "http://host:99"), ("https://h", "https://h"), ("http://h:99/", "http://h:99"),
     (":56789", "http://127.0.0.1:56789"), ("[::1]", "http://[::1]:11434"),
     ("[::]:99", "http://[::1]:99"), ("h/path", "http://h:11434/path"), ('"h:99"', "http://h:99"),
-    ("  h  ", "http://h:11434"), ("::1", "http://[::1]:11434"), ("::", "http://[::1]:11434"),
-    ("https://ollama.com", "https://ollama.com")])
+    ("'h:99'", "http://h:99"), ("  h  ", "http://h:11434"), ("::1", "http://[::1]:11434"),
+    ("::", "http://[::1]:11434"), ("https://ollama.com", "https://ollama.com")])
 def test_ollama_host_is_read_in_all_its_forms(host: str, url: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the server's own variable: no port with a scheme is the scheme's, else 11434."""
