@@ -350,8 +350,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
     ProviderTimeout: [(408, says("x", type="api_error")), (500, says("litellm.Timeout: no"))],
     InvalidResponse: [(200, '{"choices": [{}]} {"choices": [{}]}'),
         (400, says("Failed to call a function.", code="tool_use_failed")),
-        (200, {"error": "something broke"})], ServerError: [
-        (500, {"error": 7}), (500, {"error": None}), (200, says("upstream broke", code=502)),
+        (200, {"error": "something broke"}), (300, says("x", code="insufficient_quota")),
+        (300, {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})],
+    ServerError: [(500, {"error": 7}), (500, {"error": None}), (200, says("no", code=502)),
         (500, says("x", code="\xb2", status_code="\xb2")),
         (200, {"choices": [{"error": {"code": 503, "message": "x"}, "finish_reason": "error"}]}),
         (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
@@ -513,6 +514,9 @@ def test_words_of_the_request_are_taken_out_before_the_message_is_read() -> None
         assert type(refused(status, says(f"cannot read '{prompt}'"), messages=prompt)) is kind
     rows = "\n".join(f"row,{at}" for at in range(1000))
     assert str(refused(400, says("no: row,7"), messages=rows)) == "no: ***"
+    for letters, shown in (("ghijklmnopqrstuv", "***"), ("ghijklmnopqrstu", "ghijklmnopqrstu")):
+        told = refused(400, says(f"no: {letters}!"), messages="abcdefghijklmnopqrstuvwxyz")
+        assert str(told) == f"no: {shown}!"  # sixteen characters in a row are an echo
 
 
 @pytest.mark.parametrize("told", [
@@ -619,7 +623,8 @@ def test_a_limit_whose_explanation_never_comes_is_still_a_limit() -> None:
     "x-ms-request-id", "x-generation-id", "mistral-correlation-id", "x-ds-trace-id",
     "x-kong-request-id", "inference-id", "x-amzn-requestid", "x-debug-trace-id"])
 def test_the_id_of_a_request_under_each_vendors_header(header: str) -> None:
-    assert refused(500, {}, {header: "r-1"}).request_id == "r-1"
+    error = refused(500, says("no", code="own_code", type="t"), {header: "r-1"})
+    assert (error.request_id, error.code) == ("r-1", "own_code")
     with responses.RequestsMock() as mock:
         answer = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
         mock.post(f"{BASE}/v1/chat/completions", json=answer, headers={header: "r-2"})
@@ -719,11 +724,11 @@ def test_no_secret_of_a_session_of_the_users_own_is_shown() -> None:
 
 def test_a_server_that_calls_its_model_by_a_key_names_it_nowhere() -> None:
     for name, shown in ((SECRET, "m"), ("a\nb", "m"), ("C:\\My Models\\x.gguf", None)):
-        body = {"model": name, "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+        body = {"model": name, "choices": [{"message": {"content": "x"}, "finish_reason": name}]}
         with responses.RequestsMock() as mock:
             mock.post(re.compile(".*"), json=body)
             answer = OpenAIProvider(SECRET, BASE).chat("hi", model="m")
-        assert answer.model == (shown or name)
+        assert (answer.model, answer.finish_reason) == (shown or name, "unknown")
 
 
 @pytest.mark.quiet
@@ -734,7 +739,7 @@ def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixtu
     with Peer(lambda _, connection, request: connection.sendall(odd)) as server:  # and hangs up
         with pytest.raises(ProviderError):
             OpenAIProvider(SECRET, f"{server.url}?key={SECRET}").chat("hi", model="m")
-        assert SECRET not in caplog.text
+        assert SECRET not in caplog.text and "POST /v1/chat/completions" in caplog.text
         requests.get(f"{server.url}?mine=1", timeout=5)
     assert "?mine=1" in caplog.text  # a request of the user's own is logged as ever
 

@@ -621,7 +621,7 @@ for _name, _event in WRONG_EVENTS.items():
 row("event_named_error", ServerError, RAW, TWO,
     _between(b'event: error\ndata: {"message": "gone", "code": 500}\n\n'), only=Chat, after=True)
 row("event_old_error", ServerError, RAW, TWO, _between(
-    b'error: {"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
+    b'error:{"code": 500, "message": "slot gone", "type": "server_error"}\n\n'),
     only=Chat, after=True)
 row("echoes_the_request", BadRequest, RAW, NEUTRAL, echoes, only=Chat)
 broken("echoes_the_request_in_headers", RAW, lambda x: x.reply(
