@@ -237,7 +237,9 @@ def test_each_option_has_its_field() -> None:
     ({"type": "function", "function": {"name": "f"}}, {"type": "tool", "name": "f"})])
 def test_tool_choice_and_parallel_calls(choice: Any, theirs: Any) -> None:
     assert sent("anthropic", tools=TOOLS, tool_choice=choice).get("tool_choice") == theirs
-    off = sent("anthropic", tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    on, off = (sent("anthropic", tools=TOOLS, tool_choice=choice, parallel_tool_calls=yes)
+               for yes in (True, False))
+    assert on.get("tool_choice") == theirs
     more = {} if choice == "none" else {"disable_parallel_tool_use": True}
     assert off["tool_choice"] == {"type": "auto", **(theirs or {}), **more}
 
@@ -255,12 +257,13 @@ def test_schemas_get_the_type_that_anthropic_wants(schema: Any) -> None:
 
 def test_cache_control_of_tools_and_messages_stays_on_its_block() -> None:
     mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
-    history = [{"role": "system", "content": [{"type": "text", "text": "s", **mark}]},
+    system = [{"type": "text", "text": "s", **mark}, {"type": "text", "text": "t"}]
+    history = [{"role": "system", "content": system},
                {"role": "user", "content": [{"type": "text", "text": "a", **mark},
                                             {"type": "text", "text": "b"}]},
                {"role": "user", "content": "whole", **mark}]
     body = sent("anthropic", history, [{**TOOLS[0], **mark}])
-    assert body["system"] == [{"type": "text", "text": "s", **mark}]
+    assert body["system"] == system
     assert body["messages"][0]["content"] == [*history[1]["content"],
                                               {"type": "text", "text": "whole", **mark}]
     assert body["tools"][0]["cache_control"] == mark["cache_control"]

@@ -160,6 +160,9 @@ def test_each_option_has_its_field() -> None:
         "stopSequences": ["s"], "responseMimeType": "application/json", "responseJsonSchema": CITY}
     json_mode = sent("gemini", response_format={"type": "json_object"})["generationConfig"]
     assert json_mode == {"responseMimeType": "application/json"}
+    systems = [{"role": role, "content": role} for role in ("system", "developer")]
+    told = sent("gemini", [*systems, USER])["systemInstruction"]
+    assert told == {"parts": [{"text": "system\n\ndeveloper"}]}
 
 
 @pytest.mark.parametrize(("effort", "level"),

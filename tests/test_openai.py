@@ -146,7 +146,8 @@ def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
     [("Hel", "Hel"), ("Hello", "lo"), ("Hello", "")], [("Hel", ""), ("Hello", "lo"), ("", "")]])
 def test_a_message_counts_beside_an_empty_delta_only(events: list[tuple[str, str]]) -> None:
     """Perplexity sends both. Whatever comes in which of them, the answer is never doubled."""
-    choices: list[Any] = [{"message": {"content": a}, "delta": {"content": b}} for a, b in events]
+    choices: list[Any] = [{"message": {"content": a}, "delta": {"role": "assistant", "content": b}}
+                          for a, b in events]
     assert read("chat", stream(*({"choices": [one]} for one in choices), STOP)).text == "Hello"
     whole = {"choices": [choices[0] | {"finish_reason": "stop"}]}
     assert read("chat", reply(whole)).text == events[0][0]
@@ -537,8 +538,13 @@ FINAL = finished(text_item("Hello, world"))
     [PART, WHOLE_TEXT, ITEM, FINAL], [PART, {**PART, "delta": "world"}, finished(output=None)]])
 def test_responses_text_may_come_in_any_of_its_events(events: Any) -> None:
     """As deltas, their rest, when it is done, or in the final object: never twice."""
-    response = read("responses", stream(*events))
+    thought = {"type": "reasoning", "id": "r", "summary": [{"text": "hm"}]}
+    begun = event("output_item.done", output_index=7, item=thought)
+    ended = {**events[-1], "response": {**events[-1]["response"]}}
+    ended["response"]["output"] = [*(ended["response"]["output"] or ()), thought]
+    response = read("responses", stream(begun, *events[:-1], ended))
     assert (response.text, response.finish_reason) == ("Hello, world", "stop")
+    assert response.reasoning == "hm"
 
 
 def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
@@ -576,7 +582,7 @@ def test_responses_arguments_may_come_in_any_of_their_events(events: Any) -> Non
     assert (call.id, call.name, call.arguments) == ("c1", "f", {"a": 1})
 
 
-ONE, TWO, THREE = ("c1", {"a": 1}), ("c2", {"a": 2}), ("c3", {"a": 1})
+ONE, TWO, THREE, FIVE = ("c1", {"a": 1}), ("c2", {"a": 2}), ("c3", {"a": 1}), ("c5", {"a": 1})
 LIKE = call_item('{"a": 1}', "c3")
 
 
@@ -585,7 +591,8 @@ LIKE = call_item('{"a": 1}', "c3")
     ([FIRST, SECOND], [call_item('{"a": 2}', "c4"), LIKE], [ONE, TWO]),
     ([ADDED, DONE], [call_item("{}")], [ONE]), ([FIRST], [call_item('{"a": 2}', "c2")], [ONE, TWO]),
     ([FIRST], [FIRST["item"], LIKE], [ONE, THREE]), ([FIRST], [LIKE | {"name": "g"}], [ONE, THREE]),
-    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE], [ONE, THREE])])
+    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE], [ONE, THREE]),
+    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE | {"call_id": "c5"}, LIKE], [ONE, FIVE, THREE])])
 def test_calls_keep_streamed_ids_and_arguments(streamed: Any, output: Any, calls: Any) -> None:
     """vLLM and LM Studio change them in the end. A call that is really another one is added."""
     wire = stream(*streamed, finished(*output, {"type": "reasoning", "id": "r"}))
@@ -643,11 +650,11 @@ def test_responses_body_in_full() -> None:
         "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "json_object"}}}]
     seen = {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}
-    said = {"role": "assistant", "content": "a"}
+    said = {"role": "assistant", "content": [{"type": "text", "text": part} for part in "ab"]}
     asked, result = {"role": "user", "content": ""}, {**RESULT, "content": [seen]}
     turns = [asked, {**said, "tool_calls": [CALL]}, result]
     first, second, _, last = sent("responses", turns)["input"]
-    assert (first, second) == (asked, {"type": "message", **said})
+    assert (first, second) == (asked, {"type": "message", "role": "assistant", "content": "a\nb"})
     assert last["output"] == [{"type": "input_image", "image_url": "u", "detail": "low"}]
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {

@@ -143,6 +143,13 @@ def test_several_tool_calls_come_with_text_and_reasoning(dialect: Dialect, strea
         "Let me look.", "Two tools.", "tool_calls")
 
 
+def test_an_answer_without_thoughts_has_nothing_to_carry(dialect: Dialect, streaming: bool) -> None:
+    """Only Gemini seals its calls, too."""
+    answer = Answer(calls=CALLS[:1], finish="tool_calls")
+    message = said(dialect, answer, tools=TOOLS, stream_upstream=streaming).message
+    assert ("copilot_router" in message) == (dialect.name == "gemini")
+
+
 def test_usage_is_counted_in_one_arithmetic(dialect: Dialect, streaming: bool) -> None:
     """The prompt includes the cached and written tokens, the completion the reasoning."""
     written = 100 * dialect.counts_written
@@ -169,15 +176,20 @@ def test_failures_have_their_class(dialect: Dialect, name: str) -> None:
         assert error.provider == vendor
 
 
-LENGTHS = "length max_tokens MAX_TOKENS model_length max_output_tokens"
-FILTERED = """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY
-    IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR"""
-BROKEN = "error abort cancelled timeout network_error deadline_exceeded failed interrupted"
+STOPS = """stop tool_calls tool_call tool_use function_call end_turn stop_sequence eos eos_token
+    completed complete end"""
+LENGTHS = """length max_tokens MAX_TOKENS model_length max_output_tokens max_length CONTINUATION
+    pause_turn model_context_window_exceeded"""
+FILTERED = """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY ESCALATION
+    IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR PUP_LIMITED_DISABLED"""
+BROKEN = """error abort aborted cancelled timeout network_error deadline_exceeded failed interrupted
+    incomplete server_error upstream_error disconnected internal_error internal_server_error
+    insufficient_system_resource user_cancel error_limit error_toxic"""
 #: What a vendor's word for the end of an answer becomes; None: the answer failed.
 FINISH: list[tuple[int, str | None, str]] = [
-    (0, "stop", "stop tool_calls"), (0, "length", LENGTHS + " model_context_window_exceeded"),
+    (0, "stop", STOPS), (0, "length", LENGTHS), (0, "OTHER", "OTHER"),
     (0, "content_filter", FILTERED + " content_filter content_filter:RECITATION content_filtered"
-        " guardrail_intervened"), (0, "OTHER", "OTHER"), (0, None, BROKEN + " MALFORMED_RESPONSE"
+        " sensitive refusal guardrail_intervened"), (0, None, BROKEN + " MALFORMED_RESPONSE"
         " canceled connection_error function_call_filter:MALFORMED_FUNCTION_CALL NO_IMAGE"
         " UNEXPECTED_TOOL_CALL TOO_MANY_TOOL_CALLS IMAGE_OTHER MISSING_THOUGHT_SIGNATURE"),
     (3, "stop", "end_turn stop_sequence"), (3, "content_filter", "refusal"), (3, None, BROKEN),
@@ -916,10 +928,11 @@ def test_cache_control_goes_to_anthropic_and_compatible_servers_only(dialect: Di
     mark = {"cache_control": {"type": "ephemeral"}}
     marked = [{"type": "text", "text": "long", **mark}, {"type": "text", "text": "And?"}]
     bodies = [json.dumps(sent(dialect.name, messages, tools)) for messages, tools in (
+        ([{"role": "user", "content": "whole", **mark}], None),
         ([{"role": "system", "content": marked[:1]}, USER], None),
         ([{"role": "user", "content": marked}], None), ("q", [{**TOOLS[0], **mark}]))]
     carried = dialect.name in ("chat", "lmstudio", "anthropic")
-    assert ["cache_control" in body for body in bodies] == [carried] * 3
+    assert ["cache_control" in body for body in bodies] == [carried] * 4
     assert all(text in "".join(bodies) for text in ("long", "And?"))
 
 
@@ -1059,14 +1072,17 @@ def test_each_hint_is_dropped_under_all_its_names(status: int, said_by_server: A
         ("Unsupported value: 'temperature'", 401, HINTS),
         ("temperature and top_p are not supported", 400, HINTS),
         ("max_tokens is not allowed to be that large", 400, {"max_tokens": 10**9}),
+        ("content: Input should be a valid string", 400, {"messages": [
+            {"role": "user", "content": ""}, {**with_call()[1], "content": "x"}]}),
         *((text, status, {}) for status in (429, 500, 403) for text in ("near 'length of 9'",
             "see v1/responses for it", "reasoning_content was not passed back"))])
 def test_other_errors_are_not_answered_by_a_second_request(text: str, status: int,
         options: Any) -> None:
     """And nothing is learned from them."""
+    asked = {"messages": "q", "tools": TOOLS, "timeout": 5, **options}
     with talking("chat", reply({"error": {"message": text}}, status)) as (provider, server):
         chain = chain_of(provider)
-        error_of((AllProvidersFailed, ProviderError), chain.chat, "q", TOOLS, timeout=5, **options)
+        error_of((AllProvidersFailed, ProviderError), chain.chat, **asked)
         assert len(server.requests) == 1 and not any(chain.health()[0].learned.values())
 
 
@@ -1331,7 +1347,8 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
         if able:
             assert provider.chat(messages, tools, "m-1").text == "ok"
         else:
-            error_of(UnsupportedRequest, provider.chat, messages, tools, "m-1")
+            told = "Responses API" if name == "responses" else name
+            error_of(UnsupportedRequest, provider.chat, messages, tools, "m-1", match=f"(?i){told}")
         assert (len(vendor.requests), vendor.refusals) == (able, [])
 
 
