@@ -44,6 +44,9 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     module, clock = load(), FakeClock()
     sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
+    provider = module.ScriptedProvider([["x", "y"], "fine"])
+    chain = module.FailoverChain([module.ProviderTier("a", provider, max_concurrency=1)])
+    held = chain.stream("hi")  # has the only place
     shared = [module.CircuitBreaker(name=str(at), clock=clock, store=store)
               for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
     for breaker in (alone, *shared):
@@ -54,6 +57,7 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     assert all(breaker.is_half_open for breaker in (alone, *shared))
     load.fork("after_in_child")
     assert alone.admit().is_trial  # the other one is the parent's
+    assert chain.chat("hi", timeout=1).text == "fine" and list(held) == ["x", "y"]
     assert untouched.is_closed
     for breaker in shared:
         error_of(module.CircuitOpen, breaker.admit)

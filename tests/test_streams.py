@@ -207,7 +207,7 @@ def test_a_stream_is_a_generator(clock):
     assert next(stream, "over") == "over"
 
 
-def test_a_stream_object_may_give_none_and_fail_to_close():
+def test_a_stream_object_may_give_none_and_fail_to_close(caplog):
     """As those of client libraries: None comes for an event without text."""
     kind = type("Stream", (), {"__next__": lambda self: self.next(), "close": lambda self: 1 / 0})
     end = StopIteration(LLMResponse("a"))
@@ -219,6 +219,7 @@ def test_a_stream_object_may_give_none_and_fail_to_close():
         first = ProviderTier("a", one, retries=0)
         came = FailoverChain([first, tier("b", "from b")]).stream("hi")
         assert read(came)[1].partial == "part" if found is StreamInterrupted else [*came] == [found]
+    assert "a: closing its stream raised ZeroDivisionError in " in caplog.text
     stream.next, stream.close = iter(["x"]).__next__, mock.Mock()
     FailoverChain([first]).stream("hi").close()
     assert stream.close.called
