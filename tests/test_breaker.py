@@ -695,24 +695,6 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
         assert ended[-1] == 0, point
 
 
-@needs_fork
-@pytest.mark.parametrize("kind", ["alone", "memory"])
-def test_a_child_may_have_a_trial_of_its_own(kind, clock):
-    settings = {"store": MemoryStore(clock), "name": "x"} if kind == "memory" else {}
-    breaker = CircuitBreaker(clock=clock, **settings)
-    trial, child = on_trial(breaker, clock), os.fork()
-    if child == 0:
-        opened = breaker.snapshot().opened
-        clock.advance(breaker.trial_timeout if kind == "memory" else 0)
-        mine = breaker.admit()
-        trial.failure()
-        fine = mine.is_trial and breaker.is_half_open and breaker.snapshot().opened == opened
-        mine.success()
-        os._exit(0 if fine and breaker.is_closed else 1)
-    assert os.waitpid(child, 0)[1] == 0 and breaker.is_half_open
-    trial.success()
-    assert breaker.is_closed
-
 
 GEVENT = """
 import gevent.monkey; gevent.monkey.patch_all()

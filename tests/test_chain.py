@@ -72,23 +72,15 @@ def test_any_object_with_chat_is_a_provider():
         chain.ping()
 
 
-def test_tiers_are_asked_by_role_then_as_listed(clock):
-    down = ProviderUnavailable
-    emergency, secondary = tier("e", "x", role="emergency"), tier("s", down, role="secondary")
-    chain = chain_of(clock, emergency, secondary, tier("p1", down), tier("p2", down))
-    assert [one.name for one in chain.tiers] == ["p1", "p2", "s", "e"]
-    found = outcomes(chain.chat("hi").attempts)
-    assert found == ["p1:failed", "p2:failed", "s:failed", "e:ok"]
-
-
 @pytest.mark.parametrize(("model", "asked"), [
-    (None, "a=a1 any=None b=b-9 e=smart"), ("smart", "b=b-9 a=a1 any=smart e=smart"),
-    ("b-9", "b=b-9 a=a1 any=b-9 e=smart"), ("a2", "a=a2 any=a2 b=b-9 e=smart"),
-    ("new", "a=a1 any=new b=b-9 e=smart")])
-def test_a_named_model_moves_its_tiers_forward(clock, model, asked):
-    models = {"a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}, "e": ["smart"]}
+    (None, "a=a1 any=None b=b-9 s=s1 e=smart"), ("smart", "b=b-9 a=a1 any=smart s=s1 e=smart"),
+    ("b-9", "b=b-9 a=a1 any=b-9 s=s1 e=smart"), ("a2", "a=a2 any=a2 b=b-9 s=s1 e=smart"),
+    ("s1", "s=s1 a=a1 any=s1 b=b-9 e=smart"), ("new", "a=a1 any=new b=b-9 s=s1 e=smart")])
+def test_tiers_are_asked_by_role_and_a_named_model_moves_its_tiers_forward(clock, model, asked):
+    """Of one role as they are listed."""
+    models = {"e": ["smart"], "s": ["s1"], "a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}}
     chain = chain_of(clock, *(tier(name, ProviderUnavailable, models=models[name], role=role)
-        for name, role in zip(models, ["primary"] * 3 + ["emergency"], strict=True)))
+        for name, role in zip(models, ["emergency", "secondary", *["primary"] * 3], strict=True)))
     attempts = error_of(AllProvidersFailed, chain.chat, "hi", model=model).attempts
     assert " ".join(f"{one.tier}={one.model or None}" for one in attempts) == asked
     sent = [f"{one.tier}={calls(chain, one.tier)[0]['model']}" for one in attempts]
@@ -565,6 +557,9 @@ def test_system_is_put_in_front_and_nothing_given_is_modified(clock):
     list(chain.stream(messages, system="be brief"))
     system = {"role": "system", "content": "be brief"}
     assert [call["messages"] for call in calls(chain, "b")] == [[system, *messages]] * 2
+    inner = chain_of(clock, tier("i", "x"))  # a chain takes one from its tier
+    chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
+    assert calls(inner, "i")[0]["messages"][0] == system
 
 
 def test_a_custom_provider_sees_plain_messages():
@@ -1175,12 +1170,6 @@ def test_the_limit_of_a_call_wins_over_that_of_its_tier_under_either_name(clock)
         chain.chat("hi", **given)
         found = {**calls(chain, "a")[-1]["kwargs"], "timeout": 0}
         assert found == {**sent, "seed": 1, "timeout": 0}
-
-
-def test_a_nested_chain_takes_a_system_message_of_its_tier(clock):
-    inner = chain_of(clock, tier("i", "x"))
-    chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
-    assert calls(inner, "i")[0]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
 # -- events, the log, explain()

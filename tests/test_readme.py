@@ -24,9 +24,7 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-# ==== the code of the pages ====
-
-
+# -- the code of the pages
 @pytest.mark.parametrize("page", PAGES, ids=stem)
 def test_python_blocks_run_and_print_what_their_comments_say(page: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,9 +134,7 @@ def test_readme_is_short_and_links_every_page() -> None:
     assert float(size) == pytest.approx(found, rel=0.1)
 
 
-# ==== tables that repeat the module ====
-
-
+# -- tables that repeat the module
 @pytest.mark.parametrize(("title", "functions"), [
     ("FailoverChain", [FailoverChain]), ("One call", [FailoverChain.chat]),
     ("ProviderTier", [ProviderTier]),
