@@ -58,14 +58,6 @@ def tripped(breaker: CircuitBreaker) -> CircuitBreaker:
     return breaker
 
 
-def on_trial(breaker: CircuitBreaker, clock: FakeClock) -> Ticket:
-    """The ticket of a trial, once the open time is over."""
-    tripped(breaker)
-    clock.advance(breaker.retry_after or 0)
-    ticket = breaker.admit()
-    assert ticket.is_trial
-    return ticket
-
 
 def refused(breaker: CircuitBreaker) -> CircuitOpen:
     return error_of(CircuitOpen, breaker.admit)
@@ -484,14 +476,6 @@ def test_a_slow_listener_holds_nobody_up():
     assert all(new == old for (_, new), (old, _) in itertools.pairwise(changes))
     assert len(changes) == 21
 
-
-def test_a_change_is_logged_with_its_level(caplog):
-    caplog.set_level("DEBUG", "copilot_router")
-    clock = FakeClock()
-    breaker = CircuitBreaker(name="db", clock=clock)
-    on_trial(breaker, clock).success()
-    assert all("db" in record.getMessage() for record in caplog.records)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "INFO"]
 
 
 # -- open times: backoff, parks, jitter, by hand

@@ -1227,6 +1227,7 @@ def test_levels_of_the_log(clock, caplog):
     assert levels("a", "attempt") == {logging.DEBUG} and levels("a", "failover") == {logging.INFO}
     assert levels("a: open (ServerError)") == {logging.WARNING}
     assert levels("a", "closed (recovered)") == {logging.INFO}
+    assert levels("a: half_open") == {logging.DEBUG}
     assert logging.WARNING in levels("call failed")
     assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
 
@@ -1325,7 +1326,8 @@ def test_a_script_may_hold_all_kinds_of_items():
     items = ["text", LLMResponse("made"), ["a", "b"], ServerError("x"), ServerError, answer, 5]
     provider = ScriptedProvider(items)
     assert provider.chat("q", model="m").model == "m" and list(provider.stream("q")) == ["made"]
-    assert provider.chat("q").text == "ab"
+    plain = provider.chat("q")
+    assert (plain.text, plain.model) == ("ab", "")
     for _ in range(2):
         error_of(ServerError, provider.chat, "q")
     assert provider.chat("q", model="m", seed=1).text == "called"

@@ -51,7 +51,7 @@ def test_blocked_prompts_and_answers_are_filtered_unless_there_is_text() -> None
     assert type(read("gemini", reply({"candidates": [{"finishReason": "STOP"}]}))) is EmptyResponse
 
 
-def test_parts_that_are_thoughts_are_no_text_and_are_counted_apart() -> None:
+def test_thoughts_are_counted_apart_and_nulls_take_no_count_back() -> None:
     usage = {"promptTokenCount": 10, "candidatesTokenCount": 5, "thoughtsTokenCount": 7,
              "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 2}
     body = candidate({"text": "plan", "thought": True}, {"text": "Hi"}, usageMetadata=usage)
@@ -59,9 +59,6 @@ def test_parts_that_are_thoughts_are_no_text_and_are_counted_apart() -> None:
         response = read("gemini", wire)
         assert response.usage == Usage(12, 12, 4, 0, 7)
         assert (response.text, response.reasoning) == ("Hi", "plan")
-
-
-def test_later_usage_of_nulls_keeps_what_was_counted() -> None:
     counted = candidate(TEXT, finish=None, usageMetadata={"promptTokenCount": 3,
                                                           "candidatesTokenCount": 4})
     nulls = {"promptTokenCount": None, "candidatesTokenCount": None}
@@ -90,11 +87,6 @@ def test_odd_parts_are_passed_over_and_function_calls_need_no_arguments() -> Non
     cut = read("gemini", reply(candidate(parts[0], finish="MAX_TOKENS")), tools=TOOLS)
     assert cut.finish_reason == "length"
 
-
-def test_an_array_instead_of_a_stream_is_read() -> None:
-    """So does the server answer without ?alt=sse."""
-    array = [candidate({"text": "o"}, finish=None), candidate({"text": "k"})]
-    assert read("gemini", reply(array)).text == "ok"
 
 
 @pytest.mark.parametrize("body", [{"candidates": "x"}, {"candidates": ["x"]},

@@ -88,12 +88,14 @@ def test_a_forked_child_opens_a_session_of_its_own(load: Any) -> None:
     """A user's session stays."""
     module = load()
     with Server(reply(message(content="fine"))) as server, requests.Session() as session:
+        session.headers["X-Mine"] = "yes"
         providers = [module.OpenAIProvider(KEY, server.url, session=one) for one in (None, session)]
         for side, connections in (("after_in_parent", 2), ("after_in_child", 3)):
             load.fork(side)
             for provider in providers * 2:
                 assert provider.chat("q", model="m", timeout=5).text == "fine"
             assert server.connections == connections
+        assert ["x-mine" in one.headers for one in server.requests] == [False, True] * 4
         for provider in providers:
             provider.close()
 

@@ -136,6 +136,8 @@ def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
     parts = [{"type": "text", "text": "a"}, 3, {"text": "b"}, "c"]
     response = read("chat", reply(message(content=parts)))
     assert (response.text, response.raw) == ("abc", message(content=parts))
+    numbered = {**delta(content="x"), "code": 500, "status": "error"}  # which fails nothing
+    assert read("chat", stream(numbered, STOP)).text == "x"
     old = {"choices": [{"text": "old", "finish_reason": "stop"}]}
     assert read("chat", reply(old)).text == "old"
     made = read("chat", reply(message(content={"city": "Oslo"})))
@@ -217,9 +219,11 @@ def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
 
 # -- requests of Chat Completions
 def test_a_body_in_full() -> None:
+    """A server's own kind of tool is sent as it is."""
     options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3}}
-    assert sent("chat", tools=TOOLS, **options) == {
-        "model": "m", "messages": [USER], "tools": TOOLS, "temperature": 0, "tool_choice": "auto",
+    tools = [{"type": "web_search", "filters": {"allowed": ["x"]}}, *TOOLS]
+    assert sent("chat", tools=tools, **options) == {
+        "model": "m", "messages": [USER], "tools": tools, "temperature": 0, "tool_choice": "auto",
         "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
     bare = sent("chat", settings={"stream_upstream": False}, tool_choice="auto", seed=1,
                 parallel_tool_calls=True)
@@ -475,11 +479,6 @@ def test_what_a_server_refuses_of_a_conversation_is_corrected(
     assert left is None or (f'"{left}"' in first and f'"{left}"' not in second)
     assert has is None or (has not in first and has in second)
     assert second == third
-
-
-def test_a_servers_own_kind_of_tool_is_sent_as_it_is() -> None:
-    tools = [{"type": "web_search", "filters": {"allowed": ["x"]}}, *TOOLS]
-    assert sent("chat", tools=tools)["tools"] == tools
 
 
 def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> None:

@@ -76,7 +76,8 @@ CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/
 @pytest.mark.parametrize(("kind", "given", "full"), [*((OpenAIProvider, *row) for row in (
         ("http://h", "http://h/v1"), ("http://h/", "http://h/v1"), ("http://h:1/v1/", "http://h:1/v1"),
         ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
-        ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
+        ("http://h/v1X/chat/completions/", "http://h/v1X"),
+        ("http://h/v1X", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
         (f"{AZURE}?api-version=1", AZURE), ("http://me:pass@h/v1", "http://h/v1"),
         ("http://[::1]", "http://[::1]/v1"), ("https://h/v1/responses", "https://h/v1"))),
     *((AnthropicProvider, *row) for row in (
@@ -271,7 +272,7 @@ def test_what_is_sent(mocked: Any) -> None:
         "Content-Length": str(len(request.body))}
 
 
-def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
+def test_azure_has_its_own_header_and_limit_and_access_tokens_are_no_keys() -> None:
     """They go where OAuth wants them; a function usually returns them, since they expire."""
     for kind, base, token in ((OpenAIProvider, AZURE, "eyJh.eyJz.c2ln"),
             (GeminiProvider, "https://aiplatform.googleapis.com/v1/publishers/google", "ya29.c")):
@@ -280,7 +281,6 @@ def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
         assert "api-key" not in sent and "x-goog-api-key" not in sent
 
 
-def test_azure_has_its_own_header_and_limit() -> None:
     request = request_of(OpenAIProvider(KEY, AZURE + "?api-version=1"), max_tokens=5)
     assert request.url == AZURE + "/chat/completions?api-version=1"
     assert request.headers["api-key"] == KEY
@@ -334,6 +334,8 @@ def test_a_cloud_needs_a_model_and_seconds_that_are_some(kind: Any) -> None:
 def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(settings))}"):
         kind(KEY, "https://h", **settings)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}.*'stal_timeout'.*'stall_timeout'"):
+        kind(KEY, stal_timeout=1)
 
 
 # -- sessions

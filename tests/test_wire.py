@@ -27,7 +27,7 @@ from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest,
-    ConfigError, EmptyResponse, FailoverChain, InvalidResponse, LLMResponse,
+    ConfigError, ContentFiltered, EmptyResponse, FailoverChain, InvalidResponse, LLMResponse,
     OpenAIProvider, ProviderError, ProviderTier, ProviderTimeout, ServerError,
     UnsupportedRequest, Usage)
 
@@ -125,10 +125,13 @@ def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -
 
 
 @pytest.mark.parametrize("answer", [Answer(text=()), Answer(text=(" \n", " ")),
-    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length")])
+    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length"),
+    Answer(text=(), finish="content_filter")])
 def test_an_answer_without_text_and_calls_is_empty(dialect: Dialect, streaming: bool,
         answer: Answer) -> None:
-    raised = error_of(EmptyResponse, said, dialect, answer, stream_upstream=streaming)
+    filtered = answer.finish == "content_filter" and dialect.name != "ollama"
+    raised = error_of(ProviderError, said, dialect, answer, stream_upstream=streaming)
+    assert type(raised) is (ContentFiltered if filtered else EmptyResponse)
     assert raised.usage == Usage(9, 4)
 
 
@@ -429,8 +432,12 @@ def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("end", [[], [STOP]], ids=["cut", "whole"])
 def test_a_list_of_the_events_of_a_stream_needs_a_finish_reason(end: list[Any]) -> None:
-    found = read("chat", reply([delta(content="Hello "), delta(content="wor"), *end]))
-    assert isinstance(found, LLMResponse if end else InvalidResponse)
+    gemini = [{"candidates": [{"content": {"parts": [{"text": "x"}]},
+                               **({"finishReason": "STOP"} if end else {})}]}] * 2
+    for kind, events in (("chat", [delta(content="Hello "), delta(content="wor"), *end]),
+                         ("gemini", gemini)):  # whose server answers so without ?alt=sse
+        found = read(kind, reply(events))
+        assert isinstance(found, LLMResponse if end else InvalidResponse)
 
 
 def test_an_object_between_events_is_read_as_one() -> None:
@@ -544,6 +551,8 @@ ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
     ("responses", {"type": "response.reasoning_summary_text.delta", "delta": "x"}),
     ("responses", {"type": "response.reasoning_text.delta", "delta": "x"}),
     ("responses", {"type": "response.code_interpreter_call_code.delta", "delta": "x"}),
+    ("responses", {"type": "response.function_call_arguments.delta", "output_index": 0,
+        "delta": "{"}),
     ("anthropic", {"type": "content_block_start", "index": 0,
         "content_block": {"type": "thinking", "thinking": ""}}),
     ("anthropic", {"type": "content_block_start", "index": 0,
@@ -659,7 +668,8 @@ def test_a_call_with_arguments_and_without_a_name_is_no_answer(pieces: list[Any]
 @pytest.mark.parametrize(("pieces", "arguments"), [([""], {}), ([" "], {}), (["[1]"], None),
     (['{"a', ""], None), (['{"a": 1}'], {"a": 1}), (["{}", '{"a":', "1}"], {"a": 1}),
     (['{"a":1}', '{"a":1}'], {"a": 1}), (['{"a":1}', '{"b":2}'], None), (['{"a":1}', "x"], None),
-    ([json.dumps('{"a":1}')], {"a": 1}), ([json.dumps("text")], None), (['{"a": NaN}'], None),
+    (['{"a":1}{"a"', ":1}"], {"a": 1}), ([json.dumps('{"a":1}')], {"a": 1}),
+    ([json.dumps("text")], None), (['{"a": NaN}'], None),
     (['{"a": -Infinity}'], None), (["5"], None), (["true"], None)])
 def test_arguments_are_read_where_they_are_unambiguous(pieces: Any, arguments: Any) -> None:
     """Sent twice, encoded twice, behind an empty object; otherwise None, and the text is kept."""
@@ -728,8 +738,10 @@ def test_arguments_whose_end_was_not_seen_are_none_whatever_ended_the_answer(tex
     wires += [("anthropic", [begin, block, *[grows] * grown, {"type": end,
                                                               "delta": {"stop_reason": why}}])
               for why in ("max_tokens", "tool_use", "refusal") for grown in (0, 1)]
-    wires += [("responses", [cut]), ("responses", [
-        {"type": "response.output_item.added", "output_index": 0, "item": item}, completed()])]
+    added, done = ({"type": f"response.output_item.{step}", "output_index": 0, "item": item}
+                   for step in ("added", "done"))
+    wires += [("responses", events) for events in ([cut], [added, completed()],
+                                                   [added, done, completed()])]
     for kind, events in wires:
         found = read(kind, stream(*events))
         assert [call.arguments for call in found.tool_calls] == [None], events
