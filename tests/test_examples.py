@@ -46,17 +46,13 @@ def test_flask_view_answers_or_says_why_not(machine: Machine, local: Any, cloud:
     assert client.get("/health").status_code == (503 if status == 503 else 200)
 
 
-def test_django_answers_in_both_kinds_of_view(machine: Machine) -> None:
+def test_django_answers_in_both_kinds_of_view_and_checks_the_settings(machine: Machine) -> None:
     pytest.importorskip("django")
     machine.local.script.extend([says("ok"), BUSY] * 2)
     machine.cloud.script.extend([BUSY] * 2)
     done = run("-W", "error", "-c", DJANGO)
     expected = [[200, None, {"answer": "ok", "by": "local"}], [503, "30", NOBODY]] * 2
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected, done.stderr
-
-
-def test_djangos_check_finds_a_mistake_in_the_settings(machine: Machine) -> None:
-    pytest.importorskip("django")
     check = (str(EXAMPLES / "django_view.py"), "check")
     assert "no issues" in run(*check).stdout
     assert re.search(r"llm\.E001.*OPENAI_API_KEY", run(*check, OPENAI_API_KEY="").stderr)

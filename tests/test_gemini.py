@@ -155,22 +155,15 @@ def test_each_option_has_its_field() -> None:
     systems = [{"role": role, "content": role} for role in ("system", "developer")]
     told = sent("gemini", [*systems, USER])["systemInstruction"]
     assert told == {"parts": [{"text": "system\n\ndeveloper"}]}
-
-
-@pytest.mark.parametrize(("effort", "level"),
-    [("none", "LOW"), ("minimal", "MINIMAL"), ("high", "HIGH"), ("max", "XHIGH")])
-def test_reasoning_effort_is_a_thinking_level(effort: str, level: str) -> None:
-    config = sent("gemini", reasoning_effort=effort)["generationConfig"]["thinkingConfig"]
-    assert config == {"thinkingLevel": level, "includeThoughts": True}
-
-
-@pytest.mark.parametrize(("choice", "config"), [("auto", {"mode": "AUTO"}),
-    ("none", {"mode": "NONE"}), ("required", {"mode": "ANY"}),
-    ({"type": "function", "function": {"name": "f"}},
-        {"mode": "ANY", "allowedFunctionNames": ["f"]})])
-def test_tool_choice_is_a_mode(choice: Any, config: Any) -> None:
-    body = sent("gemini", tools=TOOLS, tool_choice=choice)
-    assert body["toolConfig"] == {"functionCallingConfig": config}
+    for effort, level in (("none", "LOW"), ("minimal", "MINIMAL"), ("high", "HIGH"),
+                          ("max", "XHIGH")):
+        thinking = sent("gemini", reasoning_effort=effort)["generationConfig"]["thinkingConfig"]
+        assert thinking == {"thinkingLevel": level, "includeThoughts": True}
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice, mode in (("auto", {"mode": "AUTO"}), ("none", {"mode": "NONE"}),
+            ("required", {"mode": "ANY"}), (named, {"mode": "ANY", "allowedFunctionNames": ["f"]})):
+        body = sent("gemini", tools=TOOLS, tool_choice=choice)
+        assert body["toolConfig"] == {"functionCallingConfig": mode}
 
 
 def test_a_history_that_ends_with_the_assistant_gets_a_user_turn() -> None:

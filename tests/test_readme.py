@@ -145,10 +145,7 @@ def test_settings_and_their_defaults_are_those_of_the_signatures(title: str,
         functions: list[Any]) -> None:
     table = {name: default for name, default, _ in rows(section("docs/settings.md", title))}
     assert table == pages.parameters(*functions)
-
-
-def test_options_of_a_call_are_known_to_a_provider() -> None:
-    provider = OpenAIProvider("k", "http://127.0.0.1:9")
+    provider = OpenAIProvider("k", "http://127.0.0.1:9")  # which knows all options of a call
     for option, *_ in rows(section("docs/settings.md", "Options of a call")):
         ProviderTier("a", provider, params={option: None})
 

@@ -552,13 +552,6 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
 
 
 
-def test_a_guarded_call_knows_what_others_have_found_out(clock, shared):
-    one, other = breaker_on(shared, clock), breaker_on(shared, clock)
-    other.open(9)
-    error_of(CircuitOpen, one.call, lambda: "called")
-
-
-
 # -- SQLite
 def open_files(path: Path) -> list[str]:
     found = []

@@ -158,15 +158,6 @@ def test_a_trial_is_over_at_its_first_delta(clock):
     assert chain.tiers[0].breaker.is_open
 
 
-def test_a_failure_of_an_older_generation_changes_nothing(clock):
-    chain = watched(clock, "x", InvalidResponse("y"))
-    old = chain.stream(PROMPT)
-    chain.tiers[0].breaker.open(5)
-    clock.advance(5)
-    for stream, counted in ((chain.stream(PROMPT), 1), (old, 1)):
-        read(stream)
-        assert failures(chain) == counted
-
 
 def test_a_streams_success_resets_the_count_of_failures(clock):
     """At its end, and when it is closed after a delta; not when none was taken."""

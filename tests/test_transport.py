@@ -292,7 +292,7 @@ def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
 
 @pytest.mark.parametrize(("own", "options", "code"), [(0.1, {"timeout": 5}, "first_token_timeout"),
     (0.1, {"timeout": 0.3, "first_token_timeout": 60}, "first_token_timeout"),
-    (5, {"timeout": 0.2}, "attempt_timeout"),
+    (5, {"timeout": 0.2}, "attempt_timeout"), (5, {"timeout": 0}, "attempt_timeout"),
     (5, {"first_token_timeout": 0.1}, "first_token_timeout")])
 def test_silence_is_judged_by_the_providers_own_limit(own: float, options: dict[str, float],
         code: str) -> None:
@@ -300,6 +300,7 @@ def test_silence_is_judged_by_the_providers_own_limit(own: float, options: dict[
         error = fails(client, ProviderTimeout, **options)
         silent_for = "no first token for" if code == "first_token_timeout" else "no whole answer"
         assert (error.code, str(error).startswith(silent_for)) == (code, True)
+        assert len(server.requests) == (options.get("timeout") != 0)  # then nothing is sent
 
 
 def test_the_callers_own_time_is_not_the_servers_silence() -> None:
@@ -317,12 +318,6 @@ def test_the_callers_own_time_is_not_the_servers_silence() -> None:
             pass
         paused.set()
         assert list(stream) == ["two"]
-
-
-def test_without_any_time_nothing_is_sent() -> None:
-    with Peer(healthy) as server, provider(server.url) as client:
-        fails(client, ProviderTimeout, timeout=0)
-        assert not server.requests
 
 
 # -- bodies
