@@ -526,7 +526,7 @@ def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
 
 
 # -- snapshots and copies
-def test_a_snapshot_is_plain_data(new, clock):
+def test_a_snapshot_is_plain_data_and_a_breaker_is_not_copied(new, clock):
     breaker = new()
     for change in (breaker.reset, lambda: tripped(breaker), breaker.open):
         change()
@@ -534,11 +534,8 @@ def test_a_snapshot_is_plain_data(new, clock):
         assert pickle.loads(pickle.dumps(snapshot)) == snapshot
         data = json.loads(json.dumps(snapshot.to_dict(), allow_nan=False))
         assert data == {name: getattr(snapshot, name) for name in snapshot._fields}
-
-
-@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_breaker_is_not_copied(copier):
-    error_of(TypeError, copier, CircuitBreaker())
+    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+        error_of(TypeError, copier, breaker)
 
 
 # -- threads

@@ -86,12 +86,11 @@ def test_tools_cannot_be_forced_and_are_left_out_for_none() -> None:
         error_of(UnsupportedRequest, sent, "ollama", tools=TOOLS, tool_choice=choice)
 
 
-@pytest.mark.parametrize(
-    ("effort", "think"), [("none", False), ("minimal", "low"), ("high", "high"), ("xhigh", "max")])
-def test_reasoning_effort_is_the_field_think(effort: str, think: Any) -> None:
-    assert sent("ollama", reasoning_effort=effort)["think"] == think
+def test_reasoning_effort_is_the_field_think_and_extra_body_is_merged_into_the_options() -> None:
+    for effort, think in (("none", False), ("minimal", "low"), ("high", "high"), ("xhigh", "max")):
+        assert sent("ollama", reasoning_effort=effort)["think"] == think
     more = sent("ollama", seed=1, extra_body={"options": {"num_ctx": 9}})["options"]
-    assert more == {"seed": 1, "num_ctx": 9}  # extra_body is merged into what is sent
+    assert more == {"seed": 1, "num_ctx": 9}
 
 
 @pytest.mark.parametrize(("host", "url"), [("", "http://localhost:11434"),

@@ -20,12 +20,8 @@ HTTP_PROVIDERS = [OpenAIProvider, cr.LMStudioProvider, cr.OllamaProvider, cr.Ant
     cr.GeminiProvider]
 
 
-def stem(path: Path) -> str:
-    return path.stem
-
-
 # -- the code of the pages
-@pytest.mark.parametrize("page", PAGES, ids=stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_python_blocks_run_and_print_what_their_comments_say(page: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,7 +107,7 @@ def test_commands_of_the_pages_exist_with_their_flags(command: str,
     assert {word for word in arguments if word.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("page", PAGES + PAPERS, ids=stem)
+@pytest.mark.parametrize("page", PAGES + PAPERS, ids=lambda path: path.stem)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for target in re.findall(r"\]\((?!https://)([^)\s]+)\)", pages.without_code(page)):
         name, _, anchor = target.partition("#")
