@@ -58,14 +58,6 @@ def tripped(breaker: CircuitBreaker) -> CircuitBreaker:
     return breaker
 
 
-def on_trial(breaker: CircuitBreaker, clock: FakeClock) -> Ticket:
-    """The ticket of a trial, once the open time is over."""
-    tripped(breaker)
-    clock.advance(breaker.retry_after or 0)
-    ticket = breaker.admit()
-    assert ticket.is_trial
-    return ticket
-
 
 def refused(breaker: CircuitBreaker) -> CircuitOpen:
     return error_of(CircuitOpen, breaker.admit)
@@ -87,7 +79,7 @@ def test_defaults_are_those_of_the_manual():
     ("name", [5, None]), ("clock", [None, 5.0]), ("on_change", ["print"])])
 def test_a_setting_out_of_range_is_refused_by_its_name(name, values):
     for value in values:
-        caught = error_of(ConfigError, CircuitBreaker, **{name: value}, match=name)
+        caught = error_of(ConfigError, CircuitBreaker, **{name: value}, match=f"^{name}=")
         assert isinstance(caught, ValueError)
 
 
@@ -118,6 +110,8 @@ STORIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hold hold hold F 3 open s f open left=12 stale=2", {"threshold": 1}),
     "a success of an older era does not close": (
         "hold hold hold F F 15 trial s half_open stale=1 S closed", {"threshold": 2}),
+    "an era never comes back": (
+        "hold hold hold F 15 trial s half_open f half_open stale=2 S closed", {"threshold": 1}),
     "a failure of an older era does not count": (
         "hold hold hold F F 15 trial f half_open S closed failures=0", {"threshold": 2}),
     "a reset outruns the trial": ("F F F 15 trial reset F closed failures=0", {}),
@@ -145,22 +139,6 @@ def test_a_success_that_a_failure_overtook_resets_the_count(new):
     assert breaker.snapshot().reason == ""
     assert breaker.call(fail, breaker, 1) is None and breaker.snapshot().failures == 0
 
-
-def test_an_open_breaker_does_not_call_and_says_why(new):
-    called: list[int] = []
-    error_of(CircuitOpen, tripped(new(name="db")).call, called.append, 1, match=r"db .*down")
-    assert not called
-
-
-@pytest.mark.parametrize("timeout", [15.0, 0.25, 1e9])
-def test_the_trial_is_due_exactly_at_the_deadline(timeout):
-    clock = FakeClock(0.0)
-    breaker = tripped(CircuitBreaker(3, timeout, clock=clock))
-    clock.now = math.nextafter(timeout, 0)
-    refused(breaker)
-    clock.now = timeout
-    breaker.admit().success()
-    assert breaker.is_closed
 
 
 def test_refusals_are_new_objects_of_constant_size():
@@ -376,8 +354,8 @@ def test_a_group_counts_once_and_not_if_it_holds_an_interruption():
     assert breaker.snapshot().failures == 1
 
 
-def test_the_outcome_is_what_the_block_let_out(new):
-    breaker = new(1)
+def test_the_outcome_is_what_the_block_let_out_and_an_open_breaker_lets_nobody_in(new):
+    breaker, called = new(1, name="db"), []
     with breaker.admit(), contextlib.suppress(Boom):
         boom()
     assert breaker.is_closed
@@ -386,6 +364,8 @@ def test_the_outcome_is_what_the_block_let_out(new):
     assert breaker.is_open
     with pytest.raises(CircuitOpen), breaker.admit():
         pytest.fail("the block was entered while open")
+    error_of(CircuitOpen, breaker.call, called.append, 1, match=r"db .*Boom")
+    assert not called
 
 
 # -- the decorator
@@ -493,14 +473,6 @@ def test_a_slow_listener_holds_nobody_up():
     assert len(changes) == 21
 
 
-def test_a_change_is_logged_with_its_level(caplog):
-    caplog.set_level("DEBUG", "copilot_router")
-    clock = FakeClock()
-    breaker = CircuitBreaker(name="db", clock=clock)
-    on_trial(breaker, clock).success()
-    assert all("db" in record.getMessage() for record in caplog.records)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "INFO"]
-
 
 # -- open times: backoff, parks, jitter, by hand
 def test_seconds_given_by_hand_are_checked():
@@ -554,7 +526,7 @@ def test_jitter_is_on_top_of_backoff_and_never_shortens_a_wait(new, clock):
 
 
 # -- snapshots and copies
-def test_a_snapshot_is_plain_data(new, clock):
+def test_a_snapshot_is_plain_data_and_a_breaker_is_not_copied(new, clock):
     breaker = new()
     for change in (breaker.reset, lambda: tripped(breaker), breaker.open):
         change()
@@ -562,11 +534,8 @@ def test_a_snapshot_is_plain_data(new, clock):
         assert pickle.loads(pickle.dumps(snapshot)) == snapshot
         data = json.loads(json.dumps(snapshot.to_dict(), allow_nan=False))
         assert data == {name: getattr(snapshot, name) for name in snapshot._fields}
-
-
-@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_breaker_is_not_copied(copier):
-    error_of(TypeError, copier, CircuitBreaker())
+    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+        error_of(TypeError, copier, breaker)
 
 
 # -- threads
@@ -702,24 +671,6 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
     for point, _ in at_each_line(new, all_steps, fork_in_a_thread, callers=False):
         assert ended[-1] == 0, point
 
-
-@needs_fork
-@pytest.mark.parametrize("kind", ["alone", "memory"])
-def test_a_child_may_have_a_trial_of_its_own(kind, clock):
-    settings = {"store": MemoryStore(clock), "name": "x"} if kind == "memory" else {}
-    breaker = CircuitBreaker(clock=clock, **settings)
-    trial, child = on_trial(breaker, clock), os.fork()
-    if child == 0:
-        opened = breaker.snapshot().opened
-        clock.advance(breaker.trial_timeout if kind == "memory" else 0)
-        mine = breaker.admit()
-        trial.failure()
-        fine = mine.is_trial and breaker.is_half_open and breaker.snapshot().opened == opened
-        mine.success()
-        os._exit(0 if fine and breaker.is_closed else 1)
-    assert os.waitpid(child, 0)[1] == 0 and breaker.is_half_open
-    trial.success()
-    assert breaker.is_closed
 
 
 GEVENT = """

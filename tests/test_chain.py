@@ -72,23 +72,15 @@ def test_any_object_with_chat_is_a_provider():
         chain.ping()
 
 
-def test_tiers_are_asked_by_role_then_as_listed(clock):
-    down = ProviderUnavailable
-    emergency, secondary = tier("e", "x", role="emergency"), tier("s", down, role="secondary")
-    chain = chain_of(clock, emergency, secondary, tier("p1", down), tier("p2", down))
-    assert [one.name for one in chain.tiers] == ["p1", "p2", "s", "e"]
-    found = outcomes(chain.chat("hi").attempts)
-    assert found == ["p1:failed", "p2:failed", "s:failed", "e:ok"]
-
-
 @pytest.mark.parametrize(("model", "asked"), [
-    (None, "a=a1 any=None b=b-9 e=smart"), ("smart", "b=b-9 a=a1 any=smart e=smart"),
-    ("b-9", "b=b-9 a=a1 any=b-9 e=smart"), ("a2", "a=a2 any=a2 b=b-9 e=smart"),
-    ("new", "a=a1 any=new b=b-9 e=smart")])
-def test_a_named_model_moves_its_tiers_forward(clock, model, asked):
-    models = {"a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}, "e": ["smart"]}
+    (None, "a=a1 any=None b=b-9 s=s1 e=smart"), ("smart", "b=b-9 a=a1 any=smart s=s1 e=smart"),
+    ("b-9", "b=b-9 a=a1 any=b-9 s=s1 e=smart"), ("a2", "a=a2 any=a2 b=b-9 s=s1 e=smart"),
+    ("s1", "s=s1 a=a1 any=s1 b=b-9 e=smart"), ("new", "a=a1 any=new b=b-9 s=s1 e=smart")])
+def test_tiers_are_asked_by_role_and_a_named_model_moves_its_tiers_forward(clock, model, asked):
+    """Of one role as they are listed."""
+    models = {"e": ["smart"], "s": ["s1"], "a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}}
     chain = chain_of(clock, *(tier(name, ProviderUnavailable, models=models[name], role=role)
-        for name, role in zip(models, ["primary"] * 3 + ["emergency"], strict=True)))
+        for name, role in zip(models, ["emergency", "secondary", *["primary"] * 3], strict=True)))
     attempts = error_of(AllProvidersFailed, chain.chat, "hi", model=model).attempts
     assert " ".join(f"{one.tier}={one.model or None}" for one in attempts) == asked
     sent = [f"{one.tier}={calls(chain, one.tier)[0]['model']}" for one in attempts]
@@ -565,6 +557,9 @@ def test_system_is_put_in_front_and_nothing_given_is_modified(clock):
     list(chain.stream(messages, system="be brief"))
     system = {"role": "system", "content": "be brief"}
     assert [call["messages"] for call in calls(chain, "b")] == [[system, *messages]] * 2
+    inner = chain_of(clock, tier("i", "x"))  # a chain takes one from its tier
+    chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
+    assert calls(inner, "i")[0]["messages"][0] == system
 
 
 def test_a_custom_provider_sees_plain_messages():
@@ -627,20 +622,23 @@ async def unawaited(_: Any) -> bool:
     ({"on_error": {"x": "next"}}, "no exception class"), ({"on_error": [KeyError]}, "on_error"),
     ({"on_error": {KeyError: "again"}}, "'next' or 'raise'")])
 def test_bad_settings_of_a_chain_are_refused_at_once(settings, message):
-    error_of(ConfigError, FailoverChain, [tier("apple", "x")], match=message, **settings)
+    told = error_of(ConfigError, FailoverChain, [tier("apple", "x")], match=message, **settings)
+    assert str(told).startswith(next(iter(settings)))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"role": "primry"}, "Did you mean 'primary'"), ({"models": "gpt"}, "models='gpt': give a"),
     ({"role": None}, "role=None"),
     ({"models": ["x", ""]}, "every model is a non-empty str"), ({"retries": 1.5}, "retries=1.5"),
-    ({"timeout": -1}, "timeout=-1"), ({"max_concurrency": 0}, "max_concurrency=0"),
+    ({"timeout": -1}, "timeout=-1"), ({"retries": -1}, "retries=-1"),
+    *(({"max_concurrency": value}, "max_concurrency=") for value in (0, 1.5, True)),
     ({"prices": (1,)}, "prices"), ({"prices": (1, 2, 3, 4, 5)}, "prices"),
     ({"prices": {"m": (1, -2)}}, "-2"), ({"prices": {"m": "12"}}, r"prices\['m'\]"),
     ({"params": [1]}, "params is a list"), ({"breaker": "on"}, "breaker is a str"),
     *(({"params": {own: 1}}, own) for own in ("messages", "tools", "model", "timeout"))])
 def test_bad_settings_of_a_tier_are_refused_at_once(settings, message):
-    error_of(ConfigError, tier, "a", "x", match=message, **settings)
+    told = error_of(ConfigError, tier, "a", "x", match=message, **settings)
+    assert str(told).startswith(f"tier 'a': {next(iter(settings))}")
 
 
 @pytest.mark.parametrize(("build", "message"), [(lambda: FailoverChain([]), "tiers is empty"),
@@ -935,12 +933,6 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
 
-def test_a_custom_error_may_have_a_number_of_attempts(clock):
-    for attempts in (3, ["x"], ("x",)):
-        error = type("Odd", (ServerError,), {"attempts": attempts})("no")
-        chain = chain_of(clock, tier("a", error, retries=0), tier("b", "fine"))
-        assert chain.chat("q").text == "fine"
-
 
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
@@ -1149,7 +1141,8 @@ def odd(**fields):
 
 
 @pytest.mark.parametrize("error", [odd(), odd(usage={"prompt_tokens": 4}), odd(then="retry"),
-    odd(breaker=None), *(odd(retry_after=value) for value in ("5", -4, math.nan, 1e9)),
+    odd(breaker=None), *(odd(attempts=value) for value in (3, ["x"], ("x",))),
+    *(odd(retry_after=value) for value in ("5", -4, math.nan, 1e9)),
     odd(__str__=lambda self: self.why), type("X", (AllProvidersFailed,), {"errors": None})()])
 def test_an_odd_error_of_a_custom_provider_fails_over(clock, error):
     chain = chain_of(clock, tier("a", error, retries=1), tier("b", "fine"), failure_threshold=1)
@@ -1177,12 +1170,6 @@ def test_the_limit_of_a_call_wins_over_that_of_its_tier_under_either_name(clock)
         chain.chat("hi", **given)
         found = {**calls(chain, "a")[-1]["kwargs"], "timeout": 0}
         assert found == {**sent, "seed": 1, "timeout": 0}
-
-
-def test_a_nested_chain_takes_a_system_message_of_its_tier(clock):
-    inner = chain_of(clock, tier("i", "x"))
-    chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
-    assert calls(inner, "i")[0]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
 # -- events, the log, explain()
@@ -1240,6 +1227,7 @@ def test_levels_of_the_log(clock, caplog):
     assert levels("a", "attempt") == {logging.DEBUG} and levels("a", "failover") == {logging.INFO}
     assert levels("a: open (ServerError)") == {logging.WARNING}
     assert levels("a", "closed (recovered)") == {logging.INFO}
+    assert levels("a: half_open") == {logging.DEBUG}
     assert logging.WARNING in levels("call failed")
     assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
 
@@ -1273,7 +1261,8 @@ def test_each_step_of_explain():
         Attempt("b", "m", "escalated", "gave up", latency=0.5, usage=Usage(1, 1)),
         Attempt("c", "m", "failed", "ServerError: no", latency=0.25),
         Attempt("d", "m", "ok", latency=1.0, usage=Usage(1, 1)))
-    assert LLMResponse("x", attempts=steps, cost=0.0).explain().endswith(" $0.00")
+    for cost, shown in ((0.0, "$0.00"), (1.0, "$1.00"), (12.346, "$12.35"), (0.00003, "$0.00003")):
+        assert LLMResponse("x", attempts=steps, cost=cost).explain().endswith(f" {shown}")
     told = LLMResponse("x", attempts=steps, cost=0.5).explain().split(" -> ")
     shown = ["a skipped off", "b gave up 500 ms", "c no 250 ms", "d ok $0.5"]
     for step, words in zip(told, shown, strict=True):
@@ -1337,7 +1326,8 @@ def test_a_script_may_hold_all_kinds_of_items():
     items = ["text", LLMResponse("made"), ["a", "b"], ServerError("x"), ServerError, answer, 5]
     provider = ScriptedProvider(items)
     assert provider.chat("q", model="m").model == "m" and list(provider.stream("q")) == ["made"]
-    assert provider.chat("q").text == "ab"
+    plain = provider.chat("q")
+    assert (plain.text, plain.model) == ("ab", "")
     for _ in range(2):
         error_of(ServerError, provider.chat, "q")
     assert provider.chat("q", model="m", seed=1).text == "called"

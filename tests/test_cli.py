@@ -55,6 +55,8 @@ class ChatServer(Server):
                 connection.sendall(sse(delta("stop", content="two"), done=True))
         elif "bad-key" in str(came.headers) or not (self.healthy or came.body):
             connection.sendall(reply({"error": {"message": f"no {HOSTILE}"}}, 401))
+        elif "seed" in came.body:
+            connection.sendall(reply({"error": {"message": "Unsupported value: 'seed'"}}, 400))
         elif not came.body:
             if self.silent:
                 self.go.wait(20)
@@ -409,6 +411,19 @@ def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli)
     assert all(line.startswith("copilot-router: ") for line in lines)
     assert "local: ProviderUnavailable: refused" in lines[-1] and "$0.000031" in lines[-1]
     assert KEY not in err and "question" not in err
+
+
+def test_verbose_tells_every_step(cli: Cli) -> None:
+    told = "".join(cli.ask("-v", *more)[2] for more in (["--wait", "20", "limit once"], ["down"],
+        ["--model", "weak", "--escalation-model", "top", "hi"]))
+    cli.config(TWO_TIERS.replace("retries = 0", "retries = 0\nparams = {seed = 1}"))
+    told += "".join(cli("chat", "-v", "down")[2] for _ in range(2))
+    for words in ("asking openai\n", r"asking openai once more, in 0\.\d s",
+            "openai gave up: asking (openai|top)", r"no tier is ready: waiting 0\.\d s",
+            "passing over first: CircuitOpen: first is open",
+            "first does not take seed as it was sent: sending it corrected", "asking last\n",
+            "the breaker of first was closed and is open: ServerError"):
+        assert re.search(f"copilot-router: {words}", told), told
 
 
 def test_verbose_is_not_glued_to_an_unfinished_answer(cli: Cli) -> None:

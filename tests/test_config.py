@@ -153,11 +153,6 @@ def test_without_a_toml_parser_it_says_what_to_install(write: Write, monkeypatch
     assert FailoverChain.from_config(tomllib.loads(GOOD)).tiers[0].name == "a"
 
 
-def test_an_unknown_argument_of_a_provider_names_the_class_and_the_nearest() -> None:
-    with pytest.raises(TypeError, match=r"OpenAIProvider.*'stal_timeout'.*'stall_timeout'"):
-        OpenAIProvider(KEY, stal_timeout=1)
-
-
 # -- every argument
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
     """All that a constructor takes, with what it passes on to those of its bases."""
@@ -513,6 +508,7 @@ def test_init_overwrites_nothing(tmp_path: Path, monkeypatch: Patch, capsys: Any
     monkeypatch.setenv("OLLAMA_HOST", "h\udcffst")  # what Python makes of a byte that is not UTF-8
     assert main(["init", str(tmp_path / "new.toml")]) == 2
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 3) and str(mine) in err
+    assert (out, len(err.splitlines())) == ("", 3)
+    assert f"{mine}: cannot be written (File exists)" in err
     assert [path.name for path in tmp_path.iterdir()] == ["router.toml"]
     assert mine.read_text(encoding="utf-8") == "mine"

@@ -15,12 +15,12 @@ import pytest
 from support import recipes
 from support.fakes import VirtualClock, error_of
 from support.pages import section
-from support.recipes import (BROKEN, BUSY, DJANGO, EXAMPLES, STREAMS, Answer, Endless, Machine,
-    Refusal, example, pieces, run, served)
+from support.recipes import (BROKEN, BUSY, DJANGO, EXAMPLES, STREAMS, Endless, Machine, example,
+    pieces, refusal, run, says, served)
 
 import copilot_router as cr
 
-FILTERED = Answer(("",), finish="content_filter")
+FILTERED = says("", finish="content_filter")
 REFUSED = {"error": "this question cannot be answered", "why": "ContentFiltered"}
 NOBODY = {"error": "no answer at the moment"}
 
@@ -31,12 +31,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         yield found
 
 
-# ==== views ====
-
-
+# -- views
 @pytest.mark.parametrize(("local", "cloud", "status", "wait", "body"),
     [([], [], 200, None, {"answer": "ok", "by": "local"}),
-        ([BROKEN] * 2, [Answer(("from afar",))], 200, None, {"answer": "from afar", "by": "cloud"}),
+        ([BROKEN] * 2, [says("from afar")], 200, None, {"answer": "from afar", "by": "cloud"}),
         ([BUSY], [BUSY], 503, "30", NOBODY), ([FILTERED], [], 422, None, REFUSED)])
 def test_flask_view_answers_or_says_why_not(machine: Machine, local: Any, cloud: Any, status: int,
         wait: str | None, body: Any) -> None:
@@ -48,24 +46,19 @@ def test_flask_view_answers_or_says_why_not(machine: Machine, local: Any, cloud:
     assert client.get("/health").status_code == (503 if status == 503 else 200)
 
 
-def test_django_answers_in_both_kinds_of_view(machine: Machine) -> None:
+def test_django_answers_in_both_kinds_of_view_and_checks_the_settings(machine: Machine) -> None:
     pytest.importorskip("django")
-    machine.local.script.extend([Answer(), BUSY] * 2)
+    machine.local.script.extend([says("ok"), BUSY] * 2)
     machine.cloud.script.extend([BUSY] * 2)
     done = run("-W", "error", "-c", DJANGO)
     expected = [[200, None, {"answer": "ok", "by": "local"}], [503, "30", NOBODY]] * 2
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected, done.stderr
-
-
-def test_djangos_check_finds_a_mistake_in_the_settings(machine: Machine) -> None:
-    pytest.importorskip("django")
     check = (str(EXAMPLES / "django_view.py"), "check")
     assert "no issues" in run(*check).stdout
     assert re.search(r"llm\.E001.*OPENAI_API_KEY", run(*check, OPENAI_API_KEY="").stderr)
 
 
-# ==== streams, over HTTP ====
-
+# -- streams, over HTTP
 TEXTS = ("one ", "two\n", "three")
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -73,7 +66,7 @@ def test_pieces_arrive_one_by_one_from_the_second_tier(machine: Machine, name: s
     """Each is seen before the provider may send the next one."""
     gate = threading.Semaphore(1)
     machine.local.script.extend([BROKEN] * 2)
-    machine.cloud.script.append(Answer(TEXTS, gate=gate))
+    machine.cloud.script.append(says(*TEXTS, gate=gate))
     with served(name) as response:
         seen = pieces(response)
         for text in TEXTS:
@@ -86,7 +79,7 @@ def test_pieces_arrive_one_by_one_from_the_second_tier(machine: Machine, name: s
 @pytest.mark.parametrize("name", [*STREAMS, "flask_stream politely"])
 def test_answer_that_breaks_off_never_looks_complete(machine: Machine, name: str) -> None:
     """The plain recipes cut the connection, the others say so in words."""
-    machine.local.script.append(Answer(TEXTS[:1], broken=True))
+    machine.local.script.append(says(TEXTS[0], broken=True))
     name, _, politely = name.partition(" ")
     with served(name, "/ask-politely" if politely else "") as response:
         if "sse" in name or politely:
@@ -117,7 +110,7 @@ def test_heartbeat_is_sent_while_the_model_is_silent(machine: Machine,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTBEAT", "0.02")
     gate = threading.Semaphore(1)
-    machine.local.script.append(Answer(TEXTS, gate=gate))
+    machine.local.script.append(says(*TEXTS, gate=gate))
     with served("sse_heartbeat") as response:
         while response.readline() != b": still there\n":
             pass
@@ -126,27 +119,25 @@ def test_heartbeat_is_sent_while_the_model_is_silent(machine: Machine,
 
 
 def test_thoughts_have_a_pane_that_is_cleared_when_another_tier_is_asked(machine: Machine) -> None:
-    machine.local.script.append(Answer((), reasoning=("hm, ",), broken=True))
-    machine.cloud.script.append(Answer(TEXTS, reasoning=("let me ", "see")))
+    machine.local.script.append(says(reasoning=("hm, ",), broken=True))
+    machine.cloud.script.append(says(*TEXTS, reasoning=("let me ", "see")))
     with served("sse_thoughts") as response:
         seen = list(pieces(response))
     thoughts = ['thought "hm, "', 'restart ""', 'thought "let me "', 'thought "see"']
     assert seen == [*thoughts, *TEXTS, 'end {"by": "cloud"}']
 
 
-# ==== scripts and tasks ====
-
-
+# -- scripts and tasks
 def test_cron_job_waits_for_a_provider_and_remembers_who_is_down(machine: Machine, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The first run gets its answer after a pause. The third asks nobody."""
     monkeypatch.setenv("BREAKERS", str(tmp_path / "breakers.db"))
     (log := tmp_path / "shop.log").write_text("one\n")
     machine.both(BROKEN, 2)
-    machine.local.script.append(Answer(("All quiet.",)))
+    machine.local.script.append(says("All quiet."))
     clock = VirtualClock()
     assert example("cron_job").main([str(log)], sleep=clock.sleep) == 0 and sum(clock.slept) > 1
-    machine.both(Refusal(429, {"Retry-After": "1800"}))
+    machine.both(refusal(429, Retry_After="1800"))
     assert [example("cron_job").main([str(log)]) for _ in range(2)] == [75, 75]
     printed = capsys.readouterr()
     first, second = printed.err.splitlines()
@@ -161,14 +152,14 @@ def test_csv_rows_go_on_where_they_stopped(machine: Machine, tmp_path: Path,
     source, target = tmp_path / "tickets.csv", tmp_path / "answers.csv"
     source.write_text("id,text\n1,charged twice\n2,crash\n3,hello\n")
     arguments = [str(source), str(target), "One word.", "text"]
-    machine.local.script.append(Answer(("billing",)))
+    machine.local.script.append(says("billing"))
     machine.both(BROKEN, 2)
     down = module.make_chain()
     down.wait = 0.0
     assert module.main(arguments, chain=down) == 1
     assert "stopped before row 2" in capsys.readouterr().err
     machine.local.script.clear()
-    machine.local.script.extend([Answer(("bug",)), FILTERED])
+    machine.local.script.extend([says("bug"), FILTERED])
     assert module.main(arguments) == 0
     with open(target, newline="") as file:
         rows = [(row["id"], row["answer"], row["by"]) for row in csv.DictReader(file)]
@@ -206,15 +197,13 @@ def test_soft_time_limit_ends_the_task_and_blames_no_provider(machine: Machine) 
     assert chain.health()[0].breaker.failures == 0
 
 
-# ==== metrics, traces, an SDK ====
-
-
+# -- metrics, traces, an SDK
 def test_prometheus_counts_what_happened(machine: Machine) -> None:
     module = example("prometheus_metrics", "prometheus_client")
     registry = module.CollectorRegistry()
     chain = module.make_chain(module.Metrics(registry))
-    machine.local.script.extend([Answer(), BUSY])
-    machine.cloud.script.extend([Answer(), BUSY])
+    machine.local.script.extend([says("ok"), BUSY])
+    machine.cloud.script.extend([says("ok"), BUSY])
     chain.chat("hi")
     chain.chat("hi")
     error_of(cr.AllProvidersFailed, chain.chat, "hi")
@@ -255,7 +244,7 @@ def test_opentelemetry_gets_a_span_for_every_request(machine: Machine) -> None:
 
 def test_sdk_answers_as_a_tier_with_tools(machine: Machine) -> None:
     chain = example("vendor_sdk", "openai").make_chain()
-    machine.cloud.script.append(Answer((), calls=[("weather", {"city": "Bern"})]))
+    machine.cloud.script.append(says(calls=[("weather", {"city": "Bern"})]))
     tools = [{"type": "function", "function": {"name": "weather"}}]
     first = chain.chat("Weather in Bern?", tools)
     assert (first.tool_calls[0].arguments, first.usage.total_tokens) == ({"city": "Bern"}, 35)
@@ -264,20 +253,28 @@ def test_sdk_answers_as_a_tier_with_tools(machine: Machine) -> None:
     assert chain.chat([question, first.message, result], tools).text == "ok"
 
 
-@pytest.mark.parametrize(("answer", "kind", "wait"), [(BUSY, cr.RateLimited, 30.0),
-        (Refusal(401, message="my prompt"), cr.AuthenticationError, None),
-        (Refusal(404, message="my prompt"), cr.ModelNotFound, None), (BROKEN, cr.ServerError, None),
-        (Refusal(422, message="my prompt"), cr.BadRequest, None)])
-def test_errors_of_the_sdk_become_ours(machine: Machine, answer: Refusal,
-        kind: type[cr.ProviderError], wait: float | None) -> None:
+@pytest.mark.parametrize(("status", "kind"), [(429, cr.RateLimited), (401, cr.AuthenticationError),
+    (404, cr.ModelNotFound), (500, cr.ServerError), (422, cr.BadRequest)])
+def test_errors_of_the_sdk_become_ours(machine: Machine, status: int,
+        kind: type[cr.ProviderError]) -> None:
     """Each with status and Retry-After, after one request, and without the server's text."""
     module = example("vendor_sdk", "openai")
-    machine.cloud.script.append(answer)
+    machine.cloud.script.append(refusal(status, "my prompt", Retry_After="30"))
     with module.openai.OpenAI() as client, pytest.raises(kind) as caught:
         module.SDKProvider(client).chat([{"role": "user", "content": "hi"}], model="m", timeout=5)
     assert type(caught.value) is kind
-    assert (caught.value.status, caught.value.retry_after) == (answer.status, wait)
+    assert (caught.value.status, caught.value.retry_after) == (status, 30.0)
     assert ("prompt" in str(caught.value), len(machine.cloud.bodies)) == (False, 1)
+
+
+def test_the_demonstration_succeeds_without_colour_in_a_pipe_and_its_timeline_is_drawn(
+        machine: Machine, tmp_path: Path) -> None:
+    done = run(str(EXAMPLES / "demo.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout.count(" ok  "), "\033" in done.stdout) == (9, False)
+    assert example("demo", "matplotlib").main(["--svg", str(tmp_path / "timeline.svg")]) == 0
+    drawn = (tmp_path / "timeline.svg").read_text(encoding="utf-8")
+    assert all(text in drawn for text in ("chain.chat()", "breaker opens: ServerError", "strong"))
 
 
 def test_recipe_for_tests_passes_under_pytest() -> None:
@@ -286,8 +283,7 @@ def test_recipe_for_tests_passes_under_pytest() -> None:
 
 
 def test_every_recipe_is_tested_and_has_a_row_in_the_guide() -> None:
-    files = [Path(__file__), Path(__file__).with_name("test_demo.py"), Path(recipes.__file__)]
-    tested = "".join(path.read_text(encoding="utf-8") for path in files)
+    tested = "".join(Path(name).read_text("utf-8") for name in (__file__, recipes.__file__))
     guide = section("docs/operations.md", "Recipes")
     for path in EXAMPLES.glob("*.py"):
         assert path.stem in tested, path

@@ -37,12 +37,6 @@ def test_failures_of_the_model_are_invalid_responses_with_their_code(theirs: str
         assert (len(server.requests), chain.tiers[0].breaker.snapshot().failures) == (1, 1)
 
 
-@pytest.mark.parametrize("finish", [None, "", "FINISH_REASON_UNSPECIFIED"])
-def test_a_stream_without_a_finish_reason_is_cut(finish: Any) -> None:
-    wire = stream(candidate(TEXT, finish=None), candidate(TEXT, finish=finish))
-    assert isinstance(read("gemini", wire), InvalidResponse)
-
-
 def test_blocked_prompts_and_answers_are_filtered_unless_there_is_text() -> None:
     for body in (
             {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 3}},
@@ -57,7 +51,7 @@ def test_blocked_prompts_and_answers_are_filtered_unless_there_is_text() -> None
     assert type(read("gemini", reply({"candidates": [{"finishReason": "STOP"}]}))) is EmptyResponse
 
 
-def test_parts_that_are_thoughts_are_no_text_and_are_counted_apart() -> None:
+def test_thoughts_are_counted_apart_and_nulls_take_no_count_back() -> None:
     usage = {"promptTokenCount": 10, "candidatesTokenCount": 5, "thoughtsTokenCount": 7,
              "cachedContentTokenCount": 4, "toolUsePromptTokenCount": 2}
     body = candidate({"text": "plan", "thought": True}, {"text": "Hi"}, usageMetadata=usage)
@@ -65,9 +59,6 @@ def test_parts_that_are_thoughts_are_no_text_and_are_counted_apart() -> None:
         response = read("gemini", wire)
         assert response.usage == Usage(12, 12, 4, 0, 7)
         assert (response.text, response.reasoning) == ("Hi", "plan")
-
-
-def test_later_usage_of_nulls_keeps_what_was_counted() -> None:
     counted = candidate(TEXT, finish=None, usageMetadata={"promptTokenCount": 3,
                                                           "candidatesTokenCount": 4})
     nulls = {"promptTokenCount": None, "candidatesTokenCount": None}
@@ -97,17 +88,14 @@ def test_odd_parts_are_passed_over_and_function_calls_need_no_arguments() -> Non
     assert cut.finish_reason == "length"
 
 
-def test_an_array_instead_of_a_stream_is_read() -> None:
-    """So does the server answer without ?alt=sse."""
-    array = [candidate({"text": "o"}, finish=None), candidate({"text": "k"})]
-    assert read("gemini", reply(array)).text == "ok"
-
 
 @pytest.mark.parametrize("body", [{"candidates": "x"}, {"candidates": ["x"]},
     {"candidates": [{"content": {"parts": "x"}}]}, candidate({"functionCall": "x"}),
-    candidate({"text": 5}), candidate("x"), candidate(finish=5)])
-def test_answers_of_the_wrong_shape_are_invalid(body: Any) -> None:
-    for wire in (reply(body), stream(body)):
+    candidate({"text": 5}), candidate("x"), candidate(finish=5),
+    *([candidate(TEXT, finish=None), candidate(TEXT, finish=none)]
+        for none in (None, "", "FINISH_REASON_UNSPECIFIED"))])
+def test_answers_of_the_wrong_shape_or_without_an_end_are_invalid(body: Any) -> None:
+    for wire in (reply(body), stream(*body) if isinstance(body, list) else stream(body)):
         assert isinstance(read("gemini", wire), InvalidResponse)
 
 
@@ -164,22 +152,18 @@ def test_each_option_has_its_field() -> None:
         "stopSequences": ["s"], "responseMimeType": "application/json", "responseJsonSchema": CITY}
     json_mode = sent("gemini", response_format={"type": "json_object"})["generationConfig"]
     assert json_mode == {"responseMimeType": "application/json"}
-
-
-@pytest.mark.parametrize(("effort", "level"),
-    [("none", "LOW"), ("minimal", "MINIMAL"), ("high", "HIGH"), ("max", "XHIGH")])
-def test_reasoning_effort_is_a_thinking_level(effort: str, level: str) -> None:
-    config = sent("gemini", reasoning_effort=effort)["generationConfig"]["thinkingConfig"]
-    assert config == {"thinkingLevel": level, "includeThoughts": True}
-
-
-@pytest.mark.parametrize(("choice", "config"), [("auto", {"mode": "AUTO"}),
-    ("none", {"mode": "NONE"}), ("required", {"mode": "ANY"}),
-    ({"type": "function", "function": {"name": "f"}},
-        {"mode": "ANY", "allowedFunctionNames": ["f"]})])
-def test_tool_choice_is_a_mode(choice: Any, config: Any) -> None:
-    body = sent("gemini", tools=TOOLS, tool_choice=choice)
-    assert body["toolConfig"] == {"functionCallingConfig": config}
+    systems = [{"role": role, "content": role} for role in ("system", "developer")]
+    told = sent("gemini", [*systems, USER])["systemInstruction"]
+    assert told == {"parts": [{"text": "system\n\ndeveloper"}]}
+    for effort, level in (("none", "LOW"), ("minimal", "MINIMAL"), ("high", "HIGH"),
+                          ("max", "XHIGH")):
+        thinking = sent("gemini", reasoning_effort=effort)["generationConfig"]["thinkingConfig"]
+        assert thinking == {"thinkingLevel": level, "includeThoughts": True}
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice, mode in (("auto", {"mode": "AUTO"}), ("none", {"mode": "NONE"}),
+            ("required", {"mode": "ANY"}), (named, {"mode": "ANY", "allowedFunctionNames": ["f"]})):
+        body = sent("gemini", tools=TOOLS, tool_choice=choice)
+        assert body["toolConfig"] == {"functionCallingConfig": mode}
 
 
 def test_a_history_that_ends_with_the_assistant_gets_a_user_turn() -> None:

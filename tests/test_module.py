@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 from support.server import Server, message, reply
-from support.stores import FakeClock, PlainStore, error_of, fail
+from support.stores import FakeClock, PlainStore, Wrapped, error_of, fail
 
 import copilot_router
 
@@ -44,16 +44,26 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     module, clock = load(), FakeClock()
     sqlite, plain = module.SQLiteStore(tmp_path / "file"), PlainStore()
     alone, untouched = module.CircuitBreaker(clock=clock), module.CircuitBreaker()
+    provider = module.ScriptedProvider([["x", "y"], "fine"])
+    chain = module.FailoverChain([module.ProviderTier("a", provider, max_concurrency=1)])
+    held = chain.stream("hi")  # has the only place
     shared = [module.CircuitBreaker(name=str(at), clock=clock, store=store)
               for at, store in enumerate([sqlite, module.MemoryStore(), plain])]
+    trials = []
     for breaker in (alone, *shared):
         fail(breaker)
         clock.advance(15)
-        assert breaker.admit().is_trial
+        trials.append(breaker.admit())
+        assert trials[-1].is_trial
     load.fork("after_in_parent")
     assert all(breaker.is_half_open for breaker in (alone, *shared))
     load.fork("after_in_child")
-    assert alone.admit().is_trial  # the other one is the parent's
+    opened, mine = alone.snapshot().opened, alone.admit()
+    trials[0].failure()  # it is the parent's, whose outage the child's own trial goes on with
+    assert mine.is_trial and alone.is_half_open and alone.snapshot().opened == opened
+    mine.success()
+    assert alone.is_closed
+    assert chain.chat("hi", timeout=1).text == "fine" and list(held) == ["x", "y"]
     assert untouched.is_closed
     for breaker in shared:
         error_of(module.CircuitOpen, breaker.admit)
@@ -64,18 +74,28 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
     assert shared[2].is_open
     load.fork("after_in_child")
     assert shared[2].is_closed  # the child does not go by what its parent has read
+    down = Wrapped(plain)
+    unknown = module.CircuitBreaker(1, name="3", clock=clock, store=down)
+    down.error = ConnectionError("down")
+    unknown.admit().failure()
+    down.error = None
+    clock.advance(5)
+    load.fork("after_in_child")
+    assert unknown.is_open  # nor forgets what no store knows
 
 
 def test_a_forked_child_opens_a_session_of_its_own(load: Any) -> None:
     """A user's session stays."""
     module = load()
     with Server(reply(message(content="fine"))) as server, requests.Session() as session:
+        session.headers["X-Mine"] = "yes"
         providers = [module.OpenAIProvider(KEY, server.url, session=one) for one in (None, session)]
         for side, connections in (("after_in_parent", 2), ("after_in_child", 3)):
             load.fork(side)
             for provider in providers * 2:
                 assert provider.chat("q", model="m", timeout=5).text == "fine"
             assert server.connections == connections
+        assert ["x-mine" in one.headers for one in server.requests] == [False, True] * 4
         for provider in providers:
             provider.close()
 

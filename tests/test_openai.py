@@ -13,8 +13,8 @@ from support.server import (STOP, TOOLS, USER, Server, delta,
 from support.vendors import KEY, Chat, Reply, faked
 
 from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, FailoverChain,
-    InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, Overloaded, ProviderTier,
-    ProviderUnavailable, RateLimited, ServerError, Thought, UnsupportedRequest, Usage)
+    InvalidResponse, LLMResponse, OpenAIProvider, Overloaded, ProviderTier, ProviderUnavailable,
+    RateLimited, ServerError, Thought, UnsupportedRequest, Usage)
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "cold"}
@@ -138,6 +138,8 @@ def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
     parts = [{"type": "text", "text": "a"}, 3, {"text": "b"}, "c"]
     response = read("chat", reply(message(content=parts)))
     assert (response.text, response.raw) == ("abc", message(content=parts))
+    numbered = {**delta(content="x"), "code": 500, "status": "error"}  # which fails nothing
+    assert read("chat", stream(numbered, STOP)).text == "x"
     old = {"choices": [{"text": "old", "finish_reason": "stop"}]}
     assert read("chat", reply(old)).text == "old"
     made = read("chat", reply(message(content={"city": "Oslo"})))
@@ -148,7 +150,8 @@ def test_content_may_be_parts_an_object_or_a_legacy_text() -> None:
     [("Hel", "Hel"), ("Hello", "lo"), ("Hello", "")], [("Hel", ""), ("Hello", "lo"), ("", "")]])
 def test_a_message_counts_beside_an_empty_delta_only(events: list[tuple[str, str]]) -> None:
     """Perplexity sends both. Whatever comes in which of them, the answer is never doubled."""
-    choices: list[Any] = [{"message": {"content": a}, "delta": {"content": b}} for a, b in events]
+    choices: list[Any] = [{"message": {"content": a}, "delta": {"role": "assistant", "content": b}}
+                          for a, b in events]
     assert read("chat", stream(*({"choices": [one]} for one in choices), STOP)).text == "Hello"
     whole = {"choices": [choices[0] | {"finish_reason": "stop"}]}
     assert read("chat", reply(whole)).text == events[0][0]
@@ -198,14 +201,22 @@ def test_calls_of_whole_json_without_ids_are_told_apart() -> None:
     assert len({one.id for one in response.tool_calls} - {""}) == 3
 
 
-@pytest.mark.parametrize("chunk", [{"choices": "x"}, {"choices": [5]}, {"choices": [{"delta": 5}]},
-    delta(content=5), delta(tool_calls=5), delta(tool_calls=[5]),
-    delta(tool_calls=[{"function": 5}]), piece(5, "f"),
-    {"choices": [{"delta": {}, "finish_reason": 5}]}])
+@pytest.mark.parametrize("chunk", [*({"choices": wrong} for wrong in ("x", [5], [None], ["x"])),
+    *({"choices": [{"delta": wrong, "finish_reason": "stop"}]} for wrong in (5, "x", ["x"])),
+    {"choices": {"0": {"delta": {"content": "x"}}}}, delta(content=True), delta(content=5),
+    delta(tool_calls=5), delta(tool_calls=[5]), delta(tool_calls=[{"function": 5}]), piece(5, "f"),
+    piece([1], "f"), {"choices": [{"delta": {"content": "x"}, "finish_reason": 5}]}])
 def test_wrong_types_are_an_invalid_response(chunk: Any) -> None:
     whole = json.loads(json.dumps(chunk).replace("delta", "message"))
     for wire in (stream(delta(content="x"), chunk, STOP), reply(whole)):
         assert isinstance(read("chat", wire), InvalidResponse)
+
+
+@pytest.mark.parametrize("body", [{}, [], None, "hello", 1, {"choices": []}, {"choices": None},
+    {"choices": [{}]}, {"id": "x", "object": "chat.completion"}, message(content=None),
+    message(content=[]), {"choices": [{"message": None, "finish_reason": "stop"}]}])
+def test_a_body_without_an_answer_is_none(body: Any) -> None:
+    assert isinstance(read("chat", reply(body)), (InvalidResponse, EmptyResponse))
 
 
 def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
@@ -218,9 +229,11 @@ def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
 
 # -- requests of Chat Completions
 def test_a_body_in_full() -> None:
+    """A server's own kind of tool is sent as it is."""
     options = {"temperature": 0, "tool_choice": "auto", "extra_body": {"top_k": 3}}
-    assert sent("chat", tools=TOOLS, **options) == {
-        "model": "m", "messages": [USER], "tools": TOOLS, "temperature": 0, "tool_choice": "auto",
+    tools = [{"type": "web_search", "filters": {"allowed": ["x"]}}, *TOOLS]
+    assert sent("chat", tools=tools, **options) == {
+        "model": "m", "messages": [USER], "tools": tools, "temperature": 0, "tool_choice": "auto",
         "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
     bare = sent("chat", settings={"stream_upstream": False}, tool_choice="auto", seed=1,
                 parallel_tool_calls=True)
@@ -553,11 +566,6 @@ def test_what_a_server_refuses_of_a_conversation_is_corrected(
     assert second == third
 
 
-def test_a_servers_own_kind_of_tool_is_sent_as_it_is() -> None:
-    tools = [{"type": "web_search", "filters": {"allowed": ["x"]}}, *TOOLS]
-    assert sent("chat", tools=tools)["tools"] == tools
-
-
 def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> None:
     said = Reply(calls=[("f", {})], thinking="a thought")
     with Chat(said, thinking=True) as vendor, faked("auto") as (fake, official):
@@ -573,14 +581,6 @@ def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> Non
         assert fake.bodies[0]["messages"][1] == bare
         provider.close()
 
-
-def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
-    """An overflow that comes as an empty answer with status 200 is no answer."""
-    none = {"error": {"message": "No models loaded. Please load a model in the developer page."}}
-    for status in (404, 400):
-        assert isinstance(read("lmstudio", reply(none, status)), ModelNotFound)
-    assert isinstance(read("lmstudio", reply(message(content=""))), EmptyResponse)
-    assert read("lmstudio", reply({**message(content="x"), "model": "loaded"})).model == "loaded"
 
 
 # -- the Responses API
@@ -615,8 +615,13 @@ FINAL = finished(text_item("Hello, world"))
     [PART, {**WHOLE_TEXT, "delta": None}, finished()]])
 def test_responses_text_may_come_in_any_of_its_events(events: Any) -> None:
     """As deltas, their rest, when it is done, or in the final object: never twice."""
-    response = read("responses", stream(*events))
+    thought = {"type": "reasoning", "id": "r", "summary": [{"text": "hm"}]}
+    begun = event("output_item.done", output_index=7, item=thought)
+    ended = {**events[-1], "response": {**events[-1]["response"]}}
+    ended["response"]["output"] = [*(ended["response"]["output"] or ()), thought]
+    response = read("responses", stream(begun, *events[:-1], ended))
     assert (response.text, response.finish_reason) == ("Hello, world", "stop")
+    assert response.reasoning == "hm"
 
 
 def test_an_answer_that_begins_anew_is_only_the_second_one() -> None:
@@ -654,7 +659,7 @@ def test_responses_arguments_may_come_in_any_of_their_events(events: Any) -> Non
     assert (call.id, call.name, call.arguments) == ("c1", "f", {"a": 1})
 
 
-ONE, TWO, THREE = ("c1", {"a": 1}), ("c2", {"a": 2}), ("c3", {"a": 1})
+ONE, TWO, THREE, FIVE = ("c1", {"a": 1}), ("c2", {"a": 2}), ("c3", {"a": 1}), ("c5", {"a": 1})
 LIKE = call_item('{"a": 1}', "c3")
 
 
@@ -663,7 +668,8 @@ LIKE = call_item('{"a": 1}', "c3")
     ([FIRST, SECOND], [call_item('{"a": 2}', "c4"), LIKE], [ONE, TWO]),
     ([ADDED, DONE], [call_item("{}")], [ONE]), ([FIRST], [call_item('{"a": 2}', "c2")], [ONE, TWO]),
     ([FIRST], [FIRST["item"], LIKE], [ONE, THREE]), ([FIRST], [LIKE | {"name": "g"}], [ONE, THREE]),
-    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE], [ONE, THREE])])
+    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE], [ONE, THREE]),
+    ([FIRST], [LIKE | {"call_id": "c4"}, LIKE | {"call_id": "c5"}, LIKE], [ONE, FIVE, THREE])])
 def test_calls_keep_streamed_ids_and_arguments(streamed: Any, output: Any, calls: Any) -> None:
     """vLLM and LM Studio change them in the end. A call that is really another one is added."""
     wire = stream(*streamed, finished(*output, {"type": "reasoning", "id": "r"}))
@@ -721,11 +727,11 @@ def test_responses_body_in_full() -> None:
         "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "json_object"}}}]
     seen = {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}
-    said = {"role": "assistant", "content": "a"}
+    said = {"role": "assistant", "content": [{"type": "text", "text": part} for part in "ab"]}
     asked, result = {"role": "user", "content": ""}, {**RESULT, "content": [seen]}
     turns = [asked, {**said, "tool_calls": [CALL]}, result]
     first, second, _, last = sent("responses", turns)["input"]
-    assert (first, second) == (asked, {"type": "message", **said})
+    assert (first, second) == (asked, {"type": "message", "role": "assistant", "content": "a\nb"})
     assert last["output"] == [{"type": "input_image", "image_url": "u", "detail": "low"}]
     named = {"type": "function", "function": {"name": "f"}}
     assert sent("responses", tools=TOOLS, tool_choice=named)["tool_choice"] == {

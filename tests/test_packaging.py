@@ -123,13 +123,10 @@ def test_version_is_a_literal_that_header_and_package_repeat() -> None:
     assert SOURCE.startswith(f"# copilot_router {copilot_router.__version__} ")
     assert packaging()["metadata"]["version"] == "attr: copilot_router.__version__"
     if INSTALLED:
+        command = str(Path(sys.executable).with_name("copilot-router"))
+        printed = python("--version", cwd=ROOT, executable=command)
+        assert printed.strip() == f"copilot-router {copilot_router.__version__}"
         assert importlib.metadata.version("copilot-router") == copilot_router.__version__
-
-
-def test_oldest_python_is_the_same_for_installer_linter_and_type_checker() -> None:
-    tools = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert packaging()["options"]["python_requires"] == ">=3.10"
-    assert 'target-version = "py310"' in tools and 'pythonVersion = "3.10"' in tools
 
 
 def test_all_names_every_public_class_and_function_once() -> None:
@@ -158,7 +155,10 @@ def test_no_signature_shows_what_the_environment_holds(monkeypatch: pytest.Monke
     assert "from_env" in shown and "sk-test-signature-key" not in shown
 
 
-def test_requests_alone_is_installed_along() -> None:
+def test_requests_alone_is_installed_along_and_all_tools_know_the_oldest_python() -> None:
+    tools = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert packaging()["options"]["python_requires"] == ">=3.10"
+    assert 'target-version = "py310"' in tools and 'pythonVersion = "3.10"' in tools
     assert packaging()["options"]["install_requires"].split() == ["requests>=2.31"]
     assert packaging()["options.extras_require"]["redis"].split() == ["redis>=5"]
     if INSTALLED:
@@ -166,23 +166,12 @@ def test_requests_alone_is_installed_along() -> None:
         assert [item for item in needed if "extra" not in item] == ["requests>=2.31"]
 
 
-@pytest.mark.skipif(not INSTALLED, reason="runs against an installed wheel only")
-def test_installed_command_is_the_command_line(tmp_path: Path) -> None:
-    command = str(Path(sys.executable).with_name("copilot-router"))
-    printed = python("--version", cwd=tmp_path, executable=command)
-    assert printed.strip() == f"copilot-router {copilot_router.__version__}"
-
-
-def test_first_line_names_licence_and_holder() -> None:
+def test_first_line_names_licence_and_holder_and_nothing_is_left_out_of_coverage() -> None:
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     holder = re.search(r"Copyright \(c\) (.+)", licence)
     first = SOURCE.splitlines()[0]
     assert licence.startswith("MIT License") and packaging()["metadata"]["license"] == "MIT"
     assert "SPDX-License-Identifier: MIT" in first and holder and first.endswith(holder.group(0))
-
-
-def test_nothing_is_left_out_of_coverage() -> None:
-    """The figure of 100 % holds for every line: no pragma in the module."""
     assert not re.search(r"pragma:?\s*no", SOURCE)
 
 

@@ -34,7 +34,7 @@ VENDORS: dict[Any, tuple[str, str, tuple[str, ...], str]] = {
     OpenAIProvider: ("openai", "https://api.openai.com/v1", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
     LMStudioProvider: ("lmstudio", "http://localhost:1234/v1", ("LM_API_TOKEN",),
         "LMSTUDIO_BASE_URL"),
-    OllamaProvider: ("ollama", "http://localhost:11434", (), "OLLAMA_HOST"),
+    OllamaProvider: ("ollama", "http://localhost:11434", ("OLLAMA_API_KEY",), "OLLAMA_HOST"),
     AnthropicProvider: ("anthropic", "https://api.anthropic.com", ("ANTHROPIC_API_KEY",),
         "ANTHROPIC_BASE_URL"),
     GeminiProvider: ("gemini", "https://generativelanguage.googleapis.com",
@@ -76,7 +76,8 @@ CLAUDE, AZURE = "https://api.anthropic.com", "https://r.openai.azure.com/openai/
 @pytest.mark.parametrize(("kind", "given", "full"), [*((OpenAIProvider, *row) for row in (
         ("http://h", "http://h/v1"), ("http://h/", "http://h/v1"), ("http://h:1/v1/", "http://h:1/v1"),
         ("http://h/v1/chat/completions", "http://h/v1"), (" https://h/api ", "https://h/api"),
-        ("http://h/v1X/chat/completions/", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
+        ("http://h/v1X/chat/completions/", "http://h/v1X"),
+        ("http://h/v1X", "http://h/v1X"), ("http://h/a@b/v1", "http://h/a@b/v1"),
         (f"{AZURE}?api-version=1", AZURE), ("http://me:pass@h/v1", "http://h/v1"),
         ("http://[::1]", "http://[::1]/v1"), ("https://h/v1/responses", "https://h/v1"))),
     *((AnthropicProvider, *row) for row in (
@@ -160,7 +161,7 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
 @pytest.mark.parametrize(("kind", "url", "goes"), [
     *((OpenAIProvider, f"https://{place}", True) for place in ("api.openai.com/v1",
         "eu.api.openai.com/v1", "r.openai.azure.com/openai/deployments/d", "r.openai.azure.us/v1",
-        "env.test/other")),  # the host of the variable
+        "r.openai.azure.cn/v1", "env.test/other")),  # the host of the variable
     *((OpenAIProvider, f"https://{place}", False) for place in ("api.groq.com/openai/v1",
         "api.openai.com.evil.test/v1", "evil.test/api.openai.com", "evilapi.openai.com.test",
         "api.openai.com@evil.test/v1", "notopenai.azure.com.evil.test")),
@@ -168,7 +169,11 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
     (AnthropicProvider, "https://evil.test", False),
     (GeminiProvider, "https://generativelanguage.googleapis.com", True),
     (GeminiProvider, "https://eu-generativelanguage.googleapis.com", True),
-    (GeminiProvider, "https://evil.test", False)])
+    (GeminiProvider, "https://evil.test", False),
+    *((kind, url, True) for kind in (OllamaProvider, LMStudioProvider)
+        for url in ("http://localhost:1", "http://127.0.0.1:1")),
+    (LMStudioProvider, "https://evil.test", False), (OllamaProvider, "https://evil.test", False),
+    (OllamaProvider, "https://ollama.com", True), (OllamaProvider, "https://x.ollama.com", True)])
 def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url: str, goes: bool,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other address needs its own ``api_key``; a warning names it."""
@@ -190,7 +195,10 @@ def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url:
     ("http://example.test/v1", True), ("http://8.8.8.8/v1", True), ("https://example.test", False),
     ("http://127.0.0.1:1/v1", False), ("http://localhost:1/v1", False), ("http://[::1]:1", False),
     ("http://10.1.2.3", False), ("http://192.168.0.7:8000", False), ("http://172.16.0.1", False),
-    ("http://[2606:4700::1111]/v1", True), ("http://[fd12::1]:8000", False)])
+    ("http://[2606:4700::1111]/v1", True), ("http://[fd12::1]:8000", False),
+    *((f"http://{host}/v1", False) for host in ("box", "box.local", "box.internal", "x.localhost",
+        "localhost.", "0.0.0.0", "2130706433", "[::ffff:10.0.0.1]")),
+    ("http://box.internal.test", True), ("http://box.localhost.test", True)])
 def test_a_key_over_plain_http_to_a_public_host_warns(url: str, warns: bool) -> None:
     for key, expected in ((KEY, warns), ("", False)):
         with warnings.catch_warnings(record=True) as told:
@@ -264,7 +272,7 @@ def test_what_is_sent(mocked: Any) -> None:
         "Content-Length": str(len(request.body))}
 
 
-def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
+def test_azure_has_its_own_header_and_limit_and_access_tokens_are_no_keys() -> None:
     """They go where OAuth wants them; a function usually returns them, since they expire."""
     for kind, base, token in ((OpenAIProvider, AZURE, "eyJh.eyJz.c2ln"),
             (GeminiProvider, "https://aiplatform.googleapis.com/v1/publishers/google", "ya29.c")):
@@ -273,7 +281,6 @@ def test_access_tokens_of_azure_and_google_are_no_keys() -> None:
         assert "api-key" not in sent and "x-goog-api-key" not in sent
 
 
-def test_azure_has_its_own_header_and_limit() -> None:
     request = request_of(OpenAIProvider(KEY, AZURE + "?api-version=1"), max_tokens=5)
     assert request.url == AZURE + "/chat/completions?api-version=1"
     assert request.headers["api-key"] == KEY
@@ -321,11 +328,14 @@ def test_a_cloud_needs_a_model_and_seconds_that_are_some(kind: Any) -> None:
 @each_vendor
 @pytest.mark.parametrize("settings", [
     {"connect_timeout": -1}, {"first_token_timeout": "1"}, {"stall_timeout": math.nan},
-    {"max_response_bytes": 0}, {"headers": {"X-A": "a\nb"}}, {"headers": {"X\r\nA": "b"}},
-    {"connect_timeout": 10**400}, {"headers": [("a", "b")]}, {"session": "s"}])
+    {"max_response_bytes": 0}, {"max_response_bytes": 1.5}, {"headers": {"X-A": "a\nb"}},
+    {"headers": {"X\r\nA": "b"}}, {"connect_timeout": 10**400}, {"headers": [("a", "b")]},
+    {"session": "s"}])
 def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(settings))):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}"):
         kind(KEY, "https://h", **settings)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}.*'stal_timeout'.*'stall_timeout'"):
+        kind(KEY, stal_timeout=1)
 
 
 # -- sessions
@@ -378,7 +388,7 @@ def test_threads_that_begin_together_share_one_session(monkeypatch: pytest.Monke
 # -- ping
 @each_vendor
 @pytest.mark.parametrize(("status", "error"), [(200, None), (401, AuthenticationError),
-    (429, RateLimited), (500, ServerError),
+    (429, RateLimited), (500, ServerError), (300, InvalidResponse),
     (302, InvalidResponse), (404, (ProviderUnavailable, ModelNotFound))])
 def test_a_ping_asks_for_the_models(kind: Any, status: int, error: Any) -> None:
     with responses.RequestsMock() as mock:

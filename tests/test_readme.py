@@ -20,14 +20,8 @@ HTTP_PROVIDERS = [OpenAIProvider, cr.LMStudioProvider, cr.OllamaProvider, cr.Ant
     cr.GeminiProvider]
 
 
-def stem(path: Path) -> str:
-    return path.stem
-
-
-# ==== the code of the pages ====
-
-
-@pytest.mark.parametrize("page", PAGES, ids=stem)
+# -- the code of the pages
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_python_blocks_run_and_print_what_their_comments_say(page: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,7 +107,7 @@ def test_commands_of_the_pages_exist_with_their_flags(command: str,
     assert {word for word in arguments if word.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("page", PAGES + PAPERS, ids=stem)
+@pytest.mark.parametrize("page", PAGES + PAPERS, ids=lambda path: path.stem)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for target in re.findall(r"\]\((?!https://)([^)\s]+)\)", pages.without_code(page)):
         name, _, anchor = target.partition("#")
@@ -136,9 +130,7 @@ def test_readme_is_short_and_links_every_page() -> None:
     assert float(size) == pytest.approx(found, rel=0.1)
 
 
-# ==== tables that repeat the module ====
-
-
+# -- tables that repeat the module
 @pytest.mark.parametrize(("title", "functions"), [
     ("FailoverChain", [FailoverChain]), ("One call", [FailoverChain.chat]),
     ("ProviderTier", [ProviderTier]),
@@ -149,10 +141,7 @@ def test_settings_and_their_defaults_are_those_of_the_signatures(title: str,
         functions: list[Any]) -> None:
     table = {name: default for name, default, _ in rows(section("docs/settings.md", title))}
     assert table == pages.parameters(*functions)
-
-
-def test_options_of_a_call_are_known_to_a_provider() -> None:
-    provider = OpenAIProvider("k", "http://127.0.0.1:9")
+    provider = OpenAIProvider("k", "http://127.0.0.1:9")  # which knows all options of a call
     for option, *_ in rows(section("docs/settings.md", "Options of a call")):
         ProviderTier("a", provider, params={option: None})
 

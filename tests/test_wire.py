@@ -27,7 +27,7 @@ from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
 
 import copilot_router
 from copilot_router import (AllProvidersFailed, AuthenticationError, BadRequest,
-    ConfigError, EmptyResponse, FailoverChain, InvalidResponse, LLMResponse,
+    ConfigError, ContentFiltered, EmptyResponse, FailoverChain, InvalidResponse, LLMResponse,
     OpenAIProvider, ProviderError, ProviderTier, ProviderTimeout, ServerError,
     UnsupportedRequest, Usage)
 
@@ -125,10 +125,13 @@ def test_a_leading_think_block_is_reasoning(dialect: Dialect, streaming: bool) -
 
 
 @pytest.mark.parametrize("answer", [Answer(text=()), Answer(text=(" \n", " ")),
-    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length")])
+    Answer(text=(), reasoning=("Hm.",)), Answer(text=(), finish="length"),
+    Answer(text=(), finish="content_filter")])
 def test_an_answer_without_text_and_calls_is_empty(dialect: Dialect, streaming: bool,
         answer: Answer) -> None:
-    raised = error_of(EmptyResponse, said, dialect, answer, stream_upstream=streaming)
+    filtered = answer.finish == "content_filter" and dialect.name != "ollama"
+    raised = error_of(ProviderError, said, dialect, answer, stream_upstream=streaming)
+    assert type(raised) is (ContentFiltered if filtered else EmptyResponse)
     assert raised.usage == Usage(9, 4)
 
 
@@ -141,6 +144,13 @@ def test_several_tool_calls_come_with_text_and_reasoning(dialect: Dialect, strea
         arguments for _, arguments in CALLS]
     assert (response.content, response.reasoning, response.finish_reason) == (
         "Let me look.", "Two tools.", "tool_calls")
+
+
+def test_an_answer_without_thoughts_has_nothing_to_carry(dialect: Dialect, streaming: bool) -> None:
+    """Only Gemini seals its calls, too."""
+    answer = Answer(calls=CALLS[:1], finish="tool_calls")
+    message = said(dialect, answer, tools=TOOLS, stream_upstream=streaming).message
+    assert ("copilot_router" in message) == (dialect.name == "gemini")
 
 
 def test_usage_is_counted_in_one_arithmetic(dialect: Dialect, streaming: bool) -> None:
@@ -169,15 +179,20 @@ def test_failures_have_their_class(dialect: Dialect, name: str) -> None:
         assert error.provider == vendor
 
 
-LENGTHS = "length max_tokens MAX_TOKENS model_length max_output_tokens"
-FILTERED = """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY
-    IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR"""
-BROKEN = "error abort cancelled timeout network_error deadline_exceeded failed interrupted"
+STOPS = """stop tool_calls tool_call tool_use function_call end_turn stop_sequence eos eos_token
+    completed complete end"""
+LENGTHS = """length max_tokens MAX_TOKENS model_length max_output_tokens max_length CONTINUATION
+    pause_turn model_context_window_exceeded"""
+FILTERED = """SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY ESCALATION
+    IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR PUP_LIMITED_DISABLED"""
+BROKEN = """error abort aborted cancelled timeout network_error deadline_exceeded failed interrupted
+    incomplete server_error upstream_error disconnected internal_error internal_server_error
+    insufficient_system_resource user_cancel error_limit error_toxic"""
 #: What a vendor's word for the end of an answer becomes; None: the answer failed.
 FINISH: list[tuple[int, str | None, str]] = [
-    (0, "stop", "stop tool_calls"), (0, "length", LENGTHS + " model_context_window_exceeded"),
+    (0, "stop", STOPS), (0, "length", LENGTHS), (0, "OTHER", "OTHER"),
     (0, "content_filter", FILTERED + " content_filter content_filter:RECITATION content_filtered"
-        " guardrail_intervened"), (0, "OTHER", "OTHER"), (0, None, BROKEN + " MALFORMED_RESPONSE"
+        " sensitive refusal guardrail_intervened"), (0, None, BROKEN + " MALFORMED_RESPONSE"
         " canceled connection_error function_call_filter:MALFORMED_FUNCTION_CALL NO_IMAGE"
         " UNEXPECTED_TOOL_CALL TOO_MANY_TOOL_CALLS IMAGE_OTHER MISSING_THOUGHT_SIGNATURE"),
     (3, "stop", "end_turn stop_sequence"), (3, "content_filter", "refusal"), (3, None, BROKEN),
@@ -440,8 +455,12 @@ def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("end", [[], [STOP]], ids=["cut", "whole"])
 def test_a_list_of_the_events_of_a_stream_needs_a_finish_reason(end: list[Any]) -> None:
-    found = read("chat", reply([delta(content="Hello "), delta(content="wor"), *end]))
-    assert isinstance(found, LLMResponse if end else InvalidResponse)
+    gemini = [{"candidates": [{"content": {"parts": [{"text": "x"}]},
+                               **({"finishReason": "STOP"} if end else {})}]}] * 2
+    for kind, events in (("chat", [delta(content="Hello "), delta(content="wor"), *end]),
+                         ("gemini", gemini)):  # whose server answers so without ?alt=sse
+        found = read(kind, reply(events))
+        assert isinstance(found, LLMResponse if end else InvalidResponse)
 
 
 def test_an_object_between_events_is_read_as_one() -> None:
@@ -555,6 +574,8 @@ ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
     ("responses", {"type": "response.reasoning_summary_text.delta", "delta": "x"}),
     ("responses", {"type": "response.reasoning_text.delta", "delta": "x"}),
     ("responses", {"type": "response.code_interpreter_call_code.delta", "delta": "x"}),
+    ("responses", {"type": "response.function_call_arguments.delta", "output_index": 0,
+        "delta": "{"}),
     ("anthropic", {"type": "content_block_start", "index": 0,
         "content_block": {"type": "thinking", "thinking": ""}}),
     ("anthropic", {"type": "content_block_start", "index": 0,
@@ -670,7 +691,8 @@ def test_a_call_with_arguments_and_without_a_name_is_no_answer(pieces: list[Any]
 @pytest.mark.parametrize(("pieces", "arguments"), [([""], {}), ([" "], {}), (["[1]"], None),
     (['{"a', ""], None), (['{"a": 1}'], {"a": 1}), (["{}", '{"a":', "1}"], {"a": 1}),
     (['{"a":1}', '{"a":1}'], {"a": 1}), (['{"a":1}', '{"b":2}'], None), (['{"a":1}', "x"], None),
-    ([json.dumps('{"a":1}')], {"a": 1}), ([json.dumps("text")], None), (['{"a": NaN}'], None),
+    (['{"a":1}{"a"', ":1}"], {"a": 1}), ([json.dumps('{"a":1}')], {"a": 1}),
+    ([json.dumps("text")], None), (['{"a": NaN}'], None),
     (['{"a": -Infinity}'], None), (["5"], None), (["true"], None)])
 def test_arguments_are_read_where_they_are_unambiguous(pieces: Any, arguments: Any) -> None:
     """Sent twice, encoded twice, behind an empty object; otherwise None, and the text is kept."""
@@ -739,8 +761,10 @@ def test_arguments_whose_end_was_not_seen_are_none_whatever_ended_the_answer(tex
     wires += [("anthropic", [begin, block, *[grows] * grown, {"type": end,
                                                               "delta": {"stop_reason": why}}])
               for why in ("max_tokens", "tool_use", "refusal") for grown in (0, 1)]
-    wires += [("responses", [cut]), ("responses", [
-        {"type": "response.output_item.added", "output_index": 0, "item": item}, completed()])]
+    added, done = ({"type": f"response.output_item.{step}", "output_index": 0, "item": item}
+                   for step in ("added", "done"))
+    wires += [("responses", events) for events in ([cut], [added, completed()],
+                                                   [added, done, completed()])]
     for kind, events in wires:
         found = read(kind, stream(*events))
         assert [call.arguments for call in found.tool_calls] == [None], events
@@ -939,10 +963,11 @@ def test_cache_control_goes_to_anthropic_and_compatible_servers_only(dialect: Di
     mark = {"cache_control": {"type": "ephemeral"}}
     marked = [{"type": "text", "text": "long", **mark}, {"type": "text", "text": "And?"}]
     bodies = [json.dumps(sent(dialect.name, messages, tools)) for messages, tools in (
+        ([{"role": "user", "content": "whole", **mark}], None),
         ([{"role": "system", "content": marked[:1]}, USER], None),
         ([{"role": "user", "content": marked}], None), ("q", [{**TOOLS[0], **mark}]))]
     carried = dialect.name in ("chat", "lmstudio", "anthropic")
-    assert ["cache_control" in body for body in bodies] == [carried] * 3
+    assert ["cache_control" in body for body in bodies] == [carried] * 4
     assert all(text in "".join(bodies) for text in ("long", "And?"))
 
 
@@ -1082,14 +1107,17 @@ def test_each_hint_is_dropped_under_all_its_names(status: int, said_by_server: A
         ("Unsupported value: 'temperature'", 401, HINTS),
         ("temperature and top_p are not supported", 400, HINTS),
         ("max_tokens is not allowed to be that large", 400, {"max_tokens": 10**9}),
+        ("content: Input should be a valid string", 400, {"messages": [
+            {"role": "user", "content": ""}, {**with_call()[1], "content": "x"}]}),
         *((text, status, {}) for status in (429, 500, 403) for text in ("near 'length of 9'",
             "see v1/responses for it", "reasoning_content was not passed back"))])
 def test_other_errors_are_not_answered_by_a_second_request(text: str, status: int,
         options: Any) -> None:
     """And nothing is learned from them."""
+    asked = {"messages": "q", "tools": TOOLS, "timeout": 5, **options}
     with talking("chat", reply({"error": {"message": text}}, status)) as (provider, server):
         chain = chain_of(provider)
-        error_of((AllProvidersFailed, ProviderError), chain.chat, "q", TOOLS, timeout=5, **options)
+        error_of((AllProvidersFailed, ProviderError), chain.chat, **asked)
         assert len(server.requests) == 1 and not any(chain.health()[0].learned.values())
 
 
@@ -1385,7 +1413,8 @@ def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, par
         if able:
             assert provider.chat(messages, tools, "m-1").text == "ok"
         else:
-            error_of(UnsupportedRequest, provider.chat, messages, tools, "m-1")
+            told = "Responses API" if name == "responses" else name
+            error_of(UnsupportedRequest, provider.chat, messages, tools, "m-1", match=f"(?i){told}")
         assert (len(vendor.requests), vendor.refusals) == (able, [])
 
 

@@ -69,14 +69,21 @@ class Dialect:
     def make(self, url: str, key: Any = KEY, **settings: Any) -> Any:
         return MAKERS[self.name](key, url, **settings)
 
+    def client(self, key: str, url: str, **settings: Any) -> Any:
+        return self.make(url, key, **settings)
+
     def body(self, answer: Answer) -> dict[str, Any]:
         raise NotImplementedError
 
     def events(self, answer: Answer) -> list[bytes]:
         raise NotImplementedError
 
+    path: ClassVar[str]  #: in the path of its requests
+    turns = "messages"  #: where the conversation stands in a body
     #: Events before the first token, which are no sign of it.
     idle: ClassVar[bytes]
+    keep_alive = b": keep-alive\n\n"  #: what a stream may say without saying anything
+    marker = b""  #: of the end of a stream
     ends: ClassVar[bytes] = b'"finish_reason": "'  #: in the event that has the finish reason
     #: An error in a stream that has begun, and the class that it amounts to.
     broken: ClassVar[tuple[bytes, type]]
@@ -112,6 +119,7 @@ def openai_failures() -> dict[str, Failure]:
 
 class Chat(Dialect):
     name = "chat"
+    path, marker = "/chat/completions", b"data: [DONE]\n\n"
     failures = openai_failures()
     idle = b": keep-alive\n\n" + sse({"choices": [{"index": 0,
                                                    "delta": {"role": "assistant", "content": ""}}]})
@@ -177,6 +185,7 @@ class LMStudio(Chat):
 
 class Responses(Dialect):
     name = "responses"
+    path, turns = "/responses", "input"
     ends = b'"incomplete_details"'
     failures = openai_failures()
     idle = sse({"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}})
@@ -240,6 +249,8 @@ class Responses(Dialect):
 
 class Anthropic(Dialect):
     name = "anthropic"
+    path = "/messages"
+    keep_alive, marker = sse({"type": "ping"}), sse({"type": "message_stop"})
     ends = b'"type": "message_delta"'
     broken = sse({"type": "error", "error": {"type": "overloaded_error", "message": "Try later"},
                   "request_id": "r"}), Overloaded
@@ -327,6 +338,7 @@ class Anthropic(Dialect):
 
 class Gemini(Dialect):
     name = "gemini"
+    path, turns = "enerateContent", "contents"
     ends = b'"finishReason"'
     counts_written = False
     remote_images = False
@@ -399,6 +411,7 @@ class Gemini(Dialect):
 
 class Ollama(Dialect):
     name = "ollama"
+    path, keep_alive = "/api/chat", b"\n"
     ends = b'"done": true'
     stream_kind = "application/x-ndjson"
     counts_cached = counts_written = counts_reasoning = False

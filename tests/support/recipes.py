@@ -14,13 +14,12 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from support import dialects
-from support.server import HEAD, Server, delta, parsed, reply, sse
+from support.server import HEAD, Serve, Server, delta, parsed, reply, sse
 
 from copilot_router import Usage
 
@@ -44,21 +43,38 @@ for path in ("/ask", "/ask-async"):
 """
 
 
-@dataclass(frozen=True)
-class Answer(dialects.Answer):
-    """An answer of the model. Each piece of text is an event of a stream."""
-    text: tuple[str, ...] = ("ok",)
-    usage: Usage = field(default_factory=lambda: Usage(20, 15))
-    broken: bool = False  #: the connection is closed instead of the end
-    gate: threading.Semaphore | None = None  #: acquired before each text and before the end
+class Luna(dialects.Chat):
+    model = "gpt-6-luna"
 
 
-@dataclass
-class Refusal:
-    """A status with an error body."""
-    status: int
-    headers: dict[str, str] = field(default_factory=dict)
-    message: str = "no"
+def says(*text: str, broken: bool = False, gate: Any = None, **fields: Any) -> Serve:
+    """An answer of the model. Each piece of text is an event of a stream.
+
+    ``broken``: the connection is closed instead of the end. ``gate`` is acquired before each text
+    and before the end.
+    """
+    answer = dialects.Answer(text, usage=Usage(20, 15), **fields)
+    def serve(_: Server, connection: Any, request: bytes) -> bool:
+        if not parsed(request).body.get("stream"):
+            connection.sendall(reply(Luna().body(answer)))
+            return False
+        connection.sendall(HEAD)
+        for event in Luna().events(answer):
+            ends = Luna.ends in event
+            if ends and broken:
+                break
+            waits = ends or any(json.dumps(piece).encode() in event for piece in text)
+            assert not (gate and waits) or gate.acquire(timeout=20)
+            connection.sendall(event)
+        return False
+    return serve
+
+
+def refusal(status: int, message: str = "no", **headers: str) -> bytes:
+    return reply({"error": {"message": message}}, status, **headers)
+
+
+BROKEN, BUSY = refusal(500), refusal(429, Retry_After="30")
 
 
 class Endless:
@@ -66,53 +82,29 @@ class Endless:
     def __init__(self) -> None:
         self.gone = threading.Semaphore(0)
 
-
-BROKEN, BUSY = Refusal(500), Refusal(429, {"Retry-After": "30"})
-
-
-class Luna(dialects.Chat):
-    model = "gpt-6-luna"
-
-
-class ChatServer(Server):
-    """Each request takes the next item of ``script``, or "ok" where it is empty."""
-    def __init__(self) -> None:
-        self.script: deque[Any] = deque()
-        super().__init__(self._told)
-        self.url += "/v1"
-
-    def _told(self, _: Server, connection: Any, request: bytes) -> bool:
-        item = self.script.popleft() if self.script else Answer()
-        if isinstance(item, Refusal):
-            error = {"error": {"message": item.message}}
-            connection.sendall(reply(error, item.status, **item.headers))
-        elif isinstance(item, Endless):
-            self._endless(item, connection)
-        elif parsed(request).body.get("stream"):
-            self._stream(item, connection)
-        else:
-            connection.sendall(reply(Luna().body(item)))
-        return False
-
-    @staticmethod
-    def _stream(item: Answer, connection: Any) -> None:
-        connection.sendall(HEAD)
-        for event in Luna().events(item):
-            ends = Luna.ends in event
-            if ends and item.broken:
-                return
-            waits = ends or any(json.dumps(text).encode() in event for text in item.text)
-            assert not (item.gate and waits) or item.gate.acquire(timeout=20)
-            connection.sendall(event)
-
-    def _endless(self, item: Endless, connection: Any) -> None:
+    def __call__(self, server: Server, connection: Any, request: bytes) -> bool:
         connection.sendall(HEAD)
         try:
             while True:
                 connection.sendall(sse(delta(content="more ")))
-                self.stopping.wait(0.01)
+                server.stopping.wait(0.01)
         finally:
-            item.gone.release()
+            self.gone.release()
+
+
+class ChatServer(Server):
+    """Each request takes the next answer of ``script``, or "ok" where it is empty."""
+    def __init__(self) -> None:
+        self.script: deque[bytes | Serve] = deque()
+        super().__init__(self._told)
+        self.url += "/v1"
+
+    def _told(self, _: Server, connection: Any, request: bytes) -> bool:
+        item = self.script.popleft() if self.script else says("ok")
+        if not isinstance(item, bytes):
+            return item(self, connection, request)
+        connection.sendall(item)
+        return False
 
 
 class Machine(NamedTuple):

@@ -269,7 +269,8 @@ class Stage:
             held.append(breaker.admit())
             assert held[-1].is_trial == (name == "trial"), where
         elif name == "refused":
-            assert error_of(CircuitOpen, breaker.admit).retry_after == breaker.retry_after, where
+            for ask in (lambda: breaker.call(int), breaker.admit):
+                assert error_of(CircuitOpen, ask).retry_after == breaker.retry_after, where
         elif name == "reset":
             breaker.reset()
         elif name == "open!" or value:
