@@ -13,8 +13,8 @@ from support.server import (STOP, TOOLS, USER, Server, delta,
 from support.vendors import KEY, Chat, Reply, faked
 
 from copilot_router import (BadRequest, ContentFiltered, EmptyResponse, FailoverChain,
-    InvalidResponse, LLMResponse, OpenAIProvider, Overloaded, ProviderTier, ProviderUnavailable,
-    RateLimited, ServerError, Thought, UnsupportedRequest, Usage)
+    InvalidResponse, LLMResponse, ModelNotFound, OpenAIProvider, Overloaded, ProviderTier,
+    ProviderUnavailable, RateLimited, ServerError, Thought, UnsupportedRequest, Usage)
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "cold"}
@@ -201,22 +201,14 @@ def test_calls_of_whole_json_without_ids_are_told_apart() -> None:
     assert len({one.id for one in response.tool_calls} - {""}) == 3
 
 
-@pytest.mark.parametrize("chunk", [*({"choices": wrong} for wrong in ("x", [5], [None], ["x"])),
-    *({"choices": [{"delta": wrong, "finish_reason": "stop"}]} for wrong in (5, "x", ["x"])),
-    {"choices": {"0": {"delta": {"content": "x"}}}}, delta(content=True), delta(content=5),
-    delta(tool_calls=5), delta(tool_calls=[5]), delta(tool_calls=[{"function": 5}]), piece(5, "f"),
-    piece([1], "f"), {"choices": [{"delta": {"content": "x"}, "finish_reason": 5}]}])
+@pytest.mark.parametrize("chunk", [{"choices": "x"}, {"choices": [5]}, {"choices": [{"delta": 5}]},
+    delta(content=5), delta(tool_calls=5), delta(tool_calls=[5]),
+    delta(tool_calls=[{"function": 5}]), piece(5, "f"),
+    {"choices": [{"delta": {}, "finish_reason": 5}]}])
 def test_wrong_types_are_an_invalid_response(chunk: Any) -> None:
     whole = json.loads(json.dumps(chunk).replace("delta", "message"))
     for wire in (stream(delta(content="x"), chunk, STOP), reply(whole)):
         assert isinstance(read("chat", wire), InvalidResponse)
-
-
-@pytest.mark.parametrize("body", [{}, [], None, "hello", 1, {"choices": []}, {"choices": None},
-    {"choices": [{}]}, {"id": "x", "object": "chat.completion"}, message(content=None),
-    message(content=[]), {"choices": [{"message": None, "finish_reason": "stop"}]}])
-def test_a_body_without_an_answer_is_none(body: Any) -> None:
-    assert isinstance(read("chat", reply(body)), (InvalidResponse, EmptyResponse))
 
 
 def test_what_follows_a_whole_answer_cannot_spoil_it() -> None:
@@ -581,6 +573,14 @@ def test_deepseek_gets_its_reasoning_back_on_every_turn_and_openai_none() -> Non
         assert fake.bodies[0]["messages"][1] == bare
         provider.close()
 
+
+def test_lm_studio_names_the_model_that_answered_and_needs_none() -> None:
+    """An overflow that comes as an empty answer with status 200 is no answer."""
+    none = {"error": {"message": "No models loaded. Please load a model in the developer page."}}
+    for status in (404, 400):
+        assert isinstance(read("lmstudio", reply(none, status)), ModelNotFound)
+    assert isinstance(read("lmstudio", reply(message(content=""))), EmptyResponse)
+    assert read("lmstudio", reply({**message(content="x"), "model": "loaded"})).model == "loaded"
 
 
 # -- the Responses API

@@ -119,19 +119,11 @@ def test_what_is_not_the_providers_fault_passes_through_a_stream(clock, error):
 
 
 def test_a_custom_stream_that_returns_no_response_is_told_so(clock):
-    """What it returned is not in the traceback."""
     provider = scripted("x")
     provider.stream = lambda *_, **__: iter(PARTS)
     stream = chain_of(clock, ProviderTier("a", provider)).stream(PROMPT)
     assert [next(stream) for _ in PARTS] == PARTS
     error_of(ConfigError, next, stream, match="return an LLMResponse")
-    class Wrong(Custom):
-        def stream(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> Any:
-            yield from ()
-            return "secret answer"
-    chain = FailoverChain([ProviderTier("a", Wrong(LLMResponse))])
-    error = error_of(ConfigError, chain.stream, "hi", match="Wrong returned str")
-    assert "secret" not in "".join(traceback.format_exception(error))
 
 
 # -- trials
@@ -406,6 +398,16 @@ def test_a_call_that_fails_after_a_thought_has_its_record_and_its_event(clock):
         error = error_of(RouterError, list, chain.stream(PROMPT, thoughts=True))
         assert [at.outcome for at in error.attempts] == [outcome]
         assert events[-1].kind == "done" and events[-1].data["outcome"] == type(error).__name__
+
+
+def test_what_a_stream_returns_in_place_of_a_response_is_not_in_the_traceback():
+    class Wrong(Custom):
+        def stream(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> Any:
+            yield from ()
+            return "secret answer"
+    chain = FailoverChain([ProviderTier("a", Wrong(LLMResponse))])
+    error = error_of(ConfigError, chain.stream, "hi", match="Wrong returned str")
+    assert "secret" not in "".join(traceback.format_exception(error))
 
 
 # -- chains in chains

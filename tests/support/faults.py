@@ -350,6 +350,14 @@ def stream_by_the_book(x: Exchange) -> None:
     x.ok(body)
 
 
+def without_prefill(x: Exchange) -> None:
+    """Answers, but never goes on with an answer that somebody else began."""
+    if x.asked["messages"][-1]["role"] == "assistant":
+        x.say(400, {"error": {"message": "No prefill.", "type": "invalid_request_error"}})
+    else:
+        x.ok()
+
+
 def refuses_a_hint(x: Exchange) -> None:
     """Refuses temperature by name, and answers without it."""
     message = "Unsupported value: 'temperature' does not support 0.2 with this model."
@@ -557,12 +565,33 @@ def _choice(message: Any, finish: Any = "stop") -> dict[str, Any]:
     return {"choices": [{"message": message, "finish_reason": finish}]}
 
 
-#: Whole answers that are none. More forms of them stand in test_openai.
-for _name, _class, _body in (("empty_text", EmptyResponse, _choice({"content": ""})),
-        ("call_without_a_name", InvalidResponse, _choice({"content": None, "tool_calls": [
-            {"id": "a", "function": {"arguments": "{}"}}]})),
-        ("content_is_a_number", InvalidResponse, _choice({"content": 42}))):
-    row(_name, _class, WRONG, ONE, lambda x, body=_body: x.say(200, body), only=Chat)
+def _calls(*calls: Any) -> dict[str, Any]:
+    return _choice({"content": None, "tool_calls": calls[0] if len(calls) == 1 else list(calls)})
+
+
+#: Whole answers that are none: class -> what a client of one line makes of it -> name -> body.
+NONE: dict[type, dict[str, dict[str, Any]]] = {EmptyResponse: {
+        WRONG: {"empty_text": _choice({"content": ""}), "no_text": _choice({"content": None}),
+            "blank_text": _choice({"content": " \n\t "}),
+            "content_is_an_empty_list": _choice({"content": []})}, RAW: {"body_is_a_list": []}},
+    InvalidResponse: {WRONG: {"content_is_a_number": _choice({"content": 42}),
+            "content_is_true": _choice({"content": True}),
+            "finish_is_a_number": _choice({"content": "hello"}, 7),
+            "calls_are_text": _calls("f()"), "calls_are_numbers": _calls(1, 2),
+            "call_without_a_name": _calls([{"id": "a", "function": {"arguments": "{}"}}]),
+            "arguments_are_a_list": _calls([{"function": {"name": "f", "arguments": [1]}}])},
+        RAW: {"no_message": _choice(None), "message_is_text": _choice("hello"),
+            "message_is_a_list": _choice(["hello"]), "no_choices": {"choices": []},
+            "choices_absent": {"id": "x", "object": "chat.completion", "model": "m"},
+            "choices_null": {"choices": None}, "choices_text": {"choices": "hello"},
+            "choices_object": {"choices": {"0": {"message": {"content": "hello"}}}},
+            "choices_of_null": {"choices": [None]}, "choices_of_text": {"choices": ["hello"]},
+            "choice_is_empty": {"choices": [{}]}, "body_is_text": "hello", "body_is_a_number": 1,
+            "body_is_null": None, "body_is_empty": {}}}}
+for _class, _columns in NONE.items():
+    for _naive, _bodies in _columns.items():
+        for _name, _body in _bodies.items():
+            row(_name, _class, _naive, ONE, lambda x, body=_body: x.say(200, body), only=Chat)
 row("cut_by_length", EmptyResponse, WRONG, NEUTRAL,
     lambda x: x.say(200, _choice({"content": ""}, "length")), only=Chat)
 for _name, _body in (("filtered", _choice({"content": None}, "content_filter")),
@@ -578,9 +607,14 @@ def _between(odd: bytes) -> Callable[[Exchange], Any]:
 #: Events in the middle of a stream that make it none: name -> event.
 WRONG_EVENTS: dict[str, bytes] = {"event_is_text": b'data: "hello"\n\n',
     "event_is_a_list": b'data: ["hello"]\n\n', "event_choices_text": b'data: {"choices": "x"}\n\n',
+    "event_choice_null": b'data: {"choices": [null]}\n\n',
+    "event_delta_text": b'data: {"choices": [{"delta": "x"}]}\n\n',
+    "event_content_number": b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
     "event_cut_json": b'data: {"choices": [{"delta": {"content": "whole ans\n\n',
     "event_error_text": b'data: {"error": "broken pipe"}\n\n',
     "event_error_list": b'data: [{"error": {"message": "x"}}]\n\n',
+    "event_finish_error": b'data: {"choices": [{"delta": {}, "finish_reason": "error"}]}\n\n',
+    "event_finish_abort": b'data: {"choices": [{"delta": {}, "finish_reason": "abort"}]}\n\n',
     "event_is_deep": b"data: " + b"[" * 100_000 + b"\n\n"}
 for _name, _event in WRONG_EVENTS.items():
     broken(_name, RAW, _between(_event), only=Chat, after=True)
@@ -597,6 +631,7 @@ broken("echoes_the_key_as_coding", RIGHT, lambda x: x.reply(
 answers("strange_but_complete", RIGHT, strange_but_complete, only=Chat)
 answers("stream_by_the_book", RIGHT, stream_by_the_book, only=Chat,
         told=lambda text: text.replace("answer", "ans\u2028er"))
+answers("healthy_without_prefill", RIGHT, without_prefill, only=Chat)
 answers("refuses_a_hint", RAW, refuses_a_hint, "2 closed 0", options={"temperature": 0.2},
     only=Chat)
 

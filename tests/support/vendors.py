@@ -272,15 +272,10 @@ CHAT_CALL = {"id!": re.compile(r".{1,40}", re.DOTALL), "type!": frozenset({"func
              "function!": {"name!": TOOL_NAME, "arguments!": str}}
 
 
-class ChatAnswers(Own, dialects.Chat):
-    pass
-
-
 class Chat(Vendor):
     """Chat Completions. ``thinking``: reasoning_content has to come back, as at DeepSeek."""
     base = "/v1"
     prefix = "call_"
-    answers_of = ChatAnswers
 
     def __init__(self, *script: Any, thinking: bool = False, **settings: Any) -> None:
         super().__init__(*script, **settings)
@@ -382,6 +377,10 @@ class Chat(Vendor):
         self.unique(seen, "messages.tool_calls.id")
 
 
+class ChatAnswers(Own, dialects.Chat):
+    pass
+
+
 # ==== OpenAI Responses
 class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
@@ -471,23 +470,10 @@ NO_SAMPLING = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 NO_FORCE = ("claude-opus-5-5", "claude-sonnet-5-5")
 
 
-class AnthropicAnswers(Own, dialects.Anthropic):
-    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
-        """Thinking is signed, and has to come back with the calls behind it."""
-        blocks, body = super().blocks(answer), self.request.body
-        if answer.reasoning:
-            at = len(body["messages"])
-            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
-            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
-            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
-        return blocks
-
-
 class Anthropic(Vendor):
     """The Messages API. Signatures are bound to the model and to all that stands before them."""
     base = "/v1"
     prefix = "toolu_"
-    answers_of = AnthropicAnswers
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
@@ -600,26 +586,26 @@ class Anthropic(Vendor):
             self.forbid(changed, f"messages.{at}.content.0: thinking blocks cannot be modified")
 
 
+class AnthropicAnswers(Own, dialects.Anthropic):
+    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
+        """Thinking is signed, and has to come back with the calls behind it."""
+        blocks, body = super().blocks(answer), self.request.body
+        if answer.reasoning:
+            at = len(body["messages"])
+            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
+            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
+            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
+        return blocks
+
+
 # ==== Gemini generateContent
 SKIP_SIGNATURE = "skip_thought_signature_validator"
-
-
-class GeminiAnswers(Own, dialects.Gemini):
-    def called(self, answer: Answer) -> list[dict[str, Any]]:
-        parts = super().called(answer)
-        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
-            if at == 0:
-                del part["thoughtSignature"]
-                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
-            self.vendor.issued[one] = (self.model, part)
-        return parts
 
 
 class Gemini(Vendor):
     """generateContent. Signatures are bound to the model and to their part."""
     base = "/v1beta"
     prefix = "g"
-    answers_of = GeminiAnswers
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         states = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND"}
@@ -717,15 +703,21 @@ class Gemini(Vendor):
                 self.fail("Thought signature is not valid.")
 
 
+class GeminiAnswers(Own, dialects.Gemini):
+    def called(self, answer: Answer) -> list[dict[str, Any]]:
+        parts = super().called(answer)
+        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
+            if at == 0:
+                del part["thoughtSignature"]
+                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
+            self.vendor.issued[one] = (self.model, part)
+        return parts
+
+
 # ==== Ollama
-class OllamaAnswers(Own, dialects.Ollama):
-    pass
-
-
 class Ollama(Vendor):
     """The native /api/chat. What the real server ignores in silence is refused here."""
     prefix = "call_o"
-    answers_of = OllamaAnswers
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         return {"error": message}
@@ -769,6 +761,16 @@ class Ollama(Vendor):
             seen += [call_id for _, call_id in open_calls if call_id is not None]
         self.forbid(open_calls, "tool call without its result")
         self.unique(seen, "messages.tool_calls.id")
+
+
+class OllamaAnswers(Own, dialects.Ollama):
+    pass
+
+
+Chat.answers_of = ChatAnswers
+Anthropic.answers_of = AnthropicAnswers
+Gemini.answers_of = GeminiAnswers
+Ollama.answers_of = OllamaAnswers
 
 
 # ==== all of them
