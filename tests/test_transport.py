@@ -238,29 +238,6 @@ def test_a_forked_child_uses_its_own_sockets() -> None:
         assert server.connections in (2, 3)  # the parent's one or two, and the child's own
 
 
-INHERITED = """
-import os, sys, requests
-from copilot_router import OpenAIProvider
-session = requests.Session()
-session.mount("own://", object())
-client = OpenAIProvider("k" * 20, sys.argv[1], session=session)
-assert client.chat("before", model="m").text == "good"
-if (child := os.fork()) == 0:
-    text = client.chat("in the child", model="m", timeout=10).text
-    sys.exit(text != "good")
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert client.chat("after", model="m").text == "good"
-"""
-
-
-@needs_fork
-def test_a_forked_child_shares_no_connection_of_a_users_session() -> None:
-    """Else it could read an answer that is its parent's."""
-    with Peer(healthy) as server:
-        done(python(INHERITED, server.url))
-        assert server.connections == 2
-
-
 # -- connecting
 def test_the_second_address_is_tried_and_comes_first_in_the_next_call(resolved: Any) -> None:
     with Peer(healthy) as server, provider("http://two.invalid", headers={"Host": "h"}) as client:
@@ -450,15 +427,15 @@ def test_a_length_that_lies_takes_no_memory(promised: int, body: bytes) -> None:
 def test_no_silence_takes_more_than_half_of_what_is_left_for_a_later_tier(scheme: str) -> None:
     """While connecting, and behind a first token that came late."""
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
-        head = HEAD + b"\r\n" + event("late")
-        server.drip(connection, head, 0.35 / len(head))
+        server.stopping.wait(0.6)
+        connection.sendall(HEAD + b"\r\n" + event("late"))
         return silent(server, connection, request)
     with Peer(silent if scheme == "https" else serve) as server:
         client = OpenAIProvider(KEY, f"{scheme}://127.0.0.1:{server.port}/v1")
         chain = FailoverChain([ProviderTier("a", client, ["m"]),
                                ProviderTier("b", ScriptedProvider(["fine"]))])
-        start, found = time.monotonic(), chain.chat("q", timeout=0.8)
-        assert found.text == "fine" and time.monotonic() - start < 0.7
+        start, found = time.monotonic(), chain.chat("q", timeout=1.6)
+        assert found.text == "fine" and time.monotonic() - start < 1.3
         told = "connect timeout" if scheme == "https" else "no further data"
         assert told in str(found.attempts[0].error)
 
