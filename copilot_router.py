@@ -1228,6 +1228,8 @@ class _SharedView:
                     same = mine.state == "closed" and record.era == mine.era
                     new = new._replace(failures=mine.failures if same else 0)
                 self._take(mine, new)
+                if record.deadline - store_now > record.span + 1e-3:  # that clock was ahead:
+                    self._standing = "ahead"  # written anew, or each new process would wait so long
         if self._standing == "ahead":
             mine = breaker._record
             new = mine._replace(generation=max(mine.generation, (stored or 0) + 1))
@@ -1481,6 +1483,8 @@ class RedisStore:
             from redis.retry import Retry
         except ImportError:
             raise ConfigError("RedisStore needs PyPI's redis: pip install redis") from None
+        if not isinstance(namespace, str):
+            raise ConfigError(f"RedisStore(namespace) is a {_kind(namespace)}: give a str")
         self.shared_counts = shared_counts
         self.timeout: float = _number(timeout, "RedisStore(timeout)", finite=True)
         self.refresh: float = _number(refresh, "RedisStore(refresh)")
@@ -1490,10 +1494,11 @@ class RedisStore:
         try:
             by_url = redis.ConnectionPool.from_url
             given = by_url(given) if isinstance(given, str) else given.connection_pool
-        except (ValueError, AttributeError):
+            kind, store = given.connection_class, self
+            _function(kind.connect, "redis.asyncio")
+        except (ValueError, AttributeError):  # a ConfigError is a ValueError
             cure = "RedisStore: give a redis.Redis or a URL like redis://localhost:6379/0"
             raise ConfigError(cure) from None  # a URL may hold a password
-        kind, store = given.connection_class, self
 
         class Connection(kind):  # type: ignore[valid-type, misc]
             def _connect(self) -> Any:
@@ -2493,7 +2498,9 @@ def _retry_hint(
     ]
     asks = words.find(_ASKS) or words.find(r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8})")
     for texts in (
-        [headers.get("retry-after-ms", "") + "ms", *(headers.get(name, "") for name in _WAITS)],
+        # several of them are joined by commas; a date needs no day of the week
+        [headers.get("retry-after-ms", "") + "ms",
+         *(one for name in _WAITS for one in headers.get(name, "").split(","))],
         [report.delay or (asks[1] if asks else "")],
         resets if limited else [],
     ):
@@ -5806,8 +5813,8 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
-        self._is_ours = getattr(provider, "_is_ours", False)
-        self._is_chain = getattr(provider, "_is_chain", False)
+        self._is_ours = getattr(provider, "_is_ours", False) is True  # a mock has any attribute
+        self._is_chain = getattr(provider, "_is_chain", False) is True
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
@@ -6223,9 +6230,9 @@ class _Request:
             told = f"{_kind(self.tier.provider)} returned {_kind(response)}"
             cure = "return an LLMResponse, or raise a ProviderError"
             raise ConfigError(f"tier {self.tier.name!r}: {told}: {cure}")
-        if not isinstance(response.usage, Usage):
-            told = f"usage is a {_kind(response.usage)}"
-            raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage")
+        if not isinstance(response.usage, Usage) or not isinstance(response.content or "", str):
+            told = f"usage is a {_kind(response.usage)}, content a {_kind(response.content)}"
+            raise ConfigError(f"tier {self.tier.name!r}: {told}: give a Usage, and a str or None")
         custom = response.usage is not _NO_USAGE and not self.tier._is_ours
         if custom and not _are_counts(response.usage):  # some clients give None
             counts = vars(response.usage).values()
@@ -6274,7 +6281,7 @@ class _Request:
         elif not isinstance(error, RouterError):
             self._warn_of(_raised_at(error))
         run.record(self, error)
-        if verdict.then == "raise":
+        if verdict.then == "raise" and not self.taken:
             raise error
         run.failures.append(_Failure(tier, _bare(error), True))
         if verdict.then == "again" and tier.breaker.is_closed:
@@ -6308,8 +6315,7 @@ class _Request:
 
     def interrupted(self, error: BaseException) -> StreamInterrupted:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
-        with contextlib.suppress(ProviderError):  # "raise" means the same here: to the reader
-            self.failed(error)
+        self.failed(error)
         run, cause, why = self.run, error, _error_text(error)
         timed_out = isinstance(error, ProviderTimeout) and error.code == "attempt_timeout"
         if timed_out and run.clock() >= run.deadline - _EARLY:
@@ -6593,7 +6599,8 @@ class _Run:
         """One request, with what it used. A nested chain's own attempts count in this one."""
         tier, model, response = request.tier, request.model, request.response
         found: Any = error if response is None else response
-        inner: Any = getattr(found, "attempts", ())
+        is_inner = response is not None or tier._is_chain or isinstance(error, AllProvidersFailed)
+        inner: Any = getattr(found, "attempts", ()) if is_inner else ()
         usage: Any = getattr(found, "usage", None)
         if not isinstance(usage, Usage) or (error is not None and not _are_counts(usage)):
             usage = _NO_USAGE
@@ -6676,17 +6683,21 @@ class _Run:
 
     # -- waiting and failing
 
-    def _ready_in(self) -> float | None:
-        """Seconds until it makes sense to ask one of these tiers again; None if it never does."""
+    def _ready_in(self, patience: float = 1.0) -> float | None:
+        """Seconds until it makes sense to ask one of these tiers again; None if it never does.
+        ``patience``: so many times as long for a tier that failed just now."""
         hints: list[float] = []
         last = {tier: error for tier, error, _ in self.failures}
         for tier, _ in self.plan:
             error, record = last.get(tier), tier.breaker._record  # a store would take time
             left = tier.breaker._remaining(record)
+            inner = isinstance(error, AllProvidersFailed)
             if record.state == "closed" and error is not None:
-                left = _hint_of(error) or _SHORT_WAIT
-                if isinstance(error, AllProvidersFailed) and error.retry_after is None:
+                left = (_hint_of(error) or _SHORT_WAIT) * patience
+                if inner and getattr(error, "retry_after", None) is None:
                     left = None  # a chain inside this one knows that waiting does not help
+            elif inner and left is not None:
+                left = max(left, _hint_of(error) or 0.0)
             elif record.state == "open" and not record.heals:
                 left = None  # a wrong key or an empty account
             stays = isinstance(error, ProviderError) and error.breaker == "neutral"
@@ -6697,11 +6708,10 @@ class _Run:
     def _nap(self) -> bool:
         """Sleep until a tier is worth asking again, if ``wait`` and the deadline allow it."""
         refused = self.last is not None and not self.chain._ladder
-        ready = self._ready_in() if self.wait and not refused else None
+        patience = min(2.0**self.naps, 8.0)
+        ready = self._ready_in(patience) if self.wait and not refused else None
         if ready is None:
             return False
-        if any(tier.breaker.is_closed for tier, _ in self.plan):  # it failed just now
-            ready *= min(2.0**self.naps, 8.0)
         ready = max(ready, 0.25 * 2.0 ** min(self.naps, 5))
         if ready > self.wait - self.slept or self.clock() + ready >= self.deadline:
             return False

@@ -18,6 +18,7 @@ import traceback
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import requests
@@ -416,6 +417,15 @@ def test_naps_grow_and_have_a_floor(clock, error, way, recovery):
     assert 2 <= len(naps) <= 20 and len(calls(chain, "a")) <= 41 and naps[0] >= 0.1
     assert max(naps) > naps[0] or naps[0] >= 5
     assert sum(naps) <= 30.001
+
+
+def test_a_tier_that_cannot_help_makes_no_nap_longer(clock):
+    for other in (tier("a", "x", supports_tools=False), tier("a", ContextLengthExceeded)):
+        breaker = CircuitBreaker(1, 15, clock=clock)
+        chain = chain_of(clock, other, tier("b", ServerError, retries=0, breaker=breaker))
+        error_of(AllProvidersFailed, chain.chat, "hi", tools=[TOOL], wait=70)
+        assert clock.slept == [15] * 4
+        clock.slept.clear()
 
 
 def test_a_wait_is_told_of_and_belongs_to_no_tier(clock, caplog):
@@ -942,6 +952,19 @@ def test_usage_of_a_custom_provider_is_a_usage(clock):
     broken.usage = odd
     tiers = [tier("a", broken, retries=0), tier("b", LLMResponse("x", usage=odd), prices=(1, 1))]
     assert FailoverChain(tiers).chat("hi").total_usage == Usage(3)
+    broken.usage = Usage(5)
+    chain = FailoverChain([tier("a", broken, retries=0), tiers[1]], failure_threshold=9)
+    for _ in range(3):  # one object, raised again and again
+        assert chain.chat("hi").total_usage == Usage(8)
+    for content in (["x"], b"x", 5):
+        chat = chain_of(clock, tier("a", LLMResponse(content))).chat  # type: ignore[arg-type]
+        error_of(ConfigError, chat, "hi", match="give a Usage, and a str")
+
+
+def test_a_mock_may_be_a_provider(clock):
+    provider = MagicMock(**{"chat.return_value": LLMResponse("x")})
+    chain = chain_of(clock, ProviderTier("a", provider), ProviderTier("b", provider))
+    assert chain.chat("hi").text == "x" and "thoughts" not in provider.chat.call_args.kwargs
 
 
 # -- health
@@ -1116,6 +1139,12 @@ def test_nobody_waits_for_a_nested_chain_that_waiting_does_not_help(clock):
         for _ in range(4):  # it says so itself: the outer breaker stays closed
             assert error_of(AllProvidersFailed, outer.chat, "hi").retry_after == seconds
             assert not clock.slept and outer.tiers[0].breaker.is_closed
+    inner = chain_of(clock, tier("i", ServerError, RateLimited(retry_after=60)), recovery_timeout=5)
+    outer = chain_of(clock, ProviderTier("in", inner), failure_threshold=1, recovery_timeout=5)
+    inner.tiers[0].retries = 0
+    for seconds in (pytest.approx(5, abs=2), 60):  # the trial of the outer breaker is handed on
+        assert error_of(AllProvidersFailed, outer.chat, "hi").retry_after == seconds
+        clock.advance(20)
 
 
 def test_a_silent_tier_of_a_nested_chain_leaves_time_for_a_later_tier_of_the_outer_one(clock):

@@ -572,6 +572,7 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     (429, {"llm_provider-retry-after": "37"}, "", 37.0), (429, {}, time.strftime(
         "Limit resets at: %Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + 4000)), 4000.0),
     (429, {"retry-after-ms": "250"}, "", 0.25), (429, {"Retry-After": "30.4"}, "", 30.4),
+    (429, {"Retry-After": "30, 60"}, "", 60.0), (429, {"Retry-After": "7,7"}, "", 7.0),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000, 1000)}, "", 4000.0),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000)}, "", 4000.0),
     (429, {"anthropic-ratelimit-requests-reset": "2000-01-01T00:00:00Z"}, "", 0.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import itertools
 import json
 import math
@@ -91,7 +92,9 @@ def test_settings_of_redis(monkeypatch):
     pytest.importorskip("redis")
     refused = error_of(ConfigError, RedisStore, "http://:sk-test-redis-key@localhost")
     assert "sk-test" not in str(refused)
-    error_of(ConfigError, RedisStore, 3)
+    for client in (3, importlib.import_module("redis.asyncio").Redis()):
+        error_of(ConfigError, RedisStore, client)
+    error_of(ConfigError, RedisStore, "redis://localhost", 5, match="namespace")
     error_of(ConfigError, RedisStore, "redis://localhost", timeout=math.inf, match="timeout")
     monkeypatch.setitem(sys.modules, "redis", None)
     error_of(ConfigError, RedisStore, "redis://localhost", match="pip install")
@@ -655,6 +658,16 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
     assert breaker.is_open and store.load("x")[0].state == "open"
     assert events == ["down", "open", "back"]
     store.close()
+
+
+def test_a_record_of_a_clock_that_was_ahead_is_due_after_its_own_time(tmp_path, clock):
+    """Also for a process that is started anew each time."""
+    store = SQLiteStore(tmp_path / "file")
+    store.swap("x", None, BreakerRecord("open", 1, 1, 3, time.time() + 3600, 5.0))
+    for _ in range(2):
+        assert 0 < (breaker_on(store, clock).retry_after or 0) <= 5
+        record = store.load("x")[0]
+        assert record.generation == 2 and record.deadline - time.time() <= 5
 
 
 @needs_fork

@@ -86,9 +86,11 @@ def test_an_answer_without_text_has_no_delta(clock):
     (BadRequest("x"), "closed", 0), (ContentFiltered("x"), "closed", 0),
     (RateLimited("x", retry_after=1), "open", 1), (Overloaded("x", retry_after=20), "open", 20),
     (AuthenticationError("x"), "open", 15), (QuotaExceeded("x"), "open", 60)])
-def test_a_break_raises_with_what_had_arrived(clock, error, state, number):
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_break_raises_with_what_had_arrived(clock, error, state, number, raised):
     breaker = copilot_router.CircuitBreaker(clock=clock)
-    chain = chain_of(clock, tier("a", [*PARTS, error], breaker=breaker), tier("b", "a splice"))
+    chain = chain_of(clock, tier("a", [*PARTS, error], breaker=breaker), tier("b", "a splice"),
+                     on_error={type(error): "raise"} if raised else None)
     stream = chain.stream(PROMPT)
     seen, broken = read(stream)
     assert (seen, broken.model) == (PARTS, "a") and broken.partial == stream.text == "".join(PARTS)
