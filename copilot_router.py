@@ -1399,8 +1399,8 @@ class SQLiteStore:
         """Does nothing: no file is open."""
 
     def _run(self, statement: str, *values: Any) -> tuple[int, list[Any]]:
-        """The count of changed rows, and those found. Other threads need not wait with this one for
-        another process."""
+        """The count of changed rows, and those found. While another process holds the file, the
+        lock is free between two tries: other threads go on."""
         until = time.monotonic() + self.timeout
         while True:
             try:
@@ -1416,11 +1416,12 @@ class SQLiteStore:
     def _try(self, statement: str, values: tuple[Any, ...]) -> tuple[int, list[Any]]:
         import sqlite3  # not while a child is forked: it would wait for the import
 
-        with contextlib.closing(sqlite3.connect(self._file, 0.0, isolation_level=None)) as base:
-            base.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
+        connection = sqlite3.connect(self._file, timeout=0.0, isolation_level=None)
+        with contextlib.closing(connection):
+            connection.execute("PRAGMA synchronous = OFF")  # a lost record is learned anew
             columns = "(name TEXT PRIMARY KEY, generation INTEGER, record TEXT)"
-            base.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
-            cursor = base.execute(statement, values)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS breakers {columns}")
+            cursor = connection.execute(statement, values)
             return cursor.rowcount, cursor.fetchall()
 
     def __repr__(self) -> str:
@@ -1525,11 +1526,11 @@ class RedisStore:
         left: float = self._operation.until - time.monotonic()
         return max(1e-4, left)
 
-    def _answer(self, ask: Callable[..., Any], *values: Any) -> Any:
+    def _asked(self, ask: Callable[..., Any], *values: Any) -> Any:
         self._begin()
         try:
             return ask(*values)
-        except BaseException:  # an interrupt leaves an answer in a connection: the next one got it
+        except BaseException:  # after an interrupt the next question would read this one's answer
             self._client.connection_pool.disconnect(inuse_connections=False)
             raise
 
@@ -1541,7 +1542,7 @@ class RedisStore:
     def load(self, name: str) -> tuple[BreakerRecord | None, float]:
         """The record or None, and the server's time."""
         asked = self._client.pipeline(transaction=False).hget(self._key(name), "record").time()
-        text, (seconds, micros) = self._answer(asked.execute)
+        text, (seconds, micros) = self._asked(asked.execute)
         return (None if text is None else _record_of(text)), seconds + micros / 1e6
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
@@ -1550,7 +1551,7 @@ class RedisStore:
         text = json.dumps(record._asdict())
         kept = int(1000 * (86_400 + min(record.span, 3e7)))  # a day longer than open
         values = (self._key(name), expected, record.generation, text, kept)
-        return bool(self._answer(self._client.eval, self._script, 1, *values))
+        return bool(self._asked(self._client.eval, self._script, 1, *values))
 
     def close(self) -> None:
         """Close idle connections; the store stays usable."""
@@ -2565,7 +2566,7 @@ _OPTIONS: frozenset[str] = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "res
 _TIME_LIMITS = ("timeout", "first_token_timeout", "stall_timeout")  #: of one request
 _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
-_STRAY_RESULT = "Result of a tool call:"  #: before a result whose call is unknown
+_STRAY_RESULT = "Result of a tool call:"  #: before one that is sent as the user's
 _ASKS_JSON = "Answer with one JSON object and nothing else."
 
 
@@ -2728,7 +2729,7 @@ class _Part(NamedTuple):
     media: str = ""  #: of data, such as image/png
     cache: Any = None  #: cache_control, as it was given
     detail: Any = None  #: of a picture, as it was given
-    name: str = ""  #: of a file; "": it is a picture
+    name: str = ""  #: of a file; "" for a picture or a text
 
 
 def _parts(content: Any, vendor: str) -> list[_Part]:
@@ -2756,11 +2757,10 @@ def _parts(content: Any, vendor: str) -> list[_Part]:
             continue
         else:
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
-        is_data = isinstance(url, str) and url[:5].lower() == "data:"
-        bare = name and not is_data and "://" not in str(url)[:20]  # base64 alone has no type
-        if not isinstance(url, str) or not url or bare:
+        form = "(?i)data:|[a-z]{2,9}://" if name else "."  # base64 alone has no type
+        if not isinstance(url, str) or not _pattern(form).match(url):
             raise BadRequest(f"{what} has no URL: give a URL or a data URL")
-        if not is_data:
+        if url[:5].lower() != "data:":
             found.append(_Part("url", url, cache=cache, detail=detail, name=name))
             continue
         head, _, data = url[5:].partition(",")
@@ -2784,19 +2784,20 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 def _functions(call: _Call, vendor: str) -> list[_Object]:
-    """The ``function`` objects of its tools, as ``_function_sent`` makes them."""
+    """The ``function`` objects of its tools, as they are sent."""
     for at, tool in enumerate(call.tools or ()):
         if (kind := tool.get("type", "function")) != "function":
             what = f"tools[{at}] of the type {kind!r:.40}"
             raise UnsupportedRequest(f"{vendor} cannot be sent {what}")
-    return [_function_sent(tool["function"], call.names) for tool in call.tools or ()]
+    return [_function_sent(call, tool["function"]) for tool in call.tools or ()]
 
 
-def _function_sent(function: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
-    """With its name as it is sent. All servers refuse null, which means: no parameters."""
-    sent = {**function, "name": names.get(function["name"], function["name"])}
-    if sent.get("parameters", "") is None:
-        sent["parameters"] = _NO_PARAMETERS
+def _function_sent(call: _Call, function: Mapping[str, Any]) -> _Object:
+    """A function with its name as it is sent. All servers refuse null as parameters: it means none.
+    OpenAI insists on the type and the properties of their schema."""
+    sent = {**function, "name": call.names.get(function["name"], function["name"])}
+    if "schemas" in call.learned or sent.get("parameters", "") is None:
+        sent["parameters"] = {**_NO_PARAMETERS, **(sent.get("parameters") or {})}
     return sent
 
 
@@ -2878,14 +2879,14 @@ def _repaired(messages: list[Message]) -> list[Message]:
     return done or messages
 
 
-def _with_ids(value: Any, names: Mapping[Any, str], place: str = "") -> Any:
-    """A carried part with new ids of its tool calls. ``place``: the key under which it stands."""
-    if isinstance(value, dict):
-        ids = names if place == "extra" else {}
-        return {ids.get(key, key): _with_ids(item, names, key) for key, item in value.items()}
+def _with_ids(value: Any, names: Mapping[Any, str], key: str = "") -> Any:
+    """A carried part with new ids of its tool calls. ``key``: the one whose value this is."""
+    if isinstance(value, dict) and key not in ("input", "args"):
+        ids = names if key == "extra" else {}
+        return {ids.get(name, name): _with_ids(item, names, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_ids(item, names, place) for item in value]
-    return names.get(value, value) if place in ("id", "ids", "call_id") else value
+        return [_with_ids(item, names, key) for item in value]
+    return names.get(value, value) if key in ("id", "ids", "call_id") else value
 
 
 def _distinct(call_id: str, ids: set[str]) -> str:
@@ -2963,7 +2964,7 @@ def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
     items = [*(call.tools or ())]
     for message in call.messages:
         items += message.get("tool_calls") or ()
-    names = [item["function"]["name"] for item in items if "function" in item]
+    names = [_dict(item.get("function")).get("name", "") for item in items]
     return call._replace(names={name: _safe(name, bad, most) for name in names})
 
 
@@ -3390,7 +3391,7 @@ class _Collector:
                 self._event(item, large)
             return
         empty = not body.get("choices") or "base_resp" in body
-        if body.get("error") or (empty and not self.complete and _says_failure(body)):
+        if body.get("error") or (empty and not self.is_over() and _says_failure(body)):
             raise _InBandError(body)
         self._passes, self._begun = False, bool(self._text or self._calls)
         try:
@@ -3423,22 +3424,25 @@ class _Collector:
         Some servers put one into every event, or an event of its own behind every piece. A proxy
         that answers twice sends everything again, which is passed over unless more follows.
         """
-        if not self._keeps_rest:
+        is_stop = fact[0] == "stop"
+        if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._is_open()):
             return
-        if fact[0] != "stop":
-            self._behind.append(fact)
-        elif fact[1] and self._behind:
-            facts, text = self._behind, self.text.strip()
-            more = "".join(one[1] or "" for one in facts if one[0] == "text").strip()
-            calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
-            known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
-            said = not more or bool(text and not more.replace(text, "").strip())
-            again = bool(more or calls) and said and "".join(calls) in ("", *known)
-            if not again and not any(one[0] == "full" for one in facts):
-                self._behind = []
-                self.may_go_on = self._has_many_ends = True
-                for one in (*facts, fact):
-                    _TAKERS[one[0]](self, *one[1:])
+        self._behind.append(fact)
+        if is_stop and (self._has_many_ends or not self._repeats()):
+            facts, self._behind = self._behind, []
+            self.may_go_on = self._has_many_ends = True
+            for one in facts:
+                _TAKERS[one[0]](self, *one[1:])
+
+    def _repeats(self) -> bool:
+        """Whether what has come since the last finish reason had come before."""
+        before = reversed(self._behind[:-1])
+        facts = [*itertools.takewhile(lambda one: one[0] != "stop", before)][::-1]
+        said = "".join(one[1] for one in facts if one[0] == "text").strip()
+        calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
+        known = [call["name"] + "".join(call["pieces"]) for call in self._calls]
+        same = said in ("", self.text.strip()) and "".join(calls) in ("", *known)
+        return (same and bool(said or calls)) or any(one[0] == "full" for one in facts)
 
     # -- facts
 
@@ -3513,8 +3517,8 @@ class _Collector:
         if name == call["name"]:
             whole = other and call["size"] < _READ_SIZE  # this may be looked at in every event
             return whole and isinstance(_parsed("".join(call["pieces"])), dict)
-        names = (_dict(tool.get("function")).get("name") for tool in self._call.tools or ())
-        known = {self._call.names.get(name, name) for name in names if isinstance(name, str)}
+        own = {_dict(tool.get("function")).get("name", "") for tool in self._call.tools or ()}
+        known = {self._call.names.get(one, one) for one in own}
         return name in known or call["name"] + name not in known
 
     def _take_arguments(self, key: Any, text: str) -> None:
@@ -3555,7 +3559,8 @@ class _Collector:
 
     def _take_item(self, name: str, key: Any, field_name: str, value: Any) -> None:
         kept = self._kept[name][key]
-        kept[field_name] = [*(kept.get(field_name) or ()), value]
+        kept[field_name] = kept.get(field_name) or []
+        kept[field_name].append(value)
 
     def _take_usage(self, counts: Any, read: Callable[[_Object], Usage]) -> None:
         if isinstance(counts, dict):
@@ -3588,10 +3593,8 @@ class _Collector:
         if word not in ("null", "none"):
             self.may_go_on = self.may_go_on or not self._begun
             self._finish = _FINISHES[word] if word in _FINISHES else reason[:40]
-            come = len(self._text)  # pieces
-            if self._calls:
-                come += sum(len(call["pieces"]) or 1 for call in self._calls)
-            early = come < 2 or self.may_go_on
+            pieces = len(self._text) + sum(len(call["pieces"]) or 1 for call in self._calls)
+            early = pieces < 2 or self.may_go_on
             self._keeps_rest = early and self._finish in ("stop", "tool_calls")
             self.complete = True
 
@@ -3608,8 +3611,12 @@ class _Collector:
     # -- the answer
 
     def is_over(self) -> bool:
-        """Whether the answer has its finish reason. One of many proves nothing."""
+        """Whether nothing can be missing: a finish reason has come, and it is not one of many."""
         return self.complete and not self._has_many_ends
+
+    def _is_open(self) -> bool:
+        """Whether something has come behind the last finish reason."""
+        return bool(self._behind) and self._behind[-1][0] != "stop"
 
     @property
     def text(self) -> str:
@@ -3624,7 +3631,8 @@ class _Collector:
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is cut, ContentFiltered, EmptyResponse."""
         by_marker = self.ended and not self._names_finish  # a server without finish reasons
-        if not self.complete and (self._open or not (self._whole or by_marker)):
+        cut = self._has_many_ends and self._is_open()
+        if cut or (not self.complete and (self._open or not (self._whole or by_marker))):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         finish = self._finish
         texts = self._reasoning if self._think.state == "thinking" else self._text
@@ -3673,7 +3681,7 @@ class _Collector:
 
     def _tool_calls(self) -> list[ToolCall]:
         # perhaps before the last arguments
-        cut = self._finish not in ("stop", "tool_calls") or bool(self._behind)
+        cut = self._finish not in ("stop", "tool_calls") or self._is_open()
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -3971,8 +3979,9 @@ class _HTTPProvider(LLMProvider):
             self._session = None  # its sockets are the parent's
             return
         for adapter in getattr(self._session, "adapters", {}).values():
-            if hasattr(adapter, "init_poolmanager"):  # of requests: a copy has no connections
-                adapter.__setstate__(adapter.__getstate__())
+            if isinstance(adapter, self._requests.adapters.HTTPAdapter):  # its sockets, too
+                for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
+                    manager.pools = type(manager.pools)(10)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.base_url}>"
@@ -3992,10 +4001,14 @@ class _HTTPProvider(LLMProvider):
         deadline = time.monotonic() + _seconds(kwargs, "timeout", math.inf)
         shared_until = time.monotonic() + kwargs.get("_shared", math.inf)
         fixed: list[str] = []  #: fields that were corrected for this request
+        last: Any = ()  #: path, body and error of the last request
         while True:
             call = self._corrected(asked) if model in self._learned else asked
             streaming = self.stream_upstream and "stream" not in call.learned
             path, body, collector = self._written(call, streaming)
+            if last[:2] == (path, body):  # the correction changes nothing
+                self._forget(model, fixed)
+                raise last[2]
             collector.shows = [] if shown else None
             limits = _Limits(deadline, self.connect_timeout, silence, own)
             limits.shared_until = shared_until
@@ -4024,6 +4037,7 @@ class _HTTPProvider(LLMProvider):
                 if fixed and status not in _BUSY:
                     self._forget(model, fixed)  # nothing shows that they help
                 raise error
+            last = path, body, error
             fixed.append(fix.name)
             self._learn(fix, asked, words.find(_OF_VALUE) or "unsupported_value" in report.codes)
             if tell := kwargs.get("on_resend"):
@@ -4150,7 +4164,7 @@ class _HTTPProvider(LLMProvider):
                 for name, data in events:
                     take(name, data)
                     if shows:
-                        if limits.shared_until < math.inf and not isinstance(shows[-1], Thought):
+                        if not isinstance(shows[-1], Thought):
                             # a stream that has shown text goes to nobody else
                             limits.shared_until, limits.silence = math.inf, limits.stall
                         yield from shows
@@ -4675,51 +4689,53 @@ def _short_id(tool_id: str, most: int) -> str:
 
 
 def _merged_turns(call: _Call) -> list[Message]:
-    """One message of the system, at the beginning, or none; then the user's; and no two of one side
-    in a row."""
+    """At most one message of the system, which is first; the user's comes next; no side speaks
+    twice in a row."""
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
     first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
     merged: list[Message] = []
     rest = [one for one in call.messages if one["role"] not in of_system]
     for message in (*first, *rest):
         last = merged[-1] if merged else {}
-        calls = message.get("tool_calls") or last.get("tool_calls") or message["role"] == "tool"
-        if message["role"] != last.get("role") or calls:
+        if message["role"] != last.get("role") or last.get("tool_calls") or "tool_call_id" in last:
             if message["role"] == "assistant" and last.get("role", "system") == "system":
                 merged.append({"role": "user", "content": _GO_ON})
             merged.append(message)
             continue
-        both, parts = [last["content"], message["content"]], list[Any]()
+        both, parts = [last["content"], message.get("content") or ""], list[Any]()
         for content in both:
             parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
         are_texts = all(isinstance(content, str) for content in both)
-        merged[-1] = {**last, "content": "\n\n".join(both) if are_texts else parts}
+        text = "\n\n".join(filter(None, both)) if are_texts else parts
+        merged[-1] = {**last, **message, "content": text}
     return merged
 
 
 def _pictures_apart(messages: list[Message]) -> list[Message]:
-    """The messages with pictures of tools' results behind them, as the user's: OpenAI takes only
-    text in a result."""
+    """Chat Completions takes only text in a tool's result: its pictures and files follow in a
+    message of the user."""
     done: list[Message] = []
-    pictures: list[Any] = []
-    for message in messages:
-        if pictures and message["role"] != "tool":
-            done.append({"role": "user", "content": pictures})
-            pictures = []
-        if message["role"] == "tool" and not isinstance(message["content"], str):
-            apart = [part for part in message["content"] if part.get("type") in _PICTURES]
-            pictures += apart and [{"type": "text", "text": _STRAY_RESULT}, *apart]
-            texts = [part for part in message["content"] if part not in apart]
-            message = {**message, "content": texts or "The picture follows."}
-        done.append(message)
-    return [*done, {"role": "user", "content": pictures}] if pictures else done
+    for is_tool, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        moved: list[Any] = []
+        for message in group:
+            has_parts = is_tool and not isinstance(message["content"], str)
+            parts = message["content"] if has_parts else ()
+            if apart := [part for part in parts if part.get("type") in (*_PICTURES, "file")]:
+                moved += [{"type": "text", "text": _STRAY_RESULT}, *apart]
+                texts = [part for part in parts if part not in apart]
+                message = {**message, "content": texts or "It follows in the next message."}
+            done.append(message)
+        done += [{"role": "user", "content": moved}] if moved else []
+    return done
 
 
 def _arranged(call: _Call) -> list[Message]:
     """The messages as this model is known to insist on them."""
-    wants_word = "json_word" in call.learned and "response_format" in call.options
-    if wants_word and not any("json" in text.lower() for text in _texts_of(call.messages)):
-        call = call._replace(messages=_instructed(call.messages, _ASKS_JSON))
+    form = _dict(call.options.get("response_format")).get("type")
+    if "json_word" in call.learned and form == "json_object":
+        said = str([message.get("content") for message in call.messages]).lower()
+        if "json" not in said:
+            call = call._replace(messages=_instructed(call.messages, _ASKS_JSON))
     messages = _merged_turns(call) if "turns" in call.learned else call.messages
     if "after_tool" not in call.learned:
         return messages
@@ -4731,23 +4747,13 @@ def _arranged(call: _Call) -> list[Message]:
     return done
 
 
-def _typed_schema(function: _Object) -> _Object:
-    """With the type and the properties in its schema that OpenAI insists on."""
-    given = function.get("parameters")
-    filled = {**_NO_PARAMETERS, **given} if isinstance(given, Mapping) else None
-    return {**function, "parameters": filled} if filled else function
-
-
 def _chat_tool(call: _Call, tool: Mapping[str, Any], at_openai: bool) -> _Object:
-    if "function" not in tool:
+    if tool.get("type", "function") != "function":
         return dict(tool)
-    sent = {"type": "function", **tool}
-    function = _function_sent(tool["function"], call.names)
-    if "schemas" in call.learned:
-        function = _typed_schema(function)
+    sent = {"type": "function", **tool, "function": _function_sent(call, tool["function"])}
     if at_openai:
-        sent, function = _without_cache(sent), _without_cache(function)
-    return {**sent, "function": function}
+        sent = {**_without_cache(sent), "function": _without_cache(sent["function"])}
+    return sent
 
 
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
@@ -4759,10 +4765,8 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
         body["tools"] = [_chat_tool(call, tool, at_openai) for tool in call.tools]
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
-    body |= call.options
-    for name in unsent:
-        body.pop(name, None)
-    if call.names and _dict(body.get("tool_choice")).get("type") == "function":
+    body |= {name: value for name, value in call.options.items() if name not in unsent}
+    if _dict(body.get("tool_choice")).get("type") == "function":
         body["tool_choice"] = {"type": "function", "function": {"name": _choice(call)[1]}}
     if call.token_limit is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
@@ -4940,14 +4944,12 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
         function = _textual(item, call.names)["function"]
         items.append({
             "type": "function_call", "call_id": _short_id(item["id"], 64),
-            "name": function["name"], "arguments": function["arguments"] or "{}",
+            "name": function["name"], "arguments": function["arguments"],
         })
     return items
 
 
 def _responses_part(part: _Part) -> _Object:
-    import mimetypes
-
     url = part.data if part.kind == "url" else f"data:{part.media};base64,{part.data}"
     if part.kind == "text":
         return {"type": "input_text", "text": part.data}
@@ -4955,6 +4957,8 @@ def _responses_part(part: _Part) -> _Object:
         return {"type": "input_image", "image_url": url, "detail": part.detail or "auto"}
     if part.kind == "url":
         return {"type": "input_file", "file_url": url}
+    import mimetypes
+
     end = "" if "." in part.name else mimetypes.guess_extension(part.media) or ""
     return {"type": "input_file", "filename": f"{part.name or 'file'}{end}", "file_data": url}
 
@@ -4973,8 +4977,6 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     if call.tools:
         basis = {"type": "function", "strict": False, "parameters": _NO_PARAMETERS}
         functions = _functions(call, "the Responses API")
-        if "schemas" in call.learned:
-            functions = [_typed_schema(function) for function in functions]
         body["tools"] = [_without_cache({**basis, **function}) for function in functions]
         kind, name = _choice(call)
         if "tool_choice" in call.options:
@@ -5080,7 +5082,7 @@ class OpenAIProvider(_HTTPProvider):
                 return _Fix("include")  # of a model that does not think
             if words.find("(?i)contain the word .{0,3}json"):  # also DeepSeek, Groq and Qwen
                 return _Fix("json_word", "said")
-            if words.find("(?i)invalid schema for function .{1,200}(properties|type: .{0,2}obj)"):
+            if words.find("(?i)object schema missing properties|schema of .type: .{0,2}object"):
                 return _Fix("schemas", "typed")
             if words.find(r"(?i)tool call id .{0,80}a-z|length of 9"):
                 return _Fix("tool_ids", "nine")
@@ -5128,7 +5130,7 @@ def _anthropic_facts(body: _Object) -> _Facts:
     elif kind == "content_block_delta":
         at, delta = body["index"], body["delta"]
         name = _ANTHROPIC_GROWS.get(delta["type"])
-        if name is not None:  # else it is a citation, or something new
+        if name is not None:  # else it is a citation, or of a kind that nobody knows
             yield "piece", "blocks", at, name, delta[name] or ""
             yield ("alive",)
         elif "citation" in delta:
@@ -5186,9 +5188,9 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     effort, temperature = call.options.get("reasoning_effort"), call.options.get("temperature")
     if isinstance(temperature, (int, float)):
         temperature = min(temperature, 1)
-    form = {"type": kind, "schema": schema.get("schema", {})}
-    if "closed" in call.learned:
-        form["schema"] = _anthropic_schema(form["schema"])
+    wanted = schema.get("schema", {})
+    wanted = _anthropic_schema(wanted) if "answer_schema" in call.learned else wanted
+    form = {"type": kind, "schema": wanted} if kind == "json_schema" else None
     level = {"none": None, "minimal": "low"}.get(str(effort), effort)
     limit = call.token_limit
     limit = call.learned.get("default_tokens", _MAX_TOKENS) if limit is None else limit
@@ -5207,9 +5209,7 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
         "stop_sequences": _anthropic_stops(call),
         "metadata": {"user_id": call.options["user"]} if "user" in call.options else None,
         **_anthropic_tools(call, turns),
-        "output_config": _given({
-            "format": form if kind == "json_schema" else None, "effort": level,
-        }) or None,
+        "output_config": _given({"format": form, "effort": level}) or None,
         "thinking": {"type": "disabled"} if effort == "none" else shown,
         "stream": streaming or None,
     })
@@ -5245,11 +5245,12 @@ def _anthropic_schema(schema: Any) -> Any:
             sent[name] = {key: _anthropic_schema(item) for key, item in schema[name].items()}
     for name in ("items", "anyOf", "oneOf", "allOf"):
         if name in sent:
-            sent["anyOf" if name == "oneOf" else name] = _anthropic_schema(sent.pop(name))
-    if "properties" in sent or sent.get("type") == "object":
+            either = "anyOf" if name == "oneOf" and "anyOf" not in sent else name
+            sent[either] = _anthropic_schema(sent.pop(name))
+    if "properties" in sent or "object" in (sent.get("type") or ""):
         sent["additionalProperties"] = False
     if bounds := ", ".join(f"{name}: {schema[name]}" for name in schema if name in _BOUNDS):
-        sent["description"] = f"{schema.get('description', '')} ({bounds})".strip()
+        sent["description"] = f"{schema.get('description') or ''} ({bounds})".strip()
     return sent
 
 
@@ -5372,9 +5373,8 @@ class AnthropicProvider(_HTTPProvider):
         outputs refuse open objects and bounds in a schema."""
         found = words.find(rf"{_MAX_TOKENS}\D{{1,60}}?(\d{{2,7}})", own=True)
         most = int(found[1]) if found and call.token_limit is None else 0
-        form = "response_format" in call.options and words.find(r"(?i)output_[\w.]{1,40}\.schema")
-        if status == 400 and form:
-            return _Fix("closed", "schema")
+        if status == 400 and words.find(r"(?i)output_[\w.]{1,40}\.schema"):
+            return _Fix("answer_schema", "closed")
         if status == 400 and 0 < most < _MAX_TOKENS:
             return _Fix("default_tokens", most // (2 if words.find("(?i)model_len|context") else 1))
         return super()._correction(report, words, status, call)
@@ -6242,7 +6242,8 @@ class _Request:
         self.response = response
 
     def end(self, settle: Callable[[], None]) -> None:
-        """Settle the ticket, and give back the place and the connection. The first call counts."""
+        """Settle the ticket, and give back the connection and then the place: closing a stream may
+        take time. The first call counts."""
         settle()
         try:
             stream, self.stream = self.stream, None
@@ -6689,7 +6690,7 @@ class _Run:
         hints: list[float] = []
         last = {tier: error for tier, error, _ in self.failures}
         for tier, _ in self.plan:
-            error, record = last.get(tier), tier.breaker._record  # a store would take time
+            error, record = last.get(tier), tier.breaker._record  # asking a store would take time
             left = tier.breaker._remaining(record)
             inner = isinstance(error, AllProvidersFailed)
             if record.state == "closed" and error is not None:

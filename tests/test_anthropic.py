@@ -69,7 +69,6 @@ def test_content_is_a_list_of_blocks_and_unknown_ones_are_passed_over() -> None:
         assert [call.arguments for call in response.tool_calls] == [{}, {"city": "Oslo"}]
 
 
-
 def test_a_second_message_start_begins_again_or_breaks_the_answer() -> None:
     """As long as there is no text it costs nothing; behind text the answer would be two in one."""
     again = stream(started(input_tokens=3), started(input_tokens=3), *TEXT, stops("end_turn"), END)
@@ -139,13 +138,17 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
 BOUNDS = {"type": "integer", "minimum": 1, "maximum": 9, "description": "a number"}
 OPEN = {"$defs": {"X": {"properties": {}}}, "type": "object", "properties": {
     "minimum": BOUNDS, "many": {"type": "array", "items": BOUNDS, "minItems": 2},
-    "either": {"oneOf": [{"type": "object"}, {"$ref": "#/$defs/X"}, True]}}}
+    "either": {"oneOf": [{"type": "object"}, {"$ref": "#/$defs/X"}, True]},
+    "both": {"anyOf": [{"type": ["object", "null"]}], "oneOf": [{"minLength": 1,
+                                                                 "description": None}]}}}
 TOLD = {"type": "integer", "description": "a number (minimum: 1, maximum: 9)"}
 CLOSED = {"$defs": {"X": {"properties": {}, "additionalProperties": False}}, "type": "object",
     "additionalProperties": False, "properties": {"minimum": TOLD,
         "many": {"type": "array", "items": TOLD, "description": "(minItems: 2)"},
         "either": {"anyOf": [{"type": "object", "additionalProperties": False},
-                             {"$ref": "#/$defs/X"}, True]}}}
+                             {"$ref": "#/$defs/X"}, True]},
+        "both": {"anyOf": [{"type": ["object", "null"], "additionalProperties": False}],
+                 "oneOf": [{"description": "(minLength: 1)"}]}}}
 
 
 @pytest.mark.parametrize("told", [
@@ -207,7 +210,7 @@ THINKS = {"type": "thinking", "thinking": "t", "signature": "s"}
 def test_an_id_that_a_server_gave_out_stays_on_both_sides_and_only_ids_are_renamed() -> None:
     """Compatible servers give ids that Anthropic would refuse, or the same one in each turn."""
     for given in ("functions.f:0", "f"):
-        used = {"type": "tool_use", "id": given, "name": "f", "input": {"tool": "f"}}
+        used = {"type": "tool_use", "id": given, "name": "f", "input": {"id": given}}
         with talking("anthropic", whole("tool_use", THINKS, used)) as (provider, server):
             turn = [provider.chat("q", TOOLS, "m").message,
                     {"role": "tool", "tool_call_id": given, "content": "42"}]
@@ -221,6 +224,7 @@ def test_an_id_that_a_server_gave_out_stays_on_both_sides_and_only_ids_are_renam
 
 def test_what_cannot_be_sent_is_refused_and_numbers_beyond_json_are_a_text() -> None:
     error_of(UnsupportedRequest, sent, "anthropic", stop="\n")
+    error_of(UnsupportedRequest, sent, "anthropic", tools=[{"type": "x", "function": {}}])
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1e999}'}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     used = sent("anthropic", [USER, turn], TOOLS)["messages"][1]["content"][0]

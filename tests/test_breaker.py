@@ -58,7 +58,6 @@ def tripped(breaker: CircuitBreaker) -> CircuitBreaker:
     return breaker
 
 
-
 def refused(breaker: CircuitBreaker) -> CircuitOpen:
     return error_of(CircuitOpen, breaker.admit)
 
@@ -144,7 +143,6 @@ def test_an_open_breaker_does_not_call_and_says_why(new):
     called: list[int] = []
     error_of(CircuitOpen, tripped(new(name="db")).call, called.append, 1, match=r"db .*down")
     assert not called
-
 
 
 def test_refusals_are_new_objects_of_constant_size():
@@ -477,7 +475,6 @@ def test_a_slow_listener_holds_nobody_up():
     assert len(changes) == 21
 
 
-
 # -- open times: backoff, parks, jitter, by hand
 def test_seconds_given_by_hand_are_checked():
     breaker = CircuitBreaker()
@@ -674,7 +671,6 @@ def test_a_fork_at_each_line_of_a_change_leaves_the_child_no_lock():
     fork_in_a_thread = lambda breaker: in_a_thread(lambda: fork(breaker), 30)  # noqa: E731
     for point, _ in at_each_line(new, all_steps, fork_in_a_thread, callers=False):
         assert ended[-1] == 0, point
-
 
 
 GEVENT = """

@@ -943,7 +943,6 @@ def test_a_trial_that_an_interrupt_ends_early_is_given_back(clock):
         assert one.breaker.state == "open" and (one.breaker.retry_after == 0 or place == "failed")
 
 
-
 def test_usage_of_a_custom_provider_is_a_usage(clock):
     chat = chain_of(clock, tier("a", LLMResponse("x", usage={}))).chat
     error_of(ConfigError, chat, "hi", match="usage is a dict")

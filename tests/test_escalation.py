@@ -125,7 +125,6 @@ def test_when_the_stronger_side_fails_the_last_answer_is_attached(weak, strong, 
     assert not options.get("tiers") or not told(chain, "weak")
 
 
-
 def test_accept_sends_a_bad_answer_on():
     """Without an escalation model to the next tier, with one to it; the breaker sees a success."""
     accept = lambda response: response.text == "good"  # noqa: E731

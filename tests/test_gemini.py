@@ -88,7 +88,6 @@ def test_odd_parts_are_passed_over_and_function_calls_need_no_arguments() -> Non
     assert cut.finish_reason == "length"
 
 
-
 @pytest.mark.parametrize("body", [{"candidates": "x"}, {"candidates": ["x"]},
     {"candidates": [{"content": {"parts": "x"}}]}, candidate({"functionCall": "x"}),
     candidate({"text": 5}), candidate("x"), candidate(finish=5),

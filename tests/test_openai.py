@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.fakes import error_of
-from support.server import (STOP, TOOLS, USER, Server, delta,
+from support.server import (CITY, STOP, TOOLS, USER, Server, delta,
     message, piece, read, reply, sent, stream, talking)
 from support.vendors import KEY, Chat, Reply, faked
 
@@ -306,12 +306,15 @@ def test_messages_are_merged_where_the_template_of_a_model_is_strict(name: str, 
 def test_a_strict_template_that_is_greeted_first_gets_a_turn_of_the_user_in_front() -> None:
     """Calls of tools and their results stay as they are."""
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    said = [{"role": "assistant", "content": "Hi."}, USER, calls, RESULT, calls, RESULT]
+    said = [{"role": "assistant", "content": "Hi."}, USER, {"role": "assistant", "content": "So."},
+            calls, RESULT, calls, RESULT]
     refusal = reply({"error": "roles must alternate user/assistant"}, 400)
     with talking("chat", refusal, reply(message(content="x"))) as (provider, server):
         provider.chat(said, TOOLS, "m")
     assert [one["role"] for one in server.bodies[1]["messages"]] == [
         "user", "assistant", "user", "assistant", "tool", "assistant", "tool"]
+    called = server.bodies[1]["messages"][3]
+    assert (called["content"], len(called["tool_calls"])) == ("So.", 1)
 
 
 @pytest.mark.parametrize("kind", ["openai", "responses"])
@@ -343,9 +346,11 @@ def test_pictures_of_tools_follow_their_results_in_chat_completions() -> None:
     second = {"role": "tool", "tool_call_id": "c2", "content": [picture]}
     turns = sent("chat", [USER, two, first, second, USER], TOOLS)["messages"]
     assert [one["content"] for one in turns[2:]] == [
-        "shot", "The picture follows.", [told, picture, told, picture], "q"]
+        "shot", "It follows in the next message.", [told, picture, told, picture], "q"]
     assert [one["role"] for one in turns[2:]] == ["tool", "tool", "user", "user"]
-    assert sent("chat", [USER, two, first, second], TOOLS)["messages"][-1]["role"] == "user"
+    file = {"type": "file", "file": {"file_data": "data:application/pdf;base64,QQ=="}}
+    ends = sent("chat", [USER, two, {**first, "content": [file]}, {**second, "content": []}], TOOLS)
+    assert [one["content"] for one in ends["messages"][3:]] == ["", [told, file]]
     output = sent("responses", [USER, two, first], TOOLS)["input"][3]["output"]
     assert [part["type"] for part in output] == ["input_text", "input_image"]
 
@@ -368,6 +373,7 @@ def test_what_openai_insists_on_is_sent_once_it_has_said_so(told: str, options: 
         right = "JSON" in turns if options else schema == {"type": "object", "properties": {}}
         answer = finished(text_item("x"))["response"] if kind == "responses" else message(
             content="x")
+        right = right or (bool(options) and "json_object" not in str(body))
         connection.sendall(reply(answer) if right else reply({"error": {"message": told}}, 400))
         return True
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -375,7 +381,15 @@ def test_what_openai_insists_on_is_sent_once_it_has_said_so(told: str, options: 
         for prompt in ("q", "q", "as JSON"):
             assert provider.chat(prompt, tools, "m", **options).text == "x"
         assert len(server.requests) == 4
-    assert json.dumps(server.bodies[-1]).count("Answer with one JSON object") == 0
+        if options:
+            provider.chat("q", tools, "m", response_format={"type": "text"})
+    assert "Answer with one JSON object" not in json.dumps(server.bodies[3:])
+    error = {"error": {"message": told}}
+    complete = [{"type": "function", "function": {"name": "f", "parameters": CITY}}]
+    with talking(kind, reply(error, 400)) as (provider, server):
+        for count in (1, 2):  # nothing to correct: it is not sent again
+            error_of(BadRequest, provider.chat, "JSON", complete, "m", **options)
+            assert len(server.requests) == count
 
 
 def test_json_mode_becomes_a_schema_where_a_server_takes_only_schemas() -> None:

@@ -220,7 +220,6 @@ def test_separate_counts_and_local_trouble_are_not_written(clock):
     stage.play("2 c:closed c:failures=2 c:F c:open")
 
 
-
 def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
     """The others closed it meanwhile. Said once at each edge, as a warning and as information."""
     caplog.set_level("INFO", "copilot_router")
@@ -552,7 +551,6 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
     shared.error = None
     clock.advance(1)
     assert one.is_closed and other.is_closed and shared.loads == 4
-
 
 
 # -- SQLite

@@ -152,7 +152,6 @@ def test_a_trial_is_over_at_its_first_delta(clock):
     assert chain.tiers[0].breaker.is_open
 
 
-
 def test_a_streams_success_resets_the_count_of_failures(clock):
     """At its end, and when it is closed after a delta; not when none was taken."""
     chain = chain_of(clock, tier("a", ProviderUnavailable, PARTS))

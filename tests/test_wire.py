@@ -279,17 +279,23 @@ def test_an_answer_that_ends_in_every_event_is_not_whole_if_it_breaks(kind: str)
     garbled = [*begun, b'data: {"choices":[{"index":0,"del\n\n', says(" a day")]
     for broken in (stream(*begun, says("!"))[:-1], stream(*garbled),
                    stream(*begun, half), stream(*begun, b'data: "text"\n\n'),
-                   stream(*begun, {"candidates": 5, "choices": [5]}), waits(sse(*begun))):
+                   stream(*begun, {"candidates": 5, "choices": [5]}), waits(sse(*begun)),
+                   stream(*begun, {"code": 500, "message": "no"}),
+                   *([stream(*begun, delta(content=" a day"))] if kind == "chat" else [])):
         found = read(kind, broken, stall_timeout=0.2)
-        assert isinstance(found, (InvalidResponse, ProviderTimeout))
+        assert isinstance(found, (InvalidResponse, ProviderTimeout, ServerError))
+    for again in ([says(""), says("")], [says("Hi")] * 2):  # nothing new has come
+        assert read(kind, waits(sse(says("Hi"), *again)), stall_timeout=0.2).text == "Hi"
     for pieces in (["Dear Bob,", "\n\n", "hello", " ", "there"], ["ha", "ha", "!"]):
         assert read(kind, stream(*map(says, pieces))).text == "".join(pieces)
     thoughts = (delta("stop", reasoning_content=one) for one in ("Let me ", "think."))
     assert read("chat", stream(*thoughts, delta("stop", content="x"))).reasoning == "Let me think."
     call = piece("", "f", index=0, id="a")
     call["choices"][0]["finish_reason"] = "tool_calls"
-    cut = read("chat", stream(call, piece('{"a": 1}', index=0), done=True)).tool_calls
-    assert cut[0].arguments is None
+    cut = piece('{"a": 1}', index=0)
+    for more, arguments in ((cut, None), (delta(content=""), {}), (call, {})):
+        found = read("chat", stream(call, more, done=True)).tool_calls
+        assert [one.arguments for one in found] == [arguments]
 
 
 def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> None:
