@@ -3390,8 +3390,9 @@ class _Collector:
                     raise late
                 self._event(item, large)
             return
-        empty = not body.get("choices") or "base_resp" in body
-        if body.get("error") or (empty and not self.is_over() and _says_failure(body)):
+        goes_on = not self.complete or self._has_many_ends
+        empty = goes_on and (not body.get("choices") or "base_resp" in body)
+        if body.get("error") or (empty and _says_failure(body)):
             raise _InBandError(body)
         self._passes, self._begun = False, bool(self._text or self._calls)
         try:
@@ -4511,7 +4512,6 @@ _CALL_EXTRAS = ("extra_content", "provider_specific_fields")
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices: Any = body.get("choices") or ()
-    yield "model", body.get("model")
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for at, choice in enumerate(choices):
@@ -4541,6 +4541,9 @@ def _chat_facts(body: _Object) -> _Facts:
             finish, native = choice["finish_reason"], choice.get("native_finish_reason")
             failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
+    if len(choices) > 1:
+        yield "choice", 0  # else the model would be that of another one
+    yield "model", body.get("model")
 
 
 def _chat_content(content: Any) -> _Facts:
@@ -4765,8 +4768,10 @@ def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
         body["tools"] = [_chat_tool(call, tool, at_openai) for tool in call.tools]
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
-    body |= {name: value for name, value in call.options.items() if name not in unsent}
-    if _dict(body.get("tool_choice")).get("type") == "function":
+    body |= call.options
+    for name in unsent:
+        body.pop(name, None)
+    if call.tools and _dict(call.options.get("tool_choice")).get("type") == "function":
         body["tool_choice"] = {"type": "function", "function": {"name": _choice(call)[1]}}
     if call.token_limit is not None:
         guess = "max_completion_tokens" if at_openai else "max_tokens"
@@ -6246,8 +6251,9 @@ class _Request:
         take time. The first call counts."""
         settle()
         try:
-            stream, self.stream = self.stream, None
-            getattr(stream, "close", dict)()
+            if self.stream is not None:
+                stream, self.stream = self.stream, None
+                getattr(stream, "close", dict)()
         except Exception as error:
             if _is_task_limit(error):
                 raise
@@ -6600,8 +6606,9 @@ class _Run:
         """One request, with what it used. A nested chain's own attempts count in this one."""
         tier, model, response = request.tier, request.model, request.response
         found: Any = error if response is None else response
-        is_inner = response is not None or tier._is_chain or isinstance(error, AllProvidersFailed)
-        inner: Any = getattr(found, "attempts", ()) if is_inner else ()
+        inner: Any = getattr(found, "attempts", ())
+        if error is not None and not (tier._is_chain or isinstance(error, AllProvidersFailed)):
+            inner = ()  # of an earlier call that raised the same object
         usage: Any = getattr(found, "usage", None)
         if not isinstance(usage, Usage) or (error is not None and not _are_counts(usage)):
             usage = _NO_USAGE

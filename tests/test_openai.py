@@ -178,7 +178,8 @@ def test_several_choices_never_run_into_one_text() -> None:
         == "A1 A2"
     apart = [choices("delta", one) for one in (("B1 ", 1), ("A1 ", 0), ("A2", 0), ("B2", 1))]
     assert read("chat", stream(*apart, STOP, done=True)).text == "A1 A2"
-    assert read("chat", reply(choices("message", ("B", 1), ("A", 0), finish="stop"))).text == "A"
+    whole = {**choices("message", ("A", 0), ("B", 1), finish="stop"), "model": "m-1"}
+    assert (read("chat", reply(whole)).text, read("chat", reply(whole)).model) == ("A", "m-1")
     other = choices("delta", ("", 1), finish="stop")
     assert isinstance(read("chat", stream(*apart, other, done=True)), InvalidResponse)
 
