@@ -4722,7 +4722,7 @@ def _pictures_apart(messages: list[Message]) -> list[Message]:
         moved: list[Any] = []
         for message in group:
             has_parts = is_tool and not isinstance(message["content"], str)
-            parts = message["content"] if has_parts else ()
+            parts: Any = message["content"] if has_parts else ()
             if apart := [part for part in parts if part.get("type") in (*_PICTURES, "file")]:
                 moved += [{"type": "text", "text": _STRAY_RESULT}, *apart]
                 texts = [part for part in parts if part not in apart]
