@@ -387,6 +387,10 @@ def test_wait_sleeps_until_a_tier_is_ready(clock):
     chain = chain_of(clock, tier("a", limited), wait=120)
     failed = error_of(AllProvidersFailed, chain.chat, "hi")
     assert clock.slept == [50, 50, 50] and outcomes(failed.attempts) == ["a:failed"] * 3
+    clock.slept.clear()
+    failing = chain_of(clock, tier("a", ProviderUnavailable), failure_threshold=99)
+    error_of(AllProvidersFailed, failing.chat, "hi", wait=30)
+    assert clock.slept == [1, 2, 4, 8, 8]
 
 
 @pytest.mark.parametrize(("error", "options"), [(RateLimited("x", retry_after=50), {"wait": 49}),

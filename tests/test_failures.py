@@ -354,6 +354,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (300, {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})],
     ServerError: [(500, {"error": 7}), (500, {"error": None}), (200, says("no", code=502)),
         (500, says("x", code="\xb2", status_code="\xb2")),
+        *((200, {"base_resp": {"status_code": at}}) for at in (1000, 1024, 1033)),  # MiniMax
         (200, {"choices": [{"error": {"code": 503, "message": "x"}, "finish_reason": "error"}]}),
         (400, {"error": 'Failed to load model "m". Error: Operation canceled.'}),  # LM Studio
         (500, says("finish_reason: error. Chunk(moderation=None)")),  # LiteLLM

@@ -396,6 +396,7 @@ def test_what_a_small_body_unpacks_to_cannot_hold_a_call() -> None:
 
 @pytest.mark.parametrize(("coding", "data"), [
     ("gzip", gzip.compress(WHOLE)), ("X-GZip", gzip.compress(WHOLE)), ("none", WHOLE),
+    ("identity, gzip", gzip.compress(WHOLE)),
     ("deflate", zlib.compress(WHOLE)), ("identity", WHOLE), ("identity, UTF-8", WHOLE)])
 def test_codings_of_a_body(coding: str, data: bytes) -> None:
     with Peer(says(reply(data, Content_Encoding=coding))) as server, provider(server.url) as client:
