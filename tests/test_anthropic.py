@@ -135,15 +135,18 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
         assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
 
 
+ALL_BOUNDS = ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern"
+              " minItems maxItems uniqueItems").split()
 BOUNDS = {"type": "integer", "minimum": 1, "maximum": 9, "description": "a number"}
 OPEN = {"$defs": {"X": {"properties": {}}}, "type": "object", "properties": {
-    "minimum": BOUNDS, "many": {"type": "array", "items": BOUNDS, "minItems": 2},
+    "minimum": BOUNDS, "all": dict.fromkeys(ALL_BOUNDS, 1), "many": {"type": "array", "items": BOUNDS, "minItems": 2},
     "either": {"oneOf": [{"type": "object"}, {"$ref": "#/$defs/X"}, True]},
     "both": {"anyOf": [{"type": ["object", "null"]}], "oneOf": [{"minLength": 1,
                                                                  "description": None}]}}}
 TOLD = {"type": "integer", "description": "a number (minimum: 1, maximum: 9)"}
 CLOSED = {"$defs": {"X": {"properties": {}, "additionalProperties": False}}, "type": "object",
     "additionalProperties": False, "properties": {"minimum": TOLD,
+        "all": {"description": f"({', '.join(f'{name}: 1' for name in ALL_BOUNDS)})"},
         "many": {"type": "array", "items": TOLD, "description": "(minItems: 2)"},
         "either": {"anyOf": [{"type": "object", "additionalProperties": False},
                              {"$ref": "#/$defs/X"}, True]},

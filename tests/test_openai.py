@@ -242,8 +242,9 @@ def test_openai_gets_developers_parts_and_its_own_token_limit_and_others_do_not(
     asked = [{"role": "developer", "content": "s"},
              {"role": "user", "content": parts, "name": "ann"}]
     with faked("auto") as (vendor, provider):
-        provider.chat(asked, model="m-1", max_tokens=9)
-        assert vendor.bodies[0]["messages"] == asked
+        marked = {"role": "user", "content": [{**part, "cache_control": {}} for part in parts]}
+        provider.chat([*asked, {**marked, "cache_control": {}}], model="m-1", max_tokens=9)
+        assert vendor.bodies[0]["messages"] == [*asked, {"role": "user", "content": parts}]
         assert vendor.bodies[0]["max_completion_tokens"] == 9
     for kind in ("chat", "lmstudio"):
         body = sent(kind, asked, max_completion_tokens=9)
