@@ -135,8 +135,8 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
         assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
 
 
-ALL_BOUNDS = ("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern"
-              " minItems maxItems uniqueItems").split()
+ALL_BOUNDS = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"]
 BOUNDS = {"type": "integer", "minimum": 1, "maximum": 9, "description": "a number"}
 OPEN = {"$defs": {"X": {"properties": {}}}, "type": "object", "properties": {
     "minimum": BOUNDS, "all": dict.fromkeys(ALL_BOUNDS, 1), "many": {"type": "array", "items": BOUNDS, "minItems": 2},
