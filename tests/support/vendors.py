@@ -37,7 +37,6 @@ class Reply:
     text: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     thinking: str = ""
-    finish: str = ""  #: "" for the one that fits
 
 
 @dataclass(eq=False)
@@ -233,7 +232,7 @@ class Vendor(Server):
         item = item(request.body) if callable(item) else item
         if isinstance(item, bytes):
             return item
-        finish = item.finish or ("tool_calls" if item.calls else "stop")
+        finish = "tool_calls" if item.calls else "stop"
         answer = Answer(tuple(halves(item.text)), tuple(halves(item.thinking)), tuple(item.calls),
                         finish, Usage(20, 15, 4, 0, 6))
         own = self.own(request)
@@ -247,22 +246,12 @@ class Vendor(Server):
 
 
 class _Detour(HTTPAdapter):
+    """Every address leads to the fake whose ``root`` this is."""
     root = ""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> Any:
         request.url = self.root + "/" + request.url.split("/", 3)[3]
         return super().send(request, *args, **settings)
-
-
-@contextmanager
-def detour(vendor: Vendor) -> Iterator[requests.Session]:
-    """A session in which every https address leads to the fake."""
-    adapter = _Detour()
-    adapter.root = vendor.root
-    with requests.Session() as session:
-        session.trust_env = False
-        session.mount("https://", adapter)
-        yield session
 
 
 # ==== OpenAI Chat Completions
@@ -276,6 +265,7 @@ class Chat(Vendor):
     """Chat Completions. ``thinking``: reasoning_content has to come back, as at DeepSeek."""
     base = "/v1"
     prefix = "call_"
+    answers_of = type("ChatAnswers", (Own, dialects.Chat), {})
 
     def __init__(self, *script: Any, thinking: bool = False, **settings: Any) -> None:
         super().__init__(*script, **settings)
@@ -377,10 +367,6 @@ class Chat(Vendor):
         self.unique(seen, "messages.tool_calls.id")
 
 
-class ChatAnswers(Own, dialects.Chat):
-    pass
-
-
 # ==== OpenAI Responses
 class Responses(Chat):
     """The Responses API, and behind it Chat Completions as any OpenAI account has them."""
@@ -447,7 +433,7 @@ class Responses(Chat):
 
     def own(self, request: Request) -> Any:
         chat = request.path.endswith("/chat/completions")
-        return (ChatAnswers if chat else ResponsesAnswers)(self, request)
+        return (self.answers_of if chat else ResponsesAnswers)(self, request)
 
 
 class ResponsesAnswers(Own, dialects.Responses):
@@ -470,10 +456,23 @@ NO_SAMPLING = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 NO_FORCE = ("claude-opus-5-5", "claude-sonnet-5-5")
 
 
+class AnthropicAnswers(Own, dialects.Anthropic):
+    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
+        """Thinking is signed, and has to come back with the calls behind it."""
+        blocks, body = super().blocks(answer), self.request.body
+        if answer.reasoning:
+            at = len(body["messages"])
+            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
+            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
+            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
+        return blocks
+
+
 class Anthropic(Vendor):
     """The Messages API. Signatures are bound to the model and to all that stands before them."""
     base = "/v1"
     prefix = "toolu_"
+    answers_of = AnthropicAnswers
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
@@ -586,26 +585,26 @@ class Anthropic(Vendor):
             self.forbid(changed, f"messages.{at}.content.0: thinking blocks cannot be modified")
 
 
-class AnthropicAnswers(Own, dialects.Anthropic):
-    def blocks(self, answer: Answer) -> list[dict[str, Any]]:
-        """Thinking is signed, and has to come back with the calls behind it."""
-        blocks, body = super().blocks(answer), self.request.body
-        if answer.reasoning:
-            at = len(body["messages"])
-            blocks[0]["signature"] = self.vendor.signature(body, at, blocks[0]["thinking"])
-            kept = [one for one in blocks if one["type"] != "text" or one["text"].strip()]
-            self.vendor.issued.update((one, (self.model, kept)) for one in self.ids(answer))
-        return blocks
-
-
 # ==== Gemini generateContent
 SKIP_SIGNATURE = "skip_thought_signature_validator"
+
+
+class GeminiAnswers(Own, dialects.Gemini):
+    def called(self, answer: Answer) -> list[dict[str, Any]]:
+        parts = super().called(answer)
+        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
+            if at == 0:
+                del part["thoughtSignature"]
+                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
+            self.vendor.issued[one] = (self.model, part)
+        return parts
 
 
 class Gemini(Vendor):
     """generateContent. Signatures are bound to the model and to their part."""
     base = "/v1beta"
     prefix = "g"
+    answers_of = GeminiAnswers
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         states = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND"}
@@ -703,21 +702,11 @@ class Gemini(Vendor):
                 self.fail("Thought signature is not valid.")
 
 
-class GeminiAnswers(Own, dialects.Gemini):
-    def called(self, answer: Answer) -> list[dict[str, Any]]:
-        parts = super().called(answer)
-        for at, (part, one) in enumerate(zip(parts, self.ids(answer), strict=True)):
-            if at == 0:
-                del part["thoughtSignature"]
-                part["thoughtSignature"] = digest("gemini", self.vendor.port, self.model, part)
-            self.vendor.issued[one] = (self.model, part)
-        return parts
-
-
 # ==== Ollama
 class Ollama(Vendor):
     """The native /api/chat. What the real server ignores in silence is refused here."""
     prefix = "call_o"
+    answers_of = type("OllamaAnswers", (Own, dialects.Ollama), {})
 
     def error(self, message: str, status: int, **_: Any) -> Any:
         return {"error": message}
@@ -763,16 +752,6 @@ class Ollama(Vendor):
         self.unique(seen, "messages.tool_calls.id")
 
 
-class OllamaAnswers(Own, dialects.Ollama):
-    pass
-
-
-Chat.answers_of = ChatAnswers
-Anthropic.answers_of = AnthropicAnswers
-Gemini.answers_of = GeminiAnswers
-Ollama.answers_of = OllamaAnswers
-
-
 # ==== all of them
 KINDS: dict[str, tuple[type[Vendor], Any]] = {"anthropic": (Anthropic, AnthropicProvider),
     "gemini": (Gemini, GeminiProvider), "ollama": (Ollama, OllamaProvider)}
@@ -786,7 +765,10 @@ def faked(name: str, *script: Any, models: tuple[str, ...] = MODELS,
     Chat Completions, "responses" alone, or "auto"."""
     if name not in KINDS:
         api = "chat" if name == "openai" else name
-        with Responses(*script, models=models) as vendor, detour(vendor) as session:
+        with Responses(*script, models=models) as vendor, requests.Session() as session:
+            session.trust_env = False
+            session.mount("https://", adapter := _Detour())
+            adapter.root = vendor.root
             yield vendor, OpenAIProvider(KEY, session=session, **{"api": api, **settings})
         return
     fake, made = KINDS[name]
