@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from support.fakes import error_of
-from support.server import (CITY, TOOLS, USER, drained, outcome, read, reply, sent, stream,
-    talking)
+from support.server import (CITY, TOOLS, USER, drained, outcome, read, reply, sent, stream, talking)
 from support.vendors import Reply, faked
 
 from copilot_router import (FailoverChain, InvalidResponse, ProviderTier, ScriptedProvider,
@@ -135,11 +134,12 @@ def test_our_own_limit_gives_way_to_what_a_model_allows(told: str, most: int) ->
         assert [body["max_tokens"] for body in found[1].bodies] == [8192, most, most, 0]
 
 
-ALL_BOUNDS = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"]
+ALL_BOUNDS = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "minLength", "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"]
 BOUNDS = {"type": "integer", "minimum": 1, "maximum": 9, "description": "a number"}
 OPEN = {"$defs": {"X": {"properties": {}}}, "type": "object", "properties": {
-    "minimum": BOUNDS, "all": dict.fromkeys(ALL_BOUNDS, 1), "many": {"type": "array", "items": BOUNDS, "minItems": 2},
+    "minimum": BOUNDS, "all": dict.fromkeys(ALL_BOUNDS, 1),
+    "many": {"type": "array", "items": BOUNDS, "minItems": 2},
     "either": {"oneOf": [{"type": "object"}, {"$ref": "#/$defs/X"}, True]},
     "both": {"anyOf": [{"type": ["object", "null"]}], "oneOf": [{"minLength": 1,
                                                                  "description": None}]}}}
