@@ -7,33 +7,14 @@ from typing import Any
 
 import pytest
 from support.fakes import error_of
-from support.server import (CITY, TOOLS, USER, drained, outcome, read, reply, sent, stream,
-    talking)
+from support.server import (CITY, TOOLS, USER, block, drained, grows, outcome, read, reply, sent,
+    started, stops, stream, talking)
 from support.vendors import Reply, faked
 
 from copilot_router import (FailoverChain, InvalidResponse, ProviderTier, ScriptedProvider,
     UnsupportedRequest, Usage)
 
 CLAUDES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5")
-
-
-def started(reason: Any = None, **usage: Any) -> dict[str, Any]:
-    return {"type": "message_start",
-            "message": {"model": "m", "content": [], "stop_reason": reason, "usage": usage}}
-
-
-def block(at: int, **fields: Any) -> dict[str, Any]:
-    return {"type": "content_block_start", "index": at, "content_block": fields}
-
-
-def grows(at: int, kind: str, **fields: Any) -> dict[str, Any]:
-    return {"type": "content_block_delta", "index": at, "delta": {"type": kind, **fields}}
-
-
-def stops(reason: str | None, **usage: Any) -> dict[str, Any]:
-    return {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage}
-
-
 END = {"type": "message_stop"}
 TEXT = [block(0, type="text", text=""), grows(0, "text_delta", text="x")]
 

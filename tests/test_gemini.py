@@ -5,20 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.server import (CITY, TOOLS, USER, read, reply, sent, stream, talking)
+from support.server import (CITY, TOOLS, USER, candidate, read, reply, sent, stream, talking)
 
 from copilot_router import (ContentFiltered, EmptyResponse, FailoverChain,
     InvalidResponse, ProviderTier, ScriptedProvider, Usage)
 
 SKIP = "skip_thought_signature_validator"
-
-
-def candidate(*parts: Any, finish: Any = "STOP", at: int = 0, **fields: Any) -> dict[str, Any]:
-    end = {"finishReason": finish} if finish else {}
-    found = {"index": at, "content": {"role": "model", "parts": list(parts)}, **end}
-    return {"candidates": [found], **fields}
-
-
 TEXT = {"text": "x"}
 FAILED = ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "NO_IMAGE",
           "TOO_MANY_TOOL_CALLS", "OTHER", "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE"]
