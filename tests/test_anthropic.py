@@ -7,32 +7,14 @@ from typing import Any
 
 import pytest
 from support.fakes import error_of
-from support.server import (CITY, TOOLS, USER, drained, outcome, read, reply, sent, stream, talking)
+from support.server import (CITY, TOOLS, USER, block, drained, grows, outcome, read, reply, sent,
+    started, stops, stream, talking)
 from support.vendors import Reply, faked
 
 from copilot_router import (FailoverChain, InvalidResponse, ProviderTier, ScriptedProvider,
     UnsupportedRequest, Usage)
 
 CLAUDES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5")
-
-
-def started(reason: Any = None, **usage: Any) -> dict[str, Any]:
-    return {"type": "message_start",
-            "message": {"model": "m", "content": [], "stop_reason": reason, "usage": usage}}
-
-
-def block(at: int, **fields: Any) -> dict[str, Any]:
-    return {"type": "content_block_start", "index": at, "content_block": fields}
-
-
-def grows(at: int, kind: str, **fields: Any) -> dict[str, Any]:
-    return {"type": "content_block_delta", "index": at, "delta": {"type": kind, **fields}}
-
-
-def stops(reason: str | None, **usage: Any) -> dict[str, Any]:
-    return {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage}
-
-
 END = {"type": "message_stop"}
 TEXT = [block(0, type="text", text=""), grows(0, "text_delta", text="x")]
 
@@ -112,7 +94,6 @@ def test_answers_of_the_wrong_shape_or_without_an_end_are_invalid(body: Any) -> 
 
 
 def test_sampling_parameters_that_a_model_refuses_are_dropped() -> None:
-    """And remembered, while a model that takes them keeps them."""
     with met() as (vendor, provider):
         for model in ("claude-opus-5-5", "claude-opus-5-5", "claude-haiku-4-5"):
             assert provider.chat("q", model=model, temperature=0.2).text == "ok"
@@ -171,7 +152,6 @@ def test_a_schema_that_structured_outputs_refuse_is_closed_and_bounds_become_wor
 
 
 def test_a_model_does_not_think_where_a_tool_is_forced() -> None:
-    """Anthropic refuses both together; the thoughts are only a wish."""
     for choice, thinks in (("auto", True), ("required", False), ("none", True)):
         with talking("anthropic", whole("end_turn", {"type": "text", "text": "x"})) as found:
             drained(found[0].stream("q", TOOLS, "m", thoughts=True, tool_choice=choice))
@@ -179,7 +159,6 @@ def test_a_model_does_not_think_where_a_tool_is_forced() -> None:
 
 
 def test_citations_and_summaries_of_a_stream_go_back() -> None:
-    """Of a search of the server's own, and of a conversation that it has made shorter."""
     cited = [{"url": "a"}, {"url": "b"}]
     wire = stream(started(), block(0, type="compaction", content=None),
         grows(0, "compaction_delta", content="so "), grows(0, "compaction_delta", content="far"),

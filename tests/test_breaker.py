@@ -443,7 +443,6 @@ def test_the_trial_of_a_guarded_generator_lasts_until_its_end(new, clock, finish
 
 # -- listeners
 def test_a_listener_may_use_the_breaker_and_fail(new, caplog):
-    """No deadlock, and each change begins where the one before has ended; a failure is logged."""
     changes: list[tuple[str, str]] = []
     def listener(name, old, new, reason):
         changes.append((old, new))
@@ -507,7 +506,6 @@ def open_times(breaker: CircuitBreaker, clock: FakeClock, count: int) -> list[fl
 
 
 def test_with_jitter_the_open_time_is_drawn(new, clock):
-    """From 1 to 1.25 times, so that a fleet does not try in step; without it, it is exact."""
     assert set(open_times(new(1, 16.0, name="exact"), clock, 20)) == {16.0}
     times = open_times(new(1, 16.0, jitter=0.25, name="drawn"), clock, 200)
     assert 16 - 1e-6 <= min(times) < 16.5 and 19.5 < max(times) <= 20 + 1e-6

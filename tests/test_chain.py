@@ -78,7 +78,6 @@ def test_any_object_with_chat_is_a_provider():
     ("b-9", "b=b-9 a=a1 any=b-9 s=s1 e=smart"), ("a2", "a=a2 any=a2 b=b-9 s=s1 e=smart"),
     ("s1", "s=s1 a=a1 any=s1 b=b-9 e=smart"), ("new", "a=a1 any=new b=b-9 s=s1 e=smart")])
 def test_tiers_are_asked_by_role_and_a_named_model_moves_its_tiers_forward(clock, model, asked):
-    """Of one role as they are listed."""
     models = {"e": ["smart"], "s": ["s1"], "a": ["a1", "a2"], "any": [], "b": {"smart": "b-9"}}
     chain = chain_of(clock, *(tier(name, ProviderUnavailable, models=models[name], role=role)
         for name, role in zip(models, ["emergency", "secondary", *["primary"] * 3], strict=True)))
@@ -278,7 +277,6 @@ def test_a_refusal_by_a_safety_system_is_raised_at_once(clock):
 @pytest.mark.parametrize("kind", [
     AssertionError, MemoryError, RecursionError, KeyboardInterrupt, GeneratorExit, ConfigError])
 def test_what_is_not_the_providers_fault_passes_through(clock, kind):
-    """It is neutral, the next tier is not asked, and a trial is handed on at once."""
     chain = chain_of(clock, tier("a", kind, kind, "fine", max_concurrency=1), tier("b", "x"))
     chain.tiers[0].breaker.open(5)
     clock.advance(5)
@@ -309,7 +307,6 @@ def test_the_limits_of_task_queues_pass_through_everywhere(monkeypatch, module, 
 
 
 def test_a_foreign_exception_fails_over_and_is_logged_with_its_place_once(caplog):
-    """As a warning, since it is probably a mistake in the provider; once for each line."""
     def faulty(again=False, **_):
         if again:
             raise KeyError("something private")
@@ -1259,8 +1256,7 @@ def test_levels_of_the_log(clock, caplog):
     assert levels("a", "attempt") == {logging.DEBUG} and levels("a", "failover") == {logging.INFO}
     assert levels("a: open (ServerError)") == {logging.WARNING}
     assert levels("a", "closed (recovered)") == {logging.INFO}
-    assert levels("a: half_open") == {logging.DEBUG}
-    assert logging.WARNING in levels("call failed")
+    assert levels("a: half_open") == {logging.DEBUG} and logging.WARNING in levels("call failed")
     assert logging.NullHandler in map(type, logging.getLogger(LOGGER).handlers)
 
 

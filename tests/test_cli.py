@@ -319,7 +319,6 @@ def test_a_broken_answer_keeps_its_text_ends_its_line_and_fails(cli: Cli) -> Non
 @pytest.mark.parametrize(("prompt", "left"),
     [("interrupt", ""), ("lines", "one\n"), ("hold", "one \n")])
 def test_an_interrupt_ends_the_line_and_is_status_130(prompt: str, left: str, cli: Cli) -> None:
-    """While the server is silent, and as soon as the first text is shown."""
     class Interrupted(io.StringIO):
         def write(self, text: str) -> int:
             done = super().write(text)
@@ -497,7 +496,6 @@ def table(out: str) -> dict[str, list[str]]:
 
 
 def test_a_configuration_in_this_directory_is_used_and_said(cli: Cli) -> None:
-    """It goes before the environment, and behind --config, --provider and --base-url."""
     cli.environ(OLLAMA_HOST=REFUSED)
     cli.config()
     cli.config(TWO_TIERS.replace("first", "other"), "o.toml")
@@ -575,7 +573,6 @@ def run(*arguments: str, python: str = "", shell: str = "", **environ: str) -> A
 
 
 def test_a_vendored_file_goes_from_init_to_an_answer(cli: Cli) -> None:
-    """The other commands find the file that init writes, without --config."""
     done = run("init", LMSTUDIO_BASE_URL=cli.server.url)
     assert (done.returncode, done.stderr, "--config" in done.stdout) == (0, "", False)
     assert run("check").returncode == 0 and "lmstudio" in run("status").stdout

@@ -235,7 +235,6 @@ KINDS = pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
 
 @KINDS
 def test_every_argument_has_a_sample_other_than_its_default(kind: type) -> None:
-    """Nothing is left out below but what has a section of its own."""
     known = arguments_of(kind)
     own = {"store"} if kind is CircuitBreaker else set()
     assert set(SAMPLES[kind]) == set(known) - (SECTIONS - own)

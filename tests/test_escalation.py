@@ -46,7 +46,6 @@ def test_a_rung_that_nobody_here_serves_is_passed_over_and_never_forced_on_a_loc
 
 
 def test_only_models_below_the_top_are_told_on_a_copy():
-    """Appended to the first system message, or put in front; list content gets a part."""
     chain = ladder(tier("weak", MARKED), tier("strong", "x"))
     user, parts = {"role": "user", "content": "hi"}, [{"type": "text", "text": "be kind"}]
     system, developer = {"role": "system", "content": "x"}, {"role": "developer", "content": parts}
@@ -73,7 +72,6 @@ def test_the_instruction_may_be_replaced_or_left_out():
 
 
 def test_a_ladder_is_climbed_rung_by_rung():
-    """Weakest first; a named rung, which may be an alias, starts above itself."""
     tiers = tier("weak", MARKED), tier("mid", "[ESCALATE] still too hard"), tier("top", "x")
     chain = ladder(*tiers, top=["mid", "top"])
     response = chain.chat("hi")
@@ -102,7 +100,6 @@ def test_after_the_stronger_one_come_the_others_in_order():
 
 
 def test_a_tier_that_takes_any_model_serves_a_rung_only_if_nobody_lists_it():
-    """One tier with both models escalates to itself."""
     for models, options in ((["small", "big"], {}), ([], {"model": "small"})):
         chain = ladder(tier("a", MARKED, "x", models=models), top="big")
         found = [attempt.model for attempt in chain.chat("hi", **options).attempts]

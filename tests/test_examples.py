@@ -63,7 +63,6 @@ TEXTS = ("one ", "two\n", "three")
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_pieces_arrive_one_by_one_from_the_second_tier(machine: Machine, name: str) -> None:
-    """Each is seen before the provider may send the next one."""
     gate = threading.Semaphore(1)
     machine.local.script.extend([BROKEN] * 2)
     machine.cloud.script.append(says(*TEXTS, gate=gate))
@@ -220,7 +219,6 @@ def test_prometheus_counts_what_happened(machine: Machine) -> None:
 
 
 def test_opentelemetry_gets_a_span_for_every_request(machine: Machine) -> None:
-    """With the names of the conventions, below the caller's span, and without any text."""
     module = example("otel_spans", "opentelemetry.sdk")
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -257,7 +255,6 @@ def test_sdk_answers_as_a_tier_with_tools(machine: Machine) -> None:
     (404, cr.ModelNotFound), (500, cr.ServerError), (422, cr.BadRequest)])
 def test_errors_of_the_sdk_become_ours(machine: Machine, status: int,
         kind: type[cr.ProviderError]) -> None:
-    """Each with status and Retry-After, after one request, and without the server's text."""
     module = example("vendor_sdk", "openai")
     machine.cloud.script.append(refusal(status, "my prompt", Retry_After="30"))
     with module.openai.OpenAI() as client, pytest.raises(kind) as caught:

@@ -410,7 +410,6 @@ def test_what_bodies_mean(kind: type, status: int, body: Any) -> None:
         and isinstance(body.get("error"), dict) and "metadata" not in body["error"]
         and "Loading" not in str(body)])
 def test_the_same_words_mean_the_same_inside_an_answer(kind: type, body: Any) -> None:
-    """As a whole answer at status 200, and as an event in a stream."""
     assert type(refused(200, body)) is kind
     assert type(refused(200, f"data: {json.dumps(body)}\n\n")) is kind
     begun = "data: " + json.dumps({"choices": [{"delta": {"role": "assistant"}}]}) + "\n\n"
@@ -656,7 +655,6 @@ SECRET = "tulip-Violet-9081726354"
     ({"base_url": f"https://server.test/v1?sig={SECRET}&v=1"}, SECRET.upper()),
     ({"base_url": f"https://server.test/v1?code={SECRET}"}, SECRET)])
 def test_no_secret_of_the_settings_is_shown(settings: dict[str, Any], shown: str) -> None:
-    """Echoed in the message, the code, the type or a header, in any case of letters."""
     body = says(f"no: {shown}", code=shown, type=shown, param=shown)
     error = refused(400, body, {"X-Request-Id": shown}, **settings)
     assert SECRET.lower() not in f"{error} {error!r} {vars(error)}".lower()
@@ -726,7 +724,6 @@ def test_a_server_that_calls_its_model_by_a_key_names_it_nowhere() -> None:
 
 @pytest.mark.quiet
 def test_lines_of_urllib3_show_no_key_and_no_echo(caplog: pytest.LogCaptureFixture) -> None:
-    """urllib3 logs the path of a request, and at DEBUG headers that it cannot read."""
     caplog.set_level(logging.DEBUG)
     odd = f"HTTP/1.1 500 Oops\r\n{SECRET} without colon\r\nX: y\r\n\r\n".encode()
     with Peer(lambda _, connection, request: connection.sendall(odd)) as server:  # and hangs up
@@ -754,7 +751,6 @@ HOSTILE = [piece * (SIZE // len(piece)) for piece in (
 
 @pytest.mark.parametrize("place", ["message", "code", "header", "delay", "page", "event", "id"])
 def test_no_text_of_a_server_takes_long_to_search(place: str) -> None:
-    """64 KiB of digits, blanks or half-matches, wherever a server's text is read."""
     limits = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset")
     named = {"header": (*limits, "retry-after"), "id": ("x-request-id",)}.get(place, ())
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:

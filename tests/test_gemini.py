@@ -5,20 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.server import (CITY, TOOLS, USER, read, reply, sent, stream, talking)
+from support.server import (CITY, TOOLS, USER, candidate, read, reply, sent, stream, talking)
 
 from copilot_router import (ContentFiltered, EmptyResponse, FailoverChain,
     InvalidResponse, ProviderTier, ScriptedProvider, Usage)
 
 SKIP = "skip_thought_signature_validator"
-
-
-def candidate(*parts: Any, finish: Any = "STOP", at: int = 0, **fields: Any) -> dict[str, Any]:
-    end = {"finishReason": finish} if finish else {}
-    found = {"index": at, "content": {"role": "model", "parts": list(parts)}, **end}
-    return {"candidates": [found], **fields}
-
-
 TEXT = {"text": "x"}
 FAILED = ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "NO_IMAGE",
           "TOO_MANY_TOOL_CALLS", "OTHER", "IMAGE_OTHER", "MISSING_THOUGHT_SIGNATURE"]
@@ -26,7 +18,6 @@ FAILED = ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE
 
 @pytest.mark.parametrize("theirs", FAILED)
 def test_failures_of_the_model_are_invalid_responses_with_their_code(theirs: str) -> None:
-    """The next tier is asked at once, and the breaker counts them."""
     for wire in (reply(candidate(TEXT, finish=theirs)), stream(candidate(finish=theirs))):
         error = read("gemini", wire)
         assert type(error) is InvalidResponse and error.code == theirs.lower()
@@ -67,7 +58,6 @@ def test_thoughts_are_counted_apart_and_nulls_take_no_count_back() -> None:
 
 
 def test_several_candidates_never_run_into_one_text() -> None:
-    """The one with index 0 is the answer, in whatever order they come."""
     events = [candidate({"text": "A1 "}, finish=None),
               candidate({"text": "B1 "}, finish=None, at=1),
               candidate({"text": "B2"}, at=1), candidate({"text": "A2"})]

@@ -40,7 +40,6 @@ KINDS = ["healthy_until_closed", "closed_while_idle", "a_second_answer", "early_
 
 @pytest.mark.quiet
 def test_many_threads_against_a_faulty_server_get_whole_answers_in_time() -> None:
-    """Each answer complete and its own prompt's, none late, no thread or descriptor left."""
     gc.collect()
     threads, files = threading.active_count(), descriptors()
     wrong: list[str] = []
@@ -100,7 +99,6 @@ def held() -> int:
 @pytest.mark.parametrize("name", ["healthy", "garbled_event", "page_500", "html"])
 def test_memory_does_not_grow_with_the_number_of_calls(name: str,
         caplog: pytest.LogCaptureFixture) -> None:
-    """After a warming up: less than 100 bytes for each of 200 calls."""
     caplog.set_level(logging.CRITICAL, "copilot_router")  # pytest keeps each record
     with FaultServer() as server:
         tier = ProviderTier("a", Chat().client(KEY, server.url), [name], retries=0)

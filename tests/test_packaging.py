@@ -138,7 +138,6 @@ def test_all_names_every_public_class_and_function_once() -> None:
 
 
 def test_everything_public_has_a_docstring() -> None:
-    """The docstrings are the only manual of a vendored copy."""
     members = {name: getattr(copilot_router, name) for name in copilot_router.__all__}
     for name, kind in list(members.items()):
         for key, value in vars(kind).items():
@@ -202,7 +201,6 @@ def test_wheel_holds_the_module_and_the_same_text_as_its_types(site: Path) -> No
 
 
 def test_mypy_strict_sees_types_and_mistakes_of_a_users_file(site: Path, tmp_path: Path) -> None:
-    """A type that is Any, or a mistake in typed_user.py that is not found, is an error of mypy."""
     pytest.importorskip("mypy")
     user = shutil.copy(ROOT / "tests" / "typed_user.py", tmp_path)
     base = next(path for path in site.parents if (path / "pyvenv.cfg").exists())

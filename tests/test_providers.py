@@ -176,7 +176,6 @@ def test_a_cloud_without_a_key_warns_of_the_variable(kind: Any) -> None:
     (OllamaProvider, "https://ollama.com", True), (OllamaProvider, "https://x.ollama.com", True)])
 def test_a_key_of_the_environment_goes_only_to_the_vendors_hosts(kind: Any, url: str, goes: bool,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any other address needs its own ``api_key``; a warning names it."""
     monkeypatch.setenv(VENDORS[kind][2][0], "of-the-environment")
     monkeypatch.setenv("OPENAI_BASE_URL", "https://env.test/v1")
     with warnings.catch_warnings(record=True) as told:
@@ -259,7 +258,6 @@ def test_what_is_not_the_servers_fault_passes_through(module: str, error: Any,
 
 # -- requests
 def test_what_is_sent(mocked: Any) -> None:
-    """The headers of a request; cookies of an answer are not sent back."""
     mocked.replace(responses.POST, URL, json=WHOLE, headers={"Set-Cookie": "a=b"})
     client = OpenAIProvider(KEY, BASE, headers={"X-Team": "blue"})
     for _ in range(2):

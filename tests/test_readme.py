@@ -176,7 +176,6 @@ def test_addresses_and_variables_of_the_providers_are_true(monkeypatch: pytest.M
 
 
 def test_error_tree_and_policy_are_those_of_the_module() -> None:
-    """Names, nesting, what follows and what the breaker learns."""
     found, parents = {}, ["Exception"]
     for cell, _, then, breaker in rows(section("docs/errors.md", "The tree")):
         name = cell.lstrip("│├└ ")
@@ -204,7 +203,6 @@ def test_table_of_attributes_is_that_of_answers_attempts_and_errors() -> None:
 
 
 def test_events_hold_what_the_guide_and_the_docstring_say() -> None:
-    """Every kind and every fact of a call with all kinds of steps stands in both tables."""
     table = rows(section("docs/operations.md", "Logs, events, metrics"))
     guide = {kind: set(names_in(data)) for kind, _, data in table}
     seen: list[cr.Event] = []

@@ -221,7 +221,6 @@ def test_separate_counts_and_local_trouble_are_not_written(clock):
 
 
 def test_the_newer_record_is_taken_over_after_an_outage(clock, shared, caplog):
-    """The others closed it meanwhile. Said once at each edge, as a warning and as information."""
     caplog.set_level("INFO", "copilot_router")
     events: list[Any] = []
     other, chain = breaker_on(shared.store, clock), chain_on(shared, events, clock=clock)
@@ -659,7 +658,6 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
 
 
 def test_a_record_of_a_clock_that_was_ahead_is_due_after_its_own_time(tmp_path, clock):
-    """Also for a process that is started anew each time."""
     store = SQLiteStore(tmp_path / "file")
     store.swap("x", None, BreakerRecord("open", 1, 1, 3, time.time() + 3600, 5.0))
     for _ in range(2):
@@ -729,7 +727,6 @@ def test_a_sqlite_file_that_cannot_be_used_fails_no_call(how, tmp_path):
 
 
 def test_a_store_that_can_be_read_and_not_written(clock, make_store):
-    """A full disk: one event, and no more of them later."""
     events: list[Any] = []
     store = Wrapped(make_store("sqlite"), clock)
     chain = chain_on(store, events, clock=clock)
@@ -799,7 +796,6 @@ def test_a_hung_server_costs_the_budget_once(redis_server):
 
 @needs_redis
 def test_an_interrupt_leaves_no_answer_to_the_next_question(redis_url, monkeypatch):
-    """It would be taken for the record of another tier."""
     import redis
     store = RedisStore(redis_url, "interrupted")
     store.swap("a", None, RECORD)

@@ -51,7 +51,6 @@ ERRORS = [ProviderUnavailable("x"), ServerError("x"), Overloaded("x"), ProviderT
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("before", [[], [""], [" ", "\n"]], ids=["at once", "nothing", "blanks"])
 def test_until_the_first_delta_a_stream_fails_over_like_chat(clock, error, before):
-    """Blank text is no delta."""
     one, other = (chain_of(clock, tier("a", [*before, error]), tier("b", PARTS)) for _ in "12")
     stream, response = one.stream(PROMPT), other.chat(PROMPT)
     assert list(stream) == PARTS
@@ -200,7 +199,6 @@ def test_a_stream_is_a_generator(clock):
 
 
 def test_a_stream_object_may_give_none_and_fail_to_close(caplog):
-    """As those of client libraries: None comes for an event without text."""
     kind = type("Stream", (), {"__next__": lambda self: self.next(), "close": lambda self: 1 / 0})
     end = StopIteration(LLMResponse("a"))
     for items, found in (([ServerError("x")], "from b"), (["a", None, end], "a"),
@@ -332,7 +330,6 @@ def test_the_callers_own_time_counts_towards_the_deadline(clock, pause, late):
     (10, "attempt_timeout", DeadlineExceeded, 1), (3, "attempt_timeout", DeadlineExceeded, 0),
     (30, "stall_timeout", ProviderTimeout, 1), (30, "attempt_timeout", ProviderTimeout, 1)])
 def test_the_cause_says_whose_limit_ended_a_stream(clock, timeout, code, cause, counted):
-    """The call's deadline, or a limit of the tier (20 s here)."""
     late = ProviderTimeout("late", code=code)
     chain = watched(clock, "x", lambda: clock.advance(min(timeout, 20)), late, timeout=20)
     _, broken = read(chain.stream(PROMPT, timeout=timeout))

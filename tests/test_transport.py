@@ -134,7 +134,6 @@ def test_a_ping_gives_its_connection_back_and_ends_in_its_time() -> None:
 
 @pytest.mark.parametrize("told", [b"", b"HTTP/1.1 408 Idle\r\nContent-Length: 9\r\n\r\n"])
 def test_all_kept_connections_may_have_been_dropped(told: bytes) -> None:
-    """The unseen retry takes a new connection and not the next kept one."""
     both = threading.Barrier(2)
     old: list[socket.socket] = []
     def one_answer_each(server: Peer, connection: socket.socket, request: bytes) -> bool:
@@ -221,7 +220,6 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 @needs_fork
 def test_a_forked_child_uses_its_own_sockets() -> None:
-    """It forks while another thread's request is under way."""
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if b'"slow"' in request:
             child.stdin.write("x")
@@ -679,7 +677,6 @@ def tunnel(context: ssl.SSLContext | None, server: Peer, connection: Any, answer
 
 
 def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown certificate is refused; limits hold inside of TLS as without."""
     context, certificate = tls
     def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
         if b"drip" in request:
@@ -724,7 +721,6 @@ def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,
 @pytest.mark.parametrize("inner", ["silent", "late"])
 def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
         monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
-    """A proxy that is asked over https, and a handshake inside of it that does not go on."""
     context, certificate = tls
     def serve(server: Peer, connection: Any, request: bytes) -> bool:
         if inner == "late":

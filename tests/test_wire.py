@@ -21,8 +21,8 @@ import pytest
 import requests
 from support.dialects import (DIALECTS, Answer, Dialect, answers, chunk, head, streamed, texts_in)
 from support.fakes import TOOL, error_of
-from support.server import (KEY, STOP, USER, Canned, Server, delta, drained, message, piece, read,
-    reply, sent, sse, stream, talking, waits)
+from support.server import (KEY, STOP, USER, Canned, Server, block, candidate, delta, drained,
+    grows, message, piece, read, reply, sent, sse, started, stops, stream, talking, waits)
 from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
 
 import copilot_router
@@ -219,7 +219,6 @@ def test_finish_reasons(at: int, ours: str | None, words: str) -> None:
 
 # -- answers that are none
 def test_an_error_inside_a_stream_has_its_class(dialect: Dialect) -> None:
-    """chat() raises it, stream() after the text."""
     before, _ = until(dialect, Answer(text=("par", "tial")), b"tial")
     wire, kind = dialect.broken
     with served(dialect, streamed(dialect, [*before, wire])) as (server, provider):
@@ -239,7 +238,6 @@ def test_a_page_with_status_200_is_no_answer(dialect: Dialect) -> None:
 
 
 def test_a_whole_answer_waits_two_seconds_for_the_end_of_its_body() -> None:
-    """And not for as long as a silent server may take within an answer."""
     with talking("chat", waits(sse(delta(content="whole"), STOP))) as (provider, _):
         start = time.monotonic()
         assert provider.chat("q", model="m", timeout=30).text == "whole"
@@ -261,9 +259,7 @@ def test_text_behind_the_end_of_the_answer_does_not_count(dialect: Dialect) -> N
 def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
         events: Any, text: str) -> None:
     """Of old Gemini, and of a gateway. A whole answer that comes twice is still one."""
-    gemini = [{"candidates": [{"content": {"parts": [{"text": one}]}, "finishReason": "STOP"}]}
-              for one in events]
-    assert read("gemini", stream(*gemini)).text == text
+    assert read("gemini", stream(*(candidate({"text": one}) for one in events))).text == text
     assert read("chat", stream(*(delta("stop", content=one) for one in events))).text == text
     behind = [delta("stop", content="One."), delta(content="One")]  # a proxy plays it again
     assert read("chat", stream(*behind)).text == "One."
@@ -273,8 +269,7 @@ def test_a_finish_reason_in_every_event_ends_the_answer_with_the_last_one(
 def test_an_answer_that_ends_in_every_event_is_not_whole_if_it_breaks(kind: str) -> None:
     """And it loses nothing: blanks, repetitions, thoughts."""
     def says(text: str) -> Any:
-        part = {"candidates": [{"content": {"parts": [{"text": text}]}, "finishReason": "STOP"}]}
-        return delta("stop", content=text) if kind == "chat" else part
+        return delta("stop", content=text) if kind == "chat" else candidate({"text": text})
     begun, half = [says("The dose is 5"), says("00 mg")], sse(says(", twice a day"))[:40]
     garbled = [*begun, b'data: {"choices":[{"index":0,"del\n\n', says(" a day")]
     for broken in (stream(*begun, says("!"))[:-1], stream(*garbled),
@@ -318,10 +313,9 @@ def test_what_follows_an_early_finish_reason_counts_if_another_one_ends_it() -> 
                           ([first, more, calls, last, calls], ["f", "g"])):
         found = read("chat", stream(*pieces)).tool_calls
         assert [call.name for call in found] == names and found[0].arguments == {"a": 1}
-    parts = [{"text": "Let me"}], [{"functionCall": {"name": "f", "args": {"a": 1}}}]
-    gemini = [{"candidates": [{"content": {"parts": one}, "finishReason": "STOP"}]}
-              for one in parts]
-    assert [call.name for call in read("gemini", stream(*gemini)).tool_calls] == ["f"]
+    call = candidate({"functionCall": {"name": "f", "args": {"a": 1}}})
+    found = read("gemini", stream(candidate({"text": "Let me"}), call)).tool_calls
+    assert [one.name for one in found] == ["f"]
 
 
 def test_events_without_a_blank_line_between_them_are_read() -> None:
@@ -413,7 +407,6 @@ def test_events_in_lines_may_follow_a_line_that_is_none() -> None:
 
 
 def test_an_answer_of_too_many_values_is_not_read() -> None:
-    """They would take many times the memory of their text."""
     text = json.dumps(message(content="x"))[:-1]
     for many, kind in ((180_000, LLMResponse), (200_000, InvalidResponse)):
         values = "{}," * many if kind is InvalidResponse else " " * 3 * many
@@ -461,8 +454,7 @@ def test_time_may_be_over_at_any_look_at_the_clock(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("end", [[], [STOP]], ids=["cut", "whole"])
 def test_a_list_of_the_events_of_a_stream_needs_a_finish_reason(end: list[Any]) -> None:
-    gemini = [{"candidates": [{"content": {"parts": [{"text": "x"}]},
-                               **({"finishReason": "STOP"} if end else {})}]}] * 2
+    gemini = [candidate({"text": "x"}, finish="STOP" if end else None)] * 2
     for kind, events in (("chat", [delta(content="Hello "), delta(content="wor"), *end]),
                          ("gemini", gemini)):  # whose server answers so without ?alt=sse
         found = read(kind, reply(events))
@@ -582,10 +574,8 @@ ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
     ("responses", {"type": "response.code_interpreter_call_code.delta", "delta": "x"}),
     ("responses", {"type": "response.function_call_arguments.delta", "output_index": 0,
         "delta": "{"}),
-    ("anthropic", {"type": "content_block_start", "index": 0,
-        "content_block": {"type": "thinking", "thinking": ""}}),
-    ("anthropic", {"type": "content_block_start", "index": 0,
-        "content_block": {"type": "redacted_thinking", "data": "x"}}),
+    ("anthropic", block(0, type="thinking", thinking="")),
+    ("anthropic", block(0, type="redacted_thinking", data="x")),
     *(("gemini", {"candidates": [{"content": {"parts": [part]}}]})
         for part in ({"text": "x", "thought": True}, {"text": "", "thoughtSignature": "x"},
             {"functionCall": {"name": "f"}})),
@@ -616,7 +606,6 @@ def test_headers_roles_and_keep_alives_are_no_sign_of_life(dialect: Dialect) -> 
 
 # -- thoughts
 def test_a_chain_streams_thoughts_where_they_are_asked_for(dialect: Dialect) -> None:
-    """They are of the class Thought, and part neither of .text nor of the other deltas."""
     answer = Answer(text=("4", "2"), reasoning=("Let me ", "think."))
     with served(dialect, answer) as (server, provider):
         chain = chain_of(provider)
@@ -655,29 +644,27 @@ LONG = {"type": "function", "function": {"name": "look_up", "parameters": CITY}}
 END = delta("tool_calls")
 
 
-@pytest.mark.parametrize(("pieces", "calls"), [(
-    [piece("", "f", index=0, id="a"), piece('{"x"', index=0), piece(": 1}", index=0)],
-    [("a", "f", {"x": 1})]), ([piece('{"x": 1}', "f", index=0, id="a")], [("a", "f", {"x": 1})]),
-    ([piece('{"x"', "f", id="a"), piece(": 1}")], [("a", "f", {"x": 1})]),
-    ([piece('{"x"', "f", index=0, id="a"), piece(": 1}", "f", index=0), piece("", "", index=0)],
-        [("a", "f", {"x": 1})]), ([piece({"x": 1}, "f", index=0, id="a")], [("a", "f", {"x": 1})]),
-    ([piece('{"x"', index=0), piece(": 1}", index=0, id="a"), piece(None, "f", index=0)],
-        [("a", "f", {"x": 1})]),
-    ([piece('{"x"', "f", index=0, id="a"), piece(": 1}", index=0, id="b")], [("a", "f", {"x": 1})]),
-    ([piece("{}", "f", index=0, id="a"), piece('{"x": 1}', "g", index=0, id="b")],
-        [("a", "f", {}), ("b", "g", {"x": 1})]), (
-            [piece("{}", "f", index=0, id="a"), piece("{}", "f", index=1, id="b")],
-            [("a", "f", {}), ("b", "f", {})]), ([piece('{"x": ', "f", index=0, id="a"),
-                piece('{"y": ', "g", index=1, id="b"), piece("1}", index=0), piece("2}", index=1)],
-                [("a", "f", {"x": 1}), ("b", "g", {"y": 2})]),
-    ([piece("", "look", index=0, id="a"), piece('{"x": 1}', "_up", index=0)],
-        [("a", "look_up", {"x": 1})]), (
-            [piece("", "look_up", index=0, id="a"), piece('{"x": 1}', "look_up", index=0, id="a")],
-            [("a", "look_up", {"x": 1})]),
+A, B = {"index": 0, "id": "a"}, {"index": 1, "id": "b"}
+CALL_F, CALL_UP = [("a", "f", {"x": 1})], [("a", "look_up", {"x": 1})]
+
+
+@pytest.mark.parametrize(("pieces", "calls"), [
+    ([piece("", "f", **A), piece('{"x"', index=0), piece(": 1}", index=0)], CALL_F),
+    ([piece('{"x": 1}', "f", **A)], CALL_F), ([piece({"x": 1}, "f", **A)], CALL_F),
+    ([piece('{"x"', "f", id="a"), piece(": 1}")], CALL_F),
+    ([piece('{"x"', "f", **A), piece(": 1}", "f", index=0), piece("", "", index=0)], CALL_F),
+    ([piece('{"x"', index=0), piece(": 1}", **A), piece(None, "f", index=0)], CALL_F),
+    ([piece('{"x"', "f", **A), piece(": 1}", index=0, id="b")], CALL_F),
+    ([piece("{}", "f", **A), piece('{"x": 1}', "g", index=0, id="b")],
+        [("a", "f", {}), ("b", "g", {"x": 1})]),
+    ([piece("{}", "f", **A), piece("{}", "f", **B)], [("a", "f", {}), ("b", "f", {})]),
+    ([piece('{"x": ', "f", **A), piece('{"y": ', "g", **B), piece("1}", index=0),
+        piece("2}", index=1)], [*CALL_F, ("b", "g", {"y": 2})]),
+    ([piece("", "look", **A), piece('{"x": 1}', "_up", index=0)], CALL_UP),
+    ([piece("", "look_up", **A), piece('{"x": 1}', "look_up", **A)], CALL_UP),
     ([delta(function_call={"name": "f", "arguments": '{"x": 1}'})], [(None, "f", {"x": 1})]),
-    ([piece("{}", "f", index=0, id="a"),
-        delta(content="", function_call={"name": "", "arguments": ""})], [("a", "f", {})]),
-    ([piece("{}", "f", index=0, id="a"), piece("{}", "g", index=1, id="a")],
+    ([piece("{}", "f", **A), delta(content="", function_call={"name": "", "arguments": ""})],
+        [("a", "f", {})]), ([piece("{}", "f", **A), piece("{}", "g", index=1, id="a")],
         [("a", "f", {}), (None, "g", {})])])
 def test_tool_calls_are_put_together_from_their_pieces(pieces: list[Any], calls: Any) -> None:
     response = read("chat", stream(*pieces, END, done=True), tools=[TOOL, LONG])
@@ -755,18 +742,14 @@ def completed(*output: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", ["", '{"city": "Os'])
 def test_arguments_whose_end_was_not_seen_are_none_whatever_ended_the_answer(text: str) -> None:
-    block = {"type": "content_block_start", "index": 0, "content_block": {
-        "type": "tool_use", "id": "a", "name": "f", "input": {}}}
-    grows = {"type": "content_block_delta", "index": 0,
-             "delta": {"type": "input_json_delta", "partial_json": text}}
+    begun = block(0, type="tool_use", id="a", name="f", input={})
+    grown = grows(0, "input_json_delta", partial_json=text)
     item = {**ITEM, "status": "incomplete", "call_id": "a", "arguments": text}
     cut = {"type": "response.incomplete", "response": {"status": "incomplete", "output": [item]}}
-    begin, end = {"type": "message_start", "message": {}}, "message_delta"
     wires = [("chat", [delta(content="x"), piece(text, "f", index=0, id="a"), delta(why)])
              for why in ("length", "filter", "limit")]
-    wires += [("anthropic", [begin, block, *[grows] * grown, {"type": end,
-                                                              "delta": {"stop_reason": why}}])
-              for why in ("max_tokens", "tool_use", "refusal") for grown in (0, 1)]
+    wires += [("anthropic", [started(), begun, *[grown] * times, stops(why)])
+              for why in ("max_tokens", "tool_use", "refusal") for times in (0, 1)]
     added, done = ({"type": f"response.output_item.{step}", "output_index": 0, "item": item}
                    for step in ("added", "done"))
     wires += [("responses", events) for events in ([cut], [added, completed()],
@@ -781,8 +764,7 @@ def test_arguments_whose_end_was_not_seen_are_none_whatever_ended_the_answer(tex
 def test_calls_without_an_index_or_under_one_that_is_taken_stay_apart() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     both = [{**call, "id": name} for name in "ab"]
-    begun = [{"type": "content_block_start", "index": 0, "content_block": {
-        "type": "tool_use", "id": name, "name": "f", "input": {"x": 1}}} for name in "ab"]
+    begun = [block(0, type="tool_use", id=name, name="f", input={"x": 1}) for name in "ab"]
     closed = {"type": "content_block_stop", "index": 0}
     items = [{**ITEM, "call_id": name, "arguments": '{"x": 1}'} for name in "ab"]
     ended = [{"type": "response.output_item.done", "item": item} for item in items]
@@ -827,16 +809,13 @@ def test_both_names_of_the_token_limit_mean_the_same(dialect: Dialect) -> None:
     assert body == sent(dialect.name, max_completion_tokens=77) and "77" in json.dumps(body)
 
 
-@pytest.mark.parametrize(
-    ("option", "nearest"), [("temprature", "temperature"), ("tool_choise", "tool_choice"),
-                            ("stall_timout", "stall_timeout")])
+@pytest.mark.parametrize(("option", "nearest"), [("temprature", "temperature"),
+    ("tool_choise", "tool_choice"), ("stall_timout", "stall_timeout")])
 def test_an_unknown_option_is_a_type_error_that_names_the_nearest(dialect: Dialect, option: str,
         nearest: str) -> None:
     with served(dialect, Answer()) as (server, provider):
-        for ask in (lambda: provider.chat("hi", model="m", **{option: 1}),
-                    lambda: chain_of(provider).chat("hi", **{option: 1})):
-            with pytest.raises(TypeError, match=rf"{option}.*{nearest}"):
-                ask()
+        match = rf"{option}.*{nearest}"
+        error_of(TypeError, provider.chat, "hi", model="m", match=match, **{option: 1})
         assert not server.requests
 
 
@@ -1173,7 +1152,6 @@ def test_a_correction_is_kept_only_if_it_may_have_helped(status: int, kept: bool
 @pytest.mark.parametrize(("number", "options"), [(at, effort) for at in (1, 3, 4, 5)
                                                  for effort in ({}, {"reasoning_effort": "high"})])
 def test_a_model_that_shows_no_thoughts_is_asked_without_them(number: int, options: Any) -> None:
-    """It is learned, so that the next request is the right one at once."""
     dialect = DIALECTS[number]
     told = "generating reasoning summaries" if number == 1 else "thinking"
     refusal = reply({"error": {"message": f"{told} is not supported by this model"}}, 400)
@@ -1358,13 +1336,12 @@ def test_what_stands_for_a_plain_value_is_sent_as_it(name: str) -> None:
     """Members of an Enum, mappings, a stop of nothing, a refusal, data that is not base64."""
     function = {"name": "f", "parameters": MappingProxyType(CITY)}
     odd = [MappingProxyType({"type": "function", "function": MappingProxyType(function)})]
-    plain = [{"type": "function", "function": {"name": "f", "parameters": CITY}}]
     picture = {"type": "image_url", "image_url": {"url": "data:image/png,%89PNG"}}
     refused = {"role": "assistant", "content": None, "refusal": "never"}
     said, form = [USER, refused, {"role": "user", "content": [picture]}], {"type": "json_object"}
     settings = {"response_format": {"type": Word.JSON}, "reasoning_effort": Word.LOW, "stop": []}
     body = sent(name, said, odd, **settings)
-    assert body == sent(name, said, plain, response_format=form, reasoning_effort="low")
+    assert body == sent(name, said, [NEEDY], response_format=form, reasoning_effort="low")
     text = json.dumps(body)
     assert "never" in text and ("iVBORw==" in text or "%89PNG" in text)
 
@@ -1390,9 +1367,7 @@ def test_files_keep_their_names_and_may_be_given_by_an_address() -> None:
                                      {"role": "assistant", "content": "One moment."}])
 def test_a_result_that_comes_late_belongs_to_its_call(between: Any) -> None:
     """A person may write while the tool runs."""
-    call = {"id": "c", "type": "function", "function": {"name": "time", "arguments": "{}"}}
-    said = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, between,
-            {"role": "tool", "tool_call_id": "c", "content": "42"}]
+    said = [*with_call(), between, {"role": "tool", "tool_call_id": "a", "content": "42"}]
     turns = sent("chat", said, TOOLS)["messages"]
     assert [one["role"] for one in turns] == ["user", "assistant", "tool", between["role"]]
     assert turns[2]["content"] == "42"

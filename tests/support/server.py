@@ -328,7 +328,7 @@ def sent(kind: str, messages: Any = "q", tools: Any = None, settings: Any = None
         return server.requests[0].body
 
 
-# -- Chat Completions, which most tests write by hand
+# -- what tests write by hand: Chat Completions
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": finish}]}
 
@@ -346,3 +346,27 @@ def piece(arguments: Any = None, name: str | None = None, **fields: Any) -> dict
 
 
 STOP = delta("stop")
+
+
+# -- Anthropic and Gemini
+def started(reason: Any = None, **usage: Any) -> dict[str, Any]:
+    return {"type": "message_start",
+            "message": {"model": "m", "content": [], "stop_reason": reason, "usage": usage}}
+
+
+def block(at: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": at, "content_block": fields}
+
+
+def grows(at: int, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": at, "delta": {"type": kind, **fields}}
+
+
+def stops(reason: str | None, **usage: Any) -> dict[str, Any]:
+    return {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage}
+
+
+def candidate(*parts: Any, finish: Any = "STOP", at: int = 0, **fields: Any) -> dict[str, Any]:
+    end = {"finishReason": finish} if finish else {}
+    found = {"index": at, "content": {"role": "model", "parts": list(parts)}, **end}
+    return {"candidates": [found], **fields}
