@@ -3437,7 +3437,7 @@ class _Collector:
 
     def _repeats(self) -> bool:
         """Whether what has come since the last finish reason had come before."""
-        before = reversed(self._behind[:-1])
+        before = itertools.islice(reversed(self._behind), 1, None)
         facts = [*itertools.takewhile(lambda one: one[0] != "stop", before)][::-1]
         said = "".join(one[1] for one in facts if one[0] == "text").strip()
         calls = [f"{one[3] or ''}{one[4] or ''}" for one in facts if one[0] == "call"]
