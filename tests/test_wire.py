@@ -728,8 +728,6 @@ def test_many_small_calls_and_items_are_read_in_linear_time_and_memory() -> None
     begun = piece('{"x": "' + "y" * 500_000, "f", id="a", index=0)
     read("chat", stream(begun, *pieces, STOP), tools=TOOLS)
     assert time.monotonic() - start < 5
-    again = stream(*[delta("stop", content="again")] * 40_000)
-    assert read("chat", again).text == "again" and time.monotonic() - start < 9
     items = {"choices": [{"index": 0, "delta": {"reasoning_details": [{"x": 1}] * 2000}}]}
     found = read("chat", stream(*[items] * 10, STOP), max_response_bytes=1_000_000)
     assert getattr(found, "code", None) == "too_large"
