@@ -1724,9 +1724,7 @@ class _Limited:
     def _new_conn(self) -> Any:
         limits = self.now.limits
         connect = _connect_by_socks if hasattr(self, "_socks_options") else _connect
-        sock = connect(self, limits)
-        sock.settimeout(limits.left())  # for all of TLS
-        return sock
+        return connect(self, limits)
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """TLS inside of TLS reads through this socket, many times for one handshake."""
@@ -1750,13 +1748,14 @@ class _Limited:
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
 
-def _connected(sock: Any, connection: Any, address: Any, seconds: float) -> Any:
-    """The socket, connected; closed if that fails."""
+def _connected(sock: Any, connection: Any, address: Any, limits: _Limits, share: int = 1) -> Any:
+    """The socket, connected in this part of the time left; closed if that fails."""
     try:
         for option in connection.socket_options or ():
             sock.setsockopt(*option)
-        sock.settimeout(seconds)
+        sock.settimeout(limits.left() / share)
         sock.connect(address)
+        sock.settimeout(limits.left())  # for all of TLS
         return sock
     except BaseException:
         sock.close()
@@ -1778,7 +1777,7 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     sock.set_proxy(*(given[name] for name in names))
     address = (connection.host, connection.port)
     try:
-        return _connected(sock, connection, address, limits.left())
+        return _connected(sock, connection, address, limits)
     except OSError:
         told = "the SOCKS proxy does not connect"
         raise limits.expired() or ProviderUnavailable(told) from None
@@ -1802,8 +1801,9 @@ def _connect(connection: Any, limits: _Limits) -> Any:
     failure: OSError | None = None
     for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
         try:
-            left = limits.left() / (2 if at < len(addresses) else 1)
-            sock = _connected(socket.socket(family, kind, proto), connection, address, left)
+            share = 2 if at < len(addresses) else 1
+            sock = socket.socket(family, kind, proto)
+            sock = _connected(sock, connection, address, limits, share)
         except OSError as error:
             failure = error
         else:

@@ -63,12 +63,6 @@ def refused(breaker: CircuitBreaker) -> CircuitOpen:
 
 
 # -- settings
-def test_defaults_are_those_of_the_manual():
-    breaker = CircuitBreaker()
-    assert (breaker.failure_threshold, breaker.recovery_timeout) == (3, 15.0)
-    assert (breaker.trial_timeout, breaker.max_recovery_timeout, breaker.name) == (120.0, 15.0, "")
-
-
 @pytest.mark.parametrize(("name", "values"), [
     ("failure_threshold", [0, -1, math.nan, True, "3", 2.5, None]),
     ("recovery_timeout", [-1, math.nan, math.inf, True, "3"]),
@@ -139,12 +133,6 @@ def test_a_success_that_a_failure_overtook_resets_the_count(new):
     assert breaker.call(fail, breaker, 1) is None and breaker.snapshot().failures == 0
 
 
-def test_an_open_breaker_does_not_call_and_says_why(new):
-    called: list[int] = []
-    error_of(CircuitOpen, tripped(new(name="db")).call, called.append, 1, match=r"db .*down")
-    assert not called
-
-
 def test_refusals_are_new_objects_of_constant_size():
     breaker, seen = tripped(CircuitBreaker()), set()
     for _ in range(1000):
@@ -174,11 +162,7 @@ def test_the_first_verdict_counts(new):
 
 def test_of_two_verdicts_at_one_moment_the_first_counts():
     clock, meanwhile = FakeClock(), []
-    def ticking():
-        if meanwhile:
-            meanwhile.pop()()
-        return clock()
-    breaker = CircuitBreaker(1, clock=ticking)
+    breaker = CircuitBreaker(1, clock=lambda: (meanwhile and meanwhile.pop()(), clock())[1])
     ticket = breaker.admit()
     meanwhile.append(ticket.failure)
     ticket.park(60)
@@ -226,10 +210,6 @@ def test_an_interruption_is_itself_and_neutral(new, clock, kind):
     assert breaker.is_open and breaker.call(lambda: 1) == 1
 
 
-class Harmless(ServerError):
-    breaker = "neutral"
-
-
 def broken_stream(cause: Exception) -> StreamInterrupted:
     error = StreamInterrupted("broke")
     error.__cause__ = cause
@@ -240,8 +220,9 @@ VERDICTS: list[tuple[Exception, float | None]] = [
     (ServerError("x"), 15.0), (ValueError("x"), 15.0), (EmptyResponse("x"), 15.0),
     (StreamInterrupted("x"), 15.0), (broken_stream(ServerError("x")), 15.0),
     (BadRequest("x"), None), (ModelNotFound("x"), None), (ContextLengthExceeded("x"), None),
-    (EmptyResponse("x", code="length"), None), (Harmless("x"), None), (AssertionError("x"), None),
-    (ConfigError("x"), None), (broken_stream(BadRequest("x")), None), (RateLimited("x"), 15.0),
+    (EmptyResponse("x", code="length"), None), (AssertionError("x"), None),
+    (type("Harmless", (ServerError,), {"breaker": "neutral"})("x"), None), (ConfigError("x"), None),
+    (broken_stream(BadRequest("x")), None), (RateLimited("x"), 15.0),
     (RateLimited("x", retry_after=0.5), 0.5), (RateLimited("x", retry_after=-1), 0.0),
     (RateLimited("x", retry_after=40), 40.0), (RateLimited("x", retry_after=1e6), 3600.0),
     (broken_stream(RateLimited("x", retry_after=40)), 40.0),
@@ -363,11 +344,6 @@ def test_the_outcome_is_what_the_block_let_out(new):
     with breaker.admit(), contextlib.suppress(Boom):
         boom()
     assert breaker.is_closed
-    with contextlib.suppress(Boom), breaker.admit():
-        boom()
-    assert breaker.is_open
-    with pytest.raises(CircuitOpen), breaker.admit():
-        pytest.fail("the block was entered while open")
 
 
 # -- the decorator
@@ -638,14 +614,11 @@ def test_a_finalizer_may_settle_wherever_a_change_calls_a_function(store):
 
 @pytest.mark.parametrize("first", ["reset", "admit"])
 def test_a_race_for_the_trial_has_one_winner(first):
-    clock, steps = FakeClock(), []
-    def ticking():
-        if steps:
-            steps.pop()()
-        return clock()
-    breaker = tripped(CircuitBreaker(clock=ticking))
+    clock, meanwhile = FakeClock(), []
+    breaker = CircuitBreaker(clock=lambda: (meanwhile and meanwhile.pop()(), clock())[1])
+    tripped(breaker)
     clock.advance(15)
-    steps.append(getattr(breaker, first))
+    meanwhile.append(getattr(breaker, first))
     if first == "reset":
         assert not breaker.admit().is_trial
     else:

@@ -277,8 +277,6 @@ def test_azure_has_its_own_header_and_limit_and_access_tokens_are_no_keys() -> N
         sent = request_of(kind(lambda token=token: token, base)).headers
         assert sent["Authorization"] == f"Bearer {token}"
         assert "api-key" not in sent and "x-goog-api-key" not in sent
-
-
     request = request_of(OpenAIProvider(KEY, AZURE + "?api-version=1"), max_tokens=5)
     assert request.url == AZURE + "/chat/completions?api-version=1"
     assert request.headers["api-key"] == KEY

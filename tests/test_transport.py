@@ -279,6 +279,28 @@ def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
         fails(client, ProviderUnavailable)
 
 
+@pytest.mark.parametrize("proxy", ["", "socks5", "http"])
+@pytest.mark.parametrize("ahead", [0, 60])
+def test_a_socket_whose_time_ran_out_while_it_connected_is_closed(proxy: str, ahead: int,
+        resolved: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, late, connect = time.monotonic, [0], socket.socket.connect
+    def slow(self: socket.socket, address: Any) -> None:
+        connect(self, address)
+        late.append(ahead)
+    with socket.create_server(("127.0.0.1", 0)) as silent_one:
+        here = "127.0.0.1:{1}".format(*silent_one.getsockname())
+        url = f"http://{'provider.invalid' if proxy else here}/v1"
+        with proxied(f"{proxy or 'http'}://{here}", url, connect_timeout=ahead / 2) as client:
+            client.first_token_timeout = 99
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(late))
+            monkeypatch.setattr(socket.socket, "connect", slow)
+            files = descriptors()
+            error = fails(client, ProviderUnavailable, seconds=70, timeout=99)
+            assert descriptors() == files and sum(late) == ahead
+            assert proxy == "socks5" or error.code == "connect_timeout"
+            monkeypatch.undo()
+
+
 # -- limits
 def test_a_server_that_does_not_read_cannot_hold_a_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:

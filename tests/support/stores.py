@@ -222,7 +222,6 @@ class Wrapped:
 #: What a word of a story means; see ``Stage``.
 VERDICTS = {"S": "success", "F": "failure", "N": "neutral", "P": "park"}
 LOCAL = {"U": ProviderUnavailable("refused"), "K": AuthenticationError("wrong key")}
-STATES = ("closed", "open", "half_open")
 
 
 class Stage:
@@ -278,7 +277,7 @@ class Stage:
         else:
             assert breaker.state == name, where
             flags = (breaker.is_closed, breaker.is_open, breaker.is_half_open)
-            assert flags == tuple(name == state for state in STATES), where
+            assert flags == tuple(name == one for one in ("closed", "open", "half_open")), where
 
 
 # -- what every store must do
@@ -299,11 +298,6 @@ def fail(breaker: CircuitBreaker, times: int = 3) -> None:
 
 class StoreContract:
     """The tests; a subclass defines the fixture ``handles``."""
-
-    @pytest.fixture
-    def handles(self):
-        raise NotImplementedError
-
     @pytest.fixture
     def process(self, handles, clock):
         """A breaker as another process would have it, in the clock's time."""
