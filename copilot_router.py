@@ -4514,11 +4514,10 @@ def _chat_facts(body: _Object) -> _Facts:
     choices: Any = body.get("choices") or ()
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
-    for at, choice in enumerate(choices):
+    for choice in choices:
         index = choice.get("index")
-        if index or len(choices) > 1:
-            number = index if isinstance(index, float) else _int(index)
-            yield "choice", at if number is None else number
+        if index or len(choices) > 1:  # Copilot: text and calls in choices without an index
+            yield "choice", index if isinstance(index, float) else _int(index) or 0
         if choice.get("error"):
             raise _InBandError(choice)
         if usage := choice.get("usage"):  # Kimi

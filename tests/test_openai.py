@@ -180,6 +180,10 @@ def test_several_choices_never_run_into_one_text() -> None:
     assert (read("chat", reply(whole)).text, read("chat", reply(whole)).model) == ("A", "m-1")
     other = choices("delta", ("", 1), finish="stop")
     assert isinstance(read("chat", stream(*apart, other, done=True)), InvalidResponse)
+    parts = choices("message", ("A", None), ("", None), finish="tool_calls")  # Copilot
+    parts["choices"][1]["message"] = {"tool_calls": [CALL]}
+    found = read("chat", reply(parts))
+    assert (found.text, len(found.tool_calls), found.finish_reason) == ("A", 1, "tool_calls")
 
 
 @pytest.mark.parametrize("name", [{"function_call": {"name": "", "arguments": ""}},
