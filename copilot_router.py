@@ -5416,7 +5416,7 @@ def _gemini_facts(body: _Object) -> _Facts:
             if part.get("thought"):
                 yield "thought", text
                 continue
-            if called is not None or text or signed:
+            if text != "" or signed:
                 yield "keep", "parts", None, part, signed
             if called is not None:  # a whole call: no other one has the key object()
                 yield "call", object(), called.get("id"), called["name"], called.get("args") or {}

@@ -69,9 +69,15 @@ def test_several_candidates_never_run_into_one_text() -> None:
     assert isinstance(read("gemini", stream(*events[:3])), InvalidResponse)
 
 
-def test_odd_parts_are_passed_over_and_function_calls_need_no_arguments() -> None:
-    parts = [{"functionCall": {"name": "f"}}, {"executableCode": {}}, {"thoughtSignature": "s"}]
-    response = read("gemini", reply(candidate(*parts)), tools=TOOLS)
+def test_odd_parts_go_back_only_and_function_calls_need_no_arguments() -> None:
+    """Results of code and of Google's own tools have no signature; an empty text is left out."""
+    parts = [{"functionCall": {"name": "f"}}, {"codeExecutionResult": {"output": "1"}},
+             {"thoughtSignature": "s"}]
+    wire = reply(candidate(*parts, {"text": ""}))
+    with talking("gemini", wire) as (provider, server):
+        response = provider.chat("q", TOOLS, "m", timeout=5)
+        provider.chat([USER, response.message], TOOLS, "m", timeout=5)
+    assert server.bodies[1]["contents"][1]["parts"] == parts
     assert [call.arguments for call in response.tool_calls] == [{}]
     assert response.finish_reason == "tool_calls"
     cut = read("gemini", reply(candidate(parts[0], finish="MAX_TOKENS")), tools=TOOLS)
