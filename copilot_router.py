@@ -4913,7 +4913,7 @@ class _ResponsesFacts:
         if not whole:
             yield "open", ("item", at)
             return
-        yield "keep", "items", at, item, kind == "reasoning"
+        yield "keep", "items", at, item, kind in ("reasoning", "compaction")
         if item.get("status") != "incomplete":
             yield "closed", ("item", at)
         if kind == "reasoning":

@@ -683,10 +683,11 @@ LIKE = call_item('{"a": 1}', "c3")
     ([FIRST], [LIKE | {"call_id": "c4"}, LIKE | {"call_id": "c5"}, LIKE], [ONE, FIVE, THREE])])
 def test_calls_keep_streamed_ids_and_arguments(streamed: Any, output: Any, calls: Any) -> None:
     """vLLM and LM Studio change them in the end. A call that is really another one is added."""
-    wire = stream(*streamed, finished(*output, {"type": "reasoning", "id": "r"}))
+    wire = stream(*streamed, finished(*output, {"type": "compaction", "id": "r"}))
     with talking("responses", wire) as (provider, server):
         found = provider.chat([USER], TOOLS, "m", timeout=5)
         provider.chat([USER, found.message], TOOLS, "m", timeout=5)
+    assert "compaction" in json.dumps(server.bodies[1])  # it stands for all before it
     assert [(call.id, call.arguments) for call in found.tool_calls] == calls
     assert [(item["call_id"], json.loads(item["arguments"])) for item in server.bodies[1]["input"]
             if "arguments" in item] == calls
