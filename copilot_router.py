@@ -3282,6 +3282,7 @@ class _Collector:
     refusal                     the model refuses, in words
     alive                       the model generates, without one of the facts above
     choice index                the facts that follow are of this one of several: 0 is taken
+    again                       a whole message follows: what has come of its thinking is repeated
     stop reason                 the finish reason as the server says it
     stop None                   the field is there and empty: an end marker completes no answer
     stop ""                     the server has no such field: an end marker completes the answer
@@ -3313,7 +3314,7 @@ class _Collector:
         self._names_finish = False  #: the server speaks of finish reasons
         self._repeated: list[tuple[Any, ...]] = [(), ()]  #: facts that stand in every event
         self._refused = self._needed = False
-        self._passes = False  #: the facts are of another choice
+        self._passes: set[str] = set()  #: kinds of facts that are not taken now
         self._model = ""
         self._half = ""  #: of a surrogate pair, whose other half may come
         self._text: list[str] = []
@@ -3394,11 +3395,11 @@ class _Collector:
         empty = goes_on and (not body.get("choices") or "base_resp" in body)
         if body.get("error") or (empty and _says_failure(body)):
             raise _InBandError(body)
-        self._passes, self._begun = False, bool(self._text or self._calls)
+        self._passes, self._begun = set(), bool(self._text or self._calls)
         try:
             for fact in self._watched(body) if large else self._read(body):
                 kind = fact[0]
-                if self._passes and kind != "choice":
+                if kind in self._passes:
                     continue
                 if kind == "text" and not self.complete:
                     self._take_text(fact[1])  # as most of them
@@ -3543,10 +3544,10 @@ class _Collector:
     def _take_grow(self, name: str, text: Any) -> None:
         if isinstance(text, str):
             self._grown.setdefault(name, []).append(text)
-            self._needed = True
+            self._needed = self.alive = True
 
     def _take_keep(self, name: str, key: Any, item: Any, needed: bool) -> None:
-        self._needed = self._needed or needed
+        self.alive, self._needed = True, self._needed or needed
         items = self._kept.setdefault(name, {})
         items[len(items) if key is None else key] = item
         if 700 * len(items) > 7 * max(self.most, 1 << 20):  # bytes of a small object and its copy
@@ -3579,7 +3580,11 @@ class _Collector:
         self.alive = True
 
     def _take_choice(self, index: Any) -> None:
-        self._passes = index != 0
+        self._passes = _TAKERS.keys() - {"choice"} if index != 0 else set()
+
+    def _take_again(self) -> None:
+        come = {"thought": self._reasoning, "grow": self._grown, "keep": self._kept}
+        self._passes = {kind for kind in come if come[kind] and self._begun}
 
     def _take_stop(self, reason: Any) -> None:
         self._names_finish = self._names_finish or reason != ""
@@ -4512,6 +4517,7 @@ _CALL_EXTRAS = ("extra_content", "provider_specific_fields")
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices: Any = body.get("choices") or ()
+    yield "model", body.get("model")
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for choice in choices:
@@ -4525,6 +4531,8 @@ def _chat_facts(body: _Object) -> _Facts:
         delta, message = choice.get("delta"), choice.get("message")
         whole = message is not None and (  # Perplexity sends both: an empty delta hides nothing
             delta is None or not any(delta[name] for name in delta if name != "role"))
+        if whole:  # MiniMax ends a stream so
+            yield ("again",)
         message = message if whole else delta
         if message:
             content = message.get("content")
@@ -4540,9 +4548,6 @@ def _chat_facts(body: _Object) -> _Facts:
             finish, native = choice["finish_reason"], choice.get("native_finish_reason")
             failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
-    if len(choices) > 1:
-        yield "choice", 0  # else the model would be that of another one
-    yield "model", body.get("model")
 
 
 def _chat_content(content: Any) -> _Facts:
@@ -4572,13 +4577,11 @@ def _chat_extras(message: _Object, whole: bool) -> _Facts:
     for kept in (name, "reasoning_opaque"):
         if message.get(kept):
             yield "grow", kept, message[kept]
-            yield ("alive",)
     for kept in ("reasoning_details", "thinking_blocks"):  # OpenRouter, LiteLLM
         for item in filter(None, map(_dict, message.get(kept) or ())):
             if not name:
                 yield "thought", _thinking(item)
             yield "keep", kept, None, item, True
-            yield ("alive",)
     calls = message.get("tool_calls") or ()
     if isinstance(calls, dict):  # TGI before 3.0
         calls = [calls]
@@ -5163,7 +5166,6 @@ def _anthropic_facts(body: _Object) -> _Facts:
 
 def _anthropic_begins(at: int, block: _Object) -> _Facts:
     kind = block.get("type")
-    yield ("alive",)
     yield "open", at + 0  # TypeError if it is no number
     yield "keep", "blocks", at, block, kind not in ("text", "tool_use")
     if kind == "text":
@@ -5405,10 +5407,8 @@ def _gemini_facts(body: _Object) -> _Facts:
     yield "usage", body.get("usageMetadata"), _gemini_usage
     if _dict(body.get("promptFeedback")).get("blockReason"):
         yield "stop", "SAFETY"
-    candidates = body.get("candidates") or ()
-    for candidate in candidates:
-        if candidate.get("index") or len(candidates) > 1:
-            yield "choice", candidate.get("index") or 0
+    for candidate in body.get("candidates") or ():
+        yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             text, called = part.get("text"), part.get("functionCall")
             if signed := bool(part.get("thoughtSignature")):

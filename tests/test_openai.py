@@ -471,7 +471,8 @@ def test_pieces_of_reasoning_details_go_back_as_whole_items() -> None:
             item("summary", 1, summary="b"), item("text", None, text="x"),
             item("text", None, text="y"), item("text", 2, text="z"), item("text", 2, text=5)]
     events = [delta(content="", reasoning_details=[one]) for one in come]
-    wire = stream(*events, delta(tool_calls=[{"index": 0, **CALL}]), delta("tool_calls"))
+    again = message("tool_calls", content="", reasoning_details=come[:2])  # MiniMax, in the end
+    wire = stream(*events, delta(tool_calls=[{"index": 0, **CALL}]), again, again)
     with talking("chat", wire) as (provider, server):
         found = provider.chat([USER], TOOLS, "m", timeout=5)
         provider.chat([USER, found.message, RESULT], TOOLS, "m", timeout=5)
