@@ -3467,7 +3467,7 @@ class _Collector:
             text = _clean(text.removesuffix(self._half))
         if self._think.state != "answer":
             thought, text = self._think.feed(text)
-            if thought:
+            if thought and not self._grown:  # MiniMax may send it in a field of its own, too
                 self._take_thought(thought)
             if not text:
                 return
