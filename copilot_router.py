@@ -3233,24 +3233,26 @@ class _ThinkSplitter:
 
     state = "start"  #: start | thinking | gap | answer
     held = ""  #: what may be the beginning of a tag
+    tag = "think"
     opened = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """(thought, answer) of this piece."""
         text, self.held, thought = self.held + text, "", ""
+        opening, closing = f"<{self.tag}>", f"</{self.tag}>"
         if self.state == "start":
             begun = text.lstrip()
-            if begun.startswith("<think>"):
-                self.state, text, self.opened = "thinking", begun[7:], True
-            elif "<think>".startswith(begun) and len(text) < 200:
+            if begun.startswith(opening):
+                self.state, text, self.opened = "thinking", begun[len(opening) :], True
+            elif opening.startswith(begun) and len(text) < 200:
                 self.held = text
                 return "", ""
             else:
                 self.state = "answer"
         if self.state == "thinking":
-            thought, tag, rest = text.partition("</think>")
+            thought, tag, rest = text.partition(closing)
             if not tag:
-                keep = max(0, len(text) - 7)
+                keep = max(0, len(text) - len(opening))
                 self.held = text[keep:]
                 return text[:keep], ""
             self.state, text = "gap", rest
@@ -3266,6 +3268,7 @@ class _Collector:
     model name · id text        the model that answers · the provider's id of the request
     text str · thought str      a delta of the answer, of the thinking
     full str                    the whole text, of which deltas may have come
+    tag str                     the tag around thinking that stands in front of the text
     call key id name arguments  a tool call, or more of the one that has this key. Key None: more of
                                 the last call. Arguments: a str, a dict, or None for none
     arguments key str           more arguments of call `key` (never None); kept until it has begun
@@ -3488,6 +3491,9 @@ class _Collector:
             self._reasoning.append(text)
             if self.shows is not None and self._call.thoughts:
                 self.shows.append(Thought(_clean(text)))
+
+    def _take_tag(self, tag: str) -> None:
+        self._think.tag = tag
 
     def _take_call(self, key: Any, call_id: Any, name: Any, arguments: Any) -> None:
         call_id, name = _clean(call_id), _clean(name)
@@ -4556,7 +4562,6 @@ def _chat_content(content: Any) -> _Facts:
         fields = {"text": part} if isinstance(part, str) else _dict(part)
         if fields.get("type") in ("thinking", "reasoning"):
             yield "thought", _thinking(fields)
-            yield ("alive",)
         else:
             yield "text", fields.get("text")
 
@@ -4572,6 +4577,8 @@ def _thinking(value: Any) -> str:
 def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
     name = next(filter(message.get, _THOUGHT_KEYS), "")
+    if _dict(_dict(message.get("extra_content")).get("google")).get("thought"):
+        yield "tag", "thought"
     if name:
         yield "thought", _thinking(message[name])
     for kept in (name, "reasoning_opaque"):
@@ -5411,8 +5418,7 @@ def _gemini_facts(body: _Object) -> _Facts:
         yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             text, called = part.get("text"), part.get("functionCall")
-            if signed := bool(part.get("thoughtSignature")):
-                yield ("alive",)
+            signed = bool(part.get("thoughtSignature"))
             if part.get("thought"):
                 yield "thought", text
                 continue

@@ -120,6 +120,7 @@ def test_usage_of_compatible_servers(usage: Any, expected: Usage) -> None:
     {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
     {"content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}]},
     {"content": "<think>hm</think>", "reasoning_content": "hm"},  # MiniMax
+    {"content": "<thought>hm</thought>", "extra_content": {"google": {"thought": True}}},
     {"content": [{"type": "reasoning", "text": "hm"}]}, {"reasoning_content": {"text": "hm"}}])
 def test_reasoning_is_read_and_shown_under_all_its_names(fields: dict[str, Any]) -> None:
     wire = stream(delta(**fields), delta(content="fine"), STOP)
