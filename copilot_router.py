@@ -1567,8 +1567,7 @@ class LLMProvider(ABC):
     prompt may be in them.
     """
 
-    _is_ours: ClassVar[bool] = False  #: understands carried parts and ``thoughts=``
-    _is_chain: ClassVar[bool] = False
+    _is_chain: ClassVar[bool] = False  #: whether it is a FailoverChain
 
     @abstractmethod
     def chat(
@@ -3798,7 +3797,6 @@ class _HTTPProvider(LLMProvider):
     _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: x.com and hosts below
     _first_token: ClassVar[float] = 12.0  #: seconds
     _rows: ClassVar[_Rows] = _Rows()
-    _is_ours = True
     _wants_model: bool = True  #: a call without a model is a mistake
 
     def __init__(
@@ -5818,8 +5816,8 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
-        self._is_ours = getattr(provider, "_is_ours", False) is True  # a mock has any attribute
-        self._is_chain = getattr(provider, "_is_chain", False) is True
+        self._is_chain = getattr(provider, "_is_chain", False) is True  # a mock has any attribute
+        self._is_ours = self._speaks_http or self._is_chain  #: knows carried parts and thoughts=
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
@@ -6811,7 +6809,7 @@ class FailoverChain(LLMProvider):
     Thread-safe, fork-safe; a chain can be a tier of another. Raises ConfigError.
     """
 
-    _is_ours = _is_chain = True
+    _is_chain = True
 
     def __init__(
         self, tiers: Iterable[ProviderTier], *,
