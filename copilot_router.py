@@ -821,8 +821,7 @@ class Ticket:
             self._settled = True
         if not self._settled:
             now = self._breaker._clock()
-            change = lambda old: _after(old, self, kind, seconds, reason, now)  # noqa: E731
-            self._breaker._change(change, self)
+            self._breaker._change(lambda old: _after(old, self, kind, seconds, reason, now), self)
 
     def __enter__(self) -> Ticket:
         return self
@@ -1722,8 +1721,8 @@ class _Limited:
 
     def _new_conn(self) -> Any:
         limits = self.now.limits
-        connect = _connect_by_socks if hasattr(self, "_socks_options") else _connect
-        return connect(self, limits)
+        by_socks = hasattr(self, "_socks_options")
+        return _connect_by_socks(self, limits) if by_socks else _connect(self, limits)
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """TLS inside of TLS reads through this socket, many times for one handshake."""
@@ -1774,12 +1773,10 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     given, sock = connection._socks_options, Socket()
     names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
     sock.set_proxy(*(given[name] for name in names))
-    address = (connection.host, connection.port)
     try:
-        return _connected(sock, connection, address, limits)
+        return _connected(sock, connection, (connection.host, connection.port), limits)
     except OSError:
-        told = "the SOCKS proxy does not connect"
-        raise limits.expired() or ProviderUnavailable(told) from None
+        raise limits.expired() or ProviderUnavailable("the SOCKS proxy does not connect") from None
 
 
 #: By (host, port): the address that answered last, so that a dead one costs its time once.
@@ -1830,8 +1827,7 @@ def _limited(pool: Any) -> Any:
                 http.client.parse_headers(self.fp)
             return found
 
-    kinds = (_Limited, pool.ConnectionCls)
-    connection = type("Connection", kinds, {"response_class": Response})
+    connection = type("Connection", (_Limited, pool.ConnectionCls), {"response_class": Response})
     return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
 
@@ -3496,8 +3492,7 @@ class _Collector:
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
             call = self._by_key.get(("id", call_id), self._calls[-1])
         if call is None or (name and call["name"] and self._is_another(call, call_id, name)):
-            early = self._early.pop(key, [])
-            call = {"id": "", "name": "", "pieces": early, "size": 0, "key": key}
+            call = {"id": "", "name": "", "pieces": self._early.pop(key, []), "size": 0, "key": key}
             self._calls.append(call)
         if call_id:
             self._by_key["id", call_id] = call
@@ -4338,8 +4333,7 @@ class _HTTPProvider(LLMProvider):
             name: fix.value for name, fix in self._learned.get(call.model, {}).items()
             if not fix.refused or call.options.get(name) in fix.refused  # else it may do
         }
-        options = {name: learned.get(name, value) for name, value in call.options.items()}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = _given({name: learned.get(name, item) for name, item in call.options.items()})
         thoughts = call.thoughts and "thoughts" not in learned
         return call._replace(options=options, learned=learned, thoughts=thoughts)
 
@@ -5323,13 +5317,12 @@ def _anthropic_file(part: _Part) -> _Object:
 
 def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
-    functions = _functions(call, "Anthropic")
     tools = [_given({
         "name": function["name"],
         "input_schema": {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)},
         "description": function.get("description"), "strict": function.get("strict"),
         "cache_control": given.get("cache_control") or function.get("cache_control"),
-    }) for given, function in zip(call.tools or (), functions, strict=True)]
+    }) for given, function in zip(call.tools or (), _functions(call, "Anthropic"), strict=True)]
     kind, name = _choice(call)
     if not tools:
         used = dict.fromkeys(name for turn in turns for _, name, _ in turn.calls)
@@ -5428,8 +5421,7 @@ def _gemini_facts(body: _Object) -> _Facts:
 
 def _gemini_usage(usage: _Object) -> Usage:
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
-    counts = (_count(usage, f"{name}TokenCount") for name in names)
-    prompt, used, written, thought, cached = counts
+    prompt, used, written, thought, cached = (_count(usage, f"{name}TokenCount") for name in names)
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
 
@@ -5699,9 +5691,8 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            if isinstance(delta, type) and issubclass(delta, BaseException):
-                raise delta
-            if isinstance(delta, BaseException):
+            is_class = isinstance(delta, type) and issubclass(delta, BaseException)
+            if is_class or isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
