@@ -258,6 +258,10 @@ _UnknownOption.__name__ = "TypeError"
 # -- checking settings and showing errors
 
 _drawn = random.uniform  #: clients draw their pauses, so that they do not all come back at once
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+#: Libraries that this module calls, besides the standard library.
+_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
 
 
 def _kind(value: Any) -> str:
@@ -306,10 +310,6 @@ def _error_text(error: BaseException) -> str:
         with contextlib.suppress(Exception):  # a user's subclass may have a faulty __str__
             text = str(error)
     return f"{_kind(error)}: {text}" if text else _kind(error)
-
-
-#: Control, escape and bidirectional characters, separators of lines, halves of characters.
-_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
@@ -372,10 +372,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             group = getattr(item, "exceptions", ())
             queue += group if isinstance(group, tuple) else ()
             yield item
-
-
-#: Libraries that this module calls, besides the standard library.
-_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
 
 
 def _bare(error: BaseException) -> BaseException:
@@ -670,6 +666,7 @@ class Event(NamedTuple):
 # wait for.
 
 _SHORT_WAIT = 1.0  #: seconds: what retry_after says during a trial, or where nobody named a time
+_STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
 
 
 class BreakerSnapshot(NamedTuple):
@@ -1118,9 +1115,6 @@ class CircuitBreaker:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a CircuitBreaker cannot be copied or pickled")
-
-
-_STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
 
 
 class _Outage:
@@ -1605,6 +1599,11 @@ class LLMProvider(ABC):
 _READ_SIZE = 65536  #: bytes
 _LONGEST_IDLE = 60.0  #: seconds: a firewall may drop a connection after some minutes, silently
 _TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for the end of its body
+#: What servers write into Content-Encoding of a body that is not compressed.
+_NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunked")
+#: By (host, port): the address that answered last, so that a dead one costs its time once.
+_last_address: dict[tuple[str, int], Any] = {}
+_sending = threading.local()  #: .limits of this thread's request, .under_way: it is being sent
 
 
 class _Limits:
@@ -1673,9 +1672,6 @@ class _CurrentLimits:
 
     def left(self) -> float:
         return self.limits.left()
-
-
-_sending = threading.local()  #: .limits of this thread's request, .under_way: it is being sent
 
 
 class _LimitedSocket(_BoundedSocket):
@@ -1779,10 +1775,6 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
         raise limits.expired() or ProviderUnavailable("the SOCKS proxy does not connect") from None
 
 
-#: By (host, port): the address that answered last, so that a dead one costs its time once.
-_last_address: dict[tuple[str, int], Any] = {}
-
-
 def _connect(connection: Any, limits: _Limits) -> Any:
     """A socket connected to the first address that answers."""
     import socket
@@ -1880,13 +1872,10 @@ def _http() -> tuple[Any, Callable[[], Any]]:
     return requests, session
 
 
-#: The head of a chunk, behind the line end of the chunk before it.
-_CHUNK_HEAD = rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n"
-
-
 def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     """What a chunked body holds. For speed only: http.client makes six calls for each event."""
-    head = re.compile(_CHUNK_HEAD)
+    # behind the line end of the chunk before it
+    head = re.compile(rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
     rest, lacking = b"", 0  # lacking: bytes of this chunk
     while received := read():
         data, at = rest + received, 0
@@ -1916,10 +1905,6 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
         rest += received
         if len(rest) > _READ_SIZE:
             raise InvalidResponse("garbled HTTP")
-
-
-#: What servers write into Content-Encoding of a body that is not compressed.
-_NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunked")
 
 
 class _Answer:
@@ -2161,8 +2146,7 @@ _PHRASES: _Phrases = (
     # Gemini's quota of a day, as LiteLLM quotes it; budgets of LiteLLM
     (r"requestsperday|(crossed|exceeded) budget", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans whose hours, week or
-    # month are used up
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans that are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
@@ -2179,11 +2163,10 @@ _PHRASES: _Phrases = (
     (r"jinja exception|invalid responses api request|backend request failed with status 400|"
      r"^\d{1,3} validation errors?:", BadRequest),
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"invalid model name|"
-     r"is not a valid model|not found for account|"
-     r"model .{0,120}(not found|not exist|no longer available|"
-     r"has been (retired|deprecated))", ModelNotFound),
-    # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
+     r"invalid model name|is not a valid model|not found for account|"
+     r"model .{0,120}(not found|not exist|no longer available|has been (retired|deprecated))",
+     ModelNotFound),
+    # also xAI, LiteLLM, Cloudflare's gateway, Portkey, new-api, Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
      r"content violates usage guidelines|prompt injection attack|"
@@ -2200,8 +2183,7 @@ _PHRASES: _Phrases = (
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
      r"image (input|modality)|not a multimodal model|unsupported param: tools|"
-     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|--jinja|"
-     r"unknown variant .image_url|"
+     r"requires --(enable-auto-tool-choice|tool-call-parser)|--jinja|unknown variant .image_url|"
      r"no endpoints (found|available) (that|matching)|"
      r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
@@ -2209,8 +2191,8 @@ _PHRASES: _Phrases = (
 
 #: For classes that count against a tier a phrase must be the server's own.
 _BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded, ServerError)
-#: Statuses at which phrases of these classes mean it: at others a service of that name has trouble,
-#: or the address of a picture is wrong.
+#: The only statuses at which phrases of these classes count: at others they may speak of a service
+#: behind the server, or of a picture's address.
 _MEANT_AT: dict[type[ProviderError], Sequence[int]] = {
     AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422, 424, 446),
     ProviderUnavailable: (200, 404, 405),
@@ -2278,15 +2260,22 @@ _TEXTS = (
     "message", "Message", "detail", "error_description", "error_message", "status_msg", "msg",
 )
 _CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
-#: Names of a time to wait: of Google, Codex, z.ai, Hugging Face, and in the headers that OpenRouter
-#: repeats.
+#: Names of a time to wait: Google's, Codex's, z.ai's, Hugging Face's, OpenRouter's.
 _DELAY_NAMES = (
     "retryDelay", "resets_in_seconds", "retry_after", "estimated_time", "X-RateLimit-Reset",
 )
-
-
-#: What a message quotes of the model's words: all behind these marks of llama.cpp, Ollama,
-#: LM Studio, vLLM (Harmony) and Groq behind LiteLLM, and one value of Pydantic's (vLLM, SGLang).
+#: Headers with a time to wait; the second one is LiteLLM's.
+_WAITS = ("retry-after", "llm_provider-retry-after")
+#: How units begin, and their seconds.
+_UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
+#: A number and its unit, perhaps.
+_SPAN = (
+    r"(\d{1,15}(?:\.\d{1,12})?)"
+    r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
+)
+_ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
+#: What a message quotes of the model's words: all behind these marks (llama.cpp, Ollama, LM Studio,
+#: vLLM, Groq), and one value of Pydantic's (vLLM, SGLang).
 _MODELS_WORDS = (
     r"(?is)(failed to parse input at pos \d{1,9}:|last read:|parsing tool call: raw=|model output:|"
     r"tokens remaining in message header:|failed_generation\\{0,3}['\"]:).+|"
@@ -2349,8 +2338,8 @@ class _Words:
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
         known = "\n".join(texts)
-        message = _pattern(_ESCAPE).sub(_unescaped, message[: 2 * _SEARCHED])
-        self._message, self.shown = " ".join(message[:_SEARCHED].split()), ""
+        message = _unescaped(message[: 2 * _SEARCHED])[:_SEARCHED]
+        self._message, self.shown = " ".join(message.split()), ""
         self._known, self._large = _folded(known), len(known) > _COMPARED
         if not self._large:
             self._message = self.shown = _without_echo(self._message, self._known)
@@ -2368,12 +2357,10 @@ class _Words:
         return text.lower() in self._message.lower()
 
 
-#: How JSON and Python write a character in quotes: an echo may come so.
-_ESCAPE = r"\\+(?:u([0-9a-fA-F]{4})|([nrt])|(?=[\"'/]))"
-
-
-def _unescaped(found: re.Match[str]) -> str:
-    return chr(int(found[1], 16)) if found[1] else " " if found[2] else ""
+def _unescaped(text: str) -> str:
+    """The text without the escapes of JSON's and Python's quotes: an echo may have them."""
+    escape = _pattern(r"\\+(?:u([0-9a-fA-F]{4})|([nrt])|(?=[\"'/]))")
+    return escape.sub(lambda at: chr(int(at[1], 16)) if at[1] else " " if at[2] else "", text)
 
 
 def _folded(text: str) -> str:
@@ -2397,12 +2384,6 @@ def _without_echo(message: str, known: str) -> str:
     return re.sub("\0+", "***", "".join(kept))
 
 
-_KEY_LIKE = (
-    r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s{1,9}\S+|"
-    r"[\w-]{40,}"
-)
-
-
 def _hidden(message: str, secrets: Iterable[str]) -> str:
     """The message without these keys, also as a URL or as JSON writes them."""
     from urllib.parse import quote
@@ -2416,7 +2397,8 @@ def _hidden(message: str, secrets: Iterable[str]) -> str:
 
 def _masked(message: str) -> str:
     """One clipped line without what looks like a key, and without control characters."""
-    message = _pattern(_KEY_LIKE).sub("***", message)
+    key = r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|[\w-]{40,}"
+    message = _pattern(key + r"|bearer\s{1,9}\S+").sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
@@ -2506,18 +2488,6 @@ def _retry_hint(
     return None
 
 
-#: Headers with a time to wait; the second one is LiteLLM's.
-_WAITS = ("retry-after", "llm_provider-retry-after")
-#: How units begin, and their seconds.
-_UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
-#: A number and its unit, perhaps.
-_SPAN = (
-    r"(\d{1,15}(?:\.\d{1,12})?)"
-    r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
-)
-_ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
-
-
 def _delay(text: str) -> float | None:
     """Seconds of ``7``, ``6m0s``, ``2 minutes``, or until a date or a moment since 1970."""
     text = text[:64].strip().rstrip(".")
@@ -2563,6 +2533,9 @@ _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
 _STRAY_RESULT = "Result of a tool call:"  #: before one that is sent as the user's
 _ASKS_JSON = "Answer with one JSON object and nothing else."
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+_PICTURES = ("image_url", "image", "input_image")  #: types of parts
+_NOT_PLAIN = r"[^a-zA-Z0-9_-]"  #: not allowed in ids and names of tools at OpenAI and Anthropic
 
 
 class _Call(NamedTuple):
@@ -2615,7 +2588,6 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> _Object:
 
 
 # -- checking what the caller gives
-
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -2713,9 +2685,6 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-_PICTURES = ("image_url", "image", "input_image")  #: types of parts
-
-
 class _Part(NamedTuple):
     """A piece of a message's content."""
 
@@ -2773,9 +2742,6 @@ def _joined(content: Any, vendor: str) -> str:
     if any(part.kind != "text" for part in parts):
         raise UnsupportedRequest(f"{vendor} takes only text in this message")
     return "\n".join(part.data for part in parts)
-
-
-_NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 def _functions(call: _Call, vendor: str) -> list[_Object]:
@@ -2942,10 +2908,6 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
     return system, turns
 
 
-#: What tool ids and tool names must not hold, at OpenAI and Anthropic.
-_NOT_PLAIN = r"[^a-zA-Z0-9_-]"
-
-
 def _safe(text: str, bad: str, most: int) -> str:
     """A name or id without characters that a vendor refuses, distinct from all others."""
     clean = _pattern(bad).sub("_", text)
@@ -3015,7 +2977,6 @@ def _count(usage: Any, *names: str) -> int:
 
 
 # -- an answer's bytes, cut into events
-
 
 #: First bytes of a body that is server-sent events.
 _SSE_BEGINS = (b"data:", b"event:", b":", b"id:", b"retry:", b"error:")
@@ -3739,6 +3700,39 @@ _NAME = (
     r"[^\s\x00-\x1f\x7f\ud800-\udfff]{0,200}|"
     r"[^\x00-\x1f\x7f\ud800-\udfff]{0,200}\.[a-z]{2,5}"
 )
+#: The answers that are being read, by the ids of their collectors. The garbage collector might
+#: otherwise find the socket of a forgotten stream before the stream that closes it.
+_open_answers: dict[int, _Answer] = {}
+#: What servers call our options and fields when they complain, if it is another name.
+_COMPLAINTS = {
+    "top_p": "top_?p",
+    "presence_penalty": "presence_?penalty|penalty",
+    "frequency_penalty": "frequency_?penalty|penalty",
+    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
+    r"thinking[\w.]{0,40}|think",
+    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
+    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
+    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
+}
+#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
+_REFUSES_CARRY = (
+    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
+    r"(unsupported|not supported|not permitted)|"
+    r"encrypted content .{0,120}could not be|invalid .?signature"
+)
+#: An error about a value: with another one the field may be taken.
+_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
+_REFUSES = (
+    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
+    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
+    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
+    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
+)
+#: An error that lists fields, each of which is refused.
+_LISTS = (
+    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
+)
 
 
 def _credentials(url: str) -> list[str]:
@@ -4377,11 +4371,6 @@ def _request_id(answer: _Answer) -> str | None:
     return _token(next(ids, None), answer)
 
 
-#: The answers that are being read, by the ids of their collectors. The garbage collector might
-#: otherwise find the socket of a forgotten stream before the stream that closes it.
-_open_answers: dict[int, _Answer] = {}
-
-
 def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
     """The same stream; its errors come without the frames in which they arose."""
     try:
@@ -4459,38 +4448,6 @@ def _header_name(name: Any) -> str:
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
 
 
-#: What servers call our options and fields when they complain, if it is another name.
-_COMPLAINTS = {
-    "top_p": "top_?p",
-    "presence_penalty": "presence_?penalty|penalty",
-    "frequency_penalty": "frequency_?penalty|penalty",
-    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
-    r"thinking[\w.]{0,40}|think",
-    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
-    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
-    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
-}
-#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
-_REFUSES_CARRY = (
-    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
-    r"(unsupported|not supported|not permitted)|"
-    r"encrypted content .{0,120}could not be|invalid .?signature"
-)
-#: An error about a value: with another one the field may be taken.
-_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
-_REFUSES = (
-    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
-    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
-    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
-    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
-)
-#: An error that lists fields, each of which is refused.
-_LISTS = (
-    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
-)
-
-
 # ==== OpenAI ======================================================================================
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by many servers,
 # and OpenAI's own Responses API.
@@ -4499,6 +4456,13 @@ _LISTS = (
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 #: Fields of a tool call that go back with it: signatures of Google, and of LiteLLM's Gemini.
 _CALL_EXTRAS = ("extra_content", "provider_specific_fields")
+#: What servers call tokens that were read from a cache, and that were written into one.
+_CACHED = (
+    "cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cache_read_input_tokens",
+)
+_WRITTEN = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+#: Keys of a message that are sent. Other keys are another vendor's or an answer's.
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
 
 
 def _chat_facts(body: _Object) -> _Facts:
@@ -4605,15 +4569,6 @@ def _openai_usage(usage: _Object) -> Usage:
     completion += rest - asked
     completion += thought if thought > completion else 0
     return Usage(prompt + asked, completion, cached, written, thought)
-
-
-#: What servers call tokens that were read from a cache, and that were written into one.
-_CACHED = (
-    "cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cache_read_input_tokens",
-)
-_WRITTEN = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
-#: Keys of a message that are sent. Other keys are another vendor's or an answer's.
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
 
 
 def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
@@ -5002,8 +4957,6 @@ _STRICT_TEMPLATE = (
 _WANTS_CONTENT = (
     r"(?i)\bcontent\b.{0,60}(valid string|none is not|not be (null|none)|be a string|required)"
 )
-
-
 _AZURE = (".azure.com", ".azure.us", ".azure.cn")
 
 
@@ -5115,6 +5068,11 @@ _ANTHROPIC_GROWS = {
 }
 _MAX_TOKENS = 8192  #: where a call names no limit
 _ANTHROPIC_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp", "application/pdf")
+#: Bounds in a schema that structured outputs refuse.
+_BOUNDS = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems",
+})
 
 
 def _anthropic_facts(body: _Object) -> _Facts:
@@ -5219,13 +5177,6 @@ def _anthropic_stops(call: _Call) -> list[str] | None:
     if stops and not kept:
         raise UnsupportedRequest("Anthropic takes no stop that is white space alone")
     return kept or None
-
-
-#: Bounds in a schema that structured outputs refuse.
-_BOUNDS = frozenset({
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems",
-})
 
 
 def _anthropic_schema(schema: Any) -> Any:
