@@ -269,11 +269,12 @@ def _kind(value: Any) -> str:
 
 
 def _number(
-    value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
-) -> Any:
+    value: T, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
+) -> T:
     """A checked setting. NaN, booleans and text are refused."""
+    number: Any = value
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not value >= least or (value > 1e300 and (finite or value != math.inf)):
+    if not right or not number >= least or (number > 1e300 and (finite or number != math.inf)):
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
         raise ConfigError(f"{where}={value!r:.60}: give {kind} of at least {least:g}")
     return value
@@ -375,8 +376,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _bare(error: BaseException) -> BaseException:
-    """The error without the frames of this module and of the libraries that it calls: their
-    locals may hold a prompt, an answer or a key."""
+    """The error without the frames of this module and its libraries: they hold prompts and keys."""
     for item in _causes(error):
         kept: TracebackType | None = None
         for step in reversed([] if isinstance(item, RouterError) else [*_traces(item)]):
@@ -871,16 +871,14 @@ class CircuitBreaker:
         clock: Callable[[], float] = time.monotonic, store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None, jitter: float = 0.0,
     ) -> None:
-        self.failure_threshold: int = _number(
+        self.failure_threshold = _number(
             failure_threshold, "failure_threshold", least=1, whole=True
         )
-        self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
+        self.recovery_timeout = _number(recovery_timeout, "recovery_timeout", finite=True)
         longest = recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
-        self.max_recovery_timeout: float = _number(
-            longest, "max_recovery_timeout", least=recovery_timeout
-        )
-        self.trial_timeout: float = _number(trial_timeout, "trial_timeout", least=1e-3)
-        self.jitter: float = _number(jitter, "jitter", finite=True)
+        self.max_recovery_timeout = _number(longest, "max_recovery_timeout", least=recovery_timeout)
+        self.trial_timeout = _number(trial_timeout, "trial_timeout", least=1e-3)
+        self.jitter = _number(jitter, "jitter", finite=True)
         if not isinstance(name, str):
             raise ConfigError(f"name={name!r:.60}: give a str")
         self.name = name
@@ -1369,8 +1367,8 @@ class SQLiteStore:
         if not isinstance(path, (str, os.PathLike)) or str(path) in ("", ":memory:"):
             raise ConfigError(f"SQLiteStore(path={path!r}): give the path of a file")
         self.path = os.fspath(path)
-        self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
-        self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
+        self.timeout = _number(timeout, "SQLiteStore(timeout)", finite=True)
+        self.refresh = _number(refresh, "SQLiteStore(refresh)")
         # absolute: SQLite reads "file:x" as a URI
         self._file = os.path.abspath(os.path.expanduser(self.path))
 
@@ -1480,8 +1478,8 @@ class RedisStore:
         if not isinstance(namespace, str):
             raise ConfigError(f"RedisStore(namespace) is a {_kind(namespace)}: give a str")
         self.shared_counts = shared_counts
-        self.timeout: float = _number(timeout, "RedisStore(timeout)", finite=True)
-        self.refresh: float = _number(refresh, "RedisStore(refresh)")
+        self.timeout = _number(timeout, "RedisStore(timeout)", finite=True)
+        self.refresh = _number(refresh, "RedisStore(refresh)")
         self._namespace = namespace
         self._operation = threading.local()  #: .until: when the operation of this thread is over
         given: Any = client_or_url
@@ -3375,14 +3373,11 @@ class _Collector:
                 raise late
 
     def _take_behind(self, fact: tuple[Any, ...]) -> None:
-        """A fact behind the finish reason. It counts if that came with or behind the first piece,
-        and another one follows.
-
-        Some servers put one into every event, or an event of its own behind every piece. A proxy
-        that answers twice sends everything again, which is passed over unless more follows.
-        """
+        """A fact behind the finish reason. Some servers send a finish reason with every piece, so
+        it counts if another finish reason follows; but not if all of it repeats what had come: a
+        proxy may send an answer twice."""
         is_stop = fact[0] == "stop"
-        if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._is_open()):
+        if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._has_rest()):
             return
         self._behind.append(fact)
         if is_stop and (self._has_many_ends or not self._repeats()):
@@ -3570,7 +3565,7 @@ class _Collector:
         """Whether nothing can be missing: a finish reason has come, and it is not one of many."""
         return self.complete and not self._has_many_ends
 
-    def _is_open(self) -> bool:
+    def _has_rest(self) -> bool:
         """Whether something has come behind the last finish reason."""
         return bool(self._behind) and self._behind[-1][0] != "stop"
 
@@ -3587,7 +3582,7 @@ class _Collector:
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is cut, ContentFiltered, EmptyResponse."""
         by_marker = self.ended and not self._names_finish  # a server without finish reasons
-        cut = self._has_many_ends and self._is_open()
+        cut = self._has_many_ends and self._has_rest()
         if cut or (not self.complete and (self._open or not (self._whole or by_marker))):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         finish = self._finish
@@ -3636,8 +3631,7 @@ class _Collector:
         return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self) -> list[ToolCall]:
-        # perhaps before the last arguments
-        cut = self._finish not in ("stop", "tool_calls") or self._is_open()
+        cut = self._finish not in ("stop", "tool_calls") or self._has_rest()
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -3805,10 +3799,10 @@ class _HTTPProvider(LLMProvider):
         if first_token_timeout is None:  # a whole answer shows no sign of life before its end
             first_token_timeout = self._first_token if stream_upstream else math.inf
         most = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
-        self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
-        self.first_token_timeout: float = _number(first_token_timeout, "first_token_timeout")
-        self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
-        self.max_response_bytes: int = most
+        self.connect_timeout = _number(connect_timeout, "connect_timeout")
+        self.first_token_timeout = _number(first_token_timeout, "first_token_timeout")
+        self.stall_timeout = _number(stall_timeout, "stall_timeout")
+        self.max_response_bytes = most
         self.stream_upstream = stream_upstream
         if base_url is None:
             base_url = self._from_environment(os.environ)[1] or self._default_url
@@ -5642,8 +5636,9 @@ class ScriptedProvider(LLMProvider):
         texts: list[str] = []
         thoughts: list[str] = []
         for delta in item if isinstance(item, (list, tuple)) else [item]:
-            is_class = isinstance(delta, type) and issubclass(delta, BaseException)
-            if is_class or isinstance(delta, BaseException):
+            if isinstance(delta, type) and issubclass(delta, BaseException):
+                raise delta
+            if isinstance(delta, BaseException):
                 raise delta
             if not isinstance(delta, str):
                 known = "str, LLMResponse, exceptions or callables"
@@ -5745,7 +5740,7 @@ class ProviderTier:
             self._takes = _options_taken(provider, self.params)
             self.models = _checked_models(models)
             self.timeout = None if timeout is None else float(_number(timeout, "timeout"))
-            self.retries: int = _number(retries, "retries", whole=True)
+            self.retries = _number(retries, "retries", whole=True)
             if max_concurrency is not None:
                 _number(max_concurrency, "max_concurrency", least=1, whole=True)
             self.prices: Any = _checked_prices(prices, self.models)
@@ -6254,7 +6249,7 @@ class _Request:
         self.failed(error)
         return None
 
-    def left(self) -> None:
+    def abandoned(self) -> None:
         """End a request whose reader wants no more of its stream."""
         if self.stream is not None:
             self.end(self.ticket.success if self.taken else self.ticket.neutral)
@@ -6282,7 +6277,6 @@ class _Run:
     naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
     instructs = False  #: whether weaker models are told how to give up
-    backed = False  #: whether the chain around this one has a later tier that is ready
     busy: Sequence[tuple[ProviderTier, str | None]] = ()  #: who had no free place in this round
     escalation: str | None = None  #: why a weaker model gave up
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
@@ -6295,11 +6289,11 @@ class _Run:
     ) -> None:
         self.chain, self.clock = chain, chain._clock
         self.messages, self.tools = messages, tools or None
-        if options:
-            self.backed = options.pop("_backed", False)
+        #: whether the chain around this one has a later tier that is ready
+        self.backed = options.pop("_backed", False)
         self.model, self.options = model, options
         timeout, wait, names = limits
-        self.wait: float = chain.wait if wait is None else _number(wait, "wait")
+        self.wait = chain.wait if wait is None else _number(wait, "wait")
         self.limit: float = chain.timeout + self.wait
         if timeout is not None:
             self.limit = _number(timeout, "timeout")
@@ -6444,7 +6438,7 @@ class _Run:
         elif tier._speaks_http:
             named = self.model is not None or "reasoning_effort" in options
             patient = not ready or self.rung or named or model in tier._thinkers
-            for name in ("first_token_timeout", "stall_timeout"):
+            for name in _TIME_LIMITS[1:]:
                 limit = _seconds(options, name, getattr(tier.provider, name))
                 limit *= 5.0 if patient else 1.0
                 options[name] = min(limit, left / 2) if ready else limit
@@ -6517,7 +6511,7 @@ class _Run:
                         return found  # type: ignore[return-value]  # no other tier is asked
         except BaseException:
             if isinstance(found, _Request):
-                found.left()
+                found.abandoned()
             raise
         if found.content:
             yield found.content
@@ -6656,8 +6650,7 @@ class _Run:
     def _nap(self) -> bool:
         """Sleep until a tier is worth asking again, if ``wait`` and the deadline allow it."""
         refused = self.last is not None and not self.chain._ladder
-        patience = min(2.0**self.naps, 8.0)
-        ready = self._ready_in(patience) if self.wait and not refused else None
+        ready = self._ready_in(min(2.0**self.naps, 8.0)) if self.wait and not refused else None
         if ready is None:
             return False
         ready = max(ready, 0.25 * 2.0 ** min(self.naps, 5))
@@ -6764,9 +6757,9 @@ class FailoverChain(LLMProvider):
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep,
     ) -> None:
         self.tiers = _checked_tiers(tiers)
-        self.timeout: float = _number(timeout, "timeout")
-        self.wait: float = _number(wait, "wait")
-        self.max_retry_after: float = _number(max_retry_after, "max_retry_after")
+        self.timeout = _number(timeout, "timeout")
+        self.wait = _number(wait, "wait")
+        self.max_retry_after = _number(max_retry_after, "max_retry_after")
         self._on_error = _checked_policy(on_error)
         self._on_event = _function(on_event, "on_event", optional=True)
         self._accept = _function(accept, "accept", optional=True)
