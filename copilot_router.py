@@ -102,8 +102,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 # ==== errors ======================================================================================
-# Class attributes of an exception say what follows from it. Only ``_judged``, at the end of this
-# section, reads them.
+# Class attributes of an exception say what follows from it; ``_judged``, below, reads them.
 
 class RouterError(Exception):
     """The root of all errors here. ``.attempts``: the Attempts of the call until then."""
@@ -229,7 +228,7 @@ class AllProvidersFailed(RouterError):
 
     def explain(self) -> str:
         """One ASCII line: what was tried, what happened, how long it took."""
-        return _explain(self.attempts, None)
+        return _explain(self.attempts)
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
     """The call's time was over. Also a TimeoutError."""
@@ -322,7 +321,7 @@ def _ascii(text: str) -> str:
     return _escaped(" ".join(text.split()), "[^ -~]")
 
 
-def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
+def _explain(attempts: Iterable[Attempt], cost: float | None = None) -> str:
     steps = []
     for attempt in attempts:
         what = attempt.outcome if attempt.error is None else attempt.error[:80]
@@ -529,8 +528,7 @@ class Attempt(NamedTuple):
 
     ``model``: as asked, else as answered, "" if unknown. ``outcome``: ok, failed, skipped or
     escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or None.
-    ``status``: the HTTP status of a failure or None. ``latency``: seconds. ``usage``: of this
-    request, 0 if unknown.
+    ``status``: HTTP's, of a failure, or None. ``latency``: seconds. ``usage``: 0 if unknown.
     """
 
     tier: str
@@ -662,8 +660,7 @@ class Event(NamedTuple):
 # ==== circuit breaker =============================================================================
 # One immutable record holds the state. A change is a function from the old record to the new one;
 # if another thread has changed the record meanwhile, it is applied again. Reads take no lock; only
-# the thread that asks a store waits for it. No code of the user's runs under a lock that others
-# wait for.
+# the thread that asks a store waits for it. No thread waits for another one's ``on_change``.
 
 _SHORT_WAIT = 1.0  #: seconds: what retry_after says during a trial, or where nobody named a time
 _STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
@@ -1141,10 +1138,9 @@ def _checked_record(record: Any) -> BreakerRecord:
 class _SharedView:
     """One breaker's record in a store, which only the holder of the lock asks.
 
-    ``_standing`` says how the breaker's record relates to the stored one. shared: it is the stored
-    one, perhaps with failures of this process added. ahead: it has changed while the store was
-    away, and is written when the store answers. own: it is open for a reason of this machine alone,
-    and is never written.
+    ``_standing`` says how the breaker's record relates to the stored one. shared: it is that one,
+    perhaps with failures of this process added. ahead: it has changed while the store was away, and
+    is written when the store answers. own: trouble of this machine opened it; never written.
     """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
@@ -1554,8 +1550,7 @@ class RedisStore:
 class LLMProvider(ABC):
     """One provider. A custom one implements ``chat``.
 
-    A chain may call it from many threads at once. It logs the texts of ProviderErrors: no key or
-    prompt may be in them.
+    A chain may call it from many threads at once. It logs ProviderErrors: no key or prompt in them.
     """
 
     _is_chain: ClassVar[bool] = False  #: whether it is a FailoverChain
@@ -2080,8 +2075,7 @@ class _Rows(NamedTuple):
     """A vendor's own words for failures: each kind is read before the shared ones of that kind.
 
     Codes come before phrases, phrases before statuses: a shared phrase before a vendor's status.
-    What is named here parks its tier, if its class says so; a shared phrase does that only at the
-    statuses in ``_class_of``.
+    What is named here may park its tier; a shared phrase may do so at some statuses only.
     """
 
     codes: Mapping[str, type[ProviderError]] = MappingProxyType({})  #: in lower case
@@ -2189,7 +2183,7 @@ _PHRASES: _Phrases = (
 
 #: For classes that count against a tier a phrase must be the server's own.
 _BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded, ServerError)
-#: The only statuses at which phrases of these classes count: at others they may speak of a service
+#: Phrases of these classes count at these statuses only: at others they may speak of a service
 #: behind the server, or of a picture's address.
 _MEANT_AT: dict[type[ProviderError], Sequence[int]] = {
     AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422, 424, 446),
@@ -2524,8 +2518,7 @@ _Object = dict[str, Any]  #: as JSON has them
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
 _TOKEN_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  #: of one option
-_OPTIONS: frozenset[str] = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "response_format",
-                                                    "extra_body"}
+_OPTIONS = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "response_format", "extra_body"}
 _TIME_LIMITS = ("timeout", "first_token_timeout", "stall_timeout")  #: of one request
 _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
@@ -2800,8 +2793,7 @@ def _repaired(messages: list[Message]) -> list[Message]:
     """Every tool call answered right after it, in its order and under a distinct id.
 
     All vendors demand that. A call without a result gets one that says so. A result without its
-    call becomes a user's text. An assistant's turn without text and calls is left out: some servers
-    refuse it in every later request.
+    call becomes a user's text. An assistant's empty turn is left out: some servers refuse it.
     """
     done: list[Message] = []
     ids: set[str] = set()
@@ -2821,16 +2813,16 @@ def _repaired(messages: list[Message]) -> list[Message]:
                 told = {"type": "text", "text": _STRAY_RESULT}
                 done.append({"role": "user", "content": [told, *message["content"]]})
         elif calls := message.get("tool_calls"):
-            fresh = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
-            done.append({**message, "tool_calls": fresh})
-            pairs = [(old.get("id"), new["id"]) for old, new in zip(calls, fresh, strict=True)]
+            sent = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
+            done.append({**message, "tool_calls": sent})
+            pairs = [(old.get("id") or "", new["id"]) for old, new in zip(calls, sent, strict=True)]
             renamed = {old: new for old, new in pairs if old and old != new}
             if renamed and _CARRY in message:  # some servers repeat ids in each turn
                 done[-1] = {**done[-1], _CARRY: _with_ids(message[_CARRY], renamed)}
             waiting = {}
-            for old, new in zip(calls, fresh, strict=True):
-                waiting.setdefault(old.get("id") or "", []).append(len(done))
-                done.append({"role": "tool", "content": _NO_RESULT, "tool_call_id": new["id"]})
+            for old, new in pairs:
+                waiting.setdefault(old, []).append(len(done))
+                done.append({"role": "tool", "content": _NO_RESULT, "tool_call_id": new})
         elif role != "assistant" or (content and (
             isinstance(content, str) or any(part.get("text", "-") for part in content)
         )):
@@ -2923,7 +2915,7 @@ def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
     return call._replace(names={name: _safe(name, bad, most) for name in names})
 
 
-def _textual(item: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
+def _textual(call: _Call, item: Mapping[str, Any]) -> _Object:
     """A tool call with its name as it is sent, and its arguments as the text of an object: callers
     may have parsed them.
 
@@ -2936,7 +2928,7 @@ def _textual(item: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
         valid = False
     if not valid:
         arguments = json.dumps(_argument_object(arguments), allow_nan=False)
-    function = {**item["function"], "name": names.get(name, name), "arguments": arguments}
+    function = {**item["function"], "name": call.names.get(name, name), "arguments": arguments}
     return {"type": "function", **item, "function": function}
 
 
@@ -3067,8 +3059,7 @@ def _form_of(begun: bytes, label: str) -> _SSE | _JSONBody:
 
 
 #: (text, start) -> (value, end): half the steps of json.loads. Control characters are read.
-_scan: Callable[[str, int], tuple[Any, int]]
-_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
+_scan: Any = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
 
 
 def _is_heartbeat(data: bytes) -> bool:
@@ -3109,8 +3100,7 @@ def _json(data: bytes | str, what: str) -> Any:
 # -- from events to the answer
 
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
-#: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is. "stop" with
-#: tool calls becomes "tool_calls" in the end.
+#: Finish reasons of all vendors, in lower case -> ours. "stop" with calls becomes "tool_calls".
 _FINISHES = {word: reason for reason, words in {
     "stop": "stop end_turn stop_sequence tool_call tool_calls tool_use function_call eos eos_token"
             " completed complete end",
@@ -3373,9 +3363,8 @@ class _Collector:
                 raise late
 
     def _take_behind(self, fact: tuple[Any, ...]) -> None:
-        """A fact behind the finish reason. Some servers send a finish reason with every piece, so
-        it counts if another finish reason follows; but not if all of it repeats what had come: a
-        proxy may send an answer twice."""
+        """A fact behind the finish reason. Some servers send a finish reason with every piece: it
+        counts if one more follows, unless it all repeats what had come (a proxy sends it twice)."""
         is_stop = fact[0] == "stop"
         if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._has_rest()):
             return
@@ -3915,8 +3904,7 @@ class _HTTPProvider(LLMProvider):
     ) -> LLMResponse:
         """One whole answer. ``messages``: OpenAI form or a str. An unknown option is a TypeError.
 
-        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises
-        ProviderError classes.
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` limit it. Raises ProviderErrors.
         """
         kwargs.pop("thoughts", None)
         try:
@@ -3973,10 +3961,7 @@ class _HTTPProvider(LLMProvider):
     def _deltas(
         self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], shown: bool
     ) -> Generator[str, None, LLMResponse]:
-        """One answer, with one corrected resend for each field that the server refuses.
-
-        ``shown``: whether to yield deltas.
-        """
+        """One answer, with one corrected resend for each refused field. ``shown``: yield deltas."""
         asked = self._checked_call(messages, tools, model, kwargs)
         own = (self.first_token_timeout, self.stall_timeout)
         silence = tuple(map(_seconds, [kwargs] * 2, _TIME_LIMITS[1:], own))
@@ -4575,7 +4560,7 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     kept = {} if at_openai else call.carried(message)
     calls = []
     for item in sent.pop("tool_calls", ()):
-        calls.append({**_textual(item, call.names), "id": _short_id(item["id"], most)})
+        calls.append({**_textual(call, item), "id": _short_id(item["id"], most)})
         if item["id"] in kept.get("extra", {}):
             calls[-1] |= kept["extra"][item["id"]]
     if calls:  # an empty list is refused
@@ -4633,8 +4618,7 @@ def _short_id(tool_id: str, most: int) -> str:
 
 
 def _merged_turns(call: _Call) -> list[Message]:
-    """At most one message of the system, which is first; the user's comes next; no side speaks
-    twice in a row."""
+    """At most one message of the system, in front; then the user's; no side twice in a row."""
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
     first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
     merged: list[Message] = []
@@ -4656,8 +4640,7 @@ def _merged_turns(call: _Call) -> list[Message]:
 
 
 def _pictures_apart(messages: list[Message]) -> list[Message]:
-    """Chat Completions takes only text in a tool's result: its pictures and files follow in a
-    message of the user."""
+    """Chat Completions takes only text in a tool's result: the rest follows as the user's."""
     done: list[Message] = []
     for is_tool, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
         moved: list[Any] = []
@@ -4887,7 +4870,7 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
     if text := _joined(content, vendor):  # parts would need the ids that the API gave them
         items.append({"type": "message", "role": role, "content": text})
     for item in message.get("tool_calls") or ():
-        function = _textual(item, call.names)["function"]
+        function = _textual(call, item)["function"]
         items.append({
             "type": "function_call", "call_id": _short_id(item["id"], 64),
             "name": function["name"], "arguments": function["arguments"],
@@ -5975,8 +5958,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 
 def _variable(name: Any, where: str) -> str:
-    """What an environment variable holds. A name is shown only in capitals: else it may be a key
-    by mistake."""
+    """What an environment variable holds. A name not in capitals is not shown: it may be a key."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: give the name of an environment variable, as a str")
     if not os.environ.get(name):
@@ -6182,8 +6164,7 @@ class _Request:
         self.response = response
 
     def end(self, settle: Callable[[], None]) -> None:
-        """Settle the ticket, and give back the connection and then the place: closing a stream may
-        take time. The first call counts."""
+        """Settle the ticket, close the stream (that may take time), give the place back; once."""
         settle()
         try:
             if self.stream is not None:
@@ -6342,7 +6323,7 @@ class _Run:
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
-                _log.warning("call failed: %s", _explain(self.attempts, None))
+                _log.warning("call failed: %s", _explain(self.attempts))
                 data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
                 self.chain._emit("done", "", "", data)
             raise
@@ -7021,8 +7002,7 @@ def _checked_policy(on_error: Any) -> dict[type, str]:
 class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
-    Closing it early, or dropping it, frees its connection and counts as no failure. Any thread may
-    read it, one at a time.
+    Closing or dropping it early frees its connection and is no failure. Threads may take turns.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
