@@ -102,8 +102,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
 # ==== errors ======================================================================================
-# Class attributes of an exception say what follows from it. Only ``_judged``, at the end of this
-# section, reads them.
+# Class attributes of an exception say what follows from it; ``_judged``, below, reads them.
 
 class RouterError(Exception):
     """The root of all errors here. ``.attempts``: the Attempts of the call until then."""
@@ -229,7 +228,7 @@ class AllProvidersFailed(RouterError):
 
     def explain(self) -> str:
         """One ASCII line: what was tried, what happened, how long it took."""
-        return _explain(self.attempts, None)
+        return _explain(self.attempts)
 
 class DeadlineExceeded(AllProvidersFailed, TimeoutError):
     """The call's time was over. Also a TimeoutError."""
@@ -258,6 +257,10 @@ _UnknownOption.__name__ = "TypeError"
 # -- checking settings and showing errors
 
 _drawn = random.uniform  #: clients draw their pauses, so that they do not all come back at once
+#: Control, escape and bidirectional characters, separators of lines, halves of characters.
+_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+#: Libraries that this module calls, besides the standard library.
+_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
 
 
 def _kind(value: Any) -> str:
@@ -265,11 +268,12 @@ def _kind(value: Any) -> str:
 
 
 def _number(
-    value: Any, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
-) -> Any:
+    value: T, where: str, *, least: float = 0.0, finite: bool = False, whole: bool = False
+) -> T:
     """A checked setting. NaN, booleans and text are refused."""
+    number: Any = value
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not value >= least or (value > 1e300 and (finite or value != math.inf)):
+    if not right or not number >= least or (number > 1e300 and (finite or number != math.inf)):
         kind = "a whole number" if whole else "a finite number" if finite else "a number"
         raise ConfigError(f"{where}={value!r:.60}: give {kind} of at least {least:g}")
     return value
@@ -308,10 +312,6 @@ def _error_text(error: BaseException) -> str:
     return f"{_kind(error)}: {text}" if text else _kind(error)
 
 
-#: Control, escape and bidirectional characters, separators of lines, halves of characters.
-_UNSHOWN = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-
-
 def _escaped(text: str, pattern: str = _UNSHOWN) -> str:
     return _pattern(pattern).sub(lambda found: ascii(found[0])[1:-1], text)
 
@@ -321,7 +321,7 @@ def _ascii(text: str) -> str:
     return _escaped(" ".join(text.split()), "[^ -~]")
 
 
-def _explain(attempts: Iterable[Attempt], cost: float | None) -> str:
+def _explain(attempts: Iterable[Attempt], cost: float | None = None) -> str:
     steps = []
     for attempt in attempts:
         what = attempt.outcome if attempt.error is None else attempt.error[:80]
@@ -374,13 +374,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield item
 
 
-#: Libraries that this module calls, besides the standard library.
-_LIBRARIES = frozenset({"requests", "urllib3", "socks", "redis", "certifi", "idna", __name__})
-
-
 def _bare(error: BaseException) -> BaseException:
-    """The error without the frames of this module and of the libraries that it calls: their
-    locals may hold a prompt, an answer or a key."""
+    """The error without the frames of this module and its libraries: they hold prompts and keys."""
     for item in _causes(error):
         kept: TracebackType | None = None
         for step in reversed([] if isinstance(item, RouterError) else [*_traces(item)]):
@@ -533,8 +528,7 @@ class Attempt(NamedTuple):
 
     ``model``: as asked, else as answered, "" if unknown. ``outcome``: ok, failed, skipped or
     escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or None.
-    ``status``: the HTTP status of a failure or None. ``latency``: seconds. ``usage``: of this
-    request, 0 if unknown.
+    ``status``: HTTP's, of a failure, or None. ``latency``: seconds. ``usage``: 0 if unknown.
     """
 
     tier: str
@@ -666,10 +660,10 @@ class Event(NamedTuple):
 # ==== circuit breaker =============================================================================
 # One immutable record holds the state. A change is a function from the old record to the new one;
 # if another thread has changed the record meanwhile, it is applied again. Reads take no lock; only
-# the thread that asks a store waits for it. No code of the user's runs under a lock that others
-# wait for.
+# the thread that asks a store waits for it. No thread waits for another one's ``on_change``.
 
 _SHORT_WAIT = 1.0  #: seconds: what retry_after says during a trial, or where nobody named a time
+_STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
 
 
 class BreakerSnapshot(NamedTuple):
@@ -821,8 +815,7 @@ class Ticket:
             self._settled = True
         if not self._settled:
             now = self._breaker._clock()
-            change = lambda old: _after(old, self, kind, seconds, reason, now)  # noqa: E731
-            self._breaker._change(change, self)
+            self._breaker._change(lambda old: _after(old, self, kind, seconds, reason, now), self)
 
     def __enter__(self) -> Ticket:
         return self
@@ -875,16 +868,14 @@ class CircuitBreaker:
         clock: Callable[[], float] = time.monotonic, store: Any = None,
         on_change: Callable[[str, str, str, str], None] | None = None, jitter: float = 0.0,
     ) -> None:
-        self.failure_threshold: int = _number(
+        self.failure_threshold = _number(
             failure_threshold, "failure_threshold", least=1, whole=True
         )
-        self.recovery_timeout: float = _number(recovery_timeout, "recovery_timeout", finite=True)
+        self.recovery_timeout = _number(recovery_timeout, "recovery_timeout", finite=True)
         longest = recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
-        self.max_recovery_timeout: float = _number(
-            longest, "max_recovery_timeout", least=recovery_timeout
-        )
-        self.trial_timeout: float = _number(trial_timeout, "trial_timeout", least=1e-3)
-        self.jitter: float = _number(jitter, "jitter", finite=True)
+        self.max_recovery_timeout = _number(longest, "max_recovery_timeout", least=recovery_timeout)
+        self.trial_timeout = _number(trial_timeout, "trial_timeout", least=1e-3)
+        self.jitter = _number(jitter, "jitter", finite=True)
         if not isinstance(name, str):
             raise ConfigError(f"name={name!r:.60}: give a str")
         self.name = name
@@ -1121,9 +1112,6 @@ class CircuitBreaker:
         raise TypeError("a CircuitBreaker cannot be copied or pickled")
 
 
-_STORE_BUDGET = 0.1  #: seconds that one operation of a store may take
-
-
 class _Outage:
     """Until when a store that did not answer is left alone."""
 
@@ -1150,10 +1138,9 @@ def _checked_record(record: Any) -> BreakerRecord:
 class _SharedView:
     """One breaker's record in a store, which only the holder of the lock asks.
 
-    ``_standing`` says how the breaker's record relates to the stored one. shared: it is the stored
-    one, perhaps with failures of this process added. ahead: it has changed while the store was
-    away, and is written when the store answers. own: it is open for a reason of this machine alone,
-    and is never written.
+    ``_standing`` says how the breaker's record relates to the stored one. shared: it is that one,
+    perhaps with failures of this process added. ahead: it has changed while the store was away, and
+    is written when the store answers. own: trouble of this machine opened it; never written.
     """
 
     def __init__(self, breaker: CircuitBreaker, store: Any) -> None:
@@ -1376,8 +1363,8 @@ class SQLiteStore:
         if not isinstance(path, (str, os.PathLike)) or str(path) in ("", ":memory:"):
             raise ConfigError(f"SQLiteStore(path={path!r}): give the path of a file")
         self.path = os.fspath(path)
-        self.timeout: float = _number(timeout, "SQLiteStore(timeout)", finite=True)
-        self.refresh: float = _number(refresh, "SQLiteStore(refresh)")
+        self.timeout = _number(timeout, "SQLiteStore(timeout)", finite=True)
+        self.refresh = _number(refresh, "SQLiteStore(refresh)")
         # absolute: SQLite reads "file:x" as a URI
         self._file = os.path.abspath(os.path.expanduser(self.path))
 
@@ -1487,8 +1474,8 @@ class RedisStore:
         if not isinstance(namespace, str):
             raise ConfigError(f"RedisStore(namespace) is a {_kind(namespace)}: give a str")
         self.shared_counts = shared_counts
-        self.timeout: float = _number(timeout, "RedisStore(timeout)", finite=True)
-        self.refresh: float = _number(refresh, "RedisStore(refresh)")
+        self.timeout = _number(timeout, "RedisStore(timeout)", finite=True)
+        self.refresh = _number(refresh, "RedisStore(refresh)")
         self._namespace = namespace
         self._operation = threading.local()  #: .until: when the operation of this thread is over
         given: Any = client_or_url
@@ -1563,12 +1550,10 @@ class RedisStore:
 class LLMProvider(ABC):
     """One provider. A custom one implements ``chat``.
 
-    A chain may call it from many threads at once. It logs the texts of ProviderErrors: no key or
-    prompt may be in them.
+    A chain may call it from many threads at once. It logs ProviderErrors: no key or prompt in them.
     """
 
-    _is_ours: ClassVar[bool] = False  #: understands carried parts and ``thoughts=``
-    _is_chain: ClassVar[bool] = False
+    _is_chain: ClassVar[bool] = False  #: whether it is a FailoverChain
 
     @abstractmethod
     def chat(
@@ -1607,6 +1592,11 @@ class LLMProvider(ABC):
 _READ_SIZE = 65536  #: bytes
 _LONGEST_IDLE = 60.0  #: seconds: a firewall may drop a connection after some minutes, silently
 _TAIL_TIMEOUT = 2.0  #: seconds that a complete answer waits for the end of its body
+#: What servers write into Content-Encoding of a body that is not compressed.
+_NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunked")
+#: By (host, port): the address that answered last, so that a dead one costs its time once.
+_last_address: dict[tuple[str, int], Any] = {}
+_sending = threading.local()  #: .limits of this thread's request, .under_way: it is being sent
 
 
 class _Limits:
@@ -1677,9 +1667,6 @@ class _CurrentLimits:
         return self.limits.left()
 
 
-_sending = threading.local()  #: .limits of this thread's request, .under_way: it is being sent
-
-
 class _LimitedSocket(_BoundedSocket):
     """What http.client writes to and reads from."""
 
@@ -1723,8 +1710,8 @@ class _Limited:
 
     def _new_conn(self) -> Any:
         limits = self.now.limits
-        connect = _connect_by_socks if hasattr(self, "_socks_options") else _connect
-        return connect(self, limits)
+        by_socks = hasattr(self, "_socks_options")
+        return _connect_by_socks(self, limits) if by_socks else _connect(self, limits)
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """TLS inside of TLS reads through this socket, many times for one handshake."""
@@ -1775,16 +1762,10 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     given, sock = connection._socks_options, Socket()
     names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
     sock.set_proxy(*(given[name] for name in names))
-    address = (connection.host, connection.port)
     try:
-        return _connected(sock, connection, address, limits)
+        return _connected(sock, connection, (connection.host, connection.port), limits)
     except OSError:
-        told = "the SOCKS proxy does not connect"
-        raise limits.expired() or ProviderUnavailable(told) from None
-
-
-#: By (host, port): the address that answered last, so that a dead one costs its time once.
-_last_address: dict[tuple[str, int], Any] = {}
+        raise limits.expired() or ProviderUnavailable("the SOCKS proxy does not connect") from None
 
 
 def _connect(connection: Any, limits: _Limits) -> Any:
@@ -1831,8 +1812,7 @@ def _limited(pool: Any) -> Any:
                 http.client.parse_headers(self.fp)
             return found
 
-    kinds = (_Limited, pool.ConnectionCls)
-    connection = type("Connection", kinds, {"response_class": Response})
+    connection = type("Connection", (_Limited, pool.ConnectionCls), {"response_class": Response})
     return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
 
 
@@ -1885,13 +1865,10 @@ def _http() -> tuple[Any, Callable[[], Any]]:
     return requests, session
 
 
-#: The head of a chunk, behind the line end of the chunk before it.
-_CHUNK_HEAD = rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n"
-
-
 def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     """What a chunked body holds. For speed only: http.client makes six calls for each event."""
-    head = re.compile(_CHUNK_HEAD)
+    # behind the line end of the chunk before it
+    head = re.compile(rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
     rest, lacking = b"", 0  # lacking: bytes of this chunk
     while received := read():
         data, at = rest + received, 0
@@ -1921,10 +1898,6 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
         rest += received
         if len(rest) > _READ_SIZE:
             raise InvalidResponse("garbled HTTP")
-
-
-#: What servers write into Content-Encoding of a body that is not compressed.
-_NO_CODINGS = ("", "identity", "none", "utf-8", "utf8", "binary", "8bit", "chunked")
 
 
 class _Answer:
@@ -2102,8 +2075,7 @@ class _Rows(NamedTuple):
     """A vendor's own words for failures: each kind is read before the shared ones of that kind.
 
     Codes come before phrases, phrases before statuses: a shared phrase before a vendor's status.
-    What is named here parks its tier, if its class says so; a shared phrase does that only at the
-    statuses in ``_class_of``.
+    What is named here may park its tier; a shared phrase may do so at some statuses only.
     """
 
     codes: Mapping[str, type[ProviderError]] = MappingProxyType({})  #: in lower case
@@ -2166,8 +2138,7 @@ _PHRASES: _Phrases = (
     # Gemini's quota of a day, as LiteLLM quotes it; budgets of LiteLLM
     (r"requestsperday|(crossed|exceeded) budget", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans whose hours, week or
-    # month are used up
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans that are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
      r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
      r"requires more credits|used all available credits|account is (suspended|in arrears)|"
@@ -2184,11 +2155,10 @@ _PHRASES: _Phrases = (
     (r"jinja exception|invalid responses api request|backend request failed with status 400|"
      r"^\d{1,3} validation errors?:", BadRequest),
     (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"invalid model name|"
-     r"is not a valid model|not found for account|"
-     r"model .{0,120}(not found|not exist|no longer available|"
-     r"has been (retired|deprecated))", ModelNotFound),
-    # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
+     r"invalid model name|is not a valid model|not found for account|"
+     r"model .{0,120}(not found|not exist|no longer available|has been (retired|deprecated))",
+     ModelNotFound),
+    # also xAI, LiteLLM, Cloudflare's gateway, Portkey, new-api, Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
      r"content violates usage guidelines|prompt injection attack|"
@@ -2205,8 +2175,7 @@ _PHRASES: _Phrases = (
      r"at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
      r"image (input|modality)|not a multimodal model|unsupported param: tools|"
-     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|--jinja|"
-     r"unknown variant .image_url|"
+     r"requires --(enable-auto-tool-choice|tool-call-parser)|--jinja|unknown variant .image_url|"
      r"no endpoints (found|available) (that|matching)|"
      r"(tools?|image|response_format|json_schema).{0,60}not supported|"
      r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
@@ -2214,8 +2183,8 @@ _PHRASES: _Phrases = (
 
 #: For classes that count against a tier a phrase must be the server's own.
 _BLAMING = (AuthenticationError, QuotaExceeded, ProviderUnavailable, Overloaded, ServerError)
-#: Statuses at which phrases of these classes mean it: at others a service of that name has trouble,
-#: or the address of a picture is wrong.
+#: Phrases of these classes count at these statuses only: at others they may speak of a service
+#: behind the server, or of a picture's address.
 _MEANT_AT: dict[type[ProviderError], Sequence[int]] = {
     AuthenticationError: range(200, 500), ContentFiltered: (200, 400, 403, 422, 424, 446),
     ProviderUnavailable: (200, 404, 405),
@@ -2283,15 +2252,22 @@ _TEXTS = (
     "message", "Message", "detail", "error_description", "error_message", "status_msg", "msg",
 )
 _CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
-#: Names of a time to wait: of Google, Codex, z.ai, Hugging Face, and in the headers that OpenRouter
-#: repeats.
+#: Names of a time to wait: Google's, Codex's, z.ai's, Hugging Face's, OpenRouter's.
 _DELAY_NAMES = (
     "retryDelay", "resets_in_seconds", "retry_after", "estimated_time", "X-RateLimit-Reset",
 )
-
-
-#: What a message quotes of the model's words: all behind these marks of llama.cpp, Ollama,
-#: LM Studio, vLLM (Harmony) and Groq behind LiteLLM, and one value of Pydantic's (vLLM, SGLang).
+#: Headers with a time to wait; the second one is LiteLLM's.
+_WAITS = ("retry-after", "llm_provider-retry-after")
+#: How units begin, and their seconds.
+_UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
+#: A number and its unit, perhaps.
+_SPAN = (
+    r"(\d{1,15}(?:\.\d{1,12})?)"
+    r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
+)
+_ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
+#: What a message quotes of the model's words: all behind these marks (llama.cpp, Ollama, LM Studio,
+#: vLLM, Groq), and one value of Pydantic's (vLLM, SGLang).
 _MODELS_WORDS = (
     r"(?is)(failed to parse input at pos \d{1,9}:|last read:|parsing tool call: raw=|model output:|"
     r"tokens remaining in message header:|failed_generation\\{0,3}['\"]:).+|"
@@ -2354,8 +2330,8 @@ class _Words:
 
     def __init__(self, message: str, texts: Iterable[str]) -> None:
         known = "\n".join(texts)
-        message = _pattern(_ESCAPE).sub(_unescaped, message[: 2 * _SEARCHED])
-        self._message, self.shown = " ".join(message[:_SEARCHED].split()), ""
+        message = _unescaped(message[: 2 * _SEARCHED])[:_SEARCHED]
+        self._message, self.shown = " ".join(message.split()), ""
         self._known, self._large = _folded(known), len(known) > _COMPARED
         if not self._large:
             self._message = self.shown = _without_echo(self._message, self._known)
@@ -2373,12 +2349,10 @@ class _Words:
         return text.lower() in self._message.lower()
 
 
-#: How JSON and Python write a character in quotes: an echo may come so.
-_ESCAPE = r"\\+(?:u([0-9a-fA-F]{4})|([nrt])|(?=[\"'/]))"
-
-
-def _unescaped(found: re.Match[str]) -> str:
-    return chr(int(found[1], 16)) if found[1] else " " if found[2] else ""
+def _unescaped(text: str) -> str:
+    """The text without the escapes of JSON's and Python's quotes: an echo may have them."""
+    escape = _pattern(r"\\+(?:u([0-9a-fA-F]{4})|([nrt])|(?=[\"'/]))")
+    return escape.sub(lambda at: chr(int(at[1], 16)) if at[1] else " " if at[2] else "", text)
 
 
 def _folded(text: str) -> str:
@@ -2402,12 +2376,6 @@ def _without_echo(message: str, known: str) -> str:
     return re.sub("\0+", "***", "".join(kept))
 
 
-_KEY_LIKE = (
-    r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|bearer\s{1,9}\S+|"
-    r"[\w-]{40,}"
-)
-
-
 def _hidden(message: str, secrets: Iterable[str]) -> str:
     """The message without these keys, also as a URL or as JSON writes them."""
     from urllib.parse import quote
@@ -2421,7 +2389,8 @@ def _hidden(message: str, secrets: Iterable[str]) -> str:
 
 def _masked(message: str) -> str:
     """One clipped line without what looks like a key, and without control characters."""
-    message = _pattern(_KEY_LIKE).sub("***", message)
+    key = r"(?i)\b(?:sk|pk|gsk|xai|key|AIza|AQ)[-_.][\w\-.*]{6,}|\bAIza[\w-]{10,}|[\w-]{40,}"
+    message = _pattern(key + r"|bearer\s{1,9}\S+").sub("***", message)
     if len(message) > _MESSAGE_LIMIT:
         message = message[: _MESSAGE_LIMIT - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
@@ -2511,18 +2480,6 @@ def _retry_hint(
     return None
 
 
-#: Headers with a time to wait; the second one is LiteLLM's.
-_WAITS = ("retry-after", "llm_provider-retry-after")
-#: How units begin, and their seconds.
-_UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400.0), ("", 1.0))
-#: A number and its unit, perhaps.
-_SPAN = (
-    r"(\d{1,15}(?:\.\d{1,12})?)"
-    r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
-)
-_ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
-
-
 def _delay(text: str) -> float | None:
     """Seconds of ``7``, ``6m0s``, ``2 minutes``, or until a date or a moment since 1970."""
     text = text[:64].strip().rstrip(".")
@@ -2561,13 +2518,15 @@ _Object = dict[str, Any]  #: as JSON has them
 _HINTS = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
                     "reasoning_effort", "parallel_tool_calls", "user"})
 _TOKEN_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  #: of one option
-_OPTIONS: frozenset[str] = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "response_format",
-                                                    "extra_body"}
+_OPTIONS = _HINTS | _TOKEN_LIMITS | {"stop", "tool_choice", "response_format", "extra_body"}
 _TIME_LIMITS = ("timeout", "first_token_timeout", "stall_timeout")  #: of one request
 _GO_ON = "Continue."  #: the user's turn that a vendor insists on
 _NO_RESULT = "no result: the call was interrupted"  #: of a tool call without one
 _STRAY_RESULT = "Result of a tool call:"  #: before one that is sent as the user's
 _ASKS_JSON = "Answer with one JSON object and nothing else."
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+_PICTURES = ("image_url", "image", "input_image")  #: types of parts
+_NOT_PLAIN = r"[^a-zA-Z0-9_-]"  #: not allowed in ids and names of tools at OpenAI and Anthropic
 
 
 class _Call(NamedTuple):
@@ -2620,7 +2579,6 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> _Object:
 
 
 # -- checking what the caller gives
-
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -2718,9 +2676,6 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return _CheckedMessages([{"role": "system", "content": instruction}, *messages])
 
 
-_PICTURES = ("image_url", "image", "input_image")  #: types of parts
-
-
 class _Part(NamedTuple):
     """A piece of a message's content."""
 
@@ -2778,9 +2733,6 @@ def _joined(content: Any, vendor: str) -> str:
     if any(part.kind != "text" for part in parts):
         raise UnsupportedRequest(f"{vendor} takes only text in this message")
     return "\n".join(part.data for part in parts)
-
-
-_NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 def _functions(call: _Call, vendor: str) -> list[_Object]:
@@ -2841,8 +2793,7 @@ def _repaired(messages: list[Message]) -> list[Message]:
     """Every tool call answered right after it, in its order and under a distinct id.
 
     All vendors demand that. A call without a result gets one that says so. A result without its
-    call becomes a user's text. An assistant's turn without text and calls is left out: some servers
-    refuse it in every later request.
+    call becomes a user's text. An assistant's empty turn is left out: some servers refuse it.
     """
     done: list[Message] = []
     ids: set[str] = set()
@@ -2862,16 +2813,16 @@ def _repaired(messages: list[Message]) -> list[Message]:
                 told = {"type": "text", "text": _STRAY_RESULT}
                 done.append({"role": "user", "content": [told, *message["content"]]})
         elif calls := message.get("tool_calls"):
-            fresh = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
-            done.append({**message, "tool_calls": fresh})
-            pairs = [(old.get("id"), new["id"]) for old, new in zip(calls, fresh, strict=True)]
+            sent = [{**call, "id": _distinct(call.get("id") or "", ids)} for call in calls]
+            done.append({**message, "tool_calls": sent})
+            pairs = [(old.get("id") or "", new["id"]) for old, new in zip(calls, sent, strict=True)]
             renamed = {old: new for old, new in pairs if old and old != new}
             if renamed and _CARRY in message:  # some servers repeat ids in each turn
                 done[-1] = {**done[-1], _CARRY: _with_ids(message[_CARRY], renamed)}
             waiting = {}
-            for old, new in zip(calls, fresh, strict=True):
-                waiting.setdefault(old.get("id") or "", []).append(len(done))
-                done.append({"role": "tool", "content": _NO_RESULT, "tool_call_id": new["id"]})
+            for old, new in pairs:
+                waiting.setdefault(old, []).append(len(done))
+                done.append({"role": "tool", "content": _NO_RESULT, "tool_call_id": new})
         elif role != "assistant" or (content and (
             isinstance(content, str) or any(part.get("text", "-") for part in content)
         )):
@@ -2947,10 +2898,6 @@ def _conversation(call: _Call, vendor: str) -> tuple[list[_Part], list[_Turn]]:
     return system, turns
 
 
-#: What tool ids and tool names must not hold, at OpenAI and Anthropic.
-_NOT_PLAIN = r"[^a-zA-Z0-9_-]"
-
-
 def _safe(text: str, bad: str, most: int) -> str:
     """A name or id without characters that a vendor refuses, distinct from all others."""
     clean = _pattern(bad).sub("_", text)
@@ -2968,7 +2915,7 @@ def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
     return call._replace(names={name: _safe(name, bad, most) for name in names})
 
 
-def _textual(item: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
+def _textual(call: _Call, item: Mapping[str, Any]) -> _Object:
     """A tool call with its name as it is sent, and its arguments as the text of an object: callers
     may have parsed them.
 
@@ -2981,7 +2928,7 @@ def _textual(item: Mapping[str, Any], names: Mapping[str, str]) -> _Object:
         valid = False
     if not valid:
         arguments = json.dumps(_argument_object(arguments), allow_nan=False)
-    function = {**item["function"], "name": names.get(name, name), "arguments": arguments}
+    function = {**item["function"], "name": call.names.get(name, name), "arguments": arguments}
     return {"type": "function", **item, "function": function}
 
 
@@ -3020,7 +2967,6 @@ def _count(usage: Any, *names: str) -> int:
 
 
 # -- an answer's bytes, cut into events
-
 
 #: First bytes of a body that is server-sent events.
 _SSE_BEGINS = (b"data:", b"event:", b":", b"id:", b"retry:", b"error:")
@@ -3113,8 +3059,7 @@ def _form_of(begun: bytes, label: str) -> _SSE | _JSONBody:
 
 
 #: (text, start) -> (value, end): half the steps of json.loads. Control characters are read.
-_scan: Callable[[str, int], tuple[Any, int]]
-_scan = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
+_scan: Any = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
 
 
 def _is_heartbeat(data: bytes) -> bool:
@@ -3155,8 +3100,7 @@ def _json(data: bytes | str, what: str) -> Any:
 # -- from events to the answer
 
 _Facts = Iterator[tuple[Any, ...]]  #: what a reader finds in an event; see _Collector
-#: Finish reasons of all vendors, in lower case -> ours. Any other word stays as it is. "stop" with
-#: tool calls becomes "tool_calls" in the end.
+#: Finish reasons of all vendors, in lower case -> ours. "stop" with calls becomes "tool_calls".
 _FINISHES = {word: reason for reason, words in {
     "stop": "stop end_turn stop_sequence tool_call tool_calls tool_use function_call eos eos_token"
             " completed complete end",
@@ -3423,14 +3367,10 @@ class _Collector:
                 raise late
 
     def _take_behind(self, fact: tuple[Any, ...]) -> None:
-        """A fact behind the finish reason. It counts if that came with or behind the first piece,
-        and another one follows.
-
-        Some servers put one into every event, or an event of its own behind every piece. A proxy
-        that answers twice sends everything again, which is passed over unless more follows.
-        """
+        """A fact behind the finish reason. Some servers send a finish reason with every piece: it
+        counts if one more follows, unless it all repeats what had come (a proxy sends it twice)."""
         is_stop = fact[0] == "stop"
-        if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._is_open()):
+        if not self._keeps_rest or not any(fact[1:]) or (is_stop and not self._has_rest()):
             return
         self._behind.append(fact)
         if is_stop and (self._has_many_ends or not self._repeats()):
@@ -3504,8 +3444,7 @@ class _Collector:
         if key is None and self._calls and not (name and self._calls[-1]["name"]):
             call = self._by_key.get(("id", call_id), self._calls[-1])
         if call is None or (name and call["name"] and self._is_another(call, call_id, name)):
-            early = self._early.pop(key, [])
-            call = {"id": "", "name": "", "pieces": early, "size": 0, "key": key}
+            call = {"id": "", "name": "", "pieces": self._early.pop(key, []), "size": 0, "key": key}
             self._calls.append(call)
         if call_id:
             self._by_key["id", call_id] = call
@@ -3626,7 +3565,7 @@ class _Collector:
         """Whether nothing can be missing: a finish reason has come, and it is not one of many."""
         return self.complete and not self._has_many_ends
 
-    def _is_open(self) -> bool:
+    def _has_rest(self) -> bool:
         """Whether something has come behind the last finish reason."""
         return bool(self._behind) and self._behind[-1][0] != "stop"
 
@@ -3643,7 +3582,7 @@ class _Collector:
     def response(self) -> LLMResponse:
         """The answer. Raises InvalidResponse if it is cut, ContentFiltered, EmptyResponse."""
         by_marker = self.ended and not self._names_finish  # a server without finish reasons
-        cut = self._has_many_ends and self._is_open()
+        cut = self._has_many_ends and self._has_rest()
         if cut or (not self.complete and (self._open or not (self._whole or by_marker))):
             raise InvalidResponse("truncated: neither a finish reason nor an end marker")
         finish = self._finish
@@ -3692,8 +3631,7 @@ class _Collector:
         return _cleaned({**kept, "text": text or None, "ids": ids, "for": self._call.identity})
 
     def _tool_calls(self) -> list[ToolCall]:
-        # perhaps before the last arguments
-        cut = self._finish not in ("stop", "tool_calls") or self._is_open()
+        cut = self._finish not in ("stop", "tool_calls") or self._has_rest()
         given = [call for call in self._calls if call["name"] or "".join(call["pieces"]).strip()]
         self._calls = given
         earlier = sum(len(message.get("tool_calls") or ()) for message in self._call.messages)
@@ -3756,6 +3694,39 @@ _NAME = (
     r"[^\s\x00-\x1f\x7f\ud800-\udfff]{0,200}|"
     r"[^\x00-\x1f\x7f\ud800-\udfff]{0,200}\.[a-z]{2,5}"
 )
+#: The answers that are being read, by the ids of their collectors. The garbage collector might
+#: otherwise find the socket of a forgotten stream before the stream that closes it.
+_open_answers: dict[int, _Answer] = {}
+#: What servers call our options and fields when they complain, if it is another name.
+_COMPLAINTS = {
+    "top_p": "top_?p",
+    "presence_penalty": "presence_?penalty|penalty",
+    "frequency_penalty": "frequency_?penalty|penalty",
+    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
+    r"thinking[\w.]{0,40}|think",
+    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
+    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
+    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
+}
+#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
+_REFUSES_CARRY = (
+    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
+    r"(unsupported|not supported|not permitted)|"
+    r"encrypted content .{0,120}could not be|invalid .?signature"
+)
+#: An error about a value: with another one the field may be taken.
+_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
+_REFUSES = (
+    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
+    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
+    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
+    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
+)
+#: An error that lists fields, each of which is refused.
+_LISTS = (
+    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
+)
 
 
 def _credentials(url: str) -> list[str]:
@@ -3809,7 +3780,6 @@ class _HTTPProvider(LLMProvider):
     _key_hosts: ClassVar[tuple[str, ...]]  #: where its key may go; .x.com: x.com and hosts below
     _first_token: ClassVar[float] = 12.0  #: seconds
     _rows: ClassVar[_Rows] = _Rows()
-    _is_ours = True
     _wants_model: bool = True  #: a call without a model is a mistake
 
     def __init__(
@@ -3829,10 +3799,10 @@ class _HTTPProvider(LLMProvider):
         if first_token_timeout is None:  # a whole answer shows no sign of life before its end
             first_token_timeout = self._first_token if stream_upstream else math.inf
         most = _number(max_response_bytes, "max_response_bytes", least=1, whole=True)
-        self.connect_timeout: float = _number(connect_timeout, "connect_timeout")
-        self.first_token_timeout: float = _number(first_token_timeout, "first_token_timeout")
-        self.stall_timeout: float = _number(stall_timeout, "stall_timeout")
-        self.max_response_bytes: int = most
+        self.connect_timeout = _number(connect_timeout, "connect_timeout")
+        self.first_token_timeout = _number(first_token_timeout, "first_token_timeout")
+        self.stall_timeout = _number(stall_timeout, "stall_timeout")
+        self.max_response_bytes = most
         self.stream_upstream = stream_upstream
         if base_url is None:
             base_url = self._from_environment(os.environ)[1] or self._default_url
@@ -3945,8 +3915,7 @@ class _HTTPProvider(LLMProvider):
     ) -> LLMResponse:
         """One whole answer. ``messages``: OpenAI form or a str. An unknown option is a TypeError.
 
-        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit this request. Raises
-        ProviderError classes.
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` limit it. Raises ProviderErrors.
         """
         kwargs.pop("thoughts", None)
         try:
@@ -4003,10 +3972,7 @@ class _HTTPProvider(LLMProvider):
     def _deltas(
         self, messages: Any, tools: Any, model: Any, kwargs: dict[str, Any], shown: bool
     ) -> Generator[str, None, LLMResponse]:
-        """One answer, with one corrected resend for each field that the server refuses.
-
-        ``shown``: whether to yield deltas.
-        """
+        """One answer, with one corrected resend for each refused field. ``shown``: yield deltas."""
         asked = self._checked_call(messages, tools, model, kwargs)
         own = (self.first_token_timeout, self.stall_timeout)
         silence = tuple(map(_seconds, [kwargs] * 2, _TIME_LIMITS[1:], own))
@@ -4351,8 +4317,7 @@ class _HTTPProvider(LLMProvider):
             name: fix.value for name, fix in self._learned.get(call.model, {}).items()
             if not fix.refused or call.options.get(name) in fix.refused  # else it may do
         }
-        options = {name: learned.get(name, value) for name, value in call.options.items()}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = _given({name: learned.get(name, item) for name, item in call.options.items()})
         thoughts = call.thoughts and "thoughts" not in learned
         return call._replace(options=options, learned=learned, thoughts=thoughts)
 
@@ -4394,11 +4359,6 @@ def _token(text: str | None, answer: _Answer, form: str = r"[\w.:/+=-]{1,100}") 
 def _request_id(answer: _Answer) -> str | None:
     ids = filter(None, map(answer.headers.get, _REQUEST_IDS))
     return _token(next(ids, None), answer)
-
-
-#: The answers that are being read, by the ids of their collectors. The garbage collector might
-#: otherwise find the socket of a forgotten stream before the stream that closes it.
-_open_answers: dict[int, _Answer] = {}
 
 
 def _sealed(stream: Generator[str, None, LLMResponse]) -> Generator[str, None, LLMResponse]:
@@ -4478,38 +4438,6 @@ def _header_name(name: Any) -> str:
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
 
 
-#: What servers call our options and fields when they complain, if it is another name.
-_COMPLAINTS = {
-    "top_p": "top_?p",
-    "presence_penalty": "presence_?penalty|penalty",
-    "frequency_penalty": "frequency_?penalty|penalty",
-    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
-    r"thinking[\w.]{0,40}|think",
-    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
-    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
-    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
-}
-#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
-_REFUSES_CARRY = (
-    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
-    r"(unsupported|not supported|not permitted)|"
-    r"encrypted content .{0,120}could not be|invalid .?signature"
-)
-#: An error about a value: with another one the field may be taken.
-_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
-_REFUSES = (
-    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
-    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
-    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
-    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
-)
-#: An error that lists fields, each of which is refused.
-_LISTS = (
-    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
-)
-
-
 # ==== OpenAI ======================================================================================
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by many servers,
 # and OpenAI's own Responses API.
@@ -4518,6 +4446,13 @@ _LISTS = (
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "reasoning_text")
 #: Fields of a tool call that go back with it: signatures of Google, and of LiteLLM's Gemini.
 _CALL_EXTRAS = ("extra_content", "provider_specific_fields")
+#: What servers call tokens that were read from a cache, and that were written into one.
+_CACHED = (
+    "cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cache_read_input_tokens",
+)
+_WRITTEN = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+#: Keys of a message that are sent. Other keys are another vendor's or an answer's.
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
 
 
 def _chat_facts(body: _Object) -> _Facts:
@@ -4624,15 +4559,6 @@ def _openai_usage(usage: _Object) -> Usage:
     return Usage(prompt + asked, completion, cached, written, thought)
 
 
-#: What servers call tokens that were read from a cache, and that were written into one.
-_CACHED = (
-    "cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens", "cache_read_input_tokens",
-)
-_WRITTEN = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
-#: Keys of a message that are sent. Other keys are another vendor's or an answer's.
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache_control")
-
-
 def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     """As it is sent. Local templates know neither the developer role nor lists of texts."""
     sent = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
@@ -4643,7 +4569,7 @@ def _chat_message(call: _Call, message: Message, at_openai: bool) -> _Object:
     kept = {} if at_openai else call.carried(message)
     calls = []
     for item in sent.pop("tool_calls", ()):
-        calls.append({**_textual(item, call.names), "id": _short_id(item["id"], most)})
+        calls.append({**_textual(call, item), "id": _short_id(item["id"], most)})
         if item["id"] in kept.get("extra", {}):
             calls[-1] |= kept["extra"][item["id"]]
     if calls:  # an empty list is refused
@@ -4701,8 +4627,7 @@ def _short_id(tool_id: str, most: int) -> str:
 
 
 def _merged_turns(call: _Call) -> list[Message]:
-    """At most one message of the system, which is first; the user's comes next; no side speaks
-    twice in a row."""
+    """At most one message of the system, in front; then the user's; no side twice in a row."""
     role, of_system = "user" if "system" in call.learned else "system", ("system", "developer")
     first = [{**one, "role": role} for one in call.messages if one["role"] in of_system]
     merged: list[Message] = []
@@ -4724,8 +4649,7 @@ def _merged_turns(call: _Call) -> list[Message]:
 
 
 def _pictures_apart(messages: list[Message]) -> list[Message]:
-    """Chat Completions takes only text in a tool's result: its pictures and files follow in a
-    message of the user."""
+    """Chat Completions takes only text in a tool's result: the rest follows as the user's."""
     done: list[Message] = []
     for is_tool, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
         moved: list[Any] = []
@@ -4955,7 +4879,7 @@ def _responses_items(call: _Call, message: Message) -> list[Any]:
     if text := _joined(content, vendor):  # parts would need the ids that the API gave them
         items.append({"type": "message", "role": role, "content": text})
     for item in message.get("tool_calls") or ():
-        function = _textual(item, call.names)["function"]
+        function = _textual(call, item)["function"]
         items.append({
             "type": "function_call", "call_id": _short_id(item["id"], 64),
             "name": function["name"], "arguments": function["arguments"],
@@ -5019,8 +4943,6 @@ _STRICT_TEMPLATE = (
 _WANTS_CONTENT = (
     r"(?i)\bcontent\b.{0,60}(valid string|none is not|not be (null|none)|be a string|required)"
 )
-
-
 _AZURE = (".azure.com", ".azure.us", ".azure.cn")
 
 
@@ -5132,6 +5054,11 @@ _ANTHROPIC_GROWS = {
 }
 _MAX_TOKENS = 8192  #: where a call names no limit
 _ANTHROPIC_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp", "application/pdf")
+#: Bounds in a schema that structured outputs refuse.
+_BOUNDS = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems",
+})
 
 
 def _anthropic_facts(body: _Object) -> _Facts:
@@ -5237,13 +5164,6 @@ def _anthropic_stops(call: _Call) -> list[str] | None:
     return kept or None
 
 
-#: Bounds in a schema that structured outputs refuse.
-_BOUNDS = frozenset({
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-    "maxLength", "pattern", "minItems", "maxItems", "uniqueItems",
-})
-
-
 def _anthropic_schema(schema: Any) -> Any:
     """The schema of an answer as structured outputs take it
     (https://platform.claude.com/docs/en/build-with-claude/structured-outputs): every object is
@@ -5333,13 +5253,12 @@ def _anthropic_file(part: _Part) -> _Object:
 
 def _anthropic_tools(call: _Call, turns: list[_Turn]) -> _Object:
     """tools and tool_choice. A history with tool calls needs its tools declared in any case."""
-    functions = _functions(call, "Anthropic")
     tools = [_given({
         "name": function["name"],
         "input_schema": {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)},
         "description": function.get("description"), "strict": function.get("strict"),
         "cache_control": given.get("cache_control") or function.get("cache_control"),
-    }) for given, function in zip(call.tools or (), functions, strict=True)]
+    }) for given, function in zip(call.tools or (), _functions(call, "Anthropic"), strict=True)]
     kind, name = _choice(call)
     if not tools:
         used = dict.fromkeys(name for turn in turns for _, name, _ in turn.calls)
@@ -5435,8 +5354,7 @@ def _gemini_facts(body: _Object) -> _Facts:
 
 def _gemini_usage(usage: _Object) -> Usage:
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
-    counts = (_count(usage, f"{name}TokenCount") for name in names)
-    prompt, used, written, thought, cached = counts
+    prompt, used, written, thought, cached = (_count(usage, f"{name}TokenCount") for name in names)
     return Usage(prompt + used, written + thought, cached, 0, thought)
 
 
@@ -5810,7 +5728,7 @@ class ProviderTier:
             self._takes = _options_taken(provider, self.params)
             self.models = _checked_models(models)
             self.timeout = None if timeout is None else float(_number(timeout, "timeout"))
-            self.retries: int = _number(retries, "retries", whole=True)
+            self.retries = _number(retries, "retries", whole=True)
             if max_concurrency is not None:
                 _number(max_concurrency, "max_concurrency", least=1, whole=True)
             self.prices: Any = _checked_prices(prices, self.models)
@@ -5823,8 +5741,8 @@ class ProviderTier:
         self.max_concurrency = max_concurrency
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
-        self._is_ours = getattr(provider, "_is_ours", False) is True  # a mock has any attribute
-        self._is_chain = getattr(provider, "_is_chain", False) is True
+        self._is_chain = getattr(provider, "_is_chain", False) is True  # a mock has any attribute
+        self._is_ours = self._speaks_http or self._is_chain  #: knows carried parts and thoughts=
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )
@@ -6045,8 +5963,7 @@ def _settings(table: Any, where: str, in_file: bool) -> dict[str, Any]:
 
 
 def _variable(name: Any, where: str) -> str:
-    """What an environment variable holds. A name is shown only in capitals: else it may be a key
-    by mistake."""
+    """What an environment variable holds. A name not in capitals is not shown: it may be a key."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: give the name of an environment variable, as a str")
     if not os.environ.get(name):
@@ -6252,8 +6169,7 @@ class _Request:
         self.response = response
 
     def end(self, settle: Callable[[], None]) -> None:
-        """Settle the ticket, and give back the connection and then the place: closing a stream may
-        take time. The first call counts."""
+        """Settle the ticket, close the stream (that may take time), give the place back; once."""
         settle()
         try:
             if self.stream is not None:
@@ -6319,7 +6235,7 @@ class _Request:
         self.failed(error)
         return None
 
-    def left(self) -> None:
+    def abandoned(self) -> None:
         """End a request whose reader wants no more of its stream."""
         if self.stream is not None:
             self.end(self.ticket.success if self.taken else self.ticket.neutral)
@@ -6347,7 +6263,6 @@ class _Run:
     naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
     instructs = False  #: whether weaker models are told how to give up
-    backed = False  #: whether the chain around this one has a later tier that is ready
     busy: Sequence[tuple[ProviderTier, str | None]] = ()  #: who had no free place in this round
     escalation: str | None = None  #: why a weaker model gave up
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
@@ -6360,11 +6275,11 @@ class _Run:
     ) -> None:
         self.chain, self.clock = chain, chain._clock
         self.messages, self.tools = messages, tools or None
-        if options:
-            self.backed = options.pop("_backed", False)
+        #: whether the chain around this one has a later tier that is ready
+        self.backed = options.pop("_backed", False)
         self.model, self.options = model, options
         timeout, wait, names = limits
-        self.wait: float = chain.wait if wait is None else _number(wait, "wait")
+        self.wait = chain.wait if wait is None else _number(wait, "wait")
         self.limit: float = chain.timeout + self.wait
         if timeout is not None:
             self.limit = _number(timeout, "timeout")
@@ -6413,7 +6328,7 @@ class _Run:
         except RouterError as error:
             error.attempts, error._cost = tuple(self.attempts), self.cost
             if isinstance(error, (ProviderError, AllProvidersFailed)):
-                _log.warning("call failed: %s", _explain(self.attempts, None))
+                _log.warning("call failed: %s", _explain(self.attempts))
                 data = {"outcome": type(error).__name__, "latency": self.clock() - self.start}
                 self.chain._emit("done", "", "", data)
             raise
@@ -6509,7 +6424,7 @@ class _Run:
         elif tier._speaks_http:
             named = self.model is not None or "reasoning_effort" in options
             patient = not ready or self.rung or named or model in tier._thinkers
-            for name in ("first_token_timeout", "stall_timeout"):
+            for name in _TIME_LIMITS[1:]:
                 limit = _seconds(options, name, getattr(tier.provider, name))
                 limit *= 5.0 if patient else 1.0
                 options[name] = min(limit, left / 2) if ready else limit
@@ -6582,7 +6497,7 @@ class _Run:
                         return found  # type: ignore[return-value]  # no other tier is asked
         except BaseException:
             if isinstance(found, _Request):
-                found.left()
+                found.abandoned()
             raise
         if found.content:
             yield found.content
@@ -6721,8 +6636,7 @@ class _Run:
     def _nap(self) -> bool:
         """Sleep until a tier is worth asking again, if ``wait`` and the deadline allow it."""
         refused = self.last is not None and not self.chain._ladder
-        patience = min(2.0**self.naps, 8.0)
-        ready = self._ready_in(patience) if self.wait and not refused else None
+        ready = self._ready_in(min(2.0**self.naps, 8.0)) if self.wait and not refused else None
         if ready is None:
             return False
         ready = max(ready, 0.25 * 2.0 ** min(self.naps, 5))
@@ -6816,7 +6730,7 @@ class FailoverChain(LLMProvider):
     Thread-safe, fork-safe; a chain can be a tier of another. Raises ConfigError.
     """
 
-    _is_ours = _is_chain = True
+    _is_chain = True
 
     def __init__(
         self, tiers: Iterable[ProviderTier], *,
@@ -6829,9 +6743,9 @@ class FailoverChain(LLMProvider):
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep,
     ) -> None:
         self.tiers = _checked_tiers(tiers)
-        self.timeout: float = _number(timeout, "timeout")
-        self.wait: float = _number(wait, "wait")
-        self.max_retry_after: float = _number(max_retry_after, "max_retry_after")
+        self.timeout = _number(timeout, "timeout")
+        self.wait = _number(wait, "wait")
+        self.max_retry_after = _number(max_retry_after, "max_retry_after")
         self._on_error = _checked_policy(on_error)
         self._on_event = _function(on_event, "on_event", optional=True)
         self._accept = _function(accept, "accept", optional=True)
@@ -7093,8 +7007,7 @@ def _checked_policy(on_error: Any) -> dict[type, str]:
 class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
-    Closing it early, or dropping it, frees its connection and counts as no failure. Any thread may
-    read it, one at a time.
+    Closing or dropping it early frees its connection and is no failure. Threads may take turns.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
