@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import importlib
 import itertools
@@ -602,6 +603,17 @@ def test_the_path_of_a_sqlite_store_is_a_path(name, tmp_path, monkeypatch):
         assert store.swap("x", None, BreakerRecord())
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert SQLiteStore(tmp_path / name).load("x")[0] == BreakerRecord()
+
+
+def test_a_new_name_is_told_from_an_old_one_in_a_turkish_locale(make_store, monkeypatch):
+    """There Python 3.12 and older count the rows of no statement whose first word has an "I"."""
+    class Turkish(sqlite3.Connection):
+        def execute(self, sql, *values):
+            cursor = super().execute(sql, *values)
+            return SimpleNamespace(rowcount=-1, fetchall=list) if "I" in sql.split()[0] else cursor
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Turkish))
+    store = make_store("sqlite")
+    assert [store.swap("x", None, BreakerRecord()) for _ in range(2)] == [True, False]
 
 
 def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, monkeypatch):
