@@ -42,7 +42,7 @@ types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(RUN)
 
 test: $(VENV)/dev
-	$(RUN) -m coverage run -m pytest -q -rs || $(RUN) -m coverage run --append -m pytest -q $(FAILED)
+	$(RUN) -m coverage run -m pytest -q -rs --cache-clear || $(RUN) -m coverage run --append -m pytest -q $(FAILED)
 	$(RUN) -m coverage report $(if $(WHOLE),,--fail-under=90)
 	@$(if $(WHOLE),true,echo "Skipped here: the tests that need redis-server or a system like Linux (the list is above). \
 	Coverage was held to 90 % instead of 100 %.")

@@ -1376,8 +1376,8 @@ class SQLiteStore:
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
         """Compare the generation and write; None expects no record."""
         text = json.dumps(record._asdict())
-        if expected_generation is None:
-            sql = "INSERT OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
+        if expected_generation is None:  # in capitals, "insert" counts no rows in a Turkish locale
+            sql = "insert OR IGNORE INTO breakers (generation, record, name) VALUES (?, ?, ?)"
             return self._run(sql, record.generation, text, name)[0] > 0
         sql = "UPDATE breakers SET generation = ?, record = ? WHERE name = ? AND generation = ?"
         return self._run(sql, record.generation, text, name, expected_generation)[0] > 0

@@ -514,16 +514,10 @@ def test_a_snapshot_is_plain_data_and_a_breaker_is_not_copied(new, clock):
 
 
 # -- threads
-def together(count: int, work: Callable[[int], object]) -> float:
-    barrier = threading.Barrier(count + 1)
-    def run(at):
-        barrier.wait(10)
-        work(at)
-    threads = [threading.Thread(target=run, args=(at,)) for at in range(count)]
-    for thread in threads:
-        thread.start()
-    barrier.wait(10)
-    return seconds_of(lambda: [thread.join(60) for thread in threads])
+def together(count: int, work: Callable[[], object]) -> None:
+    barrier = threading.Barrier(count)
+    for thread in in_threads(count, lambda: (barrier.wait(30), work())):
+        thread.join(60)
 
 
 def test_no_failure_is_lost_between_threads():
@@ -531,7 +525,7 @@ def test_no_failure_is_lost_between_threads():
     sys.setswitchinterval(1e-6)
     breaker = CircuitBreaker(10**6)
     try:
-        together(16, lambda at: [breaker.admit().failure() for _ in range(500)])
+        together(16, lambda: [breaker.admit().failure() for _ in range(500)])
     finally:
         sys.setswitchinterval(interval)
     assert breaker.snapshot().failures == 8_000
@@ -542,7 +536,7 @@ def test_one_trial_among_32_threads(clock):
     clock.advance(15)
     leave = threading.Event()
     done: list[str] = []
-    def work(at):
+    def work():
         try:
             breaker.call(leave.wait, 10)
             done.append("trial")
@@ -557,7 +551,7 @@ def test_one_trial_among_32_threads(clock):
 
 def test_guarded_calls_run_side_by_side():
     breaker, barrier = CircuitBreaker(), threading.Barrier(16)
-    together(16, lambda at: breaker.call(barrier.wait, 10))
+    together(16, lambda: breaker.call(barrier.wait, 10))
     assert breaker.snapshot().failures == 0
 
 

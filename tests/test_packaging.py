@@ -84,7 +84,8 @@ def pythons() -> dict[str, str]:
     for minor in range(10, 15):
         kept = sorted(Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3"))
         for candidate in filter(None, [*map(str, kept), shutil.which(f"python3.{minor}")]):
-            found.setdefault(f"3.{minor}", candidate)
+            if not subprocess.run([candidate, "-V"], capture_output=True).returncode:  # else a shim
+                found.setdefault(f"3.{minor}", candidate)
     return found
 
 

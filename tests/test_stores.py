@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import importlib
 import itertools
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 from support import stores
-from support.fakes import in_threads
+from support.fakes import in_threads, running
 from support.server import Dripping
 from support.stores import (KINDS, SHARED_KINDS, FakeClock, Interrupted, PlainStore, Stage,
     StoreContract, Wrapped, at_each_line, done, end, error_of, fail, in_a_thread, needs_fork,
@@ -604,6 +605,16 @@ def test_the_path_of_a_sqlite_store_is_a_path(name, tmp_path, monkeypatch):
     assert SQLiteStore(tmp_path / name).load("x")[0] == BreakerRecord()
 
 
+def test_a_new_name_is_told_from_an_old_one_in_a_turkish_locale(make_store, monkeypatch):
+    class Turkish(sqlite3.Connection):  # Python 3.12 knows no "I" as a capital "i"
+        def execute(self, sql, *values):
+            cursor = super().execute(sql, *values)
+            return SimpleNamespace(rowcount=-1, fetchall=list) if "I" in sql.split()[0] else cursor
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Turkish))
+    store = make_store("sqlite")
+    assert [store.swap("x", None, BreakerRecord()) for _ in range(2)] == [True, False]
+
+
 def test_a_wall_clock_that_is_set_makes_nobody_wait_longer(clock, make_store, monkeypatch):
     """Back by an hour: no longer than the open time; forward: only who did not know it is early."""
     wall = FakeClock(time.time())
@@ -644,12 +655,12 @@ def test_another_connection_holds_the_writers_lock(tmp_path, clock):
     fail(breaker, 1)
     with closing(sqlite3.connect(tmp_path / "file", isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
-        took = [seconds_of(breaker.admit().failure) for _ in range(2)]
+        took = [seconds_of(breaker.admit().failure, least) for least in (0.09, 0)]
         others = [breaker_on(SQLiteStore(tmp_path / "file"), clock, name=one) for one in "abcdef"]
         for thread in in_threads(6, lambda: took.append(seconds_of(others.pop().admit))):
             thread.join(10)
         holder.execute("COMMIT")
-    assert 0.09 < took[0] < ADDED and took[1] < 0.09 and breaker.is_open
+    assert took[0] < ADDED and took[1] < 0.09 and breaker.is_open
     assert len(took) == 8 and max(took) < ADDED + 0.1  # no thread waits for the patience of another
     clock.advance(5)
     assert breaker.is_open and store.load("x")[0].state == "open"
@@ -784,9 +795,9 @@ def test_a_hung_server_costs_the_budget_once(redis_server):
     assert not events
     redis_server.pause()
     took: list[float] = []
-    for thread in in_threads(4, lambda: took.append(seconds_of(lambda: chain.chat("hi")))):
-        thread.join(10)
-    assert len(took) == 4 and 0.09 < max(took) < ADDED and sorted(events) == ["down"] * 4
+    threads = in_threads(4, lambda: took.append(seconds_of(lambda: chain.chat("hi"))))
+    seconds_of(lambda: [thread.join(10) for thread in threads], 0.08)
+    assert len(took) == 4 and max(took) < ADDED and sorted(events) == ["down"] * 4
     assert max(seconds_of(lambda: chain.chat("hi")) for _ in range(5)) < 0.09
     fresh = chain_on(RedisStore(redis_server.url), [])
     assert seconds_of(lambda: fresh.chat("hi")) < ADDED  # it connects, and nobody answers
@@ -824,10 +835,10 @@ def test_one_operation_of_redis_ends_within_its_timeout_in_all(what, operation):
     pytest.importorskip("redis")
     with Dripping(DRIPS[what]) as server, closing(
             RedisStore(f"redis://127.0.0.1:{server.port}/0", timeout=0.1)) as store:
-        start = time.monotonic()
+        start = running()
         with suppress(Exception):
             operation(store)
-        assert time.monotonic() - start < ADDED
+        assert running() - start < ADDED
         chain = chain_on(store, [])
         assert seconds_of(lambda: chain.chat("hi", timeout=1)) < 2 * ADDED
 
@@ -989,7 +1000,7 @@ def test_the_workers_of_gunicorn_share_one_breaker(where, tmp_path):
             caller.join(300)
         assert not wrong
         return [{one[at] for one in found} for at in (0, 1)]
-    with gunicorn(TEST_APP=f"{' '.join(where)} {tmp_path}") as ask:
+    with gunicorn(TEST_APP="\n".join([*where, str(tmp_path)])) as ask:
         assert load(ask, 0.2)[0] == {"primary"}
         (tmp_path / "failing").touch()
         start = time.monotonic()

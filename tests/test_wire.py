@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import requests
 from support.dialects import (DIALECTS, Answer, Dialect, answers, chunk, head, streamed, texts_in)
-from support.fakes import TOOL, error_of
+from support.fakes import TOOL, error_of, running
 from support.server import (KEY, STOP, USER, Canned, Server, block, candidate, delta, drained,
     grows, message, piece, read, reply, sent, sse, started, stops, stream, talking, waits)
 from support.vendors import MODELS, Anthropic, Gemini, Reply, faked
@@ -421,9 +421,9 @@ def test_what_cannot_be_parsed_in_the_time_left_is_not_begun() -> None:
     event = json.dumps({**delta("stop", content="x"), "more": [0.12345678901234567] * 800_000})
     for wire in (reply(event.encode()), reply(f"data: {event}\n\n".encode())):
         with talking("chat", wire) as (provider, _):
-            start = time.monotonic()
+            start = running()
             error_of(ProviderTimeout, provider.chat, "q", model="m", timeout=0.2)
-            assert time.monotonic() - start < 0.3
+            assert running() - start < 0.3
 
 
 @pytest.mark.quiet
@@ -601,7 +601,7 @@ def test_every_form_of_thinking_and_calling_is_a_sign_of_life(kind: str, frame: 
 
 
 def test_headers_roles_and_keep_alives_are_no_sign_of_life(dialect: Dialect) -> None:
-    assert not alive_after(dialect.name, dialect.idle + frames_of(dialect)[0], 0.2)
+    assert not alive_after(dialect.name, dialect.idle + frames_of(dialect)[0], 0.4)
 
 
 # -- thoughts
@@ -722,12 +722,12 @@ def test_an_error_of_any_form_behind_text_is_an_error(frame: Any) -> None:
 def test_many_small_calls_and_items_are_read_in_linear_time_and_memory() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     many = message("tool_calls", tool_calls=[{**call, "id": f"{at}"} for at in range(9000)])
-    start = time.monotonic()
+    start = running()
     assert len(read("chat", reply(many)).tool_calls) == 9000
     pieces = [piece("", "f", id=f"{at}", index=0) for at in range(2000)]
     begun = piece('{"x": "' + "y" * 500_000, "f", id="a", index=0)
     read("chat", stream(begun, *pieces, STOP), tools=TOOLS)
-    assert time.monotonic() - start < 5
+    assert running() - start < 5
     items = {"choices": [{"index": 0, "delta": {"reasoning_details": [{"x": 1}] * 2000}}]}
     found = read("chat", stream(*[items] * 10, STOP), max_response_bytes=1_000_000)
     assert getattr(found, "code", None) == "too_large"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,13 @@ KEY = "sk-test-chain-key-1234567890"
 PARTS = ["the ", "secret ", "answer"]
 TOOL = {"type": "function", "function": {"name": "f"}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
+
+
+def running() -> float:
+    """Seconds, without those in which a busy machine (Linux) kept this thread from running."""
+    told = Path("/proc/thread-self/schedstat")
+    waited = int(told.read_text("ascii").split()[1]) if told.exists() else 0
+    return time.monotonic() - waited / 1e9
 
 
 class VirtualClock:
