@@ -1479,9 +1479,8 @@ class RedisStore:
         shared_counts: bool = False, timeout: float = _STORE_BUDGET, refresh: float = 1.0,
     ) -> None:
         try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
+            import redis  # type: ignore[import-not-found, unused-ignore]
+            from redis import backoff, retry  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise ConfigError("RedisStore needs PyPI's redis: pip install redis") from None
         if not isinstance(namespace, str):
@@ -1513,7 +1512,7 @@ class RedisStore:
 
         settings = {
             **given.connection_kwargs, "socket_timeout": timeout, "socket_connect_timeout": timeout,
-            "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
+            "retry": retry.Retry(backoff.NoBackoff(), 0), "retry_on_error": [],
         }
         pool = redis.ConnectionPool(Connection, **settings)
         self._client: Any = redis.Redis(connection_pool=pool)
