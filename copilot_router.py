@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     import requests
 
 T = TypeVar("T")
+C = TypeVar("C", bound="FailoverChain")
+F = TypeVar("F", bound=Callable[..., Any])
 Message = Mapping[str, Any]
 Messages = str | Sequence[Message]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -984,21 +986,20 @@ class CircuitBreaker:
             Ticket(self, record.era, False).success()
         return result
 
-    def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
+    def __call__(self, fn: F) -> F:
         """Decorate a function, or a generator function: admitted at its first ``next()``."""
         if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError("a CircuitBreaker guards blocking functions")
-        body: Any = fn
 
         def stream(*args: Any, **kwargs: Any) -> Any:
             with self.admit():
-                return (yield from body(*args, **kwargs))
+                return (yield from fn(*args, **kwargs))
 
-        def once(*args: Any, **kwargs: Any) -> T:
+        def once(*args: Any, **kwargs: Any) -> Any:
             return self.call(fn, *args, **kwargs)
 
-        guarded: Any = stream if inspect.isgeneratorfunction(fn) else once
-        return functools.wraps(fn)(guarded)
+        guarded = stream if inspect.isgeneratorfunction(fn) else once
+        return functools.wraps(fn)(guarded)  # type: ignore[return-value]
 
     def open(self, seconds: float | None = None, reason: str = "") -> None:
         """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
@@ -5974,7 +5975,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     return tiers
 
 
-def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
+def _chain_from_config(kind: type[C], config: Any, **overrides: Any) -> C:
     in_file = not isinstance(config, Mapping)
     table, where = (_read_toml(config), f"{config}: ") if in_file else (config, "")
     for name in table:
@@ -6959,7 +6960,7 @@ class FailoverChain(LLMProvider):
         for tier in self.tiers:
             getattr(tier.provider, "close", dict)()
 
-    def __enter__(self) -> FailoverChain:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -6972,7 +6973,7 @@ class FailoverChain(LLMProvider):
         raise TypeError("a FailoverChain cannot be copied or pickled; build it where it is used")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> FailoverChain:
+    def from_config(cls: type[C], config: Mapping[str, Any] | str | os.PathLike[str]) -> C:
         """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
 
         ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
@@ -6984,7 +6985,7 @@ class FailoverChain(LLMProvider):
         return _chain_from_config(cls, config)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
+    def from_env(cls: type[C], environ: Mapping[str, str] | None = None, **settings: Any) -> C:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
         A tier for each provider whose key or base URL is set (a local one needs its address), in
