@@ -1697,6 +1697,9 @@ class _IdleConnections(deque[Any]):
 
     qsize = deque.__len__
 
+    def empty(self) -> bool:
+        return not self
+
     def put(self, item: Any, **_: Any) -> None:
         if len(self) == self.maxlen:
             raise queue.Full
@@ -1820,7 +1823,7 @@ def _limited(pool: Any) -> Any:
     """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
     import http.client
 
-    if issubclass(pool.ConnectionCls, _Limited):
+    if isinstance(pool.ConnectionCls, property):
         return pool
 
     class Response(http.client.HTTPResponse):
@@ -1831,9 +1834,13 @@ def _limited(pool: Any) -> Any:
                 http.client.parse_headers(self.fp)
             return found
 
-    kinds = (_Limited, pool.ConnectionCls)
-    connection = type("Connection", kinds, {"response_class": Response})
-    return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
+    @functools.lru_cache(8)
+    def kind(given: Any) -> Any:  # vcrpy puts its own there for a while
+        added = {"response_class": Response}
+        return given if hasattr(given, "cassette") else type("Connection", (_Limited, given), added)
+
+    now = property(lambda _: kind(pool.ConnectionCls))
+    return type("Pool", (pool,), {"ConnectionCls": now, "QueueCls": _IdleConnections})
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
@@ -1956,7 +1963,7 @@ class _Answer:
         elif self._original is None:  # a session of the user's
             read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
             self._read1 = functools.partial(read1, _READ_SIZE, decode_content=False)
-        elif self._original.chunked:
+        elif getattr(self._original, "chunked", False):  # vcrpy's has none
             self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
             self._content = _unchunked(self._read)
         else:  # urllib3's own takes twice the time
@@ -7089,7 +7096,7 @@ class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
     Closing it early, or dropping it, frees its connection and counts as no failure. Any thread may
-    read it, one at a time.
+    read or close it, one at a time.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
@@ -7118,13 +7125,6 @@ class ChatStream(Generator[str, None, LLMResponse]):
         """Ends the stream, as an exception of its reader; raises it."""
         try:
             return self._deltas.throw(*error)
-        except BaseException as raised:
-            raise _bare(raised)  # noqa: B904 - it is the same error
-
-    def close(self) -> None:
-        """Give up the rest, and free the connection. Call it in the thread that reads."""
-        try:
-            self._deltas.close()
         except BaseException as raised:
             raise _bare(raised)  # noqa: B904 - it is the same error
 
