@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     import requests
 
 T = TypeVar("T")
+C = TypeVar("C", bound="FailoverChain")
+F = TypeVar("F", bound=Callable[..., Any])
 Message = Mapping[str, Any]
 Messages = str | Sequence[Message]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -975,21 +977,20 @@ class CircuitBreaker:
             Ticket(self, record.era, False).success()
         return result
 
-    def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
+    def __call__(self, fn: F) -> F:
         """Decorate a function, or a generator function: admitted at its first ``next()``."""
         if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
             raise TypeError("a CircuitBreaker guards blocking functions")
-        body: Any = fn
 
         def stream(*args: Any, **kwargs: Any) -> Any:
             with self.admit():
-                return (yield from body(*args, **kwargs))
+                return (yield from fn(*args, **kwargs))
 
-        def once(*args: Any, **kwargs: Any) -> T:
+        def once(*args: Any, **kwargs: Any) -> Any:
             return self.call(fn, *args, **kwargs)
 
-        guarded: Any = stream if inspect.isgeneratorfunction(fn) else once
-        return functools.wraps(fn)(guarded)
+        guarded = stream if inspect.isgeneratorfunction(fn) else once
+        return functools.wraps(fn)(guarded)  # type: ignore[return-value]
 
     def open(self, seconds: float | None = None, reason: str = "") -> None:
         """Refuse all calls for ``seconds``, or until ``reset()`` if None."""
@@ -1466,9 +1467,8 @@ class RedisStore:
         shared_counts: bool = False, timeout: float = _STORE_BUDGET, refresh: float = 1.0,
     ) -> None:
         try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
+            import redis  # type: ignore[import-not-found, unused-ignore]
+            from redis import backoff, retry  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise ConfigError("RedisStore needs PyPI's redis: pip install redis") from None
         if not isinstance(namespace, str):
@@ -1500,7 +1500,7 @@ class RedisStore:
 
         settings = {
             **given.connection_kwargs, "socket_timeout": timeout, "socket_connect_timeout": timeout,
-            "retry": Retry(NoBackoff(), 0), "retry_on_error": [],
+            "retry": retry.Retry(backoff.NoBackoff(), 0), "retry_on_error": [],
         }
         pool = redis.ConnectionPool(Connection, **settings)
         self._client: Any = redis.Redis(connection_pool=pool)
@@ -1684,6 +1684,9 @@ class _IdleConnections(deque[Any]):
 
     qsize = deque.__len__
 
+    def empty(self) -> bool:
+        return not self
+
     def put(self, item: Any, **_: Any) -> None:
         if len(self) == self.maxlen:
             raise queue.Full
@@ -1801,7 +1804,7 @@ def _limited(pool: Any) -> Any:
     """urllib3's pool class (plain, TLS or SOCKS) with our connections."""
     import http.client
 
-    if issubclass(pool.ConnectionCls, _Limited):
+    if isinstance(pool.ConnectionCls, property):
         return pool
 
     class Response(http.client.HTTPResponse):
@@ -1812,8 +1815,13 @@ def _limited(pool: Any) -> Any:
                 http.client.parse_headers(self.fp)
             return found
 
-    connection = type("Connection", (_Limited, pool.ConnectionCls), {"response_class": Response})
-    return type("Pool", (pool,), {"ConnectionCls": connection, "QueueCls": _IdleConnections})
+    @functools.lru_cache(8)
+    def kind(given: Any) -> Any:  # vcrpy puts its own there for a while
+        added = {"response_class": Response}
+        return given if hasattr(given, "cassette") else type("Connection", (_Limited, given), added)
+
+    now = property(lambda _: kind(pool.ConnectionCls))
+    return type("Pool", (pool,), {"ConnectionCls": now, "QueueCls": _IdleConnections})
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
@@ -1929,7 +1937,7 @@ class _Answer:
         elif self._original is None:  # a session of the user's
             read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
             self._read1 = functools.partial(read1, _READ_SIZE, decode_content=False)
-        elif self._original.chunked:
+        elif getattr(self._original, "chunked", False):  # vcrpy's has none
             self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
             self._content = _unchunked(self._read)
         else:  # urllib3's own takes twice the time
@@ -5898,7 +5906,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     return tiers
 
 
-def _chain_from_config(kind: type[FailoverChain], config: Any, **overrides: Any) -> FailoverChain:
+def _chain_from_config(kind: type[C], config: Any, **overrides: Any) -> C:
     in_file = not isinstance(config, Mapping)
     table, where = (_read_toml(config), f"{config}: ") if in_file else (config, "")
     for name in table:
@@ -6879,7 +6887,7 @@ class FailoverChain(LLMProvider):
         for tier in self.tiers:
             getattr(tier.provider, "close", dict)()
 
-    def __enter__(self) -> FailoverChain:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -6892,7 +6900,7 @@ class FailoverChain(LLMProvider):
         raise TypeError("a FailoverChain cannot be copied or pickled; build it where it is used")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> FailoverChain:
+    def from_config(cls: type[C], config: Mapping[str, Any] | str | os.PathLike[str]) -> C:
         """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
 
         ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
@@ -6904,7 +6912,7 @@ class FailoverChain(LLMProvider):
         return _chain_from_config(cls, config)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> FailoverChain:
+    def from_env(cls: type[C], environ: Mapping[str, str] | None = None, **settings: Any) -> C:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
         A tier for each provider whose key or base URL is set (a local one needs its address), in
@@ -7007,7 +7015,8 @@ def _checked_policy(on_error: Any) -> dict[type, str]:
 class ChatStream(Generator[str, None, LLMResponse]):
     """A running answer, from ``FailoverChain.stream()``: iterate over its deltas of text.
 
-    Closing or dropping it early frees its connection and is no failure. Threads may take turns.
+    Closing it early, or dropping it, frees its connection and counts as no failure. Any thread may
+    read or close it, one at a time.
     """
 
     def __init__(self, deltas: Generator[str, None, LLMResponse]) -> None:
@@ -7036,13 +7045,6 @@ class ChatStream(Generator[str, None, LLMResponse]):
         """Ends the stream, as an exception of its reader; raises it."""
         try:
             return self._deltas.throw(*error)
-        except BaseException as raised:
-            raise _bare(raised)  # noqa: B904 - it is the same error
-
-    def close(self) -> None:
-        """Give up the rest, and free the connection. Call it in the thread that reads."""
-        try:
-            self._deltas.close()
         except BaseException as raised:
             raise _bare(raised)  # noqa: B904 - it is the same error
 

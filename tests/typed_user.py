@@ -13,6 +13,10 @@ from copilot_router import (AllProvidersFailed, Attempt, BreakerSnapshot, ChatSt
     ProviderTier, ScriptedProvider, SQLiteStore, Ticket, TierHealth, ToolCall, Usage)
 
 
+class OurChain(FailoverChain):
+    """A class of the user's own."""
+
+
 def told(event: Event) -> None:
     assert_type(event.kind, str)
     assert_type(event.time, float)
@@ -65,7 +69,7 @@ def state(chain: FailoverChain) -> None:
     assert_type(chain.check(timeout=2.0)[0].breaker.state, str)
     assert_type(chain.tiers, tuple[ProviderTier, ...])
     assert_type(FailoverChain.from_config({}), FailoverChain)
-    assert_type(FailoverChain.from_env(), FailoverChain)
+    assert_type(OurChain.from_env(), OurChain)
 
 
 def mistakes(chain: FailoverChain) -> None:
@@ -73,5 +77,6 @@ def mistakes(chain: FailoverChain) -> None:
     print(chain.chat("hi").txt)  # type: ignore[attr-defined]
     wrong: int = chain.chat("hi").text  # type: ignore[assignment]
     print(wrong)
+    CircuitBreaker()(len)(4)  # type: ignore[arg-type]
     ProviderTier("cloud")  # type: ignore[call-arg]
     FailoverChain([], timeout="soon")  # type: ignore[arg-type]
