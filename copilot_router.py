@@ -449,10 +449,8 @@ def _judged(error: BaseException, facts: _Circumstances = _ALONE) -> _Verdict:
     then, hint = facts.overruled or then, _hint_of(error)
     pause = facts.pause if hint is None else hint
     soon = pause < facts.left and (hint is None or hint <= facts.max_wait)
-    limited = isinstance(error, RateLimited)
-    if not limited:
-        again = then == "again" and facts.retries > 0
-    else:
+    again = then == "again" and facts.retries > 0
+    if limited := isinstance(error, RateLimited):
         again = hint is not None and facts.may_wait and outcome == "park" and not facts.overruled
     if again and soon:
         return _Verdict("again", "neutral" if limited else outcome, pause=pause)
@@ -464,7 +462,7 @@ def _judged(error: BaseException, facts: _Circumstances = _ALONE) -> _Verdict:
     if isinstance(error, ServerError) and hint is not None and hint > facts.max_wait:
         outcome = "park"
     elif outcome == "park long" and isinstance(error, QuotaExceeded):
-        outcome = "park longer"  # an account fills up later than a 401 may pass
+        outcome = "park longer"  # an account is seldom filled up at once
     return _Verdict(then, outcome, hint if outcome.startswith("park") else None)
 
 
@@ -483,9 +481,8 @@ def _declared(error: BaseException) -> tuple[str, str]:
         "park" if isinstance(one, CircuitOpen) else _judged(one).breaker
         for one in error.errors or ()
     }
-    fails = not inner or ("failure" in inner and "neutral" not in inner)
-    other = isinstance(error, EscalationFailed) or not fails
-    return "next", "neutral" if other else "failure"
+    failed = not inner or ("failure" in inner and "neutral" not in inner)
+    return "next", "failure" if failed and not isinstance(error, EscalationFailed) else "neutral"
 
 
 def _hint_of(error: Any) -> float | None:
@@ -1153,7 +1150,7 @@ class _SharedView:
         self._seen: int | None = -1  #: the stored generation; None: no record; -1: unknown
         self._offset = 0.0  #: the store's time less the breaker's
         self._down, self._pause = False, 0.0  #: the store is left alone, for seconds that grow
-        self._overtaken = False  #: others have changed the record alone
+        self._overtaken = False  #: another thread has changed the breaker's record only
         self.begin()
         self._outage = _Outage()
         with contextlib.suppress(TypeError):  # a store without weak references, an unhashable clock
@@ -1198,15 +1195,15 @@ class _SharedView:
         self._overtaken = False
         mine, stored = breaker._record, None if record is None else record.generation
         if record is None and self._seen is not None:  # it is new, or lost
-            above = max(mine.generation, int(store_now * 1000))  # any generation that was lost
-            breaker._set(mine, mine._replace(generation=above))
+            above_any = max(mine.generation, int(store_now * 1000))  # that was lost
+            breaker._set(mine, mine._replace(generation=above_any))
             if mine.state != "closed" and self._standing == "shared":
                 self._standing = "ahead"
             self._seen = None
         elif record is not None and record.generation != self._seen:
             newer = record.generation > mine.generation
             newer = newer or (mine.state == "closed" and record.state != "closed")
-            opens = record.state != "closed" or mine.state == "closed"  # it ends no outage of ours
+            opens = record.state != "closed" or mine.state == "closed"  # or it would end our outage
             left = min(max(record.deadline - store_now, 0.0), record.span)
             new = record._replace(deadline=breaker._clock() + left)
             longer = record.state != "closed" and new.deadline > mine.deadline
@@ -1257,7 +1254,7 @@ class _SharedView:
             return old, new
         trial = ticket is not None and ticket.is_trial and ticket._era == old.era
         if local and trial and self._standing == "shared":
-            given_back = _begun(old, "open", breaker._clock(), 0.0)  # to the others
+            given_back = _begun(old, "open", breaker._clock(), 0.0)  # others may have the trial
             if self._try(self._write, self._seen, given_back):
                 self._seen = given_back.generation
         if local or self._standing == "own":
@@ -1285,7 +1282,7 @@ class _SharedView:
                 if _is_task_limit(error):
                     raise
                 if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                    outage = _Outage()  # of this record alone
+                    outage = _Outage()  # for this breaker alone: its record is wrong
                 if clock() >= outage.until:  # else another breaker has just found out
                     self._pause = min(max(1.0, 2 * self._pause), 60.0)
                     outage.until = clock() + _drawn(self._pause / 2, self._pause)
@@ -2247,7 +2244,7 @@ class _Report(NamedTuple):
     message: str
     codes: tuple[str, ...]  #: in lower case
     param: str
-    number: int | None  #: of HTTP, among the codes
+    number: int | None  #: a status of HTTP among the codes
     delay: str  #: as it was said
 
 
@@ -3257,7 +3254,7 @@ class _Collector:
     def _begin(self) -> None:
         self.alive = False  #: a sign of generation has come; ``_events`` sets it back
         self.complete = False  #: the answer has its finish reason
-        self.may_go_on = False  #: but that proves nothing: it came with the first piece, for one
+        self.may_go_on = False  #: but more may come: it came with the first piece
         self.ended = False  #: the end marker has come: nothing follows
         self._whole = False  #: the answer came as one value, and not in events
         self._raw: Any = None  #: that value
@@ -4771,9 +4768,9 @@ class _ResponsesFacts:
         return str(found["delta"])
 
     def _rest(self, text: str, place: Any) -> str:
-        """What has not come yet of the text at a place, or at all that begin like it."""
+        """What has not come yet of a text. ``place``: a key of ``_come``, or how several begin."""
         come = self._text_at(place)
-        if place[0] == "text" and len(place) > 1 and not come:  # without a place, or under another
+        if place[0] == "text" and len(place) > 1 and not come:  # or has it come under another place
             elsewhere = self._text_at(place[:1])
             named = place[1] is not None and all(key[1] is not None for key in self._come)
             come = elsewhere if elsewhere == text or not named else ""
@@ -6210,7 +6207,7 @@ class _Request:
             pause=_drawn(0.1, 0.3),  # drawn, so that clients do not come back all at once
         ))
         self.end(lambda: self.ticket._judge(error, verdict))
-        if verdict.then == "pass" or not isinstance(error, Exception):
+        if verdict.then == "pass":
             raise error
         if isinstance(error, ProviderError):
             error.provider, error.model = tier.name, error.model or self.model or ""
@@ -6418,13 +6415,12 @@ class _Run:
         if params and self.options.keys() & _TOKEN_LIMITS:  # two names of one option
             params = {name: value for name, value in params.items() if name not in _TOKEN_LIMITS}
         options = {**params, **self.options}
-        for name in [*options] if options else ():
+        for name in [*options]:
             if options[name] is None or (tier._takes is not None and name not in tier._takes):
                 del options[name]
         left = self.deadline - request.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
-        alone = not tier._is_ours or not (self.later or self.backed)
-        ready = not alone and self._later_ready(tier)
+        ready = tier._is_ours and self._later_ready(tier)
         if tier._is_chain:
             inner = tier.provider.timeout + tier.provider.wait  # type: ignore[attr-defined]
             options["timeout"] = min(options["timeout"], inner)
@@ -6530,7 +6526,7 @@ class _Run:
         if self.observed:
             self.tell("skip", tier, model, {"reason": str(error or noted[2].error)})
 
-    def record(self, request: _Request, error: Exception | None = None) -> None:
+    def record(self, request: _Request, error: BaseException | None = None) -> None:
         """One request, with what it used. A nested chain's own attempts count in this one."""
         tier, model, response = request.tier, request.model, request.response
         found: Any = error if response is None else response
