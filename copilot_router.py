@@ -626,8 +626,7 @@ class Event(NamedTuple):
     """A step of a call, for ``on_event``. ``time``: the chain's clock. ``tier`` and ``model`` are
     "" if there is none.
 
-    It comes in the thread of the call, or of a stream's reader. ``data`` holds no key and no text
-    of a prompt or answer:
+    It comes in the thread of the call or its reader. ``data`` holds no key, prompt or answer:
 
     ==========  ====================================================================================
     attempt     a request is about to be sent; ``timeout``: seconds left for it, None: no limit
@@ -846,9 +845,8 @@ class CircuitBreaker:
 
     Closed, it counts consecutive failures and opens at ``failure_threshold`` of them. Open, it
     refuses for ``recovery_timeout`` seconds (0: not at all). Then one caller gets a trial. Success
-    closes it. Failure opens it again: for the same time, or each time for twice as long, up to
-    ``max_recovery_timeout`` (None: always the same). After ``trial_timeout`` seconds the next
-    caller takes a trial over.
+    closes it. Failure opens it again, each time for twice as long, up to ``max_recovery_timeout``
+    (None: for the same time). After ``trial_timeout`` seconds the next caller takes a trial over.
 
     Use ``breaker.call(fn, ...)``, ``@breaker``, ``with breaker.admit():`` or a Ticket's methods. A
     ProviderError's class says failure, neutral or park; another Exception is a failure; what is no
@@ -2921,8 +2919,7 @@ def _renamed_tools(call: _Call, bad: str, most: int) -> _Call:
 
 
 def _textual(call: _Call, item: Mapping[str, Any]) -> _Object:
-    """A tool call with its name as it is sent, and its arguments as the text of an object: callers
-    may have parsed them.
+    """A tool call as it is sent, with its arguments as a text: callers may have parsed them.
 
     What a model wrote wrongly would be refused in every later turn by llama.cpp and vLLM.
     """
@@ -4963,8 +4960,7 @@ class OpenAIProvider(_HTTPProvider):
     ``stream_upstream=False`` asks for whole JSON: then None is no limit for the first token.
     ``session``: your own ``requests.Session``, used as it is, with these time limits. ``api``:
     "chat", "responses", or "auto": Chat Completions until an error says that a model is served by
-    the Responses API, which is remembered. Thread-safe, also across fork. ConfigError for a setting
-    that cannot work.
+    the Responses API, which is remembered. Thread-safe, also across fork. Raises ConfigError.
     """
 
     _vendor, _default_url, _api_path = "openai", "https://api.openai.com", "/v1"
