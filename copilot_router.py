@@ -1707,9 +1707,7 @@ class _Limited:
         self.sock = _LimitedSocket(self.sock, self.now.left)
 
     def _new_conn(self) -> Any:
-        limits = self.now.limits
-        by_socks = hasattr(self, "_socks_options")
-        return _connect_by_socks(self, limits) if by_socks else _connect(self, limits)
+        return _connect_by_socks(self) if hasattr(self, "_socks_options") else _connect(self)
 
     def _connect_tls_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """TLS inside of TLS reads through this socket, many times for one handshake."""
@@ -1733,21 +1731,21 @@ class _Limited:
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
 
-def _connected(sock: Any, connection: Any, address: Any, limits: _Limits, share: int = 1) -> Any:
+def _connected(sock: Any, connection: Any, address: Any, share: int = 1) -> Any:
     """The socket, connected in this part of the time left; closed if that fails."""
     try:
         for option in connection.socket_options or ():
             sock.setsockopt(*option)
-        sock.settimeout(limits.left() / share)
+        sock.settimeout(connection.now.left() / share)
         sock.connect(address)
-        sock.settimeout(limits.left())  # for all of TLS
+        sock.settimeout(connection.now.left())  # for all of TLS
         return sock
     except BaseException:
         sock.close()
         raise
 
 
-def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
+def _connect_by_socks(connection: Any) -> Any:
     import socks  # type: ignore[import-untyped]
 
     now = connection.now
@@ -1761,12 +1759,13 @@ def _connect_by_socks(connection: Any, limits: _Limits) -> Any:
     names = ("socks_version", "proxy_host", "proxy_port", "rdns", "username", "password")
     sock.set_proxy(*(given[name] for name in names))
     try:
-        return _connected(sock, connection, (connection.host, connection.port), limits)
+        return _connected(sock, connection, (connection.host, connection.port))
     except OSError:
-        raise limits.expired() or ProviderUnavailable("the SOCKS proxy does not connect") from None
+        told = "the SOCKS proxy does not connect"
+        raise now.limits.expired() or ProviderUnavailable(told) from None
 
 
-def _connect(connection: Any, limits: _Limits) -> Any:
+def _connect(connection: Any) -> Any:
     """A socket connected to the first address that answers."""
     import socket
 
@@ -1781,8 +1780,7 @@ def _connect(connection: Any, limits: _Limits) -> Any:
     for at, (family, kind, proto, _, address) in enumerate(addresses, 1):
         try:
             share = 2 if at < len(addresses) else 1
-            sock = socket.socket(family, kind, proto)
-            sock = _connected(sock, connection, address, limits, share)
+            sock = _connected(socket.socket(family, kind, proto), connection, address, share)
         except OSError as error:
             failure = error
         else:
