@@ -6708,7 +6708,7 @@ class _Run:
                 left = max(left, _hint_of(error) or 0.0)
             elif record.state == "open" and not record.heals:
                 left = None  # a wrong key or an empty account
-            stays = isinstance(error, ProviderError) and error.breaker == "neutral"
+            stays = isinstance(error, ProviderError) and _declared(error)[1] == "neutral"
             if left is not None and not stays:  # such an error is about the request
                 hints.append(left)
         return min(hints, default=None)
@@ -6739,9 +6739,9 @@ class _Run:
         ]
         asked = [error for _, error, sent in self.failures if sent]
         if self.last is None and not late:
-            only = asked[0] if len(set(map(type, asked))) == 1 else None
+            only = asked[0] if len({(type(one), _declared(one)) for one in asked}) == 1 else None
             doubtful = isinstance(only, (AuthenticationError, QuotaExceeded))
-            if isinstance(only, ProviderError) and only.breaker == "neutral" and not doubtful:
+            if isinstance(only, ProviderError) and not doubtful and _declared(only)[1] == "neutral":
                 return only
             if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
                 return UnsupportedRequest("; ".join(map(str, errors)))
