@@ -6324,8 +6324,10 @@ class _Request:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
         self.failed(error)
         run, cause, why = self.run, error, _error_text(error)
-        timed_out = isinstance(error, ProviderTimeout) and error.code == "attempt_timeout"
+        silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
+        timed_out = isinstance(error, (ProviderTimeout, TimeoutError)) and not silent
         if timed_out and run.clock() >= run.deadline - _EARLY:
+            run.last = None  # of who gave up before: the stronger model was answering
             cause, why = run.failure(late=True), f"the call's timeout of {run.limit:g} s"
         told = _escaped(f"{self.tier.name} broke off: {why}")
         broken = StreamInterrupted(told, provider=self.tier.name, model=self.model or "")
@@ -6716,8 +6718,7 @@ class _Run:
     def _nap(self) -> bool:
         """Sleep until a tier is worth asking again, if ``wait`` and the deadline allow it."""
         refused = self.last is not None and not self.chain._ladder
-        patience = min(2.0**self.naps, 8.0)
-        ready = self._ready_in(patience) if self.wait and not refused else None
+        ready = self._ready_in(min(2.0**self.naps, 8.0)) if self.wait and not refused else None
         if ready is None:
             return False
         ready = max(ready, 0.25 * 2.0 ** min(self.naps, 5))
@@ -6749,8 +6750,7 @@ class _Run:
         told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
         reasons = "; ".join(_each_once(map(_escaped, told))) or "nowhere to escalate to"
         if self.last is not None:
-            refused = self.escalation == "refused by accept" and not self.chain._ladder
-            what = "accept refused every answer" if refused else "no stronger answer"
+            what = "no stronger answer" if self.chain._ladder else "accept refused every answer"
             error = EscalationFailed(f"{what}: {reasons}")
             error.response = self.last
         elif late:
