@@ -6343,7 +6343,7 @@ class _Run:
 
     naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
-    instructs = False  #: whether weaker models are told how to give up
+    tops: Sequence[str] = ()  #: the strongest model here and above; others are told the marker
     backed = False  #: whether the chain around this one has a later tier that is ready
     busy: Sequence[tuple[ProviderTier, str | None]] = ()  #: who had no free place in this round
     escalation: str | None = None  #: why a weaker model gave up
@@ -6372,7 +6372,8 @@ class _Run:
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         if chain._marker and chain._instruction:
             tiers = [tier for tier, _ in self.order]
-            self.instructs = any(chain._serving(name, tiers) for name in chain._ladder)
+            for rung, name in enumerate(chain._ladder):
+                self.tops = chain._ladder[rung:] if chain._serving(name, tiers) else self.tops
         self.attempts: list[Attempt] = []
         self.failures: list[_Failure] = []
         self.start = self.clock()
@@ -6520,7 +6521,7 @@ class _Run:
             ]
         elif self.thoughts:
             options["thoughts"] = True
-        if self.instructs and tier._sent_for(self.chain._ladder[-1]) != model:
+        if self.tops and model not in map(tier._sent_for, self.tops):
             form = options.get("response_format")
             kind = form.get("type") if isinstance(form, Mapping) else None
             if kind not in ("json_object", "json_schema"):
@@ -6686,8 +6687,7 @@ class _Run:
             raise self.failure()
         self.rung = rung + 1
         self.tell("escalation", tier, request.model, {"to": chain._ladder[rung]})
-        asked = [other for other, _ in stronger]
-        after = self.order[tiers.index(tier) + 1 :]
+        asked, after = dict(stronger), self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
         self.later, self.busy = [*self.plan], ()
 
@@ -7015,7 +7015,7 @@ class FailoverChain(LLMProvider):
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not any(tier._sent_for(model) for tier in tiers):
-            raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
+            raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model, tiers)}")
         tiers.sort(key=lambda tier: tier.role == "emergency" or not tier._id_of(model))
         return [(tier, tier._sent_for(model) or tier._default) for tier in tiers]
 
@@ -7025,12 +7025,12 @@ class FailoverChain(LLMProvider):
             return [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
         return [(tier, model) for tier in tiers if not tier.models]
 
-    def _hint(self, model: str) -> str:
+    def _hint(self, model: str, tiers: Sequence[ProviderTier] = ()) -> str:
         """The near misses of a name, and at most ten known names."""
-        names = dict.fromkeys(name for tier in self.tiers for name in (*tier.models, *tier._ids))
+        tiers = tiers or self.tiers
+        names = dict.fromkeys(name for tier in tiers for name in (*tier.models, *tier._ids))
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        known = f" Known: {', '.join([*names][:10])}{more}" if names else ""
-        return _near(model, names) + known
+        return _near(model, names) + (f" Known: {', '.join([*names][:10])}{more}" if names else "")
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
         try:

@@ -103,7 +103,7 @@ def test_an_unknown_model_names_the_near_misses_and_the_known_ones(clock):
 def test_tiers_restricts_strictly(clock):
     chain = chain_of(clock, tier("local", ServerError), tier("cloud", "x"))
     error_of(AllProvidersFailed, chain.chat, "hi", tiers=["local"])
-    error_of(UnknownModel, chain.chat, "hi", tiers=["local"], model="cloud")
+    error_of(UnknownModel, chain.chat, "hi", tiers=["local"], model="cloud", match="Known: local$")
     assert not calls(chain, "cloud")
     error_of(ConfigError, chain.chat, "hi", tiers=["clod"], match=r"'clod'.*Did you mean 'cloud'")
     for wrong in ("local", [], 5, [5]):
