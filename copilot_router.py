@@ -6244,8 +6244,10 @@ class _Request:
         """What the reader of a broken stream gets; the ticket takes the verdict of the cause."""
         self.failed(error)
         run, cause, why = self.run, error, _error_text(error)
-        timed_out = isinstance(error, ProviderTimeout) and error.code == "attempt_timeout"
+        silent = getattr(error, "code", None) in ("first_token_timeout", "stall_timeout")
+        timed_out = isinstance(error, (ProviderTimeout, TimeoutError)) and not silent
         if timed_out and run.clock() >= run.deadline - _EARLY:
+            run.last = None  # of who gave up before: the stronger model was answering
             cause, why = run.failure(late=True), f"the call's timeout of {run.limit:g} s"
         told = _escaped(f"{self.tier.name} broke off: {why}")
         broken = StreamInterrupted(told, provider=self.tier.name, model=self.model or "")
@@ -6261,7 +6263,7 @@ class _Run:
 
     naps, slept = 0, 0.0
     rung = 0  #: of the ladder: where the next escalation goes
-    instructs = False  #: whether weaker models are told how to give up
+    tops: Sequence[str] = ()  #: the strongest model here and above; others are told the marker
     busy: Sequence[tuple[ProviderTier, str | None]] = ()  #: who had no free place in this round
     escalation: str | None = None  #: why a weaker model gave up
     last: LLMResponse | None = None  #: the last answer that gave up or was refused
@@ -6289,7 +6291,8 @@ class _Run:
         self.observed = chain._on_event is not None or _log.isEnabledFor(logging.DEBUG)
         if chain._marker and chain._instruction:
             tiers = [tier for tier, _ in self.order]
-            self.instructs = any(chain._serving(name, tiers) for name in chain._ladder)
+            for rung, name in enumerate(chain._ladder):
+                self.tops = chain._ladder[rung:] if chain._serving(name, tiers) else self.tops
         self.attempts: list[Attempt] = []
         self.failures: list[_Failure] = []
         self.start = self.clock()
@@ -6436,7 +6439,7 @@ class _Run:
             ]
         elif self.thoughts:
             options["thoughts"] = True
-        if self.instructs and tier._sent_for(self.chain._ladder[-1]) != model:
+        if self.tops and model not in map(tier._sent_for, self.tops):
             form = options.get("response_format")
             kind = form.get("type") if isinstance(form, Mapping) else None
             if kind not in ("json_object", "json_schema"):
@@ -6602,8 +6605,7 @@ class _Run:
             raise self.failure()
         self.rung = rung + 1
         self.tell("escalation", tier, request.model, {"to": chain._ladder[rung]})
-        asked = [other for other, _ in stronger]
-        after = self.order[tiers.index(tier) + 1 :]
+        asked, after = dict(stronger), self.order[tiers.index(tier) + 1 :]
         self.plan = [*stronger, *(pair for pair in after if pair[0] not in asked)]
         self.later, self.busy = [*self.plan], ()
 
@@ -6626,7 +6628,7 @@ class _Run:
                 left = max(left, _hint_of(error) or 0.0)
             elif record.state == "open" and not record.heals:
                 left = None  # a wrong key or an empty account
-            stays = isinstance(error, ProviderError) and error.breaker == "neutral"
+            stays = isinstance(error, ProviderError) and _declared(error)[1] == "neutral"
             if left is not None and not stays:  # such an error is about the request
                 hints.append(left)
         return min(hints, default=None)
@@ -6656,9 +6658,9 @@ class _Run:
         ]
         asked = [error for _, error, sent in self.failures if sent]
         if self.last is None and not late:
-            only = asked[0] if len(set(map(type, asked))) == 1 else None
+            only = asked[0] if len({(type(one), _declared(one)) for one in asked}) == 1 else None
             doubtful = isinstance(only, (AuthenticationError, QuotaExceeded))
-            if isinstance(only, ProviderError) and only.breaker == "neutral" and not doubtful:
+            if isinstance(only, ProviderError) and not doubtful and _declared(only)[1] == "neutral":
                 return only
             if not asked and all(isinstance(error, UnsupportedRequest) for error in errors):
                 return UnsupportedRequest("; ".join(map(str, errors)))
@@ -6666,8 +6668,7 @@ class _Run:
         told = (f"{attempt.tier}: {attempt.error or attempt.outcome}" for attempt in self.attempts)
         reasons = "; ".join(_each_once(map(_escaped, told))) or "nowhere to escalate to"
         if self.last is not None:
-            refused = self.escalation == "refused by accept" and not self.chain._ladder
-            what = "accept refused every answer" if refused else "no stronger answer"
+            what = "no stronger answer" if self.chain._ladder else "accept refused every answer"
             error = EscalationFailed(f"{what}: {reasons}")
             error.response = self.last
         elif late:
@@ -6932,7 +6933,7 @@ class FailoverChain(LLMProvider):
         if not isinstance(model, str) or not model:
             raise ConfigError(f"model={model!r}: give a name, or None for each tier's default")
         if not any(tier._sent_for(model) for tier in tiers):
-            raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model)}")
+            raise UnknownModel(f"no tier serves the model {model!r}.{self._hint(model, tiers)}")
         tiers.sort(key=lambda tier: tier.role == "emergency" or not tier._id_of(model))
         return [(tier, tier._sent_for(model) or tier._default) for tier in tiers]
 
@@ -6942,12 +6943,12 @@ class FailoverChain(LLMProvider):
             return [(tier, tier._id_of(model)) for tier in tiers if tier._id_of(model)]
         return [(tier, model) for tier in tiers if not tier.models]
 
-    def _hint(self, model: str) -> str:
+    def _hint(self, model: str, tiers: Sequence[ProviderTier] = ()) -> str:
         """The near misses of a name, and at most ten known names."""
-        names = dict.fromkeys(name for tier in self.tiers for name in (*tier.models, *tier._ids))
+        tiers = tiers or self.tiers
+        names = dict.fromkeys(name for tier in tiers for name in (*tier.models, *tier._ids))
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        known = f" Known: {', '.join([*names][:10])}{more}" if names else ""
-        return _near(model, names) + known
+        return _near(model, names) + (f" Known: {', '.join([*names][:10])}{more}" if names else "")
 
     def _emit(self, kind: str, tier: str, model: str, data: dict[str, Any]) -> None:
         try:

@@ -39,6 +39,7 @@ def test_a_rung_that_nobody_here_serves_is_passed_over_and_never_forced_on_a_loc
     tiers = tier("weak", MARKED), tier("mid", "m"), tier("strong", "answer")
     chain = ladder(*tiers, top=["mid", "strong"])
     assert chain.chat("hi", tiers=["weak", "strong"]).text == "answer"
+    assert chain.chat("hi", tiers=["weak", "mid"]).text == "m" and not told(chain, "mid")
     any_model = tier("local", MARKED, models=[])
     chain = ladder(any_model, tiers[2])
     error_of(EscalationFailed, chain.chat, "hi", tiers=["local"])

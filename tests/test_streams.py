@@ -328,12 +328,16 @@ def test_the_callers_own_time_counts_towards_the_deadline(clock, pause, late):
 
 @pytest.mark.parametrize(("timeout", "code", "cause", "counted"), [
     (10, "attempt_timeout", DeadlineExceeded, 1), (3, "attempt_timeout", DeadlineExceeded, 0),
-    (30, "stall_timeout", ProviderTimeout, 1), (30, "attempt_timeout", ProviderTimeout, 1)])
+    (30, "stall_timeout", ProviderTimeout, 1), (30, "attempt_timeout", ProviderTimeout, 1),
+    (10, None, DeadlineExceeded, 1)])
 def test_the_cause_says_whose_limit_ended_a_stream(clock, timeout, code, cause, counted):
     late = ProviderTimeout("late", code=code)
-    chain = watched(clock, "x", lambda: clock.advance(min(timeout, 20)), late, timeout=20)
-    _, broken = read(chain.stream(PROMPT, timeout=timeout))
-    assert type(broken.__cause__) is cause and broken.partial == "x" and failures(chain) == counted
+    strong = watched(clock, "x", lambda: clock.advance(min(timeout, 20)), late, timeout=20)
+    weak = tier("w", "[ESCALATE]")
+    for chain in (chain_of(clock, weak, *strong.tiers, escalation_model="a"), strong):
+        _, broken = read(chain.stream(PROMPT, timeout=timeout))
+        assert type(broken.__cause__) is cause and broken.partial == "x"
+    assert failures(strong) == 2 * counted
 
 
 @pytest.mark.parametrize(("reader", "provider", "counted"), [(0, 5, 1), (3, 1, 0), (3, 5, 1)])
