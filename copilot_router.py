@@ -2497,7 +2497,7 @@ def _retry_hint(
         if "ratelimit" in name.lower() and "reset" in name.lower()
         and headers.get(name.lower().replace("reset", "remaining"), "0").strip() in ("0", "")
     ]
-    asks = words.find(_ASKS) or words.find(r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8})")
+    asks = words.find(_ASKS) or words.find(_RESETS)
     for texts in (
         # several of them are joined by commas; a date needs no day of the week
         [headers.get("retry-after-ms", "") + "ms",
@@ -2519,6 +2519,7 @@ _UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400
 _SPAN = (
     r"(\d{1,15}(?:\.\d{1,12})?)"
     r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
+_RESETS = r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8}(?:[+-]\d\d:\d\d)?)"
 )
 _ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
 

@@ -579,6 +579,8 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     (429, {"x-ratelimit-reset-tokens": " 1h2m3s. "}, "", 3723.0),
     (429, {"x-ratelimit-reset-tokens": "120ms", "x-ratelimit-reset-requests": "1s"}, "", 1.0),
     (429, {"x-ratelimit-reset-tokens": "soon"}, "", None),
+    (429, {}, time.strftime("used, resets at %Y-%m-%dT%H:%M:%S+08:00 (2056)",  # MiniMax
+        time.gmtime(time.time() + 4000 + 8 * 3600)), 4000.0),
     *((429, {"Retry-After": odd}, "", None) for odd in (
         "nan", "inf", "-1", "", "1 January", "soon", "Thu, 99 Foo 1970 99:00:00 GMT")),
     *((429, {}, text, seconds) for text, seconds in (
