@@ -4492,7 +4492,7 @@ _REFUSES = (
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
 )
 #: An error that lists fields, each of which is refused.
 _LISTS = (
@@ -5004,8 +5004,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
 #: What servers with strict chat templates (llama.cpp, vLLM, LM Studio) say of messages that are not
 #: one of the system and then the user's and the model's in turn.
 _STRICT_TEMPLATE = (
-    "(?i)system message must be|roles must alternate|system role not supported|"
-    "only user and assistant roles"
+    "(?i)system message must be|roles must alternate|should (be )?alternat|successive user or|"
+    "system role not supported|developer instruction is not|only user and assistant roles"
 )
 #: What servers say that want a text beside tool calls, too (llama-cpp-python).
 _WANTS_CONTENT = (
@@ -5095,7 +5095,7 @@ class OpenAIProvider(_HTTPProvider):
             if words.find(r"(?i)response_format.{0,20} must be .json_schema"):  # LM Studio
                 schema = {"name": "answer", "schema": {"type": "object"}}
                 return _Fix("response_format", {"type": "json_schema", "json_schema": schema})
-            served = words.find("(?i)v1/responses|responses api")
+            served = words.find("(?i)v1/responses|responses api|via the /chat/completions endpoint")
             if self.api == "auto" and status != 422 and served:
                 return _Fix("api", "responses")
         return super()._correction(report, words, status, call)
