@@ -2120,24 +2120,28 @@ def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderE
 _CODES = _coded({
     ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261"
     " context_exceeded model_max_prompt_tokens_exceeded tokens_limit_reached"
-    " max_context_length_exceeded",
+    " max_context_length_exceeded tokens_too_long characters_too_long",  # the last two: Baidu
     QuotaExceeded: "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded"
     " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
-    " insufficient_user_quota budget_exceeded"  # new-api, LiteLLM
-    " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
+    " insufficient_user_quota pre_consume_token_quota_failed budget_exceeded"  # new-api, LiteLLM
+    " spend_limit_reached blocked_api_access invalidsubscription"  # Groq, Ark
+    " allocationquota.freetieronly account_deactivated token_quota_reached"
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
-    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection",
+    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection"
+    " organization_restricted access_terminated",  # Groq, OpenAI
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
     " model_not_supported 1311 key_model_access_denied team_model_access_denied"
-    " user_model_access_denied org_model_access_denied project_model_access_denied",
+    " user_model_access_denied org_model_access_denied project_model_access_denied"
+    " model_permission_blocked_org model_permission_blocked_project invalid_model",  # Groq, Baidu
     ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
     " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027"
-    " sensitive_words_detected inputtextsensitivecontentdetected",
+    " sensitive_words_detected inputtextsensitivecontentdetected bio_policy refusal"
+    " censorship_blocked unsafe_request image_content_policy_violation",  # StepFun, Baidu, OpenAI
     Overloaded: "slow_down server_is_overloaded overloaded_error capacity_exceeded"
     " engine_overloaded_error engine_overloaded",
     InvalidResponse: "tool_use_failed json_validate_failed output_parse_failed",
@@ -2155,61 +2159,59 @@ _MINIMAX_CODES = _coded({
 
 _PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
-    (r"context length|context window|maximum context|context size|prompt is too long|"
-     r"is longer than the model|context the overflows|n_keep.{0,200}n_ctx|exceed context limit|"
-     r"input tokens exceed|input token count|request too large for|current length is \d{1,9} while|"
+    (r"context length|context window|context size|context the overflows|exceed context limit|"
+     r"(input|prompt)( tokens?)?( length)?( is)? too long|is longer than the (maximum )?model|"
+     r"input tokens( \d{1,9} cannot)? exceed|input token count|request too large for|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
-     r"input is too long|maximum prompt length|prompt token count .{0,60}exceeds|max size: \d|"
-     r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
-     r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
-     ContextLengthExceeded),
-    # Gemini's quota of a day, as LiteLLM quotes it; budgets of LiteLLM
-    (r"requestsperday|(crossed|exceeded) budget", QuotaExceeded),
+     r"inputs?` ?tokens? \+ `?max_new_tokens|reduce (the length|your prompt)|"
+     r"maximum prompt length|input length \d{1,9} exceeds|model max length|than max_seq_len|"
+     r"must have less than \d{1,9} tokens|prompt token count .{0,60}exceeds|"
+     r"too many tokens: (total|size)", ContextLengthExceeded),
+    # quotas of a day: Gemini's, as LiteLLM quotes it, Bedrock, Cerebras; budgets of LiteLLM
+    (r"requestsperday|(crossed|exceeded) budget|tokens per day(,| limit)", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans whose hours, week or
-    # month are used up
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial, SiliconFlow, Novita, Copilot;
+    # free allowances of Cloudflare and Ark; plans whose hours, week or month are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
-     r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
-     r"requires more credits|used all available credits|account is (suspended|in arrears)|"
-     r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
-     r"usage (limit|quota)|monthly quota|limit exhausted|calls / month|have any credits|"
-     r"out of call volume quota", QuotaExceeded),
+     r"credits are depleted|limit: 0\b|spend(ing)? (limit|cap)|never purchased credits|"
+     r"out of (credits|extra usage)|(requires more|have any) credits|not enough balance|"
+     r"balance is insufficient|overdue balance|account is (suspended|in arrears)|"
+     r"exceeded your monthly included credits|usage (limit|quota)|monthly quota|limit exhausted|"
+     r"weekly rate limit|calls / month|daily free allocation|free trial quota|"
+     r"set inference limit|out of call volume quota", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
-     r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
-     AuthenticationError),
+     r"invalid (bearer )?token|location is not supported", AuthenticationError),
     # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
     (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
      r"error while processing the model", ServerError),
     # llama.cpp and llama-cpp-python, at 500; OpenRouter, with invalid_prompt
     (r"jinja exception|invalid responses api request|backend request failed with status 400|"
      r"^\d{1,3} validation errors?:", BadRequest),
-    (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"invalid model name|"
-     r"is not a valid model|not found for account|"
-     r"model .{0,120}(not found|not exist|no longer available|"
+    # the second line: Ollama's cloud at 403, MiniMax at 500
+    (r"no models? loaded|model (is )?unloaded|unknown model|^invalid model|invalid model name|"
+     r"model requires a subscription|plan not support model|is not a valid model|"
+     r"not found for account|model .{0,120}(not found|not exist|no longer available|"
      r"has been (retired|deprecated))", ModelNotFound),
-    # the last lines: xAI and LiteLLM, Cloudflare's gateway, Portkey, new-api and Ark
+    # the last lines: xAI, LiteLLM, OpenRouter, MiniMax, Cloudflare's gateway, Portkey, new-api, Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
-     r"content violates usage guidelines|prompt injection attack|"
+     r"content violates usage guidelines|prompt injection (attack|pattern)|new_sensitive \(102|"
      r"violated .{0,40}(guardrail|content safety|jailbreak|injection)|"
      r"blocked by .{0,40}(guardrail|model armor)|"
      r"(prompt|response|content) blocked due to (security|guardrail|dlp)|^content blocked: |"
      r"content_?policy_?violation|result of our safety system|"
-     r"guardrail checks .{0,40}failed|sensitive words detected|text may contain sensitive info",
-     ContentFiltered),
+     r"guardrail checks .{0,40}failed|sensitive words detected|sensitive content that violates|"
+     r"(text|image|^) ?may contain sensitive info", ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
     (r"^litellm\.ratelimiterror", RateLimited),
     (r"^litellm\.contextwindowexceedederror", ContextLengthExceeded),
-    (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
-     r"at capacity", Overloaded),
-    (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
-     r"image (input|modality)|not a multimodal model|unsupported param: tools|"
-     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|--jinja|"
-     r"unknown variant .image_url|"
-     r"no endpoints (found|available) (that|matching)|"
-     r"(tools?|image|response_format|json_schema).{0,60}not supported|"
-     r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
+    (r"loading model|is (currently )?loading|overloaded|server busy|at capacity", Overloaded),
+    (r"does(n't| not) support (the )?(tool|image|vision|thinking|chat|function|response.format)|"
+     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|not a multimodal model|"
+     r"unknown variant .image_url|no endpoints (found|available) (that|matching)|"
+     r"(tool|image|function call|response_format|json.(mode|schema)).{0,60}not (support|enabl)ed|"
+     r"unsupported param: tools|tool_?choice.{0,80}(support|permitted|allowed|forces)",
+     UnsupportedRequest),
 )
 
 #: For classes that count against a tier a phrase must be the server's own.
@@ -2245,11 +2247,9 @@ _NAMES_PERMISSION = (
     r"quota|plan\b|subscription|country|region|location"
 )
 #: Headers with the provider's id of a request.
-_REQUEST_IDS = (
-    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
-    "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
-    "x-amzn-requestid", "x-debug-trace-id", "x-litellm-call-id",
-)
+_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "inference-id",
+                "x-generation-id", "mistral-correlation-id", "x-ds-trace-id", "x-amzn-requestid",
+                "x-kong-request-id", "x-debug-trace-id", "x-litellm-call-id")
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -2275,19 +2275,16 @@ class _Report(NamedTuple):
 
 
 #: Names of a failure's parts, of their texts, and of their codes.
-_PARTS = (
-    "error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
-    "headers",
-)
-_TEXTS = (
-    "message", "Message", "detail", "error_description", "error_message", "status_msg", "msg",
-)
-_CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
+_PARTS = ("error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
+          "headers")
+_TEXTS = ("message", "Message", "detail", "error_description", "error_message", "error_msg",
+          "status_msg", "msg")
+_CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status",
+               "error_type")
 #: Names of a time to wait: of Google, Codex, z.ai, Hugging Face, and in the headers that OpenRouter
 #: repeats.
-_DELAY_NAMES = (
-    "retryDelay", "resets_in_seconds", "retry_after", "estimated_time", "X-RateLimit-Reset",
-)
+_DELAY_NAMES = ("retryDelay", "resets_in_seconds", "retry_after", "estimated_time",
+                "X-RateLimit-Reset")
 
 
 #: What a message quotes of the model's words: all behind these marks of llama.cpp, Ollama,
@@ -2328,7 +2325,8 @@ def _report(body: Any) -> _Report:
         said = [part[name] for name in _TEXTS if isinstance(part.get(name), str)]
         said = [_pattern(_MODELS_WORDS).sub(r"\1***", text) for text in said]
         texts += [": ".join([" ".join(place), text] if place else [text]) for text in said]
-    coded = [part for part in parts if "cloudflare_error" not in part]  # whose codes are its own
+    coded = [part for part in parts if "cloudflare_error" not in part  # whose codes are its own
+             and part.get("error_type") != "invalid_prompt"]  # OpenRouter: a malformed message
     values = [part[name] for name in _CODE_NAMES for part in coded if name in part]
     if any("PerDay" in str(part.get("violations")) for part in parts):  # Gemini's quota of a day
         values.insert(0, "insufficient_quota")
@@ -2519,9 +2517,9 @@ _UNITS = (("ms", 0.001), ("mil", 0.001), ("m", 60.0), ("h", 3600.0), ("d", 86400
 _SPAN = (
     r"(\d{1,15}(?:\.\d{1,12})?)"
     r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
-_RESETS = r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8}(?:[+-]\d\d:\d\d)?)"
 )
 _ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
+_RESETS = r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8}(?:[+-]\d\d:\d\d)?)"
 
 
 def _delay(text: str) -> float | None:
@@ -5526,7 +5524,7 @@ class GeminiProvider(_HTTPProvider):
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
-    _rows = _Rows(phrases=((r"^user location is not supported", AuthenticationError),))  # at 400
+    _rows = _Rows(phrases=((r"^user location is|free tier is not", AuthenticationError),))  # at 400
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it
