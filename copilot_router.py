@@ -2093,24 +2093,28 @@ def _coded(kinds: Mapping[type[ProviderError], str]) -> dict[str, type[ProviderE
 _CODES = _coded({
     ContextLengthExceeded: "context_length_exceeded exceed_context_size_error 1261"
     " context_exceeded model_max_prompt_tokens_exceeded tokens_limit_reached"
-    " max_context_length_exceeded",
+    " max_context_length_exceeded tokens_too_long characters_too_long",  # the last two: Baidu
     QuotaExceeded: "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded"
     " billing_error project_spend_limit_exceeded organization_usage_limit_exceeded"
     " billing_hard_limit_reached enforced_spend_limit_reached contract_spend_limit_reached"
     " insufficient_balance payment_required weight_exceeds_budget arrearage billing_not_active"
     " exceeded_current_quota_error insufficient_credits insufficient_funds 1113 1008"
-    " insufficient_user_quota budget_exceeded"  # new-api, LiteLLM
-    " accountoverdueerror allocationquota.freetieronly account_deactivated token_quota_reached"
+    " insufficient_user_quota pre_consume_token_quota_failed budget_exceeded"  # new-api, LiteLLM
+    " spend_limit_reached blocked_api_access invalidsubscription"  # Groq, Ark
+    " allocationquota.freetieronly account_deactivated token_quota_reached"
     " usage_limit_reached usage_not_included 1308 1309 1310 1316 1317 1318 1319 1320 1321",
     RateLimited: "in_flight_budget_exhausted ramp_limit_exceeded limit_requests limit_burst_rate",
     AuthenticationError: "invalid_api_key unsupported_country_region_territory api_key_invalid"
-    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection",
+    " invalidapikey 1004 2049 api_key_expired invalid_authentication_error no_db_connection"
+    " organization_restricted access_terminated",  # Groq, OpenAI
     ModelNotFound: "model_not_found deploymentnotfound model_not_exist unknown_model"
     " model_not_supported 1311 key_model_access_denied team_model_access_denied"
-    " user_model_access_denied org_model_access_denied project_model_access_denied",
+    " user_model_access_denied org_model_access_denied project_model_access_denied"
+    " model_permission_blocked_org model_permission_blocked_project invalid_model",  # Groq, Baidu
     ContentFiltered: "content_filter content_policy_violation cyber_policy hooks_failed"
     " responsibleaipolicyviolation data_inspection_failed datainspectionfailed 1301 1026 1027"
-    " sensitive_words_detected inputtextsensitivecontentdetected",
+    " sensitive_words_detected inputtextsensitivecontentdetected bio_policy refusal"
+    " censorship_blocked unsafe_request image_content_policy_violation",  # StepFun, Baidu, OpenAI
     Overloaded: "slow_down server_is_overloaded overloaded_error capacity_exceeded"
     " engine_overloaded_error engine_overloaded",
     InvalidResponse: "tool_use_failed json_validate_failed output_parse_failed",
@@ -2128,58 +2132,59 @@ _MINIMAX_CODES = _coded({
 
 _PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
-    (r"context length|context window|maximum context|context size|prompt is too long|"
-     r"is longer than the model|context the overflows|n_keep.{0,200}n_ctx|exceed context limit|"
-     r"input tokens exceed|input token count|request too large for|current length is \d{1,9} while|"
+    (r"context length|context window|context size|context the overflows|exceed context limit|"
+     r"(input|prompt)( tokens?)?( length)?( is)? too long|is longer than the (maximum )?model|"
+     r"input tokens( \d{1,9} cannot)? exceed|input token count|request too large for|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
-     r"input is too long|maximum prompt length|prompt token count .{0,60}exceeds|max size: \d|"
-     r"inputs?` ?tokens? \+ `?max_new_tokens|too large for model|reduce (the length|your prompt)|"
-     r"input length \d{1,9} exceeds|model max length|must have less than \d{1,9} tokens",
-     ContextLengthExceeded),
-    # Gemini's quota of a day, as LiteLLM quotes it; budgets of LiteLLM
-    (r"requestsperday|(crossed|exceeded) budget", QuotaExceeded),
+     r"inputs?` ?tokens? \+ `?max_new_tokens|reduce (the length|your prompt)|"
+     r"maximum prompt length|input length \d{1,9} exceeds|model max length|than max_seq_len|"
+     r"must have less than \d{1,9} tokens|prompt token count .{0,60}exceeds|"
+     r"too many tokens: (total|size)", ContextLengthExceeded),
+    # quotas of a day: Gemini's, as LiteLLM quotes it, Bedrock, Cerebras; budgets of LiteLLM
+    (r"requestsperday|(crossed|exceeded) budget|tokens per day(,| limit)", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
-    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial; plans that are used up
+    # OpenRouter, DeepSeek, xAI, Moonshot, Together, Cohere's trial, SiliconFlow, Novita, Copilot;
+    # free allowances of Cloudflare and Ark; plans whose hours, week or month are used up
     (r"credit balance is too low|exceeded your current quota|insufficient (balance|credits|funds)|"
-     r"credits are depleted|limit: 0\b|spend(ing)? limit|out of credits|never purchased credits|"
-     r"requires more credits|used all available credits|account is (suspended|in arrears)|"
-     r"exceeded your monthly included credits|check your plan and billing|overdue balance|"
-     r"usage (limit|quota)|monthly quota|limit exhausted|calls / month|have any credits|"
-     r"out of call volume quota", QuotaExceeded),
+     r"credits are depleted|limit: 0\b|spend(ing)? (limit|cap)|never purchased credits|"
+     r"out of (credits|extra usage)|(requires more|have any) credits|not enough balance|"
+     r"balance is insufficient|overdue balance|account is (suspended|in arrears)|"
+     r"exceeded your monthly included credits|usage (limit|quota)|monthly quota|limit exhausted|"
+     r"weekly rate limit|calls / month|daily free allocation|free trial quota|"
+     r"set inference limit|out of call volume quota", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
-     r"invalid x-api-key|invalid (bearer )?token|no auth credentials|location is not supported",
-     AuthenticationError),
+     r"invalid (bearer )?token|location is not supported", AuthenticationError),
     # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
     (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
      r"error while processing the model", ServerError),
     # llama.cpp and llama-cpp-python, at 500; OpenRouter, with invalid_prompt
     (r"jinja exception|invalid responses api request|backend request failed with status 400|"
      r"^\d{1,3} validation errors?:", BadRequest),
-    (r"no models? loaded|model (is )?unloaded|unknown model|^model: |^invalid model|"
-     r"invalid model name|is not a valid model|not found for account|"
-     r"model .{0,120}(not found|not exist|no longer available|has been (retired|deprecated))",
-     ModelNotFound),
-    # also xAI, LiteLLM, Cloudflare's gateway, Portkey, new-api, Ark
+    # the second line: Ollama's cloud at 403, MiniMax at 500
+    (r"no models? loaded|model (is )?unloaded|unknown model|^invalid model|invalid model name|"
+     r"model requires a subscription|plan not support model|is not a valid model|"
+     r"not found for account|model .{0,120}(not found|not exist|no longer available|"
+     r"has been (retired|deprecated))", ModelNotFound),
+    # the last lines: xAI, LiteLLM, OpenRouter, MiniMax, Cloudflare's gateway, Portkey, new-api, Ark
     (r"content management policy|content filtering policy|violating our usage policy|flagged as|"
      r"moderation(?! service is|=)|data may contain inappropriate content|content exists risk|"
-     r"content violates usage guidelines|prompt injection attack|"
+     r"content violates usage guidelines|prompt injection (attack|pattern)|new_sensitive \(102|"
      r"violated .{0,40}(guardrail|content safety|jailbreak|injection)|"
      r"blocked by .{0,40}(guardrail|model armor)|"
      r"(prompt|response|content) blocked due to (security|guardrail|dlp)|^content blocked: |"
      r"content_?policy_?violation|result of our safety system|"
-     r"guardrail checks .{0,40}failed|sensitive words detected|text may contain sensitive info",
-     ContentFiltered),
+     r"guardrail checks .{0,40}failed|sensitive words detected|sensitive content that violates|"
+     r"(text|image|^) ?may contain sensitive info", ContentFiltered),
     (r"unexpected endpoint|invalid url", ProviderUnavailable),
     (r"^litellm\.ratelimiterror", RateLimited),
     (r"^litellm\.contextwindowexceedederror", ContextLengthExceeded),
-    (r"loading model|is (currently )?loading|overloaded|server busy|maximum pending requests|"
-     r"at capacity", Overloaded),
-    (r"does(n't| not) support (the )?(tools|images?|vision|thinking|chat|function)|"
-     r"image (input|modality)|not a multimodal model|unsupported param: tools|"
-     r"requires --(enable-auto-tool-choice|tool-call-parser)|--jinja|unknown variant .image_url|"
-     r"no endpoints (found|available) (that|matching)|"
-     r"(tools?|image|response_format|json_schema).{0,60}not supported|"
-     r"tool_?choice.{0,80}(support|permitted|allowed|forces)", UnsupportedRequest),
+    (r"loading model|is (currently )?loading|overloaded|server busy|at capacity", Overloaded),
+    (r"does(n't| not) support (the )?(tool|image|vision|thinking|chat|function|response.format)|"
+     r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|not a multimodal model|"
+     r"unknown variant .image_url|no endpoints (found|available) (that|matching)|"
+     r"(tool|image|function call|response_format|json.(mode|schema)).{0,60}not (support|enabl)ed|"
+     r"unsupported param: tools|tool_?choice.{0,80}(support|permitted|allowed|forces)",
+     UnsupportedRequest),
 )
 
 #: For classes that count against a tier a phrase must be the server's own.
@@ -2215,11 +2220,9 @@ _NAMES_PERMISSION = (
     r"quota|plan\b|subscription|country|region|location"
 )
 #: Headers with the provider's id of a request.
-_REQUEST_IDS = (
-    "x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
-    "mistral-correlation-id", "x-ds-trace-id", "x-kong-request-id", "inference-id",
-    "x-amzn-requestid", "x-debug-trace-id", "x-litellm-call-id",
-)
+_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "inference-id",
+                "x-generation-id", "mistral-correlation-id", "x-ds-trace-id", "x-amzn-requestid",
+                "x-kong-request-id", "x-debug-trace-id", "x-litellm-call-id")
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -2245,18 +2248,15 @@ class _Report(NamedTuple):
 
 
 #: Names of a failure's parts, of their texts, and of their codes.
-_PARTS = (
-    "error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
-    "headers",
-)
-_TEXTS = (
-    "message", "Message", "detail", "error_description", "error_message", "status_msg", "msg",
-)
-_CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status")
+_PARTS = ("error", "errors", "message", "detail", "details", "base_resp", "innererror", "metadata",
+          "headers")
+_TEXTS = ("message", "Message", "detail", "error_description", "error_message", "error_msg",
+          "status_msg", "msg")
+_CODE_NAMES = ("reason", "code", "error_code", "status_code", "limit_source", "type", "status",
+               "error_type")
 #: Names of a time to wait: Google's, Codex's, z.ai's, Hugging Face's, OpenRouter's.
-_DELAY_NAMES = (
-    "retryDelay", "resets_in_seconds", "retry_after", "estimated_time", "X-RateLimit-Reset",
-)
+_DELAY_NAMES = ("retryDelay", "resets_in_seconds", "retry_after", "estimated_time",
+                "X-RateLimit-Reset")
 #: Headers with a time to wait; the second one is LiteLLM's.
 _WAITS = ("retry-after", "llm_provider-retry-after")
 #: How units begin, and their seconds.
@@ -2267,6 +2267,7 @@ _SPAN = (
     r" ?(ms|milli[a-z]{0,9}|m|min[a-z]{0,4}|h|hrs?|hours?|d|days?|s|sec[a-z]{0,4}|)(?![a-z])"
 )
 _ASKS = rf"(?i)(?:try again|retry|wait)(?: in| after| for)? ({_SPAN}(?: ?{_SPAN}){{0,3}})"
+_RESETS = r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8}(?:[+-]\d\d:\d\d)?)"
 #: What a message quotes of the model's words: all behind these marks (llama.cpp, Ollama, LM Studio,
 #: vLLM, Groq), and one value of Pydantic's (vLLM, SGLang).
 _MODELS_WORDS = (
@@ -2305,7 +2306,8 @@ def _report(body: Any) -> _Report:
         said = [part[name] for name in _TEXTS if isinstance(part.get(name), str)]
         said = [_pattern(_MODELS_WORDS).sub(r"\1***", text) for text in said]
         texts += [": ".join([" ".join(place), text] if place else [text]) for text in said]
-    coded = [part for part in parts if "cloudflare_error" not in part]  # whose codes are its own
+    coded = [part for part in parts if "cloudflare_error" not in part  # whose codes are its own
+             and part.get("error_type") != "invalid_prompt"]  # OpenRouter: a malformed message
     values = [part[name] for name in _CODE_NAMES for part in coded if name in part]
     if any("PerDay" in str(part.get("violations")) for part in parts):  # Gemini's quota of a day
         values.insert(0, "insufficient_quota")
@@ -2467,7 +2469,7 @@ def _retry_hint(
         if "ratelimit" in name.lower() and "reset" in name.lower()
         and headers.get(name.lower().replace("reset", "remaining"), "0").strip() in ("0", "")
     ]
-    asks = words.find(_ASKS) or words.find(r"(?i)resets at:? ([\d-]{10}[ T][\d:]{8})")
+    asks = words.find(_ASKS) or words.find(_RESETS)
     for texts in (
         # several of them are joined by commas; a date needs no day of the week
         [headers.get("retry-after-ms", "") + "ms",
@@ -4438,6 +4440,38 @@ def _header_name(name: Any) -> str:
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
 
 
+#: What servers call our options and fields when they complain, if it is another name.
+_COMPLAINTS = {
+    "top_p": "top_?p",
+    "presence_penalty": "presence_?penalty|penalty",
+    "frequency_penalty": "frequency_?penalty|penalty",
+    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
+    r"thinking[\w.]{0,40}|think",
+    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
+    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
+    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
+}
+#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
+_REFUSES_CARRY = (
+    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
+    r"(unsupported|not supported|not permitted)|"
+    r"encrypted content .{0,120}could not be|invalid .?signature"
+)
+#: An error about a value: with another one the field may be taken.
+_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
+_REFUSES = (
+    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
+    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
+    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
+    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
+)
+#: An error that lists fields, each of which is refused.
+_LISTS = (
+    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
+)
+
+
 # ==== OpenAI ======================================================================================
 # Chat Completions (https://platform.openai.com/docs/api-reference/chat), spoken by many servers,
 # and OpenAI's own Responses API.
@@ -4936,8 +4970,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
 #: What servers with strict chat templates (llama.cpp, vLLM, LM Studio) say of messages that are not
 #: one of the system and then the user's and the model's in turn.
 _STRICT_TEMPLATE = (
-    "(?i)system message must be|roles must alternate|system role not supported|"
-    "only user and assistant roles"
+    "(?i)system message must be|roles must alternate|should (be )?alternat|successive user or|"
+    "system role not supported|developer instruction is not|only user and assistant roles"
 )
 #: What servers say that want a text beside tool calls, too (llama-cpp-python).
 _WANTS_CONTENT = (
@@ -5024,7 +5058,7 @@ class OpenAIProvider(_HTTPProvider):
             if words.find(r"(?i)response_format.{0,20} must be .json_schema"):  # LM Studio
                 schema = {"name": "answer", "schema": {"type": "object"}}
                 return _Fix("response_format", {"type": "json_schema", "json_schema": schema})
-            served = words.find("(?i)v1/responses|responses api")
+            served = words.find("(?i)v1/responses|responses api|via the /chat/completions endpoint")
             if self.api == "auto" and status != 422 and served:
                 return _Fix("api", "responses")
         return super()._correction(report, words, status, call)
@@ -5447,7 +5481,7 @@ class GeminiProvider(_HTTPProvider):
     _api_path, _ping_path = "/v1beta", "/models?pageSize=1"
     _key_variables = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
     _key_hosts = (".googleapis.com",)
-    _rows = _Rows(phrases=((r"^user location is not supported", AuthenticationError),))  # at 400
+    _rows = _Rows(phrases=((r"^user location is|free tier is not", AuthenticationError),))  # at 400
 
     def _auth_headers(self, key: str) -> dict[str, str]:
         is_token = key.startswith("ya29.")  # Google's OAuth, as Vertex AI wants it

@@ -238,24 +238,23 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
         (400, {"code": "Arrearage", "message": OVERDUE}),
         (429, says("Insufficient balance or no resource package.", code="1113")),  # z.ai
-        (429, says("\u4f59\u989d\u4e0d\u8db3", code="1113")),
         (429, says("[1113][Please recharge.][2026]", type="rate_limit_error", code="1113")),
         (429, {"code": "Some resource has been exhausted", "error": SPENT}),  # xAI
         (403, {"code": "permission-denied", "error": SPENT}),
         (429, says(SUSPENDED, type="exceeded_current_quota_error")),  # Moonshot
-        (429, says("x", type="exceeded_current_quota_error")),
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": RAW_JSON}}}),  # OpenRouter
         (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
-        (429, says("insufficient balance (1008)", type="insufficient_balance_error")),  # MiniMax
         (403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),
         (402, says("This request requires more credits, or fewer max_tokens.", code=402)),
         (429, says("Usage limit reached for 5 hour. It will reset at 2026-09-09", code="1308")),
-        (429, says("[1310][Weekly/Monthly Limit Exhausted.]", type="rate_limit_error")),  # z.ai
         (429, says("x", type="usage_limit_reached", resets_in_seconds=602705)),  # Codex
         (403, says("You've reached your usage limit for this billing cycle. Your quota will be "
                    "refreshed in the next cycle.", type="permission_error")),  # Kimi
         (429, {"error": "you (x) have reached your weekly usage limit, please wait or upgrade"}),
         (429, says("You have exceeded the monthly usage quota.")),  # Ark
+        *((400, says("x", code=code)) for code in ("spend_limit_reached", "InvalidSubscription")),
+        *((429, {"errors": [{"code": 4006, "message": words}]}) for words in ("used up your daily "
+            "free allocation of 10,000 neurons", "Too many tokens per day, please wait")),
         (429, {"message": "a Trial key, which is limited to 1000 API calls / month"}),  # Cohere
         (403, {"code": "The caller does not have permission to execute the specified operation",
                "error": "Your newly created team doesn't have any credits yet."}),  # xAI
@@ -282,11 +281,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= "
                "65537. Given: 79993 `inputs` tokens and 1024 `max_new_tokens`"}),  # TGI
         (422, {"error": "Input validation error: `inputs` must have less than 2048 tokens."}),
-        (400, {"message": "maximum context length is 5 tokens."}),
         (200, {"error": "Trying to keep 9 when context the overflows."}),  # LM Studio
         (500, says("exceeds the context size", type="server_error")),
         (400, says("no", type="context_exceeded")),
-        (400, {"error": "Input is too long for this model, shorten your input"}),  # hubs
         (400, says("The input token count (2845475) exceeds the maximum number of tokens allowed")),
         (429, says("Request too large for gpt-4o in organization org-z on tokens per min (TPM): "
                    "Limit 30000, Requested 132819.", type="tokens", code="rate_limit_exceeded")),
@@ -305,6 +302,9 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (404, says("no", code="model_not_found")), (404, {"object": "error", "message":
             "The model `x` does not exist.", "type": "NotFoundError"}),  # vLLM
         (410, says("The model m has been retired.")), (400, {"error": "Model unloaded."}),
+        (403, {"error": "this model requires a subscription"}), (404, {"error_msg": "no model"}),
+        (403, says("x", code="model_permission_blocked_org")),  # Groq, then MiniMax
+        (500, says("your current token plan not support model, M2 (2061)", type="api_error")),
         (422, {"detail": ["Invalid model: m", 5]}), (429, says("no GLM", code="1311"))],  # z.ai
     UnsupportedRequest: [
         (400, says("Failed to deserialize the JSON body into the target type: messages[7]: unknown "
@@ -325,9 +325,12 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (403, says("no permission", type="permission_error")), (403, {**EDGE, "error_code": 1008}),
         (403, says("no", code="unsupported_country_region_territory")),
         (400, says("x", status="UNAUTHENTICATED")), (400, says("x", type="no_db_connection")),
+        (400, says("x", code="organization_restricted")),  # Groq
         (400, says("API key not valid.", code=400, status="INVALID_ARGUMENT",
                    details=[{"reason": "API_KEY_INVALID"}]))],  # Gemini
-    RateLimited: [(200, says("litellm.RateLimitError: no", type="api_error")),  # LiteLLM
+    RateLimited: [(429, {"message": "Too many tokens, please wait before trying again."}),
+        (429, says("on tokens per day (TPD): Limit 100. Please try again in 14m37.8s.")),  # Groq
+        (200, says("litellm.RateLimitError: no", type="api_error")),  # LiteLLM
         (200, [says("slower, please", code=429)]),
         (429, says("You exceeded your current quota. limit: 10\nPlease retry in 1.2s.")),  # Gemini
         (429, says("x", type="api_error")), (429, says("x", type="server_error")), (429, EDGE),
@@ -345,6 +348,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (415, says("Unsupported media type", type="internal_error")),
         (400, {"message": "The maximum tokens you requested exceeds the model limit of 32768"}),
         (400, says("Invalid Responses API request", code="invalid_prompt")),  # OpenRouter
+        (400, says("x", code=400, metadata={"error_type": "invalid_prompt"})),  # OpenRouter
         (400, says("names are case-sensitive; blocked due to size, contains guardrails, security")),
         (424, says("the moderation service is down")), (400, says("Invalid URL (image_url)"))],
     ProviderTimeout: [(408, says("x", type="api_error")), (500, says("litellm.Timeout: no"))],
@@ -370,12 +374,16 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (498, says("x", code="capacity_exceeded")),  # Groq
         (200, says("x", type="overloaded_error"))],
     ContentFiltered: [(403, says("flagged", metadata={"reasons": ["violence"]})),
+        (403, says("no", metadata={"error_type": "refusal"})),  # OpenRouter
+        (451, says("blocked", type="censorship_blocked")),  # StepFun
         (400, says("Invalid prompt: not for safety reasons.", code="invalid_prompt")),  # OpenAI
         (403, {"error": "Content violates usage guidelines. API key ID: k", "code": "no"}),  # xAI
         (400, says("no", code="content_policy_violation")),
         (400, says("x", code="content_filter", innererror={"code": "x"})),  # Azure
         (400, says("x", code="sensitive_words_detected")),  # new-api, then LiteLLM and Ark
         *((400, says(text)) for text in ("Content blocked: us_ssn pattern detected",
+            "the input text includes sensitive content that violates x", "new_sensitive (1026)",
+            "Request blocked: prompt injection patterns detected",
             "litellm.ContentPolicyViolationError: no", "Violated jailbreak threshold",
             "Blocked by Pillar Security Guardrail")),
         (400, {"error": {"message": {"error": "Violated guardrail policy"}}}),
@@ -571,6 +579,8 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     (429, {"retry-after-ms": "2500", "retry-after": "2"}, "", 2.5),
     (429, {"llm_provider-retry-after": "37"}, "", 37.0), (429, {}, time.strftime(
         "Limit resets at: %Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + 4000)), 4000.0),
+    (429, {}, time.strftime("used, resets at %Y-%m-%dT%H:%M:%S+08:00 (2056)",  # MiniMax
+        time.gmtime(time.time() + 4000 + 8 * 3600)), 4000.0),
     (429, {"retry-after-ms": "250"}, "", 0.25), (429, {"Retry-After": "30.4"}, "", 30.4),
     (429, {"Retry-After": "30, 60"}, "", 60.0), (429, {"Retry-After": "7,7"}, "", 7.0),
     (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000, 1000)}, "", 4000.0),

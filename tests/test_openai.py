@@ -284,18 +284,20 @@ def test_wrong_names_of_the_token_limit_and_unknown_stream_options_are_corrected
     assert [field in body for body in server.bodies] == found
 
 
-@pytest.mark.parametrize(("name", "roles", "status"), [("chat", ["system", "user"], 400),
-    ("chat", ["user"], 500), ("responses", ["system", "user"], 400), ("responses", ["user"], 500)])
+@pytest.mark.parametrize(("name", "roles", "status", "told"), [
+    ("chat", ["system", "user"], 400, "user and assistant roles should be alternating"),
+    ("chat", ["user"], 500, "Jinja Exception: conversation roles must alternate"),
+    ("responses", ["system", "user"], 400, "no support of successive user or assistant messages"),
+    ("responses", ["user"], 400, "Developer instruction is not enabled for models/gemma-3-27b-it")])
 def test_messages_are_merged_where_the_template_of_a_model_is_strict(name: str, roles: Any,
-        status: int) -> None:
-    """As those of Qwen, Mistral and Gemma on llama.cpp, vLLM and LM Studio."""
+        status: int, told: str) -> None:
+    """As those of Qwen, Mistral, Gemma on llama.cpp, vLLM, LM Studio; Perplexity and DeepSeek."""
     turns, answer = "messages", message(content="x")
     if name == "responses":
         turns, answer = "input", finished(text_item("x"))["response"]
     def serve(server: Server, connection: Any, request: bytes) -> bool:
         fine = [*roles, "assistant", "user"] == [x["role"] for x in server.bodies[-1][turns]]
-        told = reply({"error": "Jinja Exception: conversation roles must alternate"}, status)
-        connection.sendall(reply(answer) if fine else told)
+        connection.sendall(reply(answer) if fine else reply({"error": told}, status))
         return True
     said: list[Any] = [{"role": role, "content": role} for role in
         ("system", "user", "user", "assistant", "developer", "assistant", "user")]
@@ -772,7 +774,7 @@ def test_auto_moves_models_to_the_responses_api_and_remembers() -> None:
 @pytest.mark.parametrize("text", [
     "This model is only supported in v1/responses and not in v1/chat/completions.",
     "This is not a chat model and thus not supported in the v1/chat/completions endpoint. Did you "
-    "mean to use v1/responses?"])
+    "mean to use v1/responses?", "model m is not accessible via the /chat/completions endpoint"])
 def test_auto_moves_whenever_the_server_says_so(status: int, tools: Any, text: str) -> None:
     refusal = reply({"error": {"message": text, "type": "invalid_request_error"}}, status)
     with faked("auto", refusal) as (vendor, provider):

@@ -1068,7 +1068,7 @@ REFUSALS: list[tuple[int, Any, str]] = [*((400, f"Unsupported value: '{theirs}'"
         for told in ("Unused fields in the request", "m doesn't support parameters")),
     (400, "Penalty is not enabled for models/m", "frequency_penalty"),  # Gemini
     *((400, text, "reasoning_effort") for text in ("m does not support parameter reasoningEffort.",
-        "`reasoning_effort` must be one of `none` or `default`",
+        "`reasoning_effort` must be one of `none` or `default`", "This only works in thinking mode",
         "'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\""))]
 
 
