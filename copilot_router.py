@@ -3882,6 +3882,8 @@ class _HTTPProvider(LLMProvider):
         if callable(key):
             return key  # type: ignore[no-any-return]
         text = _sendable(key, f"{where}(api_key)")
+        if "://" in text:
+            raise ConfigError(f"{where}(api_key) is an address: give it as base_url=")
         if not text and self._default_url.startswith("https") and own:
             warning = f"has no key: set {variable} or pass api_key="
         if text and self.base_url.startswith("http:") and _network_of(host) == "public":
