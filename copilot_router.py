@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     import requests
 
 T = TypeVar("T")
-C = TypeVar("C", bound="FailoverChain")
+Own = TypeVar("Own", bound="FailoverChain")
 F = TypeVar("F", bound=Callable[..., Any])
 Message = Mapping[str, Any]
 Messages = str | Sequence[Message]
@@ -1678,9 +1678,7 @@ class _IdleConnections(deque[Any]):
         super().__init__(maxlen=maxsize)
 
     qsize = deque.__len__
-
-    def empty(self) -> bool:
-        return not self
+    empty = lambda self: not self  # noqa: E731
 
     def put(self, item: Any, **_: Any) -> None:
         if len(self) == self.maxlen:
@@ -1859,6 +1857,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 
     def session() -> requests.Session:
         made, adapter = requests.Session(), Adapter(pool_connections=4, pool_maxsize=100)
+        made.get_redirect_target = lambda _: None  # type: ignore[assignment, method-assign]
         made.mount("http://", adapter)
         made.mount("https://", adapter)
         return made
@@ -3859,6 +3858,8 @@ class _HTTPProvider(LLMProvider):
         if callable(key):
             return key  # type: ignore[no-any-return]
         text = _sendable(key, f"{where}(api_key)")
+        if "://" in text:
+            raise ConfigError(f"{where}(api_key) is an address: give it as base_url=")
         if not text and self._default_url.startswith("https") and own:
             warning = f"has no key: set {variable} or pass api_key="
         if text and self.base_url.startswith("http:") and _network_of(host) == "public":
@@ -4111,11 +4112,10 @@ class _HTTPProvider(LLMProvider):
                     raise
                 return error.response
         prepared = self._requests.PreparedRequest()
-        prepared.prepare_method(method)
-        prepared.url, prepared.body = url, body or None
+        prepared.method, prepared.url, prepared.body = method, url, body or None
         prepared.headers = self._requests.structures.CaseInsensitiveDict(headers)
         prepared.headers["Content-Length"] = str(len(body))
-        return session.get_adapter(url).send(prepared, timeout=None, **self._settings)
+        return session.send(prepared, timeout=None, allow_redirects=False, **self._settings)
 
     def _open_session(self, url: str) -> Any:
         """A session, with the environment's settings looked up once instead of at every call."""
@@ -5931,7 +5931,7 @@ def _tiers_from_env(environ: Mapping[str, str]) -> list[ProviderTier]:
     return tiers
 
 
-def _chain_from_config(kind: type[C], config: Any, **overrides: Any) -> C:
+def _chain_from_config(kind: type[Own], config: Any, **overrides: Any) -> Own:
     in_file = not isinstance(config, Mapping)
     table, where = (_read_toml(config), f"{config}: ") if in_file else (config, "")
     for name in table:
@@ -6912,7 +6912,7 @@ class FailoverChain(LLMProvider):
         for tier in self.tiers:
             getattr(tier.provider, "close", dict)()
 
-    def __enter__(self: C) -> C:
+    def __enter__(self: Own) -> Own:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -6925,7 +6925,7 @@ class FailoverChain(LLMProvider):
         raise TypeError("a FailoverChain cannot be copied or pickled; build it where it is used")
 
     @classmethod
-    def from_config(cls: type[C], config: Mapping[str, Any] | str | os.PathLike[str]) -> C:
+    def from_config(cls: type[Own], config: Mapping[str, Any] | str | os.PathLike[str]) -> Own:
         """A chain from a mapping, or from a TOML file (on Python 3.10 with PyPI's tomli).
 
         ``[chain]``, ``[[tier]]`` with ``[tier.provider]`` (``type`` and its arguments) and
@@ -6937,7 +6937,7 @@ class FailoverChain(LLMProvider):
         return _chain_from_config(cls, config)
 
     @classmethod
-    def from_env(cls: type[C], environ: Mapping[str, str] | None = None, **settings: Any) -> C:
+    def from_env(cls: type[Own], environ: Mapping[str, str] | None = None, **settings: Any) -> Own:
         """A chain of what the environment names (None: ``os.environ``); nothing is probed.
 
         A tier for each provider whose key or base URL is set (a local one needs its address), in

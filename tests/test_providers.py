@@ -332,6 +332,7 @@ def test_bad_settings_are_named(kind: Any, settings: dict[str, Any]) -> None:
         kind(KEY, "https://h", **settings)
     with pytest.raises(TypeError, match=rf"{kind.__name__}.*'stal_timeout'.*'stall_timeout'"):
         kind(KEY, stal_timeout=1)
+    error_of(ConfigError, kind, "http://127.0.0.1:1234", match="api_key. is an address")
 
 
 # -- sessions

@@ -18,9 +18,11 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
+import urllib3
 from support.fakes import event, in_threads, running
 from support.faults import chunked, descriptors
 from support.server import Canned, Dripping, Peer, received, reply
@@ -565,6 +567,17 @@ def test_an_adapter_of_the_users_may_give_a_file_or_the_content(whole: bool) -> 
         session.mount("http://", canned := Canned())
         canned.send = send  # type: ignore[method-assign]
         assert ask(OpenAIProvider(KEY, "http://h", session=session)) == "good"
+
+
+@pytest.mark.parametrize("place", [(requests.Session, "send"),  # OpenTelemetry, requests-mock
+    (urllib3.HTTPConnectionPool, "ConnectionCls")])  # vcrpy
+def test_tools_that_patch_what_is_below_see_the_request(place: Any, monkeypatch: Any) -> None:
+    with Peer(healthy) as server, provider(server.url) as client:
+        assert ask(client) == "good"
+        client.close()
+        monkeypatch.setattr(*place, taped := Mock(cassette=None, spec=["cassette"]))
+        fails(client, ProviderUnavailable)
+        assert taped.called and len(server.requests) == 1
 
 
 # -- proxies
