@@ -953,7 +953,7 @@ def test_a_fork_while_other_threads_are_inside_sqlite(tmp_path):
 
 
 # -- gunicorn
-WORKERS, THREADS, RECOVERY = 2, 8, 0.4
+WORKERS, THREADS, RECOVERY = 2, 8, 0.8
 
 
 @contextmanager
