@@ -6690,7 +6690,7 @@ class _Run:
             tier.breaker._refusal(error) if isinstance(error, BreakerRecord) else error
             for tier, error, _ in self.failures
         ]
-        asked = [error for _, error, sent in self.failures if sent]
+        asked: list[Any] = [error for _, error, sent in self.failures if sent]
         if self.last is None and not late:
             only = asked[0] if len({(type(one), _declared(one)) for one in asked}) == 1 else None
             doubtful = isinstance(only, (AuthenticationError, QuotaExceeded))
