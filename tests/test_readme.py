@@ -150,7 +150,7 @@ def test_from_env_makes_the_tiers_of_the_table_in_its_order() -> None:
     table, every = list(rows(section("docs/settings.md", "The environment"))), {}
     for name, variables, model in table:
         for variable in names_in(variables):
-            one = {variable: "http://127.0.0.1:9", model: "a-model"}
+            one = {variable: "http://127.0.0.1:9"[7 * variable.endswith("_KEY"):], model: "a-model"}
             with FailoverChain.from_env(one) as chain:
                 (tier,) = chain.tiers
                 assert (tier.name, list(tier.models)) == (name, ["a-model"])

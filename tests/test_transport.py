@@ -285,10 +285,14 @@ def test_what_cannot_be_connected_to_is_unavailable(resolved: Any) -> None:
 @pytest.mark.parametrize("ahead", [0, 60])
 def test_a_socket_whose_time_ran_out_while_it_connected_is_closed(proxy: str, ahead: int,
         resolved: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, late, connect = time.monotonic, [0], socket.socket.connect
+    clock, late, made = time.monotonic, [0], []
+    connect, begin = socket.socket.connect, socket.socket.__init__
     def slow(self: socket.socket, address: Any) -> None:
         connect(self, address)
         late.append(ahead)
+    def noted(self: socket.socket, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        made.append(self)
     with socket.create_server(("127.0.0.1", 0)) as silent_one:
         here = "127.0.0.1:{1}".format(*silent_one.getsockname())
         url = f"http://{'provider.invalid' if proxy else here}/v1"
@@ -296,10 +300,9 @@ def test_a_socket_whose_time_ran_out_while_it_connected_is_closed(proxy: str, ah
             client.first_token_timeout = 99
             monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(late))
             monkeypatch.setattr(socket.socket, "connect", slow)
-            gc.collect()  # what other tests have left
-            files = descriptors()
+            monkeypatch.setattr(socket.socket, "__init__", noted)
             error = fails(client, ProviderUnavailable, seconds=70, timeout=99)
-            assert descriptors() == files and sum(late) == ahead
+            assert sum(late) == ahead and all(one.fileno() == -1 for one in made)
             assert proxy == "socks5" or error.code == "connect_timeout"
             monkeypatch.undo()
 
