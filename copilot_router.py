@@ -6225,7 +6225,7 @@ class _Request:
                     continue
                 delta, self.held = "".join(self.held), None
             if self.run.thoughts or not thought:
-                self.delta = delta
+                self.delta, self.since = delta, self.run.clock()
                 return
         self.keep(response)  # not in the except clause: StopIteration holds what was returned
 
@@ -6561,13 +6561,13 @@ class _Run:
         try:
             yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
             while isinstance(found, _Request):
-                request, given, broken = found, self.clock(), None
+                request, broken = found, None
                 if not isinstance(request.delta, Thought):
                     request.taken.append(request.delta)
                 yield request.delta
                 try:
                     now = self.clock()
-                    request.idle += now - given
+                    request.idle += now - request.since
                     if now >= self.deadline:
                         told = "the deadline of the call passed"
                         raise ProviderTimeout(told, code="attempt_timeout")
