@@ -6272,8 +6272,8 @@ class _Request:
             error = ModelNotFound(str(error))  # another tier may serve it
         left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
-        if late and self.idle and tier.timeout is not None and given < tier.timeout:
-            given = left = 0.0  # the server was in time; the caller was slow between deltas
+        if late and self.idle > given and tier.timeout is not None and given < tier.timeout:
+            given = left = 0.0  # it was the caller who was slow, between deltas
         policy = run.chain._on_error
         verdict = _judged(error, _Circumstances(
             next((policy[kind] for kind in type(error).__mro__ if kind in policy), None), retries,
