@@ -6180,7 +6180,7 @@ class _Request:
                     continue
                 delta, self.held = "".join(self.held), None
             if self.run.thoughts or not thought:
-                self.delta = delta
+                self.delta, self.since = delta, self.run.clock()
                 return
         self.keep(response)  # not in the except clause: StopIteration holds what was returned
 
@@ -6226,8 +6226,8 @@ class _Request:
             error = ModelNotFound(str(error))  # another tier may serve it
         left, given = run.deadline - now, now - self.start - self.idle
         late = getattr(error, "code", None) == "attempt_timeout"
-        if late and self.idle and tier.timeout is not None and given < tier.timeout:
-            given = left = 0.0  # the server was in time; the caller was slow between deltas
+        if late and self.idle > given and tier.timeout is not None and given < tier.timeout:
+            given = left = 0.0  # it was the caller who was slow, between deltas
         policy = run.chain._on_error
         verdict = _judged(error, _Circumstances(
             next((policy[kind] for kind in type(error).__mro__ if kind in policy), None), retries,
@@ -6513,13 +6513,13 @@ class _Run:
         try:
             yield ""  # ChatStream takes it at once: only a generator that has begun can be closed
             while isinstance(found, _Request):
-                request, given, broken = found, self.clock(), None
+                request, broken = found, None
                 if not isinstance(request.delta, Thought):
                     request.taken.append(request.delta)
                 yield request.delta
                 try:
                     now = self.clock()
-                    request.idle += now - given
+                    request.idle += now - request.since
                     if now >= self.deadline:
                         told = "the deadline of the call passed"
                         raise ProviderTimeout(told, code="attempt_timeout")
