@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import requests
-from support.fakes import event, in_threads, running
+from support.fakes import error_of, event, in_threads, running
 from support.faults import chunked, descriptors
 from support.server import Canned, Dripping, Peer, received, reply
 from support.stores import done, needs_fork, python, spare_port
@@ -82,9 +82,8 @@ def within(seconds: float) -> Iterator[None]:
 def fails(client: OpenAIProvider, kind: Any, text: str = "hi", *, seconds: float = 9.0,
         match: str | None = None, **options: Any) -> ProviderError:
     """The error of a call that must fail within these seconds."""
-    with within(seconds), pytest.raises(kind, match=match) as caught:
-        ask(client, text, **options)
-    return caught.value
+    with within(seconds):
+        return error_of(kind, ask, client, text, match=match, **options)
 
 
 @pytest.fixture
