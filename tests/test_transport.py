@@ -23,7 +23,7 @@ from unittest.mock import Mock
 import pytest
 import requests
 import urllib3
-from support.fakes import event, in_threads, running
+from support.fakes import error_of, event, in_threads, running
 from support.faults import chunked, descriptors
 from support.server import Canned, Dripping, Peer, received, reply
 from support.stores import done, needs_fork, python, spare_port
@@ -84,9 +84,8 @@ def within(seconds: float) -> Iterator[None]:
 def fails(client: OpenAIProvider, kind: Any, text: str = "hi", *, seconds: float = 9.0,
         match: str | None = None, **options: Any) -> ProviderError:
     """The error of a call that must fail within these seconds."""
-    with within(seconds), pytest.raises(kind, match=match) as caught:
-        ask(client, text, **options)
-    return caught.value
+    with within(seconds):
+        return error_of(kind, ask, client, text, match=match, **options)
 
 
 @pytest.fixture

@@ -73,9 +73,12 @@ def seconds_of(work: Callable[[], Any], least: float = 0.0) -> float:
 
 # -- a Redis server
 def spare_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None of those that the system gives to any connection: it is still free when it is used."""
+    while True:
+        port = 16_384 + int.from_bytes(os.urandom(2), "big") // 4
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RedisServer:
@@ -83,14 +86,13 @@ class RedisServer:
     def __init__(self) -> None:
         self.port = spare_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
         self.start()
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
         options = f"--port {self.port} --bind 127.0.0.1 --appendonly no --save".split()
-        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([str(REDIS), *options, ""], **quiet)
+        self._process = subprocess.Popen([str(REDIS), *options, ""], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 30
         while True:
             try:
@@ -105,12 +107,10 @@ class RedisServer:
 
     def pause(self) -> None:
         """It keeps its connections, takes new ones, and says nothing."""
-        assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         os.waitpid(self._process.pid, os.WUNTRACED)
 
     def resume(self) -> None:
-        assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
