@@ -1780,7 +1780,7 @@ def _connect(connection: Any) -> Any:
             share = 2 if at < len(addresses) else 1
             sock = _connected(socket.socket(family, kind, proto), connection, address, share)
         except OSError as error:
-            failure = error
+            failure = error.with_traceback(None)  # which would hold this frame, and so the pool
         else:
             _last_address[host, port] = address
             return sock
@@ -1865,13 +1865,24 @@ def _http() -> tuple[Any, Callable[[], Any]]:
     return requests, session
 
 
-def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
+def _pieces(read1: Callable[..., bytes], limits: _Limits) -> Iterator[bytes]:
+    """What each read brings. It does not know the _Answer: a cycle would keep a lost one open."""
+    try:
+        while limits.left() and (piece := read1(_READ_SIZE)):  # a user's session has no limits
+            yield piece
+    except Exception as error:
+        if _passes_through(error):
+            raise
+        raise _transport_error(error, limits, "the answer") from None
+
+
+def _unchunked(received: Iterator[bytes]) -> Iterator[bytes]:
     """What a chunked body holds. For speed only: http.client makes six calls for each event."""
     # behind the line end of the chunk before it
     head = re.compile(rb"(?:\r?\n)?[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
     rest, lacking = b"", 0  # lacking: bytes of this chunk
-    while received := read():
-        data, at = rest + received, 0
+    for piece in received:
+        data, at = rest + piece, 0
         pieces: list[bytes] = []
         is_last = False
         while at < len(data) and not is_last:
@@ -1894,8 +1905,8 @@ def _unchunked(read: Callable[[], bytes]) -> Iterator[bytes]:
     else:
         raise InvalidResponse("truncated: the connection broke")
     rest = b"\n" + rest  # trailers, and a blank line
-    while b"\n\r\n" not in rest and b"\n\n" not in rest and (received := read()):
-        rest += received
+    while b"\n\r\n" not in rest and b"\n\n" not in rest and (piece := next(received, b"")):
+        rest += piece
         if len(rest) > _READ_SIZE:
             raise InvalidResponse("garbled HTTP")
 
@@ -1913,8 +1924,7 @@ class _Answer:
         self._raw, self._ended = response.raw, False
         original = getattr(self._raw, "_original_response", None)
         self._original = original if isinstance(original, http.client.HTTPResponse) else None
-        self._content: Iterator[bytes] = iter(self._read, b"")  #: as sent: compressed, perhaps
-        self._read1: Callable[[], bytes]
+        self._content: Iterator[bytes]  #: as sent: compressed, perhaps
         read = getattr(response, "_content", False) is not False
         if read or not hasattr(self._raw, "release_conn"):
             # a session of the user's: a hook has read the body, or an adapter gives a file
@@ -1928,12 +1938,11 @@ class _Answer:
             self.headers = headers
         elif self._original is None:  # a session of the user's
             read1 = getattr(self._raw, "read1", self._raw.read)  # urllib3 1.26 has no read1
-            self._read1 = functools.partial(read1, _READ_SIZE, decode_content=False)
+            self._content = _pieces(functools.partial(read1, decode_content=False), limits)
         elif getattr(self._original, "chunked", False):  # vcrpy's has none
-            self._read1 = functools.partial(self._original.fp.read1, _READ_SIZE)
-            self._content = _unchunked(self._read)
+            self._content = _unchunked(_pieces(self._original.fp.read1, limits))
         else:  # urllib3's own takes twice the time
-            self._read1 = functools.partial(self._original.read1, _READ_SIZE)
+            self._content = _pieces(self._original.read1, limits)
 
     def chunks(self) -> Iterator[bytes]:
         """Decompressed bytes as they come. ProviderError for whatever breaks."""
@@ -1981,15 +1990,6 @@ class _Answer:
         if not machine.eof:
             raise InvalidResponse("truncated: the compressed body breaks off")
 
-    def _read(self) -> bytes:
-        try:
-            self.limits.left()  # the socket of a user's session is not limited
-            return self._read1()
-        except Exception as error:
-            if _passes_through(error):
-                raise
-            raise _transport_error(error, self.limits, "the answer") from None
-
     def finish(self) -> None:
         """Reads what little is left, so that the connection can be kept."""
         limits = self.limits
@@ -1999,7 +1999,6 @@ class _Answer:
 
     def close(self) -> None:
         """Gives the connection back if the body was read to its end, else closes it."""
-        self._content = iter(())  # it refers to this object: no cycle
         if not self._ended:
             self._raw.close()
             return
@@ -4084,6 +4083,7 @@ class _HTTPProvider(LLMProvider):
                 if _passes_through(error) and not isinstance(error, RecursionError):
                     raise
                 failure = _transport_error(error, limits, "connecting")
+                _bare(error)  # urllib3's frames hold the pool, and so idle connections
             finally:
                 _sending.under_way = False
             if limits.fresh or not limits.reused or not isinstance(failure, ServerError):

@@ -26,7 +26,7 @@ import urllib3
 from support.fakes import error_of, event, in_threads, running
 from support.faults import chunked, descriptors
 from support.server import Canned, Dripping, Peer, received, reply
-from support.stores import done, needs_fork, python, spare_port
+from support.stores import Interrupted, at_each_line, done, needs_fork, python, spare_port
 
 from copilot_router import (FailoverChain, InvalidResponse, OpenAIProvider, ProviderError,
     ProviderTier, ProviderTimeout, ProviderUnavailable, RateLimited, ScriptedProvider, ServerError)
@@ -183,22 +183,34 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: Any)
             assert (ask(client), server.connections) == ("good", connections)
 
 
-def test_an_abandoned_stream_closes_its_connection_at_once() -> None:
-    """Without a garbage collector, too."""
-    serve = says(HEAD + b"\r\n" + event("good"), then_silent=True)
-    with Peer(serve) as server, provider(server.url) as client:
+@pytest.mark.quiet
+@pytest.mark.filterwarnings("ignore:unclosed <socket")  # it is closed all the same
+def test_no_connection_is_left_to_the_garbage_collector(resolved: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address refuses, a stream is abandoned, an answer is garbled, an interrupt strikes."""
+    def serve(server: Peer, connection: socket.socket, request: bytes) -> bool:
+        connection.sendall(b"?" if b"garbled" in request else STREAM)
+        return b"garbled" not in request
+    def make() -> OpenAIProvider:
+        client = OpenAIProvider("", f"http://provider.invalid:{spare_port()}/v1")
         next(client.stream("hi", model="m", timeout=5))
-        before = descriptors()
+        return client
+    def work(client: OpenAIProvider) -> None:
+        fails(client, ProviderError, "garbled")
+        ask(client)
+        client.close()
+    def interrupt(_: Any) -> None:
+        raise Interrupted
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # raised by a finalizer
+    with Peer(serve) as server, contextlib.ExitStack() as stack:
+        resolved(spare_port(), server.port)
         gc.disable()
-        try:
-            for _ in range(5):
-                stream = client.stream("hi", model="m", timeout=5)
-                assert next(stream) == "good"
-                stream.close()
-            assert descriptors() <= before + 5  # the server's ends
-        finally:
-            gc.enable()
-        assert server.connections == 6
+        stack.callback(gc.enable)
+        for point, client in at_each_line(make, work, interrupt, "call c_return", callers=False):
+            client.close()
+            until = time.monotonic() + 5
+            while server._open:
+                assert time.monotonic() < until, point
 
 
 FORK = """
