@@ -24,7 +24,7 @@ import pytest
 import requests
 import urllib3
 from support.fakes import error_of, event, in_threads, running
-from support.faults import chunked, descriptors
+from support.faults import chunked
 from support.server import Canned, Dripping, Peer, received, reply
 from support.stores import Interrupted, at_each_line, done, needs_fork, python, spare_port
 
