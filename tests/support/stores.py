@@ -83,14 +83,13 @@ class RedisServer:
     def __init__(self) -> None:
         self.port = spare_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
         options = f"--port {self.port} --bind 127.0.0.1 --appendonly no --save".split()
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([str(REDIS), *options, ""], **quiet)
+        self._process: Any = subprocess.Popen([str(REDIS), *options, ""], **quiet)
         until = time.monotonic() + 30
         while True:
             try:
@@ -105,19 +104,15 @@ class RedisServer:
 
     def pause(self) -> None:
         """It keeps its connections, takes new ones, and says nothing."""
-        assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         os.waitpid(self._process.pid, os.WUNTRACED)
 
     def resume(self) -> None:
-        assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(30)
-        self._process = None
+        self._process.kill()
+        self._process.wait(30)
 
 
 @pytest.fixture
@@ -143,10 +138,7 @@ def clock():
 
 @pytest.fixture
 def make_store(tmp_path, request):
-    """``make_store(kind, **settings)``: a handle on this test's store of that kind.
-
-    Redis shares counts, too, as the others do.
-    """
+    """``make_store(kind)``: a handle on this test's store; Redis shares counts as the others do."""
     made: list[Any] = []
     memory = MemoryStore()
     namespace = f"test-{os.getpid()}-{next(_numbers)}"
@@ -189,13 +181,11 @@ class PlainStore:
 class Wrapped:
     """A store around a store: counts what it is asked, and fails or waits when it is told to."""
     def __init__(self, store: Any, clock: Callable[[], float] | None=None, **more: Any) -> None:
-        self.store = store
-        self.clock = clock  #: its time, if not the store's
+        self.store, self.clock = store, clock  #: a clock is its time, if not the store's
         for name in ("refresh", "shared_counts", "shares_local_errors"):
             if hasattr(store, name) or name in more:
                 setattr(self, name, more.get(name, getattr(store, name, None)))
-        self.loads = 0
-        self.swaps = 0
+        self.loads = self.swaps = 0
         self.error: Exception | None = None  #: raised by every operation
         self.error_of_swap: Exception | None = None
         self.before: Callable[[str], None] | None = None  #: called with the operation's name
@@ -303,8 +293,7 @@ class StoreContract:
     def process(self, handles, clock):
         """A breaker as another process would have it, in the clock's time."""
         def make(name="x", **settings):
-            store = Wrapped(handles(), clock)
-            store.shared_counts = store.shares_local_errors = True
+            store = Wrapped(handles(), clock, shared_counts=True, shares_local_errors=True)
             return CircuitBreaker(name=name, clock=clock, store=store, **settings)
         return make
 
