@@ -84,10 +84,8 @@ class Custom(LLMProvider):
 
 
 class Watched(LLMProvider):
-    """Streams ``deltas`` and knows how many of its streams are open, and how many it has taken.
-
-    An exception among the deltas is raised, a function is called.
-    """
+    """Streams ``deltas``: an exception among them is raised, a function is called. It counts its
+    streams and the deltas that it has taken."""
     def __init__(self, *deltas: Any, response: LLMResponse | None = None) -> None:
         self.deltas, self.response = deltas, response
         self.opened = self.closed = self.taken = 0
