@@ -157,6 +157,8 @@ def test_the_first_verdict_counts(new):
     with contextlib.suppress(Boom), breaker.admit() as ticket:
         ticket.success()
         boom()
+    with breaker.admit(), contextlib.suppress(Boom):  # it is what the block lets out
+        boom()
     assert breaker.is_closed
 
 
@@ -256,28 +258,20 @@ def test_long_parks_grow_while_they_follow_each_other(new, clock, kind):
     if kind == "own class":
         kind = type("Banned", (ProviderError,), {"breaker": "park long"})
     breaker = new(recovery=20.0)
-    def parks(count, **settings):
+    def parks(count, kind=kind, **settings):
         times = []
         for _ in range(count):
             clock.advance(breaker.retry_after or 0)
             end(breaker.admit(), kind("x", **settings))
             times.append(breaker.retry_after)
         return times
+    for _ in range(4):  # neither a rate limit nor a neutral verdict makes them longer
+        assert parks(1, RateLimited) == [20] and parks(1, BadRequest) == [0]
     assert parks(5) == [20, 80, 320, 600, 600]
     clock.advance(600)
     breaker.admit().success()
     assert parks(2) == [20, 80] and parks(1, retry_after=1000) == [1000]
     assert parks(1, retry_after=1e6) == [3600]
-
-
-def test_neither_rate_limits_nor_neutral_verdicts_make_parks_longer(new, clock):
-    breaker = new(recovery=20.0)
-    for _ in range(4):
-        end(breaker.admit(), RateLimited("x"))
-        assert breaker.retry_after == 20
-        clock.advance(20)
-        end(breaker.admit(), BadRequest("x"))
-        assert breaker.retry_after == 0
 
 
 def test_a_reason_may_be_an_exception(new):
@@ -337,13 +331,6 @@ def test_a_group_counts_once_and_not_if_it_holds_an_interruption():
     assert breaker.snapshot().failures == 0
     end(breaker.admit(), ExceptionGroup("two", [Boom(), Boom()]))  # noqa: F821
     assert breaker.snapshot().failures == 1
-
-
-def test_the_outcome_is_what_the_block_let_out(new):
-    breaker = new(1)
-    with breaker.admit(), contextlib.suppress(Boom):
-        boom()
-    assert breaker.is_closed
 
 
 # -- the decorator
@@ -482,8 +469,7 @@ def open_times(breaker: CircuitBreaker, clock: FakeClock, count: int) -> list[fl
 
 
 def test_with_jitter_the_open_time_is_drawn(new, clock):
-    assert set(open_times(new(1, 16.0, name="exact"), clock, 20)) == {16.0}
-    times = open_times(new(1, 16.0, jitter=0.25, name="drawn"), clock, 200)
+    times = open_times(new(1, 16.0, jitter=0.25), clock, 200)
     assert 16 - 1e-6 <= min(times) < 16.5 and 19.5 < max(times) <= 20 + 1e-6
     assert len(set(times)) > 150
 
@@ -547,12 +533,6 @@ def test_one_trial_among_32_threads(clock):
     together(32, work)
     assert done == ["refused"] * 31 + ["trial"]
     assert (breaker.state, breaker.snapshot().rejected) == ("closed", 31)
-
-
-def test_guarded_calls_run_side_by_side():
-    breaker, barrier = CircuitBreaker(), threading.Barrier(16)
-    together(16, lambda: breaker.call(barrier.wait, 10))
-    assert breaker.snapshot().failures == 0
 
 
 # -- in the middle of a change

@@ -208,12 +208,6 @@ def test_chat_escalates_and_fails_if_the_stronger_model_gives_up_too(cli: Cli) -
     assert cli(*asked, "hi")[:2] == (0, "you said hi\n") and cli(*asked, "give up")[:2] == (1, "")
 
 
-def test_wait_lets_a_call_sleep_until_its_tier_is_ready(cli: Cli) -> None:
-    assert cli.ask("limit once")[0] == 1
-    cli.server.requests.clear()
-    assert cli.ask("--wait", "20", "limit once")[:2] == (0, "you said limit once\n")
-
-
 # -- chat: the prompt
 @pytest.mark.parametrize("prompt", [[], ["-"]])
 def test_standard_input_is_the_prompt_where_none_is_given(prompt: list[str], cli: Cli) -> None:
@@ -413,8 +407,10 @@ def test_verbose_says_each_sentence_once_and_the_price_with_two_digits(cli: Cli)
 
 
 def test_verbose_tells_every_step(cli: Cli) -> None:
-    told = "".join(cli.ask("-v", *more)[2] for more in (["--wait", "20", "limit once"], ["down"],
-        ["--model", "weak", "--escalation-model", "top", "hi"]))
+    asked = [cli.ask("-v", *more) for more in (["--wait", "20", "limit once"], ["down"],
+        ["--model", "weak", "--escalation-model", "top", "hi"])]
+    assert [status for status, _, _ in asked] == [0, 1, 0]
+    told = "".join(err for _, _, err in asked)
     cli.config(TWO_TIERS.replace("retries = 0", "retries = 0\nparams = {seed = 1}"))
     told += "".join(cli("chat", "-v", "down")[2] for _ in range(2))
     for words in ("asking openai\n", r"asking openai once more, in 0\.\d s",

@@ -443,12 +443,6 @@ def test_from_env_makes_a_tier_of_each_key_or_address_and_probes_nothing(environ
     assert (tiers_of(FailoverChain.from_env()), no_network) == (expected, [])
 
 
-def test_an_environment_without_a_provider_names_every_variable_that_would_do() -> None:
-    error = error_of(ConfigError, FailoverChain.from_env, {"PATH": "x"})
-    names = [name for variables in VARIABLES.values() for name in variables]
-    assert [name for name in names if name not in str(error)] == []
-
-
 # -- init
 def written(path: Path, monkeypatch: Patch, environ: Mapping[str, str]) -> str:
     """The file that init writes in an environment, which stays set."""

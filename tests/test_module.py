@@ -20,10 +20,7 @@ KEY = "sk-test-module-key-1234567890"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """``load()``: the module once more, under another name; nothing of it acts at a real fork.
-
-    ``load.fork(side)`` calls what it has registered, as a fork does.
-    """
+    """``load()``: the module under another name; ``load.fork(side)`` calls its hooks of a fork."""
     hooks: list[dict[str, Any]] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **more: hooks.append(more), raising=False)
     def fresh() -> Any:
@@ -85,8 +82,7 @@ def test_what_was_made_before_a_fork_works_in_parent_and_child(load: Any, tmp_pa
 
 
 def test_a_forked_child_opens_a_session_of_its_own(load: Any) -> None:
-    """A user's session stays, without the connections of the parent: else it could read an answer
-    that is its parent's."""
+    """A user's session stays, without connections: it could read an answer that is its parent's."""
     module = load()
     with Server(reply(message(content="fine"))) as server, requests.Session() as session:
         session.headers["X-Mine"] = "yes"

@@ -164,6 +164,7 @@ def test_addresses_and_variables_of_the_providers_are_true(monkeypatch: pytest.M
     for (name, _, url, variables), kind in zip(rows(classes), HTTP_PROVIDERS, strict=True):
         assert (name, kind("a-key").base_url) == (kind.__name__, url)
         assert kind("a-key").first_token_timeout == (60.0 if "localhost" in url else 12.0)
+        assert kind("a-key", stream_upstream=False).first_token_timeout == float("inf")
         for variable in names_in(variables):
             if variable.endswith(("_URL", "_HOST")):
                 monkeypatch.setenv(variable, "http://127.0.0.1:9/v1")

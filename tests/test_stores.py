@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import http.client
 import importlib
 import itertools
@@ -25,6 +26,7 @@ from typing import Any
 import pytest
 from support import stores
 from support.fakes import in_threads, running
+from support.faults import descriptors
 from support.server import Dripping
 from support.stores import (KINDS, SHARED_KINDS, FakeClock, Interrupted, PlainStore, Stage,
     StoreContract, Wrapped, at_each_line, done, end, error_of, fail, in_a_thread, needs_fork,
@@ -554,32 +556,25 @@ def test_two_breakers_that_find_out_at_once_wait_one_pause(clock, shared):
 
 
 # -- SQLite
-def open_files(path: Path) -> list[str]:
-    found = []
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            found.append(os.readlink(entry))
-    return [name for name in found if name.startswith(str(path))]
-
-
 def test_a_python_without_sqlite_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "sqlite3", None)
     with pytest.raises(OSError, match="built without sqlite3"):
         SQLiteStore(tmp_path / "file").load("x")
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
 def test_sqlite_keeps_nothing_open_between_operations(tmp_path):
     """After success, refusal and failure, in any thread, and without close()."""
     store = SQLiteStore(tmp_path / "file", timeout=5.0)
+    gc.collect()  # what other tests have left
+    before = descriptors()
     assert in_a_thread(lambda: store.load("x")) and store.swap("x", None, BreakerRecord())
     assert not store.swap("x", None, BreakerRecord())
     breaker = breaker_on(store, time.monotonic)
     fail(breaker)
-    assert open_files(tmp_path) == []
+    assert descriptors() == before
     (tmp_path / "file").write_bytes(b"no database" * 100)
     error_of(sqlite3.DatabaseError, store.load, "x")
-    assert open_files(tmp_path) == []
+    assert descriptors() == before
 
 
 def test_a_sqlite_file_may_be_deleted_and_replaced(tmp_path, clock):

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fakes import (PARTS, PROMPT, ChatServer, Custom, VirtualClock, Watched, calls,
-    chain_of, error_of, event, failures, outcomes, scripted, tier, whole)
+    chain_of, chat_of, error_of, event, failures, outcomes, scripted, stream_of, tier, whole)
 from support.server import HEAD
 
 import copilot_router
@@ -57,16 +57,6 @@ def test_until_the_first_delta_a_stream_fails_over_like_chat(clock, error, befor
     told = [[(at.tier, at.outcome, at.error) for at in each.attempts] for each in
             (stream.response, response)]
     assert told[0] == told[1] and one.health()[0].breaker == other.health()[0].breaker
-
-
-def test_a_stream_waits_and_chooses_like_chat(clock):
-    second = tier("b", PARTS, models=["b1", "b2"])
-    chain = chain_of(clock, tier("a", ProviderUnavailable, PARTS), second)
-    assert list(chain.stream(PROMPT, tiers=["a"], wait=5)) == PARTS and len(clock.slept) == 1
-    stream = chain.stream(PROMPT, model="b2", temperature=0.5)
-    assert list(stream) == PARTS
-    assert (stream.response.provider, stream.response.model) == ("b", "b2")
-    assert calls(chain, "b")[0]["kwargs"]["temperature"] == 0.5
 
 
 def test_an_answer_without_text_has_no_delta(clock):
@@ -119,12 +109,19 @@ def test_what_is_not_the_providers_fault_passes_through_a_stream(clock, error):
     chain.stream(PROMPT, timeout=0.1).close()
 
 
-def test_a_custom_stream_that_returns_no_response_is_told_so(clock):
-    provider = scripted("x")
-    provider.stream = lambda *_, **__: iter(PARTS)
-    stream = chain_of(clock, ProviderTier("a", provider)).stream(PROMPT)
-    assert [next(stream) for _ in PARTS] == PARTS
-    error_of(ConfigError, next, stream, match="return an LLMResponse")
+@pytest.mark.parametrize("returned", [None, "secret answer"])
+@pytest.mark.parametrize("parts", [[], PARTS])
+def test_a_custom_stream_that_returns_no_response_is_told_so(returned, parts):
+    def stream(*_, **__):
+        yield from parts
+        return returned
+    provider, seen = scripted("x"), []
+    provider.stream = stream
+    def read_it():
+        seen.extend(FailoverChain([ProviderTier("a", provider)]).stream("hi"))
+    match = f"returned {type(returned).__name__}.*return an LLMResponse"
+    error = error_of(ConfigError, read_it, match=match)
+    assert seen == parts and "secret" not in "".join(traceback.format_exception(error))
 
 
 # -- trials
@@ -262,19 +259,7 @@ def test_ending_early_is_no_failure(clock, end, taken, make):
         assert list(again) == PARTS
 
 
-@pytest.mark.parametrize(
-    "end", [list, ChatStream.close, forget, read], ids=lambda end: end.__name__)
-def test_a_stream_holds_its_place_until_it_ends(clock, end):
-    deltas = [*PARTS, InvalidResponse("x")] if end is read else PARTS
-    first = ProviderTier("a", Watched(*deltas), max_concurrency=1)
-    chain = chain_of(clock, first, tier("b", "elsewhere"), failure_threshold=99)
-    for _ in range(3):
-        held = [chain.stream(PROMPT)]
-        assert list(chain.stream(PROMPT)) == ["elsewhere"]
-        end(held.pop())
-
-
-def test_a_place_is_free_only_when_the_stream_is_closed(clock):
+def test_a_stream_holds_its_place_until_it_is_closed(clock):
     """A provider may need some time for that."""
     class Slow(Custom):
         def stream(self, messages, *_, **__):
@@ -406,16 +391,6 @@ def test_a_call_that_fails_after_a_thought_has_its_record_and_its_event(clock):
         assert events[-1].kind == "done" and events[-1].data["outcome"] == type(error).__name__
 
 
-def test_what_a_stream_returns_in_place_of_a_response_is_not_in_the_traceback():
-    class Wrong(Custom):
-        def stream(self, messages: Any, tools: Any = None, model: Any = None, **_: Any) -> Any:
-            yield from ()
-            return "secret answer"
-    chain = FailoverChain([ProviderTier("a", Wrong(LLMResponse))])
-    error = error_of(ConfigError, chain.stream, "hi", match="Wrong returned str")
-    assert "secret" not in "".join(traceback.format_exception(error))
-
-
 # -- chains in chains
 def nested(clock: VirtualClock, *deltas: Any, **given: Any) -> FailoverChain:
     """A chain whose first tier is a chain, and whose second answers "b"."""
@@ -463,8 +438,6 @@ def test_a_break_in_a_nested_chain_reaches_the_reader(clock, error, counted):
 
 
 # -- the marker is held back
-# As they are outside of tests: the suite looks at all that these return, which takes long.
-stream_of, chat_of = FailoverChain.stream, FailoverChain.chat
 STRONG = ["from ", "the ", "stronger"]
 WEAK = Watched()
 CHAIN = FailoverChain(

@@ -23,13 +23,13 @@ from unittest.mock import Mock
 import pytest
 import requests
 import urllib3
-from support.fakes import error_of, event, in_threads, running
+from support.fakes import error_of, event, in_threads, running, tier
 from support.faults import chunked
 from support.server import Canned, Dripping, Peer, received, reply
 from support.stores import Interrupted, at_each_line, done, needs_fork, python, spare_port
 
 from copilot_router import (FailoverChain, InvalidResponse, OpenAIProvider, ProviderError,
-    ProviderTier, ProviderTimeout, ProviderUnavailable, RateLimited, ScriptedProvider, ServerError)
+    ProviderTier, ProviderTimeout, ProviderUnavailable, RateLimited, ServerError)
 
 KEY = "sk-test-transport-key-1234567890"
 PLAIN = "http://provider.invalid/v1"
@@ -68,6 +68,11 @@ def provider(url: str, **settings: Any) -> Iterator[OpenAIProvider]:
         yield made
     finally:
         made.close()
+
+
+def chain_of(url: str) -> FailoverChain:
+    """Its second tier answers "from b"."""
+    return FailoverChain([ProviderTier("a", OpenAIProvider(KEY, url), ["m"]), tier("b", "from b")])
 
 
 def ask(client: OpenAIProvider, text: str = "hi", **options: Any) -> str:
@@ -469,11 +474,9 @@ def test_no_silence_takes_more_than_half_of_what_is_left_for_a_later_tier(scheme
         connection.sendall(HEAD + b"\r\n" + event("late"))
         return silent(server, connection, request)
     with Peer(silent if scheme == "https" else serve) as server:
-        client = OpenAIProvider(KEY, f"{scheme}://127.0.0.1:{server.port}/v1")
-        chain = FailoverChain([ProviderTier("a", client, ["m"]),
-                               ProviderTier("b", ScriptedProvider(["fine"]))])
+        chain = chain_of(f"{scheme}://127.0.0.1:{server.port}/v1")
         start, found = running(), chain.chat("q", timeout=1.6)
-        assert found.text == "fine" and running() - start < 1.3
+        assert found.text == "from b" and running() - start < 1.3
         told = "connect timeout" if scheme == "https" else "no further data"
         assert told in str(found.attempts[0].error)
 
@@ -495,8 +498,7 @@ def test_a_model_that_thinks_without_an_end_leaves_time_for_the_next_tier(way: s
             connection.sendall(event(reasoning_content="hm"))
         return False
     with Peer(serve) as server:
-        chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, server.url), ["m"]),
-                               ProviderTier("b", ScriptedProvider(["from b"]))])
+        chain = chain_of(server.url)
         found = getattr(chain, way)("q", timeout=1)
         assert (found.text if way == "chat" else "".join(found)) == "from b"
 
@@ -510,8 +512,7 @@ def test_a_stream_that_has_shown_text_has_the_time_of_the_later_tiers_too() -> N
             server.stopping.wait(1)
         return False
     with Peer(serve) as server:
-        chain = FailoverChain([ProviderTier("a", OpenAIProvider(KEY, server.url), ["m"]),
-                               ProviderTier("b", ScriptedProvider(["from b"]))])
+        chain = chain_of(server.url)
         assert "".join(chain.stream("q", timeout=2.5)) == "one two"
 
 
@@ -698,6 +699,13 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     return context, str(certificate)
 
 
+@pytest.fixture
+def trusted(tls: Any, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """The server's side, whose certificate the client trusts."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", tls[1])
+    return tls[0]
+
+
 class SecurePeer(Peer):
     """A Peer behind TLS."""
     def __init__(self, serve: Any, context: ssl.SSLContext) -> None:
@@ -743,43 +751,32 @@ def test_tls_to_the_provider(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("answers", "connections"), [(sys.maxsize, 1), (1, 3)])
 def test_a_tunnel_through_a_proxy_is_kept_and_made_anew_when_it_has_ended(answers: int,
-        connections: int, tls: Any, proxied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, certificate = tls
-    with Peer(lambda server, connection, _: tunnel(context, server, connection, answers)) as proxy:
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
+        connections: int, trusted: Any, proxied: Any) -> None:
+    with Peer(lambda server, connection, _: tunnel(trusted, server, connection, answers)) as proxy:
         with proxied(f"http://127.0.0.1:{proxy.port}") as client:
             assert [ask(client) for _ in range(3)] == ["good"] * 3
         assert proxy.connections == connections and KEY.encode() not in proxy.requests[0]
 
 
-def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(tls: Any,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    context, certificate = tls
-    whole = json.dumps({"choices": [{"message": {"content": "good"}, "finish_reason": "stop"}]})
-    head, stale = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", whole.replace("good", "stale")
+def test_an_answer_that_tls_holds_already_belongs_to_no_later_request(trusted: Any) -> None:
+    stale = WHOLE.replace(b"good", b"stale")
     def serve(server: Peer, connection: Any, request: bytes) -> bool:
-        connection.sendall(head % len(whole))
-        more = head % len(stale) + stale.encode() if len(server.requests) == 1 else b""
-        connection.sendall(whole.encode() + more)  # in one record
+        connection.sendall(reply(WHOLE).removesuffix(WHOLE))
+        connection.sendall(WHOLE + reply(stale) * (len(server.requests) == 1))  # in one record
         return True
-    with SecurePeer(serve, context) as server:
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with provider(server.url, stream_upstream=False) as client:
-            assert [ask(client) for _ in range(3)] == ["good"] * 3
+    with SecurePeer(serve, trusted) as server, provider(
+            server.url, stream_upstream=False) as client:
+        assert [ask(client) for _ in range(3)] == ["good"] * 3
 
 
 @pytest.mark.parametrize("inner", ["silent", "late"])
-def test_tls_inside_of_tls_is_under_the_same_limit(tls: Any, proxied: Any,
-        monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
-    context, certificate = tls
+def test_tls_inside_of_tls_is_under_the_same_limit(trusted: Any, proxied: Any, inner: str) -> None:
     def serve(server: Peer, connection: Any, request: bytes) -> bool:
         if inner == "late":
             server.stopping.wait(0.3)
         return tunnel(None, server, connection)
-    with SecurePeer(serve, context) as proxy:
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate)
-        with proxied(f"https://127.0.0.1:{proxy.port}") as client:
-            fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.6, seconds=0.6)
+    with SecurePeer(serve, trusted) as proxy, proxied(f"https://127.0.0.1:{proxy.port}") as client:
+        fails(client, (ProviderTimeout, ProviderUnavailable), timeout=0.6, seconds=0.6)
 
 
 def test_a_handshake_that_fails_or_hangs_is_unavailable() -> None:

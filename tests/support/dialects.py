@@ -50,12 +50,8 @@ class Dialect:
     name: ClassVar[str]
     stream_kind: ClassVar[str] = "text/event-stream"
     model = "m-2026"  #: the name that the server reports
-    counts_cached = True
-    counts_written = True
-    counts_reasoning = True
-    remote_images = True
-    needs_model = True
-
+    counts_cached = counts_written = counts_reasoning = True
+    remote_images = needs_model = True
     #: Failures that have a status of their own, by what they mean.
     failures: ClassVar[dict[str, Failure]]
 
@@ -462,9 +458,7 @@ DIALECTS: tuple[Dialect, ...] = (Chat(), Responses(), LMStudio(), Anthropic(), G
 
 @pytest.fixture(params=DIALECTS, ids=repr)
 def dialect(request: pytest.FixtureRequest) -> Dialect:
-    """Each of them in turn."""
-    found: Dialect = request.param
-    return found
+    return request.param
 
 
 # -- HTTP

@@ -18,6 +18,8 @@ PROMPT = "the secret prompt of this test suite"
 KEY = "sk-test-chain-key-1234567890"
 PARTS = ["the ", "secret ", "answer"]
 TOOL = {"type": "function", "function": {"name": "f"}}
+#: As they are outside of tests: the suite looks at all that these return, which takes long.
+chat_of, stream_of = FailoverChain.chat, FailoverChain.stream
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
 
 
@@ -82,10 +84,8 @@ class Custom(LLMProvider):
 
 
 class Watched(LLMProvider):
-    """Streams ``deltas`` and knows how many of its streams are open, and how many it has taken.
-
-    An exception among the deltas is raised, a function is called.
-    """
+    """Streams ``deltas``: an exception among them is raised, a function is called. It counts its
+    streams and the deltas that it has taken."""
     def __init__(self, *deltas: Any, response: LLMResponse | None = None) -> None:
         self.deltas, self.response = deltas, response
         self.opened = self.closed = self.taken = 0

@@ -86,13 +86,13 @@ class RedisServer:
     def __init__(self) -> None:
         self.port = spare_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: Any = None
         self.start()
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
         options = f"--port {self.port} --bind 127.0.0.1 --appendonly no --save".split()
-        self._process = subprocess.Popen([str(REDIS), *options, ""], stdout=subprocess.DEVNULL)
+        self._process: Any = subprocess.Popen(
+            [str(REDIS), *options, ""], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 30
         while True:
             try:
@@ -114,10 +114,8 @@ class RedisServer:
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(30)
-        self._process = None
+        self._process.kill()
+        self._process.wait(30)
 
 
 @pytest.fixture
@@ -143,10 +141,7 @@ def clock():
 
 @pytest.fixture
 def make_store(tmp_path, request):
-    """``make_store(kind, **settings)``: a handle on this test's store of that kind.
-
-    Redis shares counts, too, as the others do.
-    """
+    """``make_store(kind)``: a handle on this test's store; Redis shares counts as the others do."""
     made: list[Any] = []
     memory = MemoryStore()
     namespace = f"test-{os.getpid()}-{next(_numbers)}"
@@ -189,13 +184,11 @@ class PlainStore:
 class Wrapped:
     """A store around a store: counts what it is asked, and fails or waits when it is told to."""
     def __init__(self, store: Any, clock: Callable[[], float] | None=None, **more: Any) -> None:
-        self.store = store
-        self.clock = clock  #: its time, if not the store's
+        self.store, self.clock = store, clock  #: a clock is its time, if not the store's
         for name in ("refresh", "shared_counts", "shares_local_errors"):
             if hasattr(store, name) or name in more:
                 setattr(self, name, more.get(name, getattr(store, name, None)))
-        self.loads = 0
-        self.swaps = 0
+        self.loads = self.swaps = 0
         self.error: Exception | None = None  #: raised by every operation
         self.error_of_swap: Exception | None = None
         self.before: Callable[[str], None] | None = None  #: called with the operation's name
@@ -303,8 +296,7 @@ class StoreContract:
     def process(self, handles, clock):
         """A breaker as another process would have it, in the clock's time."""
         def make(name="x", **settings):
-            store = Wrapped(handles(), clock)
-            store.shared_counts = store.shares_local_errors = True
+            store = Wrapped(handles(), clock, shared_counts=True, shares_local_errors=True)
             return CircuitBreaker(name=name, clock=clock, store=store, **settings)
         return make
 
