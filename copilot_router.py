@@ -2151,7 +2151,7 @@ _PHRASES: _Phrases = (
      r"weekly rate limit|calls / month|daily free allocation|free trial quota|"
      r"set inference limit|out of call volume quota", QuotaExceeded),
     (r"incorrect api key|invalid api[ -]key|api key (is )?(not valid|expired|invalid)|"
-     r"invalid (bearer )?token|location is not supported", AuthenticationError),
+     r"invalid (bearer |api )?token|location is not supported", AuthenticationError),
     # LM Studio and NVIDIA at 400, TGI and Bedrock at 424
     (r"failed to load (the )?model|model has crashed|degraded function|failed during generation|"
      r"error while processing the model", ServerError),
@@ -3076,9 +3076,10 @@ def _holds_piece(line: bytes, labelled: bool) -> bool:
 
 
 def _is_piece(value: Any) -> bool:
-    """Whether a value is a piece of an answer, in Ollama's form or OpenAI's."""
+    """Whether a value is a piece of an answer, in Ollama's form or one of OpenAI's."""
     try:
-        return value.get("done") is False or "delta" in value["choices"][0]
+        named = str(value.get("type")).startswith("response.")
+        return named or value.get("done") is False or "delta" in value["choices"][0]
     except (AttributeError, LookupError, TypeError):
         return False
 

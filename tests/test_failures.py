@@ -578,13 +578,13 @@ HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     (429, {"retry-after-ms": "0", "retry-after": "1"}, "", 1.0),
     (429, {"retry-after-ms": "2500", "retry-after": "2"}, "", 2.5),
     (429, {"llm_provider-retry-after": "37"}, "", 37.0), (429, {}, time.strftime(
-        "Limit resets at: %Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + 4000)), 4000.0),
+        "Limit resets at: %Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + 40_000)), 40_000.0),
     (429, {}, time.strftime("used, resets at %Y-%m-%dT%H:%M:%S+08:00 (2056)",  # MiniMax
-        time.gmtime(time.time() + 4000 + 8 * 3600)), 4000.0),
+        time.gmtime(time.time() + 40_000 + 8 * 3600)), 40_000.0),
     (429, {"retry-after-ms": "250"}, "", 0.25), (429, {"Retry-After": "30.4"}, "", 30.4),
     (429, {"Retry-After": "30, 60"}, "", 60.0), (429, {"Retry-After": "7,7"}, "", 7.0),
-    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000, 1000)}, "", 4000.0),
-    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4000)}, "", 4000.0),
+    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4e4, 1000)}, "", 40_000.0),
+    (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": in_epoch(4e4)}, "", 40_000.0),
     (429, {"anthropic-ratelimit-requests-reset": "2000-01-01T00:00:00Z"}, "", 0.0),
     (429, {"x-ratelimit-reset-tokens": " 1h2m3s. "}, "", 3723.0),
     (429, {"x-ratelimit-reset-tokens": "120ms", "x-ratelimit-reset-requests": "1s"}, "", 1.0),
@@ -606,7 +606,7 @@ def test_how_long_to_wait(status: int, headers: dict[str, str], words: Any,
     """Headers first, then the body; the headers of limits only at 429, 503 and 529."""
     body = words if isinstance(words, dict) else says(words or "no")
     found = refused(status, body, headers).retry_after
-    close = 0.1 if seconds == 4000 else 1e-6  # the moment was written down when the table was made
+    close = 0.1 if seconds == 40_000 else 1e-6  # it was written down at import
     assert found == (None if seconds is None else pytest.approx(seconds, rel=close))
 
 

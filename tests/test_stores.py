@@ -858,8 +858,8 @@ from copilot_router import BreakerRecord, CircuitBreaker, CircuitOpen, RedisStor
 kind, where, *more = sys.argv[1:]
 def new():
     if kind == "sqlite":
-        return SQLiteStore(where, timeout=5, refresh=0)
-    return RedisStore(where, "processes", timeout=5, refresh=0, shared_counts=True)
+        return SQLiteStore(where, timeout=60, refresh=0)
+    return RedisStore(where, "processes", timeout=60, refresh=0, shared_counts=True)
 store = new()
 def children(count, work):
     "What each of them returned, when all may begin at one moment."
