@@ -86,7 +86,6 @@ class RedisServer:
     def __init__(self) -> None:
         self.port = spare_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: Any = None
         self.start()
 
     def start(self) -> None:
@@ -114,10 +113,8 @@ class RedisServer:
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(30)
-        self._process = None
+        self._process.kill()
+        self._process.wait(30)
 
 
 @pytest.fixture
@@ -179,11 +176,9 @@ class PlainStore:
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
         with self.lock:
-            present = self.records.get(name)
-            if (None if present is None else present.generation) != expected_generation:
-                return False
-            self.records[name] = record
-            return True
+            if same := getattr(self.records.get(name), "generation", None) == expected_generation:
+                self.records[name] = record
+            return same
 
 
 class Wrapped:
