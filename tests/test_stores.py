@@ -428,6 +428,13 @@ def test_a_change_that_others_keep_overtaking_is_saved_later(clock, shared, paus
     shared.store.swap = real
     clock.advance(2)
     assert breaker.is_open and breaker_on(shared, clock).retry_after == 48
+    clock.advance(48)
+    def overtake(name):  # by the only trial, until the time of the other is up
+        if name == "swap":
+            shared.before = None
+            assert breaker.admit().is_trial and not threading.Event().wait(0.3)
+    shared.before = overtake
+    error_of(CircuitOpen, breaker_on(shared, clock).admit)
 
 
 @pytest.mark.parametrize("when", ["load", "swap"])

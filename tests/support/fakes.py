@@ -26,8 +26,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 def running() -> float:
     """Seconds, without those in which a busy machine (Linux) kept this thread from running."""
     told = Path("/proc/thread-self/schedstat")
-    waited = int(told.read_text("ascii").split()[1]) if told.exists() else 0
-    return time.monotonic() - waited / 1e9
+    return time.monotonic() - (int(told.read_text().split()[1]) / 1e9 if told.exists() else 0)
 
 
 class VirtualClock:

@@ -174,11 +174,9 @@ class PlainStore:
 
     def swap(self, name: str, expected_generation: int | None, record: BreakerRecord) -> bool:
         with self.lock:
-            present = self.records.get(name)
-            if (None if present is None else present.generation) != expected_generation:
-                return False
-            self.records[name] = record
-            return True
+            if same := getattr(self.records.get(name), "generation", None) == expected_generation:
+                self.records[name] = record
+            return same
 
 
 class Wrapped:
