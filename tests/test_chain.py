@@ -542,9 +542,10 @@ def test_system_is_put_in_front_and_nothing_given_is_modified(clock):
     chain = chain_of(clock, tier("a", answer), tier("b", "x"), escalation_model="b")
     response = chain.chat(messages, tools, system="be brief")
     assert (messages, tools, answer) == before and response is not answer
-    list(chain.stream(messages, system="be brief"))
+    list(chain.stream(messages, tools, system="be brief"))
     system = {"role": "system", "content": "be brief"}
-    assert [call["messages"] for call in calls(chain, "b")] == [[system, *messages]] * 2
+    asked = [(call["messages"], call["tools"]) for call in calls(chain, "b")]
+    assert asked == [([system, *messages], tools)] * 2
     inner = chain_of(clock, tier("i", "x"))  # a chain takes one from its tier
     chain_of(clock, ProviderTier("in", inner, params={"system": "be brief"})).chat("hi")
     assert calls(inner, "i")[0]["messages"][0] == system
