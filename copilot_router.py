@@ -4727,22 +4727,19 @@ def _chat_tool(call: _Call, tool: Mapping[str, Any], at_openai: bool) -> _Object
 
 
 def _chat_body(call: _Call, streaming: bool, at_openai: bool) -> _Object:
-    body: _Object = {"messages": [_chat_message(call, one, at_openai) for one in call.messages]}
-    if call.model is not None:
-        body["model"] = call.model
+    messages = [_chat_message(call, one, at_openai) for one in call.messages]
+    body: _Object = {"messages": messages, "model": call.model, **call.options}
     unsent = {*_TOKEN_LIMITS, "extra_body"}
     if call.tools:
         body["tools"] = [_chat_tool(call, tool, at_openai) for tool in call.tools]
     else:
         unsent |= {"tool_choice", "parallel_tool_calls"}  # both are refused without tools
-    body |= call.options
     for name in unsent:
         body.pop(name, None)
     if call.tools and _dict(call.options.get("tool_choice")).get("type") == "function":
         body["tool_choice"] = {"type": "function", "function": {"name": _choice(call)[1]}}
-    if call.token_limit is not None:
-        guess = "max_completion_tokens" if at_openai else "max_tokens"
-        body[call.learned.get("token_limit", guess)] = call.token_limit
+    guess = "max_completion_tokens" if at_openai else "max_tokens"
+    body[call.learned.get("token_limit", guess)] = call.token_limit
     if streaming:
         body["stream"] = True
         if "stream_options" not in call.learned:
@@ -4940,7 +4937,8 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     if "stop" in call.options:
         raise UnsupportedRequest("the Responses API knows no stop sequences")
     body: _Object = {
-        "model": call.model, "store": False,
+        "model": call.model, "store": False, "stream": streaming or None,
+        "max_output_tokens": call.token_limit,
         "include": None if "include" in call.learned else ["reasoning.encrypted_content"],
         "input": [item for message in call.messages for item in _responses_items(call, message)],
     }
@@ -4953,8 +4951,6 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
         kind, name = _choice(call)
         if "tool_choice" in call.options:
             body["tool_choice"] = {"type": "function", "name": name} if kind == "named" else kind
-    if call.token_limit is not None:
-        body["max_output_tokens"] = call.token_limit
     effort = call.renamed({"reasoning_effort": "effort"})
     if effort or call.thoughts:
         shown = {} if "thoughts" in call.learned else {"summary": "auto"}
@@ -4962,8 +4958,6 @@ def _responses_body(call: _Call, streaming: bool) -> _Object:
     kind, schema = _format(call)
     if kind != "text":
         body["text"] = {"format": {"type": kind, **schema}}
-    if streaming:
-        body["stream"] = True
     return call.finished(body)
 
 
@@ -5168,8 +5162,7 @@ def _anthropic_body(call: _Call, streaming: bool) -> _Object:
     limit = call.token_limit
     limit = call.learned.get("default_tokens", _MAX_TOKENS) if limit is None else limit
     forced = call.tools and _choice(call)[0] in ("required", "named")  # not while it thinks
-    adaptive = {"type": "adaptive", "display": "summarized"}
-    shown = adaptive if call.thoughts and not forced else None
+    shown = {"type": "adaptive", "display": "summarized"} if call.thoughts and not forced else None
     kept = [block.get("id") for turn in turns for block in turn.carry.get("blocks", ())]
     return call.finished({
         "model": call.model,
@@ -5249,8 +5242,7 @@ def _anthropic_kept(blocks: list[_Object]) -> list[_Object]:
         sent = {name: value for name, value in block.items() if name != "partial_json"}
         if block.get("partial_json"):
             sent["input"] = _argument_object(block["partial_json"])
-        blank = sent.get("type") == "text" and not str(sent.get("text") or "").strip()
-        if not blank:
+        if sent.get("type") != "text" or str(sent.get("text") or "").strip():
             kept.append(sent)
     return kept
 
