@@ -6350,7 +6350,7 @@ class _Run:
                         if tier not in asked:
                             self._skip(tier, model, CircuitOpen("no time left to ask it"))
                     self.plan = self.order
-                    raise self.failure(late=True)
+                    raise self.failure()
                 tier, model = self.later.pop(0)
                 request = self._ask(tier, model)
         except RouterError as error:
@@ -7313,7 +7313,7 @@ def _tiers_command(options: Any) -> int:
     bad = checked and any(tier.last_error is not None for tier in found)
     if options.json:
         print(json.dumps([tier.to_dict() for tier in found]))
-        return int(bad)
+        return bad
     rows = [["STATE", "TIER", "ROLE", "FAILURES", "RETRY IN", "REASON"]]
     for tier in found:
         seen, error = tier.breaker, tier.last_error
@@ -7328,7 +7328,7 @@ def _tiers_command(options: Any) -> int:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     if not checked:
         _say_whose(options.screen, chain.tiers)
-    return int(bad)
+    return bad
 
 
 def _say_whose(screen: _Screen, tiers: Iterable[ProviderTier]) -> None:
@@ -7348,7 +7348,7 @@ def _reset_command(options: Any) -> int:
         _say_whose(options.screen, [tier])
     plain = f"{_escaped(tier.name)}: was {old}, is closed"
     print(json.dumps({"tier": tier.name, "was": old}) if options.json else plain)
-    return int(tier.breaker._shared is not None and tier.breaker._shared._down)
+    return tier.breaker._shared is not None and tier.breaker._shared._down
 
 
 #: What init writes above the tiers.
