@@ -1342,7 +1342,7 @@ class Word(str, Enum):
     JSON, LOW = "json_object", "low"
 
 
-@pytest.mark.parametrize("name", ["chat", *VENDORS[1:]])
+@pytest.mark.parametrize("name", ["chat", *(name for name in VENDORS if name != "openai")])
 def test_what_stands_for_a_plain_value_is_sent_as_it(name: str) -> None:
     """Members of an Enum, mappings, a stop of nothing, a refusal, data that is not base64."""
     function = {"name": "f", "parameters": MappingProxyType(CITY)}
@@ -1393,10 +1393,10 @@ CUSTOM = {"type": "custom", "custom": {"name": "x"}}
 
 
 @pytest.mark.parametrize(("name", "part", "able"),
-    [*((name, CUSTOM, False) for name in VENDORS[1:]),
+    [*((name, CUSTOM, False) for name in VENDORS if name != "openai"),
         ("anthropic", ZIP, False), ("anthropic", PHOTO, False),
-        *((name, part, True) for name in VENDORS[:4] for part in (PDF, PLAIN)),
-        *((name, SOUND, name == "openai") for name in VENDORS), ("ollama", PDF, False)])
+        *((name, part, name != "ollama") for name in VENDORS for part in (PDF, PLAIN)),
+        *((name, SOUND, name == "openai") for name in VENDORS)])
 def test_what_a_vendor_cannot_express_is_unsupported_and_not_sent(name: str, part: Any,
         able: bool) -> None:
     content = [{"type": "text", "text": "q"}, *([] if part is CUSTOM else [part])]
