@@ -418,12 +418,12 @@ def test_user_code_runs_without_a_lock(clock, shared):
     assert breaker.is_open and len(free) >= 5 and all(free)
 
 
-@pytest.mark.parametrize("pause", [0, 0.06], ids=["quick", "slow"])
+@pytest.mark.parametrize("pause", [0, 0.04], ids=["quick", "slow"])
 def test_a_change_that_others_keep_overtaking_is_saved_later(clock, shared, pause):
     breaker = breaker_on(shared, clock)
     shared.before = lambda name: threading.Event().wait(pause)
     real, shared.store.swap = shared.store.swap, lambda *_: False
-    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.06 * 3 + 0.1 and breaker.is_open
+    assert seconds_of(lambda: breaker.open(50)) < 0.2 + 0.04 * 3 + 0.1 and breaker.is_open
     assert 2 <= shared.swaps <= (4 if pause else 100)
     shared.store.swap = real
     clock.advance(2)
