@@ -1856,7 +1856,9 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 
     def session() -> requests.Session:
         made, adapter = requests.Session(), Adapter(pool_connections=4, pool_maxsize=100)
+        # it follows no redirect and keeps no cookie
         made.get_redirect_target = lambda _: None  # type: ignore[assignment, method-assign]
+        made.cookies.extract_cookies = lambda *_: None  # type: ignore[method-assign]
         made.mount("http://", adapter)
         made.mount("https://", adapter)
         return made
