@@ -3527,7 +3527,7 @@ class _Collector:
         self.alive = True
 
     def _take_choice(self, index: Any) -> None:
-        self._passes = _TAKERS.keys() - {"choice"} if index != 0 else set()
+        self._passes = _TAKERS.keys() - {"choice", "model"} if index != 0 else set()
 
     def _take_again(self) -> None:
         come = {"thought": self._reasoning, "grow": self._grown, "keep": self._kept}
@@ -4494,7 +4494,6 @@ _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "cache
 def _chat_facts(body: _Object) -> _Facts:
     """One event of a stream, or one whole answer: they differ in the name of the message."""
     choices: Any = body.get("choices") or ()
-    yield "model", body.get("model")
     if usage := body.get("usage") or ("x_groq" in body and _dict(body["x_groq"]).get("usage")):
         yield "usage", usage, _openai_usage
     for choice in choices:
@@ -4525,6 +4524,7 @@ def _chat_facts(body: _Object) -> _Facts:
             finish, native = choice["finish_reason"], choice.get("native_finish_reason")
             failed = finish is not None and str(native).lower() in _FAILED
             yield "stop", native if failed else finish
+    yield "model", body.get("model")
 
 
 def _chat_content(content: Any) -> _Facts:
@@ -4548,7 +4548,8 @@ def _thinking(value: Any) -> str:
 def _chat_extras(message: _Object, whole: bool) -> _Facts:
     """Thinking, tool calls and refusals."""
     name = next(filter(message.get, _THOUGHT_KEYS), "")
-    if _dict(_dict(message.get("extra_content")).get("google")).get("thought"):
+    extra = message.get("extra_content")
+    if extra and _dict(_dict(extra).get("google")).get("thought"):
         yield "tag", "thought"
     if name:
         yield "thought", _thinking(message[name])
@@ -6445,7 +6446,7 @@ class _Run:
                 del options[name]
         left = self.deadline - request.start
         options["timeout"] = left if tier.timeout is None else min(left, tier.timeout)
-        ready = tier._is_ours and self._later_ready(tier)
+        ready = tier._is_ours and bool(self.later or self.backed) and self._later_ready(tier)
         if tier._is_chain:
             inner = tier.provider.timeout + tier.provider.wait  # type: ignore[attr-defined]
             options["timeout"] = min(options["timeout"], inner)
