@@ -5362,12 +5362,11 @@ def _gemini_facts(body: _Object) -> _Facts:
         yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             text, called = part.get("text"), part.get("functionCall")
-            signed = bool(part.get("thoughtSignature"))
             if part.get("thought"):
                 yield "thought", text
                 continue
-            if text != "" or signed:
-                yield "keep", "parts", None, part, signed
+            if any(part.values()):  # an empty one would be refused
+                yield "keep", "parts", None, part, bool(part.get("thoughtSignature"))
             if called is not None:  # a whole call: no other one has the key object()
                 yield "call", object(), called.get("id"), called["name"], called.get("args") or {}
             yield "text", text
