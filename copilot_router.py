@@ -2131,7 +2131,7 @@ _PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
     (r"context length|context window|context size|context the overflows|exceed context limit|"
      r"(input|prompt)( tokens?)?( length)?( is)? too long|is longer than the (maximum )?model|"
-     r"input tokens( \d{1,9} cannot)? exceed|input token count|request too large for|"
+     r"input tokens( \d{1,9} cannot)? exceed|input token count|request( body)? too large for|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
      r"inputs?` ?tokens? \+ `?max_new_tokens|reduce (the length|your prompt)|"
      r"maximum prompt length|input length \d{1,9} exceeds|model max length|than max_seq_len|"
@@ -2178,7 +2178,7 @@ _PHRASES: _Phrases = (
     (r"loading model|is (currently )?loading|overloaded|server busy|at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tool|image|vision|thinking|chat|function|response.format)|"
      r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|not a multimodal model|"
-     r"unknown variant .image_url|no endpoints (found|available) (that|matching)|"
+     r"for image input|unknown variant .image_url|no endpoints (found|available) (that|matching)|"
      r"(tool|image|function call|response_format|json.(mode|schema)).{0,60}not (support|enabl)ed|"
      r"unsupported param: tools|tool_?choice.{0,80}(support|permitted|allowed|forces)",
      UnsupportedRequest),
