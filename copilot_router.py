@@ -1856,6 +1856,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 
     def session() -> requests.Session:
         made, adapter = requests.Session(), Adapter(pool_connections=4, pool_maxsize=100)
+        # else send() reads the body of a redirect, however long, to prepare the next request
         made.get_redirect_target = lambda _: None  # type: ignore[assignment, method-assign]
         made.mount("http://", adapter)
         made.mount("https://", adapter)
@@ -1867,7 +1868,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 def _pieces(read1: Callable[..., bytes], limits: _Limits) -> Iterator[bytes]:
     """What each read brings. It does not know the _Answer: a cycle would keep a lost one open."""
     try:
-        while limits.left() and (piece := read1(_READ_SIZE)):  # a user's session has no limits
+        while limits.left() and (piece := read1(_READ_SIZE)):  # a user's socket has no limits
             yield piece
     except Exception as error:
         if _passes_through(error):
