@@ -2137,7 +2137,7 @@ _PHRASES: _Phrases = (
      r"inputs?` ?tokens? \+ `?max_new_tokens|reduce (the length|your prompt)|"
      r"maximum prompt length|input length \d{1,9} exceeds|model max length|than max_seq_len|"
      r"must have less than \d{1,9} tokens|prompt token count .{0,60}exceeds|"
-     r"too many tokens: (total|size)", ContextLengthExceeded),
+     r"too many tokens: (total|size)|>= n_ctx", ContextLengthExceeded),
     # quotas of a day: Gemini's, as LiteLLM quotes it, Bedrock, Cerebras; budgets of LiteLLM
     (r"requestsperday|(crossed|exceeded) budget|tokens per day(,| limit)", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),

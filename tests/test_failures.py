@@ -283,6 +283,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
                "65537. Given: 79993 `inputs` tokens and 1024 `max_new_tokens`"}),  # TGI
         (422, {"error": "Input validation error: `inputs` must have less than 2048 tokens."}),
         (200, {"error": "Trying to keep 9 when context the overflows."}),  # LM Studio
+        (400, {"error": "cannot truncate prompt with n_keep (9) >= n_ctx (8)"}),  # LM Studio, too
         (500, says("exceeds the context size", type="server_error")),
         (400, says("no", type="context_exceeded")),
         (400, says("The input token count (2845475) exceeds the maximum number of tokens allowed")),
