@@ -1856,7 +1856,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 
     def session() -> requests.Session:
         made, adapter = requests.Session(), Adapter(pool_connections=4, pool_maxsize=100)
-        # it follows no redirect and keeps no cookie
+        # else send() reads a redirect's body, however long, and keeps cookies that nobody sends
         made.get_redirect_target = lambda _: None  # type: ignore[assignment, method-assign]
         made.cookies.extract_cookies = lambda *_: None  # type: ignore[method-assign]
         made.mount("http://", adapter)
@@ -1869,7 +1869,7 @@ def _http() -> tuple[Any, Callable[[], Any]]:
 def _pieces(read1: Callable[..., bytes], limits: _Limits) -> Iterator[bytes]:
     """What each read brings. It does not know the _Answer: a cycle would keep a lost one open."""
     try:
-        while limits.left() and (piece := read1(_READ_SIZE)):  # a user's session has no limits
+        while limits.left() and (piece := read1(_READ_SIZE)):  # a user's socket has no limits
             yield piece
     except Exception as error:
         if _passes_through(error):
@@ -2133,12 +2133,12 @@ _PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
     (r"context length|context window|context size|context the overflows|exceed context limit|"
      r"(input|prompt)( tokens?)?( length)?( is)? too long|is longer than the (maximum )?model|"
-     r"input tokens( \d{1,9} cannot)? exceed|input token count|request too large for|"
+     r"input tokens( \d{1,9} cannot)? exceed|input token count|request( body)? too large for|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
      r"inputs?` ?tokens? \+ `?max_new_tokens|reduce (the length|your prompt)|"
      r"maximum prompt length|input length \d{1,9} exceeds|model max length|than max_seq_len|"
      r"must have less than \d{1,9} tokens|prompt token count .{0,60}exceeds|"
-     r"too many tokens: (total|size)", ContextLengthExceeded),
+     r"too many tokens: (total|size)|>= n_ctx", ContextLengthExceeded),
     # quotas of a day: Gemini's, as LiteLLM quotes it, Bedrock, Cerebras; budgets of LiteLLM
     (r"requestsperday|(crossed|exceeded) budget|tokens per day(,| limit)", QuotaExceeded),
     (r"litellm\.timeout|timeout on reading data", ProviderTimeout),
@@ -2180,7 +2180,7 @@ _PHRASES: _Phrases = (
     (r"loading model|is (currently )?loading|overloaded|server busy|at capacity", Overloaded),
     (r"does(n't| not) support (the )?(tool|image|vision|thinking|chat|function|response.format)|"
      r"requires --(enable-auto-tool-choice|jinja|tool-call-parser)|not a multimodal model|"
-     r"unknown variant .image_url|no endpoints (found|available) (that|matching)|"
+     r"for image input|unknown variant .image_url|no endpoints (found|available) (that|matching)|"
      r"(tool|image|function call|response_format|json.(mode|schema)).{0,60}not (support|enabl)ed|"
      r"unsupported param: tools|tool_?choice.{0,80}(support|permitted|allowed|forces)",
      UnsupportedRequest),
@@ -3723,7 +3723,7 @@ _REFUSES = (
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
 )
 #: An error that lists fields, each of which is refused.
 _LISTS = (
@@ -4440,38 +4440,6 @@ def _header_name(name: Any) -> str:
     if isinstance(name, str) and _pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch(name.strip()):
         return name.strip()
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
-
-
-#: What servers call our options and fields when they complain, if it is another name.
-_COMPLAINTS = {
-    "top_p": "top_?p",
-    "presence_penalty": "presence_?penalty|penalty",
-    "frequency_penalty": "frequency_?penalty|penalty",
-    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
-    r"thinking[\w.]{0,40}|think",
-    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
-    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
-    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
-}
-#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
-_REFUSES_CARRY = (
-    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
-    r"(unsupported|not supported|not permitted)|"
-    r"encrypted content .{0,120}could not be|invalid .?signature"
-)
-#: An error about a value: with another one the field may be taken.
-_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
-_REFUSES = (
-    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
-    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
-    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
-    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
-)
-#: An error that lists fields, each of which is refused.
-_LISTS = (
-    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
-)
 
 
 # ==== OpenAI ======================================================================================
@@ -5365,12 +5333,11 @@ def _gemini_facts(body: _Object) -> _Facts:
         yield "choice", candidate.get("index") or 0
         for part in (candidate.get("content") or {}).get("parts") or ():
             text, called = part.get("text"), part.get("functionCall")
-            signed = bool(part.get("thoughtSignature"))
             if part.get("thought"):
                 yield "thought", text
                 continue
-            if text != "" or signed:
-                yield "keep", "parts", None, part, signed
+            if any(part.values()):  # an empty one would be refused
+                yield "keep", "parts", None, part, bool(part.get("thoughtSignature"))
             if called is not None:  # a whole call: no other one has the key object()
                 yield "call", object(), called.get("id"), called["name"], called.get("args") or {}
             yield "text", text

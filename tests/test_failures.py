@@ -278,10 +278,12 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
                    code="model_max_prompt_tokens_exceeded")),  # Copilot
         (413, says("Request body too large for gpt-4o model. Max size: 8000 tokens.",
                    code="tokens_limit_reached")),  # GitHub Models
+        (413, says("Request body too large for gpt-4o model.")),  # GitHub Models behind a proxy
         (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= "
                "65537. Given: 79993 `inputs` tokens and 1024 `max_new_tokens`"}),  # TGI
         (422, {"error": "Input validation error: `inputs` must have less than 2048 tokens."}),
         (200, {"error": "Trying to keep 9 when context the overflows."}),  # LM Studio
+        (400, {"error": "cannot truncate prompt with n_keep (9) >= n_ctx (8)"}),  # LM Studio, too
         (500, says("exceeds the context size", type="server_error")),
         (400, says("no", type="context_exceeded")),
         (400, says("The input token count (2845475) exceeds the maximum number of tokens allowed")),
@@ -317,6 +319,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (400, {"errors": [{"code": "model_no_support_for_function", "message": "no"}]}),  # watsonx
         (400, {"message": "no", "details": {"error_code": "unsupported_parameter"}}),
         (500, says("tools param requires --jinja flag", type="server_error")),  # llama.cpp
+        (500, {"error": "this model is missing data required for image input"}),  # Ollama
         *((404, says(f"No endpoints {what}", code=404)) for what in (  # OpenRouter
             "found that support image input", "found that can do it", "available matching it")),
         (400, {"error": {**THROUGH, "metadata": {"raw": "X does not support image input"}}})],

@@ -70,10 +70,10 @@ def test_several_candidates_never_run_into_one_text() -> None:
 
 
 def test_odd_parts_go_back_only_and_function_calls_need_no_arguments() -> None:
-    """Results of code and of Google's own tools have no signature; an empty text is left out."""
+    """Results of code and of Google's own tools have no signature; an empty part is left out."""
     parts = [{"functionCall": {"name": "f"}}, {"codeExecutionResult": {"output": "1"}},
              {"thoughtSignature": "s"}]
-    wire = reply(candidate(*parts, {"text": ""}))
+    wire = reply(candidate({}, *parts, {"text": ""}))
     with talking("gemini", wire) as (provider, server):
         response = provider.chat("q", TOOLS, "m", timeout=5)
         provider.chat([USER, response.message], TOOLS, "m", timeout=5)

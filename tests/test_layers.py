@@ -74,6 +74,12 @@ def test_docstring_lists_the_sections_in_file_order() -> None:
     assert [" ".join(name.split()) for name in found[1].split("·")] == BANNER.findall(SOURCE)
 
 
+def test_constants_are_given_once() -> None:
+    """If one hand moves a constant and another changes it, a merge keeps both."""
+    names = re.findall(r"(?m)^(\w+)(?:: .+?)? = ", SOURCE)
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_lines_and_bodies_are_short_and_parameters_few() -> None:
     long = [f"line {at}" for at, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
     for name, function in functions():
