@@ -2131,7 +2131,7 @@ _MINIMAX_CODES = _coded({
 
 _PHRASES: _Phrases = (
     # OpenAI, Anthropic, llama.cpp, LM Studio, Mistral, TGI, Moonshot, DashScope, GLM, Bedrock, xAI
-    (r"context length|context window|context size|context the overflows|exceed context limit|"
+    (r"context (length|window|size)|maximum context|context the overflows|exceed context limit|"
      r"(input|prompt)( tokens?)?( length)?( is)? too long|is longer than the (maximum )?model|"
      r"input tokens( \d{1,9} cannot)? exceed|input token count|request( body)? too large for|"
      r"exceeded model token limit|range of input length should be|prompt exceeds max length|"
