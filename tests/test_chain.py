@@ -989,7 +989,8 @@ def test_ping_of_a_chain_has_one_time_for_all():
     dead.error = ServerError("dead")
     FailoverChain([ProviderTier("a", dead), ProviderTier("b", alive)]).ping()
     assert 0 < alive.given[0] <= dead.given[0] <= 5.0
-    error_of(ServerError, FailoverChain([ProviderTier("a", dead)]).ping, 3.0)
+    error_of(ServerError, FailoverChain([ProviderTier("a", dead)]).ping, 0.0)
+    assert dead.given[-1] == 0.0
 
 
 def test_closing_closes_every_provider_and_the_chain_stays_usable():

@@ -569,7 +569,7 @@ def in_epoch(seconds: float, scale: float = 1.0) -> str:
 
 LIMIT = {"x-ratelimit-reset-requests": "7s"}
 FIELDS: list[Any] = [{"resets_in_seconds": 30}, {"retry_after": "30"}, EDGE, {"metadata": {
-    "headers": {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 30}}}]
+    "headers": {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 30}}}, {"estimated_time": 30}]
 HINTS: list[tuple[int, dict[str, str], Any, float | None]] = [
     *((429, {}, says("no", **fields), 30.0) for fields in FIELDS),
     *((status, {"Retry-After": "7"}, "", 7.0) for status in (429, 500, 503, 529, 408)),

@@ -576,6 +576,7 @@ def test_an_adapter_of_the_users_may_give_a_file_or_the_content(whole: bool) -> 
     def send(request: Any, **_: Any) -> Any:
         found = requests.Response()
         found.status_code, found.request, found.url = 200, request, request.url
+        found.headers.update({"Content-Length": "999", "Content-Encoding": "gzip"})  # as it was
         found._content, found.raw = (WHOLE, None) if whole else (False, io.BytesIO(WHOLE))
         return found
     with requests.Session() as session:

@@ -695,6 +695,7 @@ def test_a_call_with_arguments_and_without_a_name_is_no_answer(pieces: list[Any]
 @pytest.mark.parametrize(("pieces", "arguments"), [([""], {}), ([" "], {}), (["[1]"], None),
     (['{"a', ""], None), (['{"a": 1}'], {"a": 1}), (["{}", '{"a":', "1}"], {"a": 1}),
     (['{"a":1}', '{"a":1}'], {"a": 1}), (['{"a":1}', '{"b":2}'], None), (['{"a":1}', "x"], None),
+    (["{", '{"a":1}', '{"b":2}'], None),
     (['{"a":1}{"a"', ":1}"], {"a": 1}), ([json.dumps('{"a":1}')], {"a": 1}),
     ([json.dumps("text")], None), (['{"a": NaN}'], None),
     (['{"a": -Infinity}'], None), (["5"], None), (["true"], None)])
