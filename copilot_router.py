@@ -3721,7 +3721,7 @@ _REFUSES = (
     r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
     r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
     r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b"
+    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
 )
 #: An error that lists fields, each of which is refused.
 _LISTS = (
@@ -4438,38 +4438,6 @@ def _header_name(name: Any) -> str:
     if isinstance(name, str) and _pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch(name.strip()):
         return name.strip()
     raise ConfigError(f"headers: {name!r:.60} is no name of a header: give letters, digits and -")
-
-
-#: What servers call our options and fields when they complain, if it is another name.
-_COMPLAINTS = {
-    "top_p": "top_?p",
-    "presence_penalty": "presence_?penalty|penalty",
-    "frequency_penalty": "frequency_?penalty|penalty",
-    "reasoning_effort": r"reasoning_?effort|reasoning\.effort|output_config(?:\.effort)?|effort|"
-    r"thinking[\w.]{0,40}|think",
-    "parallel_tool_calls": "parallel_tool_calls|disable_parallel_tool_use",
-    "user": r"user|metadata(?:\.user_id)?|safety_identifier",
-    "stream": "stream(?:ing)?",  # OpenAI: only for organizations that are verified
-}
-#: What servers say of thinking that goes back to them (Groq of a field that it sends itself).
-_REFUSES_CARRY = (
-    r"(?i)messages?\b.{0,200}\breasoning(_(?!effort)\w+)?\b.{0,60}"
-    r"(unsupported|not supported|not permitted)|"
-    r"encrypted content .{0,120}could not be|invalid .?signature"
-)
-#: An error about a value: with another one the field may be taken.
-_OF_VALUE = r"(?i)\bvalues?\b|\bonly\b|must be|between|at (?:most|least)|less than|greater than"
-_REFUSES = (
-    r"(?i)unsupported|not supported|does(?:n't| not) support|unrecognized|not permitted|deprecated|"
-    r"unknown (?:name|field|parameter|argument)|extra (?:inputs|fields)|not allowed|"
-    r"unexpected (?:field|keyword|parameter)|cannot (?:both )?be (?:set|used|specified)|"
-    r"invalid .{1,40}: only|only .{1,40} (?:is|are) (?:allowed|supported)|may only be|not enabled|"
-    r"must be (?:1|unset|one of)\b|or unset|input should be|unused fields?\b|only works in"
-)
-#: An error that lists fields, each of which is refused.
-_LISTS = (
-    r"(?i)(?:unused|unknown|unrecognized|unsupported|extra|support) (?:fields|parameters|arguments)"
-)
 
 
 # ==== OpenAI ======================================================================================
