@@ -241,7 +241,7 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
         (429, says("[1113][Please recharge.][2026]", type="rate_limit_error", code="1113")),
         (429, {"code": "Some resource has been exhausted", "error": SPENT}),  # xAI
         (403, {"code": "permission-denied", "error": SPENT}),
-        (429, says(SUSPENDED, type="exceeded_current_quota_error")),  # Moonshot
+        (429, says("x", type="exceeded_current_quota_error")),  # Moonshot
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": RAW_JSON}}}),  # OpenRouter
         (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
         (403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),
