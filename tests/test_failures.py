@@ -237,7 +237,8 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
                    "2026-12-01 at 00:00 UTC.", type="invalid_request_error")),  # Anthropic
         (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
         (400, {"code": "Arrearage", "message": OVERDUE}),
-        (429, says("Insufficient balance or no resource package.", code="1113")),  # z.ai
+        (429, says("Insufficient balance or no resource package.")),  # z.ai
+        (429, says("[1310][Weekly/Monthly Limit Exhausted.]", type="rate_limit_error")),
         (429, says("[1113][Please recharge.][2026]", type="rate_limit_error", code="1113")),
         (429, {"code": "Some resource has been exhausted", "error": SPENT}),  # xAI
         (403, {"code": "permission-denied", "error": SPENT}),
