@@ -5737,7 +5737,8 @@ class ProviderTier:
         self.supports_tools, self.supports_images = supports_tools, supports_images
         self._speaks_http = isinstance(provider, _HTTPProvider)
         self._is_chain = getattr(provider, "_is_chain", False) is True  # a mock has any attribute
-        self._is_ours = self._speaks_http or self._is_chain  #: knows carried parts and thoughts=
+        #: knows carried parts and thoughts=; also behind a wrapper that passes all attributes on
+        self._is_ours = self._is_chain or isinstance(getattr(provider, "_rows", None), _Rows)
         self._open: Callable[..., Generator[str, None, LLMResponse]] = (
             getattr(provider, "stream", None) or functools.partial(LLMProvider.stream, provider)
         )

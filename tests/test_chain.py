@@ -555,6 +555,10 @@ def test_a_custom_provider_sees_plain_messages():
     answer = HEAD + event("x", reasoning_content="hm") + event(finish="stop")
     with ChatServer(answer) as server:
         kept = FailoverChain([server.tier()]).chat("hi").message
+        client = OpenAIProvider(KEY, server.url)  # in a wrapper of the user's
+        counted = type("Counted", (), {"__getattr__": lambda _, name: getattr(client, name)})()
+        FailoverChain([ProviderTier("a", counted, ["m"])]).chat([*ASKED, kept, *ASKED])
+        assert server.bodies[1]["messages"][1]["reasoning_content"] == "hm"
     provider = scripted("x")
     for given in (provider, types.SimpleNamespace(chat=provider.chat)):
         FailoverChain([ProviderTier("a", given)]).chat([*ASKED, kept, *ASKED])

@@ -237,11 +237,12 @@ MEANINGS: dict[type, list[tuple[int, Any]]] = {QuotaExceeded: [
                    "2026-12-01 at 00:00 UTC.", type="invalid_request_error")),  # Anthropic
         (400, says(OVERDUE, code="Arrearage", type="Arrearage")),  # DashScope, and its own API:
         (400, {"code": "Arrearage", "message": OVERDUE}),
-        (429, says("Insufficient balance or no resource package.", code="1113")),  # z.ai
+        (429, says("Insufficient balance or no resource package.")),  # z.ai
+        (429, says("[1310][Weekly/Monthly Limit Exhausted.]", type="rate_limit_error")),
         (429, says("[1113][Please recharge.][2026]", type="rate_limit_error", code="1113")),
         (429, {"code": "Some resource has been exhausted", "error": SPENT}),  # xAI
         (403, {"code": "permission-denied", "error": SPENT}),
-        (429, says(SUSPENDED, type="exceeded_current_quota_error")),  # Moonshot
+        (429, says("x", type="exceeded_current_quota_error")),  # Moonshot
         (429, {"error": {**THROUGH, "code": 429, "metadata": {"raw": RAW_JSON}}}),  # OpenRouter
         (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
         (403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),

@@ -60,6 +60,12 @@ def test_sections_use_only_what_stands_above_them() -> None:
     assert uses_of_later_sections(SOURCE) == []
 
 
+def test_a_name_of_the_module_is_given_once() -> None:
+    names = [name for step, name, _ in names_in(compile(SOURCE, "module", "exec"))
+             if step == "STORE_NAME"]
+    assert [name for at, name in enumerate(names) if name in names[:at]] == []
+
+
 def test_a_use_of_a_later_section_is_found() -> None:
     head = "from __future__ import annotations\n# ==== one ====\n"
     fine = head + "def one(two: later) -> later:\n    return two\n# ==== two ====\nlater = one\n"
