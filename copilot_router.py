@@ -527,7 +527,8 @@ class Attempt(NamedTuple):
 
     ``model``: as asked, else as answered, "" if unknown. ``outcome``: ok, failed, skipped or
     escalated (gave up, or refused by ``accept``). ``error``: ``"RateLimited: ..."`` or None.
-    ``status``: HTTP's, of a failure, or None. ``latency``: seconds. ``usage``: 0 if unknown.
+    ``status``: the HTTP status of a failure or None. ``latency``: seconds. ``usage``: of this
+    request, 0 if unknown.
     """
 
     tier: str
@@ -3919,7 +3920,8 @@ class _HTTPProvider(LLMProvider):
     ) -> LLMResponse:
         """One whole answer. ``messages``: OpenAI form or a str. An unknown option is a TypeError.
 
-        ``timeout``, ``first_token_timeout``, ``stall_timeout`` limit it. Raises ProviderErrors.
+        ``timeout``, ``first_token_timeout``, ``stall_timeout`` (seconds) limit it. Raises
+        ProviderError classes.
         """
         kwargs.pop("thoughts", None)
         try:
@@ -4767,7 +4769,7 @@ class _ResponsesFacts:
     def _rest(self, text: str, place: Any) -> str:
         """What has not come yet of a text. ``place``: a key of ``_come``, or how several begin."""
         come = self._text_at(place)
-        if place[0] == "text" and len(place) > 1 and not come:  # or has it come under another place
+        if place[0] == "text" and len(place) > 1 and not come:  # perhaps under another place
             elsewhere = self._text_at(place[:1])
             named = place[1] is not None and all(key[1] is not None for key in self._come)
             come = elsewhere if elsewhere == text or not named else ""
