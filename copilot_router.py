@@ -1194,8 +1194,8 @@ class _SharedView:
         self._overtaken = False
         mine, stored = breaker._record, None if record is None else record.generation
         if record is None and self._seen is not None:  # it is new, or lost
-            above_any = max(mine.generation, int(store_now * 1000))  # that was lost
-            breaker._set(mine, mine._replace(generation=above_any))
+            least = max(mine.generation, int(store_now * 1000))  # above all that was lost
+            breaker._set(mine, mine._replace(generation=least))
             if mine.state != "closed" and self._standing == "shared":
                 self._standing = "ahead"
             self._seen = None
@@ -1245,8 +1245,11 @@ class _SharedView:
             if saved:
                 taken = self._take(old, new, ticket)
                 return (old, new) if taken else breaker._change_alone(change, ticket)
-            if saved is None or self._try(self._load) or time.monotonic() > until:
-                break  # the quicker one's record is read also when the time is up
+            if saved is None:
+                break
+            self._try(self._load)  # another one was quicker: its record counts
+            if time.monotonic() > until:
+                break
         old, new = breaker._change_alone(change, ticket)
         if new is old:
             return old, new
@@ -4756,7 +4759,7 @@ class _ResponsesFacts:
         elif kind in ("reasoning_summary_text.delta", "reasoning_text.delta"):
             self._thought.add(at)
             yield "thought", body.get("delta")
-        elif kind.endswith(".delta"):
+        elif kind.endswith(".delta") or "_call." in kind:  # a tool of the vendor's is at work
             yield ("alive",)
 
     def _new(self, place: Any, found: _Object, name: str) -> str:

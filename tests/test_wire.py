@@ -582,6 +582,7 @@ ALIVE: list[tuple[str, Any]] = [*(("chat", delta(**fields))
         "item": {"type": "reasoning", "id": "r", "summary": []}}),
     ("responses", {"type": "response.reasoning_summary_text.delta", "delta": "x"}),
     ("responses", {"type": "response.reasoning_text.delta", "delta": "x"}),
+    ("responses", {"type": "response.web_search_call.searching", "output_index": 0}),
     ("responses", {"type": "response.code_interpreter_call_code.delta", "delta": "x"}),
     ("responses", {"type": "response.function_call_arguments.delta", "output_index": 0,
         "delta": "{"}),
